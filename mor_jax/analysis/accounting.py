@@ -1,0 +1,242 @@
+"""What a model costs, counted by hand: parameters, FLOPs, cache bytes.
+
+Pure arithmetic on the configuration; nothing is compiled. Compiler cost analysis is no substitute: it counts the
+body of a `scan` once, whatever its length, and would report a recursive model as R times cheaper than it is.
+
+Two FLOPs conventions live side by side and must never be mixed:
+
+* **paper** - the accounting of the Mixture-of-Recursions paper (arXiv 2507.10524, appendix D; constants recovered in
+  the MoR spec, section 6.4): forward only, no LM head, no router, keys and values at full width as if every query head
+  had its own, causal half of the attention. A budget in `config.train.flops` is in these FLOPs, because every
+  published number is.
+* **true** - what the arithmetic of the network is: keys and values at grouped-query width, attention over the tokens
+  that take part, the head and the router included; training is three forwards (one forward, two for the gradients),
+  rematerialisation not counted. Use it for MFU and for honest comparisons.
+
+Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabulary, T row length, R recursions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
+from mor_jax.config import Config, DepthConfig, ModelConfig
+from mor_jax.errors import ConfigError
+from mor_jax.model.program import build_program
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Unique parameters (a shared block counts once)."""
+
+    embedding: int  # V * D; input and output embedding are the same array
+    blocks: int  # matrices of the unique blocks
+    norms: int  # two a block, and the final one
+    router: int  # R * D under expert choice, else 0
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.non_embedding
+
+    @property
+    def non_embedding(self) -> int:
+        return self.blocks + self.norms + self.router
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON-ready, the sums included."""
+        return {
+            "embedding": self.embedding,
+            "blocks": self.blocks,
+            "norms": self.norms,
+            "router": self.router,
+            "total": self.total,
+            "non_embedding": self.non_embedding,
+        }
+
+
+@dataclass(frozen=True)
+class TrueFlops:
+    """Forward FLOPs a token, averaged over a full row."""
+
+    blocks: float  # matrix products of the blocks
+    attention: float  # scores and weighted values, causal half
+    head: float  # 2 * D * V
+    router: float  # 2 * D per candidate
+
+    @property
+    def total(self) -> float:
+        return self.blocks + self.attention + self.head + self.router
+
+    @property
+    def training(self) -> float:
+        """Forward and backward: three forwards."""
+        return 3 * self.total
+
+
+def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
+    """Count the unique parameters.
+
+    Raises:
+      ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
+    """
+    unique = build_program(model).unique_layers
+    return ParameterCount(
+        embedding=_vocabulary(model) * model.width,
+        blocks=unique * _block_matrices(model),
+        norms=(2 * unique + 1) * model.width,
+        router=model.recursions * model.width if depth.policy == "expert_choice" else 0,
+    )
+
+
+def capacities(model: ModelConfig, depth: DepthConfig) -> tuple[float, ...]:
+    """Share of the row kept at recursion r = 1..R; by default (R-r+1)/R (paper section 2.2.1), all 1 when fixed."""
+    r_max = model.recursions
+    if depth.policy == "fixed":
+        return (1.0,) * r_max
+    return depth.capacities or tuple((r_max - r + 1) / r_max for r in range(1, r_max + 1))
+
+
+def active_counts(model: ModelConfig, depth: DepthConfig, tokens: int | None = None) -> tuple[int, ...]:
+    """Tokens that run recursion r = 1..R in a row of `tokens` (default: the context): k_r = max(1, floor(c_r T))."""
+    t = model.context if tokens is None else tokens
+    return tuple(max(1, math.floor(c * t)) for c in capacities(model, depth))
+
+
+def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int | None = None) -> float:
+    """Forward FLOPs a token in the paper's accounting (module docstring).
+
+    A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
+    n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink.
+
+    Args:
+      context: n, tokens a row; default the model's.
+    """
+    n = model.context if context is None else context
+    heads, _, head_dim = model.dims
+    a = 2.0 * (4 * model.width * heads * head_dim + 3 * model.width * model.mlp_width)
+    b = 2.0 * heads * head_dim * (n + 1)
+    program = build_program(model)
+    ends = program.prelude + program.coda
+    return ends * (a + b) + program.core * sum(c * a + c * c * b for c in capacities(model, depth))
+
+
+def paper_training_flops(cfg: Config, steps: int) -> float:
+    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost."""
+    return steps * tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+
+
+def true_training_flops(cfg: Config, steps: int) -> float:
+    """FLOPs of `steps` optimiser steps, forward and backward, head and router included."""
+    return steps * tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth).training
+
+
+def tokens_per_step(cfg: Config) -> int:
+    """Tokens an optimiser step reads, over all devices and micro-batches."""
+    return cfg.train.batch_size * cfg.model.context
+
+
+def steps_for_flops(cfg: Config) -> int:
+    """Optimiser steps that spend `config.train.flops`; rounded up, as in the paper's released configs.
+
+    Raises:
+      ConfigError: the budget is not positive.
+    """
+    if cfg.train.flops <= 0:
+        raise ConfigError(f"config.train.flops must be positive to set the steps, got {cfg.train.flops:g}.")
+    return max(1, math.ceil(cfg.train.flops / paper_training_flops(cfg, 1)))
+
+
+def training_steps(cfg: Config) -> int:
+    """Optimiser steps of the run: `config.train.steps`, or those that spend `config.train.flops`."""
+    return cfg.train.steps or steps_for_flops(cfg)
+
+
+def true_flops_per_token(
+    model: ModelConfig, depth: DepthConfig, *, mean_counts: Sequence[float] | None = None
+) -> TrueFlops:
+    """Forward FLOPs a token, counted over the tokens that take part.
+
+    Only useful work counts: a masked executor that computes halted tokens as well, or a kernel that computes both
+    halves of the attention, shows up as a lower MFU and not as more FLOPs. Documents packed into one row are counted
+    as one causal row.
+
+    Args:
+      mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the threshold rule; default
+        `active_counts`. Attention grows with the square of the count, so means over rows slightly undercount it.
+    Raises:
+      ConfigError: `vocab_size` is still 0, or `mean_counts` is not one number a recursion.
+    """
+    t = model.context
+    counts = _one_per_recursion(model, mean_counts, "mean_counts") or active_counts(model, depth)
+    program = build_program(model)
+    ends = program.prelude + program.coda
+    heads, _, head_dim = model.dims
+
+    layer_tokens = ends * t + program.core * sum(counts)
+    # Query-key pairs of a causal row of k tokens: k (k + 1) / 2. A pair costs 2 N H for its score and 2 N H for its
+    # share of the weighted sum.
+    pairs = ends * t * (t + 1) / 2 + program.core * sum(k * (k + 1) / 2 for k in counts)
+    # The router of recursion r reads only the survivors of r - 1.
+    candidates = t + sum(counts[:-1]) if depth.policy == "expert_choice" else 0
+    return TrueFlops(
+        blocks=2 * _block_matrices(model) * layer_tokens / t,
+        attention=4 * heads * head_dim * pairs / t,
+        head=2.0 * model.width * _vocabulary(model),
+        router=2 * model.width * candidates / t,
+    )
+
+
+def kv_bytes_per_token(
+    model: ModelConfig,
+    depth: DepthConfig,
+    *,
+    mean_active: Sequence[float] | None = None,
+    bytes_per_value: int | None = None,
+) -> float:
+    """Bytes of keys and values that a token of context costs in the decode cache, averaged over tokens.
+
+    The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2), so the core costs
+    Σ_r share_r copies of its layers - (R+1)/2 at the default capacities, R when every token runs every recursion. The
+    layers before and after the recursion store every token.
+
+    Args:
+      mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
+        capacities.
+      bytes_per_value: default that of `model.dtype`.
+    Raises:
+      ConfigError: `mean_active` is not one number a recursion.
+    """
+    shares = _one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth)
+    program = build_program(model)
+    _, kv_heads, head_dim = model.dims
+    size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
+    return 2 * kv_heads * head_dim * size * (program.prelude + program.coda + program.core * sum(shares))
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    """Matrix parameters of one block: q and o, k and v, SwiGLU's three."""
+    heads, kv_heads, head_dim = model.dims
+    return 2 * model.width * (heads + kv_heads) * head_dim + 3 * model.width * model.mlp_width
+
+
+def _vocabulary(model: ModelConfig) -> int:
+    if not model.vocab_size:
+        raise ConfigError(
+            "config.model.vocab_size is 0, i.e. left to the tokenizer: the embedding and the head cannot be counted. "
+            "Build the tokenizer first, or set it."
+        )
+    return model.vocab_size
+
+
+def _one_per_recursion(model: ModelConfig, values: Sequence[float] | None, name: str) -> tuple[float, ...]:
+    """`values` as a tuple of R numbers; () for None."""
+    if values is None:
+        return ()
+    if len(values) != model.recursions:
+        raise ConfigError(f"{name} has {len(values)} entries for recursions = {model.recursions}.")
+    return tuple(float(v) for v in values)

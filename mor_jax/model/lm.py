@@ -1,0 +1,210 @@
+"""The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, tied head.
+
+`LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
+argument. Parameters are a plain nested dict:
+
+    embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... [R, ...] · norm/scale [D]
+
+Recursion shares `core` by construction: it exists once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax import nn
+from mor_jax.config import Config, DepthConfig, ModelConfig
+from mor_jax.model.depth import DepthPolicy, build_policy
+from mor_jax.model.loss import logits_of
+from mor_jax.model.program import Program, build_program
+from mor_jax.model.recurse import Recursed, RouterStats, run_gathered, run_masked
+from mor_jax.parallel.rules import Rules
+
+TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
+
+REMAT_POLICIES = {
+    "block": None,  # keep block inputs only
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Forward(NamedTuple):
+    """Final normalised states and what the recursion did."""
+
+    h_BxTxD: jax.Array
+    depth_BxT: jax.Array
+    stats: RouterStats
+    active_RxBxT: jax.Array
+
+
+def positions_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
+    """Position of each token since the start of its packing segment, [B, T] int32."""
+    index = jnp.arange(segment_ids_BxT.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.pad(segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+@dataclass(frozen=True)
+class LM:
+    """A recursive-depth language model of this shape, with this depth policy, under these sharding rules."""
+
+    model: ModelConfig
+    depth: DepthConfig = DepthConfig()
+    rules: Rules = Rules()
+
+    @classmethod
+    def from_config(cls, cfg: Config) -> LM:
+        """The model of a run; `cfg.model.vocab_size` must be resolved (not 0)."""
+        return cls(cfg.model, cfg.depth, Rules.create(cfg.mesh.rules))
+
+    @functools.cached_property
+    def program(self) -> Program:
+        return build_program(self.model)
+
+    @functools.cached_property
+    def policy(self) -> DepthPolicy:
+        return build_policy(self.model, self.depth)
+
+    @property
+    def _block(self) -> nn.Block:
+        return nn.Block(self.model)
+
+    @property
+    def _embedding(self) -> nn.Embedding:
+        m = self.model
+        return nn.Embedding(m.vocab_size, m.width, m.init_std, m.dtype)
+
+    @property
+    def _norm(self) -> nn.RMSNorm:
+        return nn.RMSNorm(self.model.norm_eps)
+
+    def _parts(self) -> dict[str, int]:
+        return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
+
+    def _examples(self) -> dict[str, tuple]:
+        """Arguments that show each leaf module its input shapes."""
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        x = jnp.zeros((1, 1, self.model.width))
+        attend = lambda q, k, v: (q, None)
+        return {"embed": (tokens,), "block": (x, self.rope(tokens), attend), "norm": (x,)}
+
+    # ---------------------------------------------------------------- parameters
+
+    def init(self, key: jax.Array) -> dict:
+        """Float32 parameters. Run it under `jax.jit` with `out_shardings` so that they never exist unsharded."""
+        examples = self._examples()
+        embed_key, block_key, router_key, norm_key = jax.random.split(key, 4)
+        params = {
+            "embed": nn.init(self._embedding, embed_key, *examples["embed"]),
+            "norm": nn.init(self._norm, norm_key, *examples["norm"]),
+            "router": self.policy.init(router_key),
+        }
+        for part, count in self._parts().items():
+            params[part] = {}
+            for i in range(count):
+                block_key, key_i = jax.random.split(block_key)
+                params[part][str(i)] = nn.init(self._block, key_i, *examples["block"])
+        return params
+
+    def logical_axes(self) -> dict:
+        """Tree like `init`'s, each leaf a tuple of logical axis names."""
+        examples = self._examples()
+        block = nn.logical_axes(self._block, *examples["block"])
+        axes = {
+            "embed": nn.logical_axes(self._embedding, *examples["embed"]),
+            "norm": nn.logical_axes(self._norm, *examples["norm"]),
+            "router": self.policy.logical_axes(),
+        }
+        return axes | {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
+
+    # ---------------------------------------------------------------- building blocks of every pass
+
+    def rope(self, pos_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotary table for these positions."""
+        return nn.rope_table(pos_BxT, self.model.dims[2], self.model.rope_theta)
+
+    def block(self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend) -> tuple[jax.Array, Any]:
+        """One block, rematerialised as configured."""
+        run = functools.partial(nn.apply, self._block)
+        if self.model.remat == "none":
+            return run(params, x_BxTxD, rope, attend)
+        remat = jax.checkpoint(lambda p, x, r: run(p, x, r, attend), policy=REMAT_POLICIES[self.model.remat])
+        return remat(params, x_BxTxD, rope)
+
+    def blocks(self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend) -> tuple[jax.Array, list]:
+        """All blocks of one part in order; `extra`s as a list. Unrolled: stacked weights would be copied per slice."""
+        extras = []
+        for i in range(len(params)):
+            x_BxTxD, extra = self.block(params[str(i)], x_BxTxD, rope, attend)
+            extras.append(extra)
+        return x_BxTxD, extras
+
+    def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
+        """Token states [B, T, D] in the compute dtype."""
+        return nn.apply(self._embedding, params["embed"], tokens_BxT)
+
+    def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
+        """States as the head reads them."""
+        return nn.apply(self._norm, params["norm"], x_BxTxD)
+
+    def logits(self, params: dict, h: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of final states [..., D]."""
+        return logits_of(h, params["embed"]["table"])
+
+    def gathered_core(self, params: dict) -> dict:
+        """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses them R times."""
+        axes = self.logical_axes()["core"]
+        gather = lambda w, names: self.rules.constrain(w.astype(self.model.dtype), *names, drop=("fsdp",))
+        return jax.tree.map(gather, params["core"], axes)
+
+    # ---------------------------------------------------------------- the full forward pass
+
+    def forward(
+        self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
+        *, mode: str = TOPK, executor: str | None = None,
+    ) -> Forward:  # fmt: skip
+        """Final states of whole rows.
+
+        Args:
+          segment_ids_BxT: packing segments, 0 = padding; None: every row is one document.
+          mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation computes).
+          executor: "gathered" or "masked"; default: the configuration's. Causal mode is always masked, its counts
+            depend on the data.
+        """
+        seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
+        pos = positions_in_document(seg)
+        rope = self.rope(pos)
+        impl = self.model.attention
+
+        def attend_row(q_pos, kv_pos, q_seg, kv_seg):
+            return lambda q, k, v: (nn.attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, impl), None)
+
+        x = self.rules.constrain(self.embed(params, tokens_BxT), "batch", "time", None)
+        x, _ = self.blocks(params["prelude"], x, rope, attend_row(pos, pos, seg, seg))
+
+        core_params = self.gathered_core(params)
+
+        def core(h, pos_BxK, q_seg, kv_seg):
+            table = rope if h.shape[1] == pos.shape[1] else self.rope(pos_BxK)
+            return self.blocks(core_params, h, table, attend_row(pos_BxK, pos_BxK, q_seg, kv_seg))
+
+        if mode == TOPK and (executor or self.depth.executor) == "gathered":
+            result = run_gathered(self.policy, params["router"], core, x, pos, seg)
+        else:
+            result = run_masked(self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL)
+        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, attend_row(pos, pos, seg, seg))
+        h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
+        return Forward(h, result.depth_BxT, result.stats, result.active_RxBxT)
+
+    def apply(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None, **kwargs: Any):
+        """float32 logits [B, T, V]; keyword arguments as in `forward`."""
+        return self.logits(params, self.forward(params, tokens_BxT, segment_ids_BxT, **kwargs).h_BxTxD)
+
+
+__all__ = ["CAUSAL", "LM", "TOPK", "Forward", "Recursed", "positions_in_document"]

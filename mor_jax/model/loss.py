@@ -1,0 +1,91 @@
+"""Next-token cross-entropy straight from hidden states, without the logits of a whole batch in memory.
+
+`cross_entropy_sum` walks over chunks of positions. When it is differentiated, the gradients with respect to the
+hidden states and the table are formed in the same walk, while a chunk's logits are at hand, and only scaled in the
+backward pass: three matrix products per chunk, as many as with stored logits (recomputing would take four).
+Softmax and loss are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def next_token_targets(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(targets, weights) [B, T]: position t predicts t + 1 if both belong to the same document; padding is 0."""
+    targets = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))
+    same = (segment_ids_BxT[:, 1:] == segment_ids_BxT[:, :-1]) & (segment_ids_BxT[:, 1:] > 0)
+    return targets, jnp.pad(same, ((0, 0), (0, 1))).astype(jnp.float32)
+
+
+def _chunks(x_BxTxX: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]; time is padded with zeros up to a multiple."""
+    length = x_BxTxX.shape[1]
+    pad = -length % chunk
+    x = jnp.pad(x_BxTxX, ((0, 0), (0, pad)) + ((0, 0),) * (x_BxTxX.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _unchunk(x: jax.Array, length: int) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def logits_of(h: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """float32 logits [..., V] of states [..., D] under a tied table."""
+    return jnp.einsum("...D,VD->...V", h, table_VxD.astype(h.dtype), preferred_element_type=jnp.float32)
+
+
+def _nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    return lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], lse
+
+
+def token_nll(h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, chunk: int = 0) -> jax.Array:
+    """Negative log-likelihood of each target in nats, [B, T] float32."""
+    length = h_BxTxD.shape[1]
+    chunk = min(chunk or length, length)
+    one = lambda args: _nll(logits_of(args[0], table_VxD), args[1])[0]
+    return _unchunk(jax.lax.map(one, (_chunks(h_BxTxD, chunk), _chunks(targets_BxT, chunk))), length)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_sum(
+    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, chunk: int = 0
+) -> jax.Array:
+    """Weighted sum of next-token losses in nats (float32 scalar).
+
+    `chunk` positions at a time have logits (0: all). Differentiable in the states and the table, once.
+    """
+    return jnp.sum(token_nll(h_BxTxD, table_VxD, targets_BxT, chunk) * weights_BxT)
+
+
+def _cross_entropy_fwd(h, table, targets, weights, chunk):
+    length = h.shape[1]
+    chunk = min(chunk or length, length)
+    w = table.astype(h.dtype)
+
+    def one(dtable, xs):
+        h_c, t_c, weight_c = xs
+        logits = logits_of(h_c, w)
+        nll, lse = _nll(logits, t_c)
+        hit = t_c[..., None] == jnp.arange(table.shape[0])
+        dlogits = ((jnp.exp(logits - lse[..., None]) - hit) * weight_c[..., None]).astype(h.dtype)
+        dh_c = jnp.einsum("btV,VD->btD", dlogits, w)
+        dtable += jnp.einsum("btV,btD->VD", dlogits, h_c, preferred_element_type=jnp.float32)
+        return dtable, (jnp.sum(nll * weight_c), dh_c)
+
+    xs = (_chunks(h, chunk), _chunks(targets, chunk), _chunks(weights, chunk))
+    dtable, (loss, dh) = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), xs)
+    return jnp.sum(loss), (_unchunk(dh, length), dtable.astype(table.dtype))
+
+
+def _cross_entropy_bwd(chunk, residuals, g):
+    dh, dtable = residuals
+    return (g * dh).astype(dh.dtype), (g * dtable).astype(dtable.dtype), None, None
+
+
+cross_entropy_sum.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -1,0 +1,81 @@
+"""Rows of a sequence picked by a mask, and put back: gathers in both directions.
+
+The transpose of a gather is a scatter, which is slow on CPUs and not deterministic on GPUs. Because the picked
+positions are distinct and known from the mask, both directions (and both gradients) are gathers here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Subset(NamedTuple):
+    """k positions of each row, ascending, so that the picked tokens keep their causal order."""
+
+    index_BxK: jax.Array  # position of the i-th picked token
+    slot_BxT: jax.Array  # inverse: where position t went (only meaningful where mask)
+    mask_BxT: jax.Array
+
+
+def subset(mask_BxT: jax.Array, k: int) -> Subset:
+    """The first k positions where `mask` holds; each row must hold exactly k of them."""
+    # A stable sort of "not picked" lists picked positions first, in order; batch-sharded rows stay where they are.
+    index = jnp.argsort(~mask_BxT, axis=-1, stable=True)[:, :k]
+    return Subset(index, jnp.clip(jnp.cumsum(mask_BxT, axis=-1) - 1, 0, k - 1), mask_BxT)
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.vmap(lambda a, i: a[i])(x, index)
+
+
+def _spread(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
+
+
+def take(s: Subset, x: jax.Array) -> jax.Array:
+    """x [B, T, ...] at the picked positions: [B, K, ...]."""
+    return _take(s, x) if jnp.issubdtype(x.dtype, jnp.inexact) else _rows(x, s.index_BxK)
+
+
+def put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
+    """x [B, T, ...] with the picked positions replaced by y [B, K, ...]."""
+    return _put(s, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else _replace(s, x, y)
+
+
+def _replace(s, x, y):
+    return jnp.where(_spread(s.mask_BxT, x), _rows(y, s.slot_BxT), x)
+
+
+@jax.custom_vjp
+def _take(s, x):
+    return _rows(x, s.index_BxK)
+
+
+def _take_fwd(s, x):
+    return _take(s, x), s
+
+
+def _take_bwd(s, g):
+    return None, jnp.where(_spread(s.mask_BxT, g), _rows(g, s.slot_BxT), jnp.zeros((), g.dtype))
+
+
+_take.defvjp(_take_fwd, _take_bwd)
+
+
+@jax.custom_vjp
+def _put(s, x, y):
+    return _replace(s, x, y)
+
+
+def _put_fwd(s, x, y):
+    return _put(s, x, y), s
+
+
+def _put_bwd(s, g):
+    return None, jnp.where(_spread(s.mask_BxT, g), jnp.zeros((), g.dtype), g), _rows(g, s.index_BxK)
+
+
+_put.defvjp(_put_fwd, _put_bwd)

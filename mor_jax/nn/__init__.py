@@ -1,0 +1,34 @@
+"""Flax Linen leaves. The only room that imports Flax: parameters leave it as a plain nested dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from mor_jax.nn.attention import attention
+from mor_jax.nn.block import Attend, Block
+from mor_jax.nn.embed import Embedding
+from mor_jax.nn.norm import RMSNorm
+from mor_jax.nn.rope import rope_table
+from mor_jax.nn.router import LinearRouter
+
+__all__ = ["Attend", "Block", "Embedding", "LinearRouter", "RMSNorm", "apply", "attention", "init", "rope_table"]
+
+
+def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:
+    """Parameters of one leaf module, as a plain dict."""
+    return nn.meta.unbox(module.init(key, *args)["params"])
+
+
+def logical_axes(module: nn.Module, *args: Any) -> dict:
+    """Tree of tuples of logical axis names, one for every parameter of `init`; nothing is computed."""
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+
+
+def apply(module: nn.Module, params: dict, *args: Any) -> Any:
+    """Pure application of a leaf module."""
+    return module.apply({"params": params}, *args)

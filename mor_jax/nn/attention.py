@@ -1,0 +1,87 @@
+"""Attention as one function of arrays; the plain XLA version is the oracle of every other implementation.
+
+A key is visible to a query when it is not later in its document and belongs to the same document:
+`kv_pos <= q_pos and kv_seg == q_seg`. Segment 0 is padding. Anything that selects tokens (recursion-wise caching,
+gathered recursion steps, a decode cache with unused entries) is expressed through these four integer arrays alone.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.errors import ConfigError
+
+MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
+
+
+def attention(
+    q_BxKxGxTxH: jax.Array,
+    k_BxKxSxH: jax.Array,
+    v_BxKxSxH: jax.Array,
+    q_pos_BxT: jax.Array,
+    kv_pos_BxS: jax.Array,
+    q_seg_BxT: jax.Array,
+    kv_seg_BxS: jax.Array,
+    impl: str = "xla",
+) -> jax.Array:
+    """Grouped-query attention output [B, K, G, T, H] in the dtype of q; softmax in float32.
+
+    `impl`: "xla" for any arrays; "blocked" when keys and queries are the same tokens in row order (training rows,
+    gathered or not), so that a block of queries needs no key after its own end; "cudnn" for the same case on
+    NVIDIA GPUs in bfloat16, segments included as a mask.
+    """
+    if impl == "xla":
+        return _masked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+    if impl == "blocked":
+        return _blocked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+    if impl == "cudnn":
+        return _cudnn_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+    raise ConfigError(f"No attention implementation {impl!r}.")
+
+
+def visible(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:
+    """Boolean [B, T, S]: may query t look at key s."""
+    causal = kv_pos_BxS[:, None, :] <= q_pos_BxT[:, :, None]
+    return causal & (kv_seg_BxS[:, None, :] == q_seg_BxT[:, :, None])
+
+
+def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
+    scale = q.shape[-1] ** -0.5
+    s_BxKxGxTxS = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    mask = visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
+    p = jax.nn.softmax(jnp.where(mask, s_BxKxGxTxS, MASKED), axis=-1)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v)
+
+
+def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
+    """Queries in blocks, each against the keys up to its own end: about half the products of the full square, and
+    no [T, T] array. Probabilities are recomputed in the backward pass."""
+    length = q.shape[-2]
+    attend = jax.checkpoint(_masked_attention) if length > block else _masked_attention
+    out = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        out.append(
+            attend(
+                q[..., start:end, :], k[..., :end, :], v[..., :end, :],
+                q_pos[:, start:end], kv_pos[:, :end], q_seg[:, start:end], kv_seg[:, :end],
+            )
+        )  # fmt: skip
+    return jnp.concatenate(out, axis=-2) if len(out) > 1 else out[0]
+
+
+def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str = "cudnn"):
+    """Through `jax.nn.dot_product_attention` (layout [B, T, heads, H]). The mask must be of full [B, N, T, S] shape:
+    cuDNN turns it into a bias and broadcasts nothing (jax issue 28974)."""
+    batch, kv_heads, groups, length, head_dim = q.shape
+    q_BxTxNxH = q.reshape(batch, kv_heads * groups, length, head_dim).swapaxes(1, 2)
+    mask = visible(q_pos, kv_pos, q_seg, kv_seg)[:, None]
+    o_BxTxNxH = jax.nn.dot_product_attention(
+        q_BxTxNxH,
+        k.swapaxes(1, 2),
+        v.swapaxes(1, 2),
+        mask=jnp.broadcast_to(mask, (batch, kv_heads * groups, *mask.shape[2:])),
+        implementation=implementation,
+    )
+    return o_BxTxNxH.swapaxes(1, 2).reshape(q.shape)

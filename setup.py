@@ -1,0 +1,53 @@
+"""Packaging for mor_jax (recursion inside the network) and rlm_runtime (recursion around it).
+
+Floors only; the exact tested sets are in constraints/. Install for development with `make env`.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mor-jax",
+    version="0.1.0",
+    description="Mixture-of-Recursions language models in JAX, and a runtime for Recursive Language Models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mor_jax*", "rlm_runtime*", "configs*", "launch*"]),
+    package_data={"mor_jax.analysis": ["*.html.j2"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array-record>=0.8",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10.2",
+        "jinja2>=3.1",  # the report page
+        "matplotlib>=3.9",  # its figures
+        "ml-collections>=1.1",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "rich>=13.7",  # tables, progress bars, coloured generation
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.10",
+        "tokenizers>=0.20",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30", "pydantic>=2.8", "httpx>=0.27"],
+        "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
+        "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
+        "dev": [
+            "hypothesis>=6.100",
+            "pyarrow>=17",
+            "pytest>=8.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "zstandard>=0.23",
+        ],
+        "torch-peer": ["torch>=2.4", "transformers>=4.46"],  # benchmarks only
+    },
+)
