@@ -312,7 +312,9 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
     if d.aux_loss_weight < 0:
         raise ConfigError(f"{where}.aux_loss_weight must not be negative, got {d.aux_loss_weight}.")
     if not 0 < d.threshold < 1:
-        raise ConfigError(f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {d.threshold}.")
+        raise ConfigError(
+            f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {d.threshold}."
+        )
     if d.capacities:
         if d.policy == "fixed":
             raise ConfigError(
@@ -333,13 +335,19 @@ def _check_data(d: DataConfig) -> None:
     where = "config.data"
     _one_of(f"{where}.source", d.source, SOURCES)
     if d.source == "files" and not d.paths:
-        raise ConfigError(f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\".")
+        raise ConfigError(
+            f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\"."
+        )
     if d.source == "tfds" and not (d.name or d.paths):
-        raise ConfigError(f"{where}.source = 'tfds' needs {where}.name (a prepared data set) or its directory in {where}.paths.")
+        raise ConfigError(
+            f"{where}.source = 'tfds' needs {where}.name (a prepared data set) or its directory in {where}.paths."
+        )
     if not 0 < d.holdout < 1:
         raise ConfigError(f"{where}.holdout must be a share between 0 and 1, got {d.holdout}.")
     if d.bpe_vocab < 258:
-        raise ConfigError(f"{where}.bpe_vocab = {d.bpe_vocab} cannot hold the 256 bytes and 2 special tokens; give at least 258.")
+        raise ConfigError(
+            f"{where}.bpe_vocab = {d.bpe_vocab} cannot hold the 256 bytes and 2 special tokens; give at least 258."
+        )
 
 
 def _check_train(cfg: Config) -> None:
@@ -360,7 +368,13 @@ def _check_train(cfg: Config) -> None:
         raise ConfigError(
             f"config.train needs exactly one of steps and flops to be positive; got steps = {t.steps}, flops = {t.flops:g}."
         )
-    _positive("config.train", batch_size=t.batch_size, accum=t.accum, log_every=t.log_every, keep_checkpoints=t.keep_checkpoints)
+    _positive(
+        "config.train",
+        batch_size=t.batch_size,
+        accum=t.accum,
+        log_every=t.log_every,
+        keep_checkpoints=t.keep_checkpoints,
+    )
     if min(t.eval_every, t.eval_rows, t.checkpoint_every, t.seed, cfg.data.seed) < 0:
         raise ConfigError("config.train: eval_every, eval_rows, checkpoint_every and the seeds must not be negative.")
     if t.batch_size % t.accum:
@@ -374,7 +388,9 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
     """(data, fsdp, tensor) with -1 replaced. Raises ConfigError when the product is not `devices`."""
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
-        raise ConfigError(f"config.mesh axes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}.")
+        raise ConfigError(
+            f"config.mesh axes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}."
+        )
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
         if devices % known:

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
-from mor_jax.model.program import build_program
+from mor_jax.model import program
+from mor_jax.model.program import build_program, capacities
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -93,18 +94,9 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
     )
 
 
-def capacities(model: ModelConfig, depth: DepthConfig) -> tuple[float, ...]:
-    """Share of the row kept at recursion r = 1..R; by default (R-r+1)/R (paper section 2.2.1), all 1 when fixed."""
-    r_max = model.recursions
-    if depth.policy == "fixed":
-        return (1.0,) * r_max
-    return depth.capacities or tuple((r_max - r + 1) / r_max for r in range(1, r_max + 1))
-
-
-def active_counts(model: ModelConfig, depth: DepthConfig, tokens: int | None = None) -> tuple[int, ...]:
-    """Tokens that run recursion r = 1..R in a row of `tokens` (default: the context): k_r = max(1, floor(c_r T))."""
-    t = model.context if tokens is None else tokens
-    return tuple(max(1, math.floor(c * t)) for c in capacities(model, depth))
+def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
+    """Tokens that run recursion r = 1..R in a full row."""
+    return program.active_counts(capacities(model, depth), model.context)
 
 
 def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int | None = None) -> float:
@@ -120,9 +112,9 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
     heads, _, head_dim = model.dims
     a = 2.0 * (4 * model.width * heads * head_dim + 3 * model.width * model.mlp_width)
     b = 2.0 * heads * head_dim * (n + 1)
-    program = build_program(model)
-    ends = program.prelude + program.coda
-    return ends * (a + b) + program.core * sum(c * a + c * c * b for c in capacities(model, depth))
+    layers = build_program(model)
+    ends = layers.prelude + layers.coda
+    return ends * (a + b) + layers.core * sum(c * a + c * c * b for c in capacities(model, depth))
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
@@ -173,14 +165,14 @@ def true_flops_per_token(
     """
     t = model.context
     counts = _one_per_recursion(model, mean_counts, "mean_counts") or active_counts(model, depth)
-    program = build_program(model)
-    ends = program.prelude + program.coda
+    layers = build_program(model)
+    ends = layers.prelude + layers.coda
     heads, _, head_dim = model.dims
 
-    layer_tokens = ends * t + program.core * sum(counts)
+    layer_tokens = ends * t + layers.core * sum(counts)
     # Query-key pairs of a causal row of k tokens: k (k + 1) / 2. A pair costs 2 N H for its score and 2 N H for its
     # share of the weighted sum.
-    pairs = ends * t * (t + 1) / 2 + program.core * sum(k * (k + 1) / 2 for k in counts)
+    pairs = ends * t * (t + 1) / 2 + layers.core * sum(k * (k + 1) / 2 for k in counts)
     # The router of recursion r reads only the survivors of r - 1.
     candidates = t + sum(counts[:-1]) if depth.policy == "expert_choice" else 0
     return TrueFlops(
@@ -212,10 +204,10 @@ def kv_bytes_per_token(
       ConfigError: `mean_active` is not one number a recursion.
     """
     shares = _one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth)
-    program = build_program(model)
+    layers = build_program(model)
     _, kv_heads, head_dim = model.dims
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
-    return 2 * kv_heads * head_dim * size * (program.prelude + program.coda + program.core * sum(shares))
+    return 2 * kv_heads * head_dim * size * (layers.prelude + layers.coda + layers.core * sum(shares))
 
 
 def _block_matrices(model: ModelConfig) -> int:

@@ -11,8 +11,8 @@ the rest,
 
 down to the uniform distribution over the 256 bytes. It sums to one by construction and gives no byte probability zero.
 s is chosen from STRENGTHS on every tenth training document (the first 2 MiB of them) with the counts of the others; the
-counts of all make the model. (Leaving out single bytes instead needs no slice but flatters long contexts, for text repeats itself
-within a document.) A corpus of fewer than ten documents takes s = 1.
+counts of all make the model. (Leaving out single bytes instead needs no slice but flatters long contexts, for text
+repeats itself within a document.) A corpus of fewer than ten documents takes s = 1.
 """
 
 from __future__ import annotations
@@ -157,13 +157,13 @@ def rows_to_bytes(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator
 
     Args:
       rows: each {"tokens": int32 [T], "segment_ids": int32 [T]}; segment 0 is padding.
-      tokenizer: of the rows, with `token_bytes(id) -> bytes`.
+      tokenizer: of the rows, with `piece(id) -> bytes`, empty for special tokens.
     """
     for row in rows:
         tokens, segments = np.asarray(row["tokens"]), np.asarray(row["segment_ids"])
         pairs = zip(segments.tolist(), tokens.tolist(), strict=True)
         for segment, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             if segment:
-                text = b"".join(tokenizer.token_bytes(token) for _, token in group)
+                text = b"".join(tokenizer.piece(token) for _, token in group)
                 if text:
                     yield text

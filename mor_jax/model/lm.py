@@ -11,7 +11,7 @@ Recursion shares `core` by construction: it exists once.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +55,8 @@ class LM:
     """A recursive-depth language model of this shape, with this depth policy, under these sharding rules."""
 
     model: ModelConfig
-    depth: DepthConfig = DepthConfig()
-    rules: Rules = Rules()
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    rules: Rules = field(default_factory=Rules)
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:

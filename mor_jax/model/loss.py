@@ -74,9 +74,11 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk):
         nll, lse = _nll(logits, t_c)
         hit = t_c[..., None] == jnp.arange(table.shape[0])
         dlogits = ((jnp.exp(logits - lse[..., None]) - hit) * weight_c[..., None]).astype(h.dtype)
-        dh_c = jnp.einsum("btV,VD->btD", dlogits, w)
-        dtable += jnp.einsum("btV,btD->VD", dlogits, h_c, preferred_element_type=jnp.float32)
-        return dtable, (jnp.sum(nll * weight_c), dh_c)
+        dlogits_NxV = dlogits.reshape(-1, dlogits.shape[-1])  # plain matrices: see nn.dense
+        dh_NxD = dlogits_NxV @ w
+        h_NxD = h_c.reshape(-1, h_c.shape[-1])
+        dtable += jnp.einsum("NV,ND->VD", dlogits_NxV, h_NxD, preferred_element_type=jnp.float32)
+        return dtable, (jnp.sum(nll * weight_c), dh_NxD.reshape(h_c.shape))
 
     xs = (_chunks(h, chunk), _chunks(targets, chunk), _chunks(weights, chunk))
     dtable, (loss, dh) = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), xs)

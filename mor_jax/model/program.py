@@ -8,9 +8,10 @@ the scheme adopted for every Mixture-of-Recursions model there). A plain Transfo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from mor_jax.config import ModelConfig, unshared_ends
+from mor_jax.config import DepthConfig, ModelConfig, unshared_ends
 
 
 @dataclass(frozen=True)
@@ -42,3 +43,20 @@ def build_program(model: ModelConfig) -> Program:
         coda=ends - ends // 2,
         recursions=model.recursions,
     )
+
+
+def capacities(model: ModelConfig, depth: DepthConfig) -> tuple[float, ...]:
+    """Share of a row that runs recursion r = 1..R in training.
+
+    All of it under the fixed policy; else `depth.capacities`, by default (R - r + 1) / R: the shares a perfectly
+    balanced token-choice router would give (paper 2.2.1).
+    """
+    steps = model.recursions
+    if depth.policy == "fixed":
+        return (1.0,) * steps
+    return depth.capacities or tuple((steps - r) / steps for r in range(steps))
+
+
+def active_counts(shares: tuple[float, ...], length: int) -> tuple[int, ...]:
+    """Tokens of a row of `length` at these shares: max(1, floor(c T)), as in the released code."""
+    return tuple(max(1, math.floor(c * length)) for c in shares)

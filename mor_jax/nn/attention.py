@@ -56,18 +56,20 @@ def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
 
 def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
     """Queries in blocks, each against the keys up to its own end: about half the products of the full square, and
-    no [T, T] array. Probabilities are recomputed in the backward pass."""
+    no [T, T] array. The division by the softmax's sum is left to the much smaller output."""
     length = q.shape[-2]
-    attend = jax.checkpoint(_masked_attention) if length > block else _masked_attention
+    scale = q.shape[-1] ** -0.5
     out = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        out.append(
-            attend(
-                q[..., start:end, :], k[..., :end, :], v[..., :end, :],
-                q_pos[:, start:end], kv_pos[:, :end], q_seg[:, start:end], kv_seg[:, :end],
-            )
-        )  # fmt: skip
+        seen = visible(q_pos[:, start:end], kv_pos[:, :end], q_seg[:, start:end], kv_seg[:, :end])
+        s_BxKxGxTxS = jnp.einsum(
+            "BKGTH,BKSH->BKGTS", q[..., start:end, :], k[..., :end, :], preferred_element_type=jnp.float32
+        )
+        s = s_BxKxGxTxS * scale + jnp.where(seen, 0.0, MASKED)[:, None, None]
+        p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True)))
+        o = jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v[..., :end, :], preferred_element_type=jnp.float32)
+        out.append((o / jnp.sum(p, axis=-1, keepdims=True)).astype(q.dtype))
     return jnp.concatenate(out, axis=-2) if len(out) > 1 else out[0]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.nn.dense import dense, matrix
@@ -32,17 +33,13 @@ class Attention(nn.Module):
     def __call__(self, x_BxTxD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend) -> tuple[jax.Array, Any]:
         heads, kv_heads, head_dim = self.config.dims
         groups, width, std = heads // kv_heads, self.config.width, self.config.init_std
-        qkv = matrix(
-            self, "qkv", (kv_heads, groups + 2, head_dim, width), ("kv_heads", None, "head_out", "embed"), std
-        )
-        out = matrix(
-            self, "out", (width, kv_heads, groups, head_dim), ("embed", "kv_heads", None, "head_out"), std
-        )
-        h_BxKxExTxH = dense("BTD,KEHD->BKETH", x_BxTxD, qkv)
+        qkv = matrix(self, "qkv", (kv_heads, groups + 2, head_dim, width), ("kv_heads", None, "head_out", "embed"), std)
+        out = matrix(self, "out", (width, kv_heads, groups, head_dim), ("embed", "kv_heads", None, "head_out"), std)
+        h_BxKxExTxH = jnp.moveaxis(dense(x_BxTxD, qkv), 1, 3)
         q = apply_rope(h_BxKxExTxH[:, :, :groups], *rope)
         k = apply_rope(h_BxKxExTxH[:, :, groups], *rope)
         o_BxKxGxTxH, extra = attend(q, k, h_BxKxExTxH[:, :, groups + 1])
-        return dense("BKGTH,DKGH->BTD", o_BxKxGxTxH, out), extra
+        return dense(jnp.moveaxis(o_BxKxGxTxH, 3, 1), out, contract=3), extra
 
 
 class Block(nn.Module):

@@ -19,5 +19,5 @@ class Mlp(nn.Module):
         width = x_BxTxD.shape[-1]
         gate_up = matrix(self, "gate_up", (2, self.mlp_width, width), (None, "mlp", "embed"), self.init_std)
         down = matrix(self, "down", (width, self.mlp_width), ("embed", "mlp"), self.init_std)
-        h_2xBxTxF = dense("BTD,eFD->eBTF", x_BxTxD, gate_up)
-        return dense("BTF,DF->BTD", jax.nn.silu(h_2xBxTxF[0]) * h_2xBxTxF[1], down)
+        h_BxTx2xF = dense(x_BxTxD, gate_up)
+        return dense(jax.nn.silu(h_BxTx2xF[:, :, 0]) * h_BxTx2xF[:, :, 1], down)

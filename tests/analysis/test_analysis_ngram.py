@@ -76,7 +76,7 @@ def test_chunks_do_not_matter(monkeypatch):
 
 def test_rows_give_the_pieces_of_documents():
     class Bytes:
-        def token_bytes(self, token):
+        def piece(self, token):
             return bytes([token]) if token < 256 else b""
 
     rows = [

@@ -6,13 +6,9 @@ from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.depth.base import DepthPolicy
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
+from mor_jax.model.program import capacities
 
-__all__ = ["DepthPolicy", "ExpertChoice", "Fixed", "build_policy", "default_capacities"]
-
-
-def default_capacities(recursions: int) -> tuple[float, ...]:
-    """(R - r + 1) / R for r = 1..R: the shares a balanced token-choice router would give (paper 2.2.1)."""
-    return tuple((recursions - r) / recursions for r in range(recursions))
+__all__ = ["DepthPolicy", "ExpertChoice", "Fixed", "build_policy"]
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig) -> DepthPolicy:
@@ -22,7 +18,7 @@ def build_policy(model: ModelConfig, depth: DepthConfig) -> DepthPolicy:
     return ExpertChoice(
         recursions=model.recursions,
         width=model.width,
-        capacities=depth.capacities or default_capacities(model.recursions),
+        capacities=capacities(model, depth),
         alpha=depth.alpha,
         threshold=depth.threshold,
         init_std=model.init_std,

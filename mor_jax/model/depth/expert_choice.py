@@ -9,13 +9,13 @@ sigmoid(z) >= threshold; the gate stays.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
+from mor_jax.model.program import active_counts
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class ExpertChoice:
         return jax.tree.map(lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple))
 
     def counts(self, length: int) -> tuple[int, ...]:
-        # The small term undoes binary rounding of shares such as 2/3 * 96.
-        return tuple(max(1, math.floor(c * length + 1e-6)) for c in self.capacities)
+        return active_counts(self.capacities, length)
 
     def score(self, router: dict, h_BxTxD: jax.Array) -> jax.Array:
         return nn.apply(self._router(), router, h_BxTxD)

@@ -1,0 +1,24 @@
+"""The argument string of a config file: `configs/mor.py:360m,nr=3` calls `get_config("360m,nr=3")`."""
+
+from mor_jax.errors import ConfigError
+
+
+def parse(arg: str | None, **defaults: str | int) -> dict:
+    """`"360m,nr=3"` -> {"size": "360m", "nr": 3}: one bare word for the first default, `key=value` for the others.
+
+    Raises ConfigError naming the piece that is not understood and what would be.
+    """
+    values = dict(defaults)
+    first = next(iter(defaults))
+    for piece in filter(None, (arg or "").split(",")):
+        key, eq, value = piece.partition("=")
+        if not eq:
+            key, value = first, piece
+        if key not in defaults:
+            valid = ", ".join(f"{k}={v}" for k, v in defaults.items())
+            raise ConfigError(f"config argument {piece!r} is not understood; valid, with their defaults: {valid}.")
+        try:
+            values[key] = type(defaults[key])(value)
+        except ValueError as e:
+            raise ConfigError(f"config argument {piece!r}: {key} must be a whole number.") from e
+    return values

@@ -1,0 +1,101 @@
+"""What all commands share: one clear line for a person's mistake, and the compilation cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mor_jax.config import Config, from_config_dict
+from mor_jax.errors import ConfigError, UserError
+
+
+def run(main: Callable[[list[str]], Any]) -> NoReturn:
+    """Parse flags and call `main`. A UserError becomes `error: ...` on stderr and exit status 2, without a traceback."""
+    logging.set_verbosity(logging.ERROR)
+    use_compilation_cache()
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise UserError(f"argument {argv[1]!r} is not a flag; see --help.")
+        main(argv)
+
+    try:
+        app.run(guarded, flags_parser=_parse)
+    except UserError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)
+
+
+def run_with_arguments(main: Callable[[list[str]], Any]) -> NoReturn:
+    """As `run`, for commands that take plain arguments: `main` gets them without the program's name."""
+    logging.set_verbosity(logging.ERROR)
+    use_compilation_cache()
+    try:
+        app.run(lambda argv: main(argv[1:]), flags_parser=_parse)
+    except UserError as e:
+        _fail(str(e))
+    except KeyboardInterrupt:
+        _fail("interrupted", status=130)
+    sys.exit(0)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Flags, with the errors of config files and overrides in one line. `--help` shows the command's own flags."""
+    if any(a in ("--help", "-h", "-help") for a in argv):
+        argv = [a for a in argv if a not in ("--help", "-h", "-help")] + ["--helpshort"]
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(f"{e} (see --help)")
+    except UserError:
+        raise
+    except (AttributeError, KeyError, ValueError, TypeError) as e:  # how config_flags reports a bad override
+        _fail("--config: " + str(e).replace("\\n", " ").replace("\\'", "'").strip("\"'"))
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def define_config(default: str | None = None) -> Any:
+    """The --config flag: a file under configs/, `:argument` after it, and --config.group.field=value overrides."""
+    holder = config_flags.DEFINE_config_file(
+        "config", default, "Configuration file, e.g. configs/quickstart.py or configs/mor.py:360m,nr=3. "
+        "Any field can be overridden: --config.train.steps=200."
+    )  # fmt: skip
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
+    return holder
+
+
+def read_config(holder: Any) -> Config:
+    """The typed, checked configuration behind the --config flag."""
+    value = holder.value
+    if value is None:
+        raise ConfigError("--config is missing, e.g. --config configs/quickstart.py.")
+    try:
+        value = value.to_dict()  # config_flags puts off the error of an unreadable file until it is used
+    except OSError as e:
+        why = str(e).strip().splitlines()[-1].strip()
+        raise ConfigError(f"--config: {why}. Configurations are under configs/.") from e
+    return from_config_dict(value, devices=jax.device_count())
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax."""
+    root = Path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,161 @@
+"""Subword tokenizers: byte-level BPE trained here, and anything else that comes as a tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+
+from mor_jax.data.documents import valid_text
+from mor_jax.data.pieces import Spelling
+from mor_jax.data.vocabulary import Tokenizer
+from mor_jax.data.words import WordEncoder
+from mor_jax.errors import DataError
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+# Most telling name first; chat turn markers last, since a base model never saw them close a document.
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "<s>", "<bos>", "[BOS]", "[CLS]")
+EOS_NAMES = (
+    EOS,
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "[SEP]",
+    "<|im_end|>",
+)
+
+PIECE = 1 << 10  # characters; texts are cut to about this, which sets apart what is not ASCII
+LONG = 1 << 18  # characters; the same for other patterns than GPT-2's, only to bound the library's memory
+GROUP = 1 << 22  # characters handed to the library at once; it holds about 100 bytes a token meanwhile
+# Between two words in Latin letters every byte-level pre-tokenizer starts anew, so a cut there changes nothing.
+_CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n][A-Za-z])")
+
+
+class BpeTokenizer(Tokenizer):
+    """A `tokenizers.Tokenizer`, byte-level BPE or not.
+
+    Raises:
+      DataError: none of the usual names of an end-of-document token is in the vocabulary.
+    """
+
+    def __init__(self, hf: tokenizers.Tokenizer, where: str = "tokenizer"):
+        hf.no_truncation()
+        hf.no_padding()
+        hf.encode_special_tokens = True  # "<|eos|>" in a text is text
+        self._hf = hf
+        self.bos, self.eos = _document_ends(hf, where)
+        ids = hf.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        if self.vocab_size >= 2**31:
+            raise DataError(f"{where}: token id {self.vocab_size - 1} does not fit int32.")
+        self._names = {i: name for name, i in ids.items()}
+        spelling = Spelling(json.loads(hf.to_str()))
+        self._words = WordEncoder(self._encode_whole) if spelling.gpt2_words else None
+        self._piece = PIECE if spelling.gpt2_words else LONG if spelling.cuttable else sys.maxsize
+        self.strip_space = spelling.strip_space
+        pieces = [b""] * self.vocab_size
+        for i, name in self._names.items():
+            pieces[i] = spelling.bytes_of(name)
+        for i, token in hf.get_added_tokens_decoder().items():
+            pieces[i] = b"" if token.special else token.content.encode()
+        for i in {self.bos, self.eos}:
+            pieces[i] = b""
+        self.pieces = pieces
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        pieces: list[str] = []
+        counts = []
+        for text in texts:
+            cut = list(cut_text(valid_text(text), self._piece))
+            counts.append(len(cut))
+            pieces += cut
+        encoded = [ids for group in _groups(pieces) for ids in self._encode_group(group)]
+        ends = np.cumsum(counts, dtype=int)
+        return [np.concatenate(encoded[end - n : end]) for end, n in zip(ends, counts, strict=True)]
+
+    def _encode_group(self, pieces: list[str]) -> list[np.ndarray]:
+        if self._words is None:
+            return [np.array(ids, np.int32) for ids in self._encode_whole(pieces)]
+        easy = [piece.isascii() for piece in pieces]
+        fast = iter(self._words([p for p, e in zip(pieces, easy, strict=True) if e]))
+        slow = iter(self._encode_whole([p for p, e in zip(pieces, easy, strict=True) if not e]))
+        return [next(fast) if e else np.array(next(slow), np.int32) for e in easy]
+
+    def _encode_whole(self, texts: Sequence[str]) -> list[list[int]]:
+        """The library's own encoding."""
+        # The fast one computes no offsets; tokenizers before 0.20.1 lack it.
+        encode = getattr(self._hf, "encode_batch_fast", self._hf.encode_batch)
+        return [e.ids for e in encode(list(texts), add_special_tokens=False)]
+
+    def token_text(self, token: int) -> str:
+        return super().token_text(token) or self._names.get(token, "")
+
+    def to_json(self) -> str:
+        return self._hf.to_str()
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Byte-level BPE with GPT-2's word pattern and the specials <|bos|> = 0, <|eos|> = 1.
+
+    Deterministic. `vocab_size` counts the specials and the 256 bytes; a small corpus may yield fewer tokens.
+    """
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE())
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    hf.train_from_iterator((piece for text in texts for piece in cut_text(valid_text(text), PIECE)), trainer)
+    return BpeTokenizer(hf)
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """`text` in pieces of at least `size` characters, cut only where byte-level tokens end anyway (else not at all)."""
+    start = 0
+    while len(text) - start > size and (cut := _CUT.search(text, start + size)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def _groups(pieces: list[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    size = 0
+    for piece in pieces:
+        if group and size + len(piece) > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece)
+    if group:
+        yield group
+
+
+def _document_ends(hf: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
+    """(bos, eos); one stands in for the other where only one exists."""
+    found = [
+        next((i for name in names if (i := hf.token_to_id(name)) is not None), None) for names in (BOS_NAMES, EOS_NAMES)
+    ]
+    bos, eos = found
+    if bos is None and eos is None:
+        raise DataError(
+            f"{where}: no token that marks the end of a document. Looked for {', '.join(EOS_NAMES)}; "
+            "add one of them to the tokenizer's special tokens."
+        )
+    return (eos if bos is None else bos), (bos if eos is None else eos)

@@ -1,0 +1,75 @@
+"""Reading .gz, .xz and .zst as streams of bytes, where a damaged or cut-off file is an error and never a short read."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import zlib
+from typing import BinaryIO
+
+from mor_jax.errors import DataError
+
+SUFFIXES = (".gz", ".xz", ".zst")
+
+# What reading any of these can raise when the file is missing, forbidden, damaged or cut off.
+READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def open_bytes(path: str, compression: str) -> BinaryIO:
+    """`path` opened for reading, decompressed. `compression`: one of SUFFIXES, or "" for none."""
+    if compression == ".gz":
+        return gzip.open(path, "rb")
+    if compression == ".xz":
+        return lzma.open(path, "rb")
+    if compression == ".zst":
+        return io.BufferedReader(_ZstdReader(path), 1 << 17)
+    return open(path, "rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """All frames of a .zst file, one after another.
+
+    `zstandard.ZstdDecompressor.stream_reader` ends without an error when its input is cut off; this one raises
+    EOFError then.
+    """
+
+    def __init__(self, path: str):
+        self._zstandard = _import_zstandard(path)
+        self._file = open(path, "rb")  # noqa: SIM115 - closed in close()
+        self._frame = None  # decompressor of the frame being read
+        self._ready = b""  # decompressed, not yet handed out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._ready:
+            chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
+            chunk = chunk or self._file.read(1 << 17)
+            if not chunk:
+                if self._frame and not self._frame.eof:
+                    raise EOFError("the last zstd frame is cut off")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._zstandard.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(chunk)
+            except self._zstandard.ZstdError as e:
+                raise OSError(str(e)) from e
+        n = min(len(buffer), len(self._ready))
+        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        return n
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _import_zstandard(path: str):
+    try:
+        import zstandard
+    except ImportError as e:
+        raise DataError(f'{path}: reading .zst needs the zstandard package: pip install "mor-jax[data]"') from e
+    return zstandard

@@ -1,0 +1,104 @@
+"""Tokenised documents in part files: each is written atomically, so a killed preparation goes on from the last one."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mor_jax.data.documents import Document
+from mor_jax.data.vocabulary import Tokenizer
+
+PART_BYTES = 4 << 20  # of UTF-8 text; what a kill can lose, and what one tokeniser call gets
+
+
+class Part(NamedTuple):
+    """Documents in corpus order.
+
+    tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that holds them.
+    lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of each.
+    held_out: bool[documents].
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sizes: np.ndarray
+    held_out: np.ndarray
+
+
+def write_parts(
+    documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer, directory: Path, advance: Callable[[float], None]
+) -> list[Path]:
+    """Tokenise (document, held out) pairs into part files, reusing those already in `directory`.
+
+    `documents` must be the same sequence each time. `advance` is called with UTF-8 bytes done. Returns the files in
+    order."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    documents = iter(documents)
+    while (part := _read_finished(path := directory / f"{len(paths):06d}.npz")) is not None:
+        paths.append(path)
+        for _ in part.lengths:
+            next(documents, None)
+        advance(float(part.sizes.sum()))
+    for batch in _batches(documents):
+        path = directory / f"{len(paths):06d}.npz"
+        part = _tokenize(batch, tokenizer)
+        draft = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(draft, "wb") as f:
+            np.savez(f, **part._asdict())
+        os.replace(draft, path)
+        paths.append(path)
+        advance(float(part.sizes.sum()))
+    return paths
+
+
+def read_documents(paths: Iterable[Path], held_out: bool) -> Iterator[np.ndarray]:
+    """Token ids of each document on one side of the split, in corpus order."""
+    for path in paths:
+        part = read_part(path)
+        ends = np.cumsum(part.lengths)
+        for end, length, out in zip(ends, part.lengths, part.held_out, strict=True):
+            if out == held_out:
+                yield part.tokens[end - length : end]
+
+
+def read_part(path: Path) -> Part:
+    with np.load(path) as arrays:
+        return Part(**{name: arrays[name] for name in Part._fields})
+
+
+def _read_finished(path: Path) -> Part | None:
+    """None for a part that does not exist or that a power cut left damaged."""
+    try:
+        return read_part(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[bytes, Document, bool]]]:
+    batch: list = []
+    size = 0
+    for document, held_out in documents:
+        batch.append((len(document.text.encode()), document, held_out))
+        size += batch[-1][0]
+        if size >= PART_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenize(batch: list, tokenizer: Tokenizer) -> Part:
+    ids = tokenizer.encode_arrays([document.text for _, document, _ in batch])
+    dtype = np.min_scalar_type(tokenizer.vocab_size)
+    return Part(
+        tokens=np.concatenate(ids).astype(dtype),
+        lengths=np.array([len(i) for i in ids], np.int64),
+        sizes=np.array([size for size, _, _ in batch], np.int64),
+        held_out=np.array([held_out for _, _, held_out in batch], bool),
+    )

@@ -1,0 +1,227 @@
+"""A corpus becomes token rows on disk: once, in resumable steps, never half-read.
+
+    <cache>/data/<fingerprint>/        complete: prepared.json, tokenizer.json, rows/ (a TFDS data set)
+    <cache>/data/<fingerprint>.work/   under way: plan.json, tokenizer.json, parts/, out/
+    <cache>/data/<fingerprint>.lock
+
+The fingerprint covers the corpus, the tokenizer, the context, the held-out share and the format, so a cache that no
+longer fits is never found. The last step is the rename of work/out to its final name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mor_jax.config import DataConfig
+from mor_jax.data.builder import Rows, write_rows
+from mor_jax.data.documents import Document, Source
+from mor_jax.data.hashing import HashMemo, digest_of
+from mor_jax.data.holdout import Plan, Survey, nonempty, place
+from mor_jax.data.lock import exclusive
+from mor_jax.data.packing import Row, pack
+from mor_jax.data.parts import read_documents, read_part, write_parts
+from mor_jax.data.progress import progress, say
+from mor_jax.data.sources import open_source
+from mor_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from mor_jax.errors import ConfigError, DataError
+
+FORMAT = 1  # of the cache; raise it when any step here changes what is written
+BPE_SAMPLE_BYTES = 256 << 20  # of text the BPE is trained on; more changes few merges
+SPLITS = {"train": False, "validation": True}  # name: held out
+MANIFEST = "prepared.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Rows of both splits, read on demand.
+
+    stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int} with, for each
+    split, documents, tokens (bos and eos included), bytes (UTF-8 text) and rows. `note` says how a corpus of very
+    few documents was split; else it is empty.
+    """
+
+    train: Rows
+    validation: Rows
+    tokenizer: Tokenizer
+    fingerprint: str
+    stats: dict[str, Any]
+    directory: Path
+
+
+def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> PreparedData:
+    """The packed rows of a corpus, prepared now or before.
+
+    Args:
+      cfg: source, tokenizer and held-out share. `cfg.seed` plays no part: shuffling is the loader's.
+      context: tokens a row.
+      progress: whether to show progress on stderr.
+
+    Raises:
+      DataError: anything wrong with the corpus, the tokenizer file or the cache; the message names it.
+    """
+    if context < 2:
+        raise ConfigError(
+            f"config.model.context = {context}: a row needs at least 2 tokens to predict one from another."
+        )
+    root = cache_root(cfg)
+    memo = HashMemo(root / "hashes.json")
+    source = open_source(cfg, memo)
+    # A BPE is known by what it will be trained on; that is the rest of the fingerprint.
+    tokenizer = None if cfg.tokenizer == "bpe" else build_tokenizer(cfg)
+    spelling = tokenizer.fingerprint() if tokenizer else f"bpe {cfg.bpe_vocab}"
+    corpus = source.fingerprint()
+    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout))
+    final = root / fingerprint
+    if not final.exists():
+        try:
+            wait = functools.partial(
+                say, "another process is preparing the same data; waiting for it ...", shown=progress
+            )
+            with exclusive(root / f"{fingerprint}.lock", wait):
+                if not final.exists():
+                    _write(final, source, corpus, tokenizer, cfg, context, progress)
+        except OSError as e:
+            raise DataError(
+                f"{e.filename or root}: the prepared data cannot be written ({e.strerror or e}). "
+                "Set config.data.cache_dir or $MOR_JAX_CACHE to a directory with enough space."
+            ) from e
+    return load_prepared(final)
+
+
+def cache_root(cfg: DataConfig) -> Path:
+    """Where prepared data lives: config.data.cache_dir, else $MOR_JAX_CACHE, else ~/.cache/mor_jax; then data/."""
+    root = cfg.cache_dir or os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax"
+    return Path(root).expanduser().absolute() / "data"
+
+
+def load_prepared(directory: Path) -> PreparedData:
+    """Open a complete cache entry. Raises DataError naming the damaged file and what to do."""
+    todo = f"Delete the directory {directory} and run again; it will be prepared anew."
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        files, stats, fingerprint = manifest["files"], manifest["stats"], manifest["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path}: damaged data cache ({e!r}). {todo}") from e
+    for name, size in files.items():
+        found = (directory / name).stat().st_size if (directory / name).exists() else None
+        if found != size:
+            is_now = "is missing" if found is None else f"has {found} bytes"
+            raise DataError(f"{directory / name}: damaged data cache (the file {is_now}, was {size} bytes). {todo}")
+    return PreparedData(
+        train=Rows(directory / "rows", "train"),
+        validation=Rows(directory / "rows", "validation"),
+        tokenizer=load_tokenizer(directory),
+        fingerprint=fingerprint,
+        stats=stats,
+        directory=directory,
+    )
+
+
+def _write(
+    final: Path, source: Source, corpus: str, tokenizer: Tokenizer | None, cfg: DataConfig, context: int, shown: bool
+) -> None:
+    """Prepare into `final`, going on from whatever an earlier attempt finished."""
+    work = final.with_name(f"{final.name}.work")
+    plan, tokenizer = _plan(work, source, tokenizer, cfg, shown)
+    with progress(f"tokenizing {source.label}", plan.bytes, shown=shown) as advance:
+        parts = write_parts(plan.split(nonempty(source)), tokenizer, work / "parts", advance)
+    if source.fingerprint() != corpus:
+        shutil.rmtree(work)
+        raise DataError(f"{source.label}: the corpus changed while it was being prepared. Run again.")
+
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    stats = _count(parts)
+    total = sum(-(-stats[split]["tokens"] // context) for split in SPLITS)
+    with progress("writing rows", total, "rows", shown=shown) as advance:
+
+        def rows(held_out: bool) -> Iterator[Row]:
+            for row in pack(read_documents(parts, held_out), context, bos=tokenizer.bos, eos=tokenizer.eos):
+                yield row
+                advance(1)
+
+        written = write_rows(out / "tfds", {s: functools.partial(rows, h) for s, h in SPLITS.items()}, context)
+    os.replace(written, out / "rows")
+    shutil.rmtree(out / "tfds")
+    for split in SPLITS:
+        stats[split]["rows"] = len(Rows(out / "rows", split))
+    tokenizer.save(out)
+    stats |= {"note": plan.note, "source": source.label, "skipped_files": getattr(source, "skipped", 0)}
+    files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+    manifest = {"fingerprint": final.name, "context": context, "stats": stats, "files": files}
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    try:
+        os.rename(out, final)
+    except OSError:
+        if not final.exists():  # else another process without our lock was faster; its result is the same
+            raise
+    shutil.rmtree(work, ignore_errors=True)
+    if plan.note:
+        say(plan.note, shown=shown)
+
+
+def _plan(
+    work: Path, source: Source, tokenizer: Tokenizer | None, cfg: DataConfig, shown: bool
+) -> tuple[Plan, Tokenizer]:
+    """The split and the tokenizer, from `work` where an earlier attempt left them."""
+    path = work / "plan.json"
+    try:
+        return Plan(**json.loads(path.read_text())), load_tokenizer(work)
+    except (OSError, ValueError, TypeError, DataError):
+        shutil.rmtree(work, ignore_errors=True)
+    survey = Survey(cfg.holdout)
+    sample = _Sample(BPE_SAMPLE_BYTES) if tokenizer is None else None
+    with progress(f"reading {source.label}", None, shown=shown) as advance:
+        for document in nonempty(source):
+            survey(document)
+            if sample:
+                sample.add(document)
+            advance(len(document.text))
+    plan = survey.plan(source.label)
+    if sample:
+        say(f"training a BPE of {cfg.bpe_vocab} tokens ...", shown=shown)
+        tokenizer = build_tokenizer(cfg, (d for d, held_out in plan.split(sample.documents()) if not held_out))
+    tokenizer.save(work)
+    path.write_text(json.dumps(dataclasses.asdict(plan)))  # last: it says that the tokenizer is there
+    return plan, tokenizer
+
+
+class _Sample:
+    """The documents with the highest places, up to a number of bytes: an even sample that any machine repeats.
+
+    High places, since low ones are held out and must not shape the tokenizer."""
+
+    def __init__(self, limit: int):
+        self._limit, self._size = limit, 0
+        self._heap: list[tuple[float, int, Document]] = []
+
+    def add(self, document: Document) -> None:
+        heapq.heappush(self._heap, (place(document.id), len(self._heap), document))
+        self._size += len(document.text)
+        while self._size > self._limit and len(self._heap) > 1:
+            self._size -= len(heapq.heappop(self._heap)[2].text)
+
+    def documents(self) -> Iterable[Document]:
+        return [document for _, _, document in sorted(self._heap, key=lambda entry: entry[:2])]
+
+
+def _count(parts: list[Path]) -> dict[str, dict[str, int]]:
+    stats = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
+    for path in parts:
+        part = read_part(path)
+        for split, held_out in SPLITS.items():
+            mine = part.held_out == held_out
+            stats[split]["documents"] += int(mine.sum())
+            stats[split]["tokens"] += int(part.lengths[mine].sum() + 2 * mine.sum())
+            stats[split]["bytes"] += int(part.sizes[mine].sum())
+    return stats

@@ -1,0 +1,105 @@
+"""The `tfds` source: a text data set already prepared by TFDS as array_record. TensorFlow is not needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mor_jax.config import DataConfig
+from mor_jax.data.documents import Digest, Document
+from mor_jax.data.hashing import digest_of, hash_file
+from mor_jax.errors import DataError
+
+READ_AT_ONCE = 64  # records
+
+
+class TfdsText:
+    """Documents of one split, in stored order; ids are "data set:index".
+
+    `cfg.paths[0]` is the directory that holds dataset_info.json; or `cfg.name` is looked up where TFDS keeps its data
+    ($TFDS_DATA_DIR, else ~/tensorflow_datasets); with both, under `cfg.paths[0]`.
+
+    Raises:
+      DataError: no such data set, not prepared, not array_record, no such split, no such field.
+    """
+
+    def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
+        self._key, self._split, self._digest = cfg.text_key, cfg.split, digest
+        self._info, self._records = _open(cfg)
+        self.label = f"tfds {self._info.full_name}, split {cfg.split}"
+        fields = list(self._info.features.keys()) if hasattr(self._info.features, "keys") else []
+        if self._key not in fields:
+            raise DataError(
+                f"{self.label}: no field {self._key!r}. Fields present: {', '.join(map(repr, fields)) or 'none'}. "
+                "Set config.data.text_key."
+            )
+
+    def documents(self) -> Iterator[Document]:
+        total = len(self._records)
+        for start in range(0, total, READ_AT_ONCE):
+            indices = list(range(start, min(total, start + READ_AT_ONCE)))
+            try:
+                batch = self._records.__getitems__(indices)
+            except Exception as e:  # array_record raises bare RuntimeError for anything wrong with a file
+                raise DataError(
+                    f"{self.label}: record {start} or one of the {len(indices) - 1} after it cannot be read ({e}). "
+                    "Prepare the data set again."
+                ) from e
+            for index, record in zip(indices, batch, strict=True):
+                text = record[self._key]
+                if not isinstance(text, (bytes, str)):
+                    raise DataError(
+                        f"{self.label}, record {index}: field {self._key!r} is not text but {type(text).__name__}."
+                    )
+                if isinstance(text, bytes):
+                    text = text.decode("utf-8", "replace")
+                yield Document(f"{self._info.full_name}:{index}", text)
+
+    def fingerprint(self) -> str:
+        parts = ["tfds", self._info.full_name, self._split, self._key]
+        for name in sorted(self._info.splits):
+            split = self._info.splits[name]
+            parts += [name, str(split.num_bytes), str(split.shard_lengths)]
+            for path in map(str, split.filepaths):
+                # A remote shard is not downloaded just to be hashed; sizes and lengths have to do.
+                parts += [os.path.basename(path), self._digest(path) if os.path.exists(path) else ""]
+        return digest_of(*parts)
+
+
+def _open(cfg: DataConfig) -> tuple[Any, Any]:
+    """(DatasetInfo, random-access source of the split)"""
+    import tensorflow_datasets as tfds
+
+    directory = os.path.expanduser(cfg.paths[0]) if cfg.paths else None
+    if cfg.name:
+        try:
+            builder = tfds.builder(cfg.name, **({"data_dir": directory} if directory else {}))
+        except Exception as e:  # an unknown name, namespace or config; each raises its own kind
+            raise DataError(
+                f"config.data.name = {cfg.name!r} is not a data set that TFDS knows or finds prepared "
+                f"({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}). "
+                "For one of your own, give its directory (the one with dataset_info.json) in config.data.paths."
+            ) from e
+    else:
+        try:
+            builder = tfds.builder_from_directory(directory)
+        except Exception as e:
+            raise DataError(
+                f"{directory}: not a prepared TFDS data set ({e}). Give the directory that holds dataset_info.json, "
+                "e.g. ~/tensorflow_datasets/wiki40b/en/1.3.0."
+            ) from e
+    info = builder.info
+    again = f"Prepare it with: tfds build {cfg.name or info.full_name} --file_format=array_record"
+    if not info.splits:
+        raise DataError(f"tfds {info.full_name} is not prepared under {builder.data_dir}. {again}")
+    try:
+        return info, builder.as_data_source(cfg.split)
+    except NotImplementedError as e:
+        was = info.file_format.value if info.file_format else "an unknown format"
+        raise DataError(
+            f"tfds {info.full_name} in {builder.data_dir} was prepared as {was}; only array_record can be read without "
+            f"TensorFlow. {again} (into another data_dir, or after deleting this one)."
+        ) from e
+    except ValueError as e:
+        raise DataError(f"config.data.split = {cfg.split!r} of tfds {info.full_name}: {e}") from e

@@ -1,0 +1,65 @@
+"""Tokenizers by name or file: `bytes`, `bpe` (trained on the corpus), or any tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+
+import tokenizers
+
+from mor_jax.config import DataConfig
+from mor_jax.data.bpe import BpeTokenizer, train_bpe
+from mor_jax.data.documents import Document
+from mor_jax.data.vocabulary import BYTES_FORMAT, FILE, ByteTokenizer, StreamDecoder, Tokenizer
+from mor_jax.errors import DataError
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "build_tokenizer",
+    "load_tokenizer",
+    "train_bpe",
+]
+
+
+def build_tokenizer(cfg: DataConfig, documents: Iterable[Document] = ()) -> Tokenizer:
+    """The tokenizer that `cfg.tokenizer` asks for. Only `bpe` reads `documents`.
+
+    Raises DataError where a tokenizer.json is missing or broken."""
+    if cfg.tokenizer == "bytes":
+        return ByteTokenizer()
+    if cfg.tokenizer == "bpe":
+        return train_bpe((document.text for document in documents), cfg.bpe_vocab)
+    if not os.path.exists(os.path.expanduser(cfg.tokenizer)):
+        raise DataError(
+            f"config.data.tokenizer = {cfg.tokenizer!r} is neither bytes, bpe nor an existing tokenizer.json."
+        )
+    return load_tokenizer(cfg.tokenizer)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in `path`, a tokenizer.json or a directory with one.
+
+    Begin and end of a document are found by their usual names (`bpe.BOS_NAMES`, `bpe.EOS_NAMES`).
+    Raises DataError naming the file when it is missing, broken, or has no such tokens."""
+    path = os.path.expanduser(os.fspath(path))
+    if os.path.isdir(path):
+        path = os.path.join(path, FILE)
+    try:
+        with open(path, encoding="utf-8") as f:
+            text = f.read()
+        config = json.loads(text)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read ({e.strerror or e}).") from e
+    except ValueError as e:  # JSONDecodeError and UnicodeDecodeError both are
+        raise DataError(f"{path}: not a tokenizer.json ({e}). Fetch or write it again.") from e
+    if isinstance(config, dict) and config.get("format") == BYTES_FORMAT:
+        return ByteTokenizer()
+    try:
+        hf = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the library raises bare Exception
+        raise DataError(f"{path}: not a tokenizer.json that the tokenizers library can load ({e}).") from e
+    return BpeTokenizer(hf, path)

@@ -1,0 +1,535 @@
+"""Checkpoints: a thin, suspicious layer over Orbax's `CheckpointManager`.
+
+A checkpoint of step N is the directory `DIR/N`: the arrays of the training state (sharded, written in the
+background) and one JSON document with whatever the caller wants to travel along (config, tokenizer, ...) and a
+digest of every array. Nothing is believed on the way back: the document carries its own SHA-256, and the digests
+are computed again from the restored arrays, so a flipped bit or a missing file is an error with a name and never
+a strange loss curve. Digests do not depend on the sharding, so any mesh may read what another one wrote.
+
+Orbax facts this relies on are in spec/jax_stack.md section 3; what it designs away, in section 7, items 4 to 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from mor_jax.errors import CheckpointError
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = 1
+_TMP = ".orbax-checkpoint-tmp"
+_PHRASES = tuple(
+    os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
+)
+_FULL = _PHRASES[:2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint. `skipped` names the newer steps that were damaged, each with the reason."""
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+    skipped: Mapping[int, str] = dataclasses.field(default_factory=dict)
+
+
+class _Damaged(Exception):
+    """One step directory cannot be believed; the message says why."""
+
+
+class Checkpointer:
+    """Writes and restores the checkpoints of one run; a context manager that closes itself.
+
+    All processes of a multi-process run make the same calls; process 0 does the renames.
+
+    Args:
+      directory: created if missing; a local path or one Orbax understands (gs://...).
+      keep: newest checkpoints kept; older ones are deleted once a newer one is durable.
+      async_save: write in the background. The arrays are copied to the host before `save` returns, so the
+        caller may donate them.
+    Raises:
+      CheckpointError: the directory cannot be created or written to.
+    """
+
+    def __init__(self, directory: os.PathLike | str, *, keep: int = 3, async_save: bool = True):
+        self._directory = _absolute(directory)
+        self._keep, self._async = keep, async_save
+        self._manager: Any = None  # made by the first save: importing Orbax and listing the directory take a second
+        self._pending: int | None = None  # the step being written
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            if _is_local(self._directory) and not os.access(self._directory, os.W_OK | os.X_OK):
+                raise PermissionError("the file system is read-only or the permissions forbid it")
+        except OSError as e:
+            reason = "it is not a directory" if isinstance(e, FileExistsError) else _reason(e)
+            raise CheckpointError(f"cannot write checkpoints to {directory}: {reason}.") from e
+
+    def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+        """Start to save; saving the newest step once more does nothing.
+
+        Args:
+          step: not lower than any step already in the directory.
+          state: pytree of arrays; containers may be optax NamedTuples.
+          meta: plain JSON.
+        Raises:
+          CheckpointError: this save could not start, or the previous one failed.
+        """
+        self.wait()
+        body = {"meta": json.loads(json.dumps(meta)), "leaves": _table(state)}
+        ocp = _orbax()
+        try:
+            manager = self._manager = self._manager or self._open()
+            newest = manager.latest_step()
+            if newest is not None and newest >= step:
+                if newest == step:
+                    return
+                raise CheckpointError(
+                    f"could not save step {step} to {self._directory}: it already holds step {newest}. "
+                    "Resume from it or use another directory."
+                )
+            document = {"format": _FORMAT, "sha256": _sha256(body), "body": body}
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document))
+            manager.save(step, args=items, force=True)
+        except CheckpointError:
+            raise
+        except Exception as e:
+            self._fail(step, e)
+        self._pending = step
+        if not self._async:
+            self.wait()
+
+    def check(self) -> None:
+        """Raise CheckpointError if the save in the background has failed; costs a lock."""
+        # Not `manager.check_for_errors()`: it takes the exception away from Orbax's own finalizing thread, which
+        # would then believe in success and delete the oldest good checkpoint.
+        if self._pending is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Block until everything handed to `save` is durable. Raises CheckpointError if it could not be."""
+        if self._pending is None:
+            return
+        step = self._pending
+        try:
+            self._manager.wait_until_finished()
+        except Exception as e:
+            self._pending = None
+            self._fail(step, e)
+        self._pending = None
+
+    def steps(self) -> list[int]:
+        """Finished steps, ascending; the one being written is not among them."""
+        return _steps(self._directory)
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restore the newest checkpoint that verifies; None if the directory has none.
+
+        Newer ones that do not verify are renamed to `<step>.damaged` with a warning, never deleted; the run can
+        then save those steps again. They are touched only once an older one has proved good.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) with the target shardings.
+        Raises:
+          CheckpointError: there are checkpoints but none verifies, or they do not fit `abstract_state`.
+        """
+        self.wait()
+        skipped: dict[int, str] = {}
+        for step in reversed(self.steps()):
+            try:
+                state, meta = _restore(self._directory, step, abstract_state, partial=False)
+            except _Damaged as e:
+                skipped[step] = str(e)
+                continue
+            if skipped:
+                self._close_manager()  # it remembers the steps it has seen
+                self._move_aside(skipped, step)
+            return Restored(step, state, meta, skipped)
+        if skipped:
+            why = "\n".join(f"  step {step}: {reason}" for step, reason in skipped.items())
+            raise CheckpointError(
+                f"no checkpoint in {self._directory} can be restored; nothing was changed there:\n{why}\n"
+                "Move the directory away to start from the beginning."
+            )
+        return None
+
+    def close(self) -> None:
+        """Wait for the last save and release the threads."""
+        try:
+            self.wait()
+        finally:
+            self._close_manager()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as e:
+            if kind is None:
+                raise
+            _LOG.error("%s", e)  # the exception already on its way out is the one to see
+
+    def _open(self) -> Any:
+        ocp = _orbax()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._keep,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # a damaged metadata file must not stop the run before it starts
+            # In the background, a failed mkdir would leave the writers waiting for it for 20 minutes.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
+        return ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
+
+    def _close_manager(self) -> None:
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # a failed save has been reported by `wait`
+                manager.close()
+
+    def _fail(self, step: int, error: Exception) -> NoReturn:
+        """Remove what is left of a failed save and say what happened in one sentence."""
+        self._close_manager()
+        if jax.process_index() == 0:
+            for _ in range(5):  # writers of other arrays may still be at it
+                left = [p for p in self._directory.glob(f"{step}{_TMP}*") if _remove(p)]
+                if not left:
+                    break
+                time.sleep(0.2)
+        steps = self.steps()
+        intact = (
+            f"Earlier checkpoints are intact (steps {_join(steps)})." if steps else "There is no earlier checkpoint."
+        )
+        reason = _reason(error)
+        todo = "Free space" if reason in _FULL else "Repair the cause"
+        raise CheckpointError(
+            f"could not save step {step} to {self._directory}: {reason}. {intact} {todo} and start again to resume."
+        ) from error
+
+    def _move_aside(self, skipped: Mapping[int, str], good: int) -> None:
+        for step, reason in skipped.items():
+            if jax.process_index() != 0:
+                continue
+            source, target = self._directory / str(step), self._directory / f"{step}.damaged"
+            if target.exists():
+                target = self._directory / f"{step}.damaged-{time.time_ns()}"
+            try:
+                source.rename(target)
+            except OSError as e:
+                raise CheckpointError(
+                    f"cannot move the damaged {source} aside: {_reason(e)}. Do it and start again."
+                ) from e
+            _LOG.warning(
+                "the checkpoint of step %d in %s is damaged (%s); it is now called %s. Going on from step %d.",
+                step, self._directory, reason, target.name, good,
+            )  # fmt: skip
+        _barrier("mor_jax_moved_aside")
+
+
+def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[int, dict[str, Any]]:
+    """(step, meta) of one checkpoint, the newest by default, without reading an array. Raises CheckpointError."""
+    directory, step = _choose(directory, step)
+    try:
+        return step, _document(directory, step)["meta"]
+    except _Damaged as e:
+        raise _unusable(directory, step, e) from e
+
+
+def restore_params(directory: os.PathLike | str, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
+    """(params, step): the `params` entry of the saved state alone, verified. It writes nothing.
+
+    Args:
+      directory: where a `Checkpointer` saved a state with an entry or field named `params`.
+      abstract_params: pytree of `jax.ShapeDtypeStruct` with target shardings; another floating dtype is cast to.
+      step: the newest by default.
+    Raises:
+      CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
+    """
+    directory, step = _choose(directory, step)
+    try:
+        state, _ = _restore(directory, step, {"params": abstract_params}, partial=True)
+    except _Damaged as e:
+        raise _unusable(directory, step, e) from e
+    return state["params"], step
+
+
+def digest(x: jax.Array) -> jax.Array:
+    """uint32[2] that depends on every bit of `x` and its place, but not on sharding, order or host count.
+
+    Each element's bits are mixed with its flat index by the murmur3 finalizer (a bijection: damage to a single
+    element is always seen) and summed modulo 2^32; the second sum is of the first one's terms, mixed again. One
+    variadic reduction, because XLA on CPU would otherwise keep a temporary as large as `x`.
+    """
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if jnp.iscomplexobj(x):
+        x = jnp.stack([x.real, x.imag])
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # 8 bytes: a last axis of 2
+    bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
+    index = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    first = _mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9)))
+    second = _mix(first ^ jnp.uint32(0x5BD1E995))
+    zero = jnp.zeros((), jnp.uint32)
+    sums = jax.lax.reduce(
+        (first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(bits.ndim))
+    )
+    return jnp.stack(sums)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+@functools.cache
+def _digest_on(sharding: NamedSharding | None) -> Any:
+    return jax.jit(digest, out_shardings=sharding)
+
+
+def _table(tree: Any) -> dict[str, list]:
+    """{leaf name: [shape, dtype, digest]} of a pytree of arrays. One small compilation a distinct leaf shape."""
+    names, leaves = _named(tree)
+    # Replicated over the leaf's own mesh, so that every process can read it.
+    mesh = [getattr(getattr(x, "sharding", None), "mesh", None) for x in leaves]
+    sums = [_digest_on(m and NamedSharding(m, PartitionSpec()))(x) for m, x in zip(mesh, leaves, strict=True)]
+    rows = zip(names, leaves, jax.device_get(sums), strict=True)
+    return {name: [list(np.shape(x)), _dtype(x), f"{s[0]:08x}{s[1]:08x}"] for name, x, s in rows}
+
+
+def _named(tree: Any) -> tuple[list[str], list[Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    if len(set(names)) != len(names):
+        raise ValueError("two leaves of the state have the same path; do not use '/' in keys.")
+    return names, [leaf for _, leaf in flat]
+
+
+def _dtype(x: Any) -> str:
+    return str(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
+
+
+def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
+    """(state, meta) of one step, verified. Raises _Damaged, or CheckpointError if it does not fit `abstract`."""
+    problem = None
+    try:
+        body = _document(directory, step)
+    except _Damaged as e:
+        problem = e
+    _agree(problem)
+    saved = body["leaves"]
+    _check_fit(directory, step, abstract, saved, partial)
+
+    names, leaves = _named(abstract)
+    wanted = jax.tree.unflatten(
+        jax.tree.structure(abstract),
+        [
+            jax.ShapeDtypeStruct(
+                x.shape,
+                x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jnp.dtype(saved[name][1]),
+                sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.devices()[0]),
+            )
+            for name, x in zip(names, leaves, strict=True)
+        ],
+    )
+    ocp = _orbax()
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+            state = reader.restore(directory / str(step) / "state", args=arguments)
+    except Exception as e:  # Orbax and TensorStore raise whatever they stumble over
+        problem = _Damaged(f"its arrays cannot be read: {_reason(e)}")
+    _agree(problem)
+    found = _table(state)
+    for name in names:
+        if found.get(name) != saved[name]:
+            raise _Damaged(f"the values of {name} are not those that were saved")
+    return jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), state, abstract), body["meta"]
+
+
+def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool) -> None:
+    expected = dict(zip(*_named(abstract), strict=True))
+    wrong = []
+    for name, x in expected.items():
+        want = f"{_dtype(x)}{list(x.shape)}"
+        if name not in saved:
+            wrong.append(f"{name} is not in the checkpoint, {want} is expected")
+            continue
+        shape, dtype, _ = saved[name]
+        castable = _is_float(dtype) and _is_float(_dtype(x))
+        if shape != list(x.shape) or (dtype != _dtype(x) and not castable):
+            wrong.append(f"{name} is {dtype}{shape} in the checkpoint, {want} is expected")
+    wrong += [
+        f"{name} is in the checkpoint but not expected"
+        for name in saved
+        if name not in expected and (not partial or name.startswith("params/"))
+    ]
+    if wrong:
+        more = f" ({len(wrong) - 1} more leaves differ)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} does not fit the config: {wrong[0]}{more}. "
+            "Use the config it was trained with or another directory."
+        )
+
+
+def _is_float(dtype: str) -> bool:
+    with contextlib.suppress(TypeError):
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    return False
+
+
+def _document(directory: epath.Path, step: int) -> dict[str, Any]:
+    """The checked body of the JSON document of one step. Raises _Damaged."""
+    path = directory / str(step) / "meta" / "metadata"
+    try:
+        document = json.loads(path.read_text())
+        version, body, recorded = document["format"], document["body"], document["sha256"]
+        good = _sha256(body) == recorded
+    except FileNotFoundError:
+        raise _Damaged("meta/metadata is missing; the save was not completed or files were deleted") from None
+    except OSError as e:
+        raise _Damaged(f"meta/metadata cannot be read: {_reason(e)}") from e
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise _Damaged("meta/metadata is not a document of mor_jax") from e
+    if not good:
+        raise _Damaged("meta/metadata has changed since it was saved")
+    if version != _FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}; this mor_jax reads format {_FORMAT}.")
+    return body
+
+
+def _sha256(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _choose(directory: os.PathLike | str, step: int | None) -> tuple[epath.Path, int]:
+    directory = _absolute(directory)
+    steps = _steps(directory)
+    if not steps:
+        what = "holds no checkpoint" if directory.is_dir() else "is not a directory"
+        raise CheckpointError(f"{directory} {what}; give the checkpoint directory of a training run.")
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has steps {_join(steps)}.")
+    return directory, steps[-1] if step is None else step
+
+
+def _unusable(directory: epath.Path, step: int, why: _Damaged) -> CheckpointError:
+    others = []
+    for other in reversed(_steps(directory)):
+        with contextlib.suppress(_Damaged, CheckpointError):
+            if other < step and _document(directory, other):
+                others.append(other)
+    hint = f" Try an earlier one: --step={others[0]}." if others else ""
+    return CheckpointError(f"the checkpoint of step {step} in {directory} is damaged: {why}.{hint}")
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    try:
+        found = [p for p in directory.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name and p.is_dir()]
+    except OSError:
+        return []
+    if not _is_local(directory):  # object stores have no atomic rename; Orbax marks the finished ones
+        found = [p for p in found if (p / "commit_success.txt").exists()]
+    return sorted(int(p.name) for p in found)
+
+
+def _agree(problem: _Damaged | None) -> None:
+    """Raise `problem` in every process if any process has one, so that none waits for another."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        if problem is None and bool(multihost_utils.process_allgather(np.array(False)).any()):
+            problem = _Damaged("another process could not read it")
+        elif problem is not None:
+            multihost_utils.process_allgather(np.array(True))
+    if problem is not None:
+        raise problem
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def _remove(path: epath.Path) -> bool:
+    """Try to delete a directory; True if something is left."""
+    with contextlib.suppress(OSError):
+        path.rmtree()
+    return path.exists()
+
+
+def _absolute(path: os.PathLike | str) -> epath.Path:
+    path = epath.Path(path)
+    return epath.Path(os.path.abspath(os.path.expanduser(path))) if _is_local(path) else path
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _join(steps: list[int]) -> str:
+    return ", ".join(map(str, steps))
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, without the page of status text TensorStore and Orbax wrap it in."""
+    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
+    for phrase in _PHRASES:
+        if phrase in text:
+            return phrase
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}".rstrip(": ").rstrip(".")
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Import Orbax (0.4 s) when it is first needed, and keep its log lines out of the user's terminal.
+
+    It logs through absl's logger, with tracebacks of what is reported here as one sentence; the filters drop what
+    comes from its files and nothing else.
+    """
+    import orbax.checkpoint as ocp
+
+    home = os.path.dirname(ocp.__file__)
+    logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(home))
+
+    # When one of several reads or writes fails Orbax drops the others and closes its event loop. Asyncio then logs
+    # their exceptions, and Python prints those of their coroutines and of TensorStore's callbacks (object None).
+    logging.getLogger("asyncio").addFilter(lambda record: home not in logging.Formatter().format(record))
+    previous = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        theirs = code is not None and code.co_filename.startswith(home)
+        if not theirs and (unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = hook
+    return ocp

@@ -1,0 +1,50 @@
+"""What a run carries from step to step, and how it comes to exist sharded."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mor_jax.model.lm import LM
+
+
+class TrainState(NamedTuple):
+    """Step counter (optimiser steps done), parameters, optimiser state."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def _create(lm: LM, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    params = lm.init(key)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+
+def state_shardings(lm: LM, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of every leaf; the optimiser's moments lie as their parameters do."""
+    params = lm.rules.shardings(mesh, lm.logical_axes())
+    replicated = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.eval_shape(lambda: _create(lm, tx, jax.random.key(0)))
+    opt_state = optax.tree_map_params(
+        tx, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: replicated
+    )
+    return TrainState(replicated, params, opt_state)
+
+
+def abstract_state(lm: LM, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings, nothing allocated: the template a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: _create(lm, tx, jax.random.key(0)))
+    make = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+    return jax.tree.map(make, shapes, state_shardings(lm, tx, mesh))
+
+
+def create_state(lm: LM, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """Fresh state, each device computing its own shards."""
+    # Same numbers on every mesh: the partitionable generator draws each element independently of the layout.
+    init = jax.jit(lambda key: _create(lm, tx, key), out_shardings=state_shardings(lm, tx, mesh))
+    return init(jax.random.key(seed))

@@ -1,0 +1,128 @@
+"""One optimiser step as a pure function of (state, batch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mor_jax.model.lm import LM, TOPK
+from mor_jax.model.loss import cross_entropy_sum, next_token_targets
+from mor_jax.model.recurse import RouterStats
+from mor_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32
+
+
+def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What the sums of a whole batch are divided by: target tokens, and router candidates of each step [R].
+
+    Both follow from the segment ids alone, so every micro-batch can divide by the whole batch's counts: each loss
+    term is then the same number under any gradient accumulation (the released trainer scales its terms unequally).
+    """
+    seg = batch["segment_ids"]
+    _, weights = next_token_targets(batch["tokens"], seg)
+    real_B = jnp.sum(seg > 0, axis=-1)
+    length = seg.shape[-1]
+    kept = (length, *lm.policy.counts(length)[:-1])
+    candidates = jnp.stack([jnp.sum(jnp.minimum(real_B, k)) for k in kept])
+    return jnp.maximum(jnp.sum(weights), 1.0), jnp.maximum(candidates.astype(jnp.float32), 1.0)
+
+
+def loss_fn(
+    lm: LM, params: Any, batch: Batch, scales: tuple[jax.Array, jax.Array], token_bytes_V: jax.Array | None = None
+) -> tuple[jax.Array, dict]:
+    """Loss of one micro-batch against the whole batch's `scales`: LM loss + weight * sum_r BCE_r (paper 2.2.1).
+
+    The second result is sums, to be added over micro-batches."""
+    tokens, seg = batch["tokens"], batch["segment_ids"]
+    target_count, candidates_R = scales
+    out = lm.forward(params, tokens, seg, mode=TOPK)
+    targets, weights = next_token_targets(tokens, seg)
+    nll = cross_entropy_sum(out.h_BxTxD, params["embed"]["table"], targets, weights, lm.model.loss_chunk)
+    lm_loss = nll / target_count
+    router_loss = jnp.sum(out.stats.aux / candidates_R)
+    loss = lm_loss + lm.depth.aux_loss_weight * router_loss
+    aux = {
+        "loss": loss,
+        "lm_loss": lm_loss,
+        "router_loss": router_loss,
+        "depth_sum": jnp.sum(out.depth_BxT).astype(jnp.float32),
+        "tokens": jnp.sum(seg > 0).astype(jnp.float32),
+        "nll": jax.lax.stop_gradient(nll),
+        "bytes": jnp.sum(weights if token_bytes_V is None else token_bytes_V[targets] * weights),
+        "router": jax.lax.stop_gradient(out.stats),
+    }
+    return loss, aux
+
+
+def _micro_batches(batch: Batch, accum: int) -> Batch:
+    """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows throughout."""
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 1, 0)
+    return jax.tree.map(split, batch)
+
+
+def gradients(
+    lm: LM, params: Any, batch: Batch, accum: int, token_bytes_V: jax.Array | None = None
+) -> tuple[Any, dict]:
+    """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
+    scales = loss_scales(lm, batch)
+    grad = jax.grad(lambda p, b: loss_fn(lm, p, b, scales, token_bytes_V), has_aux=True)
+    if accum == 1:
+        return grad(params, batch)
+    micro = _micro_batches(batch, accum)
+    first = jax.tree.map(lambda x: x[0], micro)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, first))
+    add = lambda total, b: (jax.tree.map(jnp.add, total, grad(params, b)), None)
+    return jax.lax.scan(add, zeros, micro)[0]
+
+
+def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
+    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1."""
+    n = jnp.maximum(stats.candidates, 1.0)
+    mean = stats.score / n
+    columns = {
+        "sampling_accuracy": stats.agree / n,
+        "selected": stats.selected / n[0],
+        "score_mean": mean,
+        "score_std": jnp.sqrt(jnp.maximum(stats.score_sq / n - jnp.square(mean), 0.0)),
+    }
+    return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
+
+
+def make_train_step(
+    lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, batch) -> (state, metrics); pure, to be jitted with the state donated.
+
+    Args:
+      token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
+
+    A step whose loss or gradient is not finite leaves the state as it was; the caller sees it in the metrics.
+    """
+
+    def train_step(state: TrainState, batch: Batch):
+        grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.global_norm(grads)
+        router = aux.pop("router")
+        metrics = {
+            **{k: aux[k] for k in ("loss", "lm_loss", "router_loss")},
+            "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
+            "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
+            "grad_norm": grad_norm,
+            "update_norm": optax.global_norm(updates),
+            "param_norm": optax.global_norm(params),
+        }
+        if lm.depth.policy != "fixed":
+            metrics |= router_metrics(router)
+        finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step + 1, params, opt_state)
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+
+    return train_step
