@@ -21,7 +21,13 @@ def get_config(arg: str = "") -> ConfigDict:
     recursions = 1 if kind == "vanilla" else RECURSIONS
     depth = {"policy": "fixed"}
     if kind == "mor":
-        depth = {"policy": "expert_choice", "capacities": (), "alpha": 0.1, "aux_loss_weight": 0.02, "executor": "gathered"}
+        depth = {
+            "policy": "expert_choice",
+            "capacities": (),
+            "alpha": 0.1,
+            "aux_loss_weight": 0.02,
+            "executor": "gathered",
+        }
     return ConfigDict(
         {
             "name": kind,
@@ -46,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "text_key": "text",
                 "tokenizer": "bpe",
                 "bpe_vocab": 2048,
-                "holdout": 0.05,
+                "holdout": 0.1,
                 "cache_dir": "",
                 "seed": 0,
             },
@@ -54,7 +60,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "train": {
                 "steps": 0,
                 "flops": 5e12,  # forward FLOPs after the paper's accounting, the same for every kind
-                "batch_size": 8,
+                "batch_size": 4,
                 "accum": 1,
                 "seed": 0,
                 "log_every": 10,

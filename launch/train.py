@@ -21,7 +21,9 @@ from launch import cli
 from mor_jax.train.loop import train
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; created, or resumed if it holds this run.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; created, or resumed if it holds this run.", required=True
+)
 
 
 def main(_: list[str]) -> None:

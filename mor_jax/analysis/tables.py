@@ -8,7 +8,7 @@ the paper's numbers are comparable with (MoR spec, finding 2).
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,24 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     for run in runs:
         for note in run.notes:
             console.print(Text(f"{run.name}: {note}", style="dim"))
+
+
+def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
+    """One evaluation record (`train.evaluate`), the two selection modes side by side."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("held out")
+    table.add_column("causal (as generated)", justify="right", style="bold")
+    table.add_column("top-k (sees the row)", justify="right")
+    for label, key in (("bits / byte", "bits_per_byte"), ("NLL, nats / token", "nll"), ("mean depth", "mean_depth")):
+        table.add_row(label, *(units.fixed(record[f"{mode}/{key}"]) for mode in ("causal", "topk")))
+    share = lambda mode: "  ".join(f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"]))
+    table.add_row("depth of tokens", share("causal"), share("topk"))
+    if "sampling_accuracy" in record:
+        table.add_row("sampling accuracy", units.percent(record["sampling_accuracy"]), "")
+        table.add_row("dead tokens", "", units.percent(record["dead_token_ratio"]))
+    table.caption = f"{record['tokens']:,.0f} tokens, {record['bytes']:,.0f} bytes predicted"
+    table.caption_justify = "left"
+    return table
 
 
 def to_markdown(runs: Sequence[RunRecord]) -> str:

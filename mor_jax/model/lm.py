@@ -105,11 +105,13 @@ class LM:
             "norm": nn.init(self._norm, norm_key, *examples["norm"]),
             "router": self.policy.init(router_key),
         }
+        # One initialiser for all blocks, mapped over their keys: it compiles once, not once a layer.
+        keys = jax.random.split(block_key, self.program.unique_layers)
+        stacked = jax.vmap(lambda key: nn.init(self._block, key, *examples["block"]))(keys)
+        first = 0
         for part, count in self._parts().items():
-            params[part] = {}
-            for i in range(count):
-                block_key, key_i = jax.random.split(block_key)
-                params[part][str(i)] = nn.init(self._block, key_i, *examples["block"])
+            params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
+            first += count
         return params
 
     def logical_axes(self) -> dict:

@@ -21,10 +21,12 @@ class Subset(NamedTuple):
 
 
 def subset(mask_BxT: jax.Array, k: int) -> Subset:
-    """The first k positions where `mask` holds; each row must hold exactly k of them."""
-    # A stable sort of "not picked" lists picked positions first, in order; batch-sharded rows stay where they are.
-    index = jnp.argsort(~mask_BxT, axis=-1, stable=True)[:, :k]
-    return Subset(index, jnp.clip(jnp.cumsum(mask_BxT, axis=-1) - 1, 0, k - 1), mask_BxT)
+    """The positions where `mask` holds; each row must hold exactly k of them."""
+    slot = jnp.cumsum(mask_BxT, axis=-1) - 1
+    place = jnp.where(mask_BxT, slot, k)  # out of bounds, hence dropped, for the others
+    position = jnp.arange(mask_BxT.shape[1], dtype=jnp.int32)
+    index = jax.vmap(lambda p: jnp.zeros((k,), jnp.int32).at[p].set(position, mode="drop"))(place)
+    return Subset(index, jnp.clip(slot, 0, k - 1), mask_BxT)
 
 
 def _rows(x: jax.Array, index: jax.Array) -> jax.Array:

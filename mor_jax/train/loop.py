@@ -22,7 +22,7 @@ from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 from mor_jax.config import Config, check, from_dict
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
-from mor_jax.errors import ConfigError, UserError
+from mor_jax.errors import CheckpointError, ConfigError, UserError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.checkpoint import Checkpointer
@@ -75,7 +75,8 @@ def train(cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True
         cfg = resolve(cfg, data)
         check(cfg, devices=mesh.size)
         _claim(workdir, cfg, data)
-        return _Run(cfg, workdir, data, mesh, progress).go(stop)
+        run = _Run(cfg, workdir, data, mesh, progress)
+        return run.finished() or run.go(stop)
 
 
 class _Run:
@@ -93,6 +94,18 @@ class _Run:
         self.peak = peak and peak * mesh.size
         self.show = progress and jax.process_index() == 0
         self.seconds = 0.0  # training proper, this process
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do."""
+        path = self.workdir / "summary.json"
+        if not path.exists():
+            return None
+        self.bar = Progress(self.steps, shown=self.show)
+        self.bar.say(
+            f"{self.workdir} is finished: all {self.steps} steps are done. Give another --workdir to train anew."
+        )
+        self.bar.close()
+        return json.loads(path.read_text())
 
     def go(self, stop: _Stop) -> dict[str, Any]:
         cfg = self.cfg
@@ -118,11 +131,25 @@ class _Run:
         self.bar = Progress(self.steps, shown=self.show)
         restored = self.checkpoints.restore_latest(abstract_state(self.lm, self.tx, self.mesh))
         if restored:
+            self._same_data(restored.meta)
             for step, why in restored.skipped.items():
                 self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
             self.bar.say(f"Resuming {self.workdir} after step {restored.step}.")
             return restored.state, restored.step
         return create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed), 0
+
+    def _same_data(self, meta: dict[str, Any]) -> None:
+        """Refuse to go on with weights whose token ids or rows meant something else."""
+        if meta["tokenizer"] != self.meta["tokenizer"]:
+            raise CheckpointError(
+                f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
+                "with another one. Put the old one back, or give another --workdir."
+            )
+        if meta["data"] != self.meta["data"]:
+            raise CheckpointError(
+                f"the corpus has changed since {self.workdir} was started, so the run cannot go on with the same rows. "
+                "Restore the corpus, or give another --workdir."
+            )
 
     def _steps(self, state: TrainState, first: int, stop: _Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
@@ -224,6 +251,9 @@ class _Run:
             "versions": versions(),
         }
         if jax.process_index() == 0:
+            # A held-out passage for reports, which then need no corpus.
+            text = self.data.tokenizer.decode(self.data.validation[0]["tokens"])
+            (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
             _write_json(self.workdir / "summary.json", summary)
         return summary
 

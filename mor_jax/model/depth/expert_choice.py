@@ -50,10 +50,13 @@ class ExpertChoice:
         return nn.apply(self._router(), router, h_BxTxD)
 
     def top(self, z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
-        # Rank by two stable sorts: `lax.top_k` would gather the scores of a sharded batch, and k may be traced.
-        order = jnp.argsort(jnp.where(candidates_BxT, -z_BxT, jnp.inf), axis=-1, stable=True)
-        rank = jnp.argsort(order, axis=-1, stable=True)
-        return (rank < k) & candidates_BxT
+        # The k-th largest score, by a plain sort: `lax.top_k` would gather the scores of a sharded batch, and k may be
+        # traced. Equal scores go to the earlier position.
+        score = jnp.where(candidates_BxT, z_BxT, -jnp.inf)
+        kth = jax.lax.dynamic_slice_in_dim(jnp.sort(score, axis=-1), score.shape[-1] - k, 1, axis=-1)
+        above, level = score > kth, score == kth
+        room = k - jnp.sum(above, axis=-1, keepdims=True)
+        return (above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT
 
     def continues(self, z_BxT: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(z_BxT) >= self.threshold

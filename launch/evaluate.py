@@ -1,0 +1,50 @@
+"""Evaluate a checkpoint on held-out text: top-k and causal (threshold) loss, side by side.
+
+    python -m launch.evaluate --checkpoint runs/mor
+    python -m launch.evaluate --checkpoint runs/mor --step 400 --rows 0 --out mor.json
+    python -m launch.evaluate --checkpoint runs/mor --paths "corpus/*.txt,more.jsonl.gz"
+
+Without --paths: the held-out documents of the run's own corpus. With it: all text of these files. The causal loss is
+what generation gets; top-k routing sees the row's future and is printed for comparison with published numbers.
+
+From a notebook:
+
+    from mor_jax.train.load import load_model
+    from mor_jax.train.score import score
+    record = score(load_model("runs/mor"))
+"""
+
+import json
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+
+from launch import cli
+from mor_jax.analysis.tables import evaluation_table
+from mor_jax.data.tokenizer import load_tokenizer
+from mor_jax.train.load import check_tokenizer, load_model
+from mor_jax.train.score import score
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint step; the newest by default.")
+_PATHS = flags.DEFINE_list("paths", [], "Files (globs) to evaluate on instead of the run's held-out documents.")
+_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field that holds the text of jsonl and parquet files.")
+_ROWS = flags.DEFINE_integer("rows", None, "Rows to read at most; 0: all; default: as in training.")
+_BATCH = flags.DEFINE_integer("batch_size", 8, "Rows at a time; divisible by the number of devices.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead; it must be the model's own.")
+_OUT = flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
+
+
+def main(_: list[str]) -> None:
+    loaded = load_model(_CHECKPOINT.value, _STEP.value)
+    if _TOKENIZER.value:
+        check_tokenizer(loaded, load_tokenizer(_TOKENIZER.value), _TOKENIZER.value)
+    record = score(loaded, tuple(_PATHS.value), text_key=_TEXT_KEY.value, rows=_ROWS.value, batch_size=_BATCH.value)
+    Console().print(evaluation_table(f"{loaded.config.name}, step {loaded.step}", record))
+    if _OUT.value:
+        Path(_OUT.value).write_text(json.dumps({"step": loaded.step, **record}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,86 @@
+"""A trained model from its run directory: a checkpoint describes itself."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from mor_jax.config import Config, MeshConfig, from_dict
+from mor_jax.data.tokenizer import load_tokenizer
+from mor_jax.data.vocabulary import Tokenizer
+from mor_jax.errors import CheckpointError
+from mor_jax.model.lm import LM
+from mor_jax.parallel.mesh import make_mesh
+from mor_jax.train.checkpoint import load_meta, restore_params
+
+
+class Loaded(NamedTuple):
+    """A model ready to run."""
+
+    lm: LM
+    params: Any
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    data: str  # fingerprint of the rows it was trained on
+    mesh: Mesh
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """The directory that holds the step directories, given it or the run directory above it."""
+    path = Path(path)
+    inner = path / "checkpoints"
+    return inner if inner.is_dir() else path
+
+
+def load_model(path: str | Path, step: int | None = None, *, mesh: Mesh | None = None) -> Loaded:
+    """Model, weights and tokenizer of a checkpoint.
+
+    Args:
+      path: a run directory, or its checkpoints/.
+      step: the newest by default.
+      mesh: where the weights go; default: all devices, weights whole on each.
+    Raises:
+      CheckpointError: nothing there, damaged, or written by a newer version.
+    """
+    directory = checkpoint_directory(path)
+    step, meta = load_meta(directory, step)
+    try:
+        config = from_dict(meta["config"])
+        tokenizer_json, data = meta["tokenizer"], meta["data"]
+    except KeyError as e:
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} lacks its {e}; is it one of mor_jax?"
+        ) from e
+    mesh = mesh or make_mesh(MeshConfig(data=-1))
+    lm = LM.from_config(config)
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+    abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
+    params, step = restore_params(directory, abstract, step)
+    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh)
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The tokenizer a checkpoint carries."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "tokenizer.json").write_text(text, encoding="utf-8")
+        return load_tokenizer(directory)
+
+
+def check_tokenizer(loaded: Loaded, other: Tokenizer, name: str) -> None:
+    """Raise CheckpointError unless `other` is the tokenizer the model was trained with."""
+    if other.vocab_size > loaded.lm.model.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer {name} does not fit the checkpoint: it has {other.vocab_size} tokens, the model's table "
+            f"{loaded.lm.model.vocab_size}. Leave it out: the checkpoint carries its own."
+        )
+    if other.fingerprint() != loaded.tokenizer.fingerprint():
+        raise CheckpointError(
+            f"the tokenizer {name} does not fit the checkpoint: the model was trained with another one, whose ids mean "
+            "other text. Leave it out: the checkpoint carries its own."
+        )

@@ -1,0 +1,67 @@
+"""Cached decoding equals the full causal forward pass, and the cache holds what ran and nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import random_params, small_lm, spread_routers
+
+from mor_jax.inference.decode import decode_step, prefill
+
+TOLERANCE = 1e-4  # float32 logits of order 10: other shapes, other summation order
+NEW = 210
+
+
+def test_decode_equals_the_full_forward_pass(kind):
+    context = 256
+    lm = small_lm(kind, context=context, vocab_size=128)
+    params = spread_routers(random_params(lm))
+    tokens = jax.random.randint(jax.random.key(1), (3, context), 0, 128)
+    full = jax.jit(lambda p: lm.forward(p, tokens, mode="causal"))(params)
+    want = np.asarray(lm.logits(params, full.h_BxTxD))
+    depth, active = np.asarray(full.depth_BxT), np.asarray(full.active_RxBxT)
+    if kind == "mor":  # the routing must have something to get wrong
+        assert len(np.unique(depth)) == lm.program.recursions + 1
+
+    lengths = np.array([7, 25, 40])
+    rows = np.arange(3)
+    logits, cache, prompt_depth = jax.jit(prefill, static_argnums=(0, 4))(
+        lm, params, tokens[:, :40], jnp.asarray(lengths), context
+    )
+    np.testing.assert_allclose(logits, want[rows, lengths - 1], atol=TOLERANCE)
+    for b, n in enumerate(lengths):
+        np.testing.assert_array_equal(prompt_depth[b, :n], depth[b, :n])
+
+    step = jax.jit(functools.partial(decode_step, lm), donate_argnums=1)
+    for i in range(NEW):
+        at = lengths + i
+        before = cache
+        logits, cache, d = step(params, cache, tokens[rows, at])
+        np.testing.assert_allclose(logits, want[rows, at], atol=TOLERANCE)
+        np.testing.assert_array_equal(d, depth[rows, at])
+    assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the old cache was copied, not reused"
+
+    seen = np.arange(context)[None] < (lengths + NEW)[:, None]
+    np.testing.assert_array_equal(cache.entries_RxB(), (active & seen).sum(-1))
+    for r, stream in enumerate(cache.core):  # positions kept with the keys are those of the tokens that ran depth r
+        for b in rows:
+            n = int(stream.length_B[b])
+            np.testing.assert_array_equal(stream.pos_BxS[b, :n], np.flatnonzero(active[r, b] & seen[b]))
+
+
+def test_a_halted_token_takes_no_room(kind):
+    """Entries per depth: everyone everywhere under fixed depth, fewer and fewer under routing."""
+    lm = small_lm(kind)
+    params = spread_routers(random_params(lm))
+    tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 64)
+    _, cache, depth = jax.jit(prefill, static_argnums=(0, 4))(lm, params, tokens, jnp.asarray([40, 31]), 64)
+    want = [
+        [int((np.asarray(depth)[b, :n] >= r + 1).sum()) for b, n in ((0, 40), (1, 31))]
+        for r in range(lm.program.recursions)
+    ]
+    np.testing.assert_array_equal(cache.entries_RxB(), want)
+    if kind != "mor":
+        assert (np.asarray(cache.entries_RxB()) == [40, 31]).all()
+    else:
+        assert (np.asarray(cache.entries_RxB())[-1] < [40, 31]).all()

@@ -1,0 +1,131 @@
+"""The gathered executor equals the masked one: values, gradients, router losses, over random configurations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mor_jax.config import DepthConfig, ModelConfig
+from mor_jax.model.lm import LM
+from mor_jax.train.step import loss_fn, loss_scales
+
+TOLERANCE = 1e-5  # float32, relative to the largest entry: sums in another order
+
+
+@st.composite
+def configurations(draw, recursions=None):
+    recursions = recursions or draw(st.integers(1, 4))
+    core = draw(st.integers(1, 2)) if recursions < 3 else 1  # compiling is most of the time
+    heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2), (4, 1), (6, 3)]))
+    sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))
+    shares = draw(st.lists(st.floats(0.05, 1.0), min_size=recursions, max_size=recursions))
+    model = ModelConfig(
+        layers=core * recursions + (2 if sharing == "middle_cycle" else 0), recursions=recursions, sharing=sharing,
+        width=24, heads=heads, kv_heads=kv_heads, head_dim=4, mlp_width=32, vocab_size=40, init_std=0.3,
+        attention=draw(st.sampled_from(["xla", "blocked"])),
+        remat=draw(st.sampled_from(["none", "block"])),
+        loss_chunk=draw(st.sampled_from([0, 7])),
+    )  # fmt: skip
+    depth = DepthConfig(policy="expert_choice", capacities=tuple(sorted(shares, reverse=True)), aux_loss_weight=0.1)
+    return LM(model, depth)
+
+
+@st.composite
+def packed_rows(draw, batch=2):
+    """Rows of documents of random lengths, the last possibly padding."""
+    length = draw(st.sampled_from([9, 16, 33]))
+    seg = np.zeros((batch, length), np.int32)
+    for row in seg:
+        cuts = sorted(draw(st.lists(st.integers(1, length - 1), max_size=3)))
+        for i, (a, b) in enumerate(zip([0, *cuts], [*cuts, length], strict=True)):
+            row[a:b] = i + 1
+        if draw(st.booleans()) and cuts:
+            row[cuts[-1] :] = 0
+    tokens = np.random.default_rng(draw(st.integers(0, 1000))).integers(0, 40, seg.shape)
+    return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(seg)}
+
+
+def close(a, b, what):
+    scale = max(float(jnp.max(jnp.abs(a))), 1e-3)
+    assert float(jnp.max(jnp.abs(a - b))) <= TOLERANCE * scale, what
+
+
+@pytest.mark.parametrize("recursions", [1, 2, 3, 4])
+@settings(max_examples=4)
+@given(data=st.data(), seed=st.integers(0, 1000))
+def test_gathered_equals_masked(recursions, data, seed):
+    lm, batch = data.draw(configurations(recursions)), data.draw(packed_rows())
+    params = random_params(lm, seed)
+    scales = loss_scales(lm, batch)
+
+    def run(executor):
+        this = LM(lm.model, DepthConfig(**{**lm.depth.__dict__, "executor": executor}))
+
+        def everything(params):
+            (loss, aux), grads = jax.value_and_grad(lambda p: loss_fn(this, p, batch, scales), has_aux=True)(params)
+            return loss, aux, grads, this.forward(params, batch["tokens"], batch["segment_ids"])
+
+        return jax.jit(everything)(params)
+
+    loss_m, aux_m, grads_m, out_m = run("masked")
+    loss_g, aux_g, grads_g, out_g = run("gathered")
+    np.testing.assert_array_equal(out_m.depth_BxT, out_g.depth_BxT)
+    close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
+    close(loss_m, loss_g, "loss")
+    for name in ("aux", "candidates", "selected", "agree", "score"):
+        close(getattr(aux_m["router"], name), getattr(aux_g["router"], name), name)
+    jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
+
+
+@settings(max_examples=6)
+@given(lm=configurations(), batch=packed_rows())
+def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
+    """Hierarchical: a step's tokens ran the step before; counts are min(k_r, real tokens); padding never runs."""
+    out = jax.jit(lambda p: lm.forward(p, batch["tokens"], batch["segment_ids"]))(random_params(lm))
+    active = np.asarray(out.active_RxBxT)
+    real = np.asarray(batch["segment_ids"]) > 0
+    counts = lm.policy.counts(real.shape[1])
+    before = real
+    for r, k in enumerate(counts):
+        assert not (active[r] & ~before).any()
+        np.testing.assert_array_equal(active[r].sum(-1), np.minimum(k, before.sum(-1)))
+        before = active[r]
+    np.testing.assert_array_equal(active.sum(0), out.depth_BxT)
+    # What the losses are divided by, computed from the segment ids alone, is what there was.
+    _, candidates = loss_scales(lm, batch)
+    np.testing.assert_array_equal(candidates, np.maximum(out.stats.candidates, 1))
+
+
+def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transformer(monkeypatch):
+    """mor spec, section 10, item 6: routing everything with the gate replaced by the identity changes nothing."""
+    from mor_jax.model.depth.expert_choice import ExpertChoice
+
+    shape = dict(
+        layers=8, recursions=3, sharing="middle_cycle", width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=64
+    )
+    model = ModelConfig(**shape, init_std=0.2)
+    mor = LM(model, DepthConfig(policy="expert_choice", capacities=(1.0, 1.0, 1.0)))
+    fixed = LM(model, DepthConfig())
+    params = random_params(mor)
+    monkeypatch.setattr(ExpertChoice, "combine", lambda self, h, y, z: y)
+    tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
+    for executor in ("masked", "gathered"):
+        a = jax.jit(lambda p, e=executor: mor.apply(p, tokens, executor=e))(params)
+        np.testing.assert_allclose(a, jax.jit(lambda p: fixed.apply(p, tokens))(params), atol=1e-5)
+
+
+def test_the_core_exists_once_and_runs_r_times():
+    """Tying by counting: R recursions of K blocks hold K blocks of parameters, and all of them get gradient."""
+    model = ModelConfig(
+        layers=8, recursions=3, sharing="middle_cycle", width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=64
+    )
+    lm = LM(model, DepthConfig(policy="expert_choice"))
+    params = random_params(lm)
+    assert len(params["core"]) == 2 and len(params["prelude"]) == len(params["coda"]) == 1
+    tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
+    batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
+    grads = jax.jit(jax.grad(lambda p: loss_fn(lm, p, batch, loss_scales(lm, batch))[0]))(params)
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
