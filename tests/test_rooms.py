@@ -1,0 +1,89 @@
+"""A room imports only rooms below it (the order is the one of the plan of the house)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mor_jax"
+# From the top; rooms on one line do not import each other. `errors` and the package itself are the ground.
+ORDER = [["train"], ["inference"], ["analysis"], ["data"], ["model"], ["nn"], ["parallel"], ["config"], ["errors"]]
+LEVEL = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Full dotted names of everything a file imports, wherever in it the import stands."""
+    return names_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).with_suffix("").parts[:-1])
+
+
+def names_in(source: str, package: tuple[str, ...]) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *filter(None, [node.module])))
+            names |= {f"{module}.{a.name}" for a in node.names}
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_every_spelling_of_an_import_is_read():
+    source = "import a.b\nfrom c import d\nfrom . import e\nfrom ..f import g\ndef h():\n    from i.j import k\n"
+    found = names_in(source, ("mor_jax", "model"))
+    assert found == {"a.b", "c.d", "mor_jax.model.e", "mor_jax.f.g", "i.j.k"}
+
+
+def test_every_room_is_in_the_plan():
+    rooms = {room_of(p) for p in FILES} - {"__init__"}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_imports_point_down(path):
+    room = room_of(path)
+    if room == "__init__":
+        return
+    for name in imports(path):
+        first, *rest = name.split(".")
+        if first == "mor_jax" and rest and rest[0] in LEVEL and rest[0] != room:
+            assert LEVEL[rest[0]] < LEVEL[room], f"{room} imports {name}, which is above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_flax_only_in_nn_and_nothing_above_the_package(path):
+    found = tops(path)
+    assert "flax" not in found or room_of(path) == "nn"
+    assert not found & {"launch", "configs", "rlm_runtime", "tests"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=name_of)
+def test_commands_hold_no_model_code(path):
+    assert not tops(path) & {"flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=name_of)
+def test_configs_are_data(path):
+    names = {n for n in imports(path) if n.split(".")[0] != "configs"}
+    assert {n.split(".")[0] for n in names} <= {"ml_collections", "mor_jax"}
+    assert all(n.startswith("mor_jax.errors") for n in names if n.startswith("mor_jax"))
+
+
+def test_tensorflow_nowhere():
+    for folder in ("mor_jax", "launch", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert "tensorflow" not in tops(path), path

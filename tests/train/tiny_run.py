@@ -1,0 +1,95 @@
+"""Real commands on a model of a few thousand parameters: for tests of what a person at a terminal sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = '''
+from ml_collections import ConfigDict
+
+
+def get_config(arg=""):
+    mor = arg != "vanilla"
+    return ConfigDict(
+        dict(
+            name=arg or "mor",
+            model=dict(
+                layers=5 if mor else 3, recursions=3 if mor else 1, sharing="middle_cycle" if mor else "none",
+                width=16, heads=2, kv_heads=1, mlp_width=32, context=32, loss_chunk=0,
+            ),
+            depth=dict(policy="expert_choice" if mor else "fixed"),
+            data=dict(source="files", paths=({paths!r},), tokenizer="bytes", holdout=0.2),
+            optim=dict(peak_lr=3e-3, warmup=0.1),
+            train=dict(
+                steps=60, batch_size=4, log_every=1, eval_every=20, eval_rows=8, checkpoint_every=20,
+                keep_checkpoints=3,
+            ),
+        )
+    )
+'''  # fmt: skip
+
+
+def write_corpus(directory: Path, documents: int = 60, seed: int = 0) -> Path:
+    """`directory`/corpus.jsonl: short documents of made-up words, several to a row."""
+    rng = random.Random(seed)
+    words = ["def", "return", "loss", "step", "if", "for", "x", "y", "(", ")", "\n", "é", "=", "value", "depth"]
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(2, 30)))}) for _ in range(documents))
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "corpus.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_config(directory: Path, corpus: Path | str) -> Path:
+    """A config file of the tiny model on `corpus`; its argument: mor (default) or vanilla."""
+    path = directory / "tiny.py"
+    path.write_text(CONFIG.replace("{paths!r}", repr(str(corpus))), encoding="utf-8")
+    return path
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Of a command: one plain CPU device, whatever the tests themselves run on."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "120"} | extra
+
+
+def command(name: str, *args: object) -> list[str]:
+    return [sys.executable, "-m", f"launch.{name}", *map(str, args)]
+
+
+def run(name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+    """The command to its end; stdout and stderr as text."""
+    done = subprocess.run(
+        command(name, *args), input=stdin, capture_output=True, cwd=ROOT, env=environment(**env), timeout=timeout
+    )
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+def start(name: str, *args: object) -> subprocess.Popen:
+    """The command in the background, its output to be thrown away."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command(name, *args), stdin=quiet, stdout=quiet, stderr=quiet, cwd=ROOT, env=environment())
+
+
+def records(workdir: Path, kind: str) -> list[dict]:
+    """Records of one kind in metrics.jsonl so far; a line still being written is left out."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, timeout: float = 240) -> None:
+    """Return as soon as metrics.jsonl shows `step`."""
+    end = time.monotonic() + timeout
+    while not any(r["step"] >= step for r in records(workdir, "train")):
+        assert process.poll() is None, f"ended with {process.returncode} before step {step}"
+        assert time.monotonic() < end, f"no step {step} in {timeout} s"
+        time.sleep(0.005)
