@@ -87,7 +87,9 @@ class TorchPeer:
             reply = ""
         if not reply:
             status = self.process.wait()
-            raise UserError(f"the torch peer ended with status {status}; what it said is above. --peer off does without.")
+            raise UserError(
+                f"the torch peer ended with status {status}; what it said is above. --peer off does without."
+            )
         return json.loads(reply)
 
 

@@ -1,6 +1,16 @@
-"""The argument string of a config file: `configs/mor.py:360m,nr=3` calls `get_config("360m,nr=3")`."""
+"""What config files share: defaults, and the argument string: `configs/mor.py:360m,nr=3` calls `get_config("360m,nr=3")`."""
 
+from ml_collections import ConfigDict
+
+from mor_jax.config import Config
 from mor_jax.errors import ConfigError
+
+
+def complete(fields: dict) -> ConfigDict:
+    """These fields, and the default of every other, so that the command line can override any of them."""
+    config = ConfigDict(Config().to_dict())
+    config.update(fields)
+    return config
 
 
 def parse(arg: str | None, **defaults: str | int) -> dict:

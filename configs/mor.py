@@ -14,7 +14,7 @@ from configs import arguments, paper
 def get_config(arg: str = "") -> ConfigDict:
     args = arguments.parse(arg, size="360m", nr=3)
     config = paper.base("mor", args["size"], args["nr"])
-    config.depth = ConfigDict(
+    config.depth.update(
         {
             "policy": "expert_choice",
             "capacities": (),  # (R - r + 1) / R
@@ -24,7 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
             "aux_loss_weight": 0.016,
             "threshold": 0.5,
             "executor": "gathered",
-            "kv": "",
         }
     )
     return config

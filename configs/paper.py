@@ -7,6 +7,7 @@ Unique non-embedding parameters: 106M / 315M / 654M / 1.61B unshared; Middle-Cyc
 
 from ml_collections import ConfigDict
 
+from configs.arguments import complete
 from mor_jax.errors import ConfigError
 
 # layers, width, heads, kv_heads, mlp_width
@@ -31,7 +32,7 @@ def base(name: str, size: str, recursions: int) -> ConfigDict:
     if recursions < 1:
         raise ConfigError(f"nr = {recursions}: the number of recursions is at least 1.")
     _, width, heads, kv_heads, mlp_width = SIZES[size]
-    return ConfigDict(
+    return complete(
         {
             "name": f"{name}-{size}" + (f"-r{recursions}" if recursions > 1 else ""),
             "model": {

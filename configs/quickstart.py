@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "aux_loss_weight": 0.02,
             "executor": "gathered",
         }
-    return ConfigDict(
+    return arguments.complete(
         {
             "name": kind,
             "model": {

@@ -62,7 +62,19 @@ def _parse(argv: list[str]) -> list[str]:
     except UserError:
         raise
     except (AttributeError, KeyError, ValueError, TypeError) as e:  # how config_flags reports a bad override
-        _fail("--config: " + str(e).replace("\\n", " ").replace("\\'", "'").strip("\"'"))
+        _fail(f"--config: {_override_error(e)}")
+
+
+def _override_error(e: Exception) -> str:
+    """One line from what config_flags raises; a KeyError would print its message quoted, and may be a bare name."""
+    cause = e
+    while isinstance(cause, Exception) and cause.args:  # it wraps one KeyError in another
+        cause = cause.args[0]
+    text = " ".join(str(cause).split())
+    if isinstance(e, (KeyError, AttributeError)) and text.strip("'\"").isidentifier():
+        name = text.strip("'\"")
+        return f"the configuration file has no field {name!r} to override; check its name, or write it into the file."
+    return text
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

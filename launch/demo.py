@@ -26,7 +26,9 @@ from mor_jax.train.loop import train
 from mor_jax.train.present import depths_of, present
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the two runs and the report go.")
-_FLOPS = flags.DEFINE_float("flops", 0.0, "Training budget of each model instead of the configuration's; 2e12 is quick.")
+_FLOPS = flags.DEFINE_float(
+    "flops", 0.0, "Training budget of each model instead of the configuration's; 2e12 is quick."
+)
 _PROMPT = flags.DEFINE_string("prompt", "def __init__(self, ", "Text that both models continue.")
 
 KINDS = ("mor", "vanilla")

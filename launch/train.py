@@ -1,7 +1,7 @@
 """Train a model, or go on with a run that was stopped.
 
     python -m launch.train --config configs/quickstart.py --workdir runs/mor
-    python -m launch.train --config configs/quickstart.py --workdir runs/short --config.train.steps=200 --config.train.flops=0
+    python -m launch.train --config configs/quickstart.py --workdir runs/short --config.train.steps=200
     python -m launch.train --config configs/mor.py:360m,nr=3 --workdir runs/mor360 \\
         --config.data.source=files --config.data.paths="('/data/*.jsonl.zst',)"
 

@@ -113,8 +113,8 @@ class OptimConfig:
 class TrainConfig:
     """The run."""
 
-    steps: int = 0  # optimiser steps; give this or `flops`
-    flops: float = 0.0  # training budget, FLOPs after the paper's accounting; sets the steps
+    steps: int = 0  # optimiser steps; 0: as many as `flops` pays for
+    flops: float = 0.0  # training budget, FLOPs after the paper's accounting; used when steps is 0
     batch_size: int = 32  # global rows a step; divisible by accum and by data * fsdp
     accum: int = 1  # micro-batches a step
     seed: int = 0  # of the initialisation
@@ -364,9 +364,9 @@ def _check_train(cfg: Config) -> None:
         raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
     if o.clip_norm < 0 or o.weight_decay < 0:
         raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
-    if t.steps < 0 or t.flops < 0 or (t.steps > 0) == (t.flops > 0):
+    if t.steps < 0 or t.flops < 0 or t.steps == t.flops == 0:
         raise ConfigError(
-            f"config.train needs exactly one of steps and flops to be positive; got steps = {t.steps}, flops = {t.flops:g}."
+            f"config.train: give steps, or flops to derive them from; got steps = {t.steps}, flops = {t.flops:g}."
         )
     _positive(
         "config.train",

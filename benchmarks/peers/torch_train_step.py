@@ -65,21 +65,27 @@ def main() -> None:
     tokens = torch.tensor(json.loads(sys.stdin.readline()), dtype=torch.long, device=device)
 
     def step() -> dict:
-        cpu, times = time.process_time(), [time.perf_counter()]
+        cpu, start = time.process_time(), time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext():
             loss = model(input_ids=tokens, labels=tokens).loss
         wait()
-        times.append(time.perf_counter())
+        ahead = time.perf_counter()
         loss.backward()
         wait()
-        times.append(time.perf_counter())
+        back = time.perf_counter()
         torch.nn.utils.clip_grad_norm_(parameters, config["clip_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait()
-        times.append(time.perf_counter())
-        parts = dict(zip(("forward", "backward", "optimizer"), (b - a for a, b in zip(times, times[1:])), strict=True))  # noqa: RUF007
-        return {"wall": times[-1] - times[0], "cpu": time.process_time() - cpu, "loss": loss.item(), **parts}
+        end = time.perf_counter()
+        return {
+            "wall": end - start,
+            "cpu": time.process_time() - cpu,
+            "forward": ahead - start,
+            "backward": back - ahead,
+            "optimizer": end - back,
+            "loss": loss.item(),
+        }
 
     answer(
         {

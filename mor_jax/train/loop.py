@@ -346,7 +346,8 @@ def _claim(workdir: Path, cfg: Config, data: PreparedData) -> None:
                 )
         workdir.mkdir(parents=True, exist_ok=True)
         _write_json(path, cfg.to_dict())
-        data.tokenizer.save(workdir)
+        if not any((workdir / "checkpoints").glob("[0-9]*")):  # else it is kept until it has been compared with theirs
+            data.tokenizer.save(workdir)
     except OSError as e:
         raise UserError(f"cannot write to the run directory {workdir}: {e.strerror or e}.") from e
     except ValueError as e:

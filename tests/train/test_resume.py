@@ -10,7 +10,7 @@ from train.tiny_run import records, run, start, wait_for_step, write_config, wri
 from mor_jax.data.tokenizer import ByteTokenizer, train_bpe
 
 TIMING = {"time_s", "tokens_per_s", "flops_per_s", "mfu"}
-STEPS, EVERY, KILL_AT = 60, 20, 27
+STEPS, EVERY, KILL_AT = 120, 20, 50
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def same_as_whole(workdir, whole):
 def test_whole_run_left_what_it_promises(whole):
     assert sorted(numbers(whole, "train")) == list(range(1, STEPS + 1))
     assert sorted(numbers(whole, "eval")) == list(range(EVERY, STEPS + 1, EVERY))
-    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["20", "40", "60"]
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["100", "120", "80"]
     for name in ("config.json", "tokenizer.json", "summary.json", "tensorboard"):
         assert (whole / name).exists()
 
@@ -118,7 +118,7 @@ def refused(workdir, args, *parts):
     ("override", "field"),
     [
         ("--config.model.width=32", "config.model.width: 16 there, 32 here"),
-        ("--config.train.seed=1", "config.train.seed: 0 there, 1 here"),
+        ("--config.optim.peak_lr=1e-3", "config.optim.peak_lr: 0.003 there, 0.001 here"),
         ("--config.data.tokenizer=bytes", "config.data.tokenizer"),
     ],
 )

@@ -38,7 +38,7 @@ def relative(a, b) -> float:
 @pytest.fixture(scope="module")
 def accumulated():
     """Gradients and metrics of one batch under 1, 2 and 4 micro-batches."""
-    lm = small_lm("mor", layers=5, **TINY)
+    lm = small_lm("mor", layers=3, sharing="cycle", **TINY)
     params = random_params(lm)
     bytes_V = jnp.arange(64, dtype=jnp.int32) % 5
     run = jax.jit(lambda accum, p, b: gradients(lm, p, b, accum, bytes_V), static_argnums=0)
@@ -117,7 +117,8 @@ def test_schedules(schedule, steps):
     assert np.all(np.diff(rates[: warmup + 1]) >= -1e-9) and np.all(np.diff(rates[max(warmup, 1) :]) <= 1e-9)
     if warmup:
         assert np.isclose(rates[0], 2e-3 / warmup)
-    assert np.isclose(rates[steps], 2e-3 if schedule == "constant" else 2e-4, rtol=1e-4)
+    if steps >= 7:  # else 20 % of the run are no step
+        assert np.isclose(rates[steps], 2e-3 if schedule == "constant" else 2e-4, rtol=1e-4)
     if schedule == "wsd" and steps >= 100:
         flat = rates[warmup : steps - round(0.2 * steps) + 1]
         np.testing.assert_allclose(flat, 2e-3, rtol=1e-6)
@@ -182,7 +183,7 @@ def test_step_learns_counts_and_donates(vanilla):
     norm = float(optax.global_norm(raw))
     losses = []
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # "some donated buffers were not usable"
+        warnings.filterwarnings("error", message=".*donated.*")  # "Some donated buffers were not usable"
         for count in range(1, 6):
             before = state
             state, metrics = step(state, batch)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = '''
@@ -21,19 +22,28 @@ def get_config(arg=""):
         dict(
             name=arg or "mor",
             model=dict(
-                layers=5 if mor else 3, recursions=3 if mor else 1, sharing="middle_cycle" if mor else "none",
+                layers=3 if mor else 1, recursions=3 if mor else 1, sharing="cycle" if mor else "none",
                 width=16, heads=2, kv_heads=1, mlp_width=32, context=32, loss_chunk=0,
             ),
             depth=dict(policy="expert_choice" if mor else "fixed"),
             data=dict(source="files", paths=({paths!r},), tokenizer="bytes", holdout=0.2),
             optim=dict(peak_lr=3e-3, warmup=0.1),
             train=dict(
-                steps=60, batch_size=4, log_every=1, eval_every=20, eval_rows=8, checkpoint_every=20,
+                steps=120, batch_size=4, log_every=1, eval_every=20, eval_rows=8, checkpoint_every=20,
                 keep_checkpoints=3,
             ),
         )
     )
 '''  # fmt: skip
+
+
+class Trained(NamedTuple):
+    """Two finished runs and what they were made of."""
+
+    directory: Path
+    config: Path
+    mor: Path  # run directories
+    vanilla: Path
 
 
 def write_corpus(directory: Path, documents: int = 60, seed: int = 0) -> Path:
