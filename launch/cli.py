@@ -16,15 +16,19 @@ from mor_jax.config import Config, from_config_dict
 from mor_jax.errors import ConfigError, UserError
 
 
-def run(main: Callable[[list[str]], Any]) -> NoReturn:
-    """Parse flags and call `main`. A UserError becomes `error: ...` on stderr and exit status 2, without a traceback."""
+def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoReturn:
+    """Parse flags and call `main` with the plain arguments, which are refused unless `arguments`.
+
+    A UserError becomes `error: ...` on stderr and exit status 2, without a traceback.
+    """
     logging.set_verbosity(logging.ERROR)
+    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" where it cannot show a letter
     use_compilation_cache()
 
     def guarded(argv: list[str]) -> None:
-        if len(argv) > 1:
+        if len(argv) > 1 and not arguments:
             raise UserError(f"argument {argv[1]!r} is not a flag; see --help.")
-        main(argv)
+        main(argv[1:])
 
     try:
         app.run(guarded, flags_parser=_parse)
@@ -34,20 +38,6 @@ def run(main: Callable[[list[str]], Any]) -> NoReturn:
         _fail("interrupted", status=130)
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(0)
-
-
-def run_with_arguments(main: Callable[[list[str]], Any]) -> NoReturn:
-    """As `run`, for commands that take plain arguments: `main` gets them without the program's name."""
-    logging.set_verbosity(logging.ERROR)
-    use_compilation_cache()
-    try:
-        app.run(lambda argv: main(argv[1:]), flags_parser=_parse)
-    except UserError as e:
-        _fail(str(e))
-    except KeyboardInterrupt:
-        _fail("interrupted", status=130)
     sys.exit(0)
 
 

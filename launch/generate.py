@@ -45,7 +45,7 @@ def main(_: list[str]) -> None:
         if sys.stdin.isatty():
             print("Reading the prompt from standard input; end it with Ctrl-D.", file=sys.stderr)
         try:
-            prompt = sys.stdin.read()
+            prompt = sys.stdin.buffer.read().decode("utf-8")  # whatever the locale says
         except UnicodeDecodeError as e:
             raise UserError(f"the prompt on standard input is not UTF-8 text ({e.reason} at byte {e.start}).") from e
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)

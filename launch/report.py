@@ -34,4 +34,4 @@ def main(runs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_with_arguments(main)
+    cli.run(main, arguments=True)

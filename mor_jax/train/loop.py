@@ -191,6 +191,8 @@ class _Run:
         clock.tick()
         bad = [k for k in ("loss", "grad_norm") if not np.isfinite(values[k])]
         if bad:
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.wait()  # one under way counts, if it succeeds
             steps = self.checkpoints.steps()
             kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
             raise TrainingError(

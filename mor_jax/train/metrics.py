@@ -33,7 +33,8 @@ class MetricWriter:
         """One record; values are numbers, None or lists of numbers."""
         if self._file is None:
             return
-        record = {"kind": kind, "step": step, **values}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        record = {"kind": kind, "step": step, **finite}  # JSON has no infinity
         self._file.write(json.dumps(record, allow_nan=False, default=float) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):

@@ -109,15 +109,15 @@ def make_train_step(
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         router = aux.pop("router")
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", "router_loss")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)

@@ -57,7 +57,7 @@ def cases(d, config, trained):
         "misspelt key": (train("--config.model.layrs=3"), {}, ["'layrs'", "layers"]),
         "key of another group": (train("--config.model.batch_size=3"), {}, ["'batch_size'"]),
         "wrong type": (train("--config.model.layers=many"), {}, ["layers", "many"]),
-        "contradiction": (train("--config.model.layers=9"), {}, ["config.model.layers = 9", "5, 8, 11"]),
+        "contradiction": (train("--config.model.layers=10"), {}, ["config.model.layers = 10", "6, 9, 12"]),
         "misspelt config argument": (
             ("train", "--config", "configs/quickstart.py:vanila", "--workdir", d / "never"), {}, ["'vanila'", "vanilla"],
         ),

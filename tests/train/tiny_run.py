@@ -26,7 +26,7 @@ def get_config(arg=""):
                 width=16, heads=2, kv_heads=1, mlp_width=32, context=32, loss_chunk=0,
             ),
             depth=dict(policy="expert_choice" if mor else "fixed"),
-            data=dict(source="files", paths=({paths!r},), tokenizer="bytes", holdout=0.2),
+            data=dict(source="files", paths=({paths!r},), tokenizer="bytes", holdout=0.2, cache_dir=""),
             optim=dict(peak_lr=3e-3, warmup=0.1),
             train=dict(
                 steps=120, batch_size=4, log_every=1, eval_every=20, eval_rows=8, checkpoint_every=20,
