@@ -80,7 +80,7 @@ def test_commands_hold_no_model_code(path):
 def test_configs_are_data(path):
     names = {n for n in imports(path) if n.split(".")[0] != "configs"}
     assert {n.split(".")[0] for n in names} <= {"ml_collections", "mor_jax"}
-    assert all(n.startswith("mor_jax.errors") for n in names if n.startswith("mor_jax"))
+    assert all(n.startswith(("mor_jax.errors", "mor_jax.config")) for n in names if n.startswith("mor_jax"))
 
 
 def test_tensorflow_nowhere():

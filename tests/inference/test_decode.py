@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import random_params, small_lm, spread_routers
+from small import random_params, small_lm, spread_routers
 
 from mor_jax.inference.decode import decode_step, prefill
 

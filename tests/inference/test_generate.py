@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params, small_lm
 from hypothesis import given
 from hypothesis import strategies as st
+from small import random_params, small_lm
 
 from mor_jax.errors import UserError
 from mor_jax.inference.generate import Generation

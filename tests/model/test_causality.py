@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params, small_lm, spread_routers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import random_params, small_lm, spread_routers
 
 T = 48
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import random_params
 
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.lm import LM

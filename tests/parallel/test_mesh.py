@@ -25,7 +25,7 @@ import json, re, sys
 sys.path.insert(0, "tests")
 import numpy as np, jax
 from jax.sharding import NamedSharding
-from conftest import small_lm
+from small import small_lm
 from mor_jax.config import MeshConfig, OptimConfig
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.schedule import optimizer

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import random_params, small_lm
+from small import random_params, small_lm
 
 from mor_jax.config import OptimConfig
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets, token_nll
