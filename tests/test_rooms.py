@@ -80,7 +80,9 @@ def test_commands_hold_no_model_code(path):
 def test_configs_are_data(path):
     names = {n for n in imports(path) if n.split(".")[0] != "configs"}
     assert {n.split(".")[0] for n in names} <= {"ml_collections", "mor_jax"}
-    assert all(n.startswith(("mor_jax.errors", "mor_jax.config")) for n in names if n.startswith("mor_jax"))
+    # The helper that fills in defaults reads them from the typed configuration; no configuration itself does.
+    allowed = ("mor_jax.errors", "mor_jax.config") if path.name == "arguments.py" else ("mor_jax.errors",)
+    assert all(n.startswith(allowed) for n in names if n.startswith("mor_jax"))
 
 
 def test_tensorflow_nowhere():
