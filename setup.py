@@ -16,19 +16,26 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["mor_jax*", "rlm_runtime*", "configs*", "launch*"]),
-    package_data={"mor_jax.analysis": ["*.html.j2"]},
+    package_data={
+        "mor_jax.analysis": ["*.html.j2"],
+        "rlm_runtime.viewer": ["*.html", "*.css", "*.js"],
+    },
+    entry_points={"console_scripts": ["rlm=rlm_runtime.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
+        "aiohttp>=3.11",  # endpoints of the RLM runtime: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
         "array-record>=0.8",
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",
+        "jsonschema>=4.21",  # structured answers of the RLM runtime
         "jinja2>=3.1",  # the report page
         "matplotlib>=3.9",  # its figures
         "ml-collections>=1.1",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
+        "pydantic>=2.8",  # typed messages, events and answers of the RLM runtime
         "rich>=13.7",  # tables, progress bars, coloured generation
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
@@ -37,15 +44,20 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30", "pydantic>=2.8", "httpx>=0.27"],
+        "serve": ["starlette>=0.40", "uvicorn>=0.30", "python-multipart>=0.0.12"],
         "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
             "hypothesis>=6.100",
+            "openai>=1.50",  # the official client, held against the RLM endpoint
             "pyarrow>=17",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
+            "python-multipart>=0.0.12",
             "ruff>=0.6",
+            "schemathesis>=4.0",  # property-based requests against its schema
+            "starlette>=0.40",
+            "uvicorn>=0.30",
             "zstandard>=0.23",
         ],
         "torch-peer": ["torch>=2.4", "transformers>=4.46"],  # benchmarks only

@@ -1,0 +1,50 @@
+"""Server-sent events out of a stream of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+
+class Event(NamedTuple):
+    event: str  # "" where the server names none
+    data: str
+
+
+async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+    r"""Events as they complete. Comments and other fields are skipped; lines end in \n, \r\n or \r.
+
+    The stream may end without the empty line after the last event; a line it ends in the middle of is dropped.
+    """
+    name, data = "", []
+    async for line in _lines(chunks):
+        field, _, value = line.partition(b":")
+        text = value.removeprefix(b" ").decode("utf-8", "replace")
+        if not line:
+            if data:
+                yield Event(name, "\n".join(data))
+            name, data = "", []
+        elif field == b"data":
+            data.append(text)
+        elif field == b"event":
+            name = text
+    if data:
+        yield Event(name, "\n".join(data))
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    parts: list[bytes] = []  # of the line that is not whole yet
+    after_cr = False
+    async for chunk in chunks:
+        if after_cr and chunk.startswith(b"\n"):  # a \r\n cut in two
+            chunk = chunk[1:]
+        if not chunk:
+            continue
+        after_cr = chunk.endswith(b"\r")
+        first, *rest = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        parts.append(first)
+        if rest:
+            yield b"".join(parts)
+            for line in rest[:-1]:
+                yield line
+            parts = [rest[-1]]

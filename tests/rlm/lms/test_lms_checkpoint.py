@@ -1,0 +1,206 @@
+"""A tiny checkpoint with random weights behind the LM protocol: batched calls say what lone ones say."""
+
+import asyncio
+import dataclasses
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from rlm_runtime.errors import LMError, UsageError
+from rlm_runtime.lms import resolve
+from rlm_runtime.lms.base import LM, Message, Sampling, ToolSpec
+from rlm_runtime.lms.checkpoint import CheckpointLM, chat_text
+
+CONTEXT = 128
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from small import random_params, spread_routers
+
+    from mor_jax.config import Config, DepthConfig, ModelConfig
+    from mor_jax.data.vocabulary import ByteTokenizer
+    from mor_jax.model.lm import LM as Model
+    from mor_jax.train.checkpoint import Checkpointer
+
+    tokenizer = ByteTokenizer()
+    model = ModelConfig(
+        layers=3, recursions=3, sharing="cycle", width=16, heads=2, kv_heads=1, mlp_width=32, context=CONTEXT,
+        vocab_size=tokenizer.vocab_size, init_std=0.4, loss_chunk=0,
+    )  # fmt: skip
+    config = Config(name="tiny", model=model, depth=DepthConfig(policy="expert_choice"))
+    params = spread_routers(random_params(Model.from_config(config)))
+    path = tmp_path_factory.mktemp("tiny")
+    meta = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.to_json(), "data": "none"}
+    with Checkpointer(path / "checkpoints") as to:
+        to.save(1, {"params": params}, meta)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(checkpoint):
+    return resolve(f"checkpoint:{checkpoint}")
+
+
+def ask(text: str) -> list[Message]:
+    return [Message(role="user", content=text)]
+
+
+PROMPTS = ["a", "bcd", "what is it?", "x" * 40, "the depth of a token", "é", "1 2 3 4 5", "z" * 17, "end"]
+
+
+def test_it_is_an_lm_with_exact_counts(lm):
+    assert isinstance(lm, LM) and lm.window == CONTEXT
+    messages = ask("héllo")
+    reply = asyncio.run(lm.complete(messages, sampling=Sampling(max_tokens=5)))
+    assert reply.usage.input_tokens == lm.count_tokens(messages) == 1 + len(chat_text(messages).encode())
+    assert reply.usage.output_tokens == 5 and reply.finish_reason == "length" and not reply.usage.estimated
+    assert lm.price(1000, 1000) == 0.0 == reply.usage.cost_usd
+
+
+def test_concurrent_calls_say_what_sequential_ones_say(lm):
+    limits = [3 + 2 * i for i in range(len(PROMPTS))]
+
+    async def one(i):
+        return await lm.complete(ask(PROMPTS[i]), sampling=Sampling(max_tokens=limits[i]))
+
+    async def alone():
+        return [await one(i) for i in range(len(PROMPTS))]
+
+    async def together():
+        return await asyncio.gather(*map(one, range(len(PROMPTS))))
+
+    first, before = asyncio.run(alone()), lm.batcher.batches
+    second = asyncio.run(together())
+    assert second == first
+    assert len({r.text for r in first}) > len(PROMPTS) // 2, "random weights should not say one thing to all"
+    assert lm.batcher.batches - before < len(PROMPTS)
+
+
+def test_a_short_prompt_keeps_its_room_beside_a_long_one(lm):
+    """A batch holds its longest prompt and its longest reply in the context; those that do not fit go separately."""
+    short, long = ask("a"), ask("y" * 90)
+    room = CONTEXT - lm.count_tokens(short)
+
+    async def both():
+        calls = [lm.complete(m, sampling=Sampling(max_tokens=room)) for m in (short, long)]
+        return await asyncio.gather(*calls)
+
+    a, b = asyncio.run(both())
+    alone = asyncio.run(lm.complete(short, sampling=Sampling(max_tokens=room)))
+    assert a == alone
+    assert a.usage.output_tokens == room or a.finish_reason == "stop"
+    assert b.usage.output_tokens <= CONTEXT - lm.count_tokens(long)
+
+
+def test_seeded_samples_repeat_in_any_company(lm):
+    async def draw(seed, company):
+        sampling = Sampling(temperature=1.0, seed=seed, max_tokens=12)
+        others = [lm.complete(ask(p), sampling=Sampling(temperature=1.0, max_tokens=4)) for p in PROMPTS[:company]]
+        replies = await asyncio.gather(*others, lm.complete(ask("draw"), sampling=sampling))
+        return replies[-1].text
+
+    a, b, other = asyncio.run(draw(7, 0)), asyncio.run(draw(7, 4)), asyncio.run(draw(8, 0))
+    assert a == b != other
+
+
+def test_streamed_pieces_make_up_the_reply_and_stop_strings_end_it(lm):
+    whole = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40)))
+    pieces = []
+    streamed = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40), on_text=pieces.append))
+    assert streamed == whole and "".join(pieces) == whole.text and len(pieces) > 1
+    stop = whole.text[5:7]
+    cut = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40, stop=(stop,))))
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
+    assert cut.usage.output_tokens < whole.usage.output_tokens
+
+
+def test_a_prompt_that_does_not_fit_names_both_numbers(lm):
+    messages = ask("w" * 500)
+    with pytest.raises(LMError, match=rf"{lm.count_tokens(messages)} tokens.* {CONTEXT}") as e:
+        asyncio.run(lm.complete(messages))
+    assert e.value.kind == "context_overflow"
+
+
+def test_a_wrong_sampling_and_a_failing_callback_reach_the_caller(lm):
+    with pytest.raises(LMError, match="temperature") as e:
+        asyncio.run(lm.complete(ask("a"), sampling=Sampling(temperature=-1)))
+    assert e.value.kind == "bad_request"
+
+    def refuse(_):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        asyncio.run(lm.complete(ask("a"), on_text=refuse))
+
+
+def test_cancelling_a_call_ends_its_work_and_no_thread_stays(checkpoint):
+    lm, before = CheckpointLM(str(checkpoint)), set(threading.enumerate())
+
+    async def main():
+        seen = asyncio.Event()
+        task = asyncio.create_task(
+            lm.complete(ask("a"), sampling=Sampling(max_tokens=100), on_text=lambda _: seen.set())
+        )
+        await seen.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await lm.aclose()
+        assert not [t for t in set(threading.enumerate()) - before if t.name == "rlm-batcher"]
+        return await lm.complete(ask("b"), sampling=Sampling(max_tokens=2))  # usable again
+
+    assert asyncio.run(main()).usage.output_tokens == 2
+    asyncio.run(lm.aclose())
+
+
+def test_generation_that_fails_is_an_lm_error_and_the_next_call_works(lm, monkeypatch):
+    from mor_jax.inference import generate
+
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as m:
+        m.setattr(generate, "Generation", broken)
+        with pytest.raises(LMError, match="out of memory") as e:
+            asyncio.run(lm.complete(ask("a")))
+    assert e.value.kind == "server"
+    assert asyncio.run(lm.complete(ask("a"), sampling=Sampling(max_tokens=2))).usage.calls == 1
+
+
+def test_template_and_tools_reach_the_prompt(checkpoint):
+    seen = []
+
+    def template(messages):
+        seen.append(messages)
+        return messages[-1].content[:20]
+
+    lm = CheckpointLM(str(checkpoint), template=template, max_tokens=2)
+    tool = ToolSpec(name="search", description="looks things up")
+    asyncio.run(lm.complete(ask("find it"), tools=[tool], schema={"type": "string"}))
+    assert "search" in seen[-1][-1].content and '{"type": "string"}' in seen[-1][-1].content
+    asyncio.run(lm.aclose())
+
+
+def test_default_template_reads_plainly():
+    messages = [Message(role="system", content="Be brief."), Message(role="user", content="Hi")]
+    assert chat_text(messages) == "system: Be brief.\n\nuser: Hi\n\nassistant:"
+
+
+def test_what_is_no_checkpoint_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match=str(tmp_path)):
+        resolve(f"checkpoint:{tmp_path}")
+
+
+def test_without_jax_the_message_says_so():
+    code = (
+        "import sys; sys.modules['jax'] = None\n"
+        "from rlm_runtime.lms import resolve\n"
+        "from rlm_runtime.errors import UsageError\n"
+        "try: resolve('checkpoint:x')\n"
+        "except UsageError as e: print(e)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "needs jax" in out.stdout, out.stderr
