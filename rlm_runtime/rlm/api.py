@@ -1,0 +1,249 @@
+"""`RLM`: a language model whose prompt is a variable, not a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlm_runtime.budget import Budget
+from rlm_runtime.context import Context
+from rlm_runtime.errors import UsageError
+from rlm_runtime.lms.base import LM, Sampling
+from rlm_runtime.prompts import VARIANTS
+from rlm_runtime.repl.base import Environment, Limits
+from rlm_runtime.rlm import blocking, options
+from rlm_runtime.rlm.results import RLMResult
+from rlm_runtime.rlm.run import CancelEvent, Place, Run
+from rlm_runtime.structured import Shape
+from rlm_runtime.tools import Tools, toolbox
+
+if TYPE_CHECKING:
+    from rlm_runtime.session import Session
+
+
+class RLM:
+    """A Recursive Language Model over any LMs.
+
+    The prompt becomes the variable `context` in a sandboxed Python REPL. The root LM sees what it is, not what it says;
+    it writes code, which reads the context, asks sub-LMs about pieces, and sets `answer`.
+
+    Args:
+      root: the model that leads: an LM, or a name such as "openai:gpt-5-mini".
+      sub: the model that `llm_query` asks and that leads child RLMs; default: the root.
+      models: further models by the name under which a cell may ask for them: `llm_query(..., model="big")`.
+      models_by_depth: which model at which depth (0 is the root), before `root` and `sub`.
+      max_depth: 0: no sub-calls; 1: `rlm_query` is a plain call; d: child RLMs down to depth d - 1.
+      tools, sub_tools: functions (or values by name) for the root's REPL; for sub-LMs and the REPLs of child RLMs.
+      budget, limits: `Budget` and `Limits`, or dicts of their fields.
+      environment: "local", "bubblewrap", "docker", "unconfined", or a function of `Limits` that makes an `Environment`.
+      environment_options: for an environment chosen by name: `policy` (a `SandboxPolicy`: which layers may be
+        missing) and `packages` (installed packages that cells may import).
+      concurrency: model calls in flight at once, over the whole tree.
+      max_repls: live REPLs of child RLMs at one depth; more wait.
+      log_dir: where runs leave their trajectories, a folder each; None: in memory, up to a bound.
+      system_prompt: instead of the built-in one, for the root; `{repl}`, `{limits}`, `{finish}` in it stand for the
+        sections that describe this REPL.
+      prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name.
+      sub_system_prompt: a system message before the prompt of every plain sub-LM call; default: none, or with
+        `sub_tools` one that says what they are for.
+      compact_at: share of the root model's window at which its history is replaced by a summary; `window`: tokens of
+        the window, for models that do not say.
+      on_event: called with every event of the trajectory as it happens.
+      sampling: a `Sampling` or a dict, for all calls; root_sampling, sub_sampling: instead of it, for nodes that lead
+        and for plain calls.
+      sub_rounds: rounds of tool calls a sub-LM may take before it must answer.
+      schema_retries: how often a sub-LM is told that its reply does not fit the schema.
+
+    Raises UsageError for what cannot be.
+    """
+
+    def __init__(
+        self,
+        root: LM | str,
+        sub: LM | str | None = None,
+        *,
+        models: Mapping[str, LM | str] | None = None,
+        models_by_depth: Mapping[int, LM | str] | Sequence[LM | str | None] | None = None,
+        max_depth: int = 1,
+        tools: Tools | None = None,
+        sub_tools: Tools | None = None,
+        budget: Budget | Mapping[str, Any] | None = None,
+        limits: Limits | Mapping[str, Any] | None = None,
+        environment: str | Callable[[Limits], Environment] = "local",
+        environment_options: Mapping[str, Any] | None = None,
+        concurrency: int = 64,
+        max_repls: int | None = None,
+        log_dir: Path | str | None = None,
+        system_prompt: str | None = None,
+        prompt_variant: str | None = None,
+        sub_system_prompt: str | None = None,
+        compact_at: float = 0.85,
+        window: int | None = None,
+        on_event: Callable[[Any], None] | None = None,
+        sampling: Sampling | Mapping[str, Any] | None = None,
+        root_sampling: Sampling | Mapping[str, Any] | None = None,
+        sub_sampling: Sampling | Mapping[str, Any] | None = None,
+        sub_rounds: int = 5,
+        schema_retries: int = 2,
+    ):
+        check_int = options.check_int
+        for where, text in (("system_prompt", system_prompt), ("sub_system_prompt", sub_system_prompt)):
+            if text is not None and not (isinstance(text, str) and text.strip()):
+                raise UsageError(f"{where}: expected a text, got {text!r}.")
+        if prompt_variant is not None and prompt_variant not in VARIANTS:
+            raise UsageError(f"prompt_variant: expected one of {', '.join(VARIANTS)}, got {prompt_variant!r}.")
+        if isinstance(compact_at, bool) or not isinstance(compact_at, int | float) or not 0.1 <= compact_at <= 1:
+            raise UsageError(f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}.")
+        if on_event is not None and not callable(on_event):
+            raise UsageError(f"on_event: expected a function of one event, got {on_event!r}.")
+        name, make = _environment(environment, dict(environment_options or {}))
+        root_lm = options.check_lm(root, "root")
+        sub_lm = root_lm if sub is None or sub == root else options.check_lm(sub, "sub")
+        self._options = options.Options(
+            root=root_lm,
+            sub=sub_lm,
+            models={n: options.check_lm(lm, f"models[{n!r}]") for n, lm in (models or {}).items()},
+            by_depth=options.check_by_depth(models_by_depth),
+            max_depth=check_int("max_depth", max_depth, 0, options.MAX_DEPTH),
+            tools=toolbox(tools, "tools"),
+            sub_tools=toolbox(sub_tools, "sub_tools"),
+            budget=options.check_model("budget", Budget, budget),
+            limits=options.check_model("limits", Limits, limits),
+            environment=name,
+            make_environment=make,
+            concurrency=check_int("concurrency", concurrency, 1),
+            max_repls=options.default_repls() if max_repls is None else check_int("max_repls", max_repls, 1),
+            log_dir=Path(log_dir) if log_dir is not None else None,
+            system_prompt=system_prompt,
+            prompt_variant=prompt_variant,
+            sub_system_prompt=sub_system_prompt,
+            compact_at=compact_at,
+            window=None if window is None else check_int("window", window, 256),
+            on_event=on_event,
+            root_sampling=options.check_model(
+                "root_sampling", Sampling, sampling if root_sampling is None else root_sampling
+            ),
+            sub_sampling=options.check_model(
+                "sub_sampling", Sampling, sampling if sub_sampling is None else sub_sampling
+            ),
+            sub_rounds=check_int("sub_rounds", sub_rounds, 0),
+            schema_retries=check_int("schema_retries", schema_retries, 0),
+        )
+        options.check_prices(self._options)
+        passed = {id(lm) for lm in (root, sub, *(models or {}).values(), *_values(models_by_depth))}
+        self._own = [lm for lm in self._options.every_lm() if id(lm) not in passed]
+
+    # -- one completion -----------------------------------------------------------------------------------------------
+    def completion(
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
+    ) -> RLMResult:
+        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, or the Path of a file or folder.
+
+        `output`: a pydantic model, a type or a JSON schema that the answer must fit. Setting `cancel` ends the run with
+        what it has, and so does a first Ctrl-C. Raises UsageError and ContextError for wrong arguments, and LMError or
+        SandboxError where the run failed with nothing to show (`error.result` has usage and trajectory); never for what
+        a model or a cell does."""
+        shape, context = Shape.of(output) if output is not None else None, context_of(prompt, question)
+
+        async def work() -> RLMResult:
+            return await Run(self._options, context, question, shape, cancel=cancel).through_interrupts()
+
+        return blocking.run(work)
+
+    async def acompletion(
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
+    ) -> RLMResult:
+        """As `completion`. Cancelling the task ends the run, its calls and workers, and raises CancelledError, whose
+        attribute `result` is the partial result."""
+        return await self.start(prompt, question, output=output, cancel=cancel).to_the_end()
+
+    def start(
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
+    ) -> Run:
+        """Begin a completion in the running event loop: `run.cancel()`, `await run.result()`."""
+        shape = Shape.of(output) if output is not None else None
+        return Run(self._options, context_of(prompt, question), question, shape, cancel=cancel)
+
+    # -- many completions -----------------------------------------------------------------------------------------------
+    def session(self) -> Session:
+        """Completions that share one REPL and one conversation: `with rlm.session() as s: s.completion(...)`, or
+        `async with` and `s.acompletion(...)`."""
+        from rlm_runtime.session import Session
+
+        return Session(self._options, self._place)
+
+    def _place(self) -> Place:
+        return Place(self._options.environment_for(0))
+
+    @property
+    def options(self) -> options.Options:
+        """What was chosen, after the defaults."""
+        return self._options
+
+    async def aclose(self) -> None:
+        """Close the models that this object made from names; models that were passed in are left alone."""
+        for lm in self._own:
+            await lm.aclose()
+
+    def close(self) -> None:
+        """As `aclose`."""
+        blocking.run(self.aclose)
+
+    async def __aenter__(self) -> RLM:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    def __enter__(self) -> RLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def context_of(prompt: Any, question: str | None) -> Context:
+    if question is not None and not isinstance(question, str):
+        raise UsageError(f"question: expected a text, got {type(question).__name__}.")
+    return prompt if isinstance(prompt, Context) else Context.of(prompt)
+
+
+def _values(by_depth: Mapping[int, Any] | Sequence[Any] | None) -> list[Any]:
+    return list(by_depth.values()) if isinstance(by_depth, Mapping) else list(by_depth or ())
+
+
+def _environment(chosen: Any, kwargs: dict[str, Any]) -> tuple[str, options.MakeEnvironment]:
+    if callable(chosen):
+        if kwargs:
+            raise UsageError("environment_options: only for an environment chosen by name.")
+        return getattr(chosen, "__name__", type(chosen).__name__), chosen
+    from rlm_runtime import repl  # its parts are imported when the first run starts
+
+    if chosen not in repl.ENVIRONMENTS:
+        raise UsageError(f"environment: expected one of {', '.join(repl.ENVIRONMENTS)} or a function, got {chosen!r}.")
+
+    def make(limits: Limits) -> Environment:
+        try:
+            return repl.make(chosen, limits, **kwargs)
+        except TypeError as e:
+            raise UsageError(f"environment_options: {e}") from e
+
+    if kwargs:
+        make(Limits())  # so that a wrong one is refused here, not in the first run
+    return chosen, make

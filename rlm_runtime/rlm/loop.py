@@ -1,0 +1,332 @@
+"""The turn loop: ask the model, run the cells of its reply, tell it what came out; until the answer is ready.
+
+A node is one such conversation with one REPL: the root of a run, or a child RLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlm_runtime import parsing, prompts
+from rlm_runtime.context import Context
+from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
+from rlm_runtime.lms.base import LM, Message, Reply
+from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
+from rlm_runtime.rlm import compaction
+from rlm_runtime.rlm.history import History
+from rlm_runtime.rlm.results import ANSWERED, ERROR, TURNS, Ending, at_limit
+from rlm_runtime.rlm.subcalls import Spawn, SubCalls
+from rlm_runtime.rlm.tree import Meter, Tree
+from rlm_runtime.structured import Shape
+from rlm_runtime.tools import Tool
+from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nudged, Replied, SandboxUp
+
+SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
+
+
+class Node:
+    """One conversation with one REPL.
+
+    `id`, `turn` and `cell` name the place in the trajectory; `best` is the content `answer` had last, ready or not.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        environment: Environment,
+        spawn: Spawn,
+        *,
+        id: str = "0",
+        depth: int = 0,
+        lm: LM,
+        tools: Mapping[str, Tool],
+        meter: Meter,
+        question: str | None = None,
+        shape: Shape | None = None,
+        history: History | None = None,
+    ):
+        self.tree, self.environment, self.lm, self.tools = tree, environment, lm, tools
+        self.id, self.depth, self.meter, self.question, self.shape = id, depth, meter, question, shape
+        self.history = history or History()
+        self.calls = SubCalls(self, spawn)
+        self.turn = self.cell = 0
+        self.turns = 0  # replies so far, without the last call's
+        self.errors = 0  # failed cells and unusable replies in a row
+        self.best: Any = None
+        self.last_text = ""
+        self.interrupted = False  # a cell was running when the loop was stopped
+        self._asked_for_none = False
+
+    @property
+    def is_root(self) -> bool:
+        return self.id == "0"
+
+    # -- begin ----------------------------------------------------------------------------------------------------------
+    async def start(self, context: Context) -> None:
+        """Start the REPL with this context. Raises SandboxError."""
+        began = time.monotonic()
+        report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
+        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
+        seconds = round(time.monotonic() - began, 6)
+        limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
+        up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}
+        self.tree.emit(SandboxUp(node=self.id, **up))
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+    async def run(self) -> Ending:
+        """Turns until the answer is ready or a limit is reached. Raises only CancelledError."""
+        try:
+            while True:
+                limit = self.tree.ledger.budget.turns
+                if limit is not None and self.turns >= limit:
+                    return await self.last_call(TURNS, f"the limit of {limit} turns is reached.")
+                ending = await self._turn()
+                if ending is not None:
+                    return ending
+                most = self.tree.ledger.budget.consecutive_errors
+                if most is not None and self.errors >= most:
+                    why = f"{self.errors} failed cells or unusable replies in a row."
+                    return await self.last_call(at_limit("consecutive_errors"), why)
+        except BudgetExceeded as e:
+            self.tree.note_budget(self.id, self.turns, refused=e.limit)
+            return await self.last_call(at_limit(e.limit), str(e))
+        except RlmError as e:  # the model or the sandbox failed for good
+            return self._failed(e)
+
+    async def _turn(self) -> Ending | None:
+        """One reply and its cells. Raises BudgetExceeded, LMError, SandboxError."""
+        reply = await self._ask_with_room()
+        self.turn += 1
+        self.turns += 1
+        self.cell = 0
+        parsed = parsing.parse(reply, tools=self.tools)
+        self._answered(reply, parsed)
+        report: list[CellResult] = []
+        problem = None
+        ending = None
+        cells = parsed.cells
+        for self.cell, code in enumerate(cells, 1):
+            result = await self._cell(code)
+            report.append(result)
+            ending, problem = self._finished(result)
+            if ending is not None or problem is not None or result.status != "ok":
+                break
+        if problem is not None:
+            await self.environment.reset_answer()
+        usable = bool(cells)
+        if not usable and parsed.final is not None and ending is None:
+            ending, problem = self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
+            usable = ending is not None
+        for nudge in parsed.nudges if ending is None else ():
+            self.tree.emit(Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text))
+        if report:
+            self.history.say(prompts.cell_report(report, skipped=len(cells) - len(report)))
+            for result in report:
+                self.errors = 0 if result.status == "ok" else self.errors + 1
+        if not usable or problem is not None:
+            self.errors += 1
+        if problem is not None:
+            self.history.say(problem)
+        self.history.say(prompts.nudged(n.text for n in parsed.nudges))
+        if ending is None:
+            if left := self.tree.ledger.running_low():
+                self.history.say(prompts.remaining(left))
+            self.history.say(prompts.turn(self.turn + 1, self.tree.ledger.budget.turns))
+        self.tree.note_budget(self.id, self.turns)
+        return ending
+
+    async def _cell(self, code: str, *, calls: bool = True) -> CellResult:
+        place = {"node": self.id, "turn": self.turn, "cell": self.cell}
+        self.tree.emit(CellStart(**place, code=code))
+        self.interrupted = True
+        result = await self.environment.run(code, self.calls if calls else _refuse)
+        self.interrupted = False
+        self.tree.emit(CellEnd(**place, result=result))
+        self._look(result)
+        return result
+
+    def _look(self, result: CellResult) -> None:
+        if result.answer.content is not None:
+            self.best = result.answer.content
+
+    def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
+        """The ending where the answer is ready and good, or what to tell the model where it is not."""
+        if not result.answer.ready:
+            return None, None
+        return self._accept(result.answer.content)
+
+    def _accept(self, content: Any) -> tuple[Ending | None, str | None]:
+        if self.shape is None:
+            if content is None and not self._asked_for_none:
+                self._asked_for_none = True  # once: a model that means it says so again
+                return None, prompts.empty_answer()
+            return Ending(ANSWERED, answer=content, text=_text(content)), None
+        value, problem = self.shape.check(content)
+        if problem is not None:
+            return None, self._refused(problem)
+        return Ending(ANSWERED, answer=value, text=_text(content)), None
+
+    def _accept_text(self, *readings: str) -> tuple[Ending | None, str | None]:
+        """An answer given as text outside a cell; with a shape, the first reading that fits it."""
+        if self.shape is None:
+            return Ending(ANSWERED, answer=readings[-1], text=readings[-1]), None
+        for text in readings:
+            value, problem = self.shape.read(text)
+            if problem is None:
+                return Ending(ANSWERED, answer=value, text=text), None
+        return None, self._refused(problem)
+
+    def _refused(self, problem: str) -> str:
+        return prompts.answer_refused(problem, self.shape.describe())
+
+    # -- asking -----------------------------------------------------------------------------------------------------------
+    async def _ask_with_room(self) -> Reply:
+        """The next reply; the history is compacted first where the window is nearly full, and once where the endpoint
+        says that it is too full."""
+        if compaction.due(self):
+            await compaction.compact(self)
+        try:
+            return await self._ask(self.turn + 1)
+        except LMError as e:
+            if e.kind != "context_overflow" or not compaction.possible(self):
+                raise
+            await compaction.compact(self)
+            return await self._ask(self.turn + 1)
+
+    async def _ask(self, turn: int, *, last: bool = False) -> Reply:
+        """Send what is unsent. The caller enters the reply with `_answered`."""
+        pending = self.history.pending()
+        self.tree.emit(Asked(node=self.id, turn=turn, messages=tuple(self._new_messages(pending))))
+        return await self.call([*self.history.messages, *pending], last=last)
+
+    def _new_messages(self, pending: list[Message]) -> list[Message]:
+        """What the record does not have yet: everything with the first call of a run, later only what is added."""
+        if self._recorded:
+            return pending
+        self._recorded = True
+        return [*self.history.messages, *pending]
+
+    _recorded = False
+
+    async def call(self, messages: list[Message], *, last: bool = False, estimate: int | None = None) -> Reply:
+        """A call of the node's own model."""
+        budget = self.tree.ledger.budget
+        if estimate is None and (budget.input_tokens is not None or budget.usd is not None):
+            estimate = self.history.tokens(self.lm)
+        if self.is_root and not last:  # room for this turn's report and the last call's own words
+            self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
+        self._began = time.monotonic()
+        return await self.tree.ask(
+            self.lm,
+            messages,
+            depth=self.depth,
+            meter=self.meter,
+            sampling=self.tree.options.root_sampling,
+            estimate=estimate,
+            last=last and self.is_root,
+        )
+
+    def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
+        """Enter a reply into history and record."""
+        kept = Message(role="assistant", content=parsed.kept)
+        self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
+        self.last_text = parsed.kept if parsed.kept != parsing.EMPTY else self.last_text
+        self.tree.emit(
+            Replied(
+                node=self.id,
+                turn=self.turn,
+                message=kept,
+                raw=reply.text if reply.text != parsed.kept else None,
+                discarded=parsed.discarded,
+                usage=reply.usage,
+                seconds=round(time.monotonic() - self._began, 6),
+                finish_reason=reply.finish_reason,
+            )
+        )
+
+    # -- the end ----------------------------------------------------------------------------------------------------------
+    async def last_call(self, reason: str, why: str, *, seconds: float | None = None) -> Ending:
+        """Ask once more, for the best answer there is, and take what comes; else the best there was."""
+        self.history.say(prompts.last_call(why, shape=self.shape.describe() if self.shape else None))
+        seconds = seconds or self.tree.ledger.budget.last_call_seconds
+        trouble = None
+        try:
+            async with asyncio.timeout(seconds):
+                for _ in range(2 if self.shape else 1):  # a wrong type is told once
+                    ending, problem = await self._last_reply(reason, why)
+                    if ending is not None:
+                        return ending
+                    trouble = problem
+                    self.history.say(problem)
+        except (RlmError, TimeoutError) as e:
+            trouble = str(e) or f"the last call took more than {seconds:g} s."
+        return self.salvaged(reason, why if trouble is None else f"{why} {trouble}")
+
+    async def _last_reply(self, reason: str, why: str) -> tuple[Ending | None, str]:
+        self.turn += 1
+        self.cell = 0
+        reply = await self._ask(self.turn, last=True)
+        parsed = parsing.parse(reply, tools=self.tools)
+        self._answered(reply, parsed)
+        found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
+        if parsed.cells or found == parsing.EMPTY:
+            found = None
+        for self.cell, code in enumerate(parsed.cells, 1):  # models that finish in code do so here, too
+            result = await self._cell(code, calls=False)
+            if result.answer.ready:
+                found = result.answer.content
+                break
+        if found is None or found == "":
+            found = self.best
+        if found is None:
+            return None, "The last reply held no answer."
+        if self.shape is None:
+            return Ending(reason, answer=found, text=_text(found), partial=True, error=why), ""
+        value, problem = self.shape.read(found)
+        if problem is None:
+            return Ending(reason, answer=value, text=_text(found), partial=True, error=why), ""
+        return None, self.shape.complaint(problem)
+
+    def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
+        """The best there is without asking: what `answer` held, else the last reply."""
+        found = self.best if self.best is not None else (self.last_text or None)
+        if self.shape is None or found is None:
+            return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
+        value, problem = self.shape.read(found)
+        if problem is not None:
+            why = f"{why} No answer fitted the schema: {problem}"
+        return Ending(reason, answer=value, text=_text(found), partial=True, error=why, cause=cause)
+
+    def _failed(self, error: RlmError) -> Ending:
+        """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
+        kind = error.kind if isinstance(error, LMError) else type(error).__name__
+        return replace(self.salvaged(ERROR, str(error), cause=None if self.best is not None else error), kind=kind)
+
+    async def look_again(self) -> Ending | None:
+        """After an interrupted cell: the answer it may have finished, or at least its content in `best`. Bounded in
+        time; a REPL that does not answer any more has nothing to say."""
+        if not self.interrupted:
+            return None
+        self.interrupted = False
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(SALVAGE_SECONDS):
+                result = await self.environment.run("pass", _refuse)
+                self._look(result)
+                return self._finished(result)[0]
+        return None
+
+
+async def _refuse(request: Request) -> list[Outcome]:
+    refused = Outcome(error="the run is ending: no more calls; answer from what you have.", kind="budget")
+    return [refused] * (1 if request.method == "tool" else len(request.prompts))
+
+
+def _text(content: Any) -> str:
+    from rlm_runtime.rlm.subcalls import as_text
+
+    return "" if content is None else as_text(content)

@@ -1,0 +1,310 @@
+"""One completion from start to result, whatever happens: answered, stopped by a limit, cancelled, or failed.
+
+The run is a task of its own. Whoever waits for it may go away; the run still ends its calls and workers, writes the
+end of its trajectory, and has a result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from rlm_runtime import __version__, prompts
+from rlm_runtime.budget import Ledger
+from rlm_runtime.context import Context
+from rlm_runtime.errors import BudgetExceeded, Cancelled, RlmError
+from rlm_runtime.repl.base import Environment
+from rlm_runtime.rlm.history import History
+from rlm_runtime.rlm.loop import Node
+from rlm_runtime.rlm.nodes import open_task, spawn
+from rlm_runtime.rlm.options import Options
+from rlm_runtime.rlm.results import CANCELLED, ERROR, Ending, RLMResult, at_limit
+from rlm_runtime.rlm.tree import END_SECONDS, Meter, Tree, finish
+from rlm_runtime.structured import Shape
+from rlm_runtime.trajectory import ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
+
+CANCEL_SECONDS = 20.0  # longest that a cancelled conversation may take to end
+POLL_SECONDS = 0.05
+
+CancelEvent = threading.Event | asyncio.Event
+
+
+@dataclass
+class Place:
+    """What a session keeps from one completion to the next."""
+
+    environment: Environment
+    history: History = field(default_factory=History)
+    completions: int = 0
+    started: bool = False
+    folder: Path | None = None
+
+
+class Run:
+    """A completion in progress, as `RLM.start` returns it. Lives in the event loop that it was started in."""
+
+    def __init__(
+        self,
+        options: Options,
+        context: Context,
+        question: str | None,
+        shape: Shape | None,
+        *,
+        place: Place | None = None,
+        cancel: CancelEvent | None = None,
+    ):
+        loop = asyncio.get_running_loop()
+        self.id = secrets.token_hex(6)
+        self._options, self._context, self._question, self._shape = options, context, question, shape
+        self._place = place
+        self._event = cancel
+        self._environment = place.environment if place else options.environment_for(0)
+        self._writer = self._open_record()
+        self._cancelled = False
+        self._result: RLMResult | None = None
+        self._conversation: asyncio.Task[Ending] | None = None
+        self._overdue: asyncio.Future[None] = loop.create_future()
+        self._task = loop.create_task(self._main(), name=f"rlm-run-{self.id}")
+
+    # -- for the caller -------------------------------------------------------------------------------------------------
+    @property
+    def folder(self) -> Path | None:
+        """Where the trajectory is written; None without a `log_dir`."""
+        return self._writer.folder
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+    def cancel(self) -> None:
+        """End the run: its calls, cells and workers. `result()` then gives what there is. Idempotent."""
+        if not self._cancelled:
+            self._cancelled = True
+            # One that does not end, because an LM or a tool swallows the cancellation, is left behind.
+            asyncio.get_running_loop().call_later(
+                CANCEL_SECONDS, lambda: self._overdue.done() or self._overdue.cancel()
+            )
+            if self._conversation is not None:
+                self._conversation.cancel()
+
+    async def result(self) -> RLMResult:
+        """Wait for the end. A caller that is cancelled while it waits does not cancel the run.
+
+        Raises LMError, SandboxError or another RlmError where the run failed with nothing to show; its `result`
+        attribute is the RLMResult with usage and trajectory."""
+        return await asyncio.shield(self._task)
+
+    async def to_the_end(self) -> RLMResult:
+        """As `result`, but cancelling the caller cancels the run, waits (bounded) until it has ended, and raises
+        CancelledError with the partial result as its attribute `result`."""
+        try:
+            return await asyncio.shield(self._task)
+        except asyncio.CancelledError as e:
+            self.cancel()
+            await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
+            if self._task.done() and not self._task.cancelled():
+                self._task.exception()  # seen: the caller gets the cancellation instead
+            e.result = self._result
+            raise
+
+    async def through_interrupts(self) -> RLMResult:
+        """As `result`, but a first cancellation of the caller (Ctrl-C) ends the run and returns its partial result."""
+        try:
+            return await asyncio.shield(self._task)
+        except asyncio.CancelledError:
+            self.cancel()
+            return await asyncio.shield(self._task)
+
+    # -- the run ----------------------------------------------------------------------------------------------------------
+    async def _main(self) -> RLMResult:
+        options, place = self._options, self._place
+        tree = Tree(options, Ledger(options.budget), self._writer)
+        lm = options.node_lm(0)
+        node = Node(
+            tree,
+            self._environment,
+            spawn,
+            lm=lm,
+            tools=options.tools,
+            meter=Meter(),
+            question=self._question,
+            shape=self._shape,
+            history=place.history if place else None,
+        )
+        interrupted: asyncio.CancelledError | None = None
+        watcher = asyncio.create_task(self._watch()) if self._event is not None else None
+        try:
+            self._write_start(lm)
+            work = self._conversation = asyncio.create_task(self._converse(node))
+            if self._cancelled:
+                work.cancel()
+            while not work.done() and not self._overdue.done():
+                try:
+                    await asyncio.wait({work, self._overdue}, return_when=asyncio.FIRST_COMPLETED)
+                except asyncio.CancelledError as e:  # the loop is being closed, or somebody found this task
+                    interrupted = e
+                    self.cancel()
+                    work.cancel()
+            ending = await self._ending(node, work)
+        finally:
+            if watcher is not None:
+                watcher.cancel()
+            await finish(self._clean_up(tree))
+            if place is not None:
+                place.history = node.history
+                place.completions += place.started
+        self._result = self._close_record(node, tree, ending)
+        if interrupted is not None:
+            raise interrupted
+        if ending.cause is not None:
+            ending.cause.result = self._result
+            raise ending.cause
+        return self._result
+
+    async def _converse(self, node: Node) -> Ending:
+        """The root's conversation within `seconds`. What it raises is the business of `_ending`."""
+        ledger = node.tree.ledger
+        clock = asyncio.timeout(ledger.seconds_left())
+        try:
+            async with clock:
+                await self._open(node)
+                return await node.run()
+        except TimeoutError:
+            if not clock.expired():
+                raise
+        limit = ledger.budget.seconds
+        why = BudgetExceeded("seconds", ledger.seconds, limit, f"the limit of {limit:g} s is reached.")
+        await node.tree.stop(why)
+        node.tree.note_budget(node.id, node.turns, refused="seconds")
+        ending = await node.look_again()
+        return ending or await node.last_call(at_limit("seconds"), str(why))
+
+    async def _open(self, node: Node) -> None:
+        place = self._place
+        if place is None or not place.started:
+            await node.start(self._context)
+            if place is not None:
+                place.started = True
+            open_task(node, self._context)
+            return
+        name = f"context_{place.completions}"
+        await node.environment.rebind_context(self._context, name)
+        await node.environment.reset_answer()
+        node.tree.emit(ContextLoaded(node=node.id, **self._writer.context_fields(self._context, name)))
+        open_task(node, self._context, name)
+
+    async def _ending(self, node: Node, work: asyncio.Task[Ending]) -> Ending:
+        if not work.done() or work.cancelled():
+            await node.tree.stop(Cancelled("the run was cancelled."))
+            try:
+                found = await node.look_again() if work.done() else None
+            except asyncio.CancelledError:
+                found = None
+            return found or node.salvaged(CANCELLED, "the run was cancelled.")
+        error = work.exception()
+        if error is None:
+            return work.result()
+        if not isinstance(error, Exception):
+            raise error
+        if not isinstance(error, RlmError):
+            wrapped = RlmError(f"the run failed: {type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            error = wrapped
+        return node.salvaged(ERROR, str(error), cause=error)
+
+    async def _clean_up(self, tree: Tree) -> None:
+        await tree.close()
+        if self._place is None:
+            await self._environment.aclose()
+
+    async def _watch(self) -> None:
+        """Polled: the event may be a thread's, or belong to another loop."""
+        while not self._event.is_set():
+            await asyncio.sleep(POLL_SECONDS)
+        self.cancel()
+
+    # -- the record -------------------------------------------------------------------------------------------------------
+    def _open_record(self) -> TrajectoryWriter:
+        options, place = self._options, self._place
+        folder = None
+        if options.log_dir is not None:
+            folder = place.folder if place is not None and place.folder else run_folder(options.log_dir, self.id)
+        writer = TrajectoryWriter(folder, options.on_event, append=place is not None and place.folder is not None)
+        if place is not None:
+            place.folder = folder
+        return writer
+
+    def _write_start(self, lm: Any) -> None:
+        options = self._options
+        settings: Mapping[str, Any] = {
+            "environment": options.environment,
+            "limits": options.limits.model_dump(),
+            "concurrency": options.concurrency,
+            "compact_at": options.compact_at,
+            "version": __version__,
+            "prompts": prompts.VERSION,
+            "tools": sorted(options.tools),
+            "sub_tools": sorted(options.sub_tools),
+            "tool_values": {n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value},
+            "models": {str(d): m.name for d, m in options.by_depth.items()},
+            "output": self._shape.schema if self._shape is not None else None,
+        }
+        self._writer.write(
+            RunStart(
+                run=self.id,
+                started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                question=self._question,
+                root=lm.name,
+                sub=options.sub.name,
+                max_depth=options.max_depth,
+                budget=options.budget.model_dump(),
+                settings=dict(settings),
+                session_turn=self._place.completions if self._place else 0,
+            )
+        )
+
+    def _close_record(self, node: Node, tree: Tree, ending: Ending) -> RLMResult:
+        ledger, writer = tree.ledger, self._writer
+        seconds = round(ledger.seconds, 6)
+        end = RunEnd(
+            stop_reason=ending.reason,
+            answer=to_jsonable_python(ending.answer, fallback=repr),
+            error=ending.error,
+            usage=ledger.total,
+            usage_by_depth={str(d): u for d, u in sorted(ledger.by_depth.items())},
+            turns=node.turns,
+            seconds=seconds,
+        )
+        writer.write(end)
+        writer.close()
+        notes = []
+        if writer.error is not None:
+            notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
+        elif writer.dropped:
+            notes.append(f"{writer.dropped} events did not fit in memory; pass log_dir=... to record all of them.")
+        return RLMResult(
+            answer=ending.answer,
+            stop_reason=ending.reason,
+            partial=ending.partial,
+            text=ending.text,
+            error=ending.error,
+            error_kind=ending.kind,
+            usage=ledger.total,
+            usage_by_depth=dict(sorted(ledger.by_depth.items())),
+            turns=node.turns,
+            sub_calls=ledger.sub_calls,
+            seconds=seconds,
+            run=self.id,
+            trajectory=writer.folder,
+            sandbox=node.environment.report,
+            notes=tuple(notes),
+            record=writer,
+        )
