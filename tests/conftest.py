@@ -1,20 +1,22 @@
-"""Shared by all tests: a private cache, shapes in which a rank slip is an error, small models."""
+"""Shared by all tests: a private cache, a deterministic hypothesis, the kinds of small models.
+
+JAX is configured through the environment, and before anything imports it: tests of the RLM runtime never do.
+"""
 
 import os
 import tempfile
 
-# Before anything reads it: tests never touch the user's cache of prepared data, but share one among themselves.
+# Tests never touch the user's cache of prepared data, but share one among themselves.
 os.environ.setdefault("MOR_JAX_CACHE", tempfile.mkdtemp(prefix="mor_jax_test_cache_"))
-import jax
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs compiled by one run of the tests serve the next.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/mor_jax/xla-tests")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import pytest
 from hypothesis import HealthCheck, settings
-from small import KINDS
+from kinds import KINDS
 
-jax.config.update("jax_platforms", "cpu")
-# Programs compiled by one run of the tests serve the next.
-jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mor_jax/xla-tests"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # Compiling is deterministic work; examples run as long as they need, without a flaky deadline.
 settings.register_profile(
     "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

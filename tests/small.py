@@ -3,19 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kinds import KINDS
 
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.lm import LM
 
-KINDS = {
-    "vanilla": ({"sharing": "none", "recursions": 1, "layers": 4}, {}),
-    "recursive": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {}),
-    "mor": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {"policy": "expert_choice"}),
-}
-
 
 def small_lm(kind: str, **model) -> LM:
-    """A model of one of the three kinds, small, with weights large enough that every part matters."""
+    """A model of one of these kinds, small, with weights large enough that every part matters."""
     shape, depth = KINDS[kind]
     base = {"width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 64, "context": 64, "init_std": 0.2}
     return LM(ModelConfig(**{**base, **shape, **model}), DepthConfig(**depth))
@@ -27,6 +22,8 @@ def random_params(lm: LM, seed: int = 0) -> dict:
 
     def draw(path, leaf):
         x = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[-1].key == "bias":
+            return jnp.asarray(0.003 * x)
         return jnp.asarray(1 + 0.1 * x if path[-1].key == "scale" else lm.model.init_std * x)
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lm.init, jax.random.key(0)))
