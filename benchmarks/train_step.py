@@ -51,7 +51,7 @@ from mor_jax.train.state import create_state
 from mor_jax.train.step import make_train_step
 
 RECURSIONS = 3
-SAVING_KEPT = 0.85  # target: share of the FLOP saving that arrives as a saving of time
+SAVING_KEPT = {"mor": 0.9, "mor-token": 0.8}  # targets: share of the FLOP saving that arrives as a saving of time
 OF_TORCH = 0.8  # target: tokens a second of the dense twin over the peer's, float32
 
 _WIDTH, _HEADS, _KV, _MLP = paper.SIZES["360m"][1:]
@@ -70,8 +70,11 @@ MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "vanilla": {},
     "recursive": {"model": _SHARED},
     "mor": {"model": _SHARED, "depth": {"policy": "expert_choice", "executor": "gathered"}},
+    "mor-token": {"model": _SHARED, "depth": {"policy": "token_choice", "executor": "gathered"}},
     "mor-masked": {"model": _SHARED, "depth": {"policy": "expert_choice", "executor": "masked"}},
 }
+
+ROUTED = tuple(name for name, fields in MODELS.items() if "depth" in fields)
 
 _SHAPE = flags.DEFINE_enum("shape", "cpu", list(SHAPES), "Shape of the models; see above.")
 _MODELS = flags.DEFINE_list("models", list(MODELS), f"Any of {', '.join(MODELS)}.")
@@ -119,6 +122,8 @@ class ModelRun:
     def _step(self) -> float:
         self.state, metrics = self.compiled(self.state, self.batch)
         jax.block_until_ready(self.state)
+        steps = range(1, self.cfg.model.recursions + 1)
+        self.selected = [float(metrics.get(f"router/{r}/selected", 1.0)) for r in steps]
         loss = float(metrics["lm_loss"])
         if not np.isfinite(loss):
             raise UserError(f"the loss of {self.name} is {loss}: what was timed is no training.")
@@ -127,8 +132,13 @@ class ModelRun:
     def result(self, peak: float | None) -> dict[str, Any]:
         """Everything measured and counted about this model; `peak` FLOP/s of all devices."""
         cfg, seconds = self.cfg, self.samples.median
-        flops = accounting.true_training_flops(cfg, 1)
+        # Token-choice is counted at the depths its tokens took (all tokens run step 1); the others at their capacities.
+        counts = [share * cfg.model.context for share in self.selected]
+        chosen = counts if cfg.depth.policy == "token_choice" else None
+        per_token = accounting.true_flops_per_token(cfg.model, cfg.depth, mean_counts=chosen)
+        flops = per_token.training * accounting.tokens_per_step(cfg)
         return {
+            "selected": self.selected,
             "config": cfg.to_dict(),
             "parameters": accounting.parameters(cfg.model, cfg.depth).to_dict(),
             "compile_seconds": self.compile_seconds,
@@ -242,7 +252,7 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     """The comparisons, as far as the models for them were timed."""
     models, found = result["models"], {}
     if "recursive" in models:
-        for name in ("mor", "mor-masked"):
+        for name in ROUTED:
             if name in models:
                 found[name] = _saving(models["recursive"], models[name])
     if "vanilla" in models:
@@ -361,11 +371,13 @@ def _breakdown_table(result: dict[str, Any]) -> Table:
 
 def _headline_lines(result: dict[str, Any]) -> list[str]:
     found, lines = result["headline"], []
-    for name in ("mor", "mor-masked"):
+    for name in ROUTED:
         if name not in found:
             continue
         h = found[name]
-        target = _verdict(h["saving_kept"], SAVING_KEPT) if name == "mor" else "the contrast: computed and discarded"
+        target = "the contrast: computed and discarded"
+        if name in SAVING_KEPT:
+            target = _verdict(h["saving_kept"], SAVING_KEPT[name])
         lines.append(
             f"[bold]{name}[/] saves {units.percent(h['flops_saved'])} of recursive's FLOPs and "
             f"{units.percent(h['time_saved'])} of its time: it keeps [bold]{units.percent(h['saving_kept'], 0)}[/] "

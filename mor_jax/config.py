@@ -20,8 +20,11 @@ from typing import Any
 
 from mor_jax.errors import ConfigError
 
-SHARING = ("none", "cycle", "middle_cycle")
-POLICIES = ("fixed", "expert_choice")
+SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
+POLICIES = ("fixed", "expert_choice", "token_choice")
+ROUTERS = ("linear", "mlp", "wide_mlp")
+SCORES = ("sigmoid", "tanh", "softmax", "none")
+GATES = ("multiplicative", "additive", "exit", "every")
 EXECUTORS = ("gathered", "masked")
 KV_STRATEGIES = ("full", "recursion_wise")
 DTYPES = ("float32", "bfloat16")
@@ -32,7 +35,10 @@ SOURCES = ("pystdlib", "files", "tfds")
 
 # Which KV strategies each depth policy can decode with. Under a routed policy a token that stopped at
 # recursion r has no keys deeper than r, so "full" (every token stored at every depth) cannot exist.
-KV_OF_POLICY = {"fixed": ("full",), "expert_choice": ("recursion_wise",)}
+KV_OF_POLICY = {"fixed": ("full",), "expert_choice": ("recursion_wise",), "token_choice": ("recursion_wise",)}
+# Which score function and which gate each routed policy knows; the first of each is its default ("" in a config).
+SCORES_OF_POLICY = {"fixed": (), "expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}
+GATES_OF_POLICY = {"fixed": (), "expert_choice": ("multiplicative", "additive"), "token_choice": ("exit", "every")}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class ModelConfig:
 
     layers: int = 8  # unrolled depth: every application of a shared block counts
     recursions: int = 1  # R, times the core is applied
-    sharing: str = "none"  # none (R = 1 only) | cycle | middle_cycle
+    sharing: str = "none"  # none (R = 1 only) | cycle | sequence | middle_cycle | middle_sequence
+    prelude: int = -1  # blocks of their own before the recursion; -1: the scheme's (1 in the middle schemes, else 0)
+    coda: int = -1  # and after it
     width: int = 256  # D
     heads: int = 4  # N, query heads
     kv_heads: int = 4  # K, divides heads
@@ -68,13 +76,37 @@ class ModelConfig:
 class DepthConfig:
     """How often each token recurses."""
 
-    policy: str = "fixed"  # fixed | expert_choice
+    policy: str = "fixed"  # fixed | expert_choice | token_choice
+    router: str = "linear"  # linear | mlp (hidden 2D) | wide_mlp (hidden 4D)
+    score: str = ""  # "": the policy's default. expert_choice: sigmoid | tanh | none; token_choice: softmax | sigmoid
+    gate: str = (
+        ""  # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2)
+    )
+    alpha: float = 0.0  # scale of the gate, alpha * score; 0: the paper's, 0.1 (1 for softmax)
+    temperature: float = 1.0  # the hidden state is divided by it before the router
+    z_loss_weight: float = 0.0  # of mean(logsumexp(z)^2)
+    # expert_choice
     capacities: tuple[float, ...] = ()  # share of the row kept at r = 1..R; (): (R-r+1)/R
-    alpha: float = 0.1  # scale of the gate alpha * sigmoid(z)
     aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
     threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
+    # token_choice
+    balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
+    bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
+    buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
     kv: str = ""  # KV strategy at decode; "": the one of the policy
+
+    @property
+    def score_name(self) -> str:
+        return self.score or next(iter(SCORES_OF_POLICY[self.policy]), "")
+
+    @property
+    def gate_name(self) -> str:
+        return self.gate or next(iter(GATES_OF_POLICY[self.policy]), "")
+
+    @property
+    def gate_scale(self) -> float:
+        return self.alpha or (1.0 if self.score_name == "softmax" else 0.1)
 
 
 @dataclass(frozen=True)
@@ -270,12 +302,19 @@ def _check_model(m: ModelConfig) -> None:
         )
     if m.dims[2] % 2:
         raise ConfigError(f"{where}: the head dimension is {m.dims[2]}; rotary embedding needs an even one.")
+    if m.prelude < -1 or m.coda < -1:
+        raise ConfigError(f"{where}.prelude and .coda count blocks; -1 leaves them to the sharing scheme.")
+    if m.sharing == "none" and max(m.prelude, m.coda) > 0:
+        raise ConfigError(
+            f"{where}.sharing = 'none' shares nothing, so {where}.prelude and .coda mean nothing; remove them, or "
+            "choose sharing = 'cycle'."
+        )
     if m.sharing == "none" and m.recursions != 1:
         raise ConfigError(
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
-    ends = unshared_ends(m.sharing)
+    ends = sum(unshared_ends(m))
     inner = m.layers - ends
     if inner < m.recursions or inner % m.recursions:
         per = max(1, inner // m.recursions)
@@ -287,9 +326,11 @@ def _check_model(m: ModelConfig) -> None:
         )
 
 
-def unshared_ends(sharing: str) -> int:
-    """Blocks outside the recursion: first and last in middle_cycle (mor spec, table 1 of the paper)."""
-    return 2 if sharing == "middle_cycle" else 0
+def unshared_ends(m: ModelConfig) -> tuple[int, int]:
+    """Blocks before and after the recursion: the first and the last in the middle schemes (paper, table 1), or as
+    many as `prelude` and `coda` say."""
+    scheme = 1 if m.sharing.startswith("middle_") else 0
+    return (scheme if m.prelude < 0 else m.prelude), (scheme if m.coda < 0 else m.coda)
 
 
 def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
@@ -308,18 +349,34 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
             raise ConfigError(
                 f"{where}.kv = {d.kv!r} does not go with policy {d.policy!r} ({why}). Use {' or '.join(map(repr, fits))}."
             )
-    _positive(where, alpha=d.alpha)
-    if d.aux_loss_weight < 0:
-        raise ConfigError(f"{where}.aux_loss_weight must not be negative, got {d.aux_loss_weight}.")
+    _one_of(f"{where}.router", d.router, ROUTERS)
+    for name, value, of_policy in (("score", d.score, SCORES_OF_POLICY), ("gate", d.gate, GATES_OF_POLICY)):
+        if value:
+            _one_of(f"{where}.{name}", value, SCORES if name == "score" else GATES)
+            fits = of_policy[d.policy]
+            if value not in fits:
+                valid = " or ".join(map(repr, fits)) or "leave it empty (nothing is routed)"
+                raise ConfigError(f"{where}.{name} = {value!r} does not go with policy {d.policy!r}: {valid}.")
+    _positive(where, temperature=d.temperature)
+    for name in ("alpha", "aux_loss_weight", "balance_loss_weight", "z_loss_weight", "bias_rate"):
+        if not (getattr(d, name) >= 0 and math.isfinite(getattr(d, name))):
+            raise ConfigError(f"{where}.{name} must be a number and not negative, got {getattr(d, name)}.")
+    if d.buckets < 1:
+        raise ConfigError(f"{where}.buckets must be at least 1, got {d.buckets}.")
+    if d.policy != "fixed" and m.sharing.endswith("sequence"):
+        raise ConfigError(
+            f"{where}.policy = {d.policy!r} routes tokens between repetitions of the whole core, but "
+            f"config.model.sharing = {m.sharing!r} repeats each block in place. Use cycle or middle_cycle."
+        )
     if not 0 < d.threshold < 1:
         raise ConfigError(
             f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {d.threshold}."
         )
     if d.capacities:
-        if d.policy == "fixed":
+        if d.policy != "expert_choice":
+            why = "sends every token through every recursion" if d.policy == "fixed" else "lets each token choose"
             raise ConfigError(
-                f"{where}.capacities is set, but policy 'fixed' sends every token through every recursion. "
-                "Use policy 'expert_choice' or remove it."
+                f"{where}.capacities is set, but policy {d.policy!r} {why}. Use policy 'expert_choice' or remove it."
             )
         if len(d.capacities) != m.recursions:
             raise ConfigError(f"{where}.capacities has {len(d.capacities)} entries for recursions = {m.recursions}.")

@@ -27,6 +27,7 @@ from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
 from mor_jax.model.program import build_program, capacities
+from mor_jax.nn.router import HIDDEN
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -38,7 +39,7 @@ class ParameterCount:
     embedding: int  # V * D; input and output embedding are the same array
     blocks: int  # matrices of the unique blocks
     norms: int  # two a block, and the final one
-    router: int  # R * D under expert choice, else 0
+    router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property
     def total(self) -> int:
@@ -67,7 +68,7 @@ class TrueFlops:
     blocks: float  # matrix products of the blocks
     attention: float  # scores and weighted values, causal half
     head: float  # 2 * D * V
-    router: float  # 2 * D per candidate
+    router: float  # 2 * its parameters per candidate
 
     @property
     def total(self) -> float:
@@ -90,7 +91,7 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
         embedding=_vocabulary(model) * model.width,
         blocks=unique * _block_matrices(model),
         norms=(2 * unique + 1) * model.width,
-        router=model.recursions * model.width if depth.policy == "expert_choice" else 0,
+        router=_routers(model, depth) * _router_matrix(model, depth) + (model.recursions if depth.bias_rate else 0),
     )
 
 
@@ -173,13 +174,13 @@ def true_flops_per_token(
     # Query-key pairs of a causal row of k tokens: k (k + 1) / 2. A pair costs 2 N H for its score and 2 N H for its
     # share of the weighted sum.
     pairs = ends * t * (t + 1) / 2 + layers.core * sum(k * (k + 1) / 2 for k in counts)
-    # The router of recursion r reads only the survivors of r - 1.
-    candidates = t + sum(counts[:-1]) if depth.policy == "expert_choice" else 0
+    # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
+    candidates = {"fixed": 0, "expert_choice": t + sum(counts[:-1]), "token_choice": t}[depth.policy]
     return TrueFlops(
         blocks=2 * _block_matrices(model) * layer_tokens / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * model.width * _vocabulary(model),
-        router=2 * model.width * candidates / t,
+        router=2 * _router_matrix(model, depth) * candidates / t,
     )
 
 
@@ -214,6 +215,17 @@ def _block_matrices(model: ModelConfig) -> int:
     """Matrix parameters of one block: q and o, k and v, SwiGLU's three."""
     heads, kv_heads, head_dim = model.dims
     return 2 * model.width * (heads + kv_heads) * head_dim + 3 * model.width * model.mlp_width
+
+
+def _routers(model: ModelConfig, depth: DepthConfig) -> int:
+    return {"fixed": 0, "expert_choice": model.recursions, "token_choice": 1}[depth.policy]
+
+
+def _router_matrix(model: ModelConfig, depth: DepthConfig) -> int:
+    """Parameters of one router."""
+    outputs = model.recursions if depth.policy == "token_choice" else 1
+    hidden = HIDDEN[depth.router] * model.width
+    return hidden * (model.width + outputs) if hidden else model.width * outputs
 
 
 def _vocabulary(model: ModelConfig) -> int:

@@ -37,7 +37,7 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, attend_and_keep(seg))
     core_params = lm.gathered_core(params)
-    core = lambda h, _pos, _seg, kv_seg: lm.blocks(core_params, h, rope, attend_and_keep(kv_seg))
+    core = lambda h, _pos, _seg, kv_seg: lm.blocks(core_params, h, rope, attend_and_keep(kv_seg), lm.program.repeat)
     result = run_masked(lm.policy, params["router"], core, x, pos, seg, causal=True, keep_extra=True)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, attend_and_keep(seg))
 
@@ -70,16 +70,17 @@ def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple
 
     core_params = lm.gathered_core(params)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
+    route = lm.policy.begin(params["router"], h, everyone[:, None])
     for r, stream in enumerate(cache.core):
-        router = jax.tree.map(lambda leaf, r=r: leaf[r], params["router"])
-        z = lm.policy.score(router, h)
-        active = active & lm.policy.continues(z)[:, 0]
+        step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
+        z = lm.policy.score(step, h)
+        active = lm.policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
 
-        def run(args, z=z, active=active):
+        def run(args, step=step, z=z, active=active):
             h, stream = args
             append = Appender(stream, pos_B, active)
-            y, _ = lm.blocks(core_params, h, rope, append)
-            return jnp.where(active[:, None, None], lm.policy.combine(h, y, z), h), append.stream
+            y, _ = lm.blocks(core_params, h, rope, append, lm.program.repeat)
+            return jnp.where(active[:, None, None], lm.policy.combine(step, h, y, z, route.tokens), h), append.stream
 
         # A step nobody runs is skipped, not computed and thrown away.
         h, stream = jax.lax.cond(jnp.any(active), run, lambda args: args, (h, stream))

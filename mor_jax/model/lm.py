@@ -3,7 +3,7 @@
 `LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
 argument. Parameters are a plain nested dict:
 
-    embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... [R, ...] · norm/scale [D]
+    embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
 
 Recursion shares `core` by construction: it exists once.
 """
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
-from mor_jax.model.depth import DepthPolicy, build_policy
+from mor_jax.model.depth import DepthPolicy, RouterStats, build_policy
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
-from mor_jax.model.recurse import Recursed, RouterStats, run_gathered, run_masked
+from mor_jax.model.recurse import Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
 from mor_jax.parallel.rules import Rules
 
 TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
@@ -139,12 +139,16 @@ class LM:
         remat = jax.checkpoint(lambda p, x, r: run(p, x, r, attend), policy=REMAT_POLICIES[self.model.remat])
         return remat(params, x_BxTxD, rope)
 
-    def blocks(self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend) -> tuple[jax.Array, list]:
-        """All blocks of one part in order; `extra`s as a list. Unrolled: stacked weights would be copied per slice."""
+    def blocks(
+        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, repeat: int = 1
+    ) -> tuple[jax.Array, list]:
+        """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
+        Unrolled: stacked weights would be copied per slice."""
         extras = []
         for i in range(len(params)):
-            x_BxTxD, extra = self.block(params[str(i)], x_BxTxD, rope, attend)
-            extras.append(extra)
+            for _ in range(repeat):
+                x_BxTxD, extra = self.block(params[str(i)], x_BxTxD, rope, attend)
+                extras.append(extra)
         return x_BxTxD, extras
 
     def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
@@ -167,9 +171,32 @@ class LM:
 
     # ---------------------------------------------------------------- the full forward pass
 
+    def _attend_row(self, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxT: jax.Array) -> nn.Attend:
+        """Attention among the tokens of one row."""
+        impl = self.model.attention
+        return lambda q, k, v: (nn.attention(q, k, v, pos_BxT, pos_BxT, q_seg_BxT, kv_seg_BxT, impl), None)
+
+    def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
+        """States [B, T, D] before the recursion."""
+        pos = positions_in_document(segment_ids_BxT)
+        x = self.rules.constrain(self.embed(params, tokens_BxT), "batch", "time", None)
+        attend = self._attend_row(pos, segment_ids_BxT, segment_ids_BxT)
+        return self.blocks(params["prelude"], x, self.rope(pos), attend)[0]
+
+    def route(self, params: dict, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(profile, depth_BxT) of whole rows from what `enter` returned, for a policy that decides before the
+        recursion.
+
+        A training step calls it to differentiate one program of static sizes at a time. The depths travel along, so
+        that a rounding difference between two compilations of the router cannot send a token to another depth.
+        """
+        depth_BxT = depths_at_once(self.policy, params["router"], x_BxTxD, segment_ids_BxT)
+        return fitting_profile(self.policy.profiles(x_BxTxD.shape[1]), depth_BxT), depth_BxT
+
     def forward(
         self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
-        *, mode: str = TOPK, executor: str | None = None,
+        *, mode: str = TOPK, executor: str | None = None, profile: int | None = None,
+        depth_BxT: jax.Array | None = None, entered_BxTxD: jax.Array | None = None,
     ) -> Forward:  # fmt: skip
         """Final states of whole rows.
 
@@ -178,29 +205,28 @@ class LM:
           mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation computes).
           executor: "gathered" or "masked"; default: the configuration's. Causal mode is always masked, its counts
             depend on the data.
+          profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
+          entered_BxTxD: what `enter` returned for them, if it has run already.
         """
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
         pos = positions_in_document(seg)
         rope = self.rope(pos)
-        impl = self.model.attention
-
-        def attend_row(q_pos, kv_pos, q_seg, kv_seg):
-            return lambda q, k, v: (nn.attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, impl), None)
-
-        x = self.rules.constrain(self.embed(params, tokens_BxT), "batch", "time", None)
-        x, _ = self.blocks(params["prelude"], x, rope, attend_row(pos, pos, seg, seg))
-
+        x = self.enter(params, tokens_BxT, seg) if entered_BxTxD is None else entered_BxTxD
         core_params = self.gathered_core(params)
 
         def core(h, pos_BxK, q_seg, kv_seg):
             table = rope if h.shape[1] == pos.shape[1] else self.rope(pos_BxK)
-            return self.blocks(core_params, h, table, attend_row(pos_BxK, pos_BxK, q_seg, kv_seg))
+            return self.blocks(core_params, h, table, self._attend_row(pos_BxK, q_seg, kv_seg), self.program.repeat)
 
         if mode == TOPK and (executor or self.depth.executor) == "gathered":
-            result = run_gathered(self.policy, params["router"], core, x, pos, seg)
+            result = run_gathered(
+                self.policy, params["router"], core, x, pos, seg, profile=profile, depth_BxT=depth_BxT
+            )
         else:
-            result = run_masked(self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL)
-        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, attend_row(pos, pos, seg, seg))
+            result = run_masked(
+                self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL, depth_BxT=depth_BxT
+            )
+        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, self._attend_row(pos, seg, seg))
         h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
         return Forward(h, result.depth_BxT, result.stats, result.active_RxBxT)
 

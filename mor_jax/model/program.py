@@ -2,8 +2,9 @@
 
     x -> prelude (own weights) -> core x R (shared weights) -> coda (own weights)
 
-`none` and `cycle` have no prelude and coda; `middle_cycle` keeps the first and last layer unique (paper, table 1;
-the scheme adopted for every Mixture-of-Recursions model there). A plain Transformer is R = 1.
+The sharing schemes of the paper (table 1) are settings of it. `cycle` repeats the whole core, (012)(012)(012);
+`sequence` repeats each block in place, (000)(111)(222); their `middle_` forms keep the first and the last layer
+unique, and `model.prelude`, `model.coda` set any other number of own blocks. A plain Transformer is R = 1.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from mor_jax.config import DepthConfig, ModelConfig, unshared_ends
 
 @dataclass(frozen=True)
 class Program:
-    """Block counts of each part and the number of times the core is applied."""
+    """Block counts of each part, and how the core is repeated."""
 
     prelude: int
     core: int
     coda: int
-    recursions: int
+    recursions: int  # times the whole core is applied: the steps a depth policy decides about
+    repeat: int = 1  # times each of its blocks runs in place within one application
 
     @property
     def unique_layers(self) -> int:
@@ -31,25 +33,27 @@ class Program:
     @property
     def unrolled_layers(self) -> int:
         """Block applications a token of full depth goes through."""
-        return self.prelude + self.core * self.recursions + self.coda
+        return self.prelude + self.core * self.recursions * self.repeat + self.coda
 
 
 def build_program(model: ModelConfig) -> Program:
     """The program of a checked model configuration (`config.check` refuses layer counts that do not divide)."""
-    ends = unshared_ends(model.sharing)
+    prelude, coda = unshared_ends(model)
+    in_place = model.sharing.endswith("sequence")
     return Program(
-        prelude=ends // 2,
-        core=(model.layers - ends) // model.recursions,
-        coda=ends - ends // 2,
-        recursions=model.recursions,
+        prelude=prelude,
+        core=(model.layers - prelude - coda) // model.recursions,
+        coda=coda,
+        recursions=1 if in_place else model.recursions,
+        repeat=model.recursions if in_place else 1,
     )
 
 
 def capacities(model: ModelConfig, depth: DepthConfig) -> tuple[float, ...]:
     """Share of a row that runs recursion r = 1..R in training.
 
-    All of it under the fixed policy; else `depth.capacities`, by default (R - r + 1) / R: the shares a perfectly
-    balanced token-choice router would give (paper 2.2.1).
+    All of it under the fixed policy; else `depth.capacities`, by default (R - r + 1) / R. Token-choice is counted at
+    these shares too: they are what a perfectly balanced router gives (paper 2.2.1).
     """
     steps = model.recursions
     if depth.policy == "fixed":

@@ -11,29 +11,19 @@ a token whose kv_seg is HIDDEN is nobody's key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model.depth import DepthPolicy
+from mor_jax.model.depth import DepthPolicy, RouterStats
 from mor_jax.model.subset import put, subset, take
 
 HIDDEN = -1  # kv segment of a token that did not run a step: matches no query
 
 Core = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
-
-
-class RouterStats(NamedTuple):
-    """Sums over the real tokens of a batch, one entry a recursion step: every leaf [R], float32."""
-
-    aux: jax.Array  # auxiliary loss over candidates
-    candidates: jax.Array  # tokens that could run the step
-    selected: jax.Array  # tokens that ran it
-    agree: jax.Array  # candidates for which the causal rule and the selection agree
-    score: jax.Array  # sum of sigmoid(z) over candidates
-    score_sq: jax.Array  # and of its square
 
 
 class Recursed(NamedTuple):
@@ -46,71 +36,79 @@ class Recursed(NamedTuple):
     extra: Any  # what `core` returned beside its output, stacked over steps (masked executor), else None
 
 
-def _stats(policy: DepthPolicy, z, candidates, active) -> RouterStats:
-    weight = candidates.astype(jnp.float32)
-    score = jax.nn.sigmoid(z)
-    return RouterStats(
-        aux=jnp.sum(policy.aux_loss(z, active.astype(jnp.float32)) * weight),
-        candidates=jnp.sum(weight),
-        selected=jnp.sum(active.astype(jnp.float32)),
-        agree=jnp.sum((policy.continues(z) == active) * weight),
-        score=jnp.sum(score * weight),
-        score_sq=jnp.sum(jnp.square(score) * weight),
-    )
-
-
 def run_masked(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, causal: bool, keep_extra: bool = False,
+    *, causal: bool, keep_extra: bool = False, depth_BxT: jax.Array | None = None,
 ) -> Recursed:  # fmt: skip
     """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
 
     Args:
-      routers: the policy's parameters, leaves [R, ...].
+      routers: the policy's parameters.
       seg_BxT: packing segments, 0 = padding (never recurses).
       causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
+      depth_BxT: depths decided earlier, see `DepthPolicy.begin`.
     """
-    counts = jnp.asarray(policy.counts(h_BxTxD.shape[1]), jnp.int32)
+    counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1])[-1], jnp.int32)
+    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT)
 
-    def step(carry, xs):
+    def one(carry, xs):
         h, candidates = carry
-        router, k = xs
-        z = policy.score(router, h)
-        active = policy.continues(z) & candidates if causal else policy.top(z, candidates, k)
+        step, k = xs
+        z = policy.score(step, h)
+        active = policy.select(step, z, candidates, route.tokens, None if causal else k)
         y, extra = core(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
-        h = jnp.where(active[..., None], policy.combine(h, y, z), h)
-        return (h, active), (_stats(policy, z, candidates, active), active, extra if keep_extra else None)
+        h = jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
+        stats = None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
+        return (h, active), (stats, active, extra if keep_extra else None)
 
-    xs = (routers, counts)
-    (h, _), (stats, active_RxBxT, extra) = jax.lax.scan(step, (h_BxTxD, seg_BxT > 0), xs)
-    return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), stats, active_RxBxT, extra)
+    (h, _), (stats, active_RxBxT, extra) = jax.lax.scan(one, (h_BxTxD, seg_BxT > 0), (route.steps, counts))
+    return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), route.stats or stats, active_RxBxT, extra)
 
 
 def run_gathered(
-    policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array
-) -> Recursed:
-    """Only the selected tokens through each step, top-k selection. Arguments as in `run_masked`.
+    policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
+    *, profile: int | None = None, depth_BxT: jax.Array | None = None,
+) -> Recursed:  # fmt: skip
+    """Only the selected tokens through each step. Arguments as in `run_masked`.
 
-    Each step works on the subset of the step before; results go back to the full row once a step has no more takers.
+    Args:
+      profile: which of the policy's row sizes to run with; it must hold the tokens there are (`fitting_profile`).
+        None: chosen at run time. Every profile is compiled, so no token is ever dropped; but under differentiation a
+        run-time choice keeps room for the intermediate results of all of them, so a training step chooses outside of
+        the gradient (`train/step.py`).
     """
-    length = h_BxTxD.shape[1]
-    counts = policy.counts(length)
+    profiles = policy.profiles(h_BxTxD.shape[1])
+    if len(profiles) == 1:
+        profile = 0
+    if profile is None:
+        depth_BxT = depths_at_once(policy, routers, h_BxTxD, seg_BxT) if depth_BxT is None else depth_BxT
+        branches = [
+            lambda routers, h, depth, i=i: run_gathered(
+                policy, routers, core, h, pos_BxT, seg_BxT, profile=i, depth_BxT=depth
+            )
+            for i in range(len(profiles))
+        ]
+        return jax.lax.switch(fitting_profile(profiles, depth_BxT), branches, routers, h_BxTxD, depth_BxT)
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, seg_BxT > 0
+    route = policy.begin(routers, h, valid, depth_BxT)
+    tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
     all_stats, all_active = [], []
-    for r, k in enumerate(counts):
-        router = jax.tree.map(lambda leaf, r=r: leaf[r], routers)
-        z = policy.score(router, h)
-        active = policy.top(z, valid, k)
-        all_stats.append(_stats(policy, z, valid, active))
+    for r, k in enumerate(profiles[profile]):
+        step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
+        z = policy.score(step, h)
+        active = policy.select(step, z, valid, tokens, k)
+        if route.stats is None:
+            all_stats.append(policy.step_stats(step, z, valid, active, tokens))
         if k < h.shape[1]:
             # Rows with fewer real tokens than k are filled up with padding, so that every row gives exactly k.
             chosen = subset(active | _fill(active, k), k)
             outer.append((chosen, h))
-            h, pos, seg, z, active = (take(chosen, a) for a in (h, pos, seg, z, active))
+            narrow = functools.partial(take, chosen)
+            h, pos, seg, z, active, tokens = jax.tree.map(narrow, (h, pos, seg, z, active, tokens))
         y, _ = core(h, pos, seg, jnp.where(active, seg, HIDDEN))
-        h = jnp.where(active[..., None], policy.combine(h, y, z), h)
+        h = jnp.where(active[..., None], policy.combine(step, h, y, z, tokens), h)
         valid = active
         for chosen, _ in reversed(outer):
             active = put(chosen, jnp.zeros(chosen.mask_BxT.shape, bool), active)
@@ -118,8 +116,21 @@ def run_gathered(
     for chosen, before in reversed(outer):
         h = put(chosen, before, h)
     active_RxBxT = jnp.stack(all_active)
-    stats = jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_stats)
+    stats = route.stats or jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_stats)
     return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), stats, active_RxBxT, None)
+
+
+def depths_at_once(policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, seg_BxT: jax.Array) -> jax.Array:
+    """Depths [B, T] of a policy that decides before the first step."""
+    return jax.lax.stop_gradient(policy.begin(routers, h_BxTxD, seg_BxT > 0).tokens.depth_BxT)
+
+
+def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array) -> jax.Array:
+    """Index of the smallest profile whose row sizes hold these depths; the last one always does."""
+    sizes_PxR = jnp.asarray(profiles)
+    ran_RxBxT = depth_BxT[None] > jnp.arange(sizes_PxR.shape[1])[:, None, None]
+    need_R = jnp.max(jnp.sum(ran_RxBxT, axis=-1), axis=-1)
+    return jnp.argmax(jnp.all(sizes_PxR >= need_R, axis=-1))
 
 
 def _fill(active_BxT: jax.Array, k: int) -> jax.Array:

@@ -12,9 +12,9 @@ from mor_jax.nn.block import Attend, Block
 from mor_jax.nn.embed import Embedding
 from mor_jax.nn.norm import RMSNorm
 from mor_jax.nn.rope import rope_table
-from mor_jax.nn.router import LinearRouter
+from mor_jax.nn.router import Router
 
-__all__ = ["Attend", "Block", "Embedding", "LinearRouter", "RMSNorm", "apply", "attention", "init", "rope_table"]
+__all__ = ["Attend", "Block", "Embedding", "RMSNorm", "Router", "apply", "attention", "init", "rope_table"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

@@ -1,4 +1,8 @@
-"""Linear router: one score per token, computed in float32 on the raw hidden state (no norm, no bias: paper A.2)."""
+"""Routers: scores of a token from its raw hidden state, in float32 (no norm, no bias: paper A.2).
+
+"linear" is D -> n; "mlp" D -> 2D -> GELU -> n; "wide_mlp" has 4D hidden units, as the paper says (the released code
+builds the 2D one under both names).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,22 @@ import jax.numpy as jnp
 
 from mor_jax.nn.dense import matrix
 
+HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4}
 
-class LinearRouter(nn.Module):
-    """z = x . w, float32 whatever the compute dtype."""
 
+class Router(nn.Module):
+    """[B, T, D] -> [B, T, outputs], float32 whatever the compute dtype."""
+
+    kind: str
+    outputs: int
     init_std: float
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        w_D = matrix(self, "kernel", (x_BxTxD.shape[-1],), ("norm",), self.init_std)
-        return jnp.einsum("BTD,D->BT", x_BxTxD.astype(jnp.float32), w_D)
+        width, hidden = x_BxTxD.shape[-1], HIDDEN[self.kind] * x_BxTxD.shape[-1]
+        h = x_BxTxD.astype(jnp.float32)
+        if hidden:
+            w_FxD = matrix(self, "hidden", (hidden, width), (None, "norm"), self.init_std)
+            h = jax.nn.gelu(jnp.einsum("BTD,FD->BTF", h, w_FxD))
+        kernel = matrix(self, "kernel", (self.outputs, h.shape[-1]), (None, "norm"), self.init_std)
+        return jnp.einsum("BTF,NF->BTN", h, kernel)

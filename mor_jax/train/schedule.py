@@ -28,8 +28,8 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: dict) -> dict:
-    """True for the leaves weight decay applies to: everything but norm scales."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+    """True for the leaves weight decay applies to: everything but norm scales and a router's selection bias."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

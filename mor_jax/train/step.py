@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mor_jax.model.depth import RouterStats
+from mor_jax.model.depth.token_choice import load_shares
 from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
-from mor_jax.model.recurse import RouterStats
 from mor_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32
@@ -27,30 +29,30 @@ def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
     seg = batch["segment_ids"]
     _, weights = next_token_targets(batch["tokens"], seg)
     real_B = jnp.sum(seg > 0, axis=-1)
-    length = seg.shape[-1]
-    kept = (length, *lm.policy.counts(length)[:-1])
-    candidates = jnp.stack([jnp.sum(jnp.minimum(real_B, k)) for k in kept])
-    return jnp.maximum(jnp.sum(weights), 1.0), jnp.maximum(candidates.astype(jnp.float32), 1.0)
+    candidates = lm.policy.candidate_counts(real_B, seg.shape[-1])
+    return jnp.maximum(jnp.sum(weights), 1.0), jnp.maximum(candidates, 1.0)
 
 
 def loss_fn(
-    lm: LM, params: Any, batch: Batch, scales: tuple[jax.Array, jax.Array], token_bytes_V: jax.Array | None = None
-) -> tuple[jax.Array, dict]:
-    """Loss of one micro-batch against the whole batch's `scales`: LM loss + weight * sum_r BCE_r (paper 2.2.1).
+    lm: LM, params: Any, batch: Batch, scales: tuple[jax.Array, jax.Array], token_bytes_V: jax.Array | None = None,
+    **of_forward: Any,
+) -> tuple[jax.Array, dict]:  # fmt: skip
+    """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted auxiliary losses.
 
-    The second result is sums, to be added over micro-batches."""
+    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
-    out = lm.forward(params, tokens, seg, mode=TOPK)
+    out = lm.forward(params, tokens, seg, mode=TOPK, **of_forward)
     targets, weights = next_token_targets(tokens, seg)
     nll = cross_entropy_sum(out.h_BxTxD, params["embed"]["table"], targets, weights, lm.model.loss_chunk)
     lm_loss = nll / target_count
-    router_loss = jnp.sum(out.stats.aux / candidates_R)
-    loss = lm_loss + lm.depth.aux_loss_weight * router_loss
+    zero = {"router_loss": jnp.zeros(()), "router_z_loss": jnp.zeros(())}
+    auxiliary, weight = zero | lm.policy.losses(out.stats, candidates_R), lm.policy.loss_weights()
+    loss = lm_loss + sum(w * auxiliary[name] for name, w in weight.items())
     aux = {
         "loss": loss,
         "lm_loss": lm_loss,
-        "router_loss": router_loss,
+        **auxiliary,
         "depth_sum": jnp.sum(out.depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
@@ -66,12 +68,40 @@ def _micro_batches(batch: Batch, accum: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
+def _grad(lm: LM, scales: Any, token_bytes_V: jax.Array | None, params: Any, batch: Batch) -> tuple[Any, dict]:
+    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V), has_aux=True)(params)
+
+
+def _grad_by_profile(
+    lm: LM, scales: Any, token_bytes_V: jax.Array | None, params: Any, batch: Batch
+) -> tuple[Any, dict]:
+    """As `_grad`, for a policy whose row sizes are known only once the prelude has run.
+
+    The choice of sizes stands outside of the differentiation of the rest, so that one program's intermediate results
+    exist at a time (JAX keeps room for those of every branch of a differentiated `switch`).
+    """
+    tokens, seg = batch["tokens"], batch["segment_ids"]
+    x, pull = jax.vjp(lambda p: lm.enter(p, tokens, seg), params)
+    profile, depth_BxT = lm.route(params, x, seg)
+
+    def rest(profile: int) -> Callable:
+        def loss(p, x, depth_BxT):
+            return loss_fn(lm, p, batch, scales, token_bytes_V, profile=profile, depth_BxT=depth_BxT, entered_BxTxD=x)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)
+
+    count = len(lm.policy.profiles(tokens.shape[-1]))
+    (grads, dx), aux = jax.lax.switch(profile, [rest(i) for i in range(count)], params, x, depth_BxT)
+    return jax.tree.map(jnp.add, grads, pull(dx)[0]), aux
+
+
 def gradients(
     lm: LM, params: Any, batch: Batch, accum: int, token_bytes_V: jax.Array | None = None
 ) -> tuple[Any, dict]:
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
     scales = loss_scales(lm, batch)
-    grad = jax.grad(lambda p, b: loss_fn(lm, p, b, scales, token_bytes_V), has_aux=True)
+    many = len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
+    grad = functools.partial(_grad_by_profile if many else _grad, lm, scales, token_bytes_V)
     if accum == 1:
         return grad(params, batch)
     micro = _micro_batches(batch, accum)
@@ -94,6 +124,18 @@ def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
     return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
 
 
+def balance_metrics(stats: RouterStats) -> dict[str, jax.Array]:
+    """How evenly the depths are used: MaxVio = max load / mean load - 1, entropy of the mean scores in nats (at most
+    ln R), and each depth's load (paper, table 14)."""
+    load, mean = load_shares(stats), stats.score / jnp.maximum(stats.candidates, 1.0)
+    p = mean / jnp.maximum(jnp.sum(mean), 1e-9)
+    return {
+        "router/max_vio": jnp.max(load) * load.shape[0] - 1.0,
+        "router/entropy": -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-9))),
+        **{f"router/{r + 1}/load": load[r] for r in range(load.shape[0])},
+    }
+
+
 def make_train_step(
     lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -111,8 +153,10 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
         router = aux.pop("router")
+        if router is not None:
+            params = params | {"router": lm.policy.rebalance(params["router"], router)}
         metrics = {
-            **{k: aux[k] for k in ("loss", "lm_loss", "router_loss")},
+            **{k: aux[k] for k in ("loss", "lm_loss", "router_loss", "router_z_loss")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
@@ -121,6 +165,8 @@ def make_train_step(
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)
+        if lm.depth.policy == "token_choice":
+            metrics |= balance_metrics(router)
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm)
         new = TrainState(state.step + 1, params, opt_state)
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics

@@ -16,7 +16,7 @@ TOLERANCE = 1e-5  # float32, relative to the largest entry: sums in another orde
 
 
 @st.composite
-def configurations(draw, recursions=None):
+def configurations(draw, recursions=None, policy="expert_choice"):
     recursions = recursions or draw(st.integers(1, 4))
     core = draw(st.integers(1, 2)) if recursions < 3 else 1  # compiling is most of the time
     heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2), (4, 1), (6, 3)]))
@@ -29,8 +29,21 @@ def configurations(draw, recursions=None):
         remat=draw(st.sampled_from(["none", "block"])),
         loss_chunk=draw(st.sampled_from([0, 7])),
     )  # fmt: skip
-    depth = DepthConfig(policy="expert_choice", capacities=tuple(sorted(shares, reverse=True)), aux_loss_weight=0.1)
-    return LM(model, depth)
+    common = dict(
+        aux_loss_weight=0.1,
+        z_loss_weight=draw(st.sampled_from([0.0, 0.01])),
+        router=draw(st.sampled_from(["linear", "mlp", "wide_mlp"])),
+        temperature=draw(st.sampled_from([1.0, 2.0])),
+    )
+    if policy == "token_choice":
+        score, gate = draw(st.sampled_from([("softmax", "exit"), ("sigmoid", "every"), ("softmax", "every")]))
+        bias_rate, buckets = draw(st.sampled_from([(0.0, 4), (0.001, 2)]))
+        return LM(model, DepthConfig(policy, score=score, gate=gate, bias_rate=bias_rate, buckets=buckets, **common))
+    score, gate = draw(
+        st.sampled_from([("sigmoid", "multiplicative"), ("tanh", "additive"), ("none", "multiplicative")])
+    )
+    capacities = tuple(sorted(shares, reverse=True))
+    return LM(model, DepthConfig(policy, capacities=capacities, score=score, gate=gate, **common))
 
 
 @st.composite
@@ -53,11 +66,12 @@ def close(a, b, what):
     assert float(jnp.max(jnp.abs(a - b))) <= TOLERANCE * scale, what
 
 
+@pytest.mark.parametrize("policy", ["expert_choice", "token_choice"])
 @pytest.mark.parametrize("recursions", [1, 2, 3, 4])
 @settings(max_examples=4)
 @given(data=st.data(), seed=st.integers(0, 1000))
-def test_gathered_equals_masked(recursions, data, seed):
-    lm, batch = data.draw(configurations(recursions)), data.draw(packed_rows())
+def test_gathered_equals_masked(policy, recursions, data, seed):
+    lm, batch = data.draw(configurations(recursions, policy)), data.draw(packed_rows())
     params = random_params(lm, seed)
     scales = loss_scales(lm, batch)
 
@@ -75,7 +89,7 @@ def test_gathered_equals_masked(recursions, data, seed):
     np.testing.assert_array_equal(out_m.depth_BxT, out_g.depth_BxT)
     close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
     close(loss_m, loss_g, "loss")
-    for name in ("aux", "candidates", "selected", "agree", "score"):
+    for name in aux_m["router"]._fields:
         close(getattr(aux_m["router"], name), getattr(aux_g["router"], name), name)
     jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
 
@@ -87,7 +101,7 @@ def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
     out = jax.jit(lambda p: lm.forward(p, batch["tokens"], batch["segment_ids"]))(random_params(lm))
     active = np.asarray(out.active_RxBxT)
     real = np.asarray(batch["segment_ids"]) > 0
-    counts = lm.policy.counts(real.shape[1])
+    (counts,) = lm.policy.profiles(real.shape[1])
     before = real
     for r, k in enumerate(counts):
         assert not (active[r] & ~before).any()
@@ -97,6 +111,72 @@ def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
     # What the losses are divided by, computed from the segment ids alone, is what there was.
     _, candidates = loss_scales(lm, batch)
     np.testing.assert_array_equal(candidates, np.maximum(out.stats.candidates, 1))
+
+
+def forced(depths, model_seed=3):
+    """A token-choice model and a batch whose tokens choose these depths: each token's embedding spells its depth."""
+    depths = jnp.asarray(depths, jnp.int32)
+    recursions = 3
+    model = ModelConfig(
+        layers=6, recursions=recursions, sharing="cycle", width=24, heads=4, kv_heads=2, head_dim=4, mlp_width=32,
+        vocab_size=40, init_std=0.3, loss_chunk=7,
+    )  # fmt: skip
+    lm = LM(model, DepthConfig("token_choice", buckets=4))
+    params = random_params(lm, model_seed)
+    # Token ids below R decide: id i is drawn to output i of the router.
+    kernel = np.zeros((recursions, 24), np.float32)
+    kernel[:, :recursions] = 50 * np.eye(recursions)
+    table = np.array(params["embed"]["table"])
+    table[:, :recursions] = 0
+    table[:recursions, :recursions] = np.eye(recursions)
+    params = params | {"router": {"choice": {"kernel": jnp.asarray(kernel)}}, "embed": {"table": jnp.asarray(table)}}
+    batch = {"tokens": jnp.maximum(depths - 1, 0), "segment_ids": (depths > 0).astype(jnp.int32)}
+    return lm, params, batch
+
+
+ROW = 24
+EXTREMES = {
+    "all shallow": [[1] * ROW, [1] * ROW],
+    "all deep": [[3] * ROW, [3] * ROW],
+    "one token deep": [[1] * ROW, [1] * 11 + [3] + [1] * 12],
+    "one row deep, one shallow": [[3] * ROW, [1] * ROW],
+    "a full row and a row of padding": [[2] * ROW, [0] * ROW],
+    "shallow and deep in turn": [[1, 3] * (ROW // 2), [3, 1] * (ROW // 2)],
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_token_choice_at_its_extremes(name):
+    """Whatever the routing, no token is dropped: gathered = masked, inside a training step and outside of one."""
+    from mor_jax.train.step import gradients
+
+    lm, params, batch = forced(EXTREMES[name])
+    masked = LM(lm.model, DepthConfig("token_choice", executor="masked"))
+    run = jax.jit(
+        lambda lm, p: (gradients(lm, p, batch, 1), lm.forward(p, batch["tokens"], batch["segment_ids"])),
+        static_argnums=0,
+    )
+    (grads_g, aux_g), out_g = run(lm, params)
+    (grads_m, aux_m), out_m = run(masked, params)
+    np.testing.assert_array_equal(out_g.depth_BxT, EXTREMES[name])
+    np.testing.assert_array_equal(out_m.depth_BxT, EXTREMES[name])
+    close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
+    close(aux_m["loss"], aux_g["loss"], "loss")
+    jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
+
+
+def test_a_step_takes_the_smallest_profile_that_holds_its_tokens():
+    lm, params, batch = forced(EXTREMES["all shallow"])
+    profiles = lm.policy.profiles(ROW)
+    assert profiles[-1] == (ROW, ROW, ROW) and profiles == tuple(sorted(profiles))
+    for name, want in {"all shallow": 0, "all deep": 3, "one token deep": 0, "shallow and deep in turn": 1}.items():
+        _, params, batch = forced(EXTREMES[name])
+        entered = jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"])
+        index, depth = jax.jit(lm.route)(params, entered, batch["segment_ids"])
+        need = [(np.asarray(depth) > r).sum(-1).max() for r in range(3)]
+        assert int(index) == want
+        assert all(size >= n for size, n in zip(profiles[want], need, strict=True))
+        assert want == 0 or any(size < n for size, n in zip(profiles[want - 1], need, strict=True))
 
 
 def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transformer(monkeypatch):
@@ -110,7 +190,7 @@ def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transform
     mor = LM(model, DepthConfig(policy="expert_choice", capacities=(1.0, 1.0, 1.0)))
     fixed = LM(model, DepthConfig())
     params = random_params(mor)
-    monkeypatch.setattr(ExpertChoice, "combine", lambda self, h, y, z: y)
+    monkeypatch.setattr(ExpertChoice, "combine", lambda self, step, h, y, z, tokens: y)
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
     for executor in ("masked", "gathered"):
         a = jax.jit(lambda p, e=executor: mor.apply(p, tokens, executor=e))(params)

@@ -217,7 +217,9 @@ def test_poisoned_weights_are_reported_and_kept(vanilla):
 def test_each_kind_of_non_finite_number_stops_the_update(vanilla, monkeypatch, loss, gradient, goes_on):
     lm, _, _ = vanilla
     params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2)}
-    aux = dict.fromkeys(("loss", "lm_loss", "router_loss", "depth_sum", "tokens", "nll", "bytes"), jnp.float32(loss))
+    aux = dict.fromkeys(
+        ("loss", "lm_loss", "router_loss", "router_z_loss", "depth_sum", "tokens", "nll", "bytes"), jnp.float32(loss)
+    )
     grads = jax.tree.map(jnp.ones_like, params)
     grads["w"] = grads["w"].at[0, 1].set(gradient)
     monkeypatch.setattr(step_module, "gradients", lambda *_: (grads, aux | {"router": None}))

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from mor_jax.config import DepthConfig, ModelConfig
-from mor_jax.model.depth.base import DepthPolicy
+from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
-from mor_jax.model.program import capacities
+from mor_jax.model.depth.token_choice import TokenChoice
+from mor_jax.model.program import build_program, capacities
 
-__all__ = ["DepthPolicy", "ExpertChoice", "Fixed", "build_policy"]
+__all__ = ["DepthPolicy", "ExpertChoice", "Fixed", "Route", "RouterStats", "TokenChoice", "build_policy"]
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig) -> DepthPolicy:
     """The policy of a checked configuration."""
     if depth.policy == "fixed":
-        return Fixed(model.recursions)
-    return ExpertChoice(
+        return Fixed(build_program(model).recursions)
+    shared = dict(
         recursions=model.recursions,
         width=model.width,
-        capacities=capacities(model, depth),
-        alpha=depth.alpha,
-        threshold=depth.threshold,
+        alpha=depth.gate_scale,
         init_std=model.init_std,
+        score_name=depth.score_name,
+        gate=depth.gate_name,
+        router=depth.router,
+        temperature=depth.temperature,
+        z_loss_weight=depth.z_loss_weight,
+    )
+    if depth.policy == "token_choice":
+        return TokenChoice(
+            **shared,
+            balance_loss_weight=depth.balance_loss_weight,
+            bias_rate=depth.bias_rate,
+            buckets=depth.buckets,
+        )
+    return ExpertChoice(
+        **shared,
+        capacities=capacities(model, depth),
+        threshold=depth.threshold,
+        aux_loss_weight=depth.aux_loss_weight,
     )

@@ -1,41 +1,101 @@
 """What a depth policy is: the small object that decides, token by token, who runs each recursion step.
 
-A policy is a frozen dataclass (hashable, static under jit). Its parameters, if any, are stacked over recursion
-steps on the leading axis. The executors in `model/recurse.py` call it; it never sees the blocks.
+A policy is a frozen dataclass (hashable, static under jit). The executors in `model/recurse.py` call it; it never
+sees the blocks. `begin` looks at the states before the first step and returns a `Route`; every step then reads its
+own slice of `Route.steps` and the tokens' slice of `Route.tokens`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
+
+
+class RouterStats(NamedTuple):
+    """Sums over the real tokens of a batch, one entry a recursion step: every leaf [R], float32."""
+
+    aux: jax.Array  # auxiliary loss over candidates
+    candidates: jax.Array  # tokens that could run the step
+    selected: jax.Array  # tokens that ran it
+    agree: jax.Array  # candidates for which the causal rule and the selection agree
+    score: jax.Array  # sum of the score, before alpha, over candidates
+    score_sq: jax.Array  # and of its square
+    z_sq: jax.Array  # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
+
+
+class Route(NamedTuple):
+    """What was decided before the first step."""
+
+    steps: Any  # leaves [R, ...]: what each step reads (its router's weights, its number)
+    tokens: Any  # leaves [B, T, ...]: what each token carries through the steps; narrowed along with the states
+    stats: RouterStats | None = None  # when the decision was made at once; else the executors sum them step by step
 
 
 class DepthPolicy(Protocol):
-    """Arrays: z [B, T] float32 router scores; candidates, active [B, T] bool; k a token count per row."""
+    """Arrays: z [B, T] float32 router scores; candidates, active [B, T] bool; k a token count per row.
+
+    `step` is one slice of `Route.steps`, `tokens` is `Route.tokens`.
+    """
 
     recursions: int
 
     def init(self, key: jax.Array) -> dict:
-        """Router parameters, every leaf [R, ...]; {} when there are none."""
+        """Router parameters; {} when there are none."""
 
     def logical_axes(self) -> dict:
         """Logical axis names of `init`'s leaves."""
 
-    def counts(self, length: int) -> tuple[int, ...]:
-        """Tokens of a row of `length` that run step r = 1..R in training: static, non-increasing."""
+    def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """Static row sizes of steps r = 1..R for the gathered executor, smallest profile first; the last one holds
+        whatever the policy can ask for. One profile when the sizes are known beforehand."""
 
-    def score(self, router: dict, h_BxTxD: jax.Array) -> jax.Array:
-        """Scores z of one recursion step (`router` is one slice of `init`'s leaves)."""
+    def begin(
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
+    ) -> Route:
+        """Look at the states before the first step. `depth_BxT`: depths decided earlier from the same states, for
+        policies that decide at once."""
 
-    def top(self, z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
-        """Training selection: mask of the at most k chosen candidates of each row."""
+    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
+        """Scores z of one recursion step."""
 
-    def continues(self, z_BxT: jax.Array) -> jax.Array:
-        """Causal selection: mask of the tokens that would run this step, from their own score alone."""
+    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+        """Mask of the candidates that run this step. `k`: at most this many a row, chosen over the whole row
+        (training); None: by the causal rule, from each token's own score alone."""
 
-    def combine(self, h: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
         """State after the step of tokens that ran it: h [B, K, D] before, y [B, K, D] the core's output."""
 
-    def aux_loss(self, z: jax.Array, target: jax.Array) -> jax.Array:
-        """Per-candidate auxiliary loss of a score against the training selection; same shape as z."""
+    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
+        """Sums of one step (scalars); not called when `Route.stats` is given."""
+
+    def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
+        """Candidates of each step [R] in training, from the number of real tokens of each row alone."""
+
+    def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
+        """Unweighted auxiliary losses of a micro-batch, by name, such that the sum over micro-batches is the batch's.
+        `totals_R`: `candidate_counts` of the whole batch."""
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each of `losses`."""
+
+    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        """Router parameters after an optimiser step: what is moved by rule and not by gradient."""
+
+
+def zeros_stats(recursions: int) -> RouterStats:
+    """All sums zero."""
+    return RouterStats(*(jnp.zeros((recursions,), jnp.float32),) * len(RouterStats._fields))
+
+
+def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
+    """Mask of the at most k highest-scoring candidates of each row; equal scores go to the earlier position.
+
+    The k-th largest score by a plain sort: `lax.top_k` would gather the scores of a sharded batch, and k may be traced.
+    """
+    score = jnp.where(candidates_BxT, z_BxT, -jnp.inf)
+    kth = jax.lax.dynamic_slice_in_dim(jnp.sort(score, axis=-1), score.shape[-1] - k, 1, axis=-1)
+    above, level = score > kth, score == kth
+    room = k - jnp.sum(above, axis=-1, keepdims=True)
+    return (above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from mor_jax.model.depth.base import Route, RouterStats
 
 
 @dataclass(frozen=True)
@@ -20,20 +23,36 @@ class Fixed:
     def logical_axes(self) -> dict:
         return {}
 
-    def counts(self, length: int) -> tuple[int, ...]:
-        return (length,) * self.recursions
+    def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
+        return ((length,) * self.recursions,)
 
-    def score(self, router: dict, h_BxTxD: jax.Array) -> jax.Array:
+    def begin(
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
+    ) -> Route:
+        return Route(jnp.arange(self.recursions), ())
+
+    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)
 
-    def top(self, z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
+    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
         return candidates_BxT
 
-    def continues(self, z_BxT: jax.Array) -> jax.Array:
-        return jnp.ones(z_BxT.shape, bool)
-
-    def combine(self, h: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
         return y
 
-    def aux_loss(self, z: jax.Array, target: jax.Array) -> jax.Array:
-        return jnp.zeros_like(z)
+    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
+        zero = jnp.zeros((), jnp.float32)
+        n = jnp.sum(candidates, dtype=jnp.float32)
+        return RouterStats(zero, n, n, n, zero, zero, zero)
+
+    def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
+        return jnp.full((self.recursions,), jnp.sum(real_B), jnp.float32)
+
+    def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
+        return {}
+
+    def loss_weights(self) -> dict[str, float]:
+        return {}
+
+    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        return routers

@@ -1,0 +1,155 @@
+"""Token-choice routing: each token picks its depth once, before the first recursion (paper 2.2.1, A.2).
+
+One R-way router on H¹, the state before the recursion: p = alpha * softmax(z) (or alpha * sigmoid(z)), depth
+i = argmax_j (p_j + b_j). The token runs steps 1..i. Nothing looks at another token, so the policy is causal as it is.
+
+Two readings of the gate exist and both are here by name. "exit" is the released code: H^{r+1} = f(H^r) without a
+gate, and H_out = H¹ + p_i f(H^i) at the exit. "every" is the paper's eq. 2.2: every step is gated,
+H^{r+1} = p_i f(H^r), and H¹ is added at the exit step.
+
+Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean score; 1 when balanced), or loss-free: after
+each optimiser step b_i += rate * sign(mean(F) - F_i), which moves the choice but never the gate.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax import nn
+from mor_jax.model.depth.base import Route, RouterStats
+
+SLACK = 0.06  # of the smallest profile over balanced shares: rows of a balanced router scatter around them
+
+
+class TokenRoute(NamedTuple):
+    """What a token carries: its depth (0: padding), its gate, and its state before the recursion."""
+
+    depth_BxT: jax.Array
+    gate_BxT: jax.Array
+    h_BxTxD: jax.Array
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """`score`: softmax | sigmoid. `gate`: exit | every."""
+
+    recursions: int
+    width: int
+    alpha: float
+    init_std: float
+    score_name: str = "softmax"
+    gate: str = "exit"
+    router: str = "linear"
+    temperature: float = 1.0
+    balance_loss_weight: float = 0.1
+    z_loss_weight: float = 0.0
+    bias_rate: float = 0.0
+    buckets: int = 4
+
+    def _module(self) -> nn.Router:
+        return nn.Router(self.router, self.recursions, self.init_std)
+
+    def _example(self) -> jax.Array:
+        return jnp.zeros((1, 1, self.width))
+
+    def init(self, key: jax.Array) -> dict:
+        params = {"choice": nn.init(self._module(), key, self._example())}
+        # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a gradient.
+        return params | ({"bias": jnp.zeros((self.recursions,), jnp.float32)} if self.bias_rate else {})
+
+    def logical_axes(self) -> dict:
+        axes = {"choice": nn.logical_axes(self._module(), self._example())}
+        return axes | ({"bias": ("recursion",)} if self.bias_rate else {})
+
+    def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
+        """From balanced shares with a little slack up to whole rows, in `buckets` equal strides."""
+        steps = self.recursions
+        found = []
+        for j in range(self.buckets):
+            t = j / (self.buckets - 1) if self.buckets > 1 else 1.0
+            share = lambda r, t=t: (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
+            sizes = tuple(min(length, math.ceil(share(r) * length)) for r in range(steps))
+            if sizes not in found:
+                found.append(sizes)
+        return tuple(found)
+
+    def begin(
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
+    ) -> Route:
+        z_BxTxR = nn.apply(self._module(), routers["choice"], h_BxTxD / self.temperature)
+        score = jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(z_BxTxR)
+        if depth_BxT is None:
+            bias = routers["bias"] if self.bias_rate else 0.0
+            depth_BxT = jnp.argmax(self.alpha * score + bias, axis=-1).astype(jnp.int32) + 1
+        depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
+        chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
+        gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
+        steps = jnp.arange(1, self.recursions + 1)
+        return Route(steps, TokenRoute(depth_BxT, gate, h_BxTxD), self._stats(z_BxTxR, score, depth_BxT, real_BxT))
+
+    def _stats(self, z_BxTxR, score_BxTxR, depth_BxT, real_BxT) -> RouterStats:
+        weight = real_BxT[..., None].astype(jnp.float32)
+        ran = (depth_BxT[..., None] > jnp.arange(self.recursions)).astype(jnp.float32)
+        total = lambda x: jnp.sum(x, axis=(0, 1))
+        tokens_R = jnp.full((self.recursions,), jnp.sum(weight), jnp.float32)
+        lse_sq = jnp.square(jax.nn.logsumexp(z_BxTxR, axis=-1, keepdims=True)) * weight
+        return RouterStats(
+            aux=jnp.zeros((self.recursions,), jnp.float32),
+            candidates=tokens_R,
+            selected=total(ran * weight),
+            agree=tokens_R,  # one rule, in training and in decoding
+            score=total(score_BxTxR * weight),
+            score_sq=total(jnp.square(score_BxTxR) * weight),
+            z_sq=jnp.zeros((self.recursions,), jnp.float32).at[0].set(total(lse_sq)[0]),
+        )
+
+    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
+        return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)  # all was said in `begin`
+
+    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: TokenRoute, k: Any) -> jax.Array:
+        return candidates_BxT & (tokens.depth_BxT >= step)
+
+    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: TokenRoute) -> jax.Array:
+        last = (tokens.depth_BxT == step)[..., None]
+        gated = tokens.gate_BxT[..., None].astype(h.dtype) * y
+        if self.gate == "every":
+            return gated + jnp.where(last, tokens.h_BxTxD, 0)
+        return jnp.where(last, tokens.h_BxTxD + gated, y)
+
+    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
+        raise AssertionError("token-choice sums its statistics in `begin`")
+
+    def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
+        return jnp.full((self.recursions,), jnp.sum(real_B), jnp.float32)
+
+    def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
+        """Balance loss R * sum_i F_i P_i and z-loss, each a mean over tokens.
+
+        F and P are the micro-batch's own, weighted by its share of the batch's tokens: under accumulation the term
+        is the mean over micro-batches (equal to the whole batch's only where all route alike)."""
+        tokens = jnp.maximum(stats.candidates, 1.0)
+        balance = self.recursions * jnp.sum(load_shares(stats) * stats.score / tokens)
+        return {
+            "router_loss": balance * stats.candidates[0] / totals_R[0],
+            "router_z_loss": jnp.sum(stats.z_sq / totals_R),
+        }
+
+    def loss_weights(self) -> dict[str, float]:
+        return {"router_loss": self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
+
+    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        if not self.bias_rate:
+            return routers
+        load = load_shares(stats)
+        return routers | {"bias": routers["bias"] + self.bias_rate * jnp.sign(jnp.mean(load) - load)}
+
+
+def load_shares(stats: RouterStats) -> jax.Array:
+    """F [R]: share of tokens whose depth is exactly r."""
+    ran = jnp.concatenate([stats.selected, jnp.zeros((1,), jnp.float32)])
+    return jax.lax.stop_gradient((ran[:-1] - ran[1:]) / jnp.maximum(stats.candidates, 1.0))
