@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Eight devices have to be asked for before jax starts, hence a process of its own. It trains each kind on each mesh
 # and prints the losses and the collectives of the compiled step as JSON.
 PROGRAM = """
-import json, re, sys
+import dataclasses, json, re, sys
 sys.path.insert(0, "tests")
 import numpy as np, jax
 from jax.sharding import NamedSharding
@@ -45,7 +45,9 @@ for _ in range(STEPS):
     batches.append({"tokens": rng.integers(0, VOCAB, seg.shape).astype(np.int32) * (seg > 0), "segment_ids": seg})
 
 def train(kind, shape, devices):
-    lm = small_lm("vanilla", layers=1, **SHAPE) if kind == "vanilla" else small_lm("mor", layers=3, sharing="cycle", **SHAPE)
+    lm = small_lm(kind, **SHAPE, **({"layers": 1} if kind == "vanilla" else {"layers": 3, "sharing": "cycle"}))
+    if kind == "token":
+        lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01, buckets=2))
     tx = optimizer(OptimConfig(peak_lr=1e-2), STEPS)
     mesh = make_mesh(MeshConfig(*shape), devices)
     with jax.set_mesh(mesh):
@@ -55,23 +57,26 @@ def train(kind, shape, devices):
         step = jax.jit(make_train_step(lm, tx), donate_argnums=0).lower(state, placed[0]).compile()
         shards = {len(x.sharding.device_set) for x in jax.tree.leaves(state)}
         local = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
-        losses = []
+        losses, biases = [], []
         for batch in placed:
             state, metrics = step(state, batch)
-            losses.append({k: float(metrics[k]) for k in ("loss", "lm_loss", "router_loss", "grad_norm")})
+            biases.append([float(b) for b in state.params["router"].get("bias", [])])
+            losses.append({k: float(metrics[k]) for k in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth")})
     text = step.as_text()
     gathered = re.findall(r"= \\(?(\\w+\\[[\\d,]*\\])[^=]* all-gather(?:-start)?\\(", text)
     print(kind, shape, file=sys.stderr, flush=True)
-    return {"losses": losses, "gathered": gathered, "devices": sorted(shards), "local_bytes": local}
+    return {"losses": losses, "biases": biases, "gathered": gathered, "devices": sorted(shards), "local_bytes": local}
 
 found = {}
-for kind, shapes in {"mor": [(2, 2, 2), (1, 8, 1), (8, 1, 1)], "vanilla": [(2, 2, 2)]}.items():
+for kind, shapes in {
+    "mor": [(2, 2, 2), (1, 8, 1), (8, 1, 1)], "token": [(2, 2, 2), (8, 1, 1)], "vanilla": [(2, 2, 2)]
+}.items():
     found[f"{kind} one"] = train(kind, (1, 1, 1), jax.devices()[:1])
     for shape in shapes:
         found[f"{kind} {'x'.join(map(str, shape))}"] = train(kind, shape, jax.devices())
 print("RESULT" + json.dumps(found))
 """
-MESHES = ["mor 2x2x2", "mor 1x8x1", "mor 8x1x1", "vanilla 2x2x2"]
+MESHES = ["mor 2x2x2", "mor 1x8x1", "mor 8x1x1", "token 2x2x2", "token 8x1x1", "vanilla 2x2x2"]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +95,18 @@ def test_twenty_steps_equal_one_device(found, name):
     one = found[f"{name.split()[0]} one"]["losses"]
     assert one[-1]["loss"] < one[0]["loss"]
     for step, (mine, theirs) in enumerate(zip(found[name]["losses"], one, strict=True), 1):
-        for key in ("loss", "lm_loss", "router_loss"):
+        for key in ("loss", "lm_loss", "router_loss", "mean_depth"):
             assert abs(mine[key] - theirs[key]) < 1e-4, f"{key} at step {step}"
         assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-3 * theirs["grad_norm"], f"gradient at step {step}"
+
+
+@pytest.mark.parametrize("name", ["token 2x2x2", "token 8x1x1"])
+def test_the_selection_bias_moves_as_on_one_device(found, name):
+    """Loads are counted over all devices, not over each one's rows."""
+    one, many = found["token one"]["biases"], found[name]["biases"]
+    assert any(map(any, one))
+    for step, (mine, theirs) in enumerate(zip(many, one, strict=True), 1):
+        assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 1e-6, f"at step {step}"
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -105,7 +119,7 @@ def test_state_lies_on_all_devices(found, name):
 
 def test_data_parallel_gathers_nothing(found):
     """Rows are chosen, embedded and scored where they lie; only gradients travel, in all-reduces."""
-    assert found["mor 8x1x1"]["gathered"] == []
+    assert found["mor 8x1x1"]["gathered"] == found["token 8x1x1"]["gathered"] == []
 
 
 def test_selection_gathers_no_scores(found):
