@@ -1,6 +1,8 @@
 """A room imports only rooms below it (the order is the one of the plan of the house)."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,16 @@ PACKAGE = ROOT / "mor_jax"
 ORDER = [["train"], ["inference"], ["analysis"], ["data"], ["model"], ["nn"], ["parallel"], ["config"], ["errors"]]
 LEVEL = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+RUNTIME = ROOT / "rlm_runtime"
+# `rlm`, `session` and `tools` are one room: the loop, what it keeps between runs, what it hands to cells.
+RUNTIME_ORDER = [
+    ["cli", "__main__"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools"],
+    ["prompts", "parsing", "structured"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"], ["errors"],
+]  # fmt: skip
+RUNTIME_LEVEL = {room: -i for i, rooms in enumerate(RUNTIME_ORDER) for room in rooms}
+RUNTIME_FILES = sorted(RUNTIME.rglob("*.py"))
+WORKER = RUNTIME / "repl" / "worker"
 
 
 def imports(path: Path) -> set[str]:
@@ -83,6 +95,36 @@ def test_configs_are_data(path):
     # The helper that fills in defaults reads them from the typed configuration; no configuration itself does.
     allowed = ("mor_jax.errors", "mor_jax.config") if path.name == "arguments.py" else ("mor_jax.errors",)
     assert all(n.startswith(allowed) for n in names if n.startswith("mor_jax"))
+
+
+@pytest.mark.parametrize("path", RUNTIME_FILES, ids=name_of)
+def test_runtime_imports_point_down(path):
+    room = path.relative_to(RUNTIME).with_suffix("").parts[0]
+    if room == "__init__":
+        return
+    assert room in RUNTIME_LEVEL, f"{room} is not in the plan"
+    for name in imports(path):
+        first, *rest = name.split(".")
+        if first == "rlm_runtime" and rest and rest[0] in RUNTIME_LEVEL and rest[0] != room:
+            assert RUNTIME_LEVEL[rest[0]] <= RUNTIME_LEVEL[room], f"{room} imports {name}, which is above it"
+
+
+def test_the_runtime_meets_jax_in_one_file():
+    """`import rlm_runtime` needs no JAX: a checkpoint as a language model is the one place that does."""
+    meet = {name_of(p) for p in RUNTIME_FILES if tops(p) & {"jax", "flax", "mor_jax", "launch", "configs"}}
+    assert meet == {"rlm_runtime/lms/checkpoint.py"}
+    code = "import sys, rlm_runtime as r; [getattr(r, n) for n in r.__all__]; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("path", sorted(WORKER.glob("*.py")), ids=name_of)
+def test_the_worker_is_the_standard_library_alone(path):
+    """It runs under `python -I -S`, by path, before and after it has locked itself in."""
+    beside = {p.stem for p in WORKER.glob("*.py")} | {"worker"}
+    for name in imports(path):
+        ours = name.startswith("rlm_runtime.repl.worker") or name.split(".")[0] in beside
+        assert ours or name.split(".")[0] in sys.stdlib_module_names | {"_frozen_importlib_external"}, name
 
 
 def test_tensorflow_nowhere():

@@ -7,11 +7,12 @@ generator, so that only a handful of programs is ever compiled.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Job:
 
     Args:
       max_tokens: with `ids` at most the model's context.
-      sampling: a `mor_jax.inference.sampler.Sampling`.
+      sampling: hashable, with a `temperature`; jobs of equal sampling share a batch.
       seed: None draws one.
       take: given each token as it is drawn (the end-of-document token too); False: enough.
       done: called once, after the last `take`; with the exception if generation failed.
@@ -43,17 +44,23 @@ class Job:
         return self.seed is not None and self.sampling.temperature > 0
 
 
+Start = Callable[[list[list[int]], int, Any, int], Generator[Sequence[int], None, None]]
+
+
 class Batcher:
     """`submit` from any thread. The thread starts with the first job and ends after `idle` seconds without one.
 
     Args:
-      model: of `mor_jax.train.load.load_model`.
+      start: (prompts, max_tokens, sampling, seed) -> a generator of the tokens of each step, one a prompt.
+      context: tokens a prompt and its continuation may have together.
       gather: seconds the first job of a batch waits for others.
     """
 
-    def __init__(self, model: Any, *, max_batch: int = 32, gather: float = 0.003, idle: float = 2.0):
+    def __init__(
+        self, start: Start, *, context: int, max_batch: int = 32, gather: float = 0.003, idle: float = 2.0
+    ):  # fmt: skip
         self.max_batch, self.batches = max_batch, 0
-        self._model, self._gather, self._idle = model, gather, idle
+        self._start, self._context, self._gather, self._idle = start, context, gather, idle
         self._jobs: deque[Job] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -96,7 +103,7 @@ class Batcher:
         longest, most = len(first.ids), first.max_tokens
         while self._jobs:
             job = self._jobs.popleft()
-            room = max(longest, len(job.ids)) + max(most, job.max_tokens) <= self._model.lm.model.context
+            room = max(longest, len(job.ids)) + max(most, job.max_tokens) <= self._context
             together = room and job.sampling == first.sampling and not (first.alone or job.alone)
             if together and len(batch) < self.max_batch:
                 batch.append(job)
@@ -118,24 +125,16 @@ class Batcher:
             job.done(failure)
 
     def _generate(self, batch: Sequence[Job], open_: dict[int, Job]) -> None:
-        import jax
-
-        from mor_jax.inference.generate import Generation
-
-        model, tokenizer = self._model, self._model.tokenizer
         prompts = [job.ids for job in batch]
         rows = 1 << (len(prompts) - 1).bit_length()
         prompts += [min(prompts, key=len)] * (rows - len(prompts))
         seed = batch[0].seed if batch[0].alone else secrets.randbits(31)
         self.batches += 1
-        with jax.set_mesh(model.mesh):
-            run = Generation(
-                model.lm, model.params, prompts, max_tokens=max(job.max_tokens for job in batch),
-                sampling=batch[0].sampling, seed=seed, vocab_size=tokenizer.vocab_size,
-            )  # fmt: skip
-            for step in run:
+        most = max(job.max_tokens for job in batch)
+        with contextlib.closing(self._start(prompts, most, batch[0].sampling, seed)) as steps:
+            for tokens in steps:
                 for row, job in list(open_.items()):
-                    if not job.wanted() or not job.take(int(step.token_B[row])):
+                    if not job.wanted() or not job.take(int(tokens[row])):
                         del open_[row]
                         job.done(None)
                 if not open_:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from rlm_runtime.errors import LMError, UsageError
@@ -67,7 +68,8 @@ class CheckpointLM:
         self._stop = tuple(stop) if stop is not None else (() if template else STOPS)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
-        self.batcher = Batcher(self._model, max_batch=max_batch, gather=gather)
+        start = functools.partial(_generate, self._model)
+        self.batcher = Batcher(start, context=self.window, max_batch=max_batch, gather=gather)
 
     def __repr__(self) -> str:
         return f"CheckpointLM({self.path!r}, window={self.window})"
@@ -223,3 +225,20 @@ def _load(path: str, step: int | None) -> Any:
         return load_model(path, step)
     except UserError as e:
         raise UsageError(f"checkpoint:{path}: {e}") from e
+
+
+def _generate(
+    model: Any, prompts: list[list[int]], max_tokens: int, sampling: Any, seed: int
+) -> Generator[Sequence[int], None, None]:
+    """The tokens of each step, one a prompt."""
+    import jax
+
+    from mor_jax.inference.generate import Generation
+
+    with jax.set_mesh(model.mesh):
+        run = Generation(
+            model.lm, model.params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed,
+            vocab_size=model.tokenizer.vocab_size,
+        )  # fmt: skip
+        for step in run:
+            yield step.token_B
