@@ -70,6 +70,8 @@ class Node:
     async def start(self, context: Context) -> None:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
+        if warm := getattr(self.lm, "warm", None):
+            warm()  # the model's client is imported while the worker starts
         report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
         self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
         seconds = round(time.monotonic() - began, 6)
