@@ -50,6 +50,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "openai>=1.50",  # the official client, held against the RLM endpoint
+            "psutil>=5.9",  # tests that look for processes and descriptors left behind
             "pyarrow>=17",
             "pytest>=8.2",
             "pytest-xdist>=3.6",

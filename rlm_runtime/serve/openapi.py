@@ -1,0 +1,144 @@
+"""The OpenAPI document, made from the models the server checks requests with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from rlm_runtime.serve import schemas as s
+
+REF = "#/components/schemas/{model}"
+CREATED = {"X-Request-Id": {"schema": {"type": "string"}}}
+
+
+def document(models: Sequence[str]) -> dict[str, Any]:
+    """The document of a server with these models."""
+    inputs, outputs = (s.ChatRequest,), (
+        s.ChatCompletion, s.ModelOut, s.ModelList, s.FileOut, s.FileList, s.FileDeleted, s.ErrorBody, s.Status,
+    )  # fmt: skip
+    wanted = [(m, "validation") for m in inputs] + [(m, "serialization") for m in outputs]
+    _, found = models_json_schema(wanted, ref_template=REF, by_alias=True)  # type: ignore[arg-type]
+    found["$defs"]["ChatRequest"]["properties"]["model"]["enum"] = list(models)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "rlm_runtime",
+            "version": _version(),
+            "description": "Recursive language models behind OpenAI's chat completions API.",
+        },
+        "components": {
+            "schemas": found["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+        "paths": _paths(list(models)),
+    }
+
+
+def _paths(models: list[str]) -> dict[str, Any]:
+    file_id = {"name": "file_id", "in": "path", "required": True,
+               "schema": {"type": "string", "pattern": "^file-[0-9a-f]{32}$"}}  # fmt: skip
+    model_id = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": models}}
+    upload = {
+        "type": "object",
+        "required": ["file"],
+        "properties": {
+            "file": {"type": "string", "format": "binary"},
+            "purpose": {"type": "string", "maxLength": 64},
+            "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+            "expires_after[seconds]": {"type": "integer", "minimum": 1, "maximum": 2**31},
+        },
+    }
+    return {
+        "/v1/chat/completions": {
+            "post": {
+                "operationId": "chat_completions",
+                "summary": "Run a recursive language model on the messages and files of a conversation.",
+                "requestBody": _body("application/json", {"$ref": REF.format(model="ChatRequest")}),
+                "responses": {
+                    "200": {
+                        "description": "The answer; with stream: true, server-sent events.",
+                        "headers": {
+                            "X-RLM-Run": {"schema": {"type": "string"}, "description": "Id of the trajectory."}
+                        },
+                        "content": {
+                            "application/json": {"schema": {"$ref": REF.format(model="ChatCompletion")}},
+                            "text/event-stream": {},
+                        },
+                    },
+                    **_errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504),
+                },
+            }
+        },
+        "/v1/models": {"get": _get("list_models", "The models of this server.", "ModelList")},
+        "/v1/models/{model}": {"get": _get("get_model", "One model.", "ModelOut", 404, parameters=[model_id])},
+        "/v1/files": {
+            "get": _get("list_files", "The files uploaded with this key.", "FileList"),
+            "post": {
+                "operationId": "upload_file",
+                "summary": "Upload long material, to be named in a message or in rlm.context_file_ids.",
+                "requestBody": _body("multipart/form-data", upload),
+                "responses": {"200": _ok("FileOut"), **_errors(400, 401, 403, 408, 413, 415, 503)},
+            },
+        },
+        "/v1/files/{file_id}": {
+            "get": _get("get_file", "One file's description.", "FileOut", 404, parameters=[file_id]),
+            "delete": _get("delete_file", "Remove a file.", "FileDeleted", 404, parameters=[file_id]),
+        },
+        "/v1/files/{file_id}/content": {
+            "get": {
+                "operationId": "get_file_content",
+                "summary": "The bytes of a file.",
+                "parameters": [file_id],
+                "responses": {
+                    "200": {"description": "The bytes.", "content": {"application/octet-stream": {}}},
+                    **_errors(401, 403, 404),
+                },
+            }
+        },
+        "/health": {"get": {**_get("health", "The process is alive.", "Status"), "security": []}},
+        "/ready": {"get": {**_get("ready", "Requests are taken; 503 while stopping.", "Status", 503), "security": []}},
+        "/metrics": {
+            "get": {
+                "operationId": "metrics",
+                "summary": "Prometheus metrics.",
+                "responses": {
+                    "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+                    **_errors(401, 403),
+                },
+            }
+        },
+    }
+
+
+def _get(name: str, summary: str, model: str, *statuses: int, parameters: list[Any] | None = None) -> dict[str, Any]:
+    return {
+        "operationId": name,
+        "summary": summary,
+        **({"parameters": parameters} if parameters else {}),
+        "responses": {"200": _ok(model), **_errors(401, 403, *statuses)},
+    }
+
+
+def _ok(model: str) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": REF.format(model=model)}}}
+    return {"description": "Done.", "headers": CREATED, "content": content}
+
+
+def _errors(*statuses: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": REF.format(model="ErrorBody")}}}
+    return {str(status): {"description": "An error.", "content": content} for status in statuses}
+
+
+def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"required": True, "content": {kind: {"schema": schema}}}
+
+
+def _version() -> str:
+    try:
+        return metadata.version("mor-jax")
+    except metadata.PackageNotFoundError:
+        return "0"
