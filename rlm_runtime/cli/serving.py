@@ -1,0 +1,118 @@
+"""`rlm serve`: the endpoint, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlm_runtime.cli import codes, models
+from rlm_runtime.errors import UsageError
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from rlm_runtime.serve.app import create_app
+        from rlm_runtime.serve.engine import ServedModel
+        from rlm_runtime.serve.server import bind, serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f'rlm serve needs the package {error.name}: pip install "mor-jax[serve]".') from None
+
+    keys = _keys(args)
+    loopback = _is_loopback(args.host)
+    if not loopback and not keys and not args.allow_no_key:
+        raise UsageError(
+            f"--host {args.host} can be reached from other machines: give keys with --api-key-file, or say --allow-no-key."
+        )
+    settings = _settings(args, keys, loopback)
+    options = models.run_options(args)
+    budget, depth = options.pop("budget"), options.pop("max_depth")
+    wanted = [_split(text) for text in args.model]
+    if args.root or os.environ.get("RLM_ROOT") or not wanted:
+        wanted.insert(0, (args.name, None, None))
+    served, lms = [], []
+    for name, root, sub in wanted:
+        pair = models.pair(args) if root is None else models.named(args, root, sub)
+        lms += pair
+        served.append(ServedModel(name, *pair, max_depth=depth, budget=budget, options=options))
+    if len({s.name for s in served}) < len(served):
+        raise UsageError("Two models have the same name; give another with --name or --model NAME=ROOT.")
+    for model in served:
+        model.check()  # what is wrong with the options shows now, not with the first request
+    listener = bind(args.host, args.port)
+    if settings.log_dir is not None:
+        settings.log_dir.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for library in ("httpx", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+
+    def on_ready() -> None:
+        names = ", ".join(s.name for s in served)
+        say(f"serving {names} at http://{shown}:{port}/v1" + ("" if keys else " (no key needed)"))
+        if not keys and not loopback:
+            say("warning: anyone who can reach this address can spend your tokens")
+
+    async def main() -> None:
+        try:
+            await serve(create_app(served, settings), listener, on_ready=on_ready, say=say)
+        finally:
+            for lm in {id(m): m for m in lms}.values():
+                await lm.aclose()
+
+    asyncio.run(main())
+    return codes.OK
+
+
+def say(text: str) -> None:
+    codes.complain(text)
+
+
+def _settings(args: argparse.Namespace, keys: tuple[str, ...], loopback: bool) -> Any:
+    from rlm_runtime.serve.settings import ServeSettings
+
+    hosts = tuple(h.lower() for h in args.allowed_host)
+    if loopback and not keys and "*" not in hosts:  # a web page must not reach a keyless server under its own name
+        hosts += ("localhost", "127.0.0.1", "::1", args.host.lower())
+    return ServeSettings(
+        api_keys=keys, allowed_hosts=hosts or ("*",), cors_origins=tuple(args.cors_origin), max_runs=args.max_runs,
+        max_queue=args.max_queue, drain_seconds=max(0.0, args.drain_seconds), body_bytes=max(1024, args.body_limit),
+        file_bytes=args.file_limit, files_bytes=args.files_limit, file_seconds=args.file_days * 86_400,
+        files_dir=Path(args.files_dir) if args.files_dir else None, progress=args.progress,
+        log_dir=models.log_folder(args.log, default=False),
+    )  # fmt: skip
+
+
+def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = [k.strip() for k in os.environ.get("RLM_API_KEYS", "").split(",")]
+    if args.api_key_file:
+        try:
+            keys += [line.strip() for line in Path(args.api_key_file).read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--api-key-file {args.api_key_file}: {getattr(error, 'strerror', None) or error}."
+            ) from None
+        if not any(k and not k.startswith("#") for k in keys):
+            raise UsageError(f"--api-key-file {args.api_key_file} holds no key.")
+    return tuple(dict.fromkeys(k for k in keys if k and not k.startswith("#")))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _split(text: str) -> tuple[str, str | None, str | None]:
+    name, equals, both = text.partition("=")
+    root, _, sub = both.partition(",")
+    if not (equals and name.strip() and root.strip()):
+        raise UsageError(f"--model {text}: expected NAME=ROOT or NAME=ROOT,SUB.")
+    return name.strip(), root.strip(), sub.strip() or None
