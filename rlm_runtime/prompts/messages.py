@@ -9,7 +9,7 @@ from typing import Any
 
 from rlm_runtime.repl.base import CellResult
 
-SHOWN_VARIABLES = 40
+SHOWN_VARIABLES = 16  # a report stays in the history for good: 40 of them double what a run of 50 turns sends
 NO_QUESTION = (
     "No separate question was given: the task is stated in the context itself, most likely at its beginning or end. "
     "Find it first, then do it."
@@ -105,9 +105,10 @@ def _cell(result: CellResult, which: str, *, last: bool) -> str:
 
 
 def _variables(variables: Mapping[str, str]) -> str:
-    shown = [f"{name} ({what})" for name, what in list(variables.items())[:SHOWN_VARIABLES]]
+    shown = [f"{name} ({what})" for name, what in list(variables.items())[-SHOWN_VARIABLES:]]  # the newest
     more = len(variables) - len(shown)
-    return "Variables: " + ", ".join(shown) + (f", and {more} more (SHOW_VARS() lists them)" if more > 0 else "") + "."
+    earlier = f", and {more} more, bound earlier (SHOW_VARS() lists them)" if more > 0 else ""
+    return f"Variables: {', '.join(shown)}{earlier}."
 
 
 def _fenced(text: str) -> str:
