@@ -64,25 +64,38 @@ def cross_entropy_sum(
 
 
 def _cross_entropy_fwd(h, table, targets, weights, chunk):
+    """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum is left to the
+    small factors, and the target's own term, where p - 1 would cancel, is added apart as one row a token. The table's
+    gradient is gathered as [D, V], from states transposed beforehand, so that every product is one of plain
+    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed."""
     length = h.shape[1]
     chunk = min(chunk or length, length)
     w = table.astype(h.dtype)
+    vocab = jnp.arange(table.shape[0])
 
-    def one(dtable, xs):
-        h_c, t_c, weight_c = xs
-        logits = logits_of(h_c, w)
-        nll, lse = _nll(logits, t_c)
-        hit = t_c[..., None] == jnp.arange(table.shape[0])
-        dlogits = ((jnp.exp(logits - lse[..., None]) - hit) * weight_c[..., None]).astype(h.dtype)
-        dlogits_NxV = dlogits.reshape(-1, dlogits.shape[-1])  # plain matrices: see nn.dense
-        dh_NxD = dlogits_NxV @ w
-        h_NxD = h_c.reshape(-1, h_c.shape[-1])
-        dtable += jnp.einsum("NV,ND->VD", dlogits_NxV, h_NxD, preferred_element_type=jnp.float32)
-        return dtable, (jnp.sum(nll * weight_c), dh_NxD.reshape(h_c.shape))
+    def one(dtable_DxV, xs):
+        h_NxD, h_DxN, t_N, weight_N = xs
+        logits_NxV = logits_of(h_NxD, w)
+        top_N = jnp.max(logits_NxV, axis=-1)
+        hit_N = jnp.take_along_axis(logits_NxV, t_N[:, None], axis=-1)[:, 0] - top_N
+        p32_NxV = jnp.where(t_N[:, None] == vocab, 0.0, jnp.exp(logits_NxV - top_N[:, None]))
+        p_NxV, others_N = p32_NxV.astype(h.dtype), jnp.sum(p32_NxV, axis=-1)
+        sum_N = others_N + jnp.exp(hit_N)
+        scale_N, own_N = weight_N / sum_N, -weight_N * others_N / sum_N
+        dh_NxD = jnp.matmul(p_NxV, w, preferred_element_type=jnp.float32) * scale_N[:, None]
+        scaled_DxN = (h_DxN * scale_N).astype(h.dtype)
+        dtable_DxV += jnp.matmul(scaled_DxN, p_NxV, preferred_element_type=jnp.float32)
+        return dtable_DxV, (jnp.sum((jnp.log(sum_N) - hit_N) * weight_N), dh_NxD, own_N)
 
-    xs = (_chunks(h, chunk), _chunks(targets, chunk), _chunks(weights, chunk))
-    dtable, (loss, dh) = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), xs)
-    return jnp.sum(loss), (_unchunk(dh, length), dtable.astype(table.dtype))
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # [chunks, B, chunk, ...] -> [chunks, N, ...]
+    h_CxNxD, t_CxN, weight_CxN = (flat(_chunks(x, chunk)) for x in (h, targets, weights))
+    xs = (h_CxNxD, h_CxNxD.swapaxes(1, 2), t_CxN, weight_CxN)
+    dtable_DxV, (loss, dh, own) = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), xs)
+    own = own[..., None]
+    dh = (dh + own * w[t_CxN]).astype(h.dtype)
+    dtable = dtable_DxV.T.at[t_CxN].add(own * h_CxNxD)
+    dh = _unchunk(dh.reshape(-1, h.shape[0], chunk, h.shape[2]), length)
+    return jnp.sum(loss), (dh, dtable.astype(table.dtype))
 
 
 def _cross_entropy_bwd(chunk, residuals, g):

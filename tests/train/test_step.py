@@ -102,6 +102,20 @@ def test_chunked_cross_entropy_is_the_plain_one(chunk):
     np.testing.assert_allclose(token_nll(h, table, targets, chunk), plain_nll(h, table), rtol=1e-5, atol=1e-6)
 
 
+def test_cross_entropy_in_bfloat16_keeps_what_a_sure_prediction_has_left_to_learn():
+    """At a target's probability of 0.999 the gradient is what 1 leaves: it must not drown in the rounding of 0.999."""
+    width = 16
+    table = 4 * jnp.eye(32, width, dtype=jnp.float32)  # row i points along axis i; exact in bfloat16
+    targets = jnp.arange(8, dtype=jnp.int32)[None]
+    h = 2.5 * jax.nn.one_hot(targets, width, dtype=jnp.float32)
+    weights = jnp.ones(targets.shape, jnp.float32)
+    gradient = jax.grad(lambda h, table: cross_entropy_sum(h, table, targets, weights, 4), argnums=(0, 1))
+    want = gradient(h, table)
+    assert float(jnp.max(jax.nn.softmax(h @ table.T))) > 0.998
+    for half, full in zip(gradient(h.astype(jnp.bfloat16), table), want, strict=True):
+        np.testing.assert_allclose(half.astype(jnp.float32), full, rtol=0.02, atol=1e-6)
+
+
 # ---------------------------------------------------------------- schedules and the optimiser
 
 
