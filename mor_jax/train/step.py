@@ -144,31 +144,33 @@ def make_train_step(
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
 
-    A step whose loss or gradient is not finite leaves the state as it was; the caller sees it in the metrics.
+    A step whose loss, gradient or update is not finite leaves the state as it was; the caller sees it in the metrics.
     """
 
     def train_step(state: TrainState, batch: Batch):
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.tree.norm(grads)
-        router = aux.pop("router")
-        if router is not None:
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        # Through the update's norm, the choice also comes after everything that reads the old state; without it XLA
+        # copies the donated state whole before the step.
+        finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        params, router = optax.apply_updates(state.params, updates), aux.pop("router")
+        if lm.depth.policy != "fixed":
             params = params | {"router": lm.policy.rebalance(params["router"], router)}
+        new = TrainState(state.step + 1, params, opt_state)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", "router_loss", "router_z_loss")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(params),
+            "update_norm": update_norm,
+            "param_norm": optax.tree.norm(new.params),
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)
         if lm.depth.policy == "token_choice":
             metrics |= balance_metrics(router)
-        finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, opt_state)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state), metrics
+        return new, metrics
 
     return train_step
