@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -101,6 +102,18 @@ def _busy() -> tuple[float, float] | None:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def processor() -> str:
+    """Name, family and model of the CPU and its widest vectors: libraries choose their kernels by them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wide = [name for name in ("amx_tile", "avx512f", "avx2") if name in facts.get("flags", "").split()]
+    family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
+    return ", ".join([facts.get("model name", platform.processor() or "unknown"), family, *wide[:1]])
 
 
 def commit() -> str:

@@ -226,6 +226,7 @@ def measure(
         "commit": record.commit(),
         "device": mesh_device(mesh),
         "machine": platform.machine(),
+        "processor": record.processor(),
         "cores": record.cores(),
         "versions": versions(),
         "busy": busy,
