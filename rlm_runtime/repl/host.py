@@ -1,0 +1,604 @@
+"""The host's side of a REPL: cells, sub-call requests, clocks, limits, restarts. How the process is started is left to
+the environments (`local`, `bubblewrap`, `docker`)."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import keyword
+import os
+import secrets
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+from rlm_runtime.context import Context, Payload
+from rlm_runtime.errors import ContextError, SandboxError, UsageError
+from rlm_runtime.repl import packages as package_list
+from rlm_runtime.repl import sandbox, wire
+from rlm_runtime.repl.base import Answer, CellError, CellResult, Handler, Limits, SandboxReport, ToolInfo
+from rlm_runtime.repl.belongings import Belongings
+from rlm_runtime.repl.cell import Cell, End
+from rlm_runtime.repl.process import Launch, Process
+from rlm_runtime.repl.sandbox import SandboxPolicy
+from rlm_runtime.repl.workdir import MIRROR, WorkDir, remove, sweep
+
+WORKER = Path(__file__).parent / "worker"
+HELPERS = frozenset(
+    [
+        "llm_query",
+        "llm_batch",
+        "llm_query_batched",
+        "rlm_query",
+        "rlm_batch",
+        "rlm_query_batched",
+        "answer",
+        "FINAL",
+        "FINAL_VAR",
+        "SHOW_VARS",
+        "CallError",
+        "outputs",
+    ]
+)
+BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
+STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
+FOLDER_COPY = 256 << 20  # bytes of a folder that may be copied into a running worker's view
+
+
+class _Nuisance:
+    """Frames that are none, and frames nobody waits for, since the worker was last let go on."""
+
+    def __init__(self):
+        self.bad = self.stale = 0
+
+    def too_much(self) -> str | None:
+        if self.bad > BAD_FRAMES:
+            return "it sent what is no message over the runtime's own channel, again and again"
+        return "it flooded the runtime's own channel" if self.stale > STALE_FRAMES else None
+
+
+class HostedEnvironment:
+    """What the environments share. Belongs to one event loop; `run` calls are serial."""
+
+    kind = "local"
+    required: tuple[str, ...] = tuple(sandbox.LAYERS)
+
+    def __init__(
+        self,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        policy: SandboxPolicy = SandboxPolicy(),  # noqa: B008
+        packages: tuple[str, ...] = (),
+        *,
+        temp_dir: str | None = None,
+    ):
+        """`packages`: installed distributions the cells may import. Raises UsageError for one that is not installed."""
+        self.limits, self.policy = limits, policy
+        self.report: SandboxReport | None = None
+        self._packages = package_list.resolve(packages)
+        self._temp_dir = temp_dir
+        self._lock = asyncio.Lock()
+        self._belongings = Belongings()
+        self._finalizer = weakref.finalize(self, self._belongings.drop)
+        self._process: Process | None = None
+        self._started = self._closed = False
+        self._closing: asyncio.Future[None] | None = None
+        self._tools: tuple[ToolInfo, ...] = ()
+        self._contexts: dict[str, Context] = {}
+        self._payloads: dict[str, Any] = {}
+        self._bound: dict[str, Any] = {}
+        self._to_bind: dict[str, Any] = {}
+        self._reset_answer = False
+        self._cells = 0  # run so far, over all workers
+        self._raw: dict[str, str] = {}
+        self._lost: str | None = None  # a loss the model has not been told of
+        self._cell: Cell | None = None
+        self._writing: asyncio.Future | None = None  # of a context, in a thread
+        self._cleaning: asyncio.Future | None = None  # an old work folder is being removed
+        self._nuisance = _Nuisance()
+        self._overfull = False  # the work folder has to be emptied
+        self._reply: tuple[str, asyncio.Future] | None = None  # (id, future) of a load under way
+        self._ready: asyncio.Future | None = None
+
+    # -- what an environment of its own kind says
+
+    def _launch(self, folder: WorkDir) -> Launch:
+        raise TypeError(f"{type(self).__name__} does not say how to start a worker.")
+
+    def _view(self, folder: WorkDir) -> dict[str, str]:
+        """Paths as the worker sees them."""
+        return {
+            "scratch": str(folder.scratch),
+            "inbox": str(folder.inbox),
+            "canary": str(folder.canary),
+            "said": str(folder.said),
+        }
+
+    def _inside(self, path: Path) -> str:
+        """A path of the host as the worker sees it."""
+        return str(path)
+
+    def _environment(self, launch: Launch, view: dict[str, str]) -> list[str]:
+        """Names of the variables the worker may have."""
+        return list(launch.env)
+
+    def _packages_inside(self) -> dict[str, list[str]]:
+        return self._packages.message()
+
+    confine = True
+    scrub = False  # the worker's environment is not ours to choose: it removes what nobody asked for itself
+    overlap = True  # contexts are written while the process starts; False where they must be there before
+    parent: int | None = None  # the process whose end is the worker's
+
+    def _kill_command(self) -> list[str] | None:
+        """What ends the worker where killing our own child is not enough."""
+        return None
+
+    def _outer_layers(self, process: Process) -> dict[str, str]:
+        """Layers around the worker, as the host finds them."""
+        return {}
+
+    def _explain(self, stderr: str) -> str:
+        """What a worker that did not start wrote, and what to do about it."""
+        return f"It wrote: {stderr.strip()[-2000:]}" if stderr.strip() else "It wrote nothing."
+
+    # -- start
+
+    async def start(self, context: Context, tools: tuple[ToolInfo, ...] = ()) -> SandboxReport:
+        """Start the worker and bind `context`. Raises SandboxError, ContextError, UsageError (a tool's name)."""
+        async with self._lock:
+            if self._started:
+                raise UsageError("This environment has been started already; make another one for another run.")
+            for tool in tools:
+                _check_name(tool.name, "a tool")
+            self._started, self._tools = True, tuple(tools)
+            self._contexts["context"] = context
+            try:
+                await self._start_worker()
+            except BaseException:
+                self._closed = True
+                await self._close_once()
+                raise
+            return self.report
+
+    async def _start_worker(self) -> None:
+        """A fresh worker with everything bound."""
+        if self._closed:
+            raise SandboxError("The REPL has been closed.")
+        if os.name != "posix" or not hasattr(os, "pidfd_open"):
+            raise SandboxError(f"environment={self.kind!r} needs Linux 5.3 or newer.")
+        mine = self._belongings
+        if mine.folder is None:
+            try:
+                await asyncio.to_thread(sweep, self._temp_dir)
+                mine.folder = WorkDir(self._temp_dir)
+            except OSError as error:
+                raise SandboxError(f"The REPL's work folder cannot be made: {error}") from None
+        mine.hold_spawner()
+        payloads = asyncio.ensure_future(self._make_payloads(mine.folder))
+        if not self.overlap:
+            await payloads
+        launch = self._launch(mine.folder)
+        try:
+            await self._connect(launch, payloads)
+        finally:
+            payloads.cancel()
+            await asyncio.wait([payloads])  # its error was raised by what waited for it
+        for name in self._contexts:
+            await self._load(name)
+        self._to_bind, self._reset_answer = dict(self._bound), False
+        self._raw = {}
+
+    async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
+        """Start the process, greet it, wait until it has locked itself in, and look whether it has."""
+        loop, limits = asyncio.get_running_loop(), self.limits
+        try:
+            process = await Process.start(launch, frame=limits.frame, raw=max(limits.output_chars, 1000))
+        except OSError as error:
+            raise SandboxError(f"The REPL's worker cannot be started: {error}. {self._explain('')}") from None
+        self._process = self._belongings.process = process
+        self._belongings.command = self._kill_command()
+        self._ready, self._nuisance = loop.create_future(), _Nuisance()
+        me = weakref.ref(self)  # a forgotten environment is collected, and its worker with it
+        process.on_frame = lambda line: (env := me()) and env._on_frame(process, line)
+        process.on_end = lambda: (env := me()) and env._on_end(process)
+        process.gate = lambda: (env := me()) is None or env._has_room()
+        try:
+            await payloads
+            process.resume_reading()
+            folder = self._belongings.folder
+            process.send(self._hello(folder, launch))
+            done, _ = await asyncio.wait({self._ready, process.ended}, timeout=limits.start_seconds,
+                                         return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            if self._ready not in done:
+                process.kill()
+                stderr = process.take_raw()["stderr"][0]
+                how = (
+                    f"ended ({process.how_it_ended()})" if done else f"was not ready within {limits.start_seconds:g} s"
+                )
+                raise SandboxError(f"The REPL's worker {how}. {self._explain(stderr)}")
+            layers = self._ready.result()
+            if process.worker_pid:
+                layers = sandbox.seen_from_outside(process.worker_pid, layers)
+            layers = self._outer_layers(process) | layers
+            self.report = sandbox.report(self.kind, layers, self.policy, self.required)
+        finally:
+            self._ready = None
+        process.take_raw()
+
+    def _hello(self, folder: WorkDir, launch: Launch) -> dict[str, Any]:
+        limits, policy, view = self.limits, self.policy, self._view(folder)
+        need = sum(_need(p) for p in self._payloads.values())
+        read = [self._inside(path) for payload in self._payloads.values() for path in payload.paths]
+        environment = self._environment(launch, view)
+        return {
+            "t": "hello",
+            "limits": {
+                "output_chars": limits.output_chars, "kept_chars": limits.kept_chars, "memory": limits.memory,
+                "frame": limits.frame,
+            },
+            "mirror": {"path": view["said"], "size": MIRROR},
+            "tools": [t.model_dump() for t in self._tools],
+            "packages": self._packages_inside(),
+            "confine": view | {
+                "confine": self.confine, "parent": self.parent, "environment": [*environment, "LC_CTYPE", "PWD"],
+                "memory": limits.memory + need, "file_size": limits.scratch, "files": policy.descriptors,
+                "read": read, "scrub": self.scrub, "packages": self._packages_inside(),
+            },
+        }  # fmt: skip
+
+    async def _make_payloads(self, folder: WorkDir) -> None:
+        for name, context in self._contexts.items():
+            if name not in self._payloads:
+                self._payloads[name] = await self._payload(name, context, folder)
+
+    async def _payload(self, name: str, context: Context, folder: WorkDir):
+        place = folder.inbox / f"{name}-{secrets.token_hex(4)}"
+
+        def make():
+            place.mkdir(mode=0o700)
+            return context.payload(place)
+
+        self._writing = asyncio.ensure_future(asyncio.to_thread(make))
+        try:
+            return await asyncio.shield(self._writing)
+        except OSError as error:
+            raise ContextError(f"The context cannot be read: {error}") from None
+
+    async def _load(self, name: str) -> None:
+        """Have the worker bind a context. A file travels as an open descriptor where it can."""
+        payload, process = self._payloads[name], self._process
+        fd = None
+        if payload.mode != "folder" and process._socket is not None:
+            try:
+                fd = os.open(payload.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise ContextError(f"The context cannot be read: {error}") from None
+        load = {
+            "t": "load", "id": secrets.token_hex(16), "name": name, "mode": payload.mode, "args": self._arguments(payload),
+            "path": None if payload.path is None else self._inside(payload.path), "fd": fd is not None,
+        }  # fmt: skip
+        future = asyncio.get_running_loop().create_future()
+        self._reply = load["id"], future
+        seconds = self.limits.start_seconds + payload.bytes / 1e7
+        self._nuisance = _Nuisance()
+        try:
+            process.go()
+            process.send(load, fd)
+            process.resume_reading()
+            done, _ = await asyncio.wait({future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._reply = None
+            if self._cells:
+                process.stop()
+        if future not in done:
+            how = f"ended ({process.how_it_ended()})" if done else f"was not done within {seconds:.0f} s"
+            self._lost = self._loss("The worker ended while it loaded a context.") if self._cells else None
+            await self._drop_worker()
+            raise ContextError(f"The worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
+        if future.result() is not None:
+            raise ContextError(f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}")
+
+    def _arguments(self, payload: Payload) -> dict[str, Any]:
+        files = payload.args.get("files")
+        if files is None:
+            return dict(payload.args)
+        return payload.args | {"files": [[name, self._inside(Path(path))] for name, path in files]}
+
+    async def _drop_worker(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            self._belongings.kill_outside()
+            await process.close()
+            self._belongings.process = None
+            if self._overfull:
+                self._overfull = False
+                await self._cleaned()
+                old = self._belongings.folder.new_scratch()
+                self._cleaning = asyncio.ensure_future(asyncio.to_thread(remove, old))
+            for killer in self._belongings.take_killers():
+                await asyncio.to_thread(killer.wait)
+
+    async def _cleaned(self) -> None:
+        """An old work folder is gone."""
+        if self._cleaning is not None:
+            await asyncio.wait([self._cleaning])
+
+    async def _ensure(self) -> None:
+        """A worker is there; started anew where the last one is gone."""
+        if not self._started or self._closed:
+            raise SandboxError("The REPL is not running: start() comes first, and nothing after aclose().")
+        process = self._process
+        if process is not None and (process.killed or process.ended.done()):
+            await process.close()
+            self._lost = self._lost or self._loss(f"The worker ended between two cells ({process.how_it_ended()}).")
+            await self._drop_worker()
+        if self._process is None:
+            try:
+                await self._start_worker()
+            except BaseException:
+                await self._drop_worker()
+                raise
+
+    # -- frames
+
+    def _has_room(self) -> bool:
+        """Whether a frame may be read now: while a cell runs and can take more, or an answer is waited for."""
+        return self._cell.has_room() if self._cell is not None else bool(self._ready or self._reply)
+
+    def _on_frame(self, process: Process, line: bytes) -> None:
+        if process is not self._process:
+            return
+        nuisance, cell = self._nuisance, self._cell
+        try:
+            if not self._on_message(wire.decode(line), len(line)):
+                nuisance.stale += 1 + len(line) // STALE_BYTES
+        except wire.Bad:
+            nuisance.bad += 1 + len(line) // BAD_BYTES
+        nuisance.bad += process.lines.take_dropped()
+        if (reason := nuisance.too_much()) is not None:
+            if cell is not None:
+                cell.kill(reason)
+            else:
+                process.kill()
+
+    def _on_message(self, message: dict[str, Any], size: int) -> bool:
+        """False for what belongs to an earlier cell, is a repetition, or answers what nobody asked. Raises Bad."""
+        kind, cell = message.get("t"), self._cell
+        if kind in ("done", "broken", "request"):
+            named = message.get("cell" if kind == "request" else "id")
+            return cell is not None and named == cell.id and cell.on_message(message, size)
+        if kind == "ready" and self._ready is not None and not self._ready.done():
+            self._ready.set_result(_layers(message.get("layers")))
+            return True
+        if kind == "loaded" and self._reply is not None and message.get("id") == self._reply[0]:
+            error = message.get("error")
+            if error is not None and not isinstance(error, str):
+                raise wire.Bad("an error that is no text")
+            if not self._reply[1].done():
+                self._reply[1].set_result(error)
+            return True
+        return False
+
+    def _on_end(self, process: Process) -> None:
+        cell = self._cell
+        if cell is not None and cell.process is process and not cell.outcome.done():
+            cell.outcome.set_result(End(died=process.how_it_ended()))
+
+    # -- a cell
+
+    async def run(self, code: str, handler: Handler) -> CellResult:
+        """Run one cell (see `Environment.run`). Raises SandboxError where no worker can be started any more."""
+        async with self._lock:
+            await self._ensure()
+            cell = await self._run(code, handler)
+            broken = cell.outcome.result().broken
+            if broken is not None:
+                # An earlier cell has left the interpreter unable to begin another one; this one has not run at all.
+                self._lost = self._loss(f"An earlier cell had broken the interpreter ({broken}).")
+                await self._drop_worker()
+                await self._ensure()
+                cell = await self._run(code, handler)
+            return await self._result(cell)
+
+    async def _run(self, code: str, handler: Handler) -> Cell:
+        process, mine = self._process, self._belongings
+        tools = frozenset(tool.name for tool in self._tools if not tool.is_value)
+        cell = Cell(process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside)
+        message = {
+            "t": "cell", "id": cell.id, "n": self._cells, "code": wire.text(code), "binds": self._to_bind,
+            "reset_answer": self._reset_answer, "raw": self._raw,
+        }  # fmt: skip
+        self._to_bind, self._reset_answer, self._raw = {}, False, {}
+        process.take_raw()
+        self._cell, self._nuisance = cell, _Nuisance()
+        self._cells += 1
+        try:
+            process.go()
+            process.allow_cpu(self.limits.cell_seconds + self.limits.grace_seconds + 5)
+            process.send(message)
+            process.resume_reading()
+            await cell.watch()
+        except asyncio.CancelledError:
+            await cell.stop("the run was cancelled")
+            await self._after(cell)
+            if process.killed or process.ended.done():
+                self._lost = self._loss("The run was cancelled and its cell did not stop.")
+                await self._drop_worker()
+            raise
+        await self._after(cell)
+        return cell
+
+    async def _after(self, cell: Cell) -> None:
+        self._cell = None
+        await cell.finish()
+        self._overfull = self._overfull or cell.overfull
+
+    async def _result(self, cell: Cell) -> CellResult:
+        end, times, raw = cell.outcome.result(), cell.times(), cell.process.take_raw()
+        lost, self._lost = self._lost, None
+        if end.fields is not None:
+            fields = end.fields | (_interrupted(end.fields, cell.reason) if cell.interrupted else {})
+            if (wrong := cell.wrong_with_files()) is not None:  # made after the last look
+                self._overfull = True
+                lost = self._loss(f"The cell left {wrong}.")
+                await self._drop_worker()
+        else:
+            kind, status, said = _ended(end, cell.reason)
+            lost = self._loss(said)
+            fields = {"status": status, "error": CellError(type=kind, message=said), "answer": Answer()}
+            for name, words in self._belongings.folder.last_words().items():
+                fields |= {name: wire.cut(words, self.limits.output_chars), f"{name}_chars": len(words)}
+            raw["stderr"] = _own_lines(raw["stderr"][0]), raw["stderr"][1]
+            await self._drop_worker()
+        for name, (text, count) in raw.items():
+            if text:
+                if fields[name] and not fields[name].endswith("\n"):
+                    text = "\n" + text
+                fields[name] = wire.cut(fields[name] + text, self.limits.output_chars + 200)
+                fields[f"{name}_chars"] += count
+                if name == "stdout":
+                    self._raw[str(self._cells - 1)] = text
+        return CellResult(lost=lost, **fields, **times)
+
+    def _loss(self, why: str) -> str:
+        """One sentence for the model."""
+        again = " and ".join(f"`{name}`" for name in [*self._contexts, *self._bound][:6])
+        return (
+            f"{why} The REPL was started anew: all variables, functions and imports of earlier cells are gone; {again} and "
+            "the helpers are there again as at the start."
+        )
+
+    # -- other operations
+
+    async def bind(self, name: str, value: Any) -> None:
+        """Bind a JSON value under `name` from the next cell on, also after a restart. Raises UsageError."""
+        _check_name(name, "a bound value")
+        try:
+            wire.encode({"v": value})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"bind({name!r}): the value is not JSON: {error}") from None
+        async with self._lock:
+            self._bound[name] = self._to_bind[name] = value
+
+    async def rebind_context(self, context: Context, name: str = "context") -> None:
+        """Load another context under `name`, also after a restart. Raises ContextError, UsageError, SandboxError."""
+        _check_name(name, "a context", but=("context",))
+        async with self._lock:
+            await self._ensure()
+            folder = self._belongings.folder
+            payload = await self._payload(name, context, folder)
+            if payload.mode == "folder":
+                payload = await asyncio.to_thread(_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
+            before = self._contexts.get(name), self._payloads.get(name)
+            self._contexts[name], self._payloads[name] = context, payload
+            self._process.allow_memory(_need(payload))
+            try:
+                await self._load(name)
+            except BaseException:
+                for table, old in zip((self._contexts, self._payloads), before, strict=True):
+                    if old is None:
+                        table.pop(name, None)
+                    else:
+                        table[name] = old
+                raise
+
+    async def reset_answer(self) -> None:
+        """`answer` is {"content": None, "ready": False} again from the next cell on."""
+        self._reset_answer = True
+
+    async def aclose(self) -> None:
+        """Kill the worker, remove its folder, close every descriptor. Idempotent, safe in any state."""
+        self._closed = True
+        if self._cell is not None:
+            self._cell.kill("the REPL was closed")
+        async with self._lock:
+            await self._close_once()
+
+    async def _close_once(self) -> None:
+        """The one closing there is: a caller that is cancelled leaves it, the next one waits for it."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        await self._drop_worker()
+        if self._writing is not None:
+            await asyncio.wait([self._writing])
+        await self._cleaned()
+        folder, self._belongings.folder = self._belongings.folder, None
+        if folder is not None:
+            await asyncio.to_thread(folder.remove)
+        self._finalizer()
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_exc) -> None:
+        await self.aclose()
+
+
+def _check_name(name: str, what: str, but: tuple[str, ...] = ()) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
+        raise UsageError(f"The name of {what} in the REPL must be a Python identifier, not {name!r}.")
+    if (name in HELPERS or name == "context") and name not in but:
+        raise UsageError(f"{name!r} is a name of the REPL's own; give {what} another one.")
+
+
+def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
+    """What becomes of a result whose cell was interrupted and stopped."""
+    trace = fields["error"].traceback if fields["error"] is not None else ""
+    message = f"The cell was interrupted: {reason}. Its variables are kept."
+    return {"status": "timeout", "error": CellError(type="CellTimeout", message=message, traceback=trace)}
+
+
+def _ended(end: End, reason: str) -> tuple[str, str, str]:
+    """Error, status and a sentence for a cell that took its worker with it."""
+    if end.broken is not None:
+        return "WorkerBroken", "crashed", f"The interpreter could not begin the cell ({end.broken})."
+    if end.died == "killed":
+        return "CellKilled", "killed", f"The cell was killed: {reason}."
+    return "WorkerDied", "crashed", f"The cell ended the worker process ({end.died})."
+
+
+def _own_lines(crash: str) -> str:
+    """A crash report of the interpreter without the frames that are not the cell's."""
+    lines = [line for line in crash.split("\n") if not line.startswith('  File "') or '"<cell ' in line]
+    return "\n".join(lines)
+
+
+def _layers(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise wire.Bad("not a report")
+    return {wire.cut(k, 50): wire.cut(v, 500) for k, v in list(value.items())[:20]}
+
+
+def _need(payload: Payload) -> int:
+    """Address space a context takes, while it is loaded and after, with room for what holds it together."""
+    return (64 << 20) + payload.memory
+
+
+def _into(payload: Payload, place: Path) -> Payload:
+    """A folder payload with its files linked, or copied, to where a running worker may read. Raises ContextError."""
+    place.mkdir(mode=0o700)
+    named = payload.args.get("files")
+    if named is None:
+        from rlm_runtime.repl.worker.folder import files_under
+
+        root = str(payload.path)
+        named = [(os.path.relpath(path, root), path) for path in files_under(root)]
+    copied, files = 0, []
+    for i, (name, path) in enumerate(named):
+        target = place / str(i)
+        try:
+            os.link(path, target, follow_symlinks=False)
+        except OSError:
+            copied += os.stat(path).st_size
+            if copied > FOLDER_COPY:
+                raise ContextError(
+                    f"A folder of more than {FOLDER_COPY >> 20} MiB on another file system cannot be given to a REPL that "
+                    "is running; start a new session with it."
+                ) from None
+            shutil.copyfile(path, target)
+        files.append([name, str(target)])
+    return dataclasses.replace(payload, path=None, paths=(place,), args={**payload.args, "files": files})

@@ -1,0 +1,80 @@
+"""Which layers a worker must have, what it says when one is missing, and how to do without on purpose."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from rlm_runtime.errors import SandboxError, UsageError
+from rlm_runtime.lms.base import Frozen
+from rlm_runtime.repl.base import SandboxReport
+
+LAYERS = {
+    "environment": "variables of the host are kept from the worker",
+    "descriptors": "open files of the host are kept from the worker",
+    "limits": "memory, file size and descriptors are bounded by the kernel",
+    "privileges": "no_new_privs is set and no capability is left",
+    "landlock": "files are an allow-list (Linux 5.13 or newer with landlock among its security modules)",
+    "seccomp": "system calls are an allow-list: no sockets, no processes (x86-64 and aarch64 Linux)",
+}
+OUTER = {
+    "namespaces": "mounts, processes and network are the worker's own (user namespaces)",
+    "container": "the worker runs in a container without network",
+}
+CONTAINED = ("environment", "descriptors", "limits")  # required of a worker whose container does the rest
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OPENSSL_CONF": "/dev/null",
+               "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+PASSED_ON = ("LD_LIBRARY_PATH",)  # where this Python's own shared libraries may lie
+
+
+class SandboxPolicy(Frozen):
+    """How a worker is confined. Everything is on by default; what is missing is an error unless it is named here."""
+
+    allow_missing: tuple[str, ...] = ()  # layers this host may lack, by name: "landlock", "seccomp", ...
+    threads: int = 512  # of one worker
+    files: int = 10_000  # in the work folder
+    descriptors: int = 256  # open at once
+
+    def model_post_init(self, _context) -> None:
+        known = LAYERS | OUTER
+        unknown = [name for name in self.allow_missing if name not in known]
+        if unknown:
+            raise UsageError(f"SandboxPolicy: there is no layer {unknown[0]!r}. Layers: {', '.join(known)}.")
+
+
+def environment(scratch: str) -> dict[str, str]:
+    """All the environment variables a worker gets."""
+    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return ENVIRONMENT | passed | {"HOME": scratch, "TMPDIR": scratch}
+
+
+def report(kind: str, layers: Mapping[str, str], policy: SandboxPolicy, required: tuple[str, ...]) -> SandboxReport:
+    """The report of a worker. Raises SandboxError for a required layer that is not active."""
+    missing = tuple(name for name in required if not layers.get(name, "missing").startswith(("active", "scrubbed")))
+    refused = [name for name in missing if name not in policy.allow_missing]
+    if refused:
+        about = LAYERS | OUTER
+        why = "\n".join(f"  {name} ({about[name]}): {layers.get(name, 'missing: not reported')}" for name in refused)
+        names = ", ".join(repr(name) for name in (*policy.allow_missing, *refused))
+        raise SandboxError(
+            f"The sandbox of the REPL is not complete, so no code was run:\n{why}\n"
+            "Use a system that has it, or environment='docker' or 'bubblewrap'. To run without it on purpose: "
+            f"SandboxPolicy(allow_missing=({names},)), or environment='unconfined' to run without any."
+        )
+    return SandboxReport(environment=kind, layers=dict(layers), missing=missing)
+
+
+def seen_from_outside(pid: int, layers: dict[str, str]) -> dict[str, str]:
+    """The worker's report corrected by what the kernel says of the process."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    except OSError:
+        return layers
+    wrong = {}
+    if status.get("Seccomp", "2").strip() != "2" and layers.get("seccomp", "").startswith("active"):
+        wrong["seccomp"] = "missing: the kernel knows of no filter"
+    held = [name for name in ("CapEff", "CapPrm", "CapInh", "CapAmb") if int(status.get(name, "0"), 16)]
+    if layers.get("privileges", "").startswith("active") and (held or status.get("NoNewPrivs", "1").strip() != "1"):
+        wrong["privileges"] = f"missing: the kernel still shows {', '.join(held) or 'new privileges allowed'}"
+    return layers | wrong

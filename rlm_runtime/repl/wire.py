@@ -1,0 +1,214 @@
+"""Frames from the worker, read as what they are: bytes written by somebody hostile.
+
+A frame is one JSON object on a line. Bounds come before the parser: length, nesting, number of values. What does not
+hold them is `Bad`, which costs its sender and nobody else: the next line is read as if nothing had been.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlm_runtime.repl.base import Answer, CellError, Request
+
+DEPTH = 100
+VALUES = 2_000_000  # commas and brackets of one frame, and strings
+DIGITS = 1_100  # in a row
+VARIABLES, NAME, DESCRIPTION = 220, 200, 300
+MESSAGE, TRACEBACK = 4_000, 10_000
+
+_strings = re.compile(
+    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL
+)  # an unclosed one ends the text, also with a backslash there: never quadratic
+_not_brackets = bytes(set(range(256)) - set(b"[]{}"))
+_step = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
+_digits = bytes.maketrans(b"123456789", b"000000000")
+_surrogate = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Bad(ValueError):
+    """A frame that is not one; the message says why."""
+
+
+class Lines:
+    """Splits what arrives into lines of at most `limit` bytes. A longer one is dropped as it comes, and counted."""
+
+    def __init__(self, limit: int):
+        self._limit, self._buffer, self._searched, self._dropping = limit, bytearray(), 0, False
+        self.dropped = 0
+
+    def take_dropped(self) -> int:
+        dropped, self.dropped = self.dropped, 0
+        return dropped
+
+    @property
+    def held(self) -> int:
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        self._buffer += data
+
+    def next(self) -> bytes | None:
+        """The next line that is not empty, without its end; None where more has to come."""
+        while True:
+            end = self._buffer.find(b"\n", self._searched)
+            if end < 0:
+                self._searched = len(self._buffer)
+                if self._searched > self._limit:
+                    self._buffer, self._searched, self._dropping = bytearray(), 0, True
+                return None
+            line = bytes(memoryview(self._buffer)[:end]) if end <= self._limit and not self._dropping else None
+            del self._buffer[: end + 1]
+            self._searched = 0
+            if line is None:
+                self._dropping = False
+                self.dropped += 1
+            elif line:
+                return line
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """A message to the worker."""
+    return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The object of a line; every string in it is valid Unicode. Raises Bad."""
+    if line.count(b'"') - line.count(b'\\"') > 4 * VALUES:  # before they are looked at one by one
+        raise Bad(f"more than {VALUES:,} strings")
+    bare = _strings.sub(b"", line)
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > VALUES:
+        raise Bad(f"more than {VALUES:,} values")
+    brackets = bare.translate(None, _not_brackets)
+    if max(itertools.accumulate(map(_step.__getitem__, brackets)), default=0) > DEPTH:
+        raise Bad(f"nested deeper than {DEPTH}")
+    if b"0" * DIGITS in bare.translate(_digits):
+        raise Bad(f"a number of more than {DIGITS} digits")
+    try:
+        message = json.loads(line.decode("utf-8"), parse_constant=_constant, parse_float=_float)
+    except (ValueError, RecursionError) as error:
+        raise Bad(f"not JSON: {str(error)[:100]}") from None
+    if not isinstance(message, dict):
+        raise Bad("not an object")
+    return clean(message) if _surrogate.search(line) else message
+
+
+def _constant(name: str):
+    raise Bad(f"{name} is not JSON")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if value - value != 0.0:
+        raise Bad("a number beyond all bounds")
+    return value
+
+
+def clean(value: Any) -> Any:
+    """The same with every lone surrogate turned into "?", so that all text can be written as UTF-8."""
+    if isinstance(value, str):
+        return text(value)
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    if isinstance(value, dict):
+        return {clean(k): clean(v) for k, v in value.items()}
+    return value
+
+
+def text(value: str) -> str:
+    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+
+
+def cut(value: str, limit: int) -> str:
+    """At most about `limit` characters, the middle taken out."""
+    if len(value) <= limit:
+        return value
+    front, back = limit - limit // 2, limit // 2
+    end = value[-back:] if back else ""
+    return f"{value[:front]}\n[... {len(value) - front - back:,} characters hidden ...]\n{end}"
+
+
+# -- what each message must look like
+
+
+def number_of(message: dict[str, Any]) -> tuple[int, int]:
+    """A request's number and how many calls it makes. Raises Bad."""
+    number, prompts = message.get("id"), message.get("prompts", [])
+    if type(number) is not int or not 0 < number < 1 << 53:
+        raise Bad("a request without a number")
+    if not isinstance(prompts, list):
+        raise Bad("prompts that are no list")
+    return number, max(len(prompts), 1)
+
+
+def request_of(message: dict[str, Any]) -> Request:
+    """Raises Bad."""
+    fields = {k: v for k, v in message.items() if k not in ("t", "cell", "id")}
+    if "schema" in fields:
+        fields["schema_"] = fields.pop("schema")
+    try:
+        request = Request.model_validate(fields)
+    except ValidationError as error:
+        raise Bad(f"not a request: {error.errors(include_input=False)[0]['msg']}") from None
+    if request.method == "tool":
+        if not request.name or len(request.name) > NAME or request.prompts:
+            raise Bad("a tool call without a name")
+    elif not request.prompts or (len(request.prompts) != 1 and not request.batch):
+        raise Bad("a call without a prompt")
+    return request
+
+
+def done_of(message: dict[str, Any], shown: int) -> dict[str, Any]:
+    """The fields of a CellResult that the worker may fill. Raises Bad."""
+    status, error, answer = message.get("status"), message.get("error"), message.get("answer")
+    if status not in ("ok", "error", "timeout"):
+        raise Bad("a result without a status")
+    if not isinstance(answer, dict) or type(answer.get("ready")) is not bool:
+        raise Bad("a result without an answer")
+    room = shown + 200  # the banner
+    return {
+        "status": status,
+        "stdout": cut(_text(message, "stdout"), room),
+        "stderr": cut(_text(message, "stderr"), room),
+        "stdout_chars": _count(message, "stdout_chars"),
+        "stderr_chars": _count(message, "stderr_chars"),
+        "error": _error(error) if status != "ok" else None,
+        "answer": Answer(content=answer.get("content"), ready=answer["ready"]),
+        "variables": _variables(message.get("variables")),
+    }
+
+
+def _error(error: Any) -> CellError:
+    if not isinstance(error, dict):
+        raise Bad("an error without a description")
+    return CellError(
+        type=cut(_text(error, "type"), NAME),
+        message=cut(_text(error, "message"), MESSAGE),
+        traceback=cut(_text(error, "traceback"), TRACEBACK),
+    )
+
+
+def _variables(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or len(value) > VARIABLES:
+        raise Bad("not a list of variables")
+    if not all(isinstance(v, str) for v in value.values()):
+        raise Bad("not a list of variables")
+    return {cut(k, NAME): cut(v, DESCRIPTION) for k, v in value.items()}
+
+
+def _text(message: dict[str, Any], key: str) -> str:
+    value = message.get(key)
+    if not isinstance(value, str):
+        raise Bad(f"{key} is not text")
+    return value
+
+
+def _count(message: dict[str, Any], key: str) -> int:
+    value = message.get(key)
+    if type(value) is not int or not 0 <= value < 1 << 53:
+        raise Bad(f"{key} is not a count")
+    return value

@@ -1,0 +1,98 @@
+"""The worker's end of the private channel: frames of one JSON object a line, a thread that reads, interrupts that wait.
+
+A frame begins with a line feed as well as ending with one, so whatever else got onto the channel in front of it is a
+line of its own, and is one bad frame to the host instead of the end of the conversation.
+"""
+
+from __future__ import annotations
+
+import _socket
+from _thread import allocate_lock, start_new_thread
+from os import _exit, read, write
+
+from . import interrupts, jsonable
+
+RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
+CHUNK = 1 << 16  # below the size at which malloc maps memory anew for every read
+
+
+class TooLarge(ValueError):
+    """A message that does not fit into a frame."""
+
+
+class Channel:
+    """`handle(message, fd)` is called in the reading thread; None for the end of the channel."""
+
+    def __init__(self, read_fd: int, write_fd: int):
+        self.fds = (read_fd,) if read_fd == write_fd else (read_fd, write_fd)
+        self.socket = read_fd == write_fd
+        self.frame = 1 << 20
+        if self.socket:
+            sock = _socket.socket(fileno=read_fd)
+            self._receive = sock.recvmsg
+            self._send_all = sock.sendall
+        else:
+            self._receive = lambda size, _: (read(read_fd, size), [], 0, None)
+            self._send_all = lambda data: _write_all(write_fd, data)
+        self._ancillary = _socket.CMSG_SPACE(4) if self.socket else 0
+        self._buffer, self._searched, self._fds = bytearray(), 0, []
+        self._lock = allocate_lock()
+
+    def encode(self, message: dict) -> bytes:
+        """A message as the inside of a frame. Raises TooLarge."""
+        data = jsonable.dumps(message)
+        if len(data) > self.frame:
+            raise TooLarge(f"{len(data):,} bytes as JSON; one message can hold {self.frame:,}")
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Send an encoded message. Not to be interrupted: callers are shielded, or outside of any cell."""
+        with self._lock:
+            self._send_all(b"\n" + data + b"\n")
+
+    def send(self, message: dict) -> None:
+        self.write(self.encode(message))
+
+    def receive(self):
+        """The next (message, fd or None); None at the end."""
+        while True:
+            end = self._buffer.find(b"\n", self._searched)
+            if end >= 0:
+                line = bytes(memoryview(self._buffer)[:end])
+                del self._buffer[: end + 1]
+                self._searched = 0
+                if not line:
+                    continue
+                message = jsonable.loads(line.decode("ascii"))
+                return message, (self._fds.pop(0) if message.get("fd") else None)
+            self._searched = len(self._buffer)
+            data, ancillary, _, _ = self._receive(CHUNK, self._ancillary)
+            if not data:
+                return None
+            for level, kind, payload in ancillary:
+                if (level, kind) == RIGHTS:
+                    self._fds.append(int.from_bytes(payload[:4], "little"))
+            self._buffer += data
+
+    def read_for_ever(self, handle) -> None:
+        """Start the reading thread, which takes no signals."""
+
+        def loop():
+            while True:
+                try:
+                    received = self.receive()
+                except OSError:
+                    received = None
+                if received is None:
+                    _exit(0)  # the host is gone, or the channel is
+                handle(*received)
+
+        interrupts.block()
+        start_new_thread(loop, ())
+        interrupts.unblock()
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[write(fd, view) :]
