@@ -82,8 +82,8 @@ def define_config(default: str | None = None) -> Any:
     return holder
 
 
-def read_config(holder: Any) -> Config:
-    """The typed, checked configuration behind the --config flag."""
+def read_config(holder: Any, *, devices: int | None = None) -> Config:
+    """The typed, checked configuration behind the --config flag. `devices`: those its mesh spans; default: all here."""
     value = holder.value
     if value is None:
         raise ConfigError("--config is missing, e.g. --config configs/quickstart.py.")
@@ -92,7 +92,7 @@ def read_config(holder: Any) -> Config:
     except OSError as e:
         why = str(e).strip().splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}. Configurations are under configs/.") from e
-    return from_config_dict(value, devices=jax.device_count())
+    return from_config_dict(value, devices=devices or jax.device_count())
 
 
 def use_compilation_cache() -> None:

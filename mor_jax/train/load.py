@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from mor_jax.analysis.runs import RunRecord
 from mor_jax.config import Config, MeshConfig, from_dict
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.data.vocabulary import Tokenizer
@@ -63,6 +65,23 @@ def load_model(path: str | Path, step: int | None = None, *, mesh: Mesh | None =
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
     params, step = restore_params(directory, abstract, step)
     return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh)
+
+
+def describe(path: str | Path, step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:
+    """(configuration, measured share of tokens that run recursion r = 1..R) of a checkpoint, no array read.
+
+    The shares are those of the newest causal evaluation in the run directory; None when nothing is routed, or nothing
+    was measured. The mesh is left out: it was that of the machine that trained. Raises CheckpointError.
+    """
+    directory = checkpoint_directory(path)
+    step, meta = load_meta(directory, step)
+    if "config" not in meta:
+        raise CheckpointError(f"the checkpoint of step {step} in {directory} has no config; is it one of mor_jax?")
+    config = dataclasses.replace(from_dict(meta["config"]), mesh=MeshConfig())
+    run = directory.parent
+    shares = RunRecord.load(run).last_eval("causal/active_share") if (run / "metrics.jsonl").exists() else None
+    routed = config.depth.policy != "fixed" and isinstance(shares, list) and len(shares) == config.model.recursions
+    return config, tuple(shares) if routed else None
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
