@@ -74,7 +74,7 @@ def train(cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True
         data = prepare(cfg.data, cfg.model.context, progress=progress)
         cfg = resolve(cfg, data)
         check(cfg, devices=mesh.size)
-        _claim(workdir, cfg, data)
+        claim(workdir, cfg, data)
         run = _Run(cfg, workdir, data, mesh, progress)
         return run.finished() or run.go(stop)
 
@@ -232,6 +232,7 @@ class _Run:
         self.checkpoints.wait()
         record = getattr(self, "last_eval", None) or self._evaluate(self.steps, state)  # resumed after the last step
         cfg = self.cfg
+        fixed = cfg.depth.policy == "fixed"
         summary = {
             "finished": True,
             "name": cfg.name,
@@ -244,7 +245,10 @@ class _Run:
             "paper_training_flops": accounting.paper_training_flops(cfg, self.steps),
             "true_training_flops": accounting.true_training_flops(cfg, self.steps),
             "kv_bytes_per_token": accounting.kv_bytes_per_token(
-                cfg.model, cfg.depth, mean_active=record["causal/active_share"]
+                # With a fixed depth there is nothing to measure, and a block repeated in place has no steps to share.
+                cfg.model,
+                cfg.depth,
+                mean_active=None if fixed else record["causal/active_share"],
             ),
             "trigram_bits_per_byte": self._trigram(),
             "eval": record,
@@ -332,15 +336,15 @@ def _stop_signals() -> Iterator[_Stop]:
             signal.signal(number, old)
 
 
-def _claim(workdir: Path, cfg: Config, data: PreparedData) -> None:
-    """Make `workdir` this run's, or refuse if it holds another one."""
+def claim(workdir: Path, cfg: Config, data: PreparedData) -> None:
+    """Make `workdir` this run's: config.json and tokenizer.json. Raises ConfigError if it holds another one."""
     path = workdir / "config.json"
     if jax.process_index() != 0:
         return
     try:
         if path.exists():
             saved = from_dict(json.loads(path.read_text())).to_dict()
-            changed = _differences(saved, cfg.to_dict())
+            changed = differences(saved, cfg.to_dict())
             if changed:
                 raise ConfigError(
                     f"{workdir} holds a run with another configuration ({'; '.join(changed)}). "
@@ -356,12 +360,13 @@ def _claim(workdir: Path, cfg: Config, data: PreparedData) -> None:
         raise ConfigError(f"{path} is not readable JSON ({e}); repair it or give another --workdir.") from e
 
 
-def _differences(old: dict, new: dict, where: str = "config") -> list[str]:
+def differences(old: dict, new: dict, where: str = "config") -> list[str]:
+    """What keeps a run of configuration `new` from going on where one of `old` stopped; a phrase for each field."""
     changed = []
     for key in new:
         a, b = old.get(key), new[key]
         if isinstance(b, dict):
-            changed += _differences(a or {}, b, f"{where}.{key}")
+            changed += differences(a or {}, b, f"{where}.{key}")
         elif json.dumps(a) != json.dumps(b) and key not in FREE_TO_CHANGE and key != "cache_dir":
             changed.append(f"{where}.{key}: {a!r} there, {b!r} here")
     return changed

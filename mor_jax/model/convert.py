@@ -1,0 +1,115 @@
+"""A recursive model from the weights of an unshared one.
+
+Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices): `stepwise` picks
+them at equal intervals, the first and the last included; `average` takes the mean of all source blocks that the
+sharing scheme ties into one; `lower` and `upper` take the first or the last ones; `random` draws them, in order of
+depth. Blocks before and after the recursion are the source's first and last. Embedding and final norm are copied;
+routers have no counterpart and are left to the caller's fresh initialisation.
+
+`source_table` is the whole rule as data; `convert` only carries it out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from mor_jax.config import ModelConfig
+from mor_jax.errors import ConfigError
+from mor_jax.model.program import build_program
+
+METHODS = ("stepwise", "average", "lower", "upper", "random")
+PARTS = ("prelude", "core", "coda")
+# Fields of which another value makes the same weights another function, or does not fit them.
+SAME = ("width", "heads", "kv_heads", "head_dim", "mlp_width", "rope_theta", "norm_eps")
+
+
+def source_table(
+    from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0
+) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """Which layers of the source (0 = first) each block of the target is the mean of.
+
+    Returns:
+      {"prelude": ..., "core": ..., "coda": ...}, one tuple of source layers a block; all but `average` give one layer.
+    Raises:
+      ConfigError: an unknown method, a source that shares weights itself, or fewer source layers than blocks to fill.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}.")
+    source, target = build_program(from_model), build_program(to_model)
+    if source.unique_layers != source.unrolled_layers:
+        raise ConfigError(
+            f"the source shares its blocks (sharing = {from_model.sharing!r}, recursions = {from_model.recursions}); "
+            "a recursive model is initialised from an unshared one (recursions = 1)."
+        )
+    layers = source.unrolled_layers
+    inner = layers - target.prelude - target.coda  # source layers that the recursion stands for
+    if inner < target.core:
+        raise ConfigError(
+            f"the source has {layers} layers, too few for the {target.unique_layers} blocks of the target "
+            f"({target.prelude} before, {target.core} in, {target.coda} after the recursion). Use a source of at least "
+            f"{target.unique_layers} layers, or more recursions."
+        )
+    picks = _core(inner, target.core, method, in_place=target.repeat > 1, seed=seed)
+    return {
+        "prelude": tuple((i,) for i in range(target.prelude)),
+        "core": tuple(tuple(target.prelude + i for i in pick) for pick in picks),
+        "coda": tuple((i,) for i in range(layers - target.coda, layers)),
+    }
+
+
+def _core(inner: int, blocks: int, method: str, *, in_place: bool, seed: int) -> list[tuple[int, ...]]:
+    """Of `inner` source layers, those that each of the shared `blocks` is made of."""
+    if method == "average":
+        # What is tied in the target is averaged: layer l belongs to block l mod b, or, repeated in place, to the l-th
+        # of b equal runs. A source of another length than the unrolled target is cut the same way.
+        tied = (lambda i: i * blocks // inner) if in_place else (lambda i: i % blocks)
+        return [tuple(i for i in range(inner) if tied(i) == block) for block in range(blocks)]
+    if method == "stepwise":
+        return [(i * (inner - 1) // max(blocks - 1, 1),) for i in range(blocks)]
+    if method == "lower":
+        return [(i,) for i in range(blocks)]
+    if method == "upper":
+        return [(inner - blocks + i,) for i in range(blocks)]
+    return [(i,) for i in sorted(random.Random(seed).sample(range(inner), blocks))]
+
+
+def convert(
+    params: Mapping[str, Any], from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0
+) -> dict[str, Any]:
+    """Parameters of the target without its routers: `LM(to_model, depth).init`'s tree less `router`.
+
+    Args:
+      params: of an unshared model of shape `from_model`.
+      seed: of the method `random`.
+    Raises:
+      ConfigError: shapes that differ, or see `source_table`.
+    """
+    check_fit(from_model, to_model)
+    table = source_table(from_model, to_model, method, seed=seed)
+    layers = [params[part][str(i)] for part in PARTS for i in range(len(params[part]))]
+    fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
+    return {"embed": params["embed"], "norm": params["norm"], **{part: fill(table[part]) for part in PARTS}}
+
+
+def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
+    """Raise ConfigError unless a block of one model can be a block of the other, computing the same."""
+    resolved = lambda m: {name: getattr(m, name) for name in SAME} | {"head_dim": m.dims[2]}
+    old, new = resolved(from_model), resolved(to_model)
+    wrong = [f"{name} {old[name]} there, {new[name]} here" for name in SAME if old[name] != new[name]]
+    if from_model.vocab_size != to_model.vocab_size:
+        wrong.append(f"vocab_size {from_model.vocab_size} there, {to_model.vocab_size} here")
+    if wrong:
+        raise ConfigError(
+            f"the source's weights do not fit config.model: {'; '.join(wrong)}. Only layers, sharing, recursions, "
+            "prelude, coda and what concerns the execution may differ."
+        )
+
+
+def _mean(blocks: list[Any]) -> Any:
+    if len(blocks) == 1:  # the very arrays: no rounding
+        return blocks[0]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *blocks)

@@ -1,0 +1,107 @@
+"""An unshared checkpoint becomes step 0 of a recursive run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from mor_jax.analysis.accounting import training_steps
+from mor_jax.config import Config, check
+from mor_jax.data.prepare import prepare
+from mor_jax.errors import CheckpointError, UserError
+from mor_jax.model.convert import check_fit, convert, source_table
+from mor_jax.model.lm import LM
+from mor_jax.parallel.mesh import make_mesh
+from mor_jax.train.checkpoint import Checkpointer
+from mor_jax.train.load import load_model
+from mor_jax.train.loop import claim, resolve
+from mor_jax.train.schedule import optimizer
+from mor_jax.train.state import create_state
+
+
+class Converted(NamedTuple):
+    """What was written."""
+
+    config: Config
+    source_step: int
+    table: dict[str, tuple[tuple[int, ...], ...]]  # source layers of each block, see `model.convert.source_table`
+
+
+def convert_checkpoint(
+    source: str | os.PathLike[str],
+    cfg: Config,
+    workdir: str | os.PathLike[str],
+    method: str = "stepwise",
+    *,
+    step: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Converted:
+    """Write a run directory whose checkpoint of step 0 is the model of `cfg` made of the weights of `source`.
+
+    The optimiser, the schedule and the routers start fresh; `train.loop.train` on the same configuration and directory
+    goes on from it. The corpus of `cfg` is prepared here, so that the checkpoint carries its fingerprint; it may be
+    another than the source's, but must be cut by the source's tokenizer.
+
+    Args:
+      cfg: checked configuration of the target; a `vocab_size` of 0 is the source's.
+      step: checkpoint of the source, the newest by default.
+      seed: of the method `random`.
+    Raises:
+      ConfigError: the shapes do not fit, or there are too few source layers.
+      CheckpointError: the source cannot be read, its tokenizer is another one, or `workdir` holds a run already.
+    """
+    workdir = Path(workdir)
+    if (workdir / "config.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
+        raise CheckpointError(f"{workdir} already holds a run; give another --workdir.")
+    mesh = make_mesh(cfg.mesh)
+    loaded = load_model(source, step, mesh=mesh)
+    old = loaded.lm.model
+    cfg = dataclasses.replace(
+        cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or old.vocab_size)
+    )
+    check_fit(old, cfg.model)
+    table = source_table(old, cfg.model, method, seed=seed)  # before the corpus is prepared: a mistake costs no time
+    with jax.set_mesh(mesh):
+        data = prepare(cfg.data, cfg.model.context, progress=progress)
+        if data.tokenizer.fingerprint() != loaded.tokenizer.fingerprint():
+            raise CheckpointError(
+                f"config.data.tokenizer = {cfg.data.tokenizer!r} gives another tokenizer than the one {source} was trained "
+                f"with. Use its own: --config.data.tokenizer={_tokenizer_file(source)}."
+            )
+        cfg = resolve(cfg, data)
+        check(cfg, devices=mesh.size)
+        lm, tx = LM.from_config(cfg), optimizer(cfg.optim, training_steps(cfg))
+        state = create_state(lm, tx, mesh, cfg.train.seed)
+        params = state.params | _placed(convert(loaded.params, old, cfg.model, method, seed=seed), lm, mesh)
+        meta = {
+            "config": cfg.to_dict(),
+            "tokenizer": data.tokenizer.to_json(),
+            "data": data.fingerprint,
+            "step": 0,
+            "converted": {"source": os.fspath(source), "step": loaded.step, "method": method, "seed": seed},
+        }
+        # The configuration last: a directory left half-made must not look like a run that starts from nothing.
+        with Checkpointer(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
+            checkpoints.save(0, state._replace(params=params), meta)
+        data.tokenizer.save(workdir)
+        claim(workdir, cfg, data)
+    return Converted(cfg, loaded.step, table)
+
+
+def _placed(params: dict[str, Any], lm: LM, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Converted arrays where the target's lie."""
+    shardings = lm.rules.shardings(mesh, lm.logical_axes())
+    return jax.device_put(params, {part: shardings[part] for part in params})
+
+
+def _tokenizer_file(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    for folder in (path, path.parent):
+        if (folder / "tokenizer.json").exists():
+            return folder / "tokenizer.json"
+    raise UserError(f"{source} has no tokenizer.json beside its checkpoints; copy it there.")
