@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import os
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,6 +96,41 @@ def read_config(holder: Any, *, devices: int | None = None) -> Config:
         why = str(e).strip().splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}. Configurations are under configs/.") from e
     return from_config_dict(value, devices=devices or jax.device_count())
+
+
+def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
+    """The `Sweep` that a file's `get_sweep(argument)` returns; `spec` is `path.py` or `path.py:argument`.
+
+    Raises ConfigError: no such file, no such function, or seeds that are not whole numbers.
+    """
+    from mor_jax.analysis.sweep import Sweep  # it draws: half a second that no other command should pay
+
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        known = ", ".join(sorted(p.name for p in Path("configs/ablations").glob("[!_]*.py") if p.stem != "sizes"))
+        raise ConfigError(f"there is no sweep file {path}." + (f" configs/ablations/ has {known}." if known else ""))
+    get_sweep = runpy.run_path(path).get("get_sweep")
+    if get_sweep is None:
+        raise ConfigError(f"{path} has no function get_sweep(arg), so it is no sweep file.")
+    sweep = Sweep.from_dict(get_sweep(argument))
+    try:
+        return dataclasses.replace(sweep, seeds=tuple(map(int, seeds))) if seeds else sweep
+    except ValueError as e:
+        raise ConfigError(f"--seeds must be whole numbers, got {','.join(seeds)}.") from e
+
+
+def read_fields(settings: Sequence[str]) -> dict[str, Any]:
+    """`["train.steps=200", "data.source=files"]` as a dict; values are Python literals, or else text."""
+    fields = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {setting!r} must have the form field=value, e.g. --set train.steps=200.")
+        try:
+            fields[key.removeprefix("config.")] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fields[key.removeprefix("config.")] = text
+    return fields
 
 
 def use_compilation_cache() -> None:

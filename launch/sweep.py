@@ -1,0 +1,60 @@
+"""Run an ablation: a grid of configurations, several seeds, one table with mean ± spread and one plot.
+
+    python -m launch.sweep configs/ablations/sharing.py:tiny --workdir runs/sharing
+    python -m launch.sweep configs/ablations/routers.py:small --workdir runs/routers --seeds 0,1,2
+    python -m launch.sweep configs/ablations/isoflop.py:360m --workdir runs/iso --devices 0,1,2,3
+    python -m launch.sweep configs/ablations/sharing.py:small --workdir runs/x --set train.steps=200 --dry_run
+
+After the colon: the size; tiny (seconds a run), small (minutes on two cores) or one of the paper's. Each run is a run
+directory of its own; the same command skips what is finished and goes on with what was interrupted. The workdir
+receives sweep.json, sweep.csv, sweep.md and sweep.png. Published numbers are shown beside ours with their scale.
+
+From a notebook:
+
+    from mor_jax.train.sweep import run_sweep
+    run_sweep(Sweep.from_dict(sharing.get_sweep("tiny")), "runs/sharing")
+"""
+
+import sys
+
+from absl import flags
+from rich.console import Console
+
+from launch import cli
+from mor_jax.analysis.sweep import to_table
+from mor_jax.errors import UserError
+from mor_jax.train.sweep import jobs, run_job, run_sweep
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; created, or gone on with.", required=True)
+_SEEDS = flags.DEFINE_list("seeds", [], "Seeds instead of the file's, e.g. 0,1,2,3,4.")
+_SET = flags.DEFINE_multi_string("set", [], "field=value for every run, e.g. --set train.steps=200; repeatable.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, each a process of its own.", lower_bound=1)
+_DEVICES = flags.DEFINE_list("devices", [], "Accelerators to spread runs over, one run on each at a time: 0,1,2,3.")
+_RUN = flags.DEFINE_string("run", None, "This one run alone, e.g. cycle-N_r2/seed0: for cluster jobs and --parallel.")
+_DRY = flags.DEFINE_bool("dry_run", False, "List the runs and stop.")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("name one sweep file, e.g. python -m launch.sweep configs/ablations/sharing.py:tiny.")
+    sweep, fields = cli.read_sweep(arguments[0], _SEEDS.value), cli.read_fields(_SET.value)
+    if _DRY.value:
+        print("\n".join(job.name for job in jobs(sweep, fields=fields)))
+        return
+    if _RUN.value:
+        found = [job for job in jobs(sweep, fields=fields) if job.name == _RUN.value]
+        if not found:
+            raise UserError(f"the sweep has no run {_RUN.value!r}; --dry_run lists them.")
+        run_job(found[0], _WORKDIR.value)
+        return
+    alone = lambda name: [sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"]
+    slots = _DEVICES.value or [""] * _PARALLEL.value
+    outcomes = run_sweep(
+        sweep, _WORKDIR.value, fields=fields, command=alone if len(slots) > 1 or _DEVICES.value else None, slots=slots
+    )
+    Console(highlight=False).print(to_table(sweep, outcomes))
+    print(f"wrote {_WORKDIR.value}/sweep.json, sweep.csv, sweep.md and sweep.png")
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=True)
