@@ -49,6 +49,9 @@ setup(
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
             "hypothesis>=6.100",
+            "ipykernel>=6.29",  # the notebooks are executed by the tests
+            "nbclient>=0.10",
+            "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
             "psutil>=5.9",  # tests that look for processes and descriptors left behind
             "pyarrow>=17",
