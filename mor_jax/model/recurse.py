@@ -134,6 +134,7 @@ def run_gathered(
         if not looks_back(kv):
             y, _ = core(h, pos, seg, jnp.where(active, seg, HIDDEN))
         elif r == 0:
+            assert k == seg_BxT.shape[1], "everyone's keys are made at step 1, so it must run all tokens"
             y, kept = core(h, pos, seg, seg)
         else:
             y, made = core(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))

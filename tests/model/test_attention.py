@@ -42,6 +42,26 @@ def test_blocked_equals_plain(length):
         np.testing.assert_allclose(got, want, atol=2e-5)  # float32, another order of sums
 
 
+@pytest.mark.parametrize(
+    "picked", [range(140, 300), range(160), range(0, 300, 2), [299], [*range(99), *range(200, 300)]]
+)
+def test_blocked_equals_plain_for_some_queries_and_all_keys(picked):
+    """Shared keys: the queries of tokens that go on, wherever in the row they lie."""
+    q, k, v, pos, seg, _, _ = example(300)
+    at = jnp.asarray(list(picked))
+
+    def some(impl, q, k, v):
+        out = attention(q[..., at, :], k, v, pos[:, at], pos, seg[:, at], seg, impl)
+        return jnp.where((seg[:, at] > 0)[:, None, None, :, None], out, 0)
+
+    def both(impl):
+        grads = jax.grad(lambda *a: jnp.sum(jnp.sin(some(impl, *a))), argnums=(0, 1, 2))(q, k, v)
+        return some(impl, q, k, v), *grads
+
+    for got, want in zip(both("blocked"), both("xla"), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_library_attention_is_called_with_the_right_layout_and_mask(monkeypatch):
     """The cuDNN path, with the library's portable implementation in cuDNN's place: layouts, groups and mask."""
     monkeypatch.setattr(

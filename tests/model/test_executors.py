@@ -77,7 +77,7 @@ def close(a, b, what):
 @pytest.mark.parametrize("policy", ["expert_choice", "token_choice"])
 @pytest.mark.parametrize(
     ("recursions", "kv"),
-    [(1, "recursion_wise"), (1, "shared"), *itertools.product((2, 3), ROUTED_KV), (4, "recursion_wise"), (4, "hybrid")],
+    [(1, "shared"), *itertools.product((2, 3), ROUTED_KV), (4, "hybrid")],
 )
 @settings(max_examples=2)
 @given(data=st.data(), seed=st.integers(0, 1000))
