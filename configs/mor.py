@@ -13,7 +13,6 @@ keys, of 2.92 with three and token-choice, after 16.5e18 FLOPs.
 from ml_collections import ConfigDict
 
 from configs import arguments, paper
-from mor_jax.config import KV_OF_POLICY
 from mor_jax.errors import ConfigError
 
 
@@ -22,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = paper.base("mor", args["size"], args["nr"])
     if args["policy"] == "token":
         config.name += "-token"
-    if args["kv"] not in KV_OF_POLICY["expert_choice"]:
-        raise ConfigError(f"mor: kv {args['kv']!r} is not one of {', '.join(KV_OF_POLICY['expert_choice'])}.")
+    if args["kv"] not in ("recursion_wise", "shared", "hybrid"):
+        raise ConfigError(f"mor: kv {args['kv']!r} is not one of recursion_wise, shared, hybrid.")
     if args["kv"] != "recursion_wise":
         config.name += f"-{args['kv']}"
         config.depth.kv = args["kv"]
