@@ -26,16 +26,19 @@ ROUTERS = ("linear", "mlp", "wide_mlp")
 SCORES = ("sigmoid", "tanh", "softmax", "none")
 GATES = ("multiplicative", "additive", "exit", "every")
 EXECUTORS = ("gathered", "masked")
-KV_STRATEGIES = ("full", "recursion_wise")
+KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
 SOURCES = ("pystdlib", "files", "tfds")
 
-# Which KV strategies each depth policy can decode with. Under a routed policy a token that stopped at
-# recursion r has no keys deeper than r, so "full" (every token stored at every depth) cannot exist.
-KV_OF_POLICY = {"fixed": ("full",), "expert_choice": ("recursion_wise",), "token_choice": ("recursion_wise",)}
+# Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
+# config). Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token
+# stored at every depth) cannot exist; under the fixed one nothing is ever missing, so "recursion_wise" and "hybrid"
+# would be "full".
+_ROUTED_KV = ("recursion_wise", "shared", "hybrid")
+KV_OF_POLICY = {"fixed": ("full", "shared"), "expert_choice": _ROUTED_KV, "token_choice": _ROUTED_KV}
 # Which score function and which gate each routed policy knows; the first of each is its default ("" in a config).
 SCORES_OF_POLICY = {"fixed": (), "expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}
 GATES_OF_POLICY = {"fixed": (), "expert_choice": ("multiplicative", "additive"), "token_choice": ("exit", "every")}
@@ -94,7 +97,9 @@ class DepthConfig:
     bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
     buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
-    kv: str = ""  # KV strategy at decode; "": the one of the policy
+    # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
+    # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
+    kv: str = ""
 
     @property
     def score_name(self) -> str:
@@ -103,6 +108,10 @@ class DepthConfig:
     @property
     def gate_name(self) -> str:
         return self.gate or next(iter(GATES_OF_POLICY[self.policy]), "")
+
+    @property
+    def kv_name(self) -> str:
+        return self.kv or KV_OF_POLICY[self.policy][0]
 
     @property
     def gate_scale(self) -> float:
@@ -337,18 +346,7 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
     where = "config.depth"
     _one_of(f"{where}.policy", d.policy, POLICIES)
     _one_of(f"{where}.executor", d.executor, EXECUTORS)
-    if d.kv:
-        _one_of(f"{where}.kv", d.kv, KV_STRATEGIES)
-        fits = KV_OF_POLICY[d.policy]
-        if d.kv not in fits:
-            why = (
-                "a token that stops early has no keys at deeper recursions"
-                if d.kv == "full"
-                else "every token runs every recursion"
-            )
-            raise ConfigError(
-                f"{where}.kv = {d.kv!r} does not go with policy {d.policy!r} ({why}). Use {' or '.join(map(repr, fits))}."
-            )
+    _check_kv(m, d)
     _one_of(f"{where}.router", d.router, ROUTERS)
     for name, value, of_policy in (("score", d.score, SCORES_OF_POLICY), ("gate", d.gate, GATES_OF_POLICY)):
         if value:
@@ -386,6 +384,38 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
             raise ConfigError(
                 f"{where}.capacities must not increase (a dropped token never re-enters), got {d.capacities}."
             )
+
+
+def _check_kv(m: ModelConfig, d: DepthConfig) -> None:
+    where = f"config.depth.kv = {d.kv!r}"
+    if not d.kv:
+        return
+    _one_of("config.depth.kv", d.kv, KV_STRATEGIES)
+    fits = KV_OF_POLICY[d.policy]
+    if d.kv not in fits:
+        why = (
+            "a token that stops early has no keys at deeper recursions"
+            if d.kv == "full"
+            else "every token runs every recursion"
+        )
+        raise ConfigError(f"{where} does not go with policy {d.policy!r} ({why}). Use {' or '.join(map(repr, fits))}.")
+    if d.kv not in ("shared", "hybrid"):
+        return
+    if m.sharing == "none":
+        raise ConfigError(
+            f"{where} uses keys of the first recursion again, but config.model.sharing = 'none' has one recursion. "
+            "Remove it, or choose sharing = 'middle_cycle' or 'cycle'."
+        )
+    if m.sharing.endswith("sequence"):
+        raise ConfigError(
+            f"{where} uses keys of the first run through the whole core again, but config.model.sharing = "
+            f"{m.sharing!r} repeats each block in place. Use cycle or middle_cycle, or kv = 'full'."
+        )
+    if d.policy == "expert_choice" and d.capacities and d.capacities[0] < 1:
+        raise ConfigError(
+            f"{where} needs the keys of all tokens from recursion 1, but config.depth.capacities starts at "
+            f"{d.capacities[0]}: the others would have none. Start it at 1.0, or use kv = 'recursion_wise'."
+        )
 
 
 def _check_data(d: DataConfig) -> None:

@@ -10,5 +10,19 @@ KINDS = {
         {"sharing": "cycle", "recursions": 3, "layers": 9, "prelude": 2, "coda": 1},
         {"policy": "token_choice", "gate": "every", "score": "sigmoid", "router": "mlp", "bias_rate": 0.01},
     ),
+    "recursive_shared": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {"kv": "shared"}),
+    "mor_shared": (
+        {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
+        {"policy": "expert_choice", "kv": "shared"},
+    ),
+    "token_hybrid": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "hybrid"}),
 }
-ROUTED = ("mor", "token", "token_every")
+# The other pairs of policy and KV strategy, for tests that go over all of them.
+MORE_KV = {
+    "mor_hybrid": (
+        {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
+        {"policy": "expert_choice", "kv": "hybrid"},
+    ),
+    "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
+}
+ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

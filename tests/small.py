@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kinds import KINDS
+from kinds import KINDS, MORE_KV
 
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.lm import LM
@@ -11,7 +11,7 @@ from mor_jax.model.lm import LM
 
 def small_lm(kind: str, **model) -> LM:
     """A model of one of these kinds, small, with weights large enough that every part matters."""
-    shape, depth = KINDS[kind]
+    shape, depth = (KINDS | MORE_KV)[kind]
     base = {"width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 64, "context": 64, "init_std": 0.2}
     return LM(ModelConfig(**{**base, **shape, **model}), DepthConfig(**depth))
 

@@ -84,8 +84,19 @@ REFUSED = [
     ({"depth__capacities": (1.0, math.nan, 0.5)}, ["config.depth.capacities must lie in (0, 1]"]),
     ({"depth__policy": "fixed", "depth__capacities": (1.0, 0.6, 0.3)}, ["config.depth.capacities", "'fixed'"]),
     ({"depth__kv": "full"}, ["config.depth.kv = 'full'", "expert_choice", "Use 'recursion_wise'"]),
+    ({"depth__kv": "share"}, ["config.depth.kv must be one of full, recursion_wise", "Did you mean 'shared'"]),
+    ({"depth__policy": "fixed", "depth__kv": "hybrid"}, ["config.depth.kv = 'hybrid'", "every token runs", "'shared'"]),
+    ({"depth__kv": "shared", "depth__capacities": (0.9, 0.5, 0.2)}, ["config.depth.kv = 'shared'", "starts at 0.9"]),
+    ({"depth__kv": "hybrid", "depth__capacities": (0.9, 0.5, 0.2)}, ["config.depth.kv = 'hybrid'", "starts at 0.9"]),
+    (
+        {"depth__policy": "fixed", "depth__kv": "shared", "model__sharing": "middle_sequence"},
+        ["config.depth.kv = 'shared'", "repeats each block in place", "middle_cycle"],
+    ),
+    (
+        {"depth__policy": "fixed", "depth__kv": "shared", "model__sharing": "none", "model__recursions": 1},
+        ["config.depth.kv = 'shared'", "has one recursion"],
+    ),
     ({"depth__policy": "fixed", "depth__kv": "recursion_wise"}, ["config.depth.kv", "Use 'full'"]),
-    ({"depth__kv": "shared"}, ["config.depth.kv must be one of full, recursion_wise"]),
     ({"depth__alpha": -0.1}, ["config.depth.alpha must be a number and not negative"]),
     ({"depth__score": "softmax"}, ["config.depth.score = 'softmax'", "sigmoid", "tanh"]),
     ({"depth__gate": "exit"}, ["config.depth.gate = 'exit'", "multiplicative", "additive"]),
@@ -238,6 +249,12 @@ def test_paper_sizes(name, size, nr, millions):
 def test_defaults_of_the_paper_configs():
     assert config_of("mor").to_dict() == config_of("mor", "360m,nr=3").to_dict()
     assert config_of("mor", "nr=3,size=360m") == config_of("mor")
+    assert config_of("mor").depth.kv_name == "recursion_wise"
+    assert (
+        config_of("mor", "kv=shared").depth.kv == "shared"
+        and config_of("mor", "kv=shared").name == "mor-360m-r3-shared"
+    )
+    assert config_of("mor", "policy=token,kv=hybrid").name == "mor-360m-r3-token-hybrid"
     assert config_of("recursive", "135m").model.recursions == 3
     assert config_of("vanilla").model.layers == 32
 
@@ -262,6 +279,7 @@ def test_quickstart_kinds_share_text_batch_and_budget():
         ("mor", "360m,nr=three", ["nr=three", "whole number"]),
         ("mor", "360m,n=3", ["'n=3'", "nr=3"]),
         ("mor", "360m,nr=0", ["nr = 0"]),
+        ("mor", "360m,kv=share", ["kv 'share'", "shared"]),
         ("vanilla", "360m,nr=3", ["'nr=3'", "size=360m"]),
         ("quickstart", "vanila", ["'vanila'", "vanilla"]),
         ("quickstart", "kind=mor,steps=3", ["'steps=3'"]),

@@ -26,6 +26,7 @@ from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: acco
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
+from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program, capacities
 from mor_jax.nn.router import HIDDEN
 
@@ -104,7 +105,9 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
     """Forward FLOPs a token in the paper's accounting (module docstring).
 
     A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
-    n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink.
+    n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink. Under shared keys a step r > 1
+    costs c (a - 4 D²) + c b: no key or value is projected, and the queries that are left look at all tokens; under the
+    hybrid, which the paper does not count, c a + c b.
 
     Args:
       context: n, tokens a row; default the model's.
@@ -115,7 +118,14 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
     b = 2.0 * heads * head_dim * (n + 1)
     layers = build_program(model)
     ends = layers.prelude + layers.coda
-    return ends * (a + b) + layers.core * sum(c * a + c * c * b for c in capacities(model, depth))
+    projections = 4.0 * model.width * heads * head_dim  # of keys and values
+
+    def step(r: int, c: float) -> float:
+        if not looks_back(depth.kv_name):
+            return c * a + c * c * b
+        return c * (a + b) - (c * projections if r and depth.kv_name == SHARED else 0.0)
+
+    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(capacities(model, depth)))
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
@@ -156,7 +166,8 @@ def true_flops_per_token(
 
     Only useful work counts: a masked executor that computes halted tokens as well, or a kernel that computes both
     halves of the attention, shows up as a lower MFU and not as more FLOPs. Documents packed into one row are counted
-    as one causal row.
+    as one causal row. Where queries of some tokens look at the keys of all (shared, hybrid), those tokens are taken to
+    lie evenly over the row.
 
     Args:
       mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the threshold rule; default
@@ -170,14 +181,21 @@ def true_flops_per_token(
     ends = layers.prelude + layers.coda
     heads, _, head_dim = model.dims
 
-    layer_tokens = ends * t + layers.core * sum(counts)
-    # Query-key pairs of a causal row of k tokens: k (k + 1) / 2. A pair costs 2 N H for its score and 2 N H for its
-    # share of the weighted sum.
-    pairs = ends * t * (t + 1) / 2 + layers.core * sum(k * (k + 1) / 2 for k in counts)
+    # Query-key pairs of a causal row of k tokens: k (k + 1) / 2; of k of them to all t: k (t + 1) / 2. A pair costs
+    # 2 N H for its score and 2 N H for its share of the weighted sum.
+    if looks_back(depth.kv_name):
+        ran = (t, *counts[1:])  # step 1 makes everyone's keys, whoever goes on
+        core_pairs = sum(k * (t + 1) / 2 for k in ran)
+    else:
+        ran = counts
+        core_pairs = sum(k * (k + 1) / 2 for k in ran)
+    pairs = ends * t * (t + 1) / 2 + layers.core * core_pairs
+    layer_tokens = ends * t + layers.core * sum(ran)
+    saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
     # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
     candidates = {"fixed": 0, "expert_choice": t + sum(counts[:-1]), "token_choice": t}[depth.policy]
     return TrueFlops(
-        blocks=2 * _block_matrices(model) * layer_tokens / t,
+        blocks=2 * (_block_matrices(model) * layer_tokens - _kv_matrices(model) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * model.width * _vocabulary(model),
         router=2 * _router_matrix(model, depth) * candidates / t,
@@ -194,8 +212,8 @@ def kv_bytes_per_token(
     """Bytes of keys and values that a token of context costs in the decode cache, averaged over tokens.
 
     The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2), so the core costs
-    Σ_r share_r copies of its layers - (R+1)/2 at the default capacities, R when every token runs every recursion. The
-    layers before and after the recursion store every token.
+    Σ_r share_r copies of its layers - (R+1)/2 at the default capacities. Shared keys cost one copy; full and hybrid,
+    where every token has an entry at every depth, R. The layers before and after the recursion store every token.
 
     Args:
       mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
@@ -204,11 +222,41 @@ def kv_bytes_per_token(
     Raises:
       ConfigError: `mean_active` is not one number a recursion.
     """
-    shares = _one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth)
+    copies = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
+    copies = {"recursion_wise": copies, SHARED: 1}.get(depth.kv_name, model.recursions)
+    return _kv_bytes(model, copies, bytes_per_value)
+
+
+def kv_read_bytes_per_token(
+    model: ModelConfig,
+    depth: DepthConfig,
+    *,
+    mean_active: Sequence[float] | None = None,
+    bytes_per_value: int | None = None,
+) -> float:
+    """Bytes of keys and values that decoding one token reads for each token of context, if it goes all the way.
+
+    What is stored is not what is read: shared keys are stored once and read at each of the R recursions, as the
+    entries of full and hybrid are; recursion-wise caching reads what it stores (paper section 2.2.2: KV IO (R+1)/2R
+    against 1). Arguments as in `kv_bytes_per_token`.
+    """
+    read = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
+    return _kv_bytes(model, model.recursions if depth.kv_name != "recursion_wise" else read, bytes_per_value)
+
+
+def _kv_bytes(model: ModelConfig, core_copies: float, bytes_per_value: int | None) -> float:
+    """Keys and values of a token in all blocks, those of the core `core_copies` times."""
     layers = build_program(model)
     _, kv_heads, head_dim = model.dims
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
-    return 2 * kv_heads * head_dim * size * (layers.prelude + layers.coda + layers.core * sum(shares))
+    blocks = layers.prelude + layers.coda + layers.core * core_copies
+    return 2 * kv_heads * head_dim * size * blocks
+
+
+def _kv_matrices(model: ModelConfig) -> int:
+    """Parameters of one block's key and value projections."""
+    _, kv_heads, head_dim = model.dims
+    return 2 * model.width * kv_heads * head_dim
 
 
 def _block_matrices(model: ModelConfig) -> int:

@@ -1,19 +1,28 @@
-"""The key-value cache: one append-only stream per (sequence, depth).
+"""The key-value cache: append-only streams, packed to the front, each entry with the position it had.
 
-Prelude and coda keep every token. At recursion step r a stream holds only the tokens that ran r (recursion-wise
-caching, paper 2.2.2), packed to the front, each with the position it had: a token that stopped earlier takes no
-room there and is invisible, exactly as in the full causal forward pass. Under the fixed policy every token is in
-every stream ("full").
+Prelude and coda keep every token. What the core keeps is the KV strategy's (`model/kv.py`):
+
+    full            R streams; every token is in each
+    recursion_wise  R streams; stream r holds only the tokens that ran r. One that stopped earlier takes no room there
+                    and is invisible, exactly as in the full causal forward pass
+    shared          one stream, the keys of r = 1 of every token; steps r > 1 read it and write nothing
+    hybrid          R streams; every token is in each. Where it did not run r its entry is a copy of its entry at
+                    r - 1, so that a step reads one stream and not the newest of several
+
+Under shared and hybrid a token of depth 0 (stopped before step 1 by the causal rule of expert-choice) is in the
+stream of r = 1 like any other: step 1 always runs, for everyone, and only the state of the token is left as it was.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
+from mor_jax.model.kv import KeyValue
 from mor_jax.model.lm import LM
 
 
@@ -30,12 +39,12 @@ class Cache(NamedTuple):
     """All streams of a batch of sequences."""
 
     prelude: Stream
-    core: tuple[Stream, ...]  # one a recursion step
+    core: tuple[Stream, ...]  # one a recursion step, or one alone when keys are shared
     coda: Stream
     length_B: jax.Array  # tokens seen
 
     def entries_RxB(self) -> jax.Array:
-        """Entries in use at each recursion depth."""
+        """Entries in use in each stream of the core."""
         return jnp.stack([s.length_B for s in self.core])
 
 
@@ -46,7 +55,7 @@ def empty_stream(lm: LM, blocks: int, batch: int, slots: int) -> Stream:
     return Stream(zeros(), zeros(), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
-def compact(stream_kv: list[tuple[jax.Array, jax.Array]], active_BxT: jax.Array, slots: int) -> Stream:
+def compact(stream_kv: list[KeyValue], active_BxT: jax.Array, slots: int) -> Stream:
     """The stream of a prompt: entries of active tokens moved to the front, in order.
 
     Args:
@@ -67,34 +76,76 @@ def compact(stream_kv: list[tuple[jax.Array, jax.Array]], active_BxT: jax.Array,
     )
 
 
+def last_entries(stream: Stream) -> list[KeyValue]:
+    """The newest entry of every sequence: (k, v) of each block, [B, K, 1, H]."""
+    row, slot_B = jnp.arange(stream.length_B.shape[0]), stream.length_B - 1
+    newest = lambda x: x[row, :, slot_B][:, :, None]
+    return [(newest(k), newest(v)) for k, v in zip(stream.k, stream.v, strict=True)]
+
+
+def _attention(q_BxKxGx1xH, k, v, pos_B, pos_BxS, used_BxS) -> jax.Array:
+    """Of one token a sequence, to the entries in use."""
+    ones = jnp.ones_like(pos_B[:, None])
+    return nn.attention(q_BxKxGx1xH, k, v, pos_B[:, None], pos_BxS, ones, used_BxS.astype(jnp.int32), "xla")
+
+
+def _used(stream: Stream) -> jax.Array:
+    return jnp.arange(stream.pos_BxS.shape[1])[None] < stream.length_B[:, None]
+
+
+def readers(stream: Stream, pos_B: jax.Array) -> list[nn.Attend]:
+    """Attention of each block for one token per sequence that looks at the stream and adds nothing to it."""
+    used_BxS = _used(stream)
+    return [
+        lambda q, _k, _v, k=k, v=v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
+        for k, v in zip(stream.k, stream.v, strict=True)
+    ]
+
+
+class New(NamedTuple):
+    """Which sequences get a new entry, and where it comes from: made by the blocks, or, for those not in `fresh_B`,
+    the `kept` (k, v) of each block."""
+
+    writes_B: jax.Array
+    fresh_B: jax.Array | None = None
+    kept: list[KeyValue] | None = None
+
+
 class Appender:
-    """`attend` functions for one token per sequence that append to the stream's blocks in turn, then look at it.
+    """One more token per sequence: attention of each block that appends to the stream, then looks at it; and the grown
+    stream."""
 
-    Used for the blocks of one part in order; `stream` afterwards is the grown stream.
-    """
-
-    def __init__(self, stream: Stream, pos_B: jax.Array, active_B: jax.Array):
+    def __init__(self, stream: Stream, pos_B: jax.Array, new: New):
         slots = stream.pos_BxS.shape[1]
+        self._before, self._new, self._pos_B = stream, new, pos_B
         self._row = jnp.arange(pos_B.shape[0])
-        # Sequences that do not run this step write out of bounds, which `mode="drop"` makes nothing at all.
-        self._slot_B = jnp.where(active_B, stream.length_B, slots)
-        self._pos_B = pos_B
-        self._k, self._v = list(stream.k), list(stream.v)
-        self._pos_BxS = stream.pos_BxS.at[self._row, self._slot_B].set(pos_B, mode="drop")
-        self._length_B = stream.length_B + active_B
-        self._used_BxS = (jnp.arange(slots)[None] < self._length_B[:, None]).astype(jnp.int32)
-        self._block = 0
+        # Sequences without a new entry write out of bounds, which `mode="drop"` makes nothing at all.
+        self._slot_B = jnp.where(new.writes_B, stream.length_B, slots)
+        self._after = stream._replace(
+            pos_BxS=stream.pos_BxS.at[self._row, self._slot_B].set(pos_B, mode="drop"),
+            length_B=stream.length_B + new.writes_B,
+        )
+        self._used_BxS = _used(self._after)
 
-    def __call__(self, q_BxKxGx1xH: jax.Array, k_BxKx1xH: jax.Array, v_BxKx1xH: jax.Array) -> tuple[jax.Array, None]:
-        i = self._block
-        self._block += 1
-        self._k[i] = self._k[i].at[self._row, :, self._slot_B].set(k_BxKx1xH[:, :, 0], mode="drop")
-        self._v[i] = self._v[i].at[self._row, :, self._slot_B].set(v_BxKx1xH[:, :, 0], mode="drop")
-        ones = jnp.ones_like(self._pos_B[:, None])
-        return nn.attention(
-            q_BxKxGx1xH, self._k[i], self._v[i], self._pos_B[:, None], self._pos_BxS, ones, self._used_BxS, "xla"
-        ), None
+    def _write(self, block: int, k_BxKx1xH: jax.Array, v_BxKx1xH: jax.Array) -> KeyValue:
+        put = lambda x, new: x.at[self._row, :, self._slot_B].set(new[:, :, 0], mode="drop")
+        return put(self._before.k[block], k_BxKx1xH), put(self._before.v[block], v_BxKx1xH)
 
-    @property
-    def stream(self) -> Stream:
-        return Stream(tuple(self._k), tuple(self._v), self._pos_BxS, self._length_B)
+    def _attend(self, block: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+        if self._new.kept is not None:
+            fresh = self._new.fresh_B[:, None, None, None]
+            k, v = (jnp.where(fresh, made, kept) for made, kept in zip((k, v), self._new.kept[block], strict=True))
+        grown = self._write(block, k, v)
+        return _attention(q, *grown, self._pos_B, self._after.pos_BxS, self._used_BxS), grown
+
+    def attends(self) -> list[nn.Attend]:
+        """One a block; beside its output, each returns the block's grown keys and values."""
+        return [functools.partial(self._attend, i) for i in range(len(self._before.k))]
+
+    def grown(self, key_values: list[KeyValue]) -> Stream:
+        """The stream afterwards, of what the blocks returned."""
+        return self._after._replace(k=tuple(k for k, _ in key_values), v=tuple(v for _, v in key_values))
+
+    def copied(self) -> Stream:
+        """The stream afterwards when no block runs and everyone writes what was kept."""
+        return self.grown([self._write(i, *kv) for i, kv in enumerate(self._new.kept)])

@@ -5,11 +5,14 @@ Both compute what the full causal forward pass (`LM.forward(mode="causal")`) com
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from mor_jax import nn
-from mor_jax.inference.cache import Appender, Cache, compact
+from mor_jax.inference.cache import Appender, Cache, New, Stream, compact, last_entries, readers
+from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.recurse import run_masked
 
@@ -29,25 +32,20 @@ def prefill(
     length = tokens_BxT.shape[1]
     pos = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BxT.shape)
     seg = (pos < lengths_B[:, None]).astype(jnp.int32)
-    rope = lm.rope(pos)
-    impl = lm.model.attention
+    rope, kv = lm.rope(pos), lm.depth.kv_name
+    keep = lm.attend_row(pos, seg, seg, keep=True)
 
-    def attend_and_keep(kv_seg):
-        return lambda q, k, v: (nn.attention(q, k, v, pos, pos, seg, kv_seg, impl), (k, v))
-
-    x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, attend_and_keep(seg))
-    core_params = lm.gathered_core(params)
-    core = lambda h, _pos, _seg, kv_seg: lm.blocks(core_params, h, rope, attend_and_keep(kv_seg), lm.program.repeat)
-    result = run_masked(lm.policy, params["router"], core, x, pos, seg, causal=True, keep_extra=True)
-    x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, attend_and_keep(seg))
+    x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
+    core = lm.core(params, pos, keep=True)
+    result = run_masked(lm.policy, params["router"], core, x, pos, seg, causal=True, kv=kv, keep_extra=True)
+    x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
     logits = lm.logits(params, lm.final_norm(params, last))[:, 0]
     real = seg > 0
-    core_streams = tuple(
-        compact([(k[r], v[r]) for k, v in result.extra], result.active_RxBxT[r], slots)
-        for r in range(lm.program.recursions)
-    )
+    streams = [[(k[i], v[i]) for k, v in result.extra] for i in range(result.extra[0][0].shape[0])]
+    kept = [real] * len(streams) if looks_back(kv) else result.active_RxBxT
+    core_streams = tuple(compact(of_blocks, who, slots) for of_blocks, who in zip(streams, kept, strict=True))
     cache = Cache(compact(prelude, real, slots), core_streams, compact(coda, real, slots), lengths_B)
     return logits, cache, result.depth_BxT
 
@@ -65,29 +63,58 @@ def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple
     everyone = jnp.ones(pos_B.shape, bool)
     rope = lm.rope(pos_B[:, None])
 
-    prelude = Appender(cache.prelude, pos_B, everyone)
-    h, _ = lm.blocks(params["prelude"], lm.embed(params, token_B[:, None]), rope, prelude)
+    h, prelude = _append(lm, params["prelude"], lm.embed(params, token_B[:, None]), rope, cache.prelude, pos_B)
 
-    core_params = lm.gathered_core(params)
+    core_params, kv = lm.gathered_core(params), lm.depth.kv_name
+    core = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     route = lm.policy.begin(params["router"], h, everyone[:, None])
-    for r, stream in enumerate(cache.core):
+    for r in range(lm.program.recursions):
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
         z = lm.policy.score(step, h)
         active = lm.policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
-
-        def run(args, step=step, z=z, active=active):
-            h, stream = args
-            append = Appender(stream, pos_B, active)
-            y, _ = lm.blocks(core_params, h, rope, append, lm.program.repeat)
-            return jnp.where(active[:, None, None], lm.policy.combine(step, h, y, z, route.tokens), h), append.stream
-
-        # A step nobody runs is skipped, not computed and thrown away.
-        h, stream = jax.lax.cond(jnp.any(active), run, lambda args: args, (h, stream))
-        streams.append(stream)
         depth += active
+        update = lambda h, y, step=step, z=z, active=active: jnp.where(
+            active[:, None, None], lm.policy.combine(step, h, y, z, route.tokens), h
+        )
+        if r and kv == SHARED:
+            read = lambda h, update=update: update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])
+            h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
+            continue
+        if not looks_back(kv):
+            new, needed = New(active), jnp.any(active)
+        elif r == 0:
+            new, needed = New(everyone), jnp.any(everyone)
+        else:  # who does not run the step takes its entry of the step before along
+            new, needed = New(everyone, active, last_entries(streams[-1])), jnp.any(active)
+        h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
+        streams.append(stream)
 
-    coda = Appender(cache.coda, pos_B, everyone)
-    x, _ = lm.blocks(params["coda"], h, rope, coda)
+    x, coda = _append(lm, params["coda"], h, rope, cache.coda, pos_B)
     logits = lm.logits(params, lm.final_norm(params, x))[:, 0]
-    return logits, Cache(prelude.stream, tuple(streams), coda.stream, pos_B + 1), depth
+    return logits, Cache(prelude, tuple(streams), coda, pos_B + 1), depth
+
+
+def _append(
+    lm: LM, params: dict, x: jax.Array, rope: Any, stream: Stream, pos_B: jax.Array
+) -> tuple[jax.Array, Stream]:
+    """One token of every sequence through a part that keeps all tokens."""
+    append = Appender(stream, pos_B, New(jnp.ones(pos_B.shape, bool)))
+    y, grown = lm.blocks(params, x, rope, append.attends())
+    return y, append.grown(grown)
+
+
+def _grow(
+    core: Callable, h: jax.Array, stream: Stream, pos_B: jax.Array, new: New, needed: jax.Array, update: Callable
+) -> tuple[jax.Array, Stream]:
+    """A recursion step that writes keys. One that is not `needed` is skipped, not computed and thrown away."""
+
+    def run(h, stream):
+        append = Appender(stream, pos_B, new)
+        y, grown = core(h, append.attends())
+        return update(h, y), append.grown(grown)
+
+    def skip(h, stream):
+        return h, stream if new.kept is None else Appender(stream, pos_B, new).copied()
+
+    return jax.lax.cond(needed, run, skip, h, stream)

@@ -11,6 +11,7 @@ Recursion shares `core` by construction: it exists once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.model.depth import DepthPolicy, RouterStats, build_policy
+from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
-from mor_jax.model.recurse import Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
 from mor_jax.parallel.rules import Rules
 
 TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
@@ -131,24 +133,27 @@ class LM:
         """Rotary table for these positions."""
         return nn.rope_table(pos_BxT, self.model.dims[2], self.model.rope_theta)
 
-    def block(self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend) -> tuple[jax.Array, Any]:
+    def block(
+        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False
+    ) -> tuple[jax.Array, Any]:
         """One block, rematerialised as configured."""
-        run = functools.partial(nn.apply, self._block)
+        run = lambda p, x, r: nn.apply(self._block, p, x, r, attend, queries_only)
         if self.model.remat == "none":
-            return run(params, x_BxTxD, rope, attend)
-        remat = jax.checkpoint(lambda p, x, r: run(p, x, r, attend), policy=REMAT_POLICIES[self.model.remat])
-        return remat(params, x_BxTxD, rope)
+            return run(params, x_BxTxD, rope)
+        return jax.checkpoint(run, policy=REMAT_POLICIES[self.model.remat])(params, x_BxTxD, rope)
 
     def blocks(
-        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, repeat: int = 1
-    ) -> tuple[jax.Array, list]:
+        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend | Sequence[nn.Attend], repeat: int = 1,
+        queries_only: bool = False,
+    ) -> tuple[jax.Array, list]:  # fmt: skip
         """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
-        Unrolled: stacked weights would be copied per slice."""
+
+        `attend`: one for all applications, or one for each. Unrolled: stacked weights would be copied per slice."""
+        count = len(params) * repeat
         extras = []
-        for i in range(len(params)):
-            for _ in range(repeat):
-                x_BxTxD, extra = self.block(params[str(i)], x_BxTxD, rope, attend)
-                extras.append(extra)
+        for n, attend_n in enumerate([attend] * count if callable(attend) else attend):
+            x_BxTxD, extra = self.block(params[str(n // repeat)], x_BxTxD, rope, attend_n, queries_only)
+            extras.append(extra)
         return x_BxTxD, extras
 
     def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
@@ -171,16 +176,37 @@ class LM:
 
     # ---------------------------------------------------------------- the full forward pass
 
-    def _attend_row(self, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxT: jax.Array) -> nn.Attend:
-        """Attention among the tokens of one row."""
+    def attend_row(
+        self, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxT: jax.Array, *, keep: bool = False
+    ) -> nn.Attend:
+        """Attention among the tokens of one row; `keep`: beside its output, the keys and values."""
         impl = self.model.attention
-        return lambda q, k, v: (nn.attention(q, k, v, pos_BxT, pos_BxT, q_seg_BxT, kv_seg_BxT, impl), None)
+        return lambda q, k, v: (
+            nn.attention(q, k, v, pos_BxT, pos_BxT, q_seg_BxT, kv_seg_BxT, impl),
+            (k, v) if keep else None,
+        )
+
+    def core(self, params: dict, pos_BxT: jax.Array, *, keep: bool) -> Core:
+        """The core over rows with tokens at these positions, as the executors run it. `keep`: beside its output, the
+        keys and values of each block."""
+        core_params, rope = self.gathered_core(params), self.rope(pos_BxT)
+
+        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None):
+            table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
+            if past is None:
+                attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
+            else:
+                attend = attend_past(past, pos_BxK, q_seg, kv_seg, self.model.attention)
+                queries_only = past.merge is None
+            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only)
+
+        return run
 
     def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
         """States [B, T, D] before the recursion."""
         pos = positions_in_document(segment_ids_BxT)
         x = self.rules.constrain(self.embed(params, tokens_BxT), "batch", "time", None)
-        attend = self._attend_row(pos, segment_ids_BxT, segment_ids_BxT)
+        attend = self.attend_row(pos, segment_ids_BxT, segment_ids_BxT)
         return self.blocks(params["prelude"], x, self.rope(pos), attend)[0]
 
     def route(self, params: dict, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -212,21 +238,14 @@ class LM:
         pos = positions_in_document(seg)
         rope = self.rope(pos)
         x = self.enter(params, tokens_BxT, seg) if entered_BxTxD is None else entered_BxTxD
-        core_params = self.gathered_core(params)
-
-        def core(h, pos_BxK, q_seg, kv_seg):
-            table = rope if h.shape[1] == pos.shape[1] else self.rope(pos_BxK)
-            return self.blocks(core_params, h, table, self._attend_row(pos_BxK, q_seg, kv_seg), self.program.repeat)
-
+        kv = self.depth.kv_name
+        core = self.core(params, pos, keep=looks_back(kv))
+        how = {"kv": kv, "depth_BxT": depth_BxT}
         if mode == TOPK and (executor or self.depth.executor) == "gathered":
-            result = run_gathered(
-                self.policy, params["router"], core, x, pos, seg, profile=profile, depth_BxT=depth_BxT
-            )
+            result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
         else:
-            result = run_masked(
-                self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL, depth_BxT=depth_BxT
-            )
-        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, self._attend_row(pos, seg, seg))
+            result = run_masked(self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how)
+        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, self.attend_row(pos, seg, seg))
         h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
         return Forward(h, result.depth_BxT, result.stats, result.active_RxBxT)
 

@@ -6,7 +6,8 @@ capacity for, with static shapes, and equals it in values and gradients; the ste
 own length.
 
 Both see the core as a function `core(h, pos, q_seg, kv_seg) -> (y, extra)` of [B, K, D] states and [B, K] integers;
-a token whose kv_seg is HIDDEN is nobody's key.
+a token whose kv_seg is HIDDEN is nobody's key. Under a KV strategy that looks back (`model/kv.py`) `extra` is the keys
+and values of each block, and steps r > 1 get a `Past` as a fifth argument; kv_seg is then the whole row's.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.model.depth import DepthPolicy, RouterStats
+from mor_jax.model.kv import HYBRID, SHARED, looks_back, past
 from mor_jax.model.subset import put, subset, take
 
 HIDDEN = -1  # kv segment of a token that did not run a step: matches no query
 
-Core = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Core = Callable[..., tuple[jax.Array, Any]]
 
 
 class Recursed(NamedTuple):
@@ -33,12 +35,14 @@ class Recursed(NamedTuple):
     depth_BxT: jax.Array  # recursion steps each token ran
     stats: RouterStats
     active_RxBxT: jax.Array  # who ran each step
-    extra: Any  # what `core` returned beside its output, stacked over steps (masked executor), else None
+    # What `core` returned beside its output, stacked over the steps that made any: all, or the first alone under
+    # shared keys (masked executor, if asked for); else None.
+    extra: Any
 
 
 def run_masked(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, causal: bool, keep_extra: bool = False, depth_BxT: jax.Array | None = None,
+    *, causal: bool, kv: str = "", keep_extra: bool = False, depth_BxT: jax.Array | None = None,
 ) -> Recursed:  # fmt: skip
     """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
 
@@ -46,6 +50,7 @@ def run_masked(
       routers: the policy's parameters.
       seg_BxT: packing segments, 0 = padding (never recurses).
       causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
+      kv: the KV strategy.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
       depth_BxT: depths decided earlier, see `DepthPolicy.begin`.
     """
@@ -53,22 +58,38 @@ def run_masked(
     route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT)
 
     def one(carry, xs):
-        h, candidates = carry
+        h, candidates, kept = carry
         step, k = xs
         z = policy.score(step, h)
         active = policy.select(step, z, candidates, route.tokens, None if causal else k)
-        y, extra = core(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
+        if kept is not None:
+            y, made = core(h, pos_BxT, seg_BxT, seg_BxT, past(kv, kept, pos_BxT, active, None))
+            kept = kept if kv == SHARED else made
+        elif looks_back(kv):  # step 1: everyone's keys, whoever goes on
+            y, made = core(h, pos_BxT, seg_BxT, seg_BxT)
+            kept = made
+        else:
+            y, made = core(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
         stats = None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
-        return (h, active), (stats, active, extra if keep_extra else None)
+        return (h, active, kept), ((stats, active), made if keep_extra else None)
 
-    (h, _), (stats, active_RxBxT, extra) = jax.lax.scan(one, (h_BxTxD, seg_BxT > 0), (route.steps, counts))
+    carry, xs = (h_BxTxD, seg_BxT > 0, None), (route.steps, counts)
+    if not looks_back(kv):
+        (h, *_), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
+    else:
+        # Step 1 makes what the others look back on, so it stands before the scan.
+        carry, (first, extra) = one(carry, jax.tree.map(lambda x: x[0], xs))
+        (h, *_), (rest, later) = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], xs))
+        join = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a[None], b]))
+        stats, active_RxBxT = join(first, rest)
+        extra = jax.tree.map(lambda a: a[None], extra) if kv == SHARED else join(extra, later)
     return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), route.stats or stats, active_RxBxT, extra)
 
 
 def run_gathered(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, profile: int | None = None, depth_BxT: jax.Array | None = None,
+    *, kv: str = "", profile: int | None = None, depth_BxT: jax.Array | None = None,
 ) -> Recursed:  # fmt: skip
     """Only the selected tokens through each step. Arguments as in `run_masked`.
 
@@ -85,7 +106,7 @@ def run_gathered(
         depth_BxT = depths_at_once(policy, routers, h_BxTxD, seg_BxT) if depth_BxT is None else depth_BxT
         branches = [
             lambda routers, h, depth, i=i: run_gathered(
-                policy, routers, core, h, pos_BxT, seg_BxT, profile=i, depth_BxT=depth
+                policy, routers, core, h, pos_BxT, seg_BxT, kv=kv, profile=i, depth_BxT=depth
             )
             for i in range(len(profiles))
         ]
@@ -94,7 +115,7 @@ def run_gathered(
     route = policy.begin(routers, h, valid, depth_BxT)
     tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
-    all_stats, all_active = [], []
+    all_stats, all_active, kept, picked = [], [], None, None
     for r, k in enumerate(profiles[profile]):
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
         z = policy.score(step, h)
@@ -107,12 +128,19 @@ def run_gathered(
             outer.append((chosen, h))
             narrow = functools.partial(take, chosen)
             h, pos, seg, z, active, tokens = jax.tree.map(narrow, (h, pos, seg, z, active, tokens))
-        y, _ = core(h, pos, seg, jnp.where(active, seg, HIDDEN))
+            if kv == HYBRID:
+                picked = subset(_in_row(outer, jnp.ones_like(active)), k)  # the same tokens, by their place in the row
+        all_active.append(_in_row(outer, active))
+        if not looks_back(kv):
+            y, _ = core(h, pos, seg, jnp.where(active, seg, HIDDEN))
+        elif r == 0:
+            assert k == seg_BxT.shape[1], "everyone's keys are made at step 1, so it must run all tokens"
+            y, kept = core(h, pos, seg, seg)
+        else:
+            y, made = core(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
+            kept = kept if kv == SHARED else made
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, tokens), h)
         valid = active
-        for chosen, _ in reversed(outer):
-            active = put(chosen, jnp.zeros(chosen.mask_BxT.shape, bool), active)
-        all_active.append(active)
     for chosen, before in reversed(outer):
         h = put(chosen, before, h)
     active_RxBxT = jnp.stack(all_active)
@@ -131,6 +159,13 @@ def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array)
     ran_RxBxT = depth_BxT[None] > jnp.arange(sizes_PxR.shape[1])[:, None, None]
     need_R = jnp.max(jnp.sum(ran_RxBxT, axis=-1), axis=-1)
     return jnp.argmax(jnp.all(sizes_PxR >= need_R, axis=-1))
+
+
+def _in_row(outer: list, mask_BxK: jax.Array) -> jax.Array:
+    """A mask over the tokens left after these narrowings, over the whole row."""
+    for chosen, _ in reversed(outer):
+        mask_BxK = put(chosen, jnp.zeros(chosen.mask_BxT.shape, bool), mask_BxK)
+    return mask_BxK
 
 
 def _fill(active_BxT: jax.Array, k: int) -> jax.Array:

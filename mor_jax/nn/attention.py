@@ -27,9 +27,9 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention output [B, K, G, T, H] in the dtype of q; softmax in float32.
 
-    `impl`: "xla" for any arrays; "blocked" when keys and queries are the same tokens in row order (training rows,
-    gathered or not), so that a block of queries needs no key after its own end; "cudnn" for the same case on
-    NVIDIA GPUs in bfloat16, segments included as a mask.
+    `impl`: "xla" for any arrays; "blocked" when the queries are those of the keys' tokens, or of some of them, both in
+    row order (training rows, gathered or not), so that no block of queries needs every key; "cudnn" on NVIDIA GPUs in
+    bfloat16, segments included as a mask.
     """
     if impl == "xla":
         return _masked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
@@ -56,19 +56,23 @@ def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
 
 def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
     """Queries in blocks, each against the keys up to its own end: about half the products of the full square, and
-    no [T, T] array. The division by the softmax's sum is left to the much smaller output."""
-    length = q.shape[-2]
+    no [T, T] array. The division by the softmax's sum is left to the much smaller output.
+
+    Where T queries are picked from S > T tokens, nothing is known of which, but the i-th of them has T - i picked ones
+    behind it, so its place is at most S - T + i: that is where the keys of its block end."""
+    length, unpicked = q.shape[-2], k.shape[-2] - q.shape[-2]
     scale = q.shape[-1] ** -0.5
     out = []
     for start in range(0, length, block):
         end = min(start + block, length)
-        seen = visible(q_pos[:, start:end], kv_pos[:, :end], q_seg[:, start:end], kv_seg[:, :end])
+        last = end + unpicked
+        seen = visible(q_pos[:, start:end], kv_pos[:, :last], q_seg[:, start:end], kv_seg[:, :last])
         s_BxKxGxTxS = jnp.einsum(
-            "BKGTH,BKSH->BKGTS", q[..., start:end, :], k[..., :end, :], preferred_element_type=jnp.float32
+            "BKGTH,BKSH->BKGTS", q[..., start:end, :], k[..., :last, :], preferred_element_type=jnp.float32
         )
         s = s_BxKxGxTxS * scale + jnp.where(seen, 0.0, MASKED)[:, None, None]
         p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True)))
-        o = jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v[..., :end, :], preferred_element_type=jnp.float32)
+        o = jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v[..., :last, :], preferred_element_type=jnp.float32)
         out.append((o / jnp.sum(p, axis=-1, keepdims=True)).astype(q.dtype))
     return jnp.concatenate(out, axis=-2) if len(out) > 1 else out[0]
 

@@ -11,6 +11,8 @@ from mor_jax.errors import ConfigError
 
 FIXED = DepthConfig(policy="fixed")
 ROUTED = DepthConfig(policy="expert_choice")
+SHARED = DepthConfig(policy="expert_choice", kv="shared")
+HYBRID = DepthConfig(policy="expert_choice", kv="hybrid")
 # MoR spec section 6.1
 SIZES = {
     "135M": dict(layers=30, width=576, heads=9, kv_heads=3, mlp_width=1536),
@@ -88,6 +90,7 @@ def test_capacities_default_to_a_staircase():
         (ROUTED, 2, 32, 623.5, 12619),
         (ROUTED, 3, 32, 555.7, 14161),
         (ROUTED, 4, 34, 553.5, 14216),
+        (SHARED, 3, 32, 536.3, 14672),
     ],
 )
 def test_paper_flops_and_steps_of_360m(depth, recursions, layers, mflops, steps):
@@ -96,6 +99,13 @@ def test_paper_flops_and_steps_of_360m(depth, recursions, layers, mflops, steps)
     assert accounting.paper_flops_per_token(cfg.model, cfg.depth) / 1e6 == pytest.approx(mflops, rel=1e-3)
     assert accounting.steps_for_flops(cfg) == pytest.approx(steps, rel=1e-3)
     assert accounting.paper_training_flops(cfg, steps) == pytest.approx(16.5e18, rel=1e-3)
+
+
+def test_shared_keys_of_a_recursive_transformer_cost_less():
+    """Two of its three applications project no keys: 8 D² FLOPs less in each of the 10 layers of the core."""
+    model = paper_model("360M", 3)
+    full, shared = (accounting.paper_flops_per_token(model, d) for d in (FIXED, DepthConfig(kv="shared")))
+    assert full - shared == pytest.approx(2 * 10 * 4 * 960**2)
 
 
 def test_steps_of_135m():
@@ -108,26 +118,29 @@ def test_explicit_steps_win():
         accounting.steps_for_flops(Config(train=TrainConfig(steps=7)))
 
 
+@pytest.mark.parametrize("depth", [ROUTED, SHARED, HYBRID], ids=lambda depth: depth.kv_name)
 @pytest.mark.parametrize("sharing", ["middle_cycle", "cycle"])
-def test_true_flops_equal_a_brute_force_count(sharing):
+def test_true_flops_equal_a_brute_force_count(sharing, depth):
     """Walk every layer, token and query-key pair of a small model and add up multiply-adds times two."""
     layers = 8 if sharing == "middle_cycle" else 6
     model = ModelConfig(layers=layers, recursions=3, sharing=sharing, width=12, heads=4, kv_heads=2, head_dim=4,
                         mlp_width=20, vocab_size=33, context=7)  # fmt: skip
     d, n, k, h, f, v, t = 12, 4, 2, 4, 20, 33, 7
     active = [t, math.floor(2 / 3 * t), math.floor(1 / 3 * t)]
-    runs = [*([t] if sharing == "middle_cycle" else []), *[a for a in active for _ in range(2)],
-            *([t] if sharing == "middle_cycle" else [])]  # fmt: skip
+    # (tokens, recursion step) of every layer; 0 outside of the recursion
+    runs = [*([(t, 0)] if sharing == "middle_cycle" else []), *[(a, r + 1) for r, a in enumerate(active) for _ in "ab"],
+            *([(t, 0)] if sharing == "middle_cycle" else [])]  # fmt: skip
     assert len(runs) == layers
     blocks = attention = 0
-    for tokens in runs:
+    for tokens, r in runs:
+        makes_keys = depth is not SHARED or r < 2
+        sees_all = depth is not ROUTED and r > 1  # half of the row, on average over evenly spread tokens
         for i in range(tokens):
-            blocks += 2 * (d * n * h + 2 * d * k * h + n * h * d + 3 * d * f)
-            for _ in range(i + 1):
-                attention += n * (2 * h + 2 * h)
+            blocks += 2 * (d * n * h + (2 * d * k * h if makes_keys else 0) + n * h * d + 3 * d * f)
+            attention += n * (2 * h + 2 * h) * ((t + 1) / 2 if sees_all else i + 1)
     router = sum(2 * d for pool in [t, *active[:-1]] for _ in range(pool))
 
-    flops = accounting.true_flops_per_token(model, ROUTED)
+    flops = accounting.true_flops_per_token(model, depth)
     assert flops.blocks * t == pytest.approx(blocks)
     assert flops.attention * t == pytest.approx(attention)
     assert flops.router * t == pytest.approx(router)
@@ -159,6 +172,25 @@ def test_kv_ratio_of_the_core(recursions):
     model = ModelConfig(layers=12, recursions=recursions, sharing="cycle", vocab_size=64)
     ratio = accounting.kv_bytes_per_token(model, ROUTED) / accounting.kv_bytes_per_token(model, FIXED)
     assert ratio == pytest.approx((recursions + 1) / (2 * recursions))
+
+
+@pytest.mark.parametrize(
+    ("depth", "stored", "read"),
+    [
+        (FIXED, 1, 1),
+        (ROUTED, 4 / 6, 4 / 6),
+        (SHARED, 1 / 3, 1),
+        (HYBRID, 1, 1),
+        (DepthConfig(kv="shared"), 1 / 3, 1),
+        (DepthConfig(policy="token_choice", kv="shared"), 1 / 3, 1),
+    ],
+)
+def test_kv_stored_and_read(depth, stored, read):
+    """MoR spec section 4, R = 3: memory (R + 1) / 2R against 1 / R, IO (R + 1) / 2R against 1."""
+    model = ModelConfig(layers=12, recursions=3, sharing="cycle", vocab_size=64)
+    full = accounting.kv_bytes_per_token(model, FIXED)
+    assert accounting.kv_bytes_per_token(model, depth) == pytest.approx(stored * full)
+    assert accounting.kv_read_bytes_per_token(model, depth) == pytest.approx(read * full)
 
 
 def test_kv_bytes():

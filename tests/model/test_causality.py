@@ -34,7 +34,7 @@ def worst_change_before(lm, params, cut, seed, mode):
 
 @settings(max_examples=12)
 @given(cut=st.integers(1, T - 1), seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token"])
+@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"])
 def test_future_tokens_cannot_change_the_past(kind, cut, seed):
     lm = small_lm(kind)
     params = spread_routers(init(lm))
@@ -50,7 +50,7 @@ def test_the_same_test_fails_in_topk_mode():
     assert max(changes) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "token", "token_every"])
+@pytest.mark.parametrize("kind", ["vanilla", "recursive", "token", "token_every", "recursive_shared", "token_hybrid"])
 def test_topk_mode_is_causal_where_no_token_competes(kind):
     """Fixed depth, and token-choice, which trains by the rule it decodes with (up to the order of sums: another row
     may take another profile of sizes)."""
@@ -62,7 +62,7 @@ def test_topk_mode_is_causal_where_no_token_competes(kind):
 
 @settings(max_examples=12)
 @given(first=st.integers(1, T - 2), seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token"])
+@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"])
 def test_a_neighbour_document_changes_nothing(kind, first, seed):
     """A packed document's logits are those it has alone, whatever shares its row."""
     lm = small_lm(kind)

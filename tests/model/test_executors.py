@@ -1,5 +1,8 @@
 """The gathered executor equals the masked one: values, gradients, router losses, over random configurations."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import random_params
 
-from mor_jax.config import DepthConfig, ModelConfig
+from mor_jax.config import KV_OF_POLICY, DepthConfig, ModelConfig
 from mor_jax.model.lm import LM
-from mor_jax.train.step import loss_fn, loss_scales
+from mor_jax.train.step import gradients, loss_fn, loss_scales
 
+ROUTED_KV = ("recursion_wise", "shared", "hybrid")
 TOLERANCE = 1e-5  # float32, relative to the largest entry: sums in another order
 
 
 @st.composite
-def configurations(draw, recursions=None, policy="expert_choice"):
+def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     recursions = recursions or draw(st.integers(1, 4))
+    kv = draw(st.sampled_from(KV_OF_POLICY[policy])) if kv is None else kv
     core = draw(st.integers(1, 2)) if recursions < 3 else 1  # compiling is most of the time
     heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2), (4, 1), (6, 3)]))
     sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))
@@ -30,6 +35,7 @@ def configurations(draw, recursions=None, policy="expert_choice"):
         loss_chunk=draw(st.sampled_from([0, 7])),
     )  # fmt: skip
     common = dict(
+        kv=kv,
         aux_loss_weight=0.1,
         z_loss_weight=draw(st.sampled_from([0.0, 0.01])),
         router=draw(st.sampled_from(["linear", "mlp", "wide_mlp"])),
@@ -43,6 +49,8 @@ def configurations(draw, recursions=None, policy="expert_choice"):
         st.sampled_from([("sigmoid", "multiplicative"), ("tanh", "additive"), ("none", "multiplicative")])
     )
     capacities = tuple(sorted(shares, reverse=True))
+    if kv != "recursion_wise":
+        capacities = (1.0, *capacities[1:])
     return LM(model, DepthConfig(policy, capacities=capacities, score=score, gate=gate, **common))
 
 
@@ -67,11 +75,14 @@ def close(a, b, what):
 
 
 @pytest.mark.parametrize("policy", ["expert_choice", "token_choice"])
-@pytest.mark.parametrize("recursions", [1, 2, 3, 4])
-@settings(max_examples=4)
+@pytest.mark.parametrize(
+    ("recursions", "kv"),
+    [(1, "shared"), *itertools.product((2, 3), ROUTED_KV), (4, "hybrid")],
+)
+@settings(max_examples=2)
 @given(data=st.data(), seed=st.integers(0, 1000))
-def test_gathered_equals_masked(policy, recursions, data, seed):
-    lm, batch = data.draw(configurations(recursions, policy)), data.draw(packed_rows())
+def test_gathered_equals_masked(policy, recursions, kv, data, seed):
+    lm, batch = data.draw(configurations(recursions, policy, kv)), data.draw(packed_rows())
     params = random_params(lm, seed)
     scales = loss_scales(lm, batch)
 
@@ -113,7 +124,7 @@ def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
     np.testing.assert_array_equal(candidates, np.maximum(out.stats.candidates, 1))
 
 
-def forced(depths, model_seed=3):
+def forced(depths, kv="", model_seed=3):
     """A token-choice model and a batch whose tokens choose these depths: each token's embedding spells its depth."""
     depths = jnp.asarray(depths, jnp.int32)
     recursions = 3
@@ -121,7 +132,7 @@ def forced(depths, model_seed=3):
         layers=6, recursions=recursions, sharing="cycle", width=24, heads=4, kv_heads=2, head_dim=4, mlp_width=32,
         vocab_size=40, init_std=0.3, loss_chunk=7,
     )  # fmt: skip
-    lm = LM(model, DepthConfig("token_choice", buckets=4))
+    lm = LM(model, DepthConfig("token_choice", buckets=4, kv=kv))
     params = random_params(lm, model_seed)
     # Token ids below R decide: id i is drawn to output i of the router.
     kernel = np.zeros((recursions, 24), np.float32)
@@ -145,19 +156,19 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("name", EXTREMES)
-def test_token_choice_at_its_extremes(name):
-    """Whatever the routing, no token is dropped: gathered = masked, inside a training step and outside of one."""
-    from mor_jax.train.step import gradients
+@functools.partial(jax.jit, static_argnums=0)  # one program for all routings
+def in_and_outside_of_a_step(lm, params, batch):
+    return gradients(lm, params, batch, 1), lm.forward(params, batch["tokens"], batch["segment_ids"])
 
-    lm, params, batch = forced(EXTREMES[name])
-    masked = LM(lm.model, DepthConfig("token_choice", executor="masked"))
-    run = jax.jit(
-        lambda lm, p: (gradients(lm, p, batch, 1), lm.forward(p, batch["tokens"], batch["segment_ids"])),
-        static_argnums=0,
-    )
-    (grads_g, aux_g), out_g = run(lm, params)
-    (grads_m, aux_m), out_m = run(masked, params)
+
+@pytest.mark.parametrize("kv", ROUTED_KV)
+@pytest.mark.parametrize("name", EXTREMES)
+def test_token_choice_at_its_extremes(name, kv):
+    """Whatever the routing, no token is dropped: gathered = masked, inside a training step and outside of one."""
+    lm, params, batch = forced(EXTREMES[name], kv)
+    masked = LM(lm.model, DepthConfig("token_choice", executor="masked", kv=kv))
+    (grads_g, aux_g), out_g = in_and_outside_of_a_step(lm, params, batch)
+    (grads_m, aux_m), out_m = in_and_outside_of_a_step(masked, params, batch)
     np.testing.assert_array_equal(out_g.depth_BxT, EXTREMES[name])
     np.testing.assert_array_equal(out_m.depth_BxT, EXTREMES[name])
     close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
