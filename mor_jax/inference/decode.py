@@ -10,19 +10,22 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.inference.cache import Appender, Cache, compact
+from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import LM
 from mor_jax.model.recurse import run_masked
 
 
 def prefill(
-    lm: LM, params: dict, tokens_BxT: jax.Array, lengths_B: jax.Array, slots: int
-) -> tuple[jax.Array, Cache, jax.Array]:
+    lm: LM, params: dict, tokens_BxT: jax.Array, lengths_B: jax.Array, slots: int,
+    control: DepthControl | None = None,
+) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
     """Run prompts through the model and fill a cache.
 
     Args:
       tokens_BxT: right-padded prompts, T <= slots.
       lengths_B: real tokens of each, at least 1.
       slots: longest sequence (prompt and generated tokens) the cache has room for; static.
+      control: dial, floor and cap of each prompt's depth.
     Returns:
       (logits_BxV after each prompt's last token, the cache, depth_BxT of the prompt's tokens).
     """
@@ -38,7 +41,7 @@ def prefill(
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, attend_and_keep(seg))
     core_params = lm.gathered_core(params)
     core = lambda h, _pos, _seg, kv_seg: lm.blocks(core_params, h, rope, attend_and_keep(kv_seg), lm.program.repeat)
-    result = run_masked(lm.policy, params["router"], core, x, pos, seg, causal=True, keep_extra=True)
+    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, causal=True, keep_extra=True)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, attend_and_keep(seg))
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -52,12 +55,15 @@ def prefill(
     return logits, cache, result.depth_BxT
 
 
-def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
+def decode_step(
+    lm: LM, params: dict, cache: Cache, token_B: jax.Array, control: DepthControl | None = None
+) -> tuple[jax.Array, Cache, jax.Array]:
     """One token for every sequence.
 
     Args:
       cache: donate it; room for one more entry per sequence is the caller's to ensure.
       token_B: the tokens to append.
+      control: as in `prefill`; another one may be given at every step.
     Returns:
       (logits_BxV for the next token, the grown cache, depth_B of these tokens).
     """
@@ -70,17 +76,18 @@ def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple
 
     core_params = lm.gathered_core(params)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
-    route = lm.policy.begin(params["router"], h, everyone[:, None])
+    policy = lm.steered(control)
+    route = policy.begin(params["router"], h, everyone[:, None])
     for r, stream in enumerate(cache.core):
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
-        z = lm.policy.score(step, h)
-        active = lm.policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
+        z = policy.score(step, h)
+        active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
 
         def run(args, step=step, z=z, active=active):
             h, stream = args
             append = Appender(stream, pos_B, active)
             y, _ = lm.blocks(core_params, h, rope, append, lm.program.repeat)
-            return jnp.where(active[:, None, None], lm.policy.combine(step, h, y, z, route.tokens), h), append.stream
+            return jnp.where(active[:, None, None], policy.combine(step, h, y, z, route.tokens), h), append.stream
 
         # A step nobody runs is skipped, not computed and thrown away.
         h, stream = jax.lax.cond(jnp.any(active), run, lambda args: args, (h, stream))
