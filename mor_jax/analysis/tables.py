@@ -118,6 +118,26 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
             console.print(Text(f"{run.name}: {note}", style="dim"))
 
 
+def depth_curve_table(title: str, record: Mapping[str, Any]) -> Table:
+    """`train.curve.depth_curve` for a terminal: what was asked, what tokens ran, what it cost."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for name in ("depth asked for", "mean depth", "off by", "NLL", "bits / byte", "at depth 0, 1, .."):
+        table.add_column(name, justify="left" if name == "depth asked for" else "right")
+
+    def add(asked: str, point: Mapping[str, Any], off: str = "") -> None:
+        shares = " ".join(units.percent(s, 0) for s in point["depth_share"])
+        numbers = (point["mean_depth"], point["nll"], point["bits_per_byte"])
+        depth, nll, bits = (units.fixed(v, 3) for v in numbers)
+        table.add_row(asked, depth, off, nll, bits, shares)
+
+    add("as configured", record["as_configured"])
+    for point in record["dial"]:
+        add(f"mean {point['asked']:g}", point, f"{point['mean_depth'] / point['asked'] - 1:+.1%}")
+    for point in record["cap"]:
+        add(f"at most {point['max_depth']}", point)
+    return table
+
+
 def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
     """One evaluation record (`train.evaluate`), the two selection modes side by side."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
