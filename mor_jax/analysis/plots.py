@@ -195,7 +195,7 @@ def depth_curve(record: Mapping[str, Any]) -> Figure:
             axes.plot(x, y, color=series(i), linewidth=1.8, marker=marker, markersize=4, label=label)
     for point in record["cap"]:
         axes.annotate(
-            f"at most {point['max_depth']}", (point["mean_depth"], point["nll"]), xytext=(5, 5),
+            f"at most {point['max_depth']}", (point["mean_depth"], point["nll"]), xytext=(5, -13),
             textcoords="offset points", color=MUTED[0], fontsize=8.5,
         )  # fmt: skip
     axes.plot([own["mean_depth"]], [own["nll"]], color=INK[0], linestyle="", marker="D", markersize=5,

@@ -95,11 +95,11 @@ def test_token_choice_hits_the_mean_depth(mean, floor, cap, seed):
     mean = min(max(mean, floor), cap)
     rng = np.random.default_rng(seed)
     selection = np.asarray(jax.nn.softmax(rng.normal(size=(1, 4000, R)) + 2 * rng.normal(size=R), axis=-1), np.float32)
-    pulls = pull_deeper(jnp.asarray(selection))
+    pulls = pull_deeper(jnp.log(selection))
     taken = np.stack([counts(np.asarray(p)) for p in pulls])
     dial = TOKEN.dial(taken, mean, floor, cap)
     assert (dial[0] == 0) and np.allclose(dial, dial[1] * np.arange(R))
-    depth = np.clip(np.argmax(TOKEN.alpha * selection + dial, axis=-1) + 1, floor, cap)
+    depth = np.clip(np.argmax(np.log(selection) + dial, axis=-1) + 1, floor, cap)
     assert abs(depth.mean() - mean) < 0.05
 
 
@@ -181,13 +181,14 @@ def test_causal_rowwise_and_neutral(kind):
     assert causal._cache_size() <= 2 * len(KINDS)
 
 
-@pytest.mark.parametrize("kind", ["mor", "token_every"])
+@pytest.mark.parametrize("kind", ["mor", "token"])
 def test_a_calibrated_model_hits_the_mean_depth(kind):
+    """On the rows it was calibrated with: these small models read noise, of which no other sample is alike."""
     lm, params = model(kind)
-    tokens = jax.random.randint(jax.random.key(3), (8, T), 0, 64)
+    tokens = jax.random.randint(jax.random.key(9), (8, T), 0, 64)
     for mean in (1.0, 1.5, 2.0, 2.5, 3.0):
         depth = causal(lm, params, tokens, depth_control(lm, params, 8, mean_depth=mean))[1]
-        assert float(depth.mean()) == pytest.approx(mean, rel=0.06)  # 512 tokens of a sample of 512
+        assert float(depth.mean()) == pytest.approx(mean, rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["mor", "token_every"])

@@ -19,7 +19,7 @@ class DepthControl(NamedTuple):
     """How deep each of B sequences may think; `inference.dial.depth_control` makes one from depths in recursions.
 
     What the dial says is the policy's own language: under expert-choice entry r is the score z from which a token runs
-    step r (instead of `depth.threshold`), under token-choice what is added to the selection score of depth r. NaN
+    step r (instead of `depth.threshold`), under token-choice what is added to the log selection score of depth r. NaN
     leaves it to the configuration.
     """
 
