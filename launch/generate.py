@@ -2,9 +2,11 @@
 
     python -m launch.generate --checkpoint runs/mor --prompt "def main("
     python -m launch.generate --checkpoint runs/mor --prompt "class " --temperature 0.8 --top_p 0.95 --show_depth
+    python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5 --max_depth 2
     cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
 
 Without --prompt it reads standard input. --show_depth colours each token by the number of recursions it ran.
+--mean_depth turns the dial of a routed model: how many recursions a token runs on average.
 
 From a notebook:
 
@@ -24,6 +26,7 @@ from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
+from mor_jax.train.curve import surveyed
 from mor_jax.train.load import check_tokenizer, load_model
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.", required=True)
@@ -34,6 +37,9 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the most likely tokens that hold this much probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
+_MEAN_DEPTH = flags.DEFINE_float("mean_depth", None, "Mean recursions a token runs; default: the model's own rule.")
+_MIN_DEPTH = flags.DEFINE_integer("min_depth", None, "Recursions every token runs at least.")
+_MAX_DEPTH = flags.DEFINE_integer("max_depth", None, "Recursions a token runs at most.")
 _SHOW_DEPTH = flags.DEFINE_bool("show_depth", False, "Colour each token by its recursion depth.")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt before its continuation.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead; it must be the model's own.")
@@ -54,7 +60,12 @@ def main(_: list[str]) -> None:
         check_tokenizer(loaded, load_tokenizer(_TOKENIZER.value), _TOKENIZER.value)
     console = Console(highlight=False, soft_wrap=True, force_terminal=True if _SHOW_DEPTH.value else None)
     recursions = loaded.lm.program.recursions
-    pieces = stream_text(loaded, prompt, max_tokens=_MAX_TOKENS.value, sampling=sampling, seed=_SEED.value)
+    if _MEAN_DEPTH.value is not None:
+        loaded = surveyed(loaded)
+    pieces = stream_text(
+        loaded, prompt, max_tokens=_MAX_TOKENS.value, sampling=sampling, seed=_SEED.value,
+        mean_depth=_MEAN_DEPTH.value, min_depth=_MIN_DEPTH.value, max_depth=_MAX_DEPTH.value,
+    )  # fmt: skip
     for piece in pieces:
         if piece.in_prompt and not _ECHO.value:
             continue

@@ -209,6 +209,7 @@ def config_of(name: str, arg: str | None = None) -> Config:
 def initialised(cfg: Config) -> dict[str, int]:
     """Parameters of the tree `LM.init` makes: all, those of the embedding, those of the router."""
     shapes = jax.eval_shape(LM.from_config(cfg).init, jax.random.key(0))
+    shapes["router"].pop("survey", None)  # statistics, not parameters
     count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
     return {"total": count(shapes), "embedding": count(shapes["embed"]), "router": count(shapes["router"])}
 

@@ -6,8 +6,9 @@ A run keeps its colour through all figures; save with `canvas.save_png`, inline 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -180,6 +181,27 @@ def sampling_accuracy(run: RunRecord) -> Figure | None:
 def router_scores(run: RunRecord) -> Figure | None:
     """Mean router score with a band of one standard deviation for each router of a run."""
     return _per_router(run, "score_mean", f"Router scores of {run.name}, by recursion", band="score_std")
+
+
+def depth_curve(record: Mapping[str, Any]) -> Figure:
+    """Causal loss against mean depth: by the dial, and under a cap on every token's depth (`train.curve`)."""
+    figure, axes = new_axes("Validation NLL, nats a token", "mean depth: recursions a token ran")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    own = record["as_configured"]
+    for i, (key, label, marker) in enumerate((("dial", "mean-depth dial", "o"), ("cap", "cap on depth", "s"))):
+        points = record[key]
+        if points:
+            x, y = [p["mean_depth"] for p in points], [p["nll"] for p in points]
+            axes.plot(x, y, color=series(i), linewidth=1.8, marker=marker, markersize=4, label=label)
+    for point in record["cap"]:
+        axes.annotate(
+            f"at most {point['max_depth']}", (point["mean_depth"], point["nll"]), xytext=(5, -13),
+            textcoords="offset points", color=MUTED[0], fontsize=8.5,
+        )  # fmt: skip
+    axes.plot([own["mean_depth"]], [own["nll"]], color=INK[0], linestyle="", marker="D", markersize=5,
+              label="as configured")  # fmt: skip
+    legend(axes)
+    return figure
 
 
 def _per_router(run: RunRecord, key: str, title: str, band: str = "", percent: bool = False) -> Figure | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rich import box
@@ -116,6 +117,32 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
     for run in runs:
         for note in run.notes:
             console.print(Text(f"{run.name}: {note}", style="dim"))
+
+
+def depth_curve_table(title: str, record: Mapping[str, Any]) -> Table:
+    """`train.curve.depth_curve` for a terminal: what was asked, what tokens ran, what it cost."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for name in ("depth asked for", "mean depth", "off by", "NLL", "bits / byte", "% at depth 0, 1 .."):
+        table.add_column(name, justify="left" if name == "depth asked for" else "right")
+
+    def add(asked: str, point: Mapping[str, Any], off: str = "") -> None:
+        shares = " ".join(f"{100 * s:.0f}" for s in point["depth_share"])
+        depth, bits = units.fixed(point["mean_depth"]), units.fixed(point["bits_per_byte"])
+        table.add_row(asked, depth, off, units.fixed(point["nll"], 4), bits, shares)
+
+    add("as configured", record["as_configured"])
+    for point in record["dial"]:
+        add(f"mean {point['asked']:g}", point, f"{point['mean_depth'] / point['asked'] - 1:+.1%}")
+    for point in record["cap"]:
+        add(f"at most {point['max_depth']}", point)
+    rises = [f"{a['asked']:g} to {b['asked']:g}" for a, b in pairwise(record["dial"]) if b["nll"] > a["nll"]]
+    if record["dial"]:
+        fall = record["dial"][0]["nll"] - record["dial"][-1]["nll"]
+        table.caption = f"Over the whole dial the NLL falls by {fall:.4f}" + (
+            f"; it rises from {', '.join(rises)}." if rises else ", at every turn."
+        )
+        table.caption_justify = "left"
+    return table
 
 
 def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:

@@ -12,20 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.inference.cache import Appender, Cache, New, Stream, compact, last_entries, readers
+from mor_jax.model.depth import DepthControl
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.recurse import run_masked
 
 
 def prefill(
-    lm: LM, params: dict, tokens_BxT: jax.Array, lengths_B: jax.Array, slots: int
-) -> tuple[jax.Array, Cache, jax.Array]:
+    lm: LM, params: dict, tokens_BxT: jax.Array, lengths_B: jax.Array, slots: int,
+    control: DepthControl | None = None,
+) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
     """Run prompts through the model and fill a cache.
 
     Args:
       tokens_BxT: right-padded prompts, T <= slots.
       lengths_B: real tokens of each, at least 1.
       slots: longest sequence (prompt and generated tokens) the cache has room for; static.
+      control: dial, floor and cap of each prompt's depth.
     Returns:
       (logits_BxV after each prompt's last token, the cache, depth_BxT of the prompt's tokens).
     """
@@ -37,7 +40,7 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
     core = lm.core(params, pos, keep=True)
-    result = run_masked(lm.policy, params["router"], core, x, pos, seg, causal=True, kv=kv, keep_extra=True)
+    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, causal=True, kv=kv, keep_extra=True)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -50,12 +53,15 @@ def prefill(
     return logits, cache, result.depth_BxT
 
 
-def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple[jax.Array, Cache, jax.Array]:
+def decode_step(
+    lm: LM, params: dict, cache: Cache, token_B: jax.Array, control: DepthControl | None = None
+) -> tuple[jax.Array, Cache, jax.Array]:
     """One token for every sequence.
 
     Args:
       cache: donate it; room for one more entry per sequence is the caller's to ensure.
       token_B: the tokens to append.
+      control: as in `prefill`; another one may be given at every step.
     Returns:
       (logits_BxV for the next token, the grown cache, depth_B of these tokens).
     """
@@ -68,14 +74,15 @@ def decode_step(lm: LM, params: dict, cache: Cache, token_B: jax.Array) -> tuple
     core_params, kv = lm.gathered_core(params), lm.depth.kv_name
     core = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
-    route = lm.policy.begin(params["router"], h, everyone[:, None])
+    policy = lm.steered(control)
+    route = policy.begin(params["router"], h, everyone[:, None])
     for r in range(lm.program.recursions):
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
-        z = lm.policy.score(step, h)
-        active = lm.policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
+        z = policy.score(step, h)
+        active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
         update = lambda h, y, step=step, z=z, active=active: jnp.where(
-            active[:, None, None], lm.policy.combine(step, h, y, z, route.tokens), h
+            active[:, None, None], policy.combine(step, h, y, z, route.tokens), h
         )
         if r and kv == SHARED:
             read = lambda h, update=update: update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])

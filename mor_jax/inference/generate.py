@@ -14,6 +14,7 @@ from mor_jax.errors import UserError
 from mor_jax.inference.cache import Cache
 from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.sampler import Sampling, sample
+from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import LM
 
 SMALLEST_PREFILL = 16
@@ -35,6 +36,7 @@ class Generation:
       max_tokens: new tokens; together with the longest prompt at most the model's context.
       seed: sequence b at position t draws with the key fold_in(fold_in(key(seed), b), t).
       vocab_size: ids from here on are padding of the table and are never drawn (default: none).
+      control: dial, floor and cap of each sequence's depth (`dial.depth_control`).
 
     After construction `prompt_depths` holds the depth of every prompt token. `close()` reads the last token's depth.
 
@@ -45,6 +47,7 @@ class Generation:
     def __init__(
         self, lm: LM, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int,
         sampling: Sampling = GREEDY, seed: int = 0, vocab_size: int | None = None,
+        control: DepthControl | None = None,
     ):  # fmt: skip
         lengths = [len(p) for p in prompts]
         context = lm.model.context
@@ -60,7 +63,7 @@ class Generation:
             raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
         self.max_tokens = min(max_tokens, context - max(lengths))
         self.cut_short = self.max_tokens < max_tokens
-        self._lm, self._params = lm, params
+        self._lm, self._params, self._control = lm, params, control
         self._sampling, self._limit = sampling, vocab_size or lm.model.vocab_size
         self._key = jax.random.key(seed)
         padded = min(max(SMALLEST_PREFILL, 1 << (max(lengths) - 1).bit_length()), context)
@@ -68,7 +71,7 @@ class Generation:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         self._length_B = jnp.asarray(lengths, jnp.int32)
-        logits, self._cache, depth_BxT = _prefill(lm, params, jnp.asarray(tokens), self._length_B, context)
+        logits, self._cache, depth_BxT = _prefill(lm, params, jnp.asarray(tokens), self._length_B, context, control)
         self._token_B = _draw(logits, self._key, self._length_B, sampling, self._limit)
         depths = np.asarray(depth_BxT)
         self.prompt_depths = [depths[b, :n] for b, n in enumerate(lengths)]
@@ -94,8 +97,9 @@ class Generation:
 
     def _step(self) -> None:
         self._token_B, self._cache, self._depth_B = _advance(
-            self._lm, self._params, self._cache, self._token_B, self._key, self._sampling, self._limit
-        )
+            self._lm, self._params, self._cache, self._token_B, self._key, self._sampling, self._limit,
+            self._control,
+        )  # fmt: skip
 
 
 def _draw(logits_BxV, key, position_B, sampling: Sampling, limit: int) -> jax.Array:
@@ -109,6 +113,6 @@ _prefill = jax.jit(prefill, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2,))
-def _advance(lm: LM, params, cache: Cache, token_B, key, sampling: Sampling, limit: int):
-    logits, cache, depth_B = decode_step(lm, params, cache, token_B)
+def _advance(lm: LM, params, cache: Cache, token_B, key, sampling: Sampling, limit: int, control):
+    logits, cache, depth_B = decode_step(lm, params, cache, token_B, control)
     return _draw(logits, key, cache.length_B, sampling, limit), cache, depth_B

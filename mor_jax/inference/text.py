@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 
+from mor_jax.inference.dial import depth_control
 from mor_jax.inference.generate import Generation
 from mor_jax.inference.sampler import Sampling
 
@@ -30,8 +31,9 @@ class Piece(NamedTuple):
 
 
 def stream_text(
-    model: Model, prompt: str, *, max_tokens: int = 200, sampling: Sampling | None = None, seed: int = 0
-) -> Iterator[Piece]:
+    model: Model, prompt: str, *, max_tokens: int = 200, sampling: Sampling | None = None, seed: int = 0,
+    mean_depth: float | None = None, min_depth: int | None = None, max_depth: int | None = None,
+) -> Iterator[Piece]:  # fmt: skip
     """Yield the prompt's pieces, then the continuation's, up to the end of the document or `max_tokens`.
 
     A piece appears one token late: its depth is known once the model has read it.
@@ -39,15 +41,20 @@ def stream_text(
     Args:
       model: of `train.load.load_model`.
       sampling: default temperature 0.8.
+      mean_depth, min_depth, max_depth: see `dial.depth_control`; default: as the model was configured.
     Raises:
-      UserError: the prompt does not fit the context.
+      UserError: the prompt does not fit the context, or the model cannot have such depths.
     """
     tokenizer = model.tokenizer
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    limits = {"mean_depth": mean_depth, "min_depth": min_depth, "max_depth": max_depth}
     with jax.set_mesh(model.mesh):
+        control = None
+        if any(limit is not None for limit in limits.values()):
+            control = depth_control(model.lm, model.params, 1, **limits)
         run = Generation(
             model.lm, model.params, [ids], max_tokens=max_tokens, sampling=sampling or Sampling(0.8),
-            seed=seed, vocab_size=tokenizer.vocab_size,
+            seed=seed, vocab_size=tokenizer.vocab_size, control=control,
         )  # fmt: skip
         decoder = tokenizer.stream()
         for token, depth in zip(ids, run.prompt_depths[0], strict=True):

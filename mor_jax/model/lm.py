@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
-from mor_jax.model.depth import DepthPolicy, RouterStats, build_policy
+from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, build_policy
 from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
@@ -72,6 +72,10 @@ class LM:
     @functools.cached_property
     def policy(self) -> DepthPolicy:
         return build_policy(self.model, self.depth)
+
+    def steered(self, control: DepthControl | None) -> DepthPolicy:
+        """The policy under a depth control; itself without one."""
+        return self.policy if control is None else Controlled(self.policy, control)
 
     @property
     def _block(self) -> nn.Block:
@@ -223,6 +227,7 @@ class LM:
         self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
         *, mode: str = TOPK, executor: str | None = None, profile: int | None = None,
         depth_BxT: jax.Array | None = None, entered_BxTxD: jax.Array | None = None,
+        control: DepthControl | None = None,
     ) -> Forward:  # fmt: skip
         """Final states of whole rows.
 
@@ -233,7 +238,10 @@ class LM:
             depend on the data.
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
+          control: dial, floor and cap of each row's depth, in causal mode.
         """
+        if control is not None and mode != CAUSAL:
+            raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
         pos = positions_in_document(seg)
         rope = self.rope(pos)
@@ -244,7 +252,9 @@ class LM:
         if mode == TOPK and (executor or self.depth.executor) == "gathered":
             result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
         else:
-            result = run_masked(self.policy, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how)
+            result = run_masked(
+                self.steered(control), params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how
+            )
         x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, self.attend_row(pos, seg, seg))
         h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
         return Forward(h, result.depth_BxT, result.stats, result.active_RxBxT)

@@ -34,6 +34,8 @@ from mor_jax.errors import CheckpointError
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
+# Leaves, by the last part of their name, that an older checkpoint may lack; they begin at zero.
+_FROM_ZERO = ("survey",)
 _TMP = ".orbax-checkpoint-tmp"
 _PHRASES = tuple(
     os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
@@ -342,6 +344,8 @@ def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) 
     saved = body["leaves"]
     _check_fit(directory, step, abstract, saved, partial)
 
+    whole = abstract
+    abstract = _without(abstract, {name for name in _named(abstract)[0] if name not in saved})
     names, leaves = _named(abstract)
     wanted = jax.tree.unflatten(
         jax.tree.structure(abstract),
@@ -349,7 +353,7 @@ def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) 
             jax.ShapeDtypeStruct(
                 x.shape,
                 x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jnp.dtype(saved[name][1]),
-                sharding=getattr(x, "sharding", None) or SingleDeviceSharding(jax.devices()[0]),
+                sharding=_sharding(x),
             )
             for name, x in zip(names, leaves, strict=True)
         ],
@@ -367,7 +371,28 @@ def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) 
     for name in names:
         if found.get(name) != saved[name]:
             raise _Damaged(f"the values of {name} are not those that were saved")
-    return jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), state, abstract), body["meta"]
+    read = dict(zip(*_named(state), strict=True))
+
+    def leaf(name: str, to: Any) -> jax.Array:
+        if name not in read:
+            return jnp.zeros(to.shape, to.dtype, device=_sharding(to))
+        return read[name] if read[name].dtype == to.dtype else read[name].astype(to.dtype)
+
+    state = [leaf(name, to) for name, to in zip(*_named(whole), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(whole), state), body["meta"]
+
+
+def _sharding(x: Any) -> Any:
+    return getattr(x, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+
+
+def _without(tree: Any, missing: set[str]) -> Any:
+    """The tree without the leaves of `_FROM_ZERO` if any of them is missing: all of one save are, or none."""
+    if not missing:
+        return tree
+    holds = lambda x: isinstance(x, dict) and any(name in x for name in _FROM_ZERO)
+    drop = lambda x: {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
+    return jax.tree.map(drop, tree, is_leaf=holds)
 
 
 def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool) -> None:
@@ -376,6 +401,8 @@ def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[s
     for name, x in expected.items():
         want = f"{_dtype(x)}{list(x.shape)}"
         if name not in saved:
+            if name.rpartition("/")[2] in _FROM_ZERO:
+                continue
             wrong.append(f"{name} is not in the checkpoint, {want} is expected")
             continue
         shape, dtype, _ = saved[name]

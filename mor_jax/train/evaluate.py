@@ -17,15 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.inference.dial import depth_control
+from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import CAUSAL, LM, TOPK
 from mor_jax.model.loss import next_token_targets, token_nll
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def eval_step(lm: LM, params: Any, batch: dict, token_bytes_V: jax.Array, mode: str) -> dict[str, jax.Array]:
-    """Sums over one batch; nothing that cannot be added up over batches."""
+def eval_step(
+    lm: LM, params: Any, batch: dict, token_bytes_V: jax.Array, mode: str, control: DepthControl | None = None
+) -> dict[str, jax.Array]:
+    """Sums over one batch; nothing that cannot be added up over batches. `control`: of each row, in causal mode."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
-    out = lm.forward(params, tokens, seg, mode=mode)
+    out = lm.forward(params, tokens, seg, mode=mode, control=control)
     targets, weights = next_token_targets(tokens, seg)
     nll = token_nll(out.h_BxTxD, params["embed"]["table"], targets, lm.model.loss_chunk)
     real = seg > 0
@@ -47,10 +51,13 @@ def padded_token_bytes(token_bytes: np.ndarray, vocab_size: int) -> jax.Array:
     return jnp.asarray(np.pad(token_bytes, (0, vocab_size - len(token_bytes))), jnp.float32)
 
 
-def _total(lm: LM, params: Any, batches: Iterable[dict], token_bytes_V: jax.Array, mode: str) -> dict[str, np.ndarray]:
+def _total(
+    lm: LM, params: Any, batches: Iterable[dict], token_bytes_V: jax.Array, mode: str, **limits: Any
+) -> dict[str, np.ndarray]:
     total: dict[str, Any] = {}
     for batch in batches:
-        sums = jax.device_get(eval_step(lm, params, batch, token_bytes_V, mode))
+        control = depth_control(lm, params, len(batch["tokens"]), **limits) if limits else None
+        sums = jax.device_get(eval_step(lm, params, batch, token_bytes_V, mode, control))
         # float64 on the host: thousands of float32 batch sums would lose digits.
         total = {k: np.asarray(v, np.float64) + total.get(k, 0.0) for k, v in sums.items()}
     return total
@@ -95,3 +102,21 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
             "dead_token_ratio": float((topk["deepest_by_position"][seen] == 0).mean()),
         }
     return record | {"tokens": float(topk["targets"]), "bytes": float(topk["bytes"])}
+
+
+def evaluate_at(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array, **limits: Any) -> dict[str, Any]:
+    """Causal evaluation at one setting of the depth: nll, bits_per_byte, mean_depth, depth_share, as in `evaluate`.
+
+    Args:
+      limits: mean_depth, min_depth, max_depth of `inference.dial.depth_control`.
+    Raises:
+      UserError: a depth the model cannot have.
+    """
+    t = _total(lm, params, batches, token_bytes_V, CAUSAL, **limits)
+    share = t["depth"] / t["depth"].sum()
+    return {
+        "nll": float(t["nll"] / t["targets"]),
+        "bits_per_byte": _bits_per_byte(float(t["nll"]), float(t["bytes"])),
+        "mean_depth": float(share @ np.arange(len(share))),
+        "depth_share": [float(s) for s in share],
+    }

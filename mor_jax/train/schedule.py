@@ -6,6 +6,7 @@ import jax
 import optax
 
 from mor_jax.config import OptimConfig
+from mor_jax.model.depth.survey import SURVEY
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -28,8 +29,8 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: dict) -> dict:
-    """True for the leaves weight decay applies to: everything but norm scales and a router's selection bias."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)
+    """True for the leaves weight decay applies to: everything but norm scales and what of a router is moved by rule."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", SURVEY), params)
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -43,6 +43,18 @@ def score(
     Raises:
       DataError: the corpus cannot be read, or is no longer the one the model was trained on.
     """
+    with jax.set_mesh(loaded.mesh):
+        batches, token_bytes = held_out(
+            loaded, paths, text_key=text_key, rows=rows, batch_size=batch_size, progress=progress
+        )
+        return evaluate(loaded.lm, loaded.params, batches, token_bytes)
+
+
+def held_out(
+    loaded: Loaded, paths: tuple[str, ...] = (), *, text_key: str = "text", rows: int | None = None,
+    batch_size: int = 8, progress: bool = True,
+) -> tuple[list[dict], jax.Array]:  # fmt: skip
+    """(batches, bytes of each token) to evaluate on; arguments and errors as in `score`."""
     if batch_size < 1 or batch_size % loaded.mesh.size:
         raise ConfigError(f"batch_size = {batch_size} must be a positive multiple of the {loaded.mesh.size} devices.")
     cfg, context = loaded.config, loaded.lm.model.context
@@ -57,11 +69,9 @@ def score(
                 "held-out documents may have been trained on. Evaluate on other text with --paths."
             )
         source, limit = data.validation, cfg.train.eval_rows if rows is None else rows
-    with jax.set_mesh(loaded.mesh):
-        sharding = NamedSharding(loaded.mesh, loaded.lm.rules.spec(("batch", "time")))
-        batches = list(eval_batches(source, batch_size, limit=limit, sharding=sharding))
-        token_bytes = padded_token_bytes(loaded.tokenizer.token_bytes, loaded.lm.model.vocab_size)
-        return evaluate(loaded.lm, loaded.params, batches, token_bytes)
+    sharding = NamedSharding(loaded.mesh, loaded.lm.rules.spec(("batch", "time")))
+    batches = list(eval_batches(source, batch_size, limit=limit, sharding=sharding))
+    return batches, padded_token_bytes(loaded.tokenizer.token_bytes, loaded.lm.model.vocab_size)
 
 
 def _other_text(loaded: Loaded, paths: tuple[str, ...], text_key: str) -> DataConfig:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.model.depth import RouterStats
+from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
 from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
@@ -136,6 +137,13 @@ def balance_metrics(stats: RouterStats) -> dict[str, jax.Array]:
     }
 
 
+def _learned(params: dict) -> dict:
+    """Without the survey of the router's scores, which is no weight."""
+    if SURVEY not in params.get("router", {}):
+        return params
+    return params | {"router": {name: leaf for name, leaf in params["router"].items() if name != SURVEY}}
+
+
 def make_train_step(
     lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -165,7 +173,7 @@ def make_train_step(
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
-            "param_norm": optax.tree.norm(new.params),
+            "param_norm": optax.tree.norm(_learned(new.params)),
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)

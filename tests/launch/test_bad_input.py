@@ -101,6 +101,18 @@ def cases(d, config, trained):
             generate("--prompt", "x", "--tokenizer", d / "bpe300"), {}, ["bpe300", "does not fit"],
         ),
         "no tokenizer": (generate("--prompt", "x", "--tokenizer", d / "nowhere.json"), {}, ["nowhere.json"]),
+        "mean depth": (generate("--prompt", "x", "--mean_depth", 3.5), {}, ["mean depth of 3.5", "between 0 and 3"]),
+        "depths at odds": (
+            generate("--prompt", "x", "--mean_depth", 2.5, "--max_depth", 2), {}, ["mean depth of 2.5", "0 and 2"],
+        ),
+        "maximum depth": (generate("--prompt", "x", "--max_depth", 4), {}, ["maximum depth", "from 1 to 3", "4"]),
+        "nothing to dial": (
+            ("generate", "--checkpoint", trained.vanilla, "--prompt", "x", "--mean_depth", 1), {},
+            ["'fixed'", "no mean depth"],
+        ),
+        "no depths to compare": (
+            ("depth_curve", "--checkpoint", trained.vanilla, "--out", d / "never_curve"), {}, ["once", "recursions"],
+        ),
         "report of nothing": (("report",), {}, ["run directory"]),
         "report of no run": (("report", d / "no_run", "--out", d / "r.html"), {}, ["no_run"]),
         "damaged, evaluate": (("evaluate", "--checkpoint", d / "damaged"), {}, ["step 120", "damaged", "--step=100"]),

@@ -108,6 +108,33 @@ def test_show_depth_colours_and_changes_no_text(trained):
     assert legend.split() == ["depth", "0", "1", "2", "3"]
 
 
+def test_depth_curve_writes_table_numbers_and_picture(trained, tmp_path):
+    out = tmp_path / "new" / "curve.v1"
+    done = run("depth_curve", "--checkpoint", trained.mor, "--points", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "surveying" not in done.stderr.lower()  # the checkpoint carries its survey
+    record = json.loads(out.with_name("curve.v1.json").read_text())
+    assert out.with_name("curve.v1.png").read_bytes()[1:4] == b"PNG"
+    assert [p["asked"] for p in record["dial"]] == [1.0, 2.0, 3.0]
+    assert [p["max_depth"] for p in record["cap"]] == [1, 2, 3]
+    last = records(trained.mor, "eval")[-1]
+    for point in (record["as_configured"], record["cap"][-1]):  # a cap of R is no cap
+        assert point["nll"] == pytest.approx(last["causal/nll"], rel=1e-6)
+    for point in record["cap"]:
+        assert sum(point["depth_share"][point["max_depth"] + 1 :]) == 0
+    assert [p["mean_depth"] for p in (record["dial"][0], record["dial"][2])] == [1.0, 3.0]
+    for asked in ("as configured", "mean 2", "at most 1"):
+        assert asked in done.stdout
+
+
+def test_generate_at_a_chosen_depth(trained):
+    args = ("--prompt", "def ", "--max_tokens", 6, "--show_depth")
+    one = generate(trained, *args, "--mean_depth", 1.0, "--max_depth", 1).stdout
+    three = generate(trained, *args, "--min_depth", 3).stdout
+    colours = [set(ANSI.findall(text.rstrip("\n").rsplit("\n", 1)[0])) for text in (one, three)]
+    assert colours[0] and colours[1] and not (colours[0] & colours[1]) - {"\x1b[0m"}
+
+
 class Links(html.parser.HTMLParser):
     """Everything a page would fetch, and its text."""
 

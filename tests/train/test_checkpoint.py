@@ -103,6 +103,35 @@ def test_round_trip_is_bit_exact_and_keeps_the_containers(saved):
     assert type(found.state["opt"][0]).__name__ == "ScaleByAdamState"
 
 
+def test_a_survey_round_trips_and_an_older_save_begins_it_at_zero(saved, tmp_path):
+    def surveyed(seed):
+        """As `make_state`, with a survey among the parameters and, as the optimiser does, in its moments."""
+        state = make_state(seed)
+        with_survey = lambda tree: tree | {"router": {"w": tree["core"]["w"], "survey": jnp.full((3, 8), 0.5)}}
+        params = with_survey(state["params"])
+        return state | {"params": params, "opt": optax.adamw(1e-3).init(params)}
+
+    with Checkpointer(tmp_path / "new") as ckpt:
+        ckpt.save(1, surveyed(1), {})
+        assert bits(ckpt.restore_latest(abstract(surveyed(0))).state) == bits(surveyed(1))
+
+    bare = surveyed(2)
+    drop = lambda tree: tree | {"router": {"w": tree["router"]["w"]}}
+    bare |= {"params": drop(bare["params"]), "opt": optax.adamw(1e-3).init(drop(bare["params"]))}
+    with Checkpointer(tmp_path / "old") as ckpt:
+        ckpt.save(1, bare, {})
+        found = ckpt.restore_latest(abstract(surveyed(0))).state
+    assert jax.tree.structure(found) == jax.tree.structure(surveyed(0))
+    assert (np.asarray(found["params"]["router"]["survey"]) == 0).all()
+    assert bits(found["params"]["core"]) == bits(bare["params"]["core"])
+    params, _ = restore_params(tmp_path / "old", abstract(surveyed(0)["params"]))
+    assert params["router"]["survey"].shape == (3, 8) and bits(params["router"]["w"]) == bits(
+        bare["params"]["router"]["w"]
+    )
+    with pytest.raises(CheckpointError, match="params/router/w is not in the checkpoint"):
+        restore_params(saved, abstract(surveyed(0)["params"]))  # only the survey may be missing
+
+
 def test_keep_steps_and_saving_the_newest_again(tmp_path):
     with Checkpointer(tmp_path / "new" / "dir", keep=2) as ckpt:
         assert ckpt.steps() == [] and ckpt.restore_latest(abstract(make_state(0))) is None

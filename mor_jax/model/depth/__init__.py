@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
+from mor_jax.model.depth.control import Controlled, DepthControl
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
 from mor_jax.model.depth.token_choice import TokenChoice
 from mor_jax.model.program import build_program, capacities
 
-__all__ = ["DepthPolicy", "ExpertChoice", "Fixed", "Route", "RouterStats", "TokenChoice", "build_policy"]
+__all__ = [
+    "Controlled", "DepthControl", "DepthPolicy", "ExpertChoice", "Fixed", "Route", "RouterStats", "TokenChoice",
+    "build_policy",
+]  # fmt: skip
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig) -> DepthPolicy:

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mor_jax.errors import UserError
 
 
 class RouterStats(NamedTuple):
-    """Sums over the real tokens of a batch, one entry a recursion step: every leaf [R], float32."""
+    """Sums over the real tokens of a batch, one entry a recursion step: leaves [R] (or as said), float32."""
 
     aux: jax.Array  # auxiliary loss over candidates
     candidates: jax.Array  # tokens that could run the step
@@ -23,6 +26,7 @@ class RouterStats(NamedTuple):
     score: jax.Array  # sum of the score, before alpha, over candidates
     score_sq: jax.Array  # and of its square
     z_sq: jax.Array  # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
+    above: jax.Array | None = None  # [R, G]: candidates whose score reaches each probe (`survey.PROBES_G`)
 
 
 class Route(NamedTuple):
@@ -57,12 +61,19 @@ class DepthPolicy(Protocol):
         """Look at the states before the first step. `depth_BxT`: depths decided earlier from the same states, for
         policies that decide at once."""
 
+    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array | None:
+        """Depth of every token from the states before the first step, for policies that decide at once; else None.
+        `dial_BxR`: see `DepthControl`."""
+
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """Scores z of one recursion step."""
 
-    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+    def select(
+        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+    ) -> jax.Array:
         """Mask of the candidates that run this step. `k`: at most this many a row, chosen over the whole row
-        (training); None: by the causal rule, from each token's own score alone."""
+        (training); None: by the causal rule, from each token's own score alone. `dial` [B, 1]: this step's column of
+        a `DepthControl`'s dial, for policies that decide step by step."""
 
     def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
         """State after the step of tokens that ran it: h [B, K, D] before, y [B, K, D] the core's output."""
@@ -83,10 +94,15 @@ class DepthPolicy(Protocol):
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
         """Router parameters after an optimiser step: what is moved by rule and not by gradient."""
 
+    def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
+        """[R]: a `DepthControl`'s dial for this mean depth, read off the survey (on the host).
+
+        Raises UserError where there is nothing to dial, or not so far."""
+
 
 def zeros_stats(recursions: int) -> RouterStats:
-    """All sums zero."""
-    return RouterStats(*(jnp.zeros((recursions,), jnp.float32),) * len(RouterStats._fields))
+    """All sums zero, nothing surveyed."""
+    return RouterStats(*(jnp.zeros((recursions,), jnp.float32),) * (len(RouterStats._fields) - 1))
 
 
 def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
@@ -99,3 +115,11 @@ def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> ja
     above, level = score > kth, score == kth
     room = k - jnp.sum(above, axis=-1, keepdims=True)
     return (above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT
+
+
+def in_range(mean_depth: float, floor: int, cap: int) -> None:
+    """Raise UserError unless tokens of depths floor..cap can have this mean depth."""
+    if not floor <= mean_depth <= cap:
+        raise UserError(
+            f"a mean depth of {mean_depth:g} is out of reach: it must be between {floor} and {cap} recursions."
+        )

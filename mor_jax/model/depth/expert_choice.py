@@ -4,7 +4,7 @@ One router a step on the raw hidden state. Selected tokens get H + alpha * score
 whole block output, its residual included: gating only the residual's increment would be another model. The choice is
 hierarchical (a dropped token never re-enters). Top-k over a row looks into the future, so a BCE loss teaches
 sigmoid(z) to sit on the chosen side of 0.5, and causal inference continues while sigmoid(z) >= threshold; the gate
-stays.
+stays. A survey of the scores, taken while training, turns any mean depth into thresholds of their own.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mor_jax import nn
-from mor_jax.model.depth.base import Route, RouterStats, top_k
+from mor_jax.model.depth import survey
+from mor_jax.model.depth.base import Route, RouterStats, in_range, top_k
+from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.program import active_counts
 
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
@@ -49,11 +52,14 @@ class ExpertChoice:
 
     def init(self, key: jax.Array) -> dict:
         keys = jax.random.split(key, self.recursions)
-        return jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(keys)
+        params = jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(keys)
+        # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a gradient.
+        return params | {SURVEY: survey.empty(self.recursions)}
 
     def logical_axes(self) -> dict:
         names = nn.logical_axes(self._module(), self._example())
-        return jax.tree.map(lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple))
+        names = jax.tree.map(lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple))
+        return names | {SURVEY: ("recursion", None)}
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
@@ -61,14 +67,21 @@ class ExpertChoice:
     def begin(
         self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
     ) -> Route:
-        return Route(routers, ())
+        return Route({name: leaf for name, leaf in routers.items() if name != SURVEY}, ())
+
+    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
+        return None
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         return nn.apply(self._module(), step, h_BxTxD / self.temperature)[..., 0]
 
-    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+    def select(
+        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+    ) -> jax.Array:
         if k is None:
-            return candidates_BxT & (jax.nn.sigmoid(z_BxT) >= self.threshold)
+            on = jax.nn.sigmoid(z_BxT) >= self.threshold
+            on = on if dial is None else jnp.where(jnp.isnan(dial), on, z_BxT >= dial)
+            return candidates_BxT & on
         return top_k(z_BxT, candidates_BxT, k)
 
     def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
@@ -90,6 +103,7 @@ class ExpertChoice:
             score=jnp.sum(score * weight),
             score_sq=jnp.sum(jnp.square(score) * weight),
             z_sq=jnp.sum(jnp.square(z) * weight),  # one logit: logsumexp(z) is z
+            above=survey.count_above(z, candidates),
         )
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
@@ -104,4 +118,38 @@ class ExpertChoice:
         return {"router_loss": self.aux_loss_weight, "router_z_loss": self.z_loss_weight}
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
-        return routers
+        return survey.continued(routers, stats.above)
+
+    def shares(self, mean_depth: float, floor: int, cap: int) -> np.ndarray:
+        """[R]: share of all tokens that run each step so that their mean depth is this.
+
+        Below the depth of training the deepest steps give way first; above it every step is raised to one common
+        share. On this path a step narrows either as it did in training, or is the first to do otherwise and sees the
+        candidates it saw in training, or lets all or none of them through: so the survey, which knows the candidates
+        of training alone, says exactly where the thresholds lie (where a floor of 2 or more has changed the
+        candidates, nearly).
+        """
+        share = np.asarray(self.capacities, np.float64)
+        share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
+        surplus = share.sum() - mean_depth
+        if surplus >= 0:
+            for r in reversed(range(floor, cap)):
+                taken = min(share[r], surplus)
+                share[r] -= taken
+                surplus -= taken
+            return share
+        low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
+        for _ in range(60):
+            level = (low + high) / 2
+            low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
+        share[:cap] = np.maximum(share[:cap], high)
+        return share
+
+    def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
+        in_range(mean_depth, floor, cap)
+        share = self.shares(mean_depth, floor, cap)
+        before = np.concatenate([[1.0], share[:-1]])
+        kept = np.divide(share, before, out=np.zeros_like(share), where=before > 0)
+        kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none
+        reach = survey.reach(survey_RxG)
+        return np.array([survey.score_reached_by(k, of) for k, of in zip(kept, reach, strict=True)], np.float32)

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from mor_jax.errors import UserError
 from mor_jax.model.depth.base import Route, RouterStats
 
 
@@ -31,10 +33,15 @@ class Fixed:
     ) -> Route:
         return Route(jnp.arange(self.recursions), ())
 
+    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
+        return None
+
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)
 
-    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+    def select(
+        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+    ) -> jax.Array:
         return candidates_BxT
 
     def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
@@ -56,3 +63,9 @@ class Fixed:
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
         return routers
+
+    def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
+        raise UserError(
+            "this model runs every token through every recursion (depth policy 'fixed'), so there is no mean depth to "
+            "dial; a maximum depth can be set."
+        )

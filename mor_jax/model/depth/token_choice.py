@@ -9,20 +9,27 @@ H^{r+1} = p_i f(H^r), and H¹ is added at the exit step.
 
 Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean score; 1 when balanced), or loss-free: after
 each optimiser step b_i += rate * sign(mean(F) - F_i), which moves the choice but never the gate.
+
+At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth dial.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mor_jax import nn
-from mor_jax.model.depth.base import Route, RouterStats
+from mor_jax.model.depth import survey
+from mor_jax.model.depth.base import Route, RouterStats, in_range
+from mor_jax.model.depth.survey import SURVEY
 
+SMALLEST = 1e-12  # selection score; its logarithm lies within the probes of the survey
 SLACK = 0.06  # of the smallest profile over balanced shares: rows of a balanced router scatter around them
 
 
@@ -58,12 +65,13 @@ class TokenChoice:
         return jnp.zeros((1, 1, self.width))
 
     def init(self, key: jax.Array) -> dict:
-        params = {"choice": nn.init(self._module(), key, self._example())}
-        # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a gradient.
+        # Weights like any other to checkpoints and shardings, but all of them except `choice` are moved by
+        # `rebalance`, never by a gradient.
+        params = {"choice": nn.init(self._module(), key, self._example()), SURVEY: survey.empty(self.recursions)}
         return params | ({"bias": jnp.zeros((self.recursions,), jnp.float32)} if self.bias_rate else {})
 
     def logical_axes(self) -> dict:
-        axes = {"choice": nn.logical_axes(self._module(), self._example())}
+        axes = {"choice": nn.logical_axes(self._module(), self._example()), SURVEY: ("recursion", None)}
         return axes | ({"bias": ("recursion",)} if self.bias_rate else {})
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
@@ -81,18 +89,40 @@ class TokenChoice:
     def begin(
         self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
     ) -> Route:
-        z_BxTxR = nn.apply(self._module(), routers["choice"], h_BxTxD / self.temperature)
-        score = jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(z_BxTxR)
+        z_BxTxR, score = self._scores(routers, h_BxTxD)
         if depth_BxT is None:
-            bias = routers["bias"] if self.bias_rate else 0.0
-            depth_BxT = jnp.argmax(self.alpha * score + bias, axis=-1).astype(jnp.int32) + 1
+            depth_BxT = self._choice(routers, score)
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
         chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
         steps = jnp.arange(1, self.recursions + 1)
-        return Route(steps, TokenRoute(depth_BxT, gate, h_BxTxD), self._stats(z_BxTxR, score, depth_BxT, real_BxT))
+        stats = self._stats(z_BxTxR, score, self._log_selection(routers, score), depth_BxT, real_BxT)
+        return Route(steps, TokenRoute(depth_BxT, gate, h_BxTxD), stats)
 
-    def _stats(self, z_BxTxR, score_BxTxR, depth_BxT, real_BxT) -> RouterStats:
+    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
+        return self._choice(routers, self._scores(routers, h_BxTxD)[1], dial_BxR)
+
+    def _scores(self, routers: dict, h_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits and scores before alpha, [B, T, R]."""
+        z_BxTxR = nn.apply(self._module(), routers["choice"], h_BxTxD / self.temperature)
+        return z_BxTxR, jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(z_BxTxR)
+
+    def _bias(self, routers: dict) -> jax.Array | float:
+        return routers["bias"] if self.bias_rate else 0.0
+
+    def _choice(self, routers: dict, score_BxTxR: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
+        depth_BxT = jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32) + 1
+        if dial_BxR is None:
+            return depth_BxT
+        dialled = jnp.argmax(self._log_selection(routers, score_BxTxR) + dial_BxR[:, None], axis=-1) + 1
+        return jnp.where(jnp.isnan(dial_BxR[:, :1]), depth_BxT, dialled.astype(jnp.int32))
+
+    def _log_selection(self, routers: dict, score_BxTxR: jax.Array) -> jax.Array:
+        """Logarithm of the selection scores over alpha, in which the dial is turned: the same order, but scores of a
+        decided router, all near 0 or 1, stay apart, so that tokens change their depth one by one."""
+        return jnp.log(jnp.maximum(score_BxTxR + self._bias(routers) / self.alpha, SMALLEST))
+
+    def _stats(self, z_BxTxR, score_BxTxR, log_selection_BxTxR, depth_BxT, real_BxT) -> RouterStats:
         weight = real_BxT[..., None].astype(jnp.float32)
         ran = (depth_BxT[..., None] > jnp.arange(self.recursions)).astype(jnp.float32)
         total = lambda x: jnp.sum(x, axis=(0, 1))
@@ -106,12 +136,15 @@ class TokenChoice:
             score=total(score_BxTxR * weight),
             score_sq=total(jnp.square(score_BxTxR) * weight),
             z_sq=jnp.zeros((self.recursions,), jnp.float32).at[0].set(total(lse_sq)[0]),
+            above=jnp.stack([survey.count_above(s, real_BxT) for s in pull_deeper(log_selection_BxTxR)]),
         )
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)  # all was said in `begin`
 
-    def select(self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: TokenRoute, k: Any) -> jax.Array:
+    def select(
+        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: TokenRoute, k: Any, dial: Any = None
+    ) -> jax.Array:
         return candidates_BxT & (tokens.depth_BxT >= step)
 
     def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: TokenRoute) -> jax.Array:
@@ -143,10 +176,36 @@ class TokenChoice:
         return {"router_loss": self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        routers = survey.continued(routers, stats.above)
         if not self.bias_rate:
             return routers
         load = load_shares(stats)
         return routers | {"bias": routers["bias"] + self.bias_rate * jnp.sign(jnp.mean(load) - load)}
+
+    def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
+        """One number a for all tokens, a * (i - 1) added to the log selection score of depth i. A token of pull u_r
+        (`pull_deeper`) runs step r where u_r >= -a, so the mean depth is 1 plus the shares that reach -a, summed over
+        the steps between floor and cap."""
+        floor = max(floor, 1)
+        in_range(mean_depth, floor, cap)
+        beyond = survey.reach(survey_RxG)[floor:cap].sum(axis=0)
+        pull = np.interp(mean_depth - floor, beyond[::-1], survey.PROBES_G[:0:-1]) if cap > floor else 0.0
+        return np.asarray(-pull * np.arange(self.recursions), np.float32)
+
+
+def pull_deeper(log_selection_BxTxR: jax.Array) -> list[jax.Array]:
+    """u_r [B, T] of each step r: the token's depth reaches r exactly when a * i, added to the score of every depth i,
+    has a >= -u_r. Depth i >= r must beat every k < r: s_i + a i >= s_k + a k."""
+    s = jax.lax.stop_gradient(log_selection_BxTxR)
+    steps = s.shape[-1]
+    pulls = [jnp.full(s.shape[:-1], jnp.inf)]  # every token runs the first step
+    for r in range(1, steps):
+        beats = [
+            functools.reduce(jnp.minimum, [(s[..., i] - s[..., k]) / (i - k) for k in range(r)])
+            for i in range(r, steps)
+        ]
+        pulls.append(functools.reduce(jnp.maximum, beats))
+    return pulls
 
 
 def load_shares(stats: RouterStats) -> jax.Array:

@@ -1,0 +1,90 @@
+"""Depth at inference, as a value: a dial, a floor and a cap for each sequence of a batch.
+
+`DepthControl` holds arrays only, so turning the dial compiles nothing anew. `Controlled` is a depth policy that obeys
+one: the executors and the decoder see a policy like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
+
+
+class DepthControl(NamedTuple):
+    """How deep each of B sequences may think; `inference.dial.depth_control` makes one from depths in recursions.
+
+    What the dial says is the policy's own language: under expert-choice entry r is the score z from which a token runs
+    step r (instead of `depth.threshold`), under token-choice what is added to the log selection score of depth r. NaN
+    leaves it to the configuration.
+    """
+
+    dial_BxR: jax.Array  # float32
+    floor_B: jax.Array  # int32; a token runs at least so many recursions
+    cap_B: jax.Array  # int32; and at most so many
+
+    @classmethod
+    def neutral(cls, rows: int, recursions: int) -> DepthControl:
+        """The control that changes nothing."""
+        return cls(
+            jnp.full((rows, recursions), jnp.nan, jnp.float32),
+            jnp.zeros((rows,), jnp.int32),
+            jnp.full((rows,), recursions, jnp.int32),
+        )
+
+
+class Step(NamedTuple):
+    """What one recursion step reads: the policy's own slice, its index from 0, and its column of the dial."""
+
+    own: Any
+    index: jax.Array
+    dial_B: jax.Array
+
+
+@dataclass(frozen=True, eq=False)
+class Controlled:
+    """`policy` under `control`, for causal inference. Not hashable: it lives within one trace."""
+
+    policy: DepthPolicy
+    control: DepthControl
+
+    @property
+    def recursions(self) -> int:
+        return self.policy.recursions
+
+    def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
+        return self.policy.profiles(length)
+
+    def begin(
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
+    ) -> Route:
+        c = self.control
+        if depth_BxT is None:
+            depth_BxT = self.policy.depths(routers, h_BxTxD, c.dial_BxR)
+        if depth_BxT is not None:  # clipped here and not in `select`: the exit step has a part of its own to play
+            depth_BxT = jnp.clip(depth_BxT, c.floor_B[:, None], c.cap_B[:, None])
+        route = self.policy.begin(routers, h_BxTxD, real_BxT, depth_BxT)
+        return route._replace(steps=Step(route.steps, jnp.arange(self.recursions), c.dial_BxR.T))
+
+    def score(self, step: Step, h_BxTxD: jax.Array) -> jax.Array:
+        return self.policy.score(step.own, h_BxTxD)
+
+    def select(self, step: Step, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+        if k is not None:
+            raise ValueError("a depth control is for causal inference; top-k selection fills its capacities")
+        wants = self.policy.select(step.own, z_BxT, candidates_BxT, tokens, None, step.dial_B[:, None])
+        must = step.index < self.control.floor_B[:, None]
+        may = step.index < self.control.cap_B[:, None]
+        return candidates_BxT & (must | (wants & may))
+
+    def combine(self, step: Step, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
+        return self.policy.combine(step.own, h, y, z, tokens)
+
+    def step_stats(
+        self, step: Step, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any
+    ) -> RouterStats:
+        return self.policy.step_stats(step.own, z, candidates, active, tokens)
