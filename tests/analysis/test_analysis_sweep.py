@@ -8,7 +8,7 @@ import statistics
 import pytest
 from rich.console import Console
 
-from configs.ablations import balancing, isoflop, recursions, routers, sharing
+from configs.ablations import balancing, isoflop, kv, recursions, routers, sharing
 from mor_jax.analysis.sweep import (
     COLUMNS,
     Outcome,
@@ -24,7 +24,14 @@ from mor_jax.analysis.sweep import (
 from mor_jax.errors import ConfigError
 from mor_jax.train.sweep import jobs
 
-FILES = {"sharing": sharing, "routers": routers, "balancing": balancing, "isoflop": isoflop, "recursions": recursions}
+FILES = {
+    "sharing": sharing,
+    "routers": routers,
+    "balancing": balancing,
+    "isoflop": isoflop,
+    "recursions": recursions,
+    "kv": kv,
+}
 SIZES = ("tiny", "small", "135m", "360m", "730m", "1.7b")
 
 
