@@ -191,7 +191,10 @@ class Cell:
         """What is too much in its work folder, or held without a name there."""
         now, allowed = time.monotonic(), self._limits.scratch
         wrong = measure(self._folder.scratch, allowed, self._policy.files)
-        if wrong is None and unlinked(self.process.worker_pid or self.process.pid, self._folder.scratch, allowed) > allowed:
+        if (
+            wrong is None
+            and unlinked(self.process.worker_pid or self.process.pid, self._folder.scratch, allowed) > allowed
+        ):
             wrong = f"more than {allowed >> 20} MiB in files without a name"
         self._next_look = time.monotonic() + 10 * (time.monotonic() - now)  # looking takes a tenth of the time at most
         return wrong

@@ -13,6 +13,7 @@ from os import _exit, read, write
 from . import interrupts, jsonable
 
 RIGHTS = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS)
+SPARE = 1 << 20
 CHUNK = 1 << 16  # below the size at which malloc maps memory anew for every read
 
 
@@ -29,7 +30,13 @@ class Channel:
         self.frame = 1 << 20
         if self.socket:
             sock = _socket.socket(fileno=read_fd)
-            self._receive = sock.recvmsg
+            into = bytearray(CHUNK)  # once and for all: a cell may leave no memory to read into
+
+            def receive(_size, ancillary):
+                size, *rest = sock.recvmsg_into([into], ancillary)
+                return memoryview(into)[:size], *rest
+
+            self._receive = receive
             self._send_all = sock.sendall
         else:
             self._receive = lambda size, _: (read(read_fd, size), [], 0, None)
@@ -37,6 +44,7 @@ class Channel:
         self._ancillary = _socket.CMSG_SPACE(4) if self.socket else 0
         self._buffer, self._searched, self._fds = bytearray(), 0, []
         self._lock = allocate_lock()
+        self._spare: bytearray | None = None
 
     def encode(self, message: dict) -> bytes:
         """A message as the inside of a frame. Raises TooLarge."""
@@ -66,13 +74,21 @@ class Channel:
                 message = jsonable.loads(line.decode("ascii"))
                 return message, (self._fds.pop(0) if message.get("fd") else None)
             self._searched = len(self._buffer)
-            data, ancillary, _, _ = self._receive(CHUNK, self._ancillary)
+            data, ancillary, _, _ = self._with_spare(self._receive, CHUNK, self._ancillary)
             if not data:
                 return None
             for level, kind, payload in ancillary:
                 if (level, kind) == RIGHTS:
                     self._fds.append(int.from_bytes(payload[:4], "little"))
-            self._buffer += data
+            self._with_spare(self._buffer.extend, data)
+
+    def _with_spare(self, function, *args):
+        """Call it, once more where a cell has left no memory for it: some was put aside. An interrupt has to arrive."""
+        try:
+            return function(*args)
+        except MemoryError:
+            self._spare = None
+            return function(*args)
 
     def read_for_ever(self, handle) -> None:
         """Start the reading thread, which takes no signals."""
@@ -80,16 +96,26 @@ class Channel:
         def loop():
             while True:
                 try:
+                    if self._spare is None:
+                        self._spare = _spare()
                     received = self.receive()
-                except OSError:
-                    received = None
-                if received is None:
-                    _exit(0)  # the host is gone, or the channel is
-                handle(*received)
+                    if received is None:
+                        break
+                    handle(*received)
+                except (OSError, MemoryError):
+                    break
+            _exit(0)  # the host is gone, or the channel is, or nothing more can be heard: better dead than deaf
 
         interrupts.block()
         start_new_thread(loop, ())
         interrupts.unblock()
+
+
+def _spare() -> bytearray | None:
+    try:
+        return bytearray(SPARE)
+    except MemoryError:
+        return None
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -24,6 +24,7 @@ from _signal import (
     valid_signals,
 )
 from _thread import get_ident
+from faulthandler import cancel_dump_traceback_later
 
 TIMERS = (ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF)
 _main = get_ident()
@@ -72,6 +73,7 @@ _handlers[SIGINT] = _on_signal
 
 def disarm() -> None:
     """After a cell: no timer of its is left, and every signal is handled as before."""
+    cancel_dump_traceback_later()  # a thread of C that ends the process when its time has come
     for timer in TIMERS:
         setitimer(timer, 0)
     for number, handler in _handlers.items():

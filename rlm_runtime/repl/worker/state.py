@@ -29,7 +29,7 @@ class Interpreter:
         self._limits = sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_int_max_str_digits()
         self.settle_calls = sys.settrace, sys.setprofile, sys.setrecursionlimit, self._limits[0]
         self._switch = sys.setswitchinterval
-        self._gc = gc.callbacks, gc.enable, gc.set_threshold, gc.get_threshold()
+        self._gc = gc.callbacks, gc.enable, gc.set_threshold, gc.get_threshold(), gc.set_debug
         self._int_digits = sys.set_int_max_str_digits
         self._update, self._arm = dict.update, interrupts.arm
         self._mutable = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
@@ -71,10 +71,11 @@ class Interpreter:
         sys.path = [*self._path, *extra]  # what a cell added stays, behind the standard library
         sys.meta_path = list(self._meta_path)
         sys.path_hooks = list(self._path_hooks)
-        callbacks, enable, set_threshold, threshold = self._gc
+        callbacks, enable, set_threshold, threshold, set_debug = self._gc
         callbacks.clear()
         enable()
         set_threshold(*threshold)
+        set_debug(0)
         threading = modules.get("threading")
         if threading is not None:
             threading._trace_hook = threading._profile_hook = None
