@@ -43,7 +43,12 @@ HELPERS = frozenset(
 )
 BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
+START_TRIES = 3  # of a worker that is killed while it starts
 FOLDER_COPY = 256 << 20  # bytes of a folder that may be copied into a running worker's view
+
+
+class _Killed(SandboxError):
+    """A worker was killed by a signal while it started: by chance or by somebody, so another try is worth it."""
 
 
 class _Nuisance:
@@ -163,6 +168,15 @@ class HostedEnvironment:
 
     async def _start_worker(self) -> None:
         """A fresh worker with everything bound."""
+        for left in reversed(range(START_TRIES)):
+            try:
+                return await self._start_once()
+            except _Killed:
+                await self._drop_worker()
+                if not left:
+                    raise
+
+    async def _start_once(self) -> None:
         if self._closed:
             raise SandboxError("The REPL has been closed.")
         if os.name != "posix" or not hasattr(os, "pidfd_open"):
@@ -216,7 +230,8 @@ class HostedEnvironment:
                 how = (
                     f"ended ({process.how_it_ended()})" if done else f"was not ready within {limits.start_seconds:g} s"
                 )
-                raise SandboxError(f"The REPL's worker {how}. {self._explain(stderr)}")
+                kind = _Killed if done and process.popen.returncode < 0 else SandboxError
+                raise kind(f"The REPL's worker {how}. {self._explain(stderr)}")
             layers = self._ready.result()
             if process.worker_pid:
                 layers = sandbox.seen_from_outside(process.worker_pid, layers)
@@ -293,9 +308,11 @@ class HostedEnvironment:
                 process.stop()
         if future not in done:
             how = f"ended ({process.how_it_ended()})" if done else f"was not done within {seconds:.0f} s"
+            killed = bool(done) and process.popen.returncode < 0 and not process.killed
             self._lost = self._loss("The worker ended while it loaded a context.") if self._cells else None
             await self._drop_worker()
-            raise ContextError(f"The worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
+            kind = _Killed if killed else ContextError
+            raise kind(f"The worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
         if future.result() is not None:
             raise ContextError(f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}")
 

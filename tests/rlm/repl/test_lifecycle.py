@@ -222,6 +222,20 @@ def test_cancelled_while_it_starts():
     asyncio.run(go())
 
 
+def test_a_worker_killed_while_it_starts_is_started_again():
+    async def go():
+        environment = make("local")
+        start = asyncio.ensure_future(environment.start(Context.of("x")))
+        while environment._process is None:
+            await asyncio.sleep(0)
+        os.kill(environment._process.pid, signal.SIGKILL)
+        await asyncio.wait_for(start, HANG)
+        assert printed(await run(environment, "context")) == "'x'\n"
+        await environment.aclose()
+
+    asyncio.run(go())
+
+
 def test_closing_while_a_cell_runs_ends_it():
     async def go():
         environment = make("local")
