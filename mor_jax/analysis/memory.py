@@ -36,6 +36,7 @@ from typing import Any
 
 from mor_jax.analysis.accounting import DTYPE_BYTES, active_counts, parameters
 from mor_jax.config import Config, DepthConfig, ModelConfig, mesh_shape
+from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.program import build_program
 
 FLOAT32 = 4
@@ -81,7 +82,9 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None) 
     m, d, remat = cfg.model, cfg.depth, remat or cfg.model.remat
     data, fsdp, tensor = mesh_shape(cfg.mesh, devices)
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
-    state = FLOAT32 * count.total / (fsdp * tensor)
+    # A routed model's survey is no parameter one counts, but lies among them, with moments of its own.
+    survey = m.recursions * len(PROBES_G) if d.policy != "fixed" else 0
+    state = FLOAT32 * (count.total / (fsdp * tensor) + survey)
     rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp)
     one_row = lambda tokens, policy: saved_bytes(m, tokens, policy, tensor)
     per_row = (program.prelude + program.coda) * one_row(m.context, remat)

@@ -66,7 +66,7 @@ def train(cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True
 
     Raises:
       ConfigError, DataError, CheckpointError: see their messages.
-      TrainingError: loss or gradient of a step was not finite.
+      TrainingError: loss, gradient or update of a step was not finite.
     """
     workdir = Path(workdir)
     mesh = make_mesh(cfg.mesh)
@@ -189,7 +189,7 @@ class _Run:
     def _record(self, step: int, metrics: dict[str, jax.Array], clock: _Clock) -> None:
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
         clock.tick()
-        bad = [k for k in ("loss", "grad_norm") if not np.isfinite(values[k])]
+        bad = [k for k in ("loss", "grad_norm", "update_norm") if not np.isfinite(values[k])]
         if bad:
             with contextlib.suppress(CheckpointError):
                 self.checkpoints.wait()  # one under way counts, if it succeeds

@@ -43,8 +43,9 @@ def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     )
     if policy == "token_choice":
         score, gate = draw(st.sampled_from([("softmax", "exit"), ("sigmoid", "every"), ("softmax", "every")]))
-        bias_rate, buckets = draw(st.sampled_from([(0.0, 4), (0.001, 2)]))
-        return LM(model, DepthConfig(policy, score=score, gate=gate, bias_rate=bias_rate, buckets=buckets, **common))
+        bias_rate = draw(st.sampled_from([0.0, 0.001]))
+        # Two sizes: each is a program to compile. The extremes below have four.
+        return LM(model, DepthConfig(policy, score=score, gate=gate, bias_rate=bias_rate, buckets=2, **common))
     score, gate = draw(
         st.sampled_from([("sigmoid", "multiplicative"), ("tanh", "additive"), ("none", "multiplicative")])
     )
@@ -65,7 +66,9 @@ def packed_rows(draw, batch=2):
             row[a:b] = i + 1
         if draw(st.booleans()) and cuts:
             row[cuts[-1] :] = 0
-    tokens = np.random.default_rng(draw(st.integers(0, 1000))).integers(0, 40, seg.shape)
+    # No token twice in a row: without a prelude equal tokens have equal scores, and rounding would break the tie.
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    tokens = np.stack([rng.permutation(40)[:length] for _ in range(batch)])
     return {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(seg)}
 
 
@@ -222,4 +225,5 @@ def test_the_core_exists_once_and_runs_r_times():
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
     batch = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
     grads = jax.jit(jax.grad(lambda p: loss_fn(lm, p, batch, loss_scales(lm, batch))[0]))(params)
+    grads["router"].pop("survey")  # moved by rule
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
