@@ -162,7 +162,7 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(place):
     d, config = place
     workdir = d / "diverged"
     done = run(
-        "train", "--config", f"{config}:vanilla", "--workdir", workdir, "--config.optim.peak_lr=1e30",
+        "train", "--config", f"{config}:vanilla", "--workdir", workdir, "--config.optim.peak_lr=1e15",
         "--config.train.checkpoint_every=1", "--config.train.eval_every=0",
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
