@@ -12,7 +12,7 @@ LEFT = {
     "thread that calls": "import threading\ndef go():\n    while True:\n        try:\n            llm_query('late')\n        except BaseException:\n            time.sleep(0.01)\nthreading.Thread(target=go, daemon=True).start()",
     "thread that prints": "import threading\ndef go():\n    while True:\n        print('late', flush=True)\n        os.write(1, b'late')\n        time.sleep(0.01)\nthreading.Thread(target=go, daemon=True).start()",
     "threads that spin": "import threading\ndef go():\n    while True:\n        pass\nfor _ in range(4):\n    threading.Thread(target=go, daemon=True).start()",
-    "timer": "import threading\nthreading.Timer(0.2, lambda: llm_query('late')).start()",
+    "thread of a timer": "import threading\nthreading.Timer(0.2, lambda: llm_query('late')).start()",
     "at exit": "import atexit\natexit.register(llm_query, 'late')",
     "finalizer": "import weakref\nclass C:\n    pass\nkept = C()\nweakref.finalize(kept, llm_query, 'late')",
     "ending": "class D:\n    def __del__(self):\n        llm_query('late')\nd = D()\nd.me = d\ndel d",
