@@ -372,7 +372,7 @@ def _row_of(rows: DrawRows, row: DrawRows) -> DrawRows:
 
 def _check(lm: LM, c: EngineConfig) -> None:
     most = lm.model.context
-    if c.lanes < 1 or not 1 <= c.full_lanes:
+    if c.lanes < 1 or c.full_lanes < 1:
         raise UserError(
             f"an engine needs at least one lane, and one with full room; got lanes = {c.lanes}, full_lanes = {c.full_lanes}."
         )

@@ -21,6 +21,7 @@ in another lane is not noticed. Later segments may exist for the first lanes onl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def layout(rooms: Sequence[int]) -> Layout:
             ends.add(edge)
         edge *= 2
     starts = [0, *sorted(ends)]
-    return tuple(Segment(a, b - a, sum(room >= b for room in rooms)) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(Segment(a, b - a, sum(room >= b for room in rooms)) for a, b in itertools.pairwise(starts))
 
 
 def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
@@ -164,10 +165,10 @@ def attend_chunk(
     zero = jnp.zeros(dims, jnp.float32)
     so_far = _Softmax(zero + MASKED, zero, jnp.zeros(q_KxGxTxH.shape, jnp.float32))
     so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
+    # A lane beyond a segment has no entries in it, so that it does not matter whose are looked at.
+    of_lane = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+    from_log = lambda part, q, k, v, seen: add(part, q, of_lane(k), of_lane(v), seen)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
-        # A lane beyond this segment has no entries in it, so that it does not matter whose are looked at.
-        of_lane = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
-        from_log = lambda part, q, k, v, seen: add(part, q, of_lane(k), of_lane(v), seen)
         args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
         so_far = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
     return jnp.moveaxis(so_far.result(dtype), 2, 0)

@@ -89,7 +89,7 @@ def load_core(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, coun
 
 def _segments(tree: Any) -> tuple[list, Any]:
     """The tuples of segments in a tree of logs and tags."""
-    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple) and all(hasattr(a, "shape") for a in x))
+    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple) and bool(x) and hasattr(x[0], "shape"))
 
 
 def _read(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: int) -> Any:
