@@ -202,7 +202,9 @@ class Device:
         )  # fmt: skip
         if self.config.boundary_every is None and self.recursions > 1:
             tell("measuring a core pass and a boundary")
-            self.times = self.measure(made)
+            probes = made.timed(programs.busy_pass), made.timed(programs.busy_boundary)
+            half = self.context // 2
+            self.times = self.measure(probes, half, min(self.expected_entries(half), self.shape.entries[-1]))
             self.m = choose.best(self.lanes, self.shares, *self.times)
         tell("ticks")
         made.compile_tick(self.m, self.config.ticks_per_dispatch)
@@ -211,20 +213,21 @@ class Device:
         made.compile_small()
         self._programs = made
 
-    def measure(self, made: programs.Programs, repeats: int = 7) -> tuple[float, float]:
-        """Median seconds of (a core pass, a boundary), all lanes busy and half full. Empties every lane."""
-        found = []
-        for f in (programs.busy_pass, programs.busy_boundary):
-            program, walls = made.timed(f), []
-            for _ in range(repeats + 1):
+    def measure(self, probes: tuple[Any, Any], tokens: int, entries: int, repeats: int = 7) -> tuple[float, float]:
+        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their logs. `probes`: the
+        two, of `Programs.timed`. Empties every lane."""
+        fill = np.int32(tokens), np.int32(entries)
+        walls = [[], []]
+        for _ in range(repeats + 1):  # in turns, so that what disturbs the machine disturbs both
+            for probe, wall in zip(probes, walls, strict=True):
                 jax.block_until_ready(self._state)
                 begin = time.perf_counter()
-                self._state, *rest = program(self._weights, self._state)
+                self._state, *rest = probe(self._weights, self._state, *fill)
                 jax.block_until_ready((self._state, rest))
-                walls.append(time.perf_counter() - begin)
-            found.append(statistics.median(walls[1:]))
+                wall.append(time.perf_counter() - begin)
         self._state = self._empty()
-        return found[0], found[1]
+        core, boundary = (statistics.median(wall[1:]) for wall in walls)
+        return core, boundary
 
     # ------------------------------------------------------------------------------------- a lane's life
 
