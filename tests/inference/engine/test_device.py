@@ -23,9 +23,9 @@ SMALL = 100  # entries of a lane that is not a full one
 def mor():
     """Expert-choice, depth 0 included; one full lane, three smaller ones, logs of several segments."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs, "FIRST", 32)
+        patch.setattr(logs, "FIRST", 48)
         device = build("mor", 1, full_lanes=1, entries=SMALL)
-        assert [s.lanes for s in device.shape.core] == [4, 4, 4, 1]
+        assert [s.lanes for s in device.shape.core] == [4, 4, 1]
         yield device
 
 
