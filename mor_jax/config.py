@@ -21,10 +21,10 @@ from typing import Any
 from mor_jax.errors import ConfigError
 
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
-POLICIES = ("fixed", "expert_choice", "token_choice")
+POLICIES = ("fixed", "expert_choice", "token_choice", "random")
 ROUTERS = ("linear", "mlp", "wide_mlp")
 SCORES = ("sigmoid", "tanh", "softmax", "none")
-GATES = ("multiplicative", "additive", "exit", "every")
+GATES = ("multiplicative", "additive", "exit", "every", "constant")
 EXECUTORS = ("gathered", "masked")
 KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid")
 DTYPES = ("float32", "bfloat16")
@@ -38,10 +38,28 @@ SOURCES = ("pystdlib", "files", "tfds")
 # stored at every depth) cannot exist; under the fixed one nothing is ever missing, so "recursion_wise" and "hybrid"
 # would be "full".
 _ROUTED_KV = ("recursion_wise", "shared", "hybrid")
-KV_OF_POLICY = {"fixed": ("full", "shared"), "expert_choice": _ROUTED_KV, "token_choice": _ROUTED_KV}
+KV_OF_POLICY = {
+    "fixed": ("full", "shared"),
+    "expert_choice": _ROUTED_KV,
+    "token_choice": _ROUTED_KV,
+    "random": _ROUTED_KV,
+}
+# Policies that have a router, and policies that fill capacities row by row in training.
+WITH_ROUTER = ("expert_choice", "token_choice")
+WITH_CAPACITIES = ("expert_choice", "random")
 # Which score function and which gate each routed policy knows; the first of each is its default ("" in a config).
-SCORES_OF_POLICY = {"fixed": (), "expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}
-GATES_OF_POLICY = {"fixed": (), "expert_choice": ("multiplicative", "additive"), "token_choice": ("exit", "every")}
+SCORES_OF_POLICY = {
+    "fixed": (),
+    "expert_choice": ("sigmoid", "tanh", "none"),
+    "token_choice": ("softmax", "sigmoid"),
+    "random": (),
+}
+GATES_OF_POLICY = {
+    "fixed": (),
+    "expert_choice": ("multiplicative", "additive"),
+    "token_choice": ("exit", "every"),
+    "random": ("constant", "additive"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,16 +97,17 @@ class ModelConfig:
 class DepthConfig:
     """How often each token recurses."""
 
-    policy: str = "fixed"  # fixed | expert_choice | token_choice
+    policy: str = "fixed"  # fixed | expert_choice | token_choice | random (of the same capacities as expert_choice)
     router: str = "linear"  # linear | mlp (hidden 2D) | wide_mlp (hidden 4D)
     score: str = ""  # "": the policy's default. expert_choice: sigmoid | tanh | none; token_choice: softmax | sigmoid
-    gate: str = (
-        ""  # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2)
-    )
+    # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2); random:
+    # constant (alpha) | additive
+    gate: str = ""
     alpha: float = 0.0  # scale of the gate, alpha * score; 0: the paper's, 0.1 (1 for softmax)
     temperature: float = 1.0  # the hidden state is divided by it before the router
     z_loss_weight: float = 0.0  # of mean(logsumexp(z)^2)
-    # expert_choice
+    seed: int = 0  # random: of the draws
+    # expert_choice, random
     capacities: tuple[float, ...] = ()  # share of the row kept at r = 1..R; (): (R-r+1)/R
     aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
     threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
@@ -371,10 +390,10 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
             f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {d.threshold}."
         )
     if d.capacities:
-        if d.policy != "expert_choice":
+        if d.policy not in WITH_CAPACITIES:
             why = "sends every token through every recursion" if d.policy == "fixed" else "lets each token choose"
             raise ConfigError(
-                f"{where}.capacities is set, but policy {d.policy!r} {why}. Use policy 'expert_choice' or remove it."
+                f"{where}.capacities is set, but policy {d.policy!r} {why}. Use policy 'expert_choice' or 'random', or remove it."
             )
         if len(d.capacities) != m.recursions:
             raise ConfigError(f"{where}.capacities has {len(d.capacities)} entries for recursions = {m.recursions}.")
@@ -411,7 +430,7 @@ def _check_kv(m: ModelConfig, d: DepthConfig) -> None:
             f"{where} uses keys of the first run through the whole core again, but config.model.sharing = "
             f"{m.sharing!r} repeats each block in place. Use cycle or middle_cycle, or kv = 'full'."
         )
-    if d.policy == "expert_choice" and d.capacities and d.capacities[0] < 1:
+    if d.policy in WITH_CAPACITIES and d.capacities and d.capacities[0] < 1:
         raise ConfigError(
             f"{where} needs the keys of all tokens from recursion 1, but config.depth.capacities starts at "
             f"{d.capacities[0]}: the others would have none. Start it at 1.0, or use kv = 'recursion_wise'."

@@ -193,7 +193,7 @@ def true_flops_per_token(
     layer_tokens = ends * t + layers.core * sum(ran)
     saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
     # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
-    candidates = {"fixed": 0, "expert_choice": t + sum(counts[:-1]), "token_choice": t}[depth.policy]
+    candidates = {"expert_choice": t + sum(counts[:-1]), "token_choice": t}.get(depth.policy, 0)
     return TrueFlops(
         blocks=2 * (_block_matrices(model) * layer_tokens - _kv_matrices(model) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
@@ -266,7 +266,7 @@ def _block_matrices(model: ModelConfig) -> int:
 
 
 def _routers(model: ModelConfig, depth: DepthConfig) -> int:
-    return {"fixed": 0, "expert_choice": model.recursions, "token_choice": 1}[depth.policy]
+    return {"expert_choice": model.recursions, "token_choice": 1}.get(depth.policy, 0)
 
 
 def _router_matrix(model: ModelConfig, depth: DepthConfig) -> int:

@@ -40,7 +40,8 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
     core = lm.core(params, pos, keep=True)
-    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, causal=True, kv=kv, keep_extra=True)
+    how = {"causal": True, "kv": kv, "keep_extra": True, "draw_BxTxR": lm.draws(tokens_BxT, pos)}
+    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, **how)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -75,7 +76,8 @@ def decode_step(
     core = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     policy = lm.steered(control)
-    route = policy.begin(params["router"], h, everyone[:, None])
+    draws = lm.draws(token_B[:, None], pos_B[:, None])
+    route = policy.begin(params["router"], h, everyone[:, None], draw_BxTxR=draws)
     for r in range(lm.program.recursions):
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
         z = policy.score(step, h)

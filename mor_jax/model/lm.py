@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
-from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, build_policy
+from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RandomChoice, RouterStats, build_policy
+from mor_jax.model.depth.random_choice import uniforms
 from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
@@ -76,6 +77,13 @@ class LM:
     def steered(self, control: DepthControl | None) -> DepthPolicy:
         """The policy under a depth control; itself without one."""
         return self.policy if control is None else Controlled(self.policy, control)
+
+    def draws(self, tokens_BxT: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None) -> jax.Array | None:
+        """What random routing draws for these tokens at these positions in their documents, [B, T, R]; None where
+        nothing is drawn. `salt_B`: see `depth.random_choice.uniforms`."""
+        if not isinstance(self.policy, RandomChoice):
+            return None
+        return uniforms(self.policy.seed, self.program.recursions, tokens_BxT, pos_BxT, salt_B)
 
     @property
     def _block(self) -> nn.Block:
@@ -227,7 +235,7 @@ class LM:
         self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
         *, mode: str = TOPK, executor: str | None = None, profile: int | None = None,
         depth_BxT: jax.Array | None = None, entered_BxTxD: jax.Array | None = None,
-        control: DepthControl | None = None,
+        control: DepthControl | None = None, salt_B: jax.Array | None = None,
     ) -> Forward:  # fmt: skip
         """Final states of whole rows.
 
@@ -239,6 +247,7 @@ class LM:
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
+          salt_B: of each row's draws under random routing, see `draws`.
         """
         if control is not None and mode != CAUSAL:
             raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
@@ -248,7 +257,7 @@ class LM:
         x = self.enter(params, tokens_BxT, seg) if entered_BxTxD is None else entered_BxTxD
         kv = self.depth.kv_name
         core = self.core(params, pos, keep=looks_back(kv))
-        how = {"kv": kv, "depth_BxT": depth_BxT}
+        how = {"kv": kv, "depth_BxT": depth_BxT, "draw_BxTxR": self.draws(tokens_BxT, pos, salt_B)}
         if mode == TOPK and (executor or self.depth.executor) == "gathered":
             result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
         else:

@@ -43,6 +43,7 @@ class Recursed(NamedTuple):
 def run_masked(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
     *, causal: bool, kv: str = "", keep_extra: bool = False, depth_BxT: jax.Array | None = None,
+    draw_BxTxR: jax.Array | None = None,
 ) -> Recursed:  # fmt: skip
     """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
 
@@ -52,10 +53,10 @@ def run_masked(
       causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
       kv: the KV strategy.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
-      depth_BxT: depths decided earlier, see `DepthPolicy.begin`.
+      depth_BxT, draw_BxTxR: depths decided earlier, numbers drawn, see `DepthPolicy.begin`.
     """
     counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1])[-1], jnp.int32)
-    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT)
+    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT, draw_BxTxR)
 
     def one(carry, xs):
         h, candidates, kept = carry
@@ -90,6 +91,7 @@ def run_masked(
 def run_gathered(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
     *, kv: str = "", profile: int | None = None, depth_BxT: jax.Array | None = None,
+    draw_BxTxR: jax.Array | None = None,
 ) -> Recursed:  # fmt: skip
     """Only the selected tokens through each step. Arguments as in `run_masked`.
 
@@ -112,7 +114,7 @@ def run_gathered(
         ]
         return jax.lax.switch(fitting_profile(profiles, depth_BxT), branches, routers, h_BxTxD, depth_BxT)
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, seg_BxT > 0
-    route = policy.begin(routers, h, valid, depth_BxT)
+    route = policy.begin(routers, h, valid, depth_BxT, draw_BxTxR)
     tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
     all_stats, all_active, kept, picked = [], [], None, None

@@ -18,7 +18,7 @@ from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32
+Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under random routing also salt: [B] uint32
 
 
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +43,7 @@ def loss_fn(
     The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
-    out = lm.forward(params, tokens, seg, mode=TOPK, **of_forward)
+    out = lm.forward(params, tokens, seg, mode=TOPK, salt_B=batch.get("salt"), **of_forward)
     targets, weights = next_token_targets(tokens, seg)
     nll = cross_entropy_sum(out.h_BxTxD, params["embed"]["table"], targets, weights, lm.model.loss_chunk)
     lm_loss = nll / target_count
@@ -156,6 +156,10 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch):
+        if lm.depth.policy == "random":  # of each row of each step its own draw, whatever the accumulation and the mesh
+            rows = batch["tokens"].shape[0]
+            salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
+            batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)

@@ -7,12 +7,13 @@ from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
 from mor_jax.model.depth.control import Controlled, DepthControl
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
+from mor_jax.model.depth.random_choice import RandomChoice
 from mor_jax.model.depth.token_choice import TokenChoice
 from mor_jax.model.program import build_program, capacities
 
 __all__ = [
-    "Controlled", "DepthControl", "DepthPolicy", "ExpertChoice", "Fixed", "Route", "RouterStats", "TokenChoice",
-    "build_policy",
+    "Controlled", "DepthControl", "DepthPolicy", "ExpertChoice", "Fixed", "RandomChoice", "Route", "RouterStats",
+    "TokenChoice", "build_policy",
 ]  # fmt: skip
 
 
@@ -20,6 +21,8 @@ def build_policy(model: ModelConfig, depth: DepthConfig) -> DepthPolicy:
     """The policy of a checked configuration."""
     if depth.policy == "fixed":
         return Fixed(build_program(model).recursions)
+    if depth.policy == "random":
+        return RandomChoice(model.recursions, capacities(model, depth), depth.gate_scale, depth.gate_name, depth.seed)
     shared = dict(
         recursions=model.recursions,
         width=model.width,

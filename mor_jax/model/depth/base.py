@@ -56,10 +56,11 @@ class DepthPolicy(Protocol):
         whatever the policy can ask for. One profile when the sizes are known beforehand."""
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         """Look at the states before the first step. `depth_BxT`: depths decided earlier from the same states, for
-        policies that decide at once."""
+        policies that decide at once. `draw_BxTxR`: numbers in [0, 1), for policies that draw."""
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array | None:
         """Depth of every token from the states before the first step, for policies that decide at once; else None.
@@ -123,3 +124,28 @@ def in_range(mean_depth: float, floor: int, cap: int) -> None:
         raise UserError(
             f"a mean depth of {mean_depth:g} is out of reach: it must be between {floor} and {cap} recursions."
         )
+
+
+def shares_at(capacities: tuple[float, ...], mean_depth: float, floor: int, cap: int) -> np.ndarray:
+    """[R]: share of all tokens that run each step so that their mean depth is this.
+
+    Below the depth of training the deepest steps give way first; above it every step is raised to one common share.
+    On this path a step narrows either as it did in training, or is the first to do otherwise and sees the candidates
+    it saw in training, or lets all or none of them through: so a survey, which knows the candidates of training alone,
+    says exactly where the thresholds lie (where a floor of 2 or more has changed the candidates, nearly).
+    """
+    share = np.asarray(capacities, np.float64)
+    share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
+    surplus = share.sum() - mean_depth
+    if surplus >= 0:
+        for r in reversed(range(floor, cap)):
+            taken = min(share[r], surplus)
+            share[r] -= taken
+            surplus -= taken
+        return share
+    low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
+    share[:cap] = np.maximum(share[:cap], high)
+    return share

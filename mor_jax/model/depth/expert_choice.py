@@ -18,7 +18,7 @@ import numpy as np
 
 from mor_jax import nn
 from mor_jax.model.depth import survey
-from mor_jax.model.depth.base import Route, RouterStats, in_range, top_k
+from mor_jax.model.depth.base import Route, RouterStats, in_range, shares_at, top_k
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.program import active_counts
 
@@ -65,8 +65,9 @@ class ExpertChoice:
         return (active_counts(self.capacities, length),)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         return Route({name: leaf for name, leaf in routers.items() if name != SURVEY}, ())
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
@@ -120,34 +121,9 @@ class ExpertChoice:
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
         return survey.continued(routers, stats.above)
 
-    def shares(self, mean_depth: float, floor: int, cap: int) -> np.ndarray:
-        """[R]: share of all tokens that run each step so that their mean depth is this.
-
-        Below the depth of training the deepest steps give way first; above it every step is raised to one common
-        share. On this path a step narrows either as it did in training, or is the first to do otherwise and sees the
-        candidates it saw in training, or lets all or none of them through: so the survey, which knows the candidates
-        of training alone, says exactly where the thresholds lie (where a floor of 2 or more has changed the
-        candidates, nearly).
-        """
-        share = np.asarray(self.capacities, np.float64)
-        share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
-        surplus = share.sum() - mean_depth
-        if surplus >= 0:
-            for r in reversed(range(floor, cap)):
-                taken = min(share[r], surplus)
-                share[r] -= taken
-                surplus -= taken
-            return share
-        low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
-        for _ in range(60):
-            level = (low + high) / 2
-            low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
-        share[:cap] = np.maximum(share[:cap], high)
-        return share
-
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
         in_range(mean_depth, floor, cap)
-        share = self.shares(mean_depth, floor, cap)
+        share = shares_at(self.capacities, mean_depth, floor, cap)
         before = np.concatenate([[1.0], share[:-1]])
         kept = np.divide(share, before, out=np.zeros_like(share), where=before > 0)
         kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none

@@ -87,8 +87,9 @@ class TokenChoice:
         return tuple(found)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         if depth_BxT is None:
             depth_BxT = self._choice(routers, score)
