@@ -26,6 +26,7 @@ from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: acco
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
+from mor_jax.model.depth.warmup import shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program, capacities
 from mor_jax.nn.router import HIDDEN
@@ -92,7 +93,7 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
         embedding=_vocabulary(model) * model.width,
         blocks=unique * _block_matrices(model),
         norms=(2 * unique + 1) * model.width,
-        router=_routers(model, depth) * _router_matrix(model, depth) + (model.recursions if depth.bias_rate else 0),
+        router=_routers(model, depth) * _router_matrix(model, depth) + model.recursions * bool(depth.bias_rate),
     )
 
 
@@ -101,7 +102,9 @@ def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
     return program.active_counts(capacities(model, depth), model.context)
 
 
-def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int | None = None) -> float:
+def paper_flops_per_token(
+    model: ModelConfig, depth: DepthConfig, context: int | None = None, *, shares: Sequence[float] | None = None
+) -> float:
     """Forward FLOPs a token in the paper's accounting (module docstring).
 
     A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
@@ -111,6 +114,7 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
 
     Args:
       context: n, tokens a row; default the model's.
+      shares: of a row that runs recursion r = 1..R; default `capacities`.
     """
     n = model.context if context is None else context
     heads, _, head_dim = model.dims
@@ -125,17 +129,29 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
             return c * a + c * c * b
         return c * (a + b) - (c * projections if r and depth.kv_name == SHARED else 0.0)
 
-    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(capacities(model, depth)))
+    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(shares or capacities(model, depth)))
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
-    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost."""
-    return steps * tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost. Those
+    of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
+    tokens = tokens_per_step(cfg)
+    return sum(
+        (s.last - s.first) * tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=s.shares)
+        for s in stages(cfg.model, cfg.depth, steps)
+    )
 
 
 def true_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps, forward and backward, head and router included."""
-    return steps * tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth).training
+    return sum((s.last - s.first) * true_step_flops(cfg, s.last) for s in stages(cfg.model, cfg.depth, steps))
+
+
+def true_step_flops(cfg: Config, step: int | None = None) -> float:
+    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm."""
+    stage = None if step is None else stage_of(cfg.depth, step - 1)
+    counts = program.active_counts(shares_in(cfg.model, cfg.depth, stage), cfg.model.context)
+    return tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
 
 
 def tokens_per_step(cfg: Config) -> int:
@@ -151,7 +167,14 @@ def steps_for_flops(cfg: Config) -> int:
     """
     if cfg.train.flops <= 0:
         raise ConfigError(f"config.train.flops must be positive to set the steps, got {cfg.train.flops:g}.")
-    return max(1, math.ceil(cfg.train.flops / paper_training_flops(cfg, 1)))
+    left = cfg.train.flops - paper_training_flops(cfg, cfg.depth.warmup)
+    if left < 0 or (cfg.depth.warmup and not left):
+        raise ConfigError(
+            f"config.train.flops = {cfg.train.flops:g} ends within config.depth.warmup = {cfg.depth.warmup} steps: the "
+            "model would never be trained as it is evaluated. Use fewer steps of warm-up."
+        )
+    warm = tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+    return max(1, cfg.depth.warmup + math.ceil(left / warm))
 
 
 def training_steps(cfg: Config) -> int:
@@ -194,6 +217,7 @@ def true_flops_per_token(
     saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
     # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
     candidates = {"expert_choice": t + sum(counts[:-1]), "token_choice": t}.get(depth.policy, 0)
+    candidates *= 2 if depth.inference == "auxiliary" else 1  # the second router reads what the first reads
     return TrueFlops(
         blocks=2 * (_block_matrices(model) * layer_tokens - _kv_matrices(model) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
@@ -266,7 +290,8 @@ def _block_matrices(model: ModelConfig) -> int:
 
 
 def _routers(model: ModelConfig, depth: DepthConfig) -> int:
-    return {"expert_choice": model.recursions, "token_choice": 1}.get(depth.policy, 0)
+    rivals = 2 if depth.inference == "auxiliary" else 1
+    return {"expert_choice": rivals * model.recursions, "token_choice": 1}.get(depth.policy, 0)
 
 
 def _router_matrix(model: ModelConfig, depth: DepthConfig) -> int:

@@ -60,6 +60,7 @@ class LM:
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
+    stage: int | None = None  # of the depth warm-up (`depth/warmup.py`); None: warm
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:
@@ -72,7 +73,7 @@ class LM:
 
     @functools.cached_property
     def policy(self) -> DepthPolicy:
-        return build_policy(self.model, self.depth)
+        return build_policy(self.model, self.depth, self.stage)
 
     def steered(self, control: DepthControl | None) -> DepthPolicy:
         """The policy under a depth control; itself without one."""

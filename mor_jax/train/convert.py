@@ -19,7 +19,7 @@ from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import claim, resolve
-from mor_jax.train.schedule import optimizer
+from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import create_state
 
 
@@ -75,7 +75,7 @@ def convert_checkpoint(
             )
         cfg = resolve(cfg, data)
         check(cfg, devices=mesh.size)
-        lm, tx = LM.from_config(cfg), optimizer(cfg.optim, training_steps(cfg))
+        lm, tx = LM.from_config(cfg), optimizer_of(cfg, training_steps(cfg))
         state = create_state(lm, tx, mesh, cfg.train.seed)
         params = state.params | _placed(convert(loaded.params, old, cfg.model, method, seed=seed), lm, mesh)
         meta = {
