@@ -31,6 +31,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
+NORMS = ("shared", "own")
 INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 
@@ -84,9 +85,18 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
+    # Relaxation: what each recursion has of its own in the shared core (cycle schemes).
+    norms: str = "shared"  # of the core's blocks: shared | own
+    lora_rank: int = 0  # of an addition to the query and value projections; 0: none
+    recursion_encoding: bool = False  # a learned factor, at first 1, on each dimension of the state it reads
     remat: str = "none"  # none | block | dots | dots_no_batch
     attention: str = "blocked"  # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16)
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether recursions have something of their own."""
+        return self.norms == "own" or self.lora_rank > 0 or self.recursion_encoding
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -353,6 +363,7 @@ def _check_model(m: ModelConfig) -> None:
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
+    _check_relaxation(m)
     ends = sum(unshared_ends(m))
     inner = m.layers - ends
     if inner < m.recursions or inner % m.recursions:
@@ -363,6 +374,23 @@ def _check_model(m: ModelConfig) -> None:
             f"layers - {ends} unshared must be a multiple of {m.recursions}. Layer counts near it that fit: "
             f"{', '.join(map(str, fits))}."
         )
+
+
+def _check_relaxation(m: ModelConfig) -> None:
+    where = "config.model"
+    _one_of(f"{where}.norms", m.norms, NORMS)
+    if m.lora_rank < 0:
+        raise ConfigError(f"{where}.lora_rank must not be negative, got {m.lora_rank}; 0 means none.")
+    in_place = m.sharing.endswith("sequence")
+    if not m.relaxed or (m.recursions > 1 and not in_place):
+        return
+    given = {"norms": m.norms == "own", "lora_rank": m.lora_rank > 0, "recursion_encoding": m.recursion_encoding}
+    name = next(name for name, on in given.items() if on)
+    why = f"sharing = {m.sharing!r} repeats each block in place" if in_place else "recursions = 1 shares nothing"
+    raise ConfigError(
+        f"{where}.{name} = {getattr(m, name)!r} gives each recursion over a shared core something of its own, but {why}. "
+        "Remove it, or use sharing = 'middle_cycle' (or 'cycle') with recursions of 2 or more."
+    )
 
 
 def unshared_ends(m: ModelConfig) -> tuple[int, int]:

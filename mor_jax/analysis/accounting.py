@@ -39,8 +39,8 @@ class ParameterCount:
     """Unique parameters (a shared block counts once)."""
 
     embedding: int  # V * D; input and output embedding are the same array
-    blocks: int  # matrices of the unique blocks
-    norms: int  # two a block, and the final one
+    blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
+    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property
@@ -88,11 +88,13 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
     Raises:
       ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
     """
-    unique = build_program(model).unique_layers
+    layers = build_program(model)
+    unique, own = layers.unique_layers, layers.core * (model.recursions - 1) if model.norms == "own" else 0
+    scales = 2 * (unique + own) + 1 + (model.recursions if model.recursion_encoding else 0)
     return ParameterCount(
         embedding=_vocabulary(model) * model.width,
-        blocks=unique * _block_matrices(model),
-        norms=(2 * unique + 1) * model.width,
+        blocks=unique * _block_matrices(model) + layers.core * model.recursions * sum(_lora_matrices(model)),
+        norms=scales * model.width,
         router=_routers(model, depth) * _router_matrix(model, depth) + model.recursions * bool(depth.bias_rate),
     )
 
@@ -110,7 +112,7 @@ def paper_flops_per_token(
     A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
     n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink. Under shared keys a step r > 1
     costs c (a - 4 D²) + c b: no key or value is projected, and the queries that are left look at all tokens; under the
-    hybrid, which the paper does not count, c a + c b.
+    hybrid, which the paper does not count, c a + c b. Relaxation, which it does not count either, is left out.
 
     Args:
       context: n, tokens a row; default the model's.
@@ -218,8 +220,10 @@ def true_flops_per_token(
     # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
     candidates = {"expert_choice": t + sum(counts[:-1]), "token_choice": t}.get(depth.policy, 0)
     candidates *= 2 if depth.inference == "auxiliary" else 1  # the second router reads what the first reads
+    query, value = _lora_matrices(model)
+    additions = layers.core * sum(ran) * (query + value)
     return TrueFlops(
-        blocks=2 * (_block_matrices(model) * layer_tokens - _kv_matrices(model) * saved) / t,
+        blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * model.width * _vocabulary(model),
         router=2 * _router_matrix(model, depth) * candidates / t,
@@ -237,7 +241,8 @@ def kv_bytes_per_token(
 
     The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2), so the core costs
     Σ_r share_r copies of its layers - (R+1)/2 at the default capacities. Shared keys cost one copy; full and hybrid,
-    where every token has an entry at every depth, R. The layers before and after the recursion store every token.
+    where every token has an entry at every depth, R. The layers before and after the recursion store every token. What is
+    read is another count: `analysis/traffic.py`.
 
     Args:
       mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
@@ -248,39 +253,33 @@ def kv_bytes_per_token(
     """
     copies = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
     copies = {"recursion_wise": copies, SHARED: 1}.get(depth.kv_name, model.recursions)
-    return _kv_bytes(model, copies, bytes_per_value)
-
-
-def kv_read_bytes_per_token(
-    model: ModelConfig,
-    depth: DepthConfig,
-    *,
-    mean_active: Sequence[float] | None = None,
-    bytes_per_value: int | None = None,
-) -> float:
-    """Bytes of keys and values that decoding one token reads for each token of context, if it goes all the way.
-
-    What is stored is not what is read: shared keys are stored once and read at each of the R recursions, as the
-    entries of full and hybrid are; recursion-wise caching reads what it stores (paper section 2.2.2: KV IO (R+1)/2R
-    against 1). Arguments as in `kv_bytes_per_token`.
-    """
-    read = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
-    return _kv_bytes(model, model.recursions if depth.kv_name != "recursion_wise" else read, bytes_per_value)
-
-
-def _kv_bytes(model: ModelConfig, core_copies: float, bytes_per_value: int | None) -> float:
-    """Keys and values of a token in all blocks, those of the core `core_copies` times."""
     layers = build_program(model)
-    _, kv_heads, head_dim = model.dims
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
-    blocks = layers.prelude + layers.coda + layers.core * core_copies
-    return 2 * kv_heads * head_dim * size * blocks
+    return kv_values(model) * size * (layers.prelude + layers.coda + layers.core * copies)
+
+
+def kv_values(model: ModelConfig) -> int:
+    """Numbers in the key and the value of one token in one block."""
+    _, kv_heads, head_dim = model.dims
+    return 2 * kv_heads * head_dim
 
 
 def _kv_matrices(model: ModelConfig) -> int:
     """Parameters of one block's key and value projections."""
-    _, kv_heads, head_dim = model.dims
-    return 2 * model.width * kv_heads * head_dim
+    return model.width * kv_values(model)
+
+
+def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of one block's low-rank additions at one recursion, to the queries and to the values."""
+    heads, kv_heads, head_dim = model.dims
+    return model.lora_rank * (model.width + heads * head_dim), model.lora_rank * (model.width + kv_heads * head_dim)
+
+
+def block_weights_read(model: ModelConfig) -> int:
+    """Matrix parameters that a token of full depth meets, a shared block once for each application."""
+    layers = build_program(model)
+    own = layers.core * layers.recursions * sum(_lora_matrices(model))
+    return layers.unrolled_layers * _block_matrices(model) + own
 
 
 def _block_matrices(model: ModelConfig) -> int:
