@@ -85,7 +85,16 @@ for kind, shapes in {
         found[f"{kind} {'x'.join(map(str, shape))}"] = train(kind, shape, jax.devices())
 print("RESULT" + json.dumps(found))
 """
-MESHES = ["mor 2x2x2", "mor 1x8x1", "mor 8x1x1", "token 2x2x2", "token 8x1x1", "vanilla 2x2x2", "aux 2x2x2", "random 2x2x2"]
+MESHES = [
+    "mor 2x2x2",
+    "mor 1x8x1",
+    "mor 8x1x1",
+    "token 2x2x2",
+    "token 8x1x1",
+    "vanilla 2x2x2",
+    "aux 2x2x2",
+    "random 2x2x2",
+]
 
 
 @pytest.fixture(scope="module")
