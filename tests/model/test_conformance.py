@@ -19,6 +19,7 @@ from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.model.convert import convert
 from mor_jax.model.depth import build_policy
 from mor_jax.model.recurse import run_gathered, run_masked
+from mor_jax.train.evaluate import evaluate
 
 T = 24
 SMALL = {"width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": T, "loss_chunk": 0}
@@ -118,11 +119,23 @@ def test_3_token_choice_is_causal_and_blind_to_padding():
 def test_4_expert_choice_is_causal_by_threshold_and_not_by_top_k():
     assert worst_change_of_the_past("mor", "causal") == 0
     assert worst_change_of_the_past("mor", "topk") > 1e-2
-    # What an evaluation says of it (both losses, sampling accuracy, dead tokens): tests/launch/test_commands.py.
     lm, params = model("mor")
     depth = {mode: forward(lm, params, tokens(), np.ones((2, T), np.int32), mode)[1] for mode in ("topk", "causal")}
     assert set(np.unique(depth["causal"])) == {0, 1, 2, 3}
     np.testing.assert_array_equal(np.sort(depth["topk"]), [[1] * 8 + [2] * 8 + [3] * 8] * 2)
+
+
+def test_4_an_evaluation_reports_both_modes_and_how_they_differ():
+    lm, params = model("mor")
+    batch = {"tokens": jnp.asarray(tokens()), "segment_ids": jnp.ones((2, T), jnp.int32)}
+    record = evaluate(lm, params, [batch], jnp.ones((64,)))
+    logits, depth = forward(lm, params, tokens(), np.ones((2, T), np.int32), "topk")
+    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens()[:, 1:, None], axis=-1).mean()
+    assert record["topk/nll"] == pytest.approx(float(nll), rel=1e-4) and record["causal/nll"] != record["topk/nll"]
+    assert record["topk/mean_depth"] == pytest.approx(2) != record["causal/mean_depth"]
+    assert record["dead_token_ratio"] == pytest.approx((np.asarray(depth).max(0) < 3).mean())
+    by_router = [record[f"router/{r}/sampling_accuracy"] for r in (1, 2, 3)]
+    assert record["sampling_accuracy"] == pytest.approx(np.mean(by_router)) and all(0 < a < 1 for a in by_router)
 
 
 @pytest.mark.parametrize("kind", ["mor", "mor_shared"])
