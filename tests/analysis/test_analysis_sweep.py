@@ -8,7 +8,7 @@ import statistics
 import pytest
 from rich.console import Console
 
-from configs.ablations import balancing, isoflop, kv, recursions, routers, sharing
+from configs.ablations import balancing, isoflop, kv, random_routing, recursions, relaxation, routers, sharing
 from mor_jax.analysis.sweep import (
     COLUMNS,
     Outcome,
