@@ -31,6 +31,8 @@ FILES = {
     "isoflop": isoflop,
     "recursions": recursions,
     "kv": kv,
+    "random_routing": random_routing,
+    "relaxation": relaxation,
 }
 SIZES = ("tiny", "small", "135m", "360m", "730m", "1.7b")
 
