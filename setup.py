@@ -45,7 +45,7 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "serve": [
-            "llguidance>=1.3",  # JSON schemas, patterns and choices as token masks
+            "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
             "python-multipart>=0.0.12",
             "starlette>=0.40",
             "uvicorn>=0.30",
@@ -54,8 +54,8 @@ setup(
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
             "hypothesis>=6.100",
-            "llguidance>=1.3",  # constrained output, held to jsonschema
             "ipykernel>=6.29",  # the notebooks are executed by the tests
+            "llguidance>=1.9",  # constrained output, held to jsonschema
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
