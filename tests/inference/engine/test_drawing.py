@@ -300,10 +300,21 @@ def test_a_seed_is_any_integer():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", -0.1), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
-     ("min_p", -0.1), ("min_p", 2.0), ("presence_penalty", 2.5), ("frequency_penalty", float("inf")),
-     ("repetition_penalty", 0.0), ("logit_bias", ((V, 1.0),)), ("logit_bias", ((1, float("nan")),)),
-     ("logit_bias", tuple((1, 1.0) for _ in range(BIASES + 1)))],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2.0),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", float("inf")),
+        ("repetition_penalty", 0.0),
+        ("logit_bias", ((V, 1.0),)),
+        ("logit_bias", ((1, float("nan")),)),
+        ("logit_bias", tuple((1, 1.0) for _ in range(BIASES + 1))),
+    ],
 )
 def test_bad_values_are_refused_by_name(field, value):
     with pytest.raises(UserError, match=field):
