@@ -183,11 +183,15 @@ def append_lanes(
     """One entry at `slot_N` for every lane that writes."""
 
     def put(arrays, new_NxKxH):
-        out = []
+        # XLA on CPUs converts all of a bfloat16 array to float32 and back to scatter into it; integers it leaves alone.
+        raw = jnp.uint16 if new_NxKxH.dtype == jnp.bfloat16 else new_NxKxH.dtype
+        cast = jax.lax.bitcast_convert_type
+        new_NxKxH, out = cast(new_NxKxH, raw), []
         for s, array in zip(shape, arrays, strict=True):
             inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
             place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]  # out of bounds: dropped
-            out.append(array.at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop"))
+            put = cast(array, raw).at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop")
+            out.append(cast(put, array.dtype))
         return tuple(out)
 
     return Log(put(log.k, k_NxKxH), put(log.v, v_NxKxH))
