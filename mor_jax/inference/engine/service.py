@@ -1,40 +1,21 @@
-"""The engine as it runs: one thread that carries out the scheduler's plan on the device, one tick ahead of what it reads.
-
-A round: take what came in, dispatch what the plan says and a tick, then read what the round before dispatched, hand
-out its events. The device therefore always has work while the host thinks.
-"""
+"""The engine as its users see it: requests come in from any thread, and one thread runs the rounds (`rounds.py`)."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import compilations
-from mor_jax.inference.engine.device import Lengths
 from mor_jax.inference.engine.prefix import PrefixTree
-from mor_jax.inference.engine.request import (
-    DepthWish,
-    Event,
-    Finished,
-    OnEvents,
-    PromptRead,
-    QueueFull,
-    Request,
-    Token,
-)
+from mor_jax.inference.engine.request import DepthWish, OnEvents, QueueFull, Request
+from mor_jax.inference.engine.rounds import Rounds
 from mor_jax.inference.engine.rows import host_row
-from mor_jax.inference.engine.scheduler import DECODE, OVER, Admit, End, Job, Preempt, Prefill, Scheduler, Start
-from mor_jax.inference.engine.stats import Counts
-
-REASONS = ("stop", "length", "cancelled", "deadline", "error")
+from mor_jax.inference.engine.scheduler import Job, Scheduler
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,7 @@ class EngineService:
     ):  # fmt: skip
         self.device, self.config = device, config or ServiceConfig()
         self.context = device.context
-        self._control_of, self._scorer, self._eos, self._clock = control_of or (lambda wish: None), scorer, eos, clock
+        self._control_of, self._scorer, self._clock = control_of or (lambda wish: None), scorer, clock
         self._rooms = [device.capacity(lane).entries for lane in range(device.lanes)]
         kept = self.config.prefix_bytes
         self._tree = PrefixTree(device.memory_bytes if kept is None else kept)
@@ -98,11 +79,9 @@ class EngineService:
         self._arrivals = self._open = 0
         self._closing: str | None = None
         self._failure: str | None = None
-        self._old: deque[tuple[Any, Any]] = deque()  # (ticket, who it is of), of the round before
-        self._new: deque[tuple[Any, Any]] = deque()  # of this round
-        self._over: list[Job] = []  # ended in this round, their last events not handed out yet
         self._vocab = device.draw_config.vocab_size
-        self.counts = Counts()
+        self._rounds = Rounds(device, self._scheduler, eos=eos, clock=clock)
+        self.counts = self._rounds.counts
 
     # ------------------------------------------------------------------------------------- any thread
 
@@ -139,9 +118,7 @@ class EngineService:
             self._arrivals += 1
             self._open += 1
             self._inbox.append(job)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-                self._thread.start()
+            self._begin()
             self._changed.notify_all()
         return EngineTicket(self, job)
 
@@ -223,6 +200,11 @@ class EngineService:
 
     # ------------------------------------------------------------------------------------- the thread
 
+    def _begin(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+
     def _run(self) -> None:
         try:
             self.warm_up()
@@ -230,220 +212,33 @@ class EngineService:
             while self._round():
                 pass
         except BaseException as e:
-            self._fail(f"{type(e).__name__}: {e}")
+            with self._changed:
+                self._failure, self._thread = f"{type(e).__name__}: {e}", None
+                left, self._inbox = self._inbox, []
+            self._count_out(self._rounds.end_all(left, self._failure, works=False))
 
     def _round(self) -> bool:
-        """False: nothing to do any more, and the thread is to end."""
+        """False: nothing to do any more, and the thread ends."""
         with self._changed:
-            busy = lambda: self._inbox or self._scheduler.running or self._scheduler.waiting or self._old
-            if not busy() and self._closing != "close":
-                self._changed.wait_for(lambda: busy() or self._closing == "close", self.config.idle_s)
-            if self._closing != "close" and not busy():
+            wanted = lambda: self._inbox or self._rounds.busy or self._closing == "close"
+            if not self._changed.wait_for(wanted, self.config.idle_s):
                 self._thread = None
                 return False
-            left = self._take_all() if self._closing == "close" else None
-            for job in self._inbox:
-                self._scheduler.add(job)
-            self._inbox.clear()
-        if left is not None:
-            self._end_all(left, "the engine was closed")
+            come, self._inbox = self._inbox, []
+            if closing := self._closing == "close":
+                self._thread = None
+            else:
+                for job in come:
+                    self._rounds.add(job)
+        if closing:
+            self._count_out(self._rounds.end_all(come, "the engine was closed", works=True))
             return False
-        self._score_a_little()
-        for action in self._scheduler.plan(self._clock()):
-            self._carry_out(action)
-        if any(job.phase == DECODE for job in self._scheduler.running.values()):
-            lanes = {lane: (job, job.stint) for lane, job in self._scheduler.running.items() if job.phase == DECODE}
-            self._new.append((self.device.tick(), lanes))
-        elif not self._new and not self._old and self._scheduler.jobs() and not self._scoring():
-            raise RuntimeError("the scheduler has requests and nothing to do")
-        while self._old:
-            self._read(*self._old.popleft())
-        self._old, self._new = self._new, self._old
-        self._hand_out()
+        self._count_out(self._rounds.step())
         self.counts.compiled = compilations.here() - self.counts.compiled_before
         return True
-
-    def _scoring(self) -> list[Job]:
-        return [job for job in self._scheduler.waiting if job.unready]
-
-    def _score_a_little(self) -> None:
-        """One chunk of one prompt whose tokens' log-probabilities are wanted."""
-        for job in self._scoring()[:1]:
-            scored = next(job.scoring)
-            if scored is not None:
-                job.events.append(scored)
-                job.unready, job.scoring = False, None
-
-    def _carry_out(self, action: Any) -> None:
-        device, job = self.device, action.job
-        if isinstance(action, End):
-            self._ended(action)
-        elif isinstance(action, Preempt):
-            device.stop(action.lane)
-            if not job.generated:
-                job.depth_sum = job.depth_count = 0
-            if not job.told_depths:
-                job.prompt_depths.clear()
-        elif isinstance(action, Admit):
-            device.open(job.lane, job.control)
-            for node in action.path:
-                device.load(job.lane, node.rows)
-                job.prompt_depths += node.depths
-            if not job.preempted:
-                self.counts.admitted(len(job.request.prompt) - 1, job.cached, job.began - job.came)
-        elif isinstance(action, Prefill):
-            self._new.append((device.prefill(job.lane, action.chunk), (job, job.stint, action)))
-            self.counts.prefilled(len(action.chunk))
-        elif isinstance(action, Start):
-            self._start(job)
-
-    def _start(self, job: Job) -> None:
-        r = job.request
-        try:
-            row = host_row(
-                r.drawing, self.device.draw_config, prompt=r.prompt, generated=job.generated,
-                stop_tokens=r.stop_tokens, min_tokens=r.min_tokens, logprobs=r.logprobs, grammar=r.grammar,
-            )  # fmt: skip
-        except Exception as e:  # a grammar that cannot go on
-            self._lose(job, e)
-            return
-        token = job.generated[-1] if job.generated else r.prompt[-1]
-        self.device.start(job.lane, token, row, r.max_tokens - len(job.generated))
-
-    # ------------------------------------------------------------------------------------- what came back
-
-    def _read(self, ticket: Any, whose: Any) -> None:
-        got = ticket.fetch()
-        if not isinstance(whose, dict):
-            self._prefilled(got, *whose)
-            return
-        for ticked in got:
-            self.counts.ticked(ticked)
-            for lane, (job, stint) in whose.items():
-                if job.phase == DECODE and job.stint == stint:
-                    self._drew(job, lane, ticked)
-
-    def _prefilled(self, got: Any, job: Job, stint: int, action: Prefill) -> None:
-        if job.stint != stint or job.lane < 0:
-            return
-        if not got.fits:
-            self._scheduler.outgrew(job)
-            return
-        if action.node is not None and not action.node.gone:
-            start = action.node.parent.rows.stop if action.node.parent.rows is not None else Lengths(0, 0)
-            self._tree.fill(action.node, self.device.save(job.lane, start, got.lengths), got.depth_T)
-        if not job.generated:
-            job.depth_sum += int(np.sum(got.depth_T))
-            job.depth_count += len(got.depth_T)
-            if not job.told_depths:
-                job.prompt_depths += np.asarray(got.depth_T).tolist()
-        self._scheduler.prefilled(job, len(action.chunk), got.lengths.entries)
-
-    def _drew(self, job: Job, lane: int, t: Any) -> None:
-        if t.starved_N[lane]:
-            self._scheduler.outgrew(job)
-        token = int(t.token_N[lane])
-        if token < 0:
-            return
-        if job.request.prompt_depths and not job.told_depths:
-            job.events.append(PromptRead(tuple(job.prompt_depths)))
-            job.told_depths = True
-        r, depth, stopped = job.request, int(t.depth_N[lane]), bool(t.stopped_N[lane])
-        logprob, top = None, ()
-        if r.logprobs is not None:
-            logprob = float(t.logprob_N[lane])
-            best = zip(t.top_ids_NxK[lane], t.top_logprobs_NxK[lane], strict=True)
-            top = tuple((int(i), float(x)) for i, x in list(best)[: r.logprobs])
-        job.generated.append(token)
-        job.depth_sum += depth
-        job.depth_count += 1
-        self.counts.drew(depth, self._clock() - job.came if len(job.generated) == 1 else None)
-        ended = bool(t.ended_N[lane])
-        if r.grammar is not None:
-            try:
-                r.grammar.advance(token)
-                over = r.grammar.finished
-                stopped = stopped or (over and token == self._eos)
-                if not over and not ended:
-                    mask = r.grammar.allowed()
-                    self.device.put_mask(lane, mask, len(r.prompt) + len(job.generated))
-            except Exception as e:
-                job.events.append(Token(token, depth, logprob, top, stopped))
-                self._lose(job, e)
-                return
-            ended, stopped_by_grammar = ended or over, over
-        else:
-            stopped_by_grammar = False
-        job.events.append(Token(token, depth, logprob, top, stopped))
-        if ended:
-            self._ended(self._scheduler.remove(job, "stop" if stopped or stopped_by_grammar else "length"))
-
-    def _lose(self, job: Job, error: BaseException) -> None:
-        """One request cannot go on, through its own fault."""
-        self._ended(self._scheduler.remove(job, "error"), f"{type(error).__name__}: {error}")
-
-    def _ended(self, end: End, error: str | None = None) -> None:
-        job = end.job
-        if end.lane >= 0:
-            self.device.stop(end.lane)
-        job.events.append(self._finished(job, end.reason, error))
-        self._over.append(job)
-
-    def _finished(self, job: Job, reason: str, error: str | None = None) -> Finished:
-        now = self._clock()
-        self.counts.finished(reason, now - job.came)
-        mean = job.depth_sum / job.depth_count if job.depth_count else math.nan
-        waited = (now if job.began is None else job.began) - job.came
-        return Finished(
-            reason, len(job.request.prompt), job.cached, len(job.generated), mean, waited, job.preempted, error
-        )  # fmt: skip
-
-    def _hand_out(self) -> None:
-        over, self._over = self._over, []
-        for job in [*self._scheduler.jobs(), *over]:
-            if job.events:
-                events, job.events = job.events, []
-                self._tell(job, events)
-        self._count_out(len(over))
-
-    def _tell(self, job: Job, events: Sequence[Event]) -> None:
-        try:
-            job.on_events(list(events))
-        except Exception:  # whoever asked cannot listen any more: nothing is left to be told
-            self.counts.deaf += 1
-            if job.phase != OVER:
-                job.wish = job.wish or "cancelled"
 
     def _count_out(self, jobs: int) -> None:
         if jobs:
             with self._changed:
                 self._open -= jobs
                 self._changed.notify_all()
-
-    # ------------------------------------------------------------------------------------- the end of it
-
-    def _take_all(self) -> list[Job]:
-        left = [*self._scheduler.jobs(), *self._inbox]
-        self._inbox.clear()
-        return left
-
-    def _fail(self, message: str) -> None:
-        with self._changed:
-            self._failure, self._thread = message, None
-            left = self._take_all()
-        over, self._over = self._over, []
-        for job in over:  # ended in the round that failed
-            self._tell(job, job.events)
-        self._end_all([job for job in left if job.phase != OVER], message, also=len(over), clean=False)
-
-    def _end_all(self, jobs: list[Job], message: str, *, also: int = 0, clean: bool = True) -> None:
-        """`clean`: the device works and its lanes are to be free."""
-        for job in jobs:
-            end = self._scheduler.remove(job, "error") if job in self._scheduler.jobs() else End(job, "error", -1)
-            job.phase = OVER
-            if clean and end.lane >= 0:
-                self.device.stop(end.lane)
-            self._tell(job, [*job.events, self._finished(job, "error", message)])
-        self._old.clear()
-        self._new.clear()
-        self._count_out(len(jobs) + also)
