@@ -76,6 +76,8 @@ class Rounds:
             self._tell(job, job.events if over else [*job.events, self._finished(job, "error", message)])
         self._open.clear()
         self._over.clear()
+        for ticket, _ in self._old if works else ():
+            ticket.fetch()  # whoever uses the device next finds it idle
         self._old.clear()
         self._new.clear()
         return len(left)

@@ -51,7 +51,7 @@ def read(tokens, key):
     return np.asarray(logits)[0], np.asarray(depth)[0, : len(tokens)]
 
 
-CONTROLS = {}
+CONTROLS = {b"": None}
 
 
 def key_of(control):
