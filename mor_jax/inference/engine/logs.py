@@ -99,21 +99,21 @@ def view(
 # ------------------------------------------------------------------------------------- attention
 
 
-class _Softmax(NamedTuple):
+class Softmax(NamedTuple):
     """A softmax under way: largest score, sum of exponentials, weighted sum of values. All float32."""
 
     top: jax.Array
     total: jax.Array
     out: jax.Array
 
-    def add(self, score: jax.Array, mask: jax.Array, weigh) -> _Softmax:
+    def add(self, score: jax.Array, mask: jax.Array, weigh) -> Softmax:
         """With more keys; `weigh` maps their weights to the sum of their values."""
         score = jnp.where(mask, score, MASKED)
         top = jnp.maximum(self.top, jnp.max(score, axis=-1))
         weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
         shrink = jnp.exp(self.top - top)
         total = self.total * shrink + jnp.sum(weight, axis=-1)
-        return _Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
+        return Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
 
     def result(self, dtype) -> jax.Array:
         return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
@@ -126,13 +126,13 @@ def attend_lanes(
     q, dtype, scale = q_NxKxGxH, q_NxKxGxH.dtype, q_NxKxGxH.shape[-1] ** -0.5
     own = jnp.sum(q.astype(jnp.float32) * own_k_NxKxH[:, :, None].astype(jnp.float32), axis=-1) * scale
     mask = own_N[:, None, None]
-    so_far = _Softmax(
+    so_far = Softmax(
         jnp.where(mask, own, MASKED),
         jnp.broadcast_to(mask, own.shape).astype(jnp.float32),
         jnp.where(mask[..., None], own_v_NxKxH[:, :, None].astype(jnp.float32), 0.0) + jnp.zeros(q.shape, jnp.float32),
     )
 
-    def add(part: _Softmax, q, k, v, seen) -> _Softmax:
+    def add(part: Softmax, q, k, v, seen) -> Softmax:
         score = jnp.einsum("NKGH,NKSH->NKGS", q, k, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
         return part.add(score, seen[:, None, None], weigh)
@@ -157,13 +157,13 @@ def attend_chunk(
     dims = q.shape[1], q.shape[2], q.shape[0]  # K, G, T
     q_KxGxTxH = jnp.moveaxis(q, 0, 2)
 
-    def add(part: _Softmax, q, k_KxSxH, v_KxSxH, mask) -> _Softmax:
+    def add(part: Softmax, q, k_KxSxH, v_KxSxH, mask) -> Softmax:
         score = jnp.einsum("KGTH,KSH->KGTS", q, k_KxSxH, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32)
         return part.add(score, mask, weigh)
 
     zero = jnp.zeros(dims, jnp.float32)
-    so_far = _Softmax(zero + MASKED, zero, jnp.zeros(q_KxGxTxH.shape, jnp.float32))
+    so_far = Softmax(zero + MASKED, zero, jnp.zeros(q_KxGxTxH.shape, jnp.float32))
     so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
     # A lane beyond a segment has no entries in it, so that it does not matter whose are looked at.
     of_lane = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
