@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mor_jax.inference.engine.logs import MASKED, Layout, Log, Softmax, View
+from mor_jax.inference.engine.logs import MASKED, Layout, Log, View, loaded, stored
+from mor_jax.inference.engine.logs import _Softmax as Softmax
 
 
 def attend_spans(
@@ -29,11 +30,12 @@ def attend_spans(
     so_far = Softmax(zero + MASKED, zero, jnp.zeros(q_NxKxGxTxH.shape, jnp.float32))
     own_k, own_v = own_k_NxTxKxH.swapaxes(1, 2), own_v_NxTxKxH.swapaxes(1, 2)
     so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
+    from_log = lambda part, q, k, v, mask: add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         lanes = k.shape[0]
         part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
         args = (part, q_NxKxGxTxH[:lanes], k, v, seen.seen[i][:, None])
-        part = jax.lax.cond(seen.reached[i], add, lambda part, *_: part, *args)
+        part = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
         join = lambda new, old: jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
         so_far = jax.tree.map(join, part, so_far)
     return jnp.moveaxis(so_far.result(dtype), 3, 1)
@@ -54,15 +56,13 @@ def append_spans(
     shape: Layout, log: Log, slot_N: jax.Array, writes_NxU: jax.Array, k_NxUxKxH: jax.Array, v_NxUxKxH: jax.Array
 ) -> Log:
     """Those of the U entries of each lane that are written, from `slot_N` on."""
-    places, cast = _places(shape, slot_N, writes_NxU), jax.lax.bitcast_convert_type
+    places = _places(shape, slot_N, writes_NxU)
 
     def put(arrays: Sequence[jax.Array], new: jax.Array) -> tuple[jax.Array, ...]:
-        raw = jnp.uint16 if new.dtype == jnp.bfloat16 else new.dtype  # see `logs.append_lanes`
-        into = lambda s, array, lane, place: (
-            cast(array, raw).at[lane, :, place].set(cast(new[: s.lanes], raw), mode="drop")
-        )
+        new = stored(new)
         return tuple(
-            cast(into(s, array, *where), array.dtype) for s, array, where in zip(shape, arrays, places, strict=True)
+            array.at[lane, :, place].set(new[: s.lanes], mode="drop")
+            for s, array, (lane, place) in zip(shape, arrays, places, strict=True)
         )
 
     return Log(put(log.k, k_NxUxKxH), put(log.v, v_NxUxKxH))
