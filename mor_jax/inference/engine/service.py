@@ -56,11 +56,12 @@ class EngineService:
       scorer: a `scoring.Scorer`; without one, log-probabilities of prompts are refused.
       eos: the token after which a constrained text is over.
       clock: seconds.
+      warm: the device was warmed up already.
     """
 
     def __init__(
         self, device: Any, config: ServiceConfig | None = None, *, control_of: Callable[[DepthWish], Any] | None = None,
-        scorer: Any = None, eos: int | None = None, clock: Callable[[], float] = time.monotonic,
+        scorer: Any = None, eos: int | None = None, clock: Callable[[], float] = time.monotonic, warm: bool = False,
     ):  # fmt: skip
         self.device, self.config = device, config or ServiceConfig()
         self.context = device.context
@@ -75,7 +76,7 @@ class EngineService:
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
         self._thread: threading.Thread | None = None
-        self._warm = False
+        self._warm = warm
         self._arrivals = self._open = 0
         self._closing: str | None = None
         self._failure: str | None = None
@@ -137,6 +138,8 @@ class EngineService:
             "num_preemptions_total": float(self._scheduler.preemptions),
             "held_back_total": float(self._scheduler.held_back),
             "compilations_total": float(self.counts.compiled),
+            "spec_decode_num_draft_tokens_total": float(getattr(device, "drafted", 0)),
+            "spec_decode_num_accepted_tokens_total": float(getattr(device, "accepted", 0)),
             **self.counts.to_dict(),
         }
 
