@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from mor_jax.inference.engine.request import DepthWish, Drawing, Finished, Promp
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
 
-# One sequence: a tick is a whole token, and there is nothing to share. Two lanes, since products of one row are slow.
+# One sequence, so there is nothing to share. Two lanes, since products of one row are slow.
 ONE = EngineConfig(lanes=2, full_lanes=2, chunks=(64,))
 ONE_AT_A_TIME = ServiceConfig(prefix_bytes=0, idle_s=0.0)
 
@@ -70,7 +71,9 @@ def stream_text(
         stop_tokens=frozenset([tokenizer.eos]), prompt_depths=True, depth=DepthWish(mean_depth, min_depth, max_depth),
     )  # fmt: skip
     events: queue.SimpleQueue = queue.SimpleQueue()
-    running = service or build_service(model, ONE, ONE_AT_A_TIME)
+    if (running := service) is None:
+        a_token_a_tick = dataclasses.replace(ONE, boundary_every=model.lm.program.recursions)
+        running = build_service(model, a_token_a_tick, ONE_AT_A_TIME)
     ticket = running.submit(request, events.put)
     try:
         yield from _pieces(tokenizer, ids, min(max_tokens, room), events)

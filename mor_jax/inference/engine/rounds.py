@@ -161,10 +161,9 @@ class Rounds:
         self._scheduler.prefilled(job, len(action.chunk), got.lengths.entries)
 
     def _drew(self, job: Job, lane: int, t: Any) -> None:
-        if t.starved_N[lane]:
-            if not self._scheduler.outgrew(job):
-                self._lose(job, RuntimeError("the lane with the most room has none left"))
-                return
+        if t.starved_N[lane] and not self._scheduler.outgrew(job):
+            self._lose(job, RuntimeError("the lane with the most room has none left"))
+            return
         token = int(t.token_N[lane])
         if token < 0:
             return
