@@ -177,12 +177,12 @@ class _Engine:
 
         with self._lock:
             if self._service is not None and not self._service.healthy:
-                self._device = self._service = None
+                self._device.reset()
+                self._service = None
             if self._service is None:
-                again = self._device is not None
                 self._device = self._device or build_device(self._model, EngineConfig(lanes=self._lanes))
                 config = ServiceConfig(queue=QUEUE, prefix_bytes=self._prefix_bytes)
-                self._service = build_service(self._model, config=config, device=self._device, warm=again)
+                self._service = build_service(self._model, config=config, device=self._device)
             return self._service
 
     def grammar(self, schema: dict[str, Any] | None) -> Any:
@@ -210,7 +210,7 @@ class _Engine:
             service.drain()
             service.close()
             if not service.healthy:
-                self._device = None
+                self._device.reset()
 
 
 class _Failed(Exception):

@@ -22,13 +22,13 @@ def build_device(model: Any, config: EngineConfig | None = None) -> Device:
 
 def build_service(
     model: Any, engine: EngineConfig | None = None, config: ServiceConfig | None = None, *, device: Device | None = None,
-    scoring: bool = False, warm: bool = False,
+    scoring: bool = False,
 ) -> EngineService:  # fmt: skip
     """A service that is not warm yet: call `warm_up`, or let the first request wait for it.
 
     Args:
       model: of `train.load.load_model`, or anything with lm, params, tokenizer and mesh.
-      device: one made before, whose service was closed; `warm`: it was warmed up, and nothing compiles again.
+      device: one made before, whose service was closed, or has failed and `Device.reset` was called.
       scoring: whether log-probabilities of prompts may be asked for; a program more to compile.
     """
     device = device or build_device(model, engine)
@@ -43,7 +43,7 @@ def build_service(
 
     scorer = _scorer(model, device) if scoring else None
     eos = model.tokenizer.eos
-    return EngineService(device, config, control_of=control_of, scorer=scorer, eos=eos, warm=warm)
+    return EngineService(device, config, control_of=control_of, scorer=scorer, eos=eos)
 
 
 def _scorer(model: Any, device: Device) -> Any:

@@ -56,12 +56,11 @@ class EngineService:
       scorer: a `scoring.Scorer`; without one, log-probabilities of prompts are refused.
       eos: the token after which a constrained text is over.
       clock: seconds.
-      warm: the device was warmed up already.
     """
 
     def __init__(
         self, device: Any, config: ServiceConfig | None = None, *, control_of: Callable[[DepthWish], Any] | None = None,
-        scorer: Any = None, eos: int | None = None, clock: Callable[[], float] = time.monotonic, warm: bool = False,
+        scorer: Any = None, eos: int | None = None, clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self.device, self.config = device, config or ServiceConfig()
         self.context = device.context
@@ -76,7 +75,7 @@ class EngineService:
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
         self._thread: threading.Thread | None = None
-        self._warm = warm
+        self._warm = False
         self._arrivals = self._open = 0
         self._closing: str | None = None
         self._failure: str | None = None
@@ -94,7 +93,8 @@ class EngineService:
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile everything now; else the first request does."""
         if not self._warm:
-            self.device.warm_up(progress)
+            if not self.device.warm:
+                self.device.warm_up(progress)
             if self._scorer is not None:
                 self._scorer.warm_up()
             self._warm = True

@@ -107,6 +107,10 @@ class ReferenceDevice:
 
     cut = Device.cut
 
+    @property
+    def warm(self):
+        return self.warmed > 0
+
     def warm_up(self, progress=None):
         self.warmed += 1
 
