@@ -195,6 +195,11 @@ class Device:
         ones."""
         self._weights = self._put(jax.jit(functools.partial(layers.prepare, self.lm))(params))
 
+    @property
+    def weights(self) -> layers.Weights:
+        """As the programs read them."""
+        return self._weights
+
     # ------------------------------------------------------------------------------------- compiling
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
