@@ -3,7 +3,6 @@
 import functools
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import WISHES, control_of, model, oracle
@@ -18,17 +17,17 @@ GREEDY = Drawing(temperature=0.0)
 
 
 @functools.cache
-def device(m):
-    """Three lanes, of which two are too small for what some requests need."""
-    config = EngineConfig(lanes=3, chunks=(4, 16), boundary_every=m, entries=40, max_logprobs=4)
+def device():
+    """Three lanes, of which two are too small for what some requests need; neither depth-wise nor lock-step."""
+    config = EngineConfig(lanes=3, chunks=(8,), boundary_every=2, entries=40, max_logprobs=4)
     made = Device(*model(), config)
     made.expected_entries = lambda tokens, mean_depth=None: tokens // 2  # too few, so that lanes are outgrown
     made.warm_up()
     return made
 
 
-def service(m=1, **config):
-    return Stepped(device(m), control_of=control_of, **config)
+def service(**config):
+    return Stepped(device(), control_of=control_of, **config)
 
 
 @functools.cache
@@ -42,13 +41,13 @@ def alone(request):
 met = dict.fromkeys(("preempted", "cached", "sampled"), 0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
-    st.sampled_from([1, 3]), st.sampled_from([4, 24, 256]), st.sampled_from([0, 6000, None]), st.sampled_from([1, 8, 1000]),
+    st.sampled_from([4, 24, 256]), st.sampled_from([0, 6000, None]), st.sampled_from([1, 8, 1000]),
     st.lists(arrivals, min_size=2, max_size=8),
 )  # fmt: skip
-def any_schedule(m, round_tokens, prefix_bytes, hold_tokens, schedule):
-    s = service(m, round_tokens=round_tokens, prefix_bytes=prefix_bytes, hold_tokens=hold_tokens)
+def any_schedule(round_tokens, prefix_bytes, hold_tokens, schedule):
+    s = service(round_tokens=round_tokens, prefix_bytes=prefix_bytes, hold_tokens=hold_tokens)
     came, leaving = [], []
     for a in schedule:
         for _ in range(a["after"]):
@@ -78,13 +77,12 @@ def test_tokens_are_those_of_plain_decoding_in_any_schedule():
     assert all(n > 5 for n in met.values()), f"the schedules hardly met some of these: {met}"
 
 
-@pytest.mark.parametrize("m", [1, 3])
-def test_a_prefix_from_the_cache_changes_no_bit(m):
+def test_a_prefix_from_the_cache_changes_no_bit():
     """Log-probabilities of a prompt that was computed, of one whose head was found, and in company."""
     want = Request(TEXTS[0][:41], 10, GREEDY, logprobs=4)
     found = []
     for head, company in ((None, 0), (TEXTS[0][:37], 0), (TEXTS[0][:41], 4)):
-        s = service(m)
+        s = service()
         if head:
             ask(s, Request(head, 1, GREEDY))
             s.run()
@@ -93,7 +91,7 @@ def test_a_prefix_from_the_cache_changes_no_bit(m):
         s.run()
         assert all(o.over for o in others)
         found.append((heard.end.cached_tokens, [e for e in heard.events[:-1]]))
-    assert [n for n, _ in found] == [0, 36, 40]
+    assert [n for n, _ in found] == [0, 32, 40]
     assert found[0][1] == found[1][1] == found[2][1], "to the last bit"
 
 
