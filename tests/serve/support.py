@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import pytest
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.config import MeshConfig
@@ -129,11 +128,6 @@ def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **sett
             stops[0]("a test")
         worker.join(60)
         assert not worker.is_alive(), "the server did not stop"
-
-
-@pytest.fixture(scope="session")
-def small() -> SmallModel:
-    return small_model()
 
 
 def plain(model: SmallModel, **options: Any) -> Callable[[], list[ModelBackend]]:

@@ -102,6 +102,13 @@ class PlainService:
         self.hold.set()
         self._thread.join(60)
 
+    def warm_up(self) -> None:
+        """Run one request; the prefill of a longer prompt is compiled when it comes."""
+        done = threading.Event()
+        take = lambda events: done.set() if isinstance(events[-1], Finished) else None
+        self.submit(Request((0,), min(2, self.context - 1)), take)
+        done.wait()
+
     # ---- the thread
 
     def _check(self, request: Request) -> None:
@@ -137,6 +144,8 @@ class PlainService:
                 with jax.set_mesh(self._model.mesh):
                     for events in self._serve(ticket):
                         ticket.on_events(events)
+            except Lost as e:
+                ticket.on_events([self._finished(ticket, "error", error=str(e))])
             except Exception as e:
                 self._failure = f"{type(e).__name__}: {e}"
                 ticket.on_events([self._finished(ticket, "error", error=self._failure)])
@@ -169,9 +178,7 @@ class PlainService:
             drawn.append(token)
             stopped = token in request.stop_tokens
             yield [Token(token, int(depths[-1]), logprob, top, stopped)]
-            if request.grammar is not None:
-                request.grammar.advance(token)
-            if stopped or (request.grammar is not None and request.grammar.finished):
+            if stopped or _advanced(request, token):
                 reason = "stop"
                 break
             if len(drawn) < request.max_tokens:
@@ -212,6 +219,20 @@ class PlainService:
         return token, *_scores(logits_V, token, request.logprobs)
 
 
+class Lost(Exception):
+    """A request's own grammar gave up: the others go on."""
+
+
+def _advanced(request: Request, token: int) -> bool:
+    """Whether the grammar has come to its end with this token."""
+    try:
+        if request.grammar is not None:
+            request.grammar.advance(token)
+        return request.grammar is not None and request.grammar.finished
+    except Exception as e:
+        raise Lost(f"the grammar cannot go on: {e}") from e
+
+
 def drawing_logits(logits_V: np.ndarray, request: Request, drawn: list[int]) -> np.ndarray:
     """Logits after bias, penalties and bans, float64 [V]."""
     x, how = logits_V.astype(np.float64), request.drawing
@@ -222,7 +243,10 @@ def drawing_logits(logits_V: np.ndarray, request: Request, drawn: list[int]) -> 
     counts = np.bincount(drawn, minlength=len(x)) if drawn else np.zeros(len(x), int)
     x -= how.presence_penalty * (counts > 0) + how.frequency_penalty * counts
     if request.grammar is not None:
-        words = np.asarray(request.grammar.allowed(), np.uint32)
+        try:
+            words = np.asarray(request.grammar.allowed(), np.uint32)
+        except Exception as e:
+            raise Lost(f"the grammar cannot go on: {e}") from e
         x[((words[np.arange(len(x)) // 32] >> (np.arange(len(x)) % 32).astype(np.uint32)) & 1) == 0] = -np.inf
     elif len(drawn) < request.min_tokens:
         x[list(request.stop_tokens)] = -np.inf

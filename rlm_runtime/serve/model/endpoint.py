@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from rlm_runtime.serve.admission import Admission
 from rlm_runtime.serve.asked import no_such_model
 from rlm_runtime.serve.chat import disconnected, event
-from rlm_runtime.serve.errors import ApiError, from_run, from_validation
+from rlm_runtime.serve.errors import ApiError, from_run, from_validation, refuse
 from rlm_runtime.serve.model.backend import ModelBackend, Shelf
 from rlm_runtime.serve.model.metrics import ModelMetrics
 from rlm_runtime.serve.model.plan import Plan
@@ -26,6 +26,7 @@ from rlm_runtime.serve.model.sequence import Mailbox
 from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.model.shapes import Shape
 
+PROMPT = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; no list may be empty."
 LARGE = 16 << 10  # bytes of a body that is parsed and encoded beside the event loop
 
 
@@ -177,6 +178,8 @@ def parsed(kind: type[Any], body: bytes) -> Any:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if all(e["loc"][:1] == ("prompt",) and len(e["loc"]) > 1 for e in error.errors(include_input=False)):
+            raise refuse(PROMPT, "prompt", "invalid_type_or_value") from None  # of four forms, which was meant?
         raise from_validation(error) from None
 
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -135,3 +137,28 @@ def _environment() -> ImmutableSandboxedEnvironment:
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     env.filters["tojson"] = tojson
     return env
+
+
+def find_template(directory: str | os.PathLike[str], tokenizer_json: str = "{}") -> ChatTemplate:
+    """The template that a checkpoint carries, else the plain one.
+
+    Looked for in `directory`/chat_template.jinja, then under "chat_template" in `directory`/tokenizer_config.json and
+    in the tokenizer's own JSON. Raises UsageError: one that cannot be read, or is no Jinja.
+    """
+    folder = Path(directory)
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            return ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+        texts = [tokenizer_json]
+        if (folder / "tokenizer_config.json").is_file():
+            texts.insert(0, (folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        found = [json.loads(text) for text in texts]
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{folder}: the chat template cannot be read ({e}).") from e
+    for config in found:
+        source = config.get("chat_template") if isinstance(config, dict) else None
+        if isinstance(source, list):  # several, by name
+            source = next((t.get("template") for t in source if t.get("name") == "default"), None)
+        if isinstance(source, str):
+            return ChatTemplate(source)
+    return ChatTemplate()
