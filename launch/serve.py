@@ -18,6 +18,7 @@ from absl import flags
 from launch import cli
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
@@ -91,10 +92,8 @@ def make_service(loaded: Loaded) -> Any:
 def make_grammars(loaded: Loaded) -> tuple[Any, str]:
     """What constrains output to a schema; without its library None, and why."""
     try:
-        from mor_jax.inference.engine.grammar import Grammars
-
         return Grammars(loaded.tokenizer), ""
-    except (UserError, ModuleNotFoundError) as e:
+    except UserError as e:
         return None, str(e)
 
 

@@ -15,6 +15,7 @@ from small import random_params, small_lm, spread_routers
 from mor_jax.config import MeshConfig
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
 from mor_jax.parallel.mesh import make_mesh
 from rlm_runtime.serve.model import ModelBackend, ModelSettings, create_app
@@ -40,7 +41,7 @@ def small_model(kind: str = "mor", **model: Any) -> SmallModel:
 
 def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelBackend:
     return ModelBackend(
-        name=name, tokenizer=model.tokenizer, window=service.context, service=service, words=words,
+        name=name, grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
         recursions=model.lm.program.recursions, **fields,
     )  # fmt: skip
 

@@ -8,9 +8,10 @@ import pytest
 from serve.support import HELLO
 
 
-def client(server, **options):
-    options = {"api_key": "none", "max_retries": 0, **options}
-    return openai.OpenAI(base_url=server.url, _strict_response_validation=True, **options)
+def client(server, strict=True):
+    """Strict: what the server sends must be of the client's types. Not for streams of completions: there OpenAI itself
+    sends a finish_reason of null, which the client's type has not."""
+    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=strict)
 
 
 def test_models(server):
@@ -29,7 +30,8 @@ def test_completion_and_its_stream_are_the_same(server):
     whole = c.completions.create(**fields)
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert whole.usage.prompt_tokens == 6 + 4 and whole.usage.completion_tokens <= 48
-    chunks = list(c.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    loose = client(server, strict=False)
+    chunks = list(loose.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage.model_copy(
         update={"mor": chunks[-1].usage.model_extra["mor"]}
     )
@@ -73,7 +75,7 @@ def test_stop_strings_end_the_text_before_them(server):
     cut = c.completions.create(**fields, stop=["never there", stop], logprobs=0).choices[0]
     assert cut.text == text[: text.index(stop)] and cut.finish_reason == "stop"
     assert cut.logprobs.text_offset[-1] < len(cut.text)
-    stream = c.completions.create(**fields, stop=stop, stream=True)
+    stream = client(server, strict=False).completions.create(**fields, stop=stop, stream=True)
     assert "".join(choice.text for chunk in stream for choice in chunk.choices) == cut.text
 
 
@@ -111,7 +113,7 @@ def test_async_client_and_company(server):
 
 
 def test_a_client_may_leave_a_stream(server):
-    stream = client(server).completions.create(
+    stream = client(server, strict=False).completions.create(
         model="small", prompt="a", max_tokens=100, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
