@@ -1,6 +1,7 @@
 """One model and one server for all tests of the endpoint that do not stop or fill it."""
 
 import pytest
+
 from serve.support import plain, running, small_model
 
 

@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+
 from serve.support import HELLO
 
 LONG_SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}

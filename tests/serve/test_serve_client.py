@@ -5,6 +5,7 @@ import json
 
 import openai
 import pytest
+
 from serve.support import HELLO
 
 
@@ -68,7 +69,13 @@ def test_chat_and_its_stream_are_the_same(server):
 
 def test_stop_strings_end_the_text_before_them(server):
     c = client(server)
-    fields = {"model": "small", "prompt": "hello", "max_tokens": 40, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    fields = {
+        "model": "small",
+        "prompt": "hello",
+        "max_tokens": 40,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
     text = c.completions.create(**fields).choices[0].text
     stop = text[7:9]
     assert text.index(stop) > 0

@@ -54,7 +54,7 @@ class Drawn(Wire):
     # As other model servers have them.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0 and -1: off
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=15)] | None = None
     ignore_eos: bool | None = None
