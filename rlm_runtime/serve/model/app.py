@@ -49,6 +49,8 @@ def create_app(
     shelf, created = Shelf(), int(time.time())
     metrics = ModelMetrics(lambda: shelf.models.values())
     admission = Admission(settings.max_runs, settings.max_queue, settings.queue_seconds)
+    metrics.gauge("mor_jax:open_requests", "Requests inside: reading, waiting or running.", lambda: admission.running)
+    metrics.gauge("mor_jax:asyncio_tasks", "Tasks of the event loop; back to a few when idle.", _tasks)
 
     async def list_models(request: Request) -> Response:
         shelf.check()
@@ -173,6 +175,13 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.admission, app.state.shelf, app.state.metrics, app.state.settings = admission, shelf, metrics, settings
     return app
+
+
+def _tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read from outside the loop
+        return 0
 
 
 def _model_out(model: ModelBackend, created: int) -> s.ServedModelOut:
