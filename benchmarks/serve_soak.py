@@ -34,6 +34,7 @@ from benchmarks.serve_soak_clients import Clients
 from mor_jax.errors import UserError
 from rlm_runtime.serve.load import quantiles
 
+SMALLEST = 128
 GROWTH = 0.10  # share of its memory that a server may grow by, between the first quarter of the time and the end ...
 SLACK = 64 << 20  # ... and so many bytes beyond: pools of the allocator, caches of compiled grammars
 IDLE = {"vllm:num_requests_running": 0, "vllm:num_requests_waiting": 0, "mor_jax:open_requests": 0,
@@ -113,6 +114,8 @@ def soak(server: Server, *, clients: int, seconds: float, seed: int, tell: Any) 
     """The clients, and what they leave behind."""
     _, raw = server.get("/v1/models")
     model = json.loads(raw)["data"][0]
+    if model["max_model_len"] < SMALLEST:
+        raise UserError(f"the soak needs a context of {SMALLEST} tokens at least, this model has {model['max_model_len']}.")
     crowd = Clients(server.port, model["id"], model["max_model_len"], seed=seed)
     asyncio.run(crowd.run(min(clients, 8), _until(min(10.0, seconds / 4))))  # what is allocated once is allocated now
     problems = server.settle()

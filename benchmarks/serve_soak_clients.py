@@ -42,7 +42,7 @@ class Tally:
     tokens: int = 0
 
     def wrong(self, what: str) -> None:
-        if len(self.violations) < 50:
+        if len(self.violations) < 50 and what[:40] not in {v[:40] for v in self.violations}:
             self.violations.append(what[:400])
 
 
