@@ -1,0 +1,230 @@
+"""One tick of all lanes: m passes through the shared core, each lane at its own recursion step, then the boundary.
+
+A *pass* applies the core once to every lane, whatever step its token is at: step, router and stream are data. At the
+*boundary* tokens that are done leave (coda, head, draw) and the drawn tokens enter in their place (embedding,
+prelude). m = 1 is depth-wise batching: a lane whose token stops early goes on with its next one at once. m = R is
+lock-step: all lanes start and end their tokens together. The arithmetic of a token is the same for every m.
+
+Nothing is written where nothing was computed, so logs stay outside of conditionals and are updated in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.inference.engine import layers, logs
+from mor_jax.inference.engine.drawing import Drawn, draw
+from mor_jax.inference.engine.layers import Weights
+from mor_jax.inference.engine.logs import Log
+from mor_jax.inference.engine.rows import DrawConfig, waiting
+from mor_jax.inference.engine.state import NONE, Flight, Shape, State
+from mor_jax.model.depth import Controlled, Route
+from mor_jax.model.kv import HYBRID, SHARED, looks_back
+from mor_jax.model.lm import LM
+
+
+class Out(NamedTuple):
+    """What a tick says of each lane; see `device.Ticked`."""
+
+    token_N: jax.Array
+    depth_N: jax.Array
+    stopped_N: jax.Array
+    ended_N: jax.Array
+    logprob_N: jax.Array
+    top_ids_NxK: jax.Array
+    top_logprobs_NxK: jax.Array
+    starved_N: jax.Array
+    tokens_N: jax.Array
+    entries_N: jax.Array
+    passes: jax.Array
+    rows: jax.Array
+    exits: jax.Array
+
+
+def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, state: State) -> tuple[State, Out]:
+    """m passes and a boundary. Static: all but the last two."""
+
+    def one(state: State, _: Any):
+        state, starved_N, rows = core_pass(lm, shape, weights, state)
+        return state, (starved_N, rows)
+
+    if m == 1:
+        state, (starved_N, rows) = one(state, None)
+        rows_M = rows[None]
+    else:
+        state, (starved_MxN, rows_M) = jax.lax.scan(one, state, length=m)
+        starved_N = starved_MxN[-1]
+    state, drawn, depth_N, ended_N, exits = boundary(lm, shape, config, weights, state)
+    return state, Out(
+        drawn.token_N, depth_N, drawn.stopped_N, ended_N, drawn.logprob_N, drawn.top_ids_NxK, drawn.top_logprobs_NxK,
+        starved_N, state.tokens_N, state.entries_N, jnp.sum(rows_M > 0), jnp.sum(rows_M), exits,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- routing
+
+
+def _begin(lm: LM, weights: Weights, state: State, h_NxD: jax.Array) -> tuple[Controlled, Route]:
+    policy = Controlled(lm.policy, state.control)
+    return policy, policy.begin(weights.router, h_NxD[:, None], jnp.ones((h_NxD.shape[0], 1), bool))
+
+
+def _each_step(lm: LM, route: Route, of_step: Any) -> list:
+    """`of_step(step)` for r = 1..R. What a policy does at a step is so little that every lane takes the part of its
+    own step from the results of all."""
+    return [of_step(jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)) for r in range(lm.program.recursions)]
+
+
+def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
+    """of_steps[step_N[i]][i]; the last one for lanes past the last step."""
+    out = of_steps[-1]
+    for r in range(len(of_steps) - 1):
+        out = jnp.where((step_N == r).reshape(-1, *(1,) * (out.ndim - 1)), of_steps[r], out)
+    return out
+
+
+def _next_step(
+    lm: LM, policy: Controlled, route: Route, carried: Any, h_NxD: jax.Array, depth_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(whether the token runs the step after `depth_N`, its score there)."""
+    everyone = jnp.ones((h_NxD.shape[0], 1), bool)
+    z = _each_step(lm, route, lambda step: policy.score(step, h_NxD[:, None]))
+    z_Nx1 = _own(z, depth_N)
+    wants = _each_step(lm, route, lambda step: policy.select(step, z_Nx1, everyone, carried, None))
+    return _own(wants, depth_N)[:, 0] & (depth_N < lm.program.recursions), z_Nx1[:, 0]
+
+
+# ------------------------------------------------------------------------------------- a core pass
+
+
+def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[State, jax.Array, jax.Array]:
+    """The core once for every lane that is going; (state, starved_N, lanes that ran)."""
+    kv, recursions, f = lm.depth.kv_name, lm.program.recursions, state.flight
+    room_N = jnp.asarray(shape.entries, jnp.int32)
+    step_N, wants_N = f.depth_N, f.here_N & f.going_N
+    makes_N = wants_N & (step_N == 0) if kv == SHARED else wants_N
+    starved_N = makes_N & (state.entries_N >= room_N)
+    runs_N, writes_N = wants_N & ~starved_N, makes_N & ~starved_N
+    tags = None if recursions == 1 else state.tags
+    seen = logs.view(shape.core, state.entries_N, tags, step_N)
+    rope = layers.rope_of(lm, state.tokens_N)
+
+    def run(h_NxD: jax.Array) -> tuple[jax.Array, list]:
+        attends = [
+            lambda q, k, v, log=log: (logs.attend_lanes(q, log, seen, k, v, writes_N), (k, v)) for log in state.core
+        ]
+        return layers.blocks(lm, weights.core, h_NxD, rope, attends, lm.program.repeat)
+
+    def skip(h_NxD: jax.Array) -> tuple[jax.Array, list]:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, h_NxD))
+
+    y_NxD, made = jax.lax.cond(jnp.any(runs_N), run, skip, f.h_NxD)
+    core = tuple(
+        logs.append_lanes(shape.core, log, state.entries_N, writes_N, *key_value)
+        for log, key_value in zip(state.core, made, strict=True)
+    )
+    entries_N = state.entries_N + writes_N
+    tags = state.tags
+    if recursions > 1:
+        if kv == HYBRID:  # what was the newest until now is seen by the steps up to it alone
+            renews_N = writes_N & (step_N > 0)
+            tags = logs.tag_lanes(shape.core, tags, state.entries_N - 1, renews_N, 1 << (step_N - 1))
+        tag_N = newest_tag(kv, step_N, recursions)
+        tags = logs.tag_lanes(shape.core, tags, state.entries_N, writes_N, tag_N)
+
+    policy, route = _begin(lm, weights, state, f.h_NxD)
+    changes_N = runs_N & f.active_N
+    combine = lambda step: policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
+    h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, route, combine), step_N), f.h_NxD)
+    depth_N = f.depth_N + changes_N
+    goes_on_N, z_N = _next_step(lm, policy, route, f.route, h_NxD, depth_N)
+    goes_on_N &= changes_N  # who stopped does not come back
+    flight = f._replace(
+        h_NxD=h_NxD,
+        depth_N=depth_N,
+        going_N=jnp.where(runs_N, goes_on_N, f.going_N),
+        active_N=jnp.where(runs_N, goes_on_N, f.active_N),
+        z_N=jnp.where(runs_N, z_N, f.z_N),
+    )
+    state = state._replace(core=core, tags=tags, entries_N=entries_N, flight=flight)
+    return state, starved_N, jnp.sum(runs_N, dtype=jnp.int32)
+
+
+def newest_tag(kv: str, step: jax.Array, recursions: int) -> jax.Array:
+    """Tag of a token's newest entry, made at this step (from 0): the steps that see it."""
+    if kv == SHARED:
+        return jnp.full_like(step, (1 << recursions) - 1)
+    if kv == HYBRID:
+        return (1 << recursions) - (1 << step)
+    return 1 << step
+
+
+# ------------------------------------------------------------------------------------- the boundary
+
+
+def boundary(
+    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State
+) -> tuple[State, Drawn, jax.Array, jax.Array, jax.Array]:
+    """Exit, then entry; (state, what was drawn, depth_N of the tokens it was drawn from, ended_N, lanes that left)."""
+    f, kv = state.flight, lm.depth.kv_name
+    position_N = state.tokens_N + 1
+    exits_N = f.here_N & ~f.going_N & ~waiting(state.draws, position_N)
+    rope = layers.rope_of(lm, state.tokens_N)
+    seen = logs.view(shape.ends, state.tokens_N)
+    is_last = lambda log: lambda q, k, v: (logs.attend_lanes(q, log, seen, k, v, exits_N), (k, v))
+
+    def leave(h_NxD, draws):
+        x, made = layers.blocks(lm, weights.coda, h_NxD, rope, [is_last(log) for log in state.coda])
+        return made, *draw(layers.logits(lm, weights, x), draws, position_N, exits_N, config)
+
+    def stay(h_NxD, draws):
+        made, drawn, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(leave, h_NxD, draws))
+        return made, drawn._replace(token_N=drawn.token_N + NONE), draws
+
+    made, drawn, draws = jax.lax.cond(jnp.any(exits_N), leave, stay, f.h_NxD, state.draws)
+    coda = _append(shape, state.coda, state.tokens_N, exits_N, made)
+    tokens_N = state.tokens_N + exits_N
+    ended_N = exits_N & (drawn.stopped_N | (state.remaining_N <= 1))
+    remaining_N = state.remaining_N - exits_N
+
+    fresh_N = (state.next_N != NONE) & ~f.here_N
+    enters_N = fresh_N | (exits_N & ~ended_N)
+    token_N = jnp.where(exits_N, drawn.token_N, jnp.maximum(state.next_N, 0))
+    rope = layers.rope_of(lm, tokens_N)
+    seen = logs.view(shape.ends, tokens_N)
+    is_new = lambda log: lambda q, k, v: (logs.attend_lanes(q, log, seen, k, v, enters_N), (k, v))
+
+    def enter(token_N):
+        x = layers.embed(lm, weights, token_N)
+        return layers.blocks(lm, weights.prelude, x, rope, [is_new(log) for log in state.prelude])
+
+    def nobody(token_N):
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(enter, token_N))
+
+    x_NxD, made = jax.lax.cond(jnp.any(enters_N), enter, nobody, token_N)
+    prelude = _append(shape, state.prelude, tokens_N, enters_N, made)
+
+    policy, route = _begin(lm, weights, state, x_NxD)
+    zero_N = jnp.zeros_like(f.depth_N)
+    active_N, z_N = _next_step(lm, policy, route, route.tokens, x_NxD, zero_N)
+    going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
+    new = Flight(enters_N, x_NxD, zero_N, going_N, active_N, z_N, route.tokens)
+    pick = lambda new, old: jnp.where(enters_N.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+    flight = jax.tree.map(pick, new, f._replace(here_N=f.here_N & ~exits_N))
+    state = state._replace(
+        prelude=prelude, coda=coda, tokens_N=tokens_N, flight=flight, next_N=jnp.where(fresh_N, NONE, state.next_N),
+        remaining_N=remaining_N, draws=draws,
+    )  # fmt: skip
+    return state, drawn, f.depth_N, ended_N, jnp.sum(exits_N, dtype=jnp.int32)
+
+
+def _append(
+    shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax.Array, made: list
+) -> tuple[Log, ...]:
+    return tuple(
+        logs.append_lanes(shape.ends, log, slot_N, writes_N, *key_value)
+        for log, key_value in zip(parts, made, strict=True)
+    )
