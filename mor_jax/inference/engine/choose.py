@@ -35,10 +35,11 @@ def shares(lm: LM, params: Any) -> tuple[float, ...]:
     except UserError:
         return capacities(lm.model, lm.depth)
     probes = survey.PROBES_G[1:]
-    if lm.depth.policy == "token_choice":  # a step's row counts who reaches it, among all tokens
-        return tuple(float(np.interp(0.0, probes, row)) for row in reach)
-    cut = math.log(lm.depth.threshold / (1 - lm.depth.threshold))  # a step's row: among the candidates of the step
-    return tuple(np.cumprod([float(np.interp(cut, probes, row)) for row in reach]).tolist())
+    at_once = lm.depth.policy == "token_choice"
+    cut = 0.0 if at_once else math.log(lm.depth.threshold / (1 - lm.depth.threshold))
+    found = np.clip([np.interp(cut, probes, row) for row in reach], 0, 1)
+    # At once, a step's row is about all tokens; step by step, about those that came as far.
+    return tuple((np.minimum.accumulate(found) if at_once else np.cumprod(found)).tolist())
 
 
 def depth_distribution(shares_R: Sequence[float]) -> np.ndarray:

@@ -44,7 +44,7 @@ Layout = tuple[Segment, ...]
 
 
 class Log(NamedTuple):
-    """Keys and values of one block application: an array [lanes, K, size, H] a segment."""
+    """Keys and values of one block application: an array [lanes, K, size, H] a segment, as `stored`."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -65,9 +65,20 @@ def layout(rooms: Sequence[int]) -> Layout:
     return tuple(Segment(a, b - a, sum(room >= b for room in rooms)) for a, b in itertools.pairwise(starts))
 
 
+def stored(x: jax.Array) -> jax.Array:
+    """As it is kept in a log: the bits of bfloat16 as integers. XLA on CPUs converts all of a bfloat16 array to
+    float32 and back to write one row of it; integers it writes in place."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def loaded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Inverse of `stored`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
     """A log with nothing in it."""
-    zeros = lambda: tuple(jnp.zeros((s.lanes, kv_heads, s.size, head_dim), dtype) for s in shape)
+    zeros = lambda: tuple(stored(jnp.zeros((s.lanes, kv_heads, s.size, head_dim), dtype)) for s in shape)
     return Log(zeros(), zeros())
 
 
@@ -133,6 +144,7 @@ def attend_lanes(
     )
 
     def add(part: _Softmax, q, k, v, seen) -> _Softmax:
+        k, v = loaded(k, dtype), loaded(v, dtype)
         score = jnp.einsum("NKGH,NKSH->NKGS", q, k, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
         return part.add(score, seen[:, None, None], weigh)
@@ -166,7 +178,7 @@ def attend_chunk(
     so_far = _Softmax(zero + MASKED, zero, jnp.zeros(q_KxGxTxH.shape, jnp.float32))
     so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
     # A lane beyond a segment has no entries in it, so that it does not matter whose are looked at.
-    of_lane = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+    of_lane = lambda x: loaded(jax.lax.dynamic_index_in_dim(x, lane, keepdims=False), dtype)
     from_log = lambda part, q, k, v, seen: add(part, q, of_lane(k), of_lane(v), seen)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
@@ -183,15 +195,11 @@ def append_lanes(
     """One entry at `slot_N` for every lane that writes."""
 
     def put(arrays, new_NxKxH):
-        # XLA on CPUs converts all of a bfloat16 array to float32 and back to scatter into it; integers it leaves alone.
-        raw = jnp.uint16 if new_NxKxH.dtype == jnp.bfloat16 else new_NxKxH.dtype
-        cast = jax.lax.bitcast_convert_type
-        new_NxKxH, out = cast(new_NxKxH, raw), []
+        new_NxKxH, out = stored(new_NxKxH), []
         for s, array in zip(shape, arrays, strict=True):
             inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
             place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]  # out of bounds: dropped
-            put = cast(array, raw).at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop")
-            out.append(cast(put, array.dtype))
+            out.append(array.at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop"))
         return tuple(out)
 
     return Log(put(log.k, k_NxKxH), put(log.v, v_NxKxH))
@@ -222,7 +230,7 @@ def append_chunk(
 ) -> tuple[jax.Array, ...]:
     """rows[:count] of one lane, appended from `slot` on. `arrays`: the segments of a log's keys or values (rows
     [W, K, H]) or of the tags (rows [W]). By windows and not by scatter, which XLA on CPUs does a row at a time."""
-    out = []
+    rows, out = stored(rows), []
     for s, array in zip(shape, arrays, strict=True):
         start, row, size = _window(s, slot, rows.shape[0])
         fits = (row >= 0) & (row < count) & (lane < s.lanes)

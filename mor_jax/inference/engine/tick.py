@@ -108,8 +108,11 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     makes_N = wants_N & (step_N == 0) if kv == SHARED else wants_N
     starved_N = makes_N & (state.entries_N >= room_N)
     runs_N, writes_N = wants_N & ~starved_N, makes_N & ~starved_N
-    tags = None if recursions == 1 else state.tags
-    seen = logs.view(shape.core, state.entries_N, tags, step_N)
+    tags = state.tags
+    if kv == HYBRID:  # what was the token's newest entry is seen by the steps up to its own alone from now on
+        renews_N = writes_N & (step_N > 0)
+        tags = logs.tag_lanes(shape.core, tags, state.entries_N - 1, renews_N, 1 << (step_N - 1))
+    seen = logs.view(shape.core, state.entries_N, tags if recursions > 1 else None, step_N)
     rope = layers.rope_of(lm, state.tokens_N)
 
     def run(h_NxD: jax.Array) -> tuple[jax.Array, list]:
@@ -127,11 +130,7 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
         for log, key_value in zip(state.core, made, strict=True)
     )
     entries_N = state.entries_N + writes_N
-    tags = state.tags
     if recursions > 1:
-        if kv == HYBRID:  # what was the newest until now is seen by the steps up to it alone
-            renews_N = writes_N & (step_N > 0)
-            tags = logs.tag_lanes(shape.core, tags, state.entries_N - 1, renews_N, 1 << (step_N - 1))
         tag_N = newest_tag(kv, step_N, recursions)
         tags = logs.tag_lanes(shape.core, tags, state.entries_N, writes_N, tag_N)
 
