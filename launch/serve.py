@@ -18,8 +18,11 @@ from absl import flags
 from launch import cli
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.build import build_service
+from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
+from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
 from rlm_runtime.serve.access import host_names, read_keys
@@ -85,6 +88,9 @@ def make_service(loaded: Loaded) -> Any:
     """The engine of a model, every program compiled."""
     if _ENGINE.value == "plain":
         service = PlainService(loaded, queue=_QUEUE.value, context=_CONTEXT.value or None)
+    else:
+        engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value)
+        service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
     service.warm_up()
     return service
 

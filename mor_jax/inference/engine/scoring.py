@@ -71,11 +71,13 @@ class Scorer:
         place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._weights = jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
         # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest there are.
-        self._state = empty_state(lm, shape, DrawConfig(1), self._weights.router)
         if place is not None:
-            self._weights, self._state = jax.device_put((self._weights, self._state), place)
-        run = functools.partial(_score_chunk, lm, shape, self._config)
+            self._weights = jax.device_put(self._weights, place)
         where = {} if place is None else {"out_shardings": place}
+        # Made by a program: outside one, leaves that are equal would be one buffer, which cannot be donated twice.
+        empty = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)), **where)
+        self._state = empty(self._weights.router)
+        run = functools.partial(_score_chunk, lm, shape, self._config)
         self._run = jax.jit(run, donate_argnums=1, **where)
         self._open = jax.jit(open_lane, donate_argnums=0, **where)
 

@@ -14,6 +14,10 @@ DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 SHARED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total",
           "prefix_cache_hits_total", "num_preemptions_total")  # fmt: skip
 
+# Not shown: the engine's own count of what is measured here, at the side of the client.
+OWN = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_", "request_queue_time_", "e2e_request_",
+       "recursion_depth_", "requests_")  # fmt: skip
+
 HELP = {
     "num_requests_running": "Sequences that have a lane.",
     "num_requests_waiting": "Sequences that wait for a lane.",
@@ -56,6 +60,8 @@ class ModelMetrics(Metrics):
         series: dict[str, list[str]] = {}
         for model in self._models():
             for key, value in model.service.stats().items():
+                if key.startswith(OWN):
+                    continue
                 name = ("vllm:" if key in SHARED else "mor_jax:") + key
                 series.setdefault(name, []).append(f"{name}{labels_text((('model_name', model.name),))} {value:.15g}")
         lines = []
