@@ -2,7 +2,7 @@
 
 import pytest
 
-from serve.support import plain, running, small_model
+from serve.support import batched, running, small_model
 
 
 @pytest.fixture(scope="session")
@@ -12,5 +12,5 @@ def small():
 
 @pytest.fixture(scope="session")
 def server(small):
-    with running(plain(small)) as server:
+    with running(batched(small)) as server:
         yield server

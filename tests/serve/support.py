@@ -15,8 +15,11 @@ from small import random_params, small_lm, spread_routers
 from mor_jax.config import MeshConfig
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.build import build_service
+from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
+from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.parallel.mesh import make_mesh
 from rlm_runtime.serve.model import ModelBackend, ModelSettings, create_app
 from rlm_runtime.serve.server import bind, serve
@@ -117,7 +120,7 @@ def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **sett
     worker.start()
     assert ready.wait(30) and not done.is_set(), "the server did not start"
     if wait:
-        assert loaded.wait(120)
+        assert loaded.wait(600)
         assert app.state.shelf.failure is None, app.state.shelf.failure
     try:
         yield Server(listener.getsockname()[1], app, lambda: stops[0]("a test"), done)
@@ -129,6 +132,17 @@ def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **sett
             stops[0]("a test")
         worker.join(60)
         assert not worker.is_alive(), "the server did not stop"
+
+
+def batched(model: SmallModel, *, lanes: int = 4, queue: int = 256) -> Callable[[], list[ModelBackend]]:
+    """The engine itself, every program compiled."""
+
+    def load() -> list[ModelBackend]:
+        service = build_service(model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True)
+        service.warm_up()
+        return [backend("small", model, service)]
+
+    return load
 
 
 def plain(model: SmallModel, **options: Any) -> Callable[[], list[ModelBackend]]:
