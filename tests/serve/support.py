@@ -138,7 +138,9 @@ def batched(model: SmallModel, *, lanes: int = 4, queue: int = 256) -> Callable[
     """The engine itself, every program compiled."""
 
     def load() -> list[ModelBackend]:
-        service = build_service(model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True)
+        service = build_service(
+            model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True
+        )
         service.warm_up()
         return [backend("small", model, service)]
 

@@ -15,8 +15,8 @@ def test_rounds_against_the_server(server):
     found = asyncio.run(measure(plan, said.append))
     assert [r["ok"] for r in found["rounds"]] == [6, 6] and len(said) == 2
     for r in found["rounds"]:
-        assert r["output_tokens_per_second"] * r["seconds"] == pytest.approx(18, rel=0.02)
-        assert r["prompt_tokens_per_second"] * r["seconds"] == pytest.approx(6 * 7, rel=0.01)
+        assert r["output_tokens_per_second"] * r["seconds"] == pytest.approx(18, rel=0.05)
+        assert r["prompt_tokens_per_second"] * r["seconds"] == pytest.approx(6 * 7, rel=0.05)
         assert 0 < r["ttft_ms"]["p50"] <= r["total_ms"]["p99"] and not r["failures"]
     assert found["rounds"][1]["rate"] == pytest.approx(found["rounds"][0]["requests_per_second"] / 2, rel=1e-3)
 
