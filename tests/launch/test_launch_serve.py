@@ -46,10 +46,8 @@ def test_it_serves_until_it_is_told_to_stop(trained):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["give a checkpoint"]),
         (["runs/nowhere"], ["runs/nowhere"]),
         (["x", "--host", "0.0.0.0"], ["0.0.0.0", "--api_key_file"]),
-        (["x", "--api_key_file", "nowhere.txt"], ["nowhere.txt"]),
     ],
 )
 def test_a_mistake_is_one_line(args, words):

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -40,27 +41,29 @@ def run_server(
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        failed: asyncio.Future[Shelf] = loop.create_future()
+        stops: list[Callable[[str], None]] = []
 
         def on_loaded(shelf: Shelf) -> None:
             if shelf.failure is not None:
                 with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                    loop.call_soon_threadsafe(lambda: failed.done() or failed.set_result(shelf))
+                    stops[0]("loading failed")
                 return
             key = "" if settings.api_keys else " (no key needed)"
             say(f"ready: {', '.join(shelf.models)} at {url}{key}, {time.monotonic() - began:.1f} s after the start")
 
-        app = create_app(load, settings, on_loaded=on_loaded)
-        up = lambda: say(f"listening at {url}; loading the models")
-        running = asyncio.create_task(serve(app, listener, on_ready=up, say=say))
-        await asyncio.wait({running, failed}, return_when=asyncio.FIRST_COMPLETED)
-        if failed.done():
-            running.cancel()
-            await asyncio.wait({running})
-            assert failed.result().failure is not None
-            raise failed.result().failure
-        await running
+        def load_once_up() -> Sequence[ModelBackend]:
+            up.wait()  # what fails at once must find the server there to stop it
+            return load()
+
+        def on_up() -> None:
+            say(f"listening at {url}; loading the models")
+            up.set()
+
+        up = threading.Event()
+        app = create_app(load_once_up, settings, on_loaded=on_loaded)
+        await serve(app, listener, on_ready=on_up, say=say, stops=stops)
+        if app.state.shelf.failure is not None:
+            raise app.state.shelf.failure
         if not app.state.shelf.loaded.is_set():
             # Stopped while loading: the compiler works in a thread that an ordinary exit would tear down under it.
             say("stopped before the models were loaded")
