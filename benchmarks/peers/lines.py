@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
 
-def converse(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]):
-    """`start(settings)`, the settings from the command line, returns (what to say first, the answer to a question)."""
+
+def converse(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Answer]]) -> None:
+    """`start(settings)`, the settings from the command line, returns (what to say first, the answer to a question).
+    To each answer the CPU seconds of this process, all threads, are added."""
     answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the conversation
 
     def say(record: dict[str, Any]) -> None:
@@ -23,4 +27,6 @@ def converse(start: Callable[[dict[str, Any]], tuple[dict[str, Any], Callable[[d
     say({"python": sys.version.split()[0]} | facts)
     for line in sys.stdin:
         if line.strip():
-            say(answer(json.loads(line)))
+            cpu = time.process_time()
+            reply = answer(json.loads(line))
+            say(reply | {"cpu": time.process_time() - cpu})

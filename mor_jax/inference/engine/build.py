@@ -8,6 +8,7 @@ from typing import Any
 from mor_jax.inference.dial import depth_control
 from mor_jax.inference.engine.device import Device, EngineConfig
 from mor_jax.inference.engine.request import DepthWish
+from mor_jax.inference.engine.scoring import Scorer
 from mor_jax.inference.engine.service import EngineService, ServiceConfig
 
 KEPT_WISHES = 256
@@ -27,7 +28,7 @@ def build_service(
 
     Args:
       model: of `train.load.load_model`, or anything with lm, params, tokenizer and mesh.
-      device: one made before, whose service was closed; nothing compiles again.
+      device: one made before, whose service was closed, or has failed and `Device.reset` was called.
       scoring: whether log-probabilities of prompts may be asked for; a program more to compile.
     """
     device = device or build_device(model, engine)
@@ -41,13 +42,12 @@ def build_service(
         )  # fmt: skip
 
     scorer = _scorer(model, device) if scoring else None
-    return EngineService(device, config, control_of=control_of, scorer=scorer, eos=model.tokenizer.eos)
+    eos = model.tokenizer.eos
+    return EngineService(device, config, control_of=control_of, scorer=scorer, eos=eos)
 
 
 def _scorer(model: Any, device: Device) -> Any:
-    from mor_jax.inference.engine.scoring import Scorer
-
     return Scorer(
         model.lm, model.params, vocab_size=device.draw_config.vocab_size, context=device.context, mesh=model.mesh,
-        max_logprobs=device.draw_config.max_logprobs,
+        max_logprobs=device.draw_config.max_logprobs, weights=device.weights,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import choose, layers, programs
 from mor_jax.inference.engine.prefill import Chunk
+from mor_jax.inference.engine.results import Lengths, Piece, Prefilled, Rows, Ticked, Ticket
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
 from mor_jax.inference.engine.speculate import Speculation
 from mor_jax.inference.engine.state import NONE, Shape, State, empty_state
@@ -60,85 +61,6 @@ class EngineConfig:
     draft_depth: int = 1  # recursions a draft may run, fewer than the model's
 
 
-class Lengths(NamedTuple):
-    """Entries in use: one a token in prelude and coda, and those of the core's log."""
-
-    tokens: int
-    entries: int
-
-
-class Prefilled(NamedTuple):
-    """`fits` False: the core log has no room for the chunk, so nothing was written, and nothing will be by later
-    prefills of this lane. It needs a lane with more room."""
-
-    depth_T: np.ndarray
-    lengths: Lengths
-    fits: bool
-
-
-class Ticked(NamedTuple):
-    """One tick, [lanes]. A lane that was stopped since the tick was dispatched says nothing.
-
-    token_N: NONE (-1): nothing was drawn. depth_N: recursions that were run to draw it. stopped_N: it is one of the
-    stop tokens. ended_N: the lane draws no more, by a stop token or because `remaining` ran out. starved_N: the lane
-    stands still since its core log is full; nothing is lost, it needs a lane with more room. passes: core passes that
-    ran; rows: lanes that ran, summed over them; exits: lanes that left through the boundary.
-    """
-
-    token_N: np.ndarray
-    depth_N: np.ndarray
-    stopped_N: np.ndarray
-    ended_N: np.ndarray
-    logprob_N: np.ndarray
-    top_ids_NxK: np.ndarray
-    top_logprobs_NxK: np.ndarray
-    starved_N: np.ndarray
-    tokens_N: np.ndarray
-    entries_N: np.ndarray
-    passes: int
-    rows: int
-    exits: int
-
-
-class Piece(NamedTuple):
-    """Saved entries slot .. slot + count of one part ("ends" or "core"), in arrays with room for PIECE of them."""
-
-    part: str
-    slot: int
-    count: int
-    arrays: Any
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Saved entries start .. stop of a lane, on device; forget them to free them."""
-
-    start: Lengths
-    stop: Lengths
-    pieces: tuple[Piece, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(leaf.nbytes for piece in self.pieces for leaf in jax.tree.leaves(piece.arrays))
-
-
-class _Ticket:
-    """Of work under way. Fetch it once."""
-
-    def __init__(self, arrays: Any, read: Callable[[Any], Any]):
-        self._arrays, self._read = arrays, read
-        for leaf in jax.tree.leaves(arrays):
-            leaf.copy_to_host_async()
-
-    def ready(self) -> bool:
-        """Whether `fetch` would return at once."""
-        return all(leaf.is_ready() for leaf in jax.tree.leaves(self._arrays))
-
-    def fetch(self) -> Any:
-        """Wait for it, and what it says."""
-        return self._read(jax.tree.map(np.asarray, self._arrays))
-
-
 class Device:
     """The programs of one model and the state of its lanes.
 
@@ -168,6 +90,7 @@ class Device:
         self.times: tuple[float, float] | None = None  # (seconds a core pass, a boundary), measured at warm-up
         self._state = self._empty()
         self._lengths = [Lengths(0, 0)] * self.lanes
+        self._queued = [0] * self.lanes  # tokens in each lane once all that was enqueued is done
         self._lives = [0] * self.lanes  # of each lane, counted up when it is opened or stopped
         self._neutral = _row(DepthControl.neutral(1, self.recursions))
         self._programs: programs.Programs | None = None
@@ -195,6 +118,21 @@ class Device:
         ones."""
         self._weights = self._put(jax.jit(functools.partial(layers.prepare, self.lm))(params))
 
+    @property
+    def weights(self) -> layers.Weights:
+        """As the programs read them."""
+        return self._weights
+
+    @property
+    def warm(self) -> bool:
+        """Every program is compiled."""
+        return self._programs is not None
+
+    def reset(self) -> None:
+        """Every lane free and empty, after a call that failed: it may have taken the state with it."""
+        self._state = self._empty()
+        self._lives = [life + 1 for life in self._lives]
+
     # ------------------------------------------------------------------------------------- compiling
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
@@ -207,7 +145,9 @@ class Device:
         c = self.config
         if c.boundary_every is None and self.recursions > 1 and not c.speculate:
             tell("measuring a core pass and a boundary")
-            self.times = self.measure(made)
+            probes = made.timed(programs.busy_pass), made.timed(programs.busy_boundary)
+            half = self.context // 2
+            self.times = self.measure(probes, half, min(self.expected_entries(half), self.shape.entries[-1]))
             self.m = choose.best(self.lanes, self.shares, *self.times)
         tell("ticks")
         if c.speculate:
@@ -219,20 +159,21 @@ class Device:
         made.compile_small()
         self._programs = made
 
-    def measure(self, made: programs.Programs, repeats: int = 7) -> tuple[float, float]:
-        """Median seconds of (a core pass, a boundary), all lanes busy and half full. Empties every lane."""
-        found = []
-        for f in (programs.busy_pass, programs.busy_boundary):
-            program, walls = made.timed(f), []
-            for _ in range(repeats + 1):
+    def measure(self, probes: tuple[Any, Any], tokens: int, entries: int, repeats: int = 7) -> tuple[float, float]:
+        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their logs. `probes`: the
+        two, of `Programs.timed`. Empties every lane."""
+        fill = np.int32(tokens), np.int32(entries)
+        walls = [[], []]
+        for _ in range(repeats + 1):  # in turns, so that what disturbs the machine disturbs both
+            for probe, wall in zip(probes, walls, strict=True):
                 jax.block_until_ready(self._state)
                 begin = time.perf_counter()
-                self._state, *rest = program(self._weights, self._state)
+                self._state, *rest = probe(self._weights, self._state, *fill)
                 jax.block_until_ready((self._state, rest))
-                walls.append(time.perf_counter() - begin)
-            found.append(statistics.median(walls[1:]))
+                wall.append(time.perf_counter() - begin)
         self._state = self._empty()
-        return found[0], found[1]
+        core, boundary = (statistics.median(wall[1:]) for wall in walls)
+        return core, boundary
 
     # ------------------------------------------------------------------------------------- a lane's life
 
@@ -242,14 +183,16 @@ class Device:
         row = self._neutral if control is None else _row(control)
         self._state = self._programs.open(self._state, np.int32(lane), row)
         self._lengths[lane] = Lengths(0, 0)
+        self._queued[lane] = 0
         self._lives[lane] += 1
 
-    def prefill(self, lane: int, tokens: Sequence[int]) -> _Ticket:
+    def prefill(self, lane: int, tokens: Sequence[int]) -> Ticket:
         """Append 1 .. max(chunks) tokens at the lane's current length, all of a prompt but its last one. The smallest
         program that holds them runs. `fetch()` of the ticket gives a `Prefilled`."""
         count = len(tokens)
         if not 1 <= count <= self.chunks[-1]:
             raise UserError(f"a chunk has 1 to {self.chunks[-1]} tokens, got {count}; cut the prompt (`Device.cut`).")
+        self._queue(lane, count)
         size = next(c for c in self.chunks if c >= count)
         padded = np.zeros((size,), np.int32)
         padded[:count] = tokens
@@ -263,14 +206,22 @@ class Device:
                 self._lengths[lane] = lengths
             return Prefilled(chunk.depth_C[:count], lengths, bool(chunk.fits))
 
-        return _Ticket(chunk, read)
+        return Ticket(chunk, read)
 
     def start(self, lane: int, token: int, row: DrawRows, remaining: int) -> None:
         """Decode from the end of the next tick on: `token`, the last of the prompt, enters first, and up to
-        `remaining` tokens are drawn. `row`: of `rows.host_row`. Prompt and `remaining` must fit into the context."""
+        `remaining` tokens are drawn. `row`: of `rows.host_row`. Raises UserError where the context does not hold them."""
+        self._queue(lane, remaining)  # the last drawn token does not enter
         self._state = self._programs.start(
             self._state, np.int32(lane), np.int32(token), np.int32(remaining), _row_of(self._state.draws, row)
         )
+
+    def _queue(self, lane: int, count: int) -> None:
+        if self._queued[lane] + count > self.context:
+            raise UserError(
+                f"{self._queued[lane]} tokens and {count} more are beyond the engine's context of {self.context}."
+            )
+        self._queued[lane] += count
 
     def stop(self, lane: int) -> None:
         """Free the lane, whatever it is doing. Ticks already dispatched say nothing of it any more."""
@@ -282,7 +233,7 @@ class Device:
         mask_W = np.asarray(mask_W, np.uint32)
         self._state = self._programs.mask(self._state, np.int32(lane), mask_W, np.int32(position))
 
-    def tick(self) -> _Ticket:
+    def tick(self) -> Ticket:
         """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of `Ticked`; of a tick that
         speculates, one for each token of the span, NONE in those a lane did not come to."""
         self._state, out = self._programs.tick(self._weights, self._state)
@@ -294,7 +245,7 @@ class Device:
                 self.accepted += int(np.sum(out.token_N[1:] != NONE))
             return [self._ticked(Out(*(leaf[i] for leaf in out)), lives) for i in range(out.passes.shape[0])]
 
-        return _Ticket(out, read)
+        return Ticket(out, read)
 
     def _ticked(self, out: Out, lives: list[int]) -> Ticked:
         same_N = np.asarray(lives) == np.asarray(self._lives)
@@ -324,7 +275,7 @@ class Device:
         for part, slot, count, arrays in rows.pieces:
             load = self._programs.load[part]
             self._state = load(self._state, np.int32(lane), np.int32(slot), np.int32(count), arrays)
-        self._lengths[lane] = rows.stop
+        self._lengths[lane], self._queued[lane] = rows.stop, rows.stop.tokens
 
     # ------------------------------------------------------------------------------------- sizes
 
@@ -405,3 +356,6 @@ def _check(lm: LM, c: EngineConfig) -> None:
         raise UserError("a tick that speculates is one dispatch: set ticks_per_dispatch to 1.")
     if c.entries < 0 or c.ticks_per_dispatch < 1 or c.max_logprobs < 0:
         raise UserError("entries and max_logprobs must not be negative, ticks_per_dispatch at least 1.")
+
+
+__all__ = ["Device", "EngineConfig", "Lengths", "Prefilled", "Rows", "Ticked", "Ticket"]

@@ -117,6 +117,12 @@ class _Softmax(NamedTuple):
     total: jax.Array
     out: jax.Array
 
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> _Softmax:
+        """Before any key, for queries of this shape."""
+        zeros = jnp.zeros(shape[:-1], jnp.float32)
+        return cls(zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
+
     def add(self, score: jax.Array, mask: jax.Array, weigh) -> _Softmax:
         """With more keys; `weigh` maps their weights to the sum of their values."""
         score = jnp.where(mask, score, MASKED)
@@ -130,18 +136,9 @@ class _Softmax(NamedTuple):
         return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
 
 
-def attend_lanes(
-    q_NxKxGxH: jax.Array, log: Log, seen: View, own_k_NxKxH: jax.Array, own_v_NxKxH: jax.Array, own_N: jax.Array
-) -> jax.Array:
-    """Of one token a lane to its log and, where `own_N`, to its own key, which is not in the log yet. [N, K, G, H]."""
+def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
+    """Of one token a lane to its log, which holds its own key already. [N, K, G, H]; zeros where nothing is seen."""
     q, dtype, scale = q_NxKxGxH, q_NxKxGxH.dtype, q_NxKxGxH.shape[-1] ** -0.5
-    own = jnp.sum(q.astype(jnp.float32) * own_k_NxKxH[:, :, None].astype(jnp.float32), axis=-1) * scale
-    mask = own_N[:, None, None]
-    so_far = _Softmax(
-        jnp.where(mask, own, MASKED),
-        jnp.broadcast_to(mask, own.shape).astype(jnp.float32),
-        jnp.where(mask[..., None], own_v_NxKxH[:, :, None].astype(jnp.float32), 0.0) + jnp.zeros(q.shape, jnp.float32),
-    )
 
     def add(part: _Softmax, q, k, v, seen) -> _Softmax:
         k, v = loaded(k, dtype), loaded(v, dtype)
@@ -149,6 +146,7 @@ def attend_lanes(
         weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
         return part.add(score, seen[:, None, None], weigh)
 
+    so_far = _Softmax.empty(q.shape)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         lanes = k.shape[0]
         part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
@@ -159,14 +157,19 @@ def attend_lanes(
     return so_far.result(dtype)
 
 
+def of_lane(log: Log, lane: jax.Array) -> Log:
+    """Copy of one lane's log, segments [K, size, H]. A lane beyond a segment has no entries in it, so that it does not
+    matter whose are taken there."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+    return jax.tree.map(take, log)
+
+
 def attend_chunk(
-    q_TxKxGxH: jax.Array, log: Log, lane: jax.Array, seen: View, own_k_UxKxH: jax.Array, own_v_UxKxH: jax.Array,
-    own_TxU: jax.Array,
-) -> jax.Array:  # fmt: skip
-    """Of T tokens of one lane to its log (`seen` is a view of this lane alone) and, by a mask, to U keys that are not
-    in the log yet. [T, K, G, H]."""
+    q_TxKxGxH: jax.Array, log: Log, seen: View, own_k_UxKxH: jax.Array, own_v_UxKxH: jax.Array, own_TxU: jax.Array
+) -> jax.Array:
+    """Of T tokens of one lane to its log (of `of_lane`; `seen` is a view of this lane alone) and, by a mask, to U keys
+    that are not in the log yet. [T, K, G, H]."""
     q, dtype, scale = q_TxKxGxH, q_TxKxGxH.dtype, q_TxKxGxH.shape[-1] ** -0.5
-    dims = q.shape[1], q.shape[2], q.shape[0]  # K, G, T
     q_KxGxTxH = jnp.moveaxis(q, 0, 2)
 
     def add(part: _Softmax, q, k_KxSxH, v_KxSxH, mask) -> _Softmax:
@@ -174,12 +177,9 @@ def attend_chunk(
         weigh = lambda w: jnp.einsum("KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32)
         return part.add(score, mask, weigh)
 
-    zero = jnp.zeros(dims, jnp.float32)
-    so_far = _Softmax(zero + MASKED, zero, jnp.zeros(q_KxGxTxH.shape, jnp.float32))
+    so_far = _Softmax.empty(q_KxGxTxH.shape)
     so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
-    # A lane beyond a segment has no entries in it, so that it does not matter whose are looked at.
-    of_lane = lambda x: loaded(jax.lax.dynamic_index_in_dim(x, lane, keepdims=False), dtype)
-    from_log = lambda part, q, k, v, seen: add(part, q, of_lane(k), of_lane(v), seen)
+    from_log = lambda part, q, k, v, seen: add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
         so_far = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)

@@ -64,14 +64,12 @@ def prefill_states(
     rope = layers.rope_of(lm, pos_C)
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
-    reader = lambda log: lambda q, k, v: (logs.attend_chunk(q, log, lane, seen, k, v, own_CxC), (k, v))
-
-    x, prelude = layers.blocks(
-        lm, weights.prelude, layers.embed(lm, weights, tokens_C), rope, [reader(log) for log in state.prelude]
-    )
+    read = lambda log: functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
+    x = layers.embed(lm, weights, tokens_C)
+    x, prelude = layers.blocks(lm, weights.prelude, x, rope, [read(log) for log in state.prelude])
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
     x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, pos_C, rope, real_C)
-    x, coda = layers.blocks(lm, weights.coda, x, rope, [reader(log) for log in state.coda])
+    x, coda = layers.blocks(lm, weights.coda, x, rope, [read(log) for log in state.coda])
 
     depth_C = jnp.sum(active_RxC, axis=0, dtype=jnp.int32)
     # An entry of every token at step 1 where later steps look back on it, however deep it went itself.
@@ -108,6 +106,10 @@ def prefill_states(
     return state, Chunk(depth_C, at + count, slot + added, fits), x
 
 
+def _read(q: jax.Array, k: jax.Array, v: jax.Array, *, log: Log, seen: View, own_CxC: jax.Array) -> tuple:
+    return logs.attend_chunk(q, log, seen, k, v, own_CxC), (k, v)
+
+
 class _Step(NamedTuple):
     """What the tokens of the chunk carry from one recursion step to the next."""
 
@@ -126,6 +128,7 @@ def _recurse(
     policy = Controlled(lm.policy, control)
     route = policy.begin(weights.router, x_CxD[None], real_C[None])
     sizes = row_sizes(chunk, lm.depth.policy != "fixed")
+    core = tuple(logs.of_lane(log, lane) for log in state.core)
     tags = [t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)]
 
     def one(carry: _Step, xs: Any, first: bool = False):
@@ -135,7 +138,7 @@ def _recurse(
         active_C = policy.select(step, z_C[None], carry.candidates_C[None], route.tokens, None)[0]
         runs_C = real_C if first and looks_back(kv) else active_C
         count = jnp.sum(runs_C)
-        rows = functools.partial(_rows, lm, weights, state.core, lane, seen, first)
+        rows = functools.partial(_rows, lm, weights, core, seen, first)
         if first and looks_back(kv):
             y_CxD, made = rows(chunk, carry, runs_C, rope)
         else:
@@ -160,8 +163,8 @@ def _recurse(
 
 
 def _rows(
-    lm: LM, weights: Weights, core: tuple[Log, ...], lane: jax.Array, seen: View, first: bool, size: int,
-    carry: _Step, runs_C: jax.Array, rope: Any,
+    lm: LM, weights: Weights, core: tuple[Log, ...], seen: View, first: bool, size: int, carry: _Step,
+    runs_C: jax.Array, rope: Any,
 ) -> tuple[jax.Array, tuple]:  # fmt: skip
     """The core over the tokens that run a step, gathered into `size` rows: its output and the newest keys and values
     of each block, back in their places in the chunk."""
@@ -192,7 +195,7 @@ def _rows(
         else:
             made = tuple(spread(new, old) for new, old in zip((k, v), carry.kept[block], strict=True))
             own = (*made, before_SxC)
-        return logs.attend_chunk(q, core[block], lane, seen, *own), made
+        return logs.attend_chunk(q, core[block], seen, *own), made
 
     h_SxD, table = jax.tree.map(lambda x: x if whole else x[index_S], (h_CxD, rope))
     attends = [functools.partial(attend, block=i) for i in range(len(core))]

@@ -108,28 +108,32 @@ def _write(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: ja
 # ------------------------------------------------------------------------------------- all lanes busy, to be timed
 
 
-def _busy(shape: Shape, state: State, going: bool) -> State:
-    """All lanes half full, with a token in flight."""
+def _busy(shape: Shape, state: State, going: bool, tokens: jax.Array, entries: jax.Array) -> State:
+    """All lanes hold so much and have a token in flight."""
     yes = jnp.ones((shape.lanes,), bool)
     flight = state.flight._replace(
         here_N=yes, going_N=yes & going, active_N=yes & going, depth_N=jnp.zeros_like(state.flight.depth_N)
     )
     return state._replace(
         flight=flight,
-        tokens_N=jnp.full_like(state.tokens_N, shape.context // 2),
-        entries_N=jnp.asarray(shape.entries, jnp.int32) // 2,
+        tokens_N=jnp.full_like(state.tokens_N, tokens),
+        entries_N=jnp.full_like(state.entries_N, entries),
         remaining_N=jnp.full_like(state.remaining_N, 2),
     )
 
 
-def busy_pass(lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State) -> tuple:
+def busy_pass(
+    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+) -> tuple:
     """A core pass of all lanes."""
-    return core_pass(lm, shape, weights, _busy(shape, state, going=True))
+    return core_pass(lm, shape, weights, _busy(shape, state, True, tokens, entries))
 
 
-def busy_boundary(lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State) -> tuple:
+def busy_boundary(
+    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+) -> tuple:
     """A boundary of all lanes."""
-    return boundary(lm, shape, config, weights, _busy(shape, state, going=False))
+    return boundary(lm, shape, config, weights, _busy(shape, state, False, tokens, entries))
 
 
 # ------------------------------------------------------------------------------------- compiling
@@ -152,8 +156,9 @@ class Programs:
         return jax.jit(f, donate_argnums=() if donate is None else donate, **where).lower(*args).compile()
 
     def timed(self, f: Callable) -> Any:
-        """`busy_pass` or `busy_boundary`, called with (weights, state)."""
-        return self._compile(functools.partial(f, *self._static), self._weights, self._state, donate=1)
+        """`busy_pass` or `busy_boundary`, called with (weights, state, tokens, entries)."""
+        zero = np.int32(0)
+        return self._compile(functools.partial(f, *self._static), self._weights, self._state, zero, zero, donate=1)
 
     def compile_tick(self, m: int, count: int) -> None:
         """`tick(weights, state)`."""

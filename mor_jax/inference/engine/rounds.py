@@ -34,6 +34,7 @@ class Rounds:
         self._new: deque[tuple[Any, Any]] = deque()  # of this round
         self._open: dict[int, Job] = {}  # all whose last event was not handed out
         self._over: list[Job] = []  # those of them that ended in this round
+        self._scored: Job | None = None  # whose prompt is being scored
         self.counts = Counts()
 
     @property
@@ -76,6 +77,8 @@ class Rounds:
             self._tell(job, job.events if over else [*job.events, self._finished(job, "error", message)])
         self._open.clear()
         self._over.clear()
+        for ticket, _ in self._old if works else ():
+            ticket.fetch()  # whoever uses the device next finds it idle
         self._old.clear()
         self._new.clear()
         return len(left)
@@ -84,12 +87,13 @@ class Rounds:
         return [job for job in self._scheduler.waiting if job.unready]
 
     def _score_a_little(self) -> None:
-        """One chunk of one prompt whose tokens' log-probabilities are wanted."""
-        for job in self._scoring()[:1]:
-            scored = next(job.scoring)
-            if scored is not None:
-                job.events.append(scored)
-                job.unready, job.scoring = False, None
+        """One chunk of one prompt whose tokens' log-probabilities are wanted; one after the other, the scorer has a
+        single lane."""
+        if self._scored is None or self._scored.phase == OVER:
+            self._scored = next(iter(self._scoring()), None)
+        if (job := self._scored) is not None and (scored := next(job.scoring)) is not None:
+            job.events.append(scored)
+            job.unready, job.scoring, self._scored = False, None, None
 
     def _carry_out(self, action: Any) -> None:
         device, job = self._device, action.job
@@ -157,8 +161,9 @@ class Rounds:
         self._scheduler.prefilled(job, len(action.chunk), got.lengths.entries)
 
     def _drew(self, job: Job, lane: int, t: Any) -> None:
-        if t.starved_N[lane]:
-            self._scheduler.outgrew(job)
+        if t.starved_N[lane] and not self._scheduler.outgrew(job):
+            self._lose(job, RuntimeError("the lane with the most room has none left"))
+            return
         token = int(t.token_N[lane])
         if token < 0:
             return

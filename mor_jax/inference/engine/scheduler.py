@@ -166,9 +166,10 @@ class Scheduler:
         if job.phase in (PREFILL, DECODE) and not job.todo and not job.unread:
             self._let_go(job)
 
-    def outgrew(self, job: Job) -> None:
-        """Its lane is too small: the next plan moves it."""
+    def outgrew(self, job: Job) -> bool:
+        """Its lane is too small: the next plan moves it. False: no lane has more."""
         job.roomy = True
+        return self._rooms[job.lane] < self._full
 
     def remove(self, job: Job, reason: str) -> End:
         """It is over."""

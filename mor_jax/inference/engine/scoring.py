@@ -71,19 +71,20 @@ class Scorer:
         place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._weights = jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
         # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest there are.
+        # Compiled, so that no two leaves share a buffer: each is donated.
+        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(self._weights.router)
         if place is not None:
-            self._weights = jax.device_put(self._weights, place)
-        where = {} if place is None else {"out_shardings": place}
-        # Made by a program: outside one, leaves that are equal would be one buffer, which cannot be donated twice.
-        empty = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)), **where)
-        self._state = empty(self._weights.router)
+            self._weights, self._state = jax.device_put((self._weights, self._state), place)
+        self._begun = 0  # prompts
         run = functools.partial(_score_chunk, lm, shape, self._config)
+        where = {} if place is None else {"out_shardings": place}
         self._run = jax.jit(run, donate_argnums=1, **where)
         self._open = jax.jit(open_lane, donate_argnums=0, **where)
 
     def warm_up(self) -> None:
         """Compile; nothing compiles afterwards."""
-        self.score([0, 0])
+        for _ in range(2):  # the state that a chunk returned is another type to the compiler than the first, empty one
+            self.score([0, 0])
 
     def score(self, tokens: Sequence[int], control: DepthControl | None = None) -> PromptScored:
         """Log-probability of each token given those before it; None for the first, which nothing predicts.
@@ -99,7 +100,7 @@ class Scorer:
     def steps(self, tokens: Sequence[int], control: DepthControl | None = None) -> Iterator[PromptScored | None]:
         """As `score`, in steps: None after each chunk, so that other work can go between, and the scores at last.
 
-        The scores must be taken before another prompt is begun."""
+        One prompt at a time: a second one must not begin before the first is through."""
         ids = np.asarray(tokens, np.int64)
         if not 1 <= len(ids) <= self.context:
             raise UserError(f"a prompt to score must have 1 to {self.context} tokens, got {len(ids)}.")
@@ -108,10 +109,13 @@ class Scorer:
         return self._steps(ids.astype(np.int32), control)
 
     def _steps(self, ids_T: np.ndarray, control: DepthControl | None) -> Iterator[PromptScored | None]:
-        neutral = DepthControl.neutral(1, self._lm.program.recursions) if control is None else control
-        self._state = self._open(self._state, 0, jax.tree.map(lambda leaf: leaf[0], neutral))
-        last, parts = len(ids_T) - 1, []
+        control = DepthControl.neutral(1, self._lm.program.recursions) if control is None else control
+        self._state = self._open(self._state, np.int32(0), jax.tree.map(lambda leaf: np.asarray(leaf)[0], control))
+        self._begun += 1
+        mine, last, parts = self._begun, len(ids_T) - 1, []
         for start in range(0, last, self.chunk):
+            if mine != self._begun:
+                raise RuntimeError("another prompt was begun before this one was scored to its end")
             count = min(self.chunk, last - start)
             here, after = np.zeros((2, self.chunk), np.int32)
             here[:count], after[:count] = ids_T[start : start + count], ids_T[start + 1 : start + 1 + count]

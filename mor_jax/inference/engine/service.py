@@ -93,7 +93,8 @@ class EngineService:
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile everything now; else the first request does."""
         if not self._warm:
-            self.device.warm_up(progress)
+            if not self.device.warm:
+                self.device.warm_up(progress)
             if self._scorer is not None:
                 self._scorer.warm_up()
             self._warm = True
@@ -137,6 +138,8 @@ class EngineService:
             "num_preemptions_total": float(self._scheduler.preemptions),
             "held_back_total": float(self._scheduler.held_back),
             "compilations_total": float(self.counts.compiled),
+            "spec_decode_num_draft_tokens_total": float(getattr(device, "drafted", 0)),
+            "spec_decode_num_accepted_tokens_total": float(getattr(device, "accepted", 0)),
             **self.counts.to_dict(),
         }
 

@@ -67,16 +67,17 @@ def _draft(
     control = state.control._replace(floor_B=few(state.control.floor_B), cap_B=few(state.control.cap_B))
     no_logprobs = state.draws._replace(logprobs_N=jnp.full_like(state.draws.logprobs_N, -1))
     s = state._replace(control=control, draws=no_logprobs, remaining_N=jnp.full_like(state.remaining_N, k))
-    s = boundary(lm, shape, config, weights, s)[0]  # nobody leaves, waiting tokens enter
 
     def one(s: State, _: Any) -> tuple[State, jax.Array]:
+        s, drawn, *_ = boundary(lm, shape, config, weights, s)
         for _ in range(depth):
             s = core_pass(lm, shape, weights, s)[0]
-        s, drawn, *_ = boundary(lm, shape, config, weights, s)
         return s, drawn.token_N
 
-    s, tokens_KxN = jax.lax.scan(one, s, length=k)
-    return tokens_KxN.T, s
+    # At the first boundary nobody leaves and the waiting tokens enter. After the last one nobody is there, so that its
+    # passes are skipped.
+    s, tokens_KxN = jax.lax.scan(one, s, length=k + 1)
+    return tokens_KxN[1:].T, s
 
 
 # ------------------------------------------------------------------------------------- verification

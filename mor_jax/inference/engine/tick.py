@@ -5,11 +5,13 @@ A *pass* applies the core once to every lane, whatever step its token is at: ste
 prelude). m = 1 is depth-wise batching: a lane whose token stops early goes on with its next one at once. m = R is
 lock-step: all lanes start and end their tokens together. The arithmetic of a token is the same for every m.
 
-Nothing is written where nothing was computed, so logs stay outside of conditionals and are updated in place.
+A token's key is written before it is read, and what need not be computed is skipped by a loop of no or one round, not
+by a conditional: that way XLA updates the logs in place, where it would copy them otherwise.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.drawing import Drawn, draw
 from mor_jax.inference.engine.layers import Weights
-from mor_jax.inference.engine.logs import Log
+from mor_jax.inference.engine.logs import Layout, Log, View
 from mor_jax.inference.engine.rows import DrawConfig, waiting
 from mor_jax.inference.engine.state import NONE, Flight, Shape, State
 from mor_jax.model.depth import Controlled, Route
@@ -47,20 +49,19 @@ class Out(NamedTuple):
 def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, state: State) -> tuple[State, Out]:
     """m passes and a boundary. Static: all but the last two."""
 
-    def one(state: State, _: Any):
-        state, starved_N, rows = core_pass(lm, shape, weights, state)
-        return state, (starved_N, rows)
+    def one(carry: tuple) -> tuple:
+        state, passes, rows = carry
+        state, ran = core_pass(lm, shape, weights, state)
+        return state, passes + 1, rows + ran
 
-    if m == 1:
-        state, (starved_N, rows) = one(state, None)
-        rows_M = rows[None]
-    else:
-        state, (starved_MxN, rows_M) = jax.lax.scan(one, state, length=m)
-        starved_N = starved_MxN[-1]
+    goes_on = lambda carry: (carry[1] < m) & jnp.any(runs(lm, shape, carry[0]))
+    zero = jnp.zeros((), jnp.int32)
+    state, passes, rows = jax.lax.while_loop(goes_on, one, (state, zero, zero))
+    starved_N = starved(lm, shape, state)
     state, drawn, depth_N, ended_N, exits = boundary(lm, shape, config, weights, state)
     return state, Out(
         drawn.token_N, depth_N, drawn.stopped_N, ended_N, drawn.logprob_N, drawn.top_ids_NxK, drawn.top_logprobs_NxK,
-        starved_N, state.tokens_N, state.entries_N, jnp.sum(rows_M > 0), jnp.sum(rows_M), exits,
+        starved_N, state.tokens_N, state.entries_N, passes, rows, exits,
     )  # fmt: skip
 
 
@@ -100,39 +101,38 @@ def _next_step(
 # ------------------------------------------------------------------------------------- a core pass
 
 
-def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[State, jax.Array, jax.Array]:
-    """The core once for every lane that is going; (state, starved_N, lanes that ran)."""
+def _makes(lm: LM, state: State) -> jax.Array:
+    """Lanes whose next pass makes keys."""
+    wants_N = state.flight.here_N & state.flight.going_N
+    return wants_N & (state.flight.depth_N == 0) if lm.depth.kv_name == SHARED else wants_N
+
+
+def starved(lm: LM, shape: Shape, state: State) -> jax.Array:
+    """Lanes that cannot go on, because their core log has no room for the entry of their next pass."""
+    return _makes(lm, state) & (state.entries_N >= jnp.asarray(shape.entries, jnp.int32))
+
+
+def runs(lm: LM, shape: Shape, state: State) -> jax.Array:
+    """Lanes that take part in the next pass."""
+    return state.flight.here_N & state.flight.going_N & ~starved(lm, shape, state)
+
+
+def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[State, jax.Array]:
+    """The core once for every lane that is going; (state, lanes that ran)."""
     kv, recursions, f = lm.depth.kv_name, lm.program.recursions, state.flight
-    room_N = jnp.asarray(shape.entries, jnp.int32)
-    step_N, wants_N = f.depth_N, f.here_N & f.going_N
-    makes_N = wants_N & (step_N == 0) if kv == SHARED else wants_N
-    starved_N = makes_N & (state.entries_N >= room_N)
-    runs_N, writes_N = wants_N & ~starved_N, makes_N & ~starved_N
+    step_N, runs_N = f.depth_N, runs(lm, shape, state)
+    writes_N, slot_N = runs_N & _makes(lm, state), state.entries_N
+    entries_N = slot_N + writes_N
     tags = state.tags
     if kv == HYBRID:  # what was the token's newest entry is seen by the steps up to its own alone from now on
         renews_N = writes_N & (step_N > 0)
-        tags = logs.tag_lanes(shape.core, tags, state.entries_N - 1, renews_N, 1 << (step_N - 1))
-    seen = logs.view(shape.core, state.entries_N, tags if recursions > 1 else None, step_N)
-    rope = layers.rope_of(lm, state.tokens_N)
-
-    def run(h_NxD: jax.Array) -> tuple[jax.Array, list]:
-        attends = [
-            lambda q, k, v, log=log: (logs.attend_lanes(q, log, seen, k, v, writes_N), (k, v)) for log in state.core
-        ]
-        return layers.blocks(lm, weights.core, h_NxD, rope, attends, lm.program.repeat)
-
-    def skip(h_NxD: jax.Array) -> tuple[jax.Array, list]:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, h_NxD))
-
-    y_NxD, made = jax.lax.cond(jnp.any(runs_N), run, skip, f.h_NxD)
-    core = tuple(
-        logs.append_lanes(shape.core, log, state.entries_N, writes_N, *key_value)
-        for log, key_value in zip(state.core, made, strict=True)
-    )
-    entries_N = state.entries_N + writes_N
+        tags = logs.tag_lanes(shape.core, tags, slot_N - 1, renews_N, 1 << (step_N - 1))
     if recursions > 1:
-        tag_N = newest_tag(kv, step_N, recursions)
-        tags = logs.tag_lanes(shape.core, tags, state.entries_N, writes_N, tag_N)
+        tags = logs.tag_lanes(shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions))
+    seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
+    attends = [functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core]
+    rope = layers.rope_of(lm, state.tokens_N)
+    y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat)
 
     policy, route = _begin(lm, weights, state, f.h_NxD)
     changes_N = runs_N & f.active_N
@@ -148,8 +148,16 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
         active_N=jnp.where(runs_N, goes_on_N, f.active_N),
         z_N=jnp.where(runs_N, z_N, f.z_N),
     )
-    state = state._replace(core=core, tags=tags, entries_N=entries_N, flight=flight)
-    return state, starved_N, jnp.sum(runs_N, dtype=jnp.int32)
+    state = state._replace(core=tuple(core), tags=tags, entries_N=entries_N, flight=flight)
+    return state, jnp.sum(runs_N, dtype=jnp.int32)
+
+
+def _grow(
+    where: Layout, log: Log, seen: View, slot_N: jax.Array, writes_N: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, Log]:  # fmt: skip
+    """Attention of one block that appends to the log, then looks at it; and the log afterwards."""
+    log = logs.append_lanes(where, log, slot_N, writes_N, k, v)
+    return logs.attend_lanes(q, log, seen), log
 
 
 def newest_tag(kv: str, step: jax.Array, recursions: int) -> jax.Array:
@@ -171,20 +179,19 @@ def boundary(
     f, kv = state.flight, lm.depth.kv_name
     position_N = state.tokens_N + 1
     exits_N = f.here_N & ~f.going_N & ~waiting(state.draws, position_N)
-    rope = layers.rope_of(lm, state.tokens_N)
-    seen = logs.view(shape.ends, state.tokens_N)
-    is_last = lambda log: lambda q, k, v: (logs.attend_lanes(q, log, seen, k, v, exits_N), (k, v))
+    none_N = jnp.zeros_like(f.depth_N)
 
-    def leave(h_NxD, draws):
-        x, made = layers.blocks(lm, weights.coda, h_NxD, rope, [is_last(log) for log in state.coda])
-        return made, *draw(layers.logits(lm, weights, x), draws, position_N, exits_N, config)
+    def leave(carry: tuple) -> tuple:
+        coda, draws, _ = carry
+        attends = _ends(shape, coda, state.tokens_N, exits_N)
+        rope = layers.rope_of(lm, state.tokens_N)
+        x, coda = layers.blocks(lm, weights.coda, f.h_NxD, rope, attends)
+        drawn, draws = draw(layers.logits(lm, weights, x), draws, position_N, exits_N, config)
+        return tuple(coda), draws, drawn
 
-    def stay(h_NxD, draws):
-        made, drawn, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(leave, h_NxD, draws))
-        return made, drawn._replace(token_N=drawn.token_N + NONE), draws
-
-    made, drawn, draws = jax.lax.cond(jnp.any(exits_N), leave, stay, f.h_NxD, state.draws)
-    coda = _append(shape, state.coda, state.tokens_N, exits_N, made)
+    top = jnp.zeros((shape.lanes, min(config.max_logprobs, config.vocab_size)))
+    nothing = Drawn(none_N + NONE, none_N > 0, jnp.zeros(none_N.shape), top.astype(jnp.int32), top)
+    coda, draws, drawn = _if_any(exits_N, leave, (state.coda, state.draws, nothing))
     tokens_N = state.tokens_N + exits_N
     ended_N = exits_N & (drawn.stopped_N | (state.remaining_N <= 1))
     remaining_N = state.remaining_N - exits_N
@@ -192,25 +199,18 @@ def boundary(
     fresh_N = (state.next_N != NONE) & ~f.here_N
     enters_N = fresh_N | (exits_N & ~ended_N)
     token_N = jnp.where(exits_N, drawn.token_N, jnp.maximum(state.next_N, 0))
-    rope = layers.rope_of(lm, tokens_N)
-    seen = logs.view(shape.ends, tokens_N)
-    is_new = lambda log: lambda q, k, v: (logs.attend_lanes(q, log, seen, k, v, enters_N), (k, v))
 
-    def enter(token_N):
-        x = layers.embed(lm, weights, token_N)
-        return layers.blocks(lm, weights.prelude, x, rope, [is_new(log) for log in state.prelude])
+    def enter(carry: tuple) -> tuple:
+        prelude, _ = carry
+        x, rope = layers.embed(lm, weights, token_N), layers.rope_of(lm, tokens_N)
+        x, prelude = layers.blocks(lm, weights.prelude, x, rope, _ends(shape, prelude, tokens_N, enters_N))
+        return tuple(prelude), x
 
-    def nobody(token_N):
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(enter, token_N))
-
-    x_NxD, made = jax.lax.cond(jnp.any(enters_N), enter, nobody, token_N)
-    prelude = _append(shape, state.prelude, tokens_N, enters_N, made)
-
+    prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
     policy, route = _begin(lm, weights, state, x_NxD)
-    zero_N = jnp.zeros_like(f.depth_N)
-    active_N, z_N = _next_step(lm, policy, route, route.tokens, x_NxD, zero_N)
+    active_N, z_N = _next_step(lm, policy, route, route.tokens, x_NxD, none_N)
     going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
-    new = Flight(enters_N, x_NxD, zero_N, going_N, active_N, z_N, route.tokens)
+    new = Flight(enters_N, x_NxD, none_N, going_N, active_N, z_N, route.tokens)
     pick = lambda new, old: jnp.where(enters_N.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
     flight = jax.tree.map(pick, new, f._replace(here_N=f.here_N & ~exits_N))
     state = state._replace(
@@ -220,10 +220,13 @@ def boundary(
     return state, drawn, f.depth_N, ended_N, jnp.sum(exits_N, dtype=jnp.int32)
 
 
-def _append(
-    shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax.Array, made: list
-) -> tuple[Log, ...]:
-    return tuple(
-        logs.append_lanes(shape.ends, log, slot_N, writes_N, *key_value)
-        for log, key_value in zip(parts, made, strict=True)
-    )
+def _ends(shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax.Array) -> list:
+    """Attention of the blocks of prelude or coda for one new token in every lane that writes."""
+    seen = logs.view(shape.ends, slot_N + writes_N)
+    return [functools.partial(_grow, shape.ends, log, seen, slot_N, writes_N) for log in parts]
+
+
+def _if_any(flags_N: jax.Array, f: Any, carry: tuple) -> tuple:
+    """f(carry) if a flag is set, else `carry`."""
+    once = lambda todo_carry: (jnp.zeros((), bool), f(todo_carry[1]))
+    return jax.lax.while_loop(lambda todo_carry: todo_carry[0], once, (jnp.any(flags_N), carry))[1]

@@ -51,7 +51,7 @@ def read(tokens, key):
     return np.asarray(logits)[0], np.asarray(depth)[0, : len(tokens)]
 
 
-CONTROLS = {}
+CONTROLS = {b"": None}
 
 
 def key_of(control):
@@ -106,6 +106,10 @@ class ReferenceDevice:
         self.memory_bytes = sum(self.bytes_per_sequence(CONTEXT, room) for room in rooms)
 
     cut = Device.cut
+
+    @property
+    def warm(self):
+        return self.warmed > 0
 
     def warm_up(self, progress=None):
         self.warmed += 1

@@ -25,15 +25,17 @@ arrivals = st.fixed_dictionaries({
     "leaves": st.sampled_from([None, None, None, ("cancel", 0), ("cancel", 4), ("finish", 7)]),  # rounds after it came
     "seed": st.sampled_from([None, None, 5]),
 })  # fmt: skip
-engines = st.fixed_dictionaries({
-    "rooms": st.sampled_from([(192,), (192, 60, 60), (192, 24, 40), (192, 192, 192, 192), (192, 90, 90, 90, 90)]),
-    "chunks": st.sampled_from([(4, 16), (1,), (8,), (3, 64)]),
-    "m": st.integers(1, 3),
-    "expect": st.sampled_from([1.7, 0.3]),  # recursions a token, as the device says
-    "round_tokens": st.sampled_from([1, 8, 24, 256]),
-    "prefix_bytes": st.sampled_from([0, 100, 700, None]),
-    "hold_tokens": st.sampled_from([1, 8, 1000]),
-})
+engines = st.fixed_dictionaries(
+    {
+        "rooms": st.sampled_from([(192,), (192, 60, 60), (192, 24, 40), (192, 192, 192, 192), (192, 90, 90, 90, 90)]),
+        "chunks": st.sampled_from([(4, 16), (1,), (8,), (3, 64)]),
+        "m": st.integers(1, 3),
+        "expect": st.sampled_from([1.7, 0.3]),  # recursions a token, as the device says
+        "round_tokens": st.sampled_from([1, 8, 24, 256]),
+        "prefix_bytes": st.sampled_from([0, 100, 700, None]),
+        "hold_tokens": st.sampled_from([1, 8, 1000]),
+    }
+)
 
 
 def request_of(a):

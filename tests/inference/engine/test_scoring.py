@@ -1,5 +1,7 @@
 """Scores of a prompt in chunks are those of the full causal forward pass."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +15,18 @@ from mor_jax.model.depth import DepthControl
 VOCAB, CONTEXT, TOP = 60, 64, 4
 
 
+@functools.cache
 def made(kind):
-    lm = small_lm(kind, context=CONTEXT)
+    lm = small_lm(kind, context=CONTEXT, layers={"token_hybrid": 3}.get(kind, 5))
     params = spread_routers(random_params(lm))
-    return lm, params, Scorer(lm, params, vocab_size=VOCAB, max_logprobs=TOP, chunk=16)
+    return lm, params, Scorer(lm, params, vocab_size=VOCAB, max_logprobs=TOP, chunk=8)
 
 
 def plain(lm, params):
     run = jax.jit(lambda tokens, control: lm.apply(params, tokens, mode="causal", control=control))
 
     def score(tokens, control):
-        padded = np.zeros((1, CONTEXT), np.int32)
+        padded = np.zeros((1, CONTEXT), np.int32)  # one program for all lengths
         padded[0, : len(tokens)] = tokens
         logits = np.asarray(run(jnp.asarray(padded), control))[0, : len(tokens) - 1, :VOCAB].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -65,5 +68,10 @@ def test_other_work_goes_between_chunks_and_nothing_compiles_after_the_warm_up()
     scorer.warm_up()
     compiled = scorer._run._cache_size(), scorer._open._cache_size()
     *pauses, scored = scorer.steps(list(range(50)))
-    assert pauses == [None] * 4 and len(scored.logprobs) == 50  # 49 tokens go in, the last only comes out
-    assert (scorer._run._cache_size(), scorer._open._cache_size()) == compiled == (1, 1)
+    assert pauses == [None] * 7 and len(scored.logprobs) == 50  # 49 tokens go in, the last only comes out
+    assert (scorer._run._cache_size(), scorer._open._cache_size()) == compiled
+    first = scorer.steps(list(range(50)))
+    next(first)
+    next(scorer.steps([1, 2, 3]))
+    with pytest.raises(RuntimeError, match="another prompt"):
+        next(first)
