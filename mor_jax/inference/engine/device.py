@@ -27,6 +27,7 @@ from mor_jax.inference.engine import choose, layers, programs
 from mor_jax.inference.engine.prefill import Chunk
 from mor_jax.inference.engine.results import Lengths, Piece, Prefilled, Rows, Ticked, Ticket
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
+from mor_jax.inference.engine.speculate import Speculation
 from mor_jax.inference.engine.state import NONE, Shape, State, empty_state
 from mor_jax.inference.engine.tick import Out
 from mor_jax.model.depth import DepthControl
@@ -56,6 +57,8 @@ class EngineConfig:
     full_lanes: int = 1
     entries: int = 0
     ticks_per_dispatch: int = 1
+    speculate: int = 0  # tokens that a tick drafts with few recursions and verifies with all; 0: none (`speculate.py`)
+    draft_depth: int = 1  # recursions a draft may run, fewer than the model's
 
 
 class Device:
@@ -91,6 +94,7 @@ class Device:
         self._lives = [0] * self.lanes  # of each lane, counted up when it is opened or stopped
         self._neutral = _row(DepthControl.neutral(1, self.recursions))
         self._programs: programs.Programs | None = None
+        self.drafted = self.accepted = 0  # tokens, by speculation, as of the tick fetched last
 
     def _empty(self) -> State:
         make = functools.partial(empty_state, self.lm, self.shape, self.draw_config)
@@ -114,20 +118,38 @@ class Device:
         ones."""
         self._weights = self._put(jax.jit(functools.partial(layers.prepare, self.lm))(params))
 
+    @property
+    def weights(self) -> layers.Weights:
+        """As the programs read them."""
+        return self._weights
+
+    @property
+    def warm(self) -> bool:
+        """Every program is compiled."""
+        return self._programs is not None
+
+    def reset(self) -> None:
+        """Every lane free and empty, after a call that failed: it may have taken the state with it."""
+        self._state = self._empty()
+        self._lives = [life + 1 for life in self._lives]
+
     # ------------------------------------------------------------------------------------- compiling
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
         """Compile every program; nothing compiles afterwards. Chooses m where it was left open, for which it measures
         a core pass and a boundary. `progress` is told what is being done."""
         tell = progress or (lambda text: None)
-        made = self.uncompiled()
-        if self.config.boundary_every is None and self.recursions > 1:
+        made, c = self.uncompiled(), self.config
+        if c.boundary_every is None and self.recursions > 1 and not c.speculate:
             tell("measuring a core pass and a boundary")
             half = self.context // 2
             self.times = self.measure(self.probes(), half, min(self.expected_entries(half), self.shape.entries[-1]))
             self.m = choose.best(self.lanes, self.shares, *self.times)
         tell("ticks")
-        made.compile_tick(self.m, self.config.ticks_per_dispatch)
+        if c.speculate:
+            made.compile_speculation(Speculation(c.speculate, c.draft_depth))
+        else:
+            made.compile_tick(self.m, c.ticks_per_dispatch)
         made.compile_prefills(self.chunks, tell)
         tell("lanes")
         made.compile_small()
@@ -224,11 +246,15 @@ class Device:
         self._state = self._programs.mask(self._state, np.int32(lane), mask_W, np.int32(position))
 
     def tick(self) -> Ticket:
-        """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of `Ticked`."""
+        """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of `Ticked`; of a tick that
+        speculates, one for each token of the span, NONE in those a lane did not come to."""
         self._state, out = self._programs.tick(self._weights, self._state)
         lives = list(self._lives)
 
         def read(out: Out) -> list[Ticked]:
+            if self.config.speculate:
+                self.drafted += self.config.speculate * int(np.sum(out.token_N[0] != NONE))
+                self.accepted += int(np.sum(out.token_N[1:] != NONE))
             return [self._ticked(Out(*(leaf[i] for leaf in out)), lives) for i in range(out.passes.shape[0])]
 
         return Ticket(out, read)
@@ -333,6 +359,13 @@ def _check(lm: LM, c: EngineConfig) -> None:
         raise UserError(
             f"boundary_every must be from 1 to the model's recursions, {lm.program.recursions}; got {c.boundary_every}."
         )
+    if c.speculate < 0 or (c.speculate and not 1 <= c.draft_depth < lm.program.recursions):
+        raise UserError(
+            f"speculation drafts at least one token with fewer recursions than the model's {lm.program.recursions}; "
+            f"got speculate = {c.speculate}, draft_depth = {c.draft_depth}. speculate = 0 does without."
+        )
+    if c.speculate and c.ticks_per_dispatch > 1:
+        raise UserError("a tick that speculates is one dispatch: set ticks_per_dispatch to 1.")
     if c.entries < 0 or c.ticks_per_dispatch < 1 or c.max_logprobs < 0:
         raise UserError("entries and max_logprobs must not be negative, ticks_per_dispatch at least 1.")
 

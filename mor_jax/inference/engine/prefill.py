@@ -51,6 +51,13 @@ def prefill(
     lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, tokens_C: jax.Array, count: jax.Array
 ) -> tuple[State, Chunk]:
     """tokens_C[:count] appended to the lane; nothing at all when its core log has no room for what they need."""
+    return prefill_states(lm, shape, weights, state, lane, tokens_C, count)[:2]
+
+
+def prefill_states(
+    lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, tokens_C: jax.Array, count: jax.Array
+) -> tuple[State, Chunk, jax.Array]:
+    """As `prefill`, with what the coda returned, [C, D]: what the head of a scored prompt reads."""
     chunk, recursions, kv = tokens_C.shape[0], lm.program.recursions, lm.depth.kv_name
     index_C = jnp.arange(chunk)
     real_C, pos_C = index_C < count, state.tokens_N[lane] + index_C
@@ -96,7 +103,7 @@ def prefill(
         entries_N=state.entries_N.at[lane].add(added),
         void_N=state.void_N.at[lane].set(~fits),
     )
-    return state, Chunk(depth_C, at + count, slot + added, fits)
+    return state, Chunk(depth_C, at + count, slot + added, fits), x
 
 
 def _read(q: jax.Array, k: jax.Array, v: jax.Array, *, log: Log, seen: View, own_CxC: jax.Array) -> tuple:

@@ -16,6 +16,7 @@ from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log
 from mor_jax.inference.engine.prefill import prefill
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
+from mor_jax.inference.engine.speculate import Speculation, speculative_tick
 from mor_jax.inference.engine.state import NONE, Shape, State
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, tick
 from mor_jax.model.depth import DepthControl
@@ -164,6 +165,11 @@ class Programs:
         self.tick = self._compile(
             functools.partial(ticks, *self._static, m, count), self._weights, self._state, donate=1
         )
+
+    def compile_speculation(self, speculation: Speculation) -> None:
+        """`tick(weights, state)` that drafts and verifies."""
+        run = functools.partial(speculative_tick, *self._static, speculation)
+        self.tick = self._compile(run, self._weights, self._state, donate=1)
 
     def compile_prefills(self, chunks: tuple[int, ...], tell: Callable[[str], None]) -> None:
         """`prefills[size](weights, state, lane, tokens, count)`."""
