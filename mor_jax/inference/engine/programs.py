@@ -148,7 +148,9 @@ class Programs:
         self, lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, piece: int,
         place: NamedSharding | None = None,
     ):  # fmt: skip
-        self._static, self._weights, self._state = (lm, shape, config), weights, state
+        # Shapes and placement alone, so that weights which are replaced later are not kept alive.
+        only = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        self._static, self._weights, self._state = (lm, shape, config), *jax.tree.map(only, (weights, state))
         self._shape, self._piece, self._place = shape, piece, place
 
     def _compile(self, f: Callable, *args: Any, donate: int | None = 0) -> Any:
