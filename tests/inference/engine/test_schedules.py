@@ -34,6 +34,7 @@ engines = st.fixed_dictionaries(
         "round_tokens": st.sampled_from([1, 8, 24, 256]),
         "prefix_bytes": st.sampled_from([0, 100, 700, None]),
         "hold_tokens": st.sampled_from([1, 8, 1000]),
+        "keep_tokens": st.sampled_from([1, 1, 5]),
     }
 )
 
@@ -64,7 +65,7 @@ met = dict.fromkeys(("preempted", "cached", "held", "left", "late", "whole"), 0)
 @given(engines, st.lists(arrivals, min_size=1, max_size=9))
 def any_schedule(engine, schedule):
     device = ReferenceDevice(engine["rooms"], chunks=engine["chunks"], m=engine["m"], expect=engine["expect"])
-    config = {k: engine[k] for k in ("round_tokens", "prefix_bytes", "hold_tokens")}
+    config = {k: engine[k] for k in ("round_tokens", "prefix_bytes", "hold_tokens", "keep_tokens")}
     service = Stepped(device, control_of=control_of, **config)
     came, leaving = [], []
     for a in schedule:
