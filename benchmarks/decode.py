@@ -40,7 +40,7 @@ from benchmarks.forced_depth import ForcedLM, with_shares
 from launch import cli
 from mor_jax.config import DTYPES, DepthConfig, MeshConfig, ModelConfig
 from mor_jax.errors import UserError
-from mor_jax.inference.engine import choose, programs
+from mor_jax.inference.engine import choose
 from mor_jax.inference.engine.device import Device, EngineConfig
 from mor_jax.inference.engine.request import Drawing
 from mor_jax.inference.engine.rows import host_row
@@ -115,13 +115,14 @@ class Bench:
     def __init__(self, lm: LM, params: Any, lanes: int, ms: Sequence[int], *, full: int, entries: int = 0):
         config = EngineConfig(lanes=lanes, chunks=(1,), boundary_every=ms[0], full_lanes=full, entries=entries)
         self.device = Device(lm, params, config)
-        self.device.warm_up()
-        self._made = self.device._programs
-        self.ticks = {ms[0]: self._made.tick}
-        for m in ms[1:]:
+        # What is timed, and no more: prompts are a token long, so that nothing is prefilled.
+        self._made = self.device.uncompiled()
+        self.ticks = {}
+        for m in ms:
             self._made.compile_tick(m, 1)
             self.ticks[m] = self._made.tick
-        self.probes = self._made.timed(programs.busy_pass), self._made.timed(programs.busy_boundary)
+        self._made.compile_small()
+        self.device.use(self._made)
         self._row = host_row(Drawing(temperature=0.0), self.device.draw_config, prompt=())
         self._rng = np.random.default_rng(0)
         self.starved = 0
@@ -174,6 +175,7 @@ def turns(bench: Bench, size: Size, tell: Callable[[str], None]) -> tuple[dict[i
 def one_case(name: str, bench: Bench, params: Any, shares: dict[str, tuple | None], size: Size, tell) -> list[dict]:
     """Rows of the first table: one a distribution (None: the model's own router)."""
     device, rows = bench.device, []
+    probes = device.probes()
     for label, wanted in shares.items():
         tell(f"{name}: {label}")
         if wanted is not None:
@@ -181,7 +183,7 @@ def one_case(name: str, bench: Bench, params: Any, shares: dict[str, tuple | Non
         rates, found, _ = turns(bench, size, tell)
         half = size.tokens // 2
         core_s, boundary_s = device.measure(
-            bench.probes, half, min(device.expected_entries(half, sum(found)), device.shape.entries[-1])
+            probes, half, min(device.expected_entries(half, sum(found)), device.shape.entries[-1])
         )
         predicted = {m: choose.throughput(device.lanes, found, m, core_s, boundary_s) for m in bench.ticks}
         best = choose.best(device.lanes, found, core_s, boundary_s)

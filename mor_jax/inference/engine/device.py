@@ -139,15 +139,11 @@ class Device:
         """Compile every program; nothing compiles afterwards. Chooses m where it was left open, for which it measures
         a core pass and a boundary. `progress` is told what is being done."""
         tell = progress or (lambda text: None)
-        made = programs.Programs(
-            self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self._place
-        )  # fmt: skip
-        c = self.config
+        made, c = self.uncompiled(), self.config
         if c.boundary_every is None and self.recursions > 1 and not c.speculate:
             tell("measuring a core pass and a boundary")
-            probes = made.timed(programs.busy_pass), made.timed(programs.busy_boundary)
             half = self.context // 2
-            self.times = self.measure(probes, half, min(self.expected_entries(half), self.shape.entries[-1]))
+            self.times = self.measure(self.probes(), half, min(self.expected_entries(half), self.shape.entries[-1]))
             self.m = choose.best(self.lanes, self.shares, *self.times)
         tell("ticks")
         if c.speculate:
@@ -157,11 +153,26 @@ class Device:
         made.compile_prefills(self.chunks, tell)
         tell("lanes")
         made.compile_small()
+        self.use(made)
+
+    def uncompiled(self) -> programs.Programs:
+        """The programs, none of them compiled yet: `warm_up` in pieces, for measurements."""
+        return programs.Programs(
+            self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self._place
+        )  # fmt: skip
+
+    def use(self, made: programs.Programs) -> None:
+        """Run these from now on."""
         self._programs = made
 
+    def probes(self) -> tuple[Any, Any]:
+        """A core pass and a boundary compiled on their own, for `measure`."""
+        made = self.uncompiled()
+        return made.timed(programs.busy_pass), made.timed(programs.busy_boundary)
+
     def measure(self, probes: tuple[Any, Any], tokens: int, entries: int, repeats: int = 7) -> tuple[float, float]:
-        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their logs. `probes`: the
-        two, of `Programs.timed`. Empties every lane."""
+        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their logs. Empties
+        every lane."""
         fill = np.int32(tokens), np.int32(entries)
         walls = [[], []]
         for _ in range(repeats + 1):  # in turns, so that what disturbs the machine disturbs both
@@ -171,6 +182,7 @@ class Device:
                 self._state, *rest = probe(self._weights, self._state, *fill)
                 jax.block_until_ready((self._state, rest))
                 wall.append(time.perf_counter() - begin)
+        self._state = None  # before there is another
         self._state = self._empty()
         core, boundary = (statistics.median(wall[1:]) for wall in walls)
         return core, boundary
