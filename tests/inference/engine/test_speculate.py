@@ -163,7 +163,7 @@ def test_the_service_hands_out_the_tokens_of_a_span_in_order():
         alone = Lane(plain, 0, prompt, new, drawing)
         run(plain, [alone])
         want.append(alone.tokens)
-    drafted, service = device.drafted, EngineService(device, warm=True)
+    drafted, service = device.drafted, EngineService(device)
     told = [[] for _ in wishes]
     for (prompt, new, drawing), events in zip(wishes, told, strict=True):
         service.submit(Request(tuple(prompt), new, drawing), events.extend)
