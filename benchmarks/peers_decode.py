@@ -202,7 +202,7 @@ def measure(shape: dict[str, Any], dtypes: list[str], batches: list[int], python
     """All figures: result["runs"][dtype][batch][engine]."""
     rng = np.random.default_rng(1)
     result: dict[str, Any] = {"runs": {}, "peers": {}, "busy": {}}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         for dtype in dtypes:
             lm = LM(ModelConfig(**shape, recursions=1, sharing="none", dtype=dtype))
             params = random_params(lm)
@@ -225,7 +225,6 @@ def measure(shape: dict[str, Any], dtypes: list[str], batches: list[int], python
                     found["mor_jax"]["compile_seconds"] = own.compile_seconds
                     result["runs"].setdefault(dtype, {})[str(batch)] = found
                     result["busy"][f"{dtype} {batch}"] = busy
-        stack.close()
     return result
 
 

@@ -38,6 +38,9 @@ _HOSTS = flags.DEFINE_list("allowed_host", [], "Names the Host header may carry,
 _ORIGINS = flags.DEFINE_list("cors_origin", [], "Web pages that may call, e.g. https://example.org; none by default.")
 _LANES = flags.DEFINE_integer("lanes", 8, "Sequences decoded at once, of each model.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Longest sequence, tokens; 0: the model's own.")
+_SPECULATE = flags.DEFINE_integer(
+    "speculate", 0, "Tokens drafted with one recursion and verified with all, at once; the same text. 0: none."
+)
 _QUEUE = flags.DEFINE_integer("queue", 256, "Sequences that may wait, of each model; more get 429.")
 _ENGINE = flags.DEFINE_enum("engine", "batched", ["batched", "plain"], "plain: one request at a time, for comparison.")
 _TEMPLATE = flags.DEFINE_string("chat_template", None, "A Jinja file to use instead of the checkpoint's.")
@@ -89,7 +92,7 @@ def make_service(loaded: Loaded) -> Any:
     if _ENGINE.value == "plain":
         service = PlainService(loaded, queue=_QUEUE.value, context=_CONTEXT.value or None)
     else:
-        engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value)
+        engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value, speculate=_SPECULATE.value)
         service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
     service.warm_up()
     return service

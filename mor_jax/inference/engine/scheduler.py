@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -126,15 +127,17 @@ class Scheduler:
     cut: tokens -> lengths of chunks.
     round_tokens: prompt tokens prefilled in one round, about (one chunk at least).
     hold_tokens: so many tokens under way elsewhere are worth waiting for.
+    keep_tokens: a chunk of fewer tokens is not kept; the tail of a prompt is seldom met again, and soon computed.
     """
 
     def __init__(
         self, rooms: Sequence[int], tree: PrefixTree, *, most: int, expected: Callable[[int, float | None], int],
         cut: Callable[[int], Sequence[int]], round_tokens: int = 256, hold_tokens: int = 32,
+        keep_tokens: int = 32,
     ):  # fmt: skip
         self._rooms, self._full, self._most = tuple(rooms), max(rooms), most
         self._expected, self._cut = expected, cut
-        self._round_tokens, self._hold_tokens = round_tokens, hold_tokens
+        self._round_tokens, self._hold_tokens, self._keep_tokens = round_tokens, hold_tokens, keep_tokens
         self.tree = tree
         self.free = set(range(len(rooms)))
         self.waiting: list[Job] = []  # by rank
@@ -274,9 +277,10 @@ class Scheduler:
         job.phase, job.lane = PREFILL, lane
         job.stint += 1
         rest = job.chunks[len(path) :]
-        claimed = self.tree.claim(job.request.depth, path, rest)
+        kept = list(itertools.takewhile(lambda chunk: len(chunk) >= self._keep_tokens, rest))
+        claimed = self.tree.claim(job.request.depth, path, kept)
         job.held = [*path, *claimed]
-        job.todo = deque(zip(rest, claimed or [None] * len(rest), strict=True))
+        job.todo = deque(itertools.zip_longest(rest, claimed))
         job.entries, job.unread = path[-1].rows.stop.entries if path else 0, 0
         if job.began is None:
             job.began = now

@@ -24,6 +24,7 @@ class ServiceConfig:
     round_tokens: prompt tokens prefilled between two ticks, about; fewer make running requests smoother, new ones later.
     prefix_bytes: of the prefix cache, on the device, beside the lanes; None: as much as the lanes take; 0: none.
     hold_tokens: prompt tokens that somebody else is computing are worth waiting for from so many on.
+    keep_tokens: chunks of fewer tokens are not cached: computing them again is as cheap as copying them.
     idle_s: the thread ends after so many seconds without work; the next request starts another.
     """
 
@@ -31,6 +32,7 @@ class ServiceConfig:
     round_tokens: int = 256
     prefix_bytes: int | None = None
     hold_tokens: int = 32
+    keep_tokens: int = 32
     idle_s: float = 2.0
 
 
@@ -71,6 +73,7 @@ class EngineService:
         self._scheduler = Scheduler(
             self._rooms, self._tree, most=-(-max(self._rooms) // device.context), expected=device.expected_entries,
             cut=device.cut, round_tokens=self.config.round_tokens, hold_tokens=self.config.hold_tokens,
+            keep_tokens=self.config.keep_tokens,
         )  # fmt: skip
         self._changed = threading.Condition()
         self._inbox: list[Job] = []

@@ -15,7 +15,7 @@ class Stepped(EngineService):
     def __init__(self, device, *, control_of=None, eos=None, scorer=None, **config):
         self.now = 0.0
         super().__init__(
-            device, ServiceConfig(**{"idle_s": 0.0, **config}), control_of=control_of, eos=eos, scorer=scorer,
+            device, ServiceConfig(**{"idle_s": 0.0, "keep_tokens": 1, **config}), control_of=control_of, eos=eos, scorer=scorer,
             clock=lambda: self.now,
         )  # fmt: skip
 

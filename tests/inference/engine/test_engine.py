@@ -82,7 +82,7 @@ def test_a_prefix_from_the_cache_changes_no_bit():
     want = Request(TEXTS[0][:41], 10, GREEDY, logprobs=4)
     found = []
     for head, company in ((None, 0), (TEXTS[0][:37], 0), (TEXTS[0][:41], 4)):
-        s = service()
+        s = service(prefix_bytes=1 << 24)
         if head:
             ask(s, Request(head, 1, GREEDY))
             s.run()

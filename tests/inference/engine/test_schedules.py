@@ -27,13 +27,14 @@ arrivals = st.fixed_dictionaries({
 })  # fmt: skip
 engines = st.fixed_dictionaries(
     {
-        "rooms": st.sampled_from([(192,), (192, 60, 60), (192, 24, 40), (192, 192, 192, 192), (192, 90, 90, 90, 90)]),
+        "rooms": st.sampled_from([(192, 24, 24, 24), (192, 24, 40), (192, 40, 40, 40), (192,), (192, 192, 192)]),
         "chunks": st.sampled_from([(4, 16), (1,), (8,), (3, 64)]),
         "m": st.integers(1, 3),
-        "expect": st.sampled_from([1.7, 0.3]),  # recursions a token, as the device says
+        "expect": st.sampled_from([0.3, 0.3, 1.7]),  # recursions a token, as the device says
         "round_tokens": st.sampled_from([1, 8, 24, 256]),
         "prefix_bytes": st.sampled_from([0, 100, 700, None]),
         "hold_tokens": st.sampled_from([1, 8, 1000]),
+        "keep_tokens": st.sampled_from([1, 1, 5]),
     }
 )
 
@@ -64,7 +65,7 @@ met = dict.fromkeys(("preempted", "cached", "held", "left", "late", "whole"), 0)
 @given(engines, st.lists(arrivals, min_size=1, max_size=9))
 def any_schedule(engine, schedule):
     device = ReferenceDevice(engine["rooms"], chunks=engine["chunks"], m=engine["m"], expect=engine["expect"])
-    config = {k: engine[k] for k in ("round_tokens", "prefix_bytes", "hold_tokens")}
+    config = {k: engine[k] for k in ("round_tokens", "prefix_bytes", "hold_tokens", "keep_tokens")}
     service = Stepped(device, control_of=control_of, **config)
     came, leaving = [], []
     for a in schedule:
@@ -88,7 +89,7 @@ def any_schedule(engine, schedule):
 
 def test_tokens_are_those_of_plain_decoding_in_any_schedule():
     any_schedule()
-    assert all(n > 50 for n in met.values()), f"the schedules hardly met some of these: {met}"
+    assert all(n > 20 for n in met.values()), f"the schedules hardly met some of these: {met}"
 
 
 def leave(leaving, now):

@@ -331,7 +331,7 @@ class Event(Heard):
 
 
 def threaded(rooms=(FULL,) * 2, **config):
-    return EngineService(ReferenceDevice(rooms), ServiceConfig(**config), control_of=control_of)
+    return EngineService(ReferenceDevice(rooms), ServiceConfig(**{"keep_tokens": 1, **config}), control_of=control_of)
 
 
 def test_requests_from_many_threads():

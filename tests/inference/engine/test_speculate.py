@@ -12,8 +12,9 @@ from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.device import Device, EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
-from mor_jax.inference.engine.request import Drawing
+from mor_jax.inference.engine.request import Drawing, Finished, Request, Token
 from mor_jax.inference.engine.rows import host_row
+from mor_jax.inference.engine.service import EngineService
 from mor_jax.model.depth import DepthControl
 
 LANES, CONTEXT, VOCAB, K = 4, 64, 272, 3
@@ -152,6 +153,28 @@ def test_company_changes_nothing():
     again = Lane(device, 2, PROMPTS[2], 30, Drawing(seed=5), logprobs=1)
     run(device, [*company, again])
     assert again.tokens == alone.tokens and again.logprobs == alone.logprobs
+
+
+def test_the_service_hands_out_the_tokens_of_a_span_in_order():
+    device, plain = made("mor", K), made("mor", 0)
+    wishes = [(PROMPTS[i % 4], 5 + 4 * i, Drawing(temperature=float(i % 2), seed=i)) for i in range(7)]
+    want = []
+    for prompt, new, drawing in wishes:
+        alone = Lane(plain, 0, prompt, new, drawing)
+        run(plain, [alone])
+        want.append(alone.tokens)
+    drafted, service = device.drafted, EngineService(device)
+    told = [[] for _ in wishes]
+    for (prompt, new, drawing), events in zip(wishes, told, strict=True):
+        service.submit(Request(tuple(prompt), new, drawing), events.extend)
+    assert service.drain(300)
+    for tokens, events in zip(want, told, strict=True):
+        assert [e.id for e in events if isinstance(e, Token)] == tokens
+        assert isinstance(events[-1], Finished) and events[-1].reason == "length"
+    stats = service.stats()
+    assert stats["spec_decode_num_draft_tokens_total"] == device.drafted > drafted
+    assert 0 < stats["spec_decode_num_accepted_tokens_total"] <= device.drafted
+    service.close()
 
 
 @pytest.mark.parametrize(
