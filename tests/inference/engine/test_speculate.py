@@ -6,6 +6,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.data.vocabulary import ByteTokenizer
@@ -155,25 +157,42 @@ def test_company_changes_nothing():
     assert again.tokens == alone.tokens and again.logprobs == alone.logprobs
 
 
-def test_the_service_hands_out_the_tokens_of_a_span_in_order():
-    device, plain = made("mor", K), made("mor", 0)
-    wishes = [(PROMPTS[i % 4], 5 + 4 * i, Drawing(temperature=float(i % 2), seed=i)) for i in range(7)]
-    want = []
-    for prompt, new, drawing in wishes:
-        alone = Lane(plain, 0, prompt, new, drawing)
-        run(plain, [alone])
-        want.append(alone.tokens)
-    drafted, service = device.drafted, EngineService(device)
-    told = [[] for _ in wishes]
-    for (prompt, new, drawing), events in zip(wishes, told, strict=True):
-        service.submit(Request(tuple(prompt), new, drawing), events.extend)
+@functools.cache
+def plainly(prompt, new, temperature, seed):
+    """Tokens of a request that has the engine to itself and speculates nothing."""
+    alone = Lane(made("mor", 0), 0, PROMPTS[prompt], new, Drawing(temperature=temperature, seed=seed))
+    run(made("mor", 0), [alone])
+    return alone.tokens
+
+
+wishes = st.tuples(
+    st.integers(0, len(PROMPTS) - 1), st.sampled_from([1, 2, 5, 18, 40]), st.sampled_from([0.0, 1.0]), st.integers(0, 2)
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(st.lists(wishes, min_size=1, max_size=10), st.data())
+def test_the_service_hands_out_the_tokens_of_plain_decoding(schedule, data):
+    """More requests than lanes, one of the lanes too small for some, and requests that are cancelled."""
+    device = made("mor", K)
+    service, told, cancelled = EngineService(device), [[] for _ in schedule], set()
+    for i, (prompt, new, temperature, seed) in enumerate(schedule):
+        request = Request(tuple(PROMPTS[prompt]), new, Drawing(temperature=temperature, seed=seed))
+        ticket = service.submit(request, told[i].extend)
+        if data.draw(st.integers(0, 5)) == 0:
+            cancelled.add(i)
+            ticket.cancel()
     assert service.drain(300)
-    for tokens, events in zip(want, told, strict=True):
-        assert [e.id for e in events if isinstance(e, Token)] == tokens
-        assert isinstance(events[-1], Finished) and events[-1].reason == "length"
+    for i, (wish, events) in enumerate(zip(schedule, told, strict=True)):
+        tokens = [event.id for event in events if isinstance(event, Token)]
+        assert isinstance(events[-1], Finished)
+        if i in cancelled and events[-1].reason == "cancelled":
+            assert tokens == plainly(*wish)[: len(tokens)]
+        else:
+            assert events[-1].reason == "length" and tokens == plainly(*wish)
     stats = service.stats()
-    assert stats["spec_decode_num_draft_tokens_total"] == device.drafted > drafted
-    assert 0 < stats["spec_decode_num_accepted_tokens_total"] <= device.drafted
+    assert stats["spec_decode_num_draft_tokens_total"] == device.drafted
+    assert stats["spec_decode_num_accepted_tokens_total"] == device.accepted
     service.close()
 
 
