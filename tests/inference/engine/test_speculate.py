@@ -6,6 +6,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.data.vocabulary import ByteTokenizer
@@ -155,26 +157,42 @@ def test_company_changes_nothing():
     assert again.tokens == alone.tokens and again.logprobs == alone.logprobs
 
 
-def test_the_service_hands_out_the_tokens_of_a_span_in_order():
-    device, plain = made("mor", K), made("mor", 0)
-    wishes = [(PROMPTS[i % 4], 5 + 4 * i, Drawing(temperature=float(i % 2), seed=i)) for i in range(7)]
-    want = []
-    for prompt, new, drawing in wishes:
-        alone = Lane(plain, 0, prompt, new, drawing)
-        run(plain, [alone])
-        want.append(alone.tokens)
-    drafted, service = device.drafted, EngineService(device)
-    told = [[] for _ in wishes]
-    for (prompt, new, drawing), events in zip(wishes, told, strict=True):
-        service.submit(Request(tuple(prompt), new, drawing), events.extend)
-    assert service.drain(300)
-    for tokens, events in zip(want, told, strict=True):
-        assert [e.id for e in events if isinstance(e, Token)] == tokens
-        assert isinstance(events[-1], Finished) and events[-1].reason == "length"
-    stats = service.stats()
-    assert stats["spec_decode_num_draft_tokens_total"] == device.drafted > drafted
-    assert 0 < stats["spec_decode_num_accepted_tokens_total"] <= device.drafted
-    service.close()
+@functools.cache
+def plainly(prompt, new, temperature, seed):
+    """Tokens of a request that has the engine to itself and speculates nothing."""
+    alone = Lane(made("mor", 0), 0, PROMPTS[prompt], new, Drawing(temperature=temperature, seed=seed))
+    run(made("mor", 0), [alone])
+    return alone.tokens
+
+
+wishes = st.tuples(
+    st.integers(0, len(PROMPTS) - 1), st.sampled_from([1, 2, 5, 18, 40]), st.sampled_from([0.0, 1.0]), st.integers(0, 2)
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(wishes, st.sampled_from([False] * 5 + [True])), min_size=1, max_size=10))
+def test_the_service_hands_out_the_tokens_of_plain_decoding(schedule):
+    """More requests than lanes, one of the lanes too small for some, and requests that are cancelled."""
+    device = made("mor", K)
+    service, told = EngineService(device), [[] for _ in schedule]
+    try:
+        for ((prompt, new, temperature, seed), cancels), events in zip(schedule, told, strict=True):
+            request = Request(tuple(PROMPTS[prompt]), new, Drawing(temperature=temperature, seed=seed))
+            ticket = service.submit(request, events.extend)
+            if cancels:
+                ticket.cancel()
+        assert service.drain(300)
+        stats = service.stats()
+    finally:  # the next example has the device to itself
+        service.close()
+    for (wish, cancels), events in zip(schedule, told, strict=True):
+        tokens, end = [event.id for event in events if isinstance(event, Token)], events[-1]
+        assert isinstance(end, Finished) and end.completion_tokens == len(tokens)
+        assert end.reason == "length" or (cancels and end.reason == "cancelled")
+        assert tokens == (plainly(*wish) if end.reason == "length" else plainly(*wish)[: len(tokens)])
+    drafted, accepted = (stats[f"spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+    assert 0 <= accepted <= drafted <= device.drafted and accepted <= device.accepted
 
 
 @pytest.mark.parametrize(
