@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import optax
 from mor_jax.model.depth import RouterStats
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
+from mor_jax.model.depth.warmup import stage_of
 from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32
+Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under random routing also salt: [B] uint32
 
 
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +45,7 @@ def loss_fn(
     The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
-    out = lm.forward(params, tokens, seg, mode=TOPK, **of_forward)
+    out = lm.forward(params, tokens, seg, mode=TOPK, salt_B=batch.get("salt"), **of_forward)
     targets, weights = next_token_targets(tokens, seg)
     nll = cross_entropy_sum(out.h_BxTxD, params["embed"]["table"], targets, weights, lm.model.loss_chunk)
     lm_loss = nll / target_count
@@ -156,6 +158,10 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch):
+        if lm.depth.policy == "random":  # of each row of each step its own draw, whatever the accumulation and the mesh
+            rows = batch["tokens"].shape[0]
+            salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
+            batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
@@ -177,8 +183,28 @@ def make_train_step(
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)
+        if lm.depth.inference == "auxiliary":
+            shared = router.overlap / jnp.maximum(router.selected, 1.0)
+            metrics |= {f"router/{r + 1}/overlap": shared[r] for r in range(lm.program.recursions)}
         if lm.depth.policy == "token_choice":
             metrics |= balance_metrics(router)
         return new, metrics
 
     return train_step
+
+
+class StagedStep:
+    """The jitted train step of each stage of the depth warm-up, compiled when it is reached.
+
+    Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
+    """
+
+    def __init__(self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None):
+        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+
+    def __call__(self, step: int) -> Callable:
+        stage = stage_of(self._lm.depth, step)
+        if stage not in self._made:
+            lm = dataclasses.replace(self._lm, stage=stage)
+            self._made = {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}  # the old one is done
+        return self._made[stage]

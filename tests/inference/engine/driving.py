@@ -38,7 +38,7 @@ class Played(NamedTuple):
     starved: bool
 
 
-def build(kind: str, m: int, **config) -> Device:
+def build(kind: str, m: int | None, **config) -> Device:
     """A warm device over a small model of this kind."""
     lm = small_lm(kind, context=CONTEXT)
     params = spread_routers(random_params(lm))

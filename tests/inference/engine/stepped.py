@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from mor_jax.inference.engine import compilations
 from mor_jax.inference.engine.request import Finished, PromptRead, Token
 from mor_jax.inference.engine.service import EngineService, ServiceConfig
 
@@ -19,7 +20,9 @@ class Stepped(EngineService):
         )  # fmt: skip
 
     def _begin(self):
-        self.warm_up()
+        if not self._warm:
+            self.warm_up()
+            self.counts.watch(compilations.here())
 
     def step(self):
         self.now += 1
