@@ -84,6 +84,8 @@ def test_tokenize_and_back(server):
     _, _, body = server.post("/tokenize", prompt="hé", return_token_strs=True)
     assert body["tokens"] == [256, 104, 195, 169] and body["count"] == 4 and body["max_model_len"] == 128
     assert body["token_strs"] == ["<|bos|>", "h", "bytes:\\xc3", "bytes:\\xa9"]
+    assert server.post("/tokenize", prompt="<|eos|>")[2]["tokens"] == [257], "the spelling alone: which token it is"
+    assert len(server.post("/tokenize", prompt="a<|eos|>", add_special_tokens=False)[2]["tokens"]) == 8
     assert server.post("/detokenize", tokens=body["tokens"])[2] == {"prompt": "hé"}
 
 

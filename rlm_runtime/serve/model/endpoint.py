@@ -68,7 +68,7 @@ class Endpoint:
 
     async def _answer(self, plan: Plan, scope: Scope, receive: Receive, send: Send) -> None:
         run = Run(plan, self.mailbox(), self.metrics, self.settings)
-        run.submit()
+        await run.submit()
         work = asyncio.create_task(run.wait())
         gone = asyncio.create_task(disconnected(receive))
         self.admission.tasks.add(work)
