@@ -73,10 +73,10 @@ def train(kind, shape, devices):
     print(kind, shape, file=sys.stderr, flush=True)
     return {"losses": losses, "biases": biases, "gathered": gathered, "devices": sorted(shards), "local_bytes": local}
 
-def draw(shape, devices):
-    """Depths of the first batch under random routing, each row salted."""
+def draw(shape, devices):  # depths of the first batch under random routing, each row salted
     lm = small_lm("random_shared", **SHAPE, layers=3)
-    with jax.set_mesh(make_mesh(MeshConfig(*shape), devices)) as mesh:
+    mesh = make_mesh(MeshConfig(*shape), devices)
+    with jax.set_mesh(mesh):
         place = lambda x: jax.device_put(x, NamedSharding(mesh, lm.rules.spec(("batch",))))
         batch = jax.tree.map(place, batches[0] | {"salt": np.arange(ROWS, dtype=np.uint32)})
         drawn = jax.jit(lambda p, b: lm.forward(p, b["tokens"], b["segment_ids"], salt_B=b["salt"]).depth_BxT)
