@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small import random_params, small_lm, spread_routers
 
+from mor_jax.config import MeshConfig
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
@@ -14,6 +16,7 @@ from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.generate import Generation
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
+from mor_jax.parallel.mesh import make_mesh
 
 
 @dataclasses.dataclass
@@ -85,3 +88,16 @@ def test_stopping_to_read_ends_the_request(model, service):
     next(pieces)
     pieces.close()
     assert service.drain(60)
+
+
+def test_what_the_batching_engine_does_not_know_is_refused_by_it_and_decoded_plainly():
+    """A relaxed model with an auxiliary router: text, and the depth of every piece, all the same."""
+    tokenizer = ByteTokenizer()
+    lm = small_lm("mor_relaxed", vocab_size=tokenizer.vocab_size, layers=5)
+    model = Model(lm, spread_routers(random_params(lm)), tokenizer, make_mesh(MeshConfig(), jax.devices()[:1]))
+    with pytest.raises(UserError, match=r"does not know recursions with something of their own.*--engine plain"):
+        build_service(model, EngineConfig(lanes=2, full_lanes=2, chunks=(64,)))
+    pieces = list(stream_text(model, "ab", max_tokens=5, sampling=Sampling(0.0)))
+    tokens, depths = plain(model, "ab", 5)
+    assert "".join(p.text for p in pieces) == tokenizer.decode([*tokenizer.encode("ab"), *tokens])
+    assert [p.depth for p in pieces][: len(depths)] == depths

@@ -25,7 +25,7 @@ import dataclasses, json, re, sys
 sys.path.insert(0, "tests")
 import numpy as np, jax
 from jax.sharding import NamedSharding
-from small import small_lm
+from small import random_params, small_lm
 from mor_jax.config import Config, MeshConfig, OptimConfig
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.schedule import optimizer_of
@@ -44,13 +44,11 @@ for _ in range(STEPS):
             row[a:b] = i + 1
     batches.append({"tokens": rng.integers(0, VOCAB, seg.shape).astype(np.int32) * (seg > 0), "segment_ids": seg})
 
-KIND = {"mor": "mor", "token": "token", "vanilla": "vanilla", "aux": "mor", "random": "random_shared"}
-
 def train(kind, shape, devices):
     more = {"layers": 1} if kind == "vanilla" else {"layers": 3, "sharing": "cycle"}
     if kind == "aux":  # everything a run can have at once: a second router with its own optimiser, relaxed recursions
-        more |= {"norms": "own", "lora_rank": 2, "recursion_encoding": True}
-    lm = small_lm(KIND[kind], **SHAPE, **more)
+        more |= {"layers": 2, "recursions": 2, "norms": "own", "lora_rank": 2, "recursion_encoding": True}
+    lm = small_lm("mor" if kind == "aux" else kind, **SHAPE, **more)
     if kind == "aux":
         lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, inference="auxiliary", aux_loss_weight=0.1))
     if kind == "token":
@@ -75,10 +73,19 @@ def train(kind, shape, devices):
     print(kind, shape, file=sys.stderr, flush=True)
     return {"losses": losses, "biases": biases, "gathered": gathered, "devices": sorted(shards), "local_bytes": local}
 
-found = {}
+def draw(shape, devices):  # depths of the first batch under random routing, each row salted
+    lm = small_lm("random_shared", **SHAPE, layers=3)
+    mesh = make_mesh(MeshConfig(*shape), devices)
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, lm.rules.spec(("batch",))))
+        batch = jax.tree.map(place, batches[0] | {"salt": np.arange(ROWS, dtype=np.uint32)})
+        drawn = jax.jit(lambda p, b: lm.forward(p, b["tokens"], b["segment_ids"], salt_B=b["salt"]).depth_BxT)
+        return np.asarray(drawn(random_params(lm), batch)).tolist()
+
+found = {"drawn": [draw((1, 1, 1), jax.devices()[:1]), draw((8, 1, 1), jax.devices())]}
 for kind, shapes in {
     "mor": [(2, 2, 2), (1, 8, 1), (8, 1, 1)], "token": [(2, 2, 2), (8, 1, 1)], "vanilla": [(2, 2, 2)],
-    "aux": [(2, 2, 2)], "random": [(2, 2, 2)],
+    "aux": [(2, 2, 2)],
 }.items():
     found[f"{kind} one"] = train(kind, (1, 1, 1), jax.devices()[:1])
     for shape in shapes:
@@ -125,6 +132,11 @@ def test_the_selection_bias_moves_as_on_one_device(found, name):
     assert any(map(any, one))
     for step, (mine, theirs) in enumerate(zip(many, one, strict=True), 1):
         assert max(abs(a - b) for a, b in zip(mine, theirs, strict=True)) < 1e-6, f"at step {step}"
+
+
+def test_random_routing_draws_as_on_one_device(found):
+    one, many = found["drawn"]
+    assert one == many and {depth for row in one for depth in row} == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -22,7 +22,17 @@ import numpy as np
 from mor_jax.errors import UserError
 from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.dial import depth_control
-from mor_jax.inference.engine.request import Drawing, Event, Finished, OnEvents, PromptScored, QueueFull, Request, Token
+from mor_jax.inference.engine.request import (
+    Drawing,
+    Event,
+    Finished,
+    OnEvents,
+    PromptRead,
+    PromptScored,
+    QueueFull,
+    Request,
+    Token,
+)
 from mor_jax.model.lm import CAUSAL, LM
 
 
@@ -168,6 +178,8 @@ class PlainService:
             yield [self._score(prompt, request.logprobs or 0, control)]
         logits, cache, depth = _prefill(lm, params, self._padded(prompt), _length(prompt), lm.model.context, control)
         depths += np.asarray(depth)[0, : len(prompt)].tolist()
+        if request.prompt_depths:
+            yield [PromptRead(tuple(depths[:-1]))]
         reason = "length"
         while len(drawn) < request.max_tokens:
             self.hold.wait()
