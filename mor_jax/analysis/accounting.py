@@ -244,6 +244,18 @@ def kv_read_bytes_per_token(
     return _kv_bytes(model, model.recursions if depth.kv_name != "recursion_wise" else read, bytes_per_value)
 
 
+def kv_bytes_of_depths(
+    model: ModelConfig, depth: DepthConfig, depths: Sequence[int], *, bytes_per_value: int | None = None
+) -> list[float]:
+    """Bytes in the decode cache after each token of a sequence, from the recursions each of them ran."""
+    copies = {"recursion_wise": lambda ran: ran, SHARED: lambda ran: 1}.get(depth.kv_name, lambda ran: model.recursions)
+    found, total = [], 0.0
+    for ran in depths:
+        total += _kv_bytes(model, copies(ran), bytes_per_value)
+        found.append(total)
+    return found
+
+
 def _kv_bytes(model: ModelConfig, core_copies: float, bytes_per_value: int | None) -> float:
     """Keys and values of a token in all blocks, those of the core `core_copies` times."""
     layers = build_program(model)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.model.depth import RouterStats
+from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
 from mor_jax.model.lm import LM, TOPK
@@ -113,7 +114,8 @@ def gradients(
 
 
 def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
-    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1."""
+    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1. `histogram` is a list of shares, the others
+    are single numbers."""
     n = jnp.maximum(stats.candidates, 1.0)
     mean = stats.score / n
     columns = {
@@ -122,6 +124,8 @@ def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
         "score_mean": mean,
         "score_std": jnp.sqrt(jnp.maximum(stats.score_sq / n - jnp.square(mean), 0.0)),
     }
+    if stats.above is not None:
+        columns["histogram"] = histogram(stats.above)
     return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
 
 
