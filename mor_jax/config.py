@@ -31,6 +31,8 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
+NORMS = ("shared", "own")
+INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 
 # Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
@@ -83,9 +85,18 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
+    # Relaxation: what each recursion has of its own in the shared core (cycle schemes).
+    norms: str = "shared"  # of the core's blocks: shared | own
+    lora_rank: int = 0  # of an addition to the query and value projections; 0: none
+    recursion_encoding: bool = False  # a learned factor, at first 1, on each dimension of the state it reads
     remat: str = "none"  # none | block | dots | dots_no_batch
     attention: str = "blocked"  # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16)
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether recursions have something of their own."""
+        return self.norms == "own" or self.lora_rank > 0 or self.recursion_encoding
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -111,11 +122,21 @@ class DepthConfig:
     capacities: tuple[float, ...] = ()  # share of the row kept at r = 1..R; (): (R-r+1)/R
     aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
     threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
+    # What causal inference under expert_choice goes by: threshold (the router's own score, taught by the BCE) |
+    # auxiliary (a second router on the detached state, taught by the BCE in place of the first; same threshold) |
+    # calibrated (the router's score, against the thresholds that its survey finds for `capacities`)
+    inference: str = "threshold"
+    aux_lr: float = 10.0  # auxiliary: learning rate of the second router, over the model's
     # token_choice
     balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
     bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
     buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
+    # Optimiser steps of depth warm-up; 0: none. expert_choice, random: capacities fall from 1 to their target along a
+    # half cosine, in `warmup_stages` equal strides; token_choice: every token at full depth, balance suspended.
+    warmup: int = 0
+    warmup_stages: int = 4  # each is a program to compile
+    tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
     # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
     # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
     kv: str = ""
@@ -342,6 +363,7 @@ def _check_model(m: ModelConfig) -> None:
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
+    _check_relaxation(m)
     ends = sum(unshared_ends(m))
     inner = m.layers - ends
     if inner < m.recursions or inner % m.recursions:
@@ -352,6 +374,23 @@ def _check_model(m: ModelConfig) -> None:
             f"layers - {ends} unshared must be a multiple of {m.recursions}. Layer counts near it that fit: "
             f"{', '.join(map(str, fits))}."
         )
+
+
+def _check_relaxation(m: ModelConfig) -> None:
+    where = "config.model"
+    _one_of(f"{where}.norms", m.norms, NORMS)
+    if m.lora_rank < 0:
+        raise ConfigError(f"{where}.lora_rank must not be negative, got {m.lora_rank}; 0 means none.")
+    in_place = m.sharing.endswith("sequence")
+    if not m.relaxed or (m.recursions > 1 and not in_place):
+        return
+    given = {"norms": m.norms == "own", "lora_rank": m.lora_rank > 0, "recursion_encoding": m.recursion_encoding}
+    name = next(name for name, on in given.items() if on)
+    why = f"sharing = {m.sharing!r} repeats each block in place" if in_place else "recursions = 1 shares nothing"
+    raise ConfigError(
+        f"{where}.{name} = {getattr(m, name)!r} gives each recursion over a shared core something of its own, but {why}. "
+        "Remove it, or use sharing = 'middle_cycle' (or 'cycle') with recursions of 2 or more."
+    )
 
 
 def unshared_ends(m: ModelConfig) -> tuple[int, int]:
@@ -378,8 +417,35 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
     for name in ("alpha", "aux_loss_weight", "balance_loss_weight", "z_loss_weight", "bias_rate"):
         if not (getattr(d, name) >= 0 and math.isfinite(getattr(d, name))):
             raise ConfigError(f"{where}.{name} must be a number and not negative, got {getattr(d, name)}.")
-    if d.buckets < 1:
-        raise ConfigError(f"{where}.buckets must be at least 1, got {d.buckets}.")
+    for name in ("buckets", "warmup_stages", "tile"):
+        if getattr(d, name) < 1:
+            raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(d, name)}.")
+    if d.warmup < 0:
+        raise ConfigError(f"{where}.warmup counts optimiser steps and must not be negative, got {d.warmup}.")
+    if d.warmup and d.policy == "fixed":
+        raise ConfigError(
+            f"{where}.warmup = {d.warmup} lets depth come down to what is routed, but policy 'fixed' routes nothing. "
+            "Remove it, or choose another policy."
+        )
+    if d.tile > m.context:
+        raise ConfigError(f"{where}.tile = {d.tile} is more than a row, config.model.context = {m.context} tokens.")
+    _one_of(f"{where}.inference", d.inference, INFERENCE)
+    _positive(where, aux_lr=d.aux_lr)
+    if d.inference != "threshold" and d.policy != "expert_choice":
+        raise ConfigError(
+            f"{where}.inference = {d.inference!r} stands in for a top-k choice that sees the future; policy {d.policy!r} "
+            "decides in training as at inference. Remove it, or use policy 'expert_choice'."
+        )
+    if d.inference == "auxiliary" and not d.aux_loss_weight:
+        raise ConfigError(
+            f"{where}.inference = 'auxiliary' goes by a router that only the auxiliary loss teaches, but "
+            f"{where}.aux_loss_weight = 0. Set it, or use inference = 'calibrated'."
+        )
+    if d.bias_rate and d.policy != "token_choice":
+        raise ConfigError(
+            f"{where}.bias_rate = {d.bias_rate} balances depths that tokens choose; under policy {d.policy!r} capacities "
+            "do. Remove it, or use policy 'token_choice'."
+        )
     if d.policy != "fixed" and m.sharing.endswith("sequence"):
         raise ConfigError(
             f"{where}.policy = {d.policy!r} routes tokens between repetitions of the whole core, but "
@@ -470,6 +536,11 @@ def _check_train(cfg: Config) -> None:
         raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
     if o.clip_norm < 0 or o.weight_decay < 0:
         raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
+    if t.steps and cfg.depth.warmup >= t.steps:
+        raise ConfigError(
+            f"config.depth.warmup = {cfg.depth.warmup} is the whole run, config.train.steps = {t.steps}: the model would "
+            "never be trained as it is evaluated. Use fewer steps of warm-up."
+        )
     if t.steps < 0 or t.flops < 0 or t.steps == t.flops == 0:
         raise ConfigError(
             f"config.train: give steps, or flops to derive them from; got steps = {t.steps}, flops = {t.flops:g}."

@@ -24,6 +24,17 @@ MORE_KV = {
         {"policy": "expert_choice", "kv": "hybrid"},
     ),
     "random_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "random", "kv": "shared"}),
+    "mor_relaxed": (
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": 8,
+            "norms": "own",
+            "lora_rank": 2,
+            "recursion_encoding": True,
+        },
+        {"policy": "expert_choice", "kv": "hybrid"},
+    ),
     "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
 }
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

@@ -73,7 +73,8 @@ def _all(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             figure = draw(run)
             if figure:
                 yield Plot(f"{key}-{i}", caption, figure)
-        figure = sampling_accuracy(run)
+        # Token-choice has one rule, in training and in decoding: they always agree.
+        figure = None if routing_plots.token_choice(run) else sampling_accuracy(run)
         if figure:
             yield Plot(f"accuracy-{i}", "How often a router's score, cut at the threshold, agrees with the selection "
                        "of training. The first recursion takes everything where its capacity is 1.", figure)  # fmt: skip

@@ -29,7 +29,7 @@ def score_histogram(run: RunRecord) -> Figure | None:
         return None
     steps = [int(r["step"]) for r in rows]
     # Under token-choice every token runs the first step: there is nothing to see of its pull.
-    shown = [r for r in range(1, run.recursions + 1) if r > 1 or not _token_choice(run)]
+    shown = [r for r in range(1, run.recursions + 1) if r > 1 or not token_choice(run)]
     figure, axes = new_axes("", height=0.8 + 1.1 * len(shown))
     figure.delaxes(axes)
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -175,29 +175,29 @@ def kv_growth(runs: Sequence[RunRecord], depths: Mapping[str, Sequence[int]]) ->
     Args:
       depths: by run name, of every token of a prompt and its continuation.
     """
-    figure, axes = new_axes("KV cache in decoding", "tokens of the sequence")
-    drawn, full = False, None
+    lines: list[tuple[list[float], dict]] = []
     for i, run in enumerate(runs):
         if run.config is None or not depths.get(run.name):
             continue
-        model, depth = run.config.model, run.config.depth
-        grown = accounting.kv_bytes_of_depths(model, depth, depths[run.name])
-        axes.plot(range(1, len(grown) + 1), grown, color=series(i), linewidth=1.8, label=run.name)
-        if run.routed and not full:
-            full = accounting.kv_bytes_of_depths(model, depth, [model.recursions] * len(grown))
-        drawn = True
-    if not drawn:
+        model, depth, ran = run.config.model, run.config.depth, depths[run.name]
+        lines.append((accounting.kv_bytes_of_depths(model, depth, ran), {"color": series(i), "label": run.name}))
+    if not lines:
         return None
-    if full:
-        axes.plot(
-            range(1, len(full) + 1), full, color=MUTED[0], linewidth=1.2, linestyle=(0, (4, 3)),
-            label="all tokens at full depth",
-        )  # fmt: skip
-    axes.yaxis.set_major_formatter(lambda value, _: units.size(value))
+    routed = next((run for run in runs if run.routed and depths.get(run.name)), None)
+    if routed and routed.config:
+        model, count = routed.config.model, len(depths[routed.name])
+        full = accounting.kv_bytes_of_depths(model, routed.config.depth, [model.recursions] * count)
+        dashes = {"color": MUTED[0], "linestyle": (0, (4, 3)), "label": "all tokens at full depth"}
+        lines.append((full, dashes))
+    large = max(line[-1] for line, _ in lines) >= 4 * 2**20
+    figure, axes = new_axes(f"KV cache in decoding, {'MiB' if large else 'KiB'}", "tokens of the sequence")
+    for line, style in lines:
+        axes.plot(range(1, len(line) + 1), [b / 2 ** (20 if large else 10) for b in line], linewidth=1.8, **style)
     axes.set_ylim(bottom=0)
     legend(axes)
     return figure
 
 
-def _token_choice(run: RunRecord) -> bool:
+def token_choice(run: RunRecord) -> bool:
+    """Whether each token chose its depth at once."""
     return run.config is not None and run.config.depth.policy == "token_choice"

@@ -5,7 +5,8 @@ argument. Parameters are a plain nested dict:
 
     embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
 
-Recursion shares `core` by construction: it exists once.
+Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
+leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class LM:
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
+    stage: int | None = None  # of the depth warm-up (`depth/warmup.py`); None: warm
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:
@@ -72,7 +74,7 @@ class LM:
 
     @functools.cached_property
     def policy(self) -> DepthPolicy:
-        return build_policy(self.model, self.depth)
+        return build_policy(self.model, self.depth, self.stage)
 
     def steered(self, control: DepthControl | None) -> DepthPolicy:
         """The policy under a depth control; itself without one."""
@@ -126,7 +128,30 @@ class LM:
         for part, count in self._parts().items():
             params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
             first += count
+        if self.model.relaxed:
+            keys = jax.random.split(jax.random.fold_in(block_key, 1), self.program.core)
+            params["core"] = {i: self._relax(w, self._own(int(i), keys[int(i)])) for i, w in params["core"].items()}
         return params
+
+    def _own(self, block: int, key: jax.Array | None = None) -> dict:
+        """What each recursion has of its own in one block of the core, leaves [R, ...]; without a key, the logical axes
+        of it."""
+        m, steps = self.model, self.program.recursions
+        scale = {"scale": ("recursion", "norm") if key is None else jnp.ones((steps, m.width), jnp.float32)}
+        own = {"norm_1": scale, "norm_2": scale} if m.norms == "own" else {}
+        if m.recursion_encoding and block == 0:
+            own["encoding"] = scale  # of the state the core reads
+        if m.lora_rank and key is None:
+            names = nn.logical_axes(nn.Lora(m))
+            own["lora"] = {name: ("recursion", *axes) for name, axes in names.items()}
+        elif m.lora_rank:
+            own["lora"] = jax.vmap(lambda key: nn.init(nn.Lora(m), key))(jax.random.split(key, steps))
+        return own
+
+    def _relax(self, shared: dict, own: dict) -> dict:
+        """A block of the core with what recursions have of their own, and without what that replaces."""
+        kept = {name: leaf for name, leaf in shared.items() if self.model.norms == "shared" or "norm" not in name}
+        return kept | ({"own": own} if own else {})
 
     def logical_axes(self) -> dict:
         """Tree like `init`'s, each leaf a tuple of logical axis names."""
@@ -137,7 +162,10 @@ class LM:
             "norm": nn.logical_axes(self._norm, *examples["norm"]),
             "router": self.policy.logical_axes(),
         }
-        return axes | {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
+        axes |= {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
+        if self.model.relaxed:
+            axes["core"] = {i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()}
+        return axes
 
     # ---------------------------------------------------------------- building blocks of every pass
 
@@ -146,25 +174,34 @@ class LM:
         return nn.rope_table(pos_BxT, self.model.dims[2], self.model.rope_theta)
 
     def block(
-        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False
-    ) -> tuple[jax.Array, Any]:
-        """One block, rematerialised as configured."""
-        run = lambda p, x, r: nn.apply(self._block, p, x, r, attend, queries_only)
+        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False,
+        own: dict | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
+        """One block, rematerialised as configured. `own`: see `nn.Block`."""
+        run = lambda p, x, r, own: nn.apply(self._block, p, x, r, attend, queries_only, own)
         if self.model.remat == "none":
-            return run(params, x_BxTxD, rope)
-        return jax.checkpoint(run, policy=REMAT_POLICIES[self.model.remat])(params, x_BxTxD, rope)
+            return run(params, x_BxTxD, rope, own)
+        return jax.checkpoint(run, policy=REMAT_POLICIES[self.model.remat])(params, x_BxTxD, rope, own)
 
     def blocks(
         self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend | Sequence[nn.Attend], repeat: int = 1,
-        queries_only: bool = False,
+        queries_only: bool = False, recursion: jax.Array | int | None = None,
     ) -> tuple[jax.Array, list]:  # fmt: skip
         """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
 
-        `attend`: one for all applications, or one for each. Unrolled: stacked weights would be copied per slice."""
+        `attend`: one for all applications, or one for each. `recursion`: index from 0 of the step the core is applied
+        for, of the batch or [B] of each row; a relaxed core must be told. Unrolled: stacked weights would be copied per
+        slice."""
         count = len(params) * repeat
         extras = []
         for n, attend_n in enumerate([attend] * count if callable(attend) else attend):
-            x_BxTxD, extra = self.block(params[str(n // repeat)], x_BxTxD, rope, attend_n, queries_only)
+            weights, own = params[str(n // repeat)], None
+            if "own" in weights:
+                if recursion is None:
+                    raise ValueError("a relaxed core must be told which recursion it is applied for")
+                own = jax.tree.map(lambda leaf: leaf[recursion], weights["own"])
+                weights = {name: leaf for name, leaf in weights.items() if name != "own"}
+            x_BxTxD, extra = self.block(weights, x_BxTxD, rope, attend_n, queries_only, own)
             extras.append(extra)
         return x_BxTxD, extras
 
@@ -203,14 +240,14 @@ class LM:
         keys and values of each block."""
         core_params, rope = self.gathered_core(params), self.rope(pos_BxT)
 
-        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None):
+        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None, recursion: jax.Array | int | None = None):
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
             if past is None:
                 attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
             else:
                 attend = attend_past(past, pos_BxK, q_seg, kv_seg, self.model.attention)
                 queries_only = past.merge is None
-            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only)
+            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, recursion)
 
         return run
 
@@ -258,6 +295,7 @@ class LM:
         kv = self.depth.kv_name
         core = self.core(params, pos, keep=looks_back(kv))
         how = {"kv": kv, "depth_BxT": depth_BxT, "draw_BxTxR": self.draws(tokens_BxT, pos, salt_B)}
+        how["numbered"] = self.model.relaxed
         if mode == TOPK and (executor or self.depth.executor) == "gathered":
             result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from mor_jax.model.depth import RouterStats
 from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
+from mor_jax.model.depth.warmup import stage_of
 from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.train.state import TrainState
@@ -185,8 +187,28 @@ def make_train_step(
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)
+        if lm.depth.inference == "auxiliary":
+            shared = router.overlap / jnp.maximum(router.selected, 1.0)
+            metrics |= {f"router/{r + 1}/overlap": shared[r] for r in range(lm.program.recursions)}
         if lm.depth.policy == "token_choice":
             metrics |= balance_metrics(router)
         return new, metrics
 
     return train_step
+
+
+class StagedStep:
+    """The jitted train step of each stage of the depth warm-up, compiled when it is reached.
+
+    Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
+    """
+
+    def __init__(self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None):
+        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+
+    def __call__(self, step: int) -> Callable:
+        stage = stage_of(self._lm.depth, step)
+        if stage not in self._made:
+            lm = dataclasses.replace(self._lm, stage=stage)
+            self._made = {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}  # the old one is done
+        return self._made[stage]

@@ -26,6 +26,7 @@ class RouterStats(NamedTuple):
     score: jax.Array  # sum of the score, before alpha, over candidates
     score_sq: jax.Array  # and of its square
     z_sq: jax.Array  # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
+    overlap: jax.Array  # tokens that ran it and that the rival of the router (expert-choice: the auxiliary) would take
     above: jax.Array | None = None  # [R, G]: candidates whose score reaches each probe (`survey.PROBES_G`)
 
 
@@ -118,6 +119,25 @@ def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> ja
     return (above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT
 
 
+GRID_BITS = 14  # a row's scores are told apart to this part of the largest
+
+
+def settled(z_BxT: jax.Array, candidates_BxT: jax.Array) -> jax.Array:
+    """Scores on a grid of 2^-14 of the row's largest, for ranking: what is equal but for rounding becomes equal.
+
+    Equal tokens have equal states wherever they see the same keys (runs of one token, the start of a document, steps
+    whose other tokens halted). Two programs that compute such scores in another order of sums (masked and gathered, one
+    device and eight) get them some 1e-7 apart, each its own way, and would rank them at random; on the grid they tie,
+    and the earlier position wins everywhere. Only a value that lies within a rounding error of the middle between two
+    points can still fall either way: one in some hundreds of such ties. The grid is a power of two, hence the same in
+    every program.
+    """
+    z_BxT = jax.lax.stop_gradient(z_BxT)
+    largest = jnp.max(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0), axis=-1, keepdims=True)
+    step = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - GRID_BITS)
+    return jnp.round(z_BxT / step) * step
+
+
 def in_range(mean_depth: float, floor: int, cap: int) -> None:
     """Raise UserError unless tokens of depths floor..cap can have this mean depth."""
     if not floor <= mean_depth <= cap:
@@ -149,3 +169,9 @@ def shares_at(capacities: tuple[float, ...], mean_depth: float, floor: int, cap:
         low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
     share[:cap] = np.maximum(share[:cap], high)
     return share
+
+
+def kept_of(share_R: np.ndarray) -> np.ndarray:
+    """[R]: of the tokens that ran the step before, the part that runs this one."""
+    before = np.concatenate([[1.0], share_R[:-1]])
+    return np.divide(share_R, before, out=np.zeros_like(share_R), where=before > 0)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.model.depth.base import Route, RouterStats, in_range, shares_at, top_k
+from mor_jax.model.depth.base import Route, RouterStats, in_range, kept_of, shares_at, top_k
 from mor_jax.model.program import active_counts
 
 
@@ -98,6 +98,7 @@ class RandomChoice:
             score=jnp.sum(u * weight),
             score_sq=jnp.sum(jnp.square(u) * weight),
             z_sq=zero,
+            overlap=jnp.sum(active.astype(jnp.float32)),
         )
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
@@ -118,9 +119,3 @@ class RandomChoice:
         in_range(mean_depth, floor, cap)
         kept = kept_of(shares_at(self.capacities, mean_depth, floor, cap))
         return np.where(kept >= 1, -np.inf, np.where(kept <= 0, np.inf, 1 - kept)).astype(np.float32)
-
-
-def kept_of(share_R: np.ndarray) -> np.ndarray:
-    """[R]: of the tokens that ran the step before, the part that runs this one."""
-    before = np.concatenate([[1.0], share_R[:-1]])
-    return np.divide(share_R, before, out=np.zeros_like(share_R), where=before > 0)
