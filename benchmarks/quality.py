@@ -140,7 +140,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # Groups one after the other, seeds outermost within each: a command that is stopped has whole groups of them.
         for group in () if args.show else models.groups(sweep):
-            run_sweep(group, args.workdir, progress=sys.stderr.isatty(), say=lambda line: print(line, flush=True))
+            run_sweep(
+                group,
+                args.workdir,
+                progress=sys.stderr.isatty(),
+                say=lambda line: print(line, flush=True),
+                tables=False,
+            )
     finally:
         outcomes = collect(jobs(sweep), args.workdir)
         write(sweep, outcomes, args.flops, args.out)

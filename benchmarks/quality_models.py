@@ -22,6 +22,7 @@ ROUTER_LOSS = 0.016
 
 _SHARED = {"model.recursions": RECURSIONS, "model.sharing": "middle_cycle"}
 _EXPERT = {**_SHARED, "depth.policy": "expert_choice", "depth.aux_loss_weight": ROUTER_LOSS}
+_VARIED = {**_EXPERT, "depth.vary": 0.5}
 _TOKEN = {**_SHARED, "depth.policy": "token_choice", "depth.balance_loss_weight": 0.1, "depth.z_loss_weight": 1e-5}
 _NINE = {"model.recursions": RECURSIONS, "model.layers": 9}
 
@@ -35,6 +36,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "middle-sequence": {**_SHARED, "model.sharing": "middle_sequence"},
     "MoR random": {**_SHARED, "depth.policy": "random"},
 }
+# Of benchmarks/dial.py: two of those above, and one that trained at varied depths, half of its steps.
+VARIED = "MoR expert varied"
+DIALLED = ("MoR expert", VARIED, "MoR token")
 LAST = ("MoR random",)  # trained when all others are: the control of one of them
 
 # Of the 360M model with three recursions. The architectures are compared at a budget (table 9, validation), the sharing
@@ -98,15 +102,15 @@ def steps_for(recipe: dict[str, Any], fields: dict[str, Any], flops: float) -> i
     return max(1, round(flops / accounting.true_training_flops(from_config_dict(tree), 1)))
 
 
-def sweep(corpus: str, flops: float = FLOPS) -> Sweep:
-    """All models as a sweep, each with the steps that the budget pays for."""
-    recipe = base(corpus)
+def sweep(corpus: str, flops: float = FLOPS, names: tuple[str, ...] = tuple(MODELS)) -> Sweep:
+    """These models as a sweep, each with the steps that the budget pays for."""
+    recipe, known = base(corpus), MODELS | {VARIED: _VARIED}
     points = [
         {
             "labels": {"model": name},
             "fields": {**fields, "train.steps": steps_for(recipe, fields, flops)},
         }
-        for name, fields in MODELS.items()
+        for name, fields in ((name, known[name]) for name in names)
     ]
     return Sweep.from_dict(
         {

@@ -221,6 +221,19 @@ def depth_curve(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The dial of several checkpoints: causal loss against mean depth, a diamond where each is configured."""
+    figure, axes = new_axes("Validation NLL, nats a token", "mean depth: recursions a token ran, by the dial")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    for i, (name, record) in enumerate(curves.items()):
+        x, y = [p["mean_depth"] for p in record["dial"]], [p["nll"] for p in record["dial"]]
+        axes.plot(x, y, color=series(i), linewidth=1.8, marker="o", markersize=4, label=name)
+        own = record["as_configured"]
+        axes.plot([own["mean_depth"]], [own["nll"]], color=series(i), linestyle="", marker="D", markersize=6)
+    legend(axes)
+    return figure
+
+
 def _per_router(run: RunRecord, key: str, title: str, band: str = "", percent: bool = False) -> Figure | None:
     figure, axes = new_axes(title, "optimiser steps")
     lowest = 1.0

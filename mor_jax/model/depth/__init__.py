@@ -9,7 +9,7 @@ from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
 from mor_jax.model.depth.random_choice import RandomChoice
 from mor_jax.model.depth.token_choice import TokenChoice
-from mor_jax.model.depth.warmup import shares_in
+from mor_jax.model.depth.warmup import is_warm, shares_in
 from mor_jax.model.program import build_program
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = None) -> DepthPolicy:
-    """The policy of a checked configuration, in this stage of its warm-up (None: warm)."""
+    """The policy of a checked configuration, in this stage of training (`LM.stage`)."""
     if depth.policy == "fixed":
         return Fixed(build_program(model).recursions)
     shares = shares_in(model, depth, stage)
@@ -51,4 +51,5 @@ def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = Non
         threshold=depth.threshold,
         aux_loss_weight=depth.aux_loss_weight,
         inference=depth.inference,
+        surveyed=stage is None or not is_warm(depth, stage),
     )
