@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,7 @@ def verdict(curve: Mapping[str, Any]) -> dict[str, Any]:
     """What a curve shows: relative error of the depth, rises of the loss along the dial."""
     dial = sorted(curve["dial"], key=lambda p: p["asked"])
     errors = [abs(p["mean_depth"] / p["asked"] - 1) for p in dial]
-    pairs = list(zip(dial, dial[1:], strict=False))
+    pairs = list(itertools.pairwise(dial))
     rises = [(a["asked"], b["asked"], b["nll"] - a["nll"]) for a, b in pairs if b["nll"] > a["nll"]]
     return {
         "largest_error": max(errors),
