@@ -25,7 +25,8 @@ def varied_shares(model: ModelConfig, depth: DepthConfig, index: int) -> tuple[f
     """Share of a row that runs recursion r = 1..R at the varied depth of this index."""
     mean = float(np.linspace(1, model.recursions, depth.vary_depths)[index])
     found = shares_at(capacities(model, depth), mean, 0, model.recursions)
-    return tiled(tuple(float(s) for s in found), model.context, depth.tile)
+    # Rounded: all of a row is all, not all but one token.
+    return tiled(tuple(round(float(s), 9) for s in found), model.context, depth.tile)
 
 
 def varied(depth: DepthConfig, step: int) -> int | None:
