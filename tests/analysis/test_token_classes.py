@@ -14,7 +14,23 @@ PROSE_TEXT = "Fellow citizens, in 1834 the Treasury held 12 million dollars; wha
 
 
 def test_code():
-    tokens = ["def", " f", "(", "x", "):", "\n    ", "return", " x", " not", " in", " 12", "  # why", " it", "\n", "'a'"]
+    tokens = [
+        "def",
+        " f",
+        "(",
+        "x",
+        "):",
+        "\n    ",
+        "return",
+        " x",
+        " not",
+        " in",
+        " 12",
+        "  # why",
+        " it",
+        "\n",
+        "'a'",
+    ]
     assert classify(tokens, code=True) == [
         "keyword", "identifier", "punctuation", "identifier", "punctuation", WHITESPACE, "keyword", "identifier", "keyword",
         "keyword", "number", "comment", "comment", WHITESPACE, "string",
