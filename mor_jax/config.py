@@ -136,8 +136,7 @@ class DepthConfig:
     # half cosine, in `warmup_stages` equal strides; token_choice: every token at full depth, balance suspended.
     warmup: int = 0
     warmup_stages: int = 4  # each is a program to compile
-    # expert_choice, random: share of the warm steps that train at another mean depth, `vary_depths` of them evenly from
-    # 1 to R; 0: none. A model that has seen other depths can be dialled to them (`model/depth/vary.py`).
+    # Share of the warm steps that train at another mean depth, `vary_depths` of them evenly from 1 to R; 0: none. A model that has seen other depths can be dialled to them (`model/depth/vary.py`).
     vary: float = 0.0
     vary_depths: int = 5  # each is a program to compile
     tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
@@ -433,10 +432,9 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
         )
     if not 0 <= d.vary <= 1:
         raise ConfigError(f"{where}.vary is a share of the steps and must be in [0, 1], got {d.vary}.")
-    if d.vary and d.policy not in WITH_CAPACITIES:
+    if d.vary and d.policy == "fixed":
         raise ConfigError(
-            f"{where}.vary = {d.vary} varies the capacities of training, and policy {d.policy!r} has none. Remove it, or use "
-            "policy 'expert_choice'."
+            f"{where}.vary = {d.vary} varies what is routed, but policy 'fixed' routes nothing. Remove it."
         )
     if d.vary and d.vary_depths < 2:
         raise ConfigError(f"{where}.vary_depths = {d.vary_depths} is one depth, 1; give at least 2.")

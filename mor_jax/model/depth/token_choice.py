@@ -62,6 +62,7 @@ class TokenChoice:
     buckets: int = 4
     tile: int = 1  # row sizes are multiples of it
     all_deep: bool = False  # warm-up: every token at full depth, balance suspended
+    mean_depth: float = 0.0  # varied: trained under the dial at this mean depth, balance and survey suspended; 0: not
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, self.recursions, self.init_std)
@@ -98,8 +99,9 @@ class TokenChoice:
         draw_BxTxR: jax.Array | None = None,
     ) -> Route:  # fmt: skip
         z_BxTxR, score = self._scores(routers, h_BxTxD)
+        dial_BxR = self._trained_dial(routers, len(h_BxTxD)) if self.mean_depth else None
         if depth_BxT is None:
-            depth_BxT = self._choice(routers, score)
+            depth_BxT = self.depths(routers, h_BxTxD, dial_BxR)
             if self.all_deep:
                 depth_BxT = jnp.full_like(depth_BxT, self.recursions)
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
@@ -107,7 +109,19 @@ class TokenChoice:
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
         steps = jnp.arange(1, self.recursions + 1)
         stats = self._stats(z_BxTxR, score, self._log_selection(routers, z_BxTxR, score), depth_BxT, real_BxT)
-        return Route(steps, TokenRoute(depth_BxT, gate, h_BxTxD), stats)
+        tokens = TokenRoute(depth_BxT, gate, h_BxTxD)
+        if dial_BxR is not None:
+            rows = jnp.zeros((len(h_BxTxD),), jnp.int32)
+            tokens = self.regated(routers, tokens, dial_BxR, rows, rows + self.recursions)
+        return Route(steps, tokens, stats)
+
+    def _trained_dial(self, routers: dict, rows: int) -> jax.Array:
+        """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there is one."""
+        survey_RxG = jax.lax.stop_gradient(routers[SURVEY])
+        beyond_G = jnp.sum(survey_RxG[1:, 1:] / jnp.maximum(survey_RxG[1:, :1], 1e-9), axis=0)
+        pull = jnp.interp(self.mean_depth - 1, beyond_G[::-1], jnp.asarray(survey.PROBES_G[:0:-1]))
+        tilt = jnp.where(survey_RxG[0, 0] > 0, -pull, 0.0)
+        return jnp.broadcast_to(tilt * jnp.arange(self.recursions), (rows, self.recursions))
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
         z_BxTxR, score = self._scores(routers, h_BxTxD)
@@ -201,9 +215,14 @@ class TokenChoice:
         }
 
     def loss_weights(self) -> dict[str, float]:
-        return {"router_loss": 0.0 if self.all_deep else self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
+        return {
+            "router_loss": 0.0 if self.all_deep or self.mean_depth else self.balance_loss_weight,
+            "router_z_loss": self.z_loss_weight,
+        }
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        if self.mean_depth:
+            return routers
         routers = survey.continued(routers, stats.above)
         if not self.bias_rate or self.all_deep:
             return routers
