@@ -354,6 +354,11 @@ def _check_model(m: ModelConfig) -> None:
         )
     if m.dims[2] % 2:
         raise ConfigError(f"{where}: the head dimension is {m.dims[2]}; rotary embedding needs an even one.")
+    if m.attention == "cudnn" and m.dtype != "bfloat16":
+        raise ConfigError(
+            f"{where}.attention = 'cudnn' runs in half precision only, but {where}.dtype = {m.dtype!r}. Use dtype = "
+            "'bfloat16', or attention = 'blocked'."
+        )
     if m.prelude < -1 or m.coda < -1:
         raise ConfigError(f"{where}.prelude and .coda count blocks; -1 leaves them to the sharing scheme.")
     if m.sharing == "none" and max(m.prelude, m.coda) > 0:
@@ -420,6 +425,13 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
     for name in ("alpha", "aux_loss_weight", "balance_loss_weight", "z_loss_weight", "bias_rate"):
         if not (getattr(d, name) >= 0 and math.isfinite(getattr(d, name))):
             raise ConfigError(f"{where}.{name} must be a number and not negative, got {getattr(d, name)}.")
+    if d.policy not in WITH_ROUTER:
+        for name, value, none in (("router", d.router, "linear"), ("z_loss_weight", d.z_loss_weight, 0.0)):
+            if value != none:
+                raise ConfigError(
+                    f"{where}.{name} = {value!r} is of a router, but policy {d.policy!r} has none. Remove it, or use "
+                    "policy 'expert_choice' or 'token_choice'."
+                )
     for name in ("buckets", "warmup_stages", "vary_depths", "tile"):
         if getattr(d, name) < 1:
             raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(d, name)}.")
@@ -547,7 +559,7 @@ def _check_train(cfg: Config) -> None:
         raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
     if o.clip_norm < 0 or o.weight_decay < 0:
         raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
-    if t.steps and cfg.depth.warmup >= t.steps:
+    if 0 < t.steps <= cfg.depth.warmup:
         raise ConfigError(
             f"config.depth.warmup = {cfg.depth.warmup} is the whole run, config.train.steps = {t.steps}: the model would "
             "never be trained as it is evaluated. Use fewer steps of warm-up."

@@ -26,9 +26,9 @@ sys.path.insert(0, "tests")
 import numpy as np, jax
 from jax.sharding import NamedSharding
 from small import small_lm
-from mor_jax.config import MeshConfig, OptimConfig
+from mor_jax.config import Config, MeshConfig, OptimConfig
 from mor_jax.parallel.mesh import make_mesh
-from mor_jax.train.schedule import optimizer
+from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import create_state
 from mor_jax.train.step import make_train_step
 
@@ -44,11 +44,18 @@ for _ in range(STEPS):
             row[a:b] = i + 1
     batches.append({"tokens": rng.integers(0, VOCAB, seg.shape).astype(np.int32) * (seg > 0), "segment_ids": seg})
 
+KIND = {"mor": "mor", "token": "token", "vanilla": "vanilla", "aux": "mor", "random": "random_shared"}
+
 def train(kind, shape, devices):
-    lm = small_lm(kind, **SHAPE, **({"layers": 1} if kind == "vanilla" else {"layers": 3, "sharing": "cycle"}))
+    more = {"layers": 1} if kind == "vanilla" else {"layers": 3, "sharing": "cycle"}
+    if kind == "aux":  # everything a run can have at once: a second router with its own optimiser, relaxed recursions
+        more |= {"norms": "own", "lora_rank": 2, "recursion_encoding": True}
+    lm = small_lm(KIND[kind], **SHAPE, **more)
+    if kind == "aux":
+        lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, inference="auxiliary", aux_loss_weight=0.1))
     if kind == "token":
         lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01, buckets=2))
-    tx = optimizer(OptimConfig(peak_lr=1e-2), STEPS)
+    tx = optimizer_of(Config(depth=lm.depth, optim=OptimConfig(peak_lr=1e-2)), STEPS)
     mesh = make_mesh(MeshConfig(*shape), devices)
     with jax.set_mesh(mesh):
         state = create_state(lm, tx, mesh, seed=0)
@@ -70,14 +77,24 @@ def train(kind, shape, devices):
 
 found = {}
 for kind, shapes in {
-    "mor": [(2, 2, 2), (1, 8, 1), (8, 1, 1)], "token": [(2, 2, 2), (8, 1, 1)], "vanilla": [(2, 2, 2)]
+    "mor": [(2, 2, 2), (1, 8, 1), (8, 1, 1)], "token": [(2, 2, 2), (8, 1, 1)], "vanilla": [(2, 2, 2)],
+    "aux": [(2, 2, 2)], "random": [(2, 2, 2)],
 }.items():
     found[f"{kind} one"] = train(kind, (1, 1, 1), jax.devices()[:1])
     for shape in shapes:
         found[f"{kind} {'x'.join(map(str, shape))}"] = train(kind, shape, jax.devices())
 print("RESULT" + json.dumps(found))
 """
-MESHES = ["mor 2x2x2", "mor 1x8x1", "mor 8x1x1", "token 2x2x2", "token 8x1x1", "vanilla 2x2x2"]
+MESHES = [
+    "mor 2x2x2",
+    "mor 1x8x1",
+    "mor 8x1x1",
+    "token 2x2x2",
+    "token 8x1x1",
+    "vanilla 2x2x2",
+    "aux 2x2x2",
+    "random 2x2x2",
+]
 
 
 @pytest.fixture(scope="module")
