@@ -71,6 +71,9 @@ def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int 
     """The first words of `text` and what the model makes of them, and the depth of every token of both."""
     cut = text[:PROMPT_CHARACTERS]
     prompt = cut[: max(cut.rfind(" "), cut.rfind("\n"))] or cut
+    # A short context, of bytes perhaps, keeps half of itself for the continuation.
+    while len(loaded.tokenizer.encode(prompt)) > max(1, loaded.lm.model.context // 2):
+        prompt = prompt[:-1]
     room = loaded.lm.model.context - len(loaded.tokenizer.encode(prompt)) - 1
     pieces = list(
         stream_text(
