@@ -36,7 +36,9 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pydantic>=2.8",  # typed messages, events and answers of the RLM runtime
+        "pygments>=2.17",  # token classes of code in the report; rich brings it
         "rich>=13.7",  # tables, progress bars, coloured generation
+        "scipy>=1.13",  # quantiles of Student's t; jax brings it
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.20",

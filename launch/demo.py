@@ -23,7 +23,7 @@ from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import train
-from mor_jax.train.present import depths_of, present
+from mor_jax.train.present import present, read
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the two runs and the report go.")
 _FLOPS = flags.DEFINE_float(
@@ -58,9 +58,9 @@ def main(_: list[str]) -> None:
     console.print(Rule("the comparison"))
     page = present(runs, root / "report.html")
     mor = load_model(runs[0])
-    tokens, depths = depths_of(mor, (runs[0] / "sample.txt").read_text(encoding="utf-8")[:PASSAGE])
+    found = read(mor, (runs[0] / "sample.txt").read_text(encoding="utf-8")[:PASSAGE], stretches=1)
     picture = root / "depth.png"
-    save_depth_png(tokens, depths, mor.lm.program.recursions, picture)
+    save_depth_png(found.tokens, found.depths, mor.lm.program.recursions, picture)
     console.print(f"\nReport: {page}\nHow deep each token thought: {picture}\nTry: python -m launch.generate "
                   f"--checkpoint {runs[0]} --prompt 'import ' --show_depth")  # fmt: skip
 

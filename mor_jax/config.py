@@ -136,6 +136,9 @@ class DepthConfig:
     # half cosine, in `warmup_stages` equal strides; token_choice: every token at full depth, balance suspended.
     warmup: int = 0
     warmup_stages: int = 4  # each is a program to compile
+    # Share of the warm steps that train at another mean depth, `vary_depths` of them evenly from 1 to R; 0: none. A model that has seen other depths can be dialled to them (`model/depth/vary.py`).
+    vary: float = 0.0
+    vary_depths: int = 5  # each is a program to compile
     tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
     # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
     # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
@@ -429,7 +432,7 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
                     f"{where}.{name} = {value!r} is of a router, but policy {d.policy!r} has none. Remove it, or use "
                     "policy 'expert_choice' or 'token_choice'."
                 )
-    for name in ("buckets", "warmup_stages", "tile"):
+    for name in ("buckets", "warmup_stages", "vary_depths", "tile"):
         if getattr(d, name) < 1:
             raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(d, name)}.")
     if d.warmup < 0:
@@ -439,6 +442,14 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
             f"{where}.warmup = {d.warmup} lets depth come down to what is routed, but policy 'fixed' routes nothing. "
             "Remove it, or choose another policy."
         )
+    if not 0 <= d.vary <= 1:
+        raise ConfigError(f"{where}.vary is a share of the steps and must be in [0, 1], got {d.vary}.")
+    if d.vary and d.policy == "fixed":
+        raise ConfigError(
+            f"{where}.vary = {d.vary} varies what is routed, but policy 'fixed' routes nothing. Remove it."
+        )
+    if d.vary and d.vary_depths < 2:
+        raise ConfigError(f"{where}.vary_depths = {d.vary_depths} is one depth, 1; give at least 2.")
     if d.tile > m.context:
         raise ConfigError(f"{where}.tile = {d.tile} is more than a row, config.model.context = {m.context} tokens.")
     _one_of(f"{where}.inference", d.inference, INFERENCE)

@@ -19,14 +19,15 @@ Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
-from mor_jax.model.depth.warmup import shares_in, stage_of, stages
+from mor_jax.model.depth.vary import mixture
+from mor_jax.model.depth.warmup import is_warm, shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program, capacities
 from mor_jax.nn.router import HIDDEN
@@ -138,10 +139,8 @@ def paper_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost. Those
     of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
     tokens = tokens_per_step(cfg)
-    return sum(
-        (s.last - s.first) * tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=s.shares)
-        for s in stages(cfg.model, cfg.depth, steps)
-    )
+    of = lambda shares: tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+    return sum((s.last - s.first) * _mean(cfg, s.index, of) for s in stages(cfg.model, cfg.depth, steps))
 
 
 def true_training_flops(cfg: Config, steps: int) -> float:
@@ -150,10 +149,21 @@ def true_training_flops(cfg: Config, steps: int) -> float:
 
 
 def true_step_flops(cfg: Config, step: int | None = None) -> float:
-    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm."""
-    stage = None if step is None else stage_of(cfg.depth, step - 1)
-    counts = program.active_counts(shares_in(cfg.model, cfg.depth, stage), cfg.model.context)
-    return tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
+    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm. Where depths are varied, the mean
+    over them."""
+
+    def of(shares: Sequence[float]) -> float:
+        counts = program.active_counts(tuple(shares), cfg.model.context)
+        return tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
+
+    return _mean(cfg, None if step is None else stage_of(cfg.depth, step - 1), of)
+
+
+def _mean(cfg: Config, stage: int | None, of: Callable[[Sequence[float]], float]) -> float:
+    """What a step of this stage costs, by the shares it runs at; of a warm one, the mean over its depths."""
+    if not is_warm(cfg.depth, stage):
+        return of(shares_in(cfg.model, cfg.depth, stage))
+    return sum(part * of(shares) for part, shares in mixture(cfg.model, cfg.depth))
 
 
 def tokens_per_step(cfg: Config) -> int:
@@ -175,7 +185,9 @@ def steps_for_flops(cfg: Config) -> int:
             f"config.train.flops = {cfg.train.flops:g} ends within config.depth.warmup = {cfg.depth.warmup} steps: the "
             "model would never be trained as it is evaluated. Use fewer steps of warm-up."
         )
-    warm = tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+    warm = _mean(
+        cfg, None, lambda shares: tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+    )
     return max(1, cfg.depth.warmup + math.ceil(left / warm))
 
 
@@ -256,6 +268,20 @@ def kv_bytes_per_token(
     layers = build_program(model)
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
     return kv_values(model) * size * (layers.prelude + layers.coda + layers.core * copies)
+
+
+def kv_bytes_of_depths(
+    model: ModelConfig, depth: DepthConfig, depths: Sequence[int], *, bytes_per_value: int | None = None
+) -> list[float]:
+    """Bytes in the decode cache after each token of a sequence, from the recursions each of them ran."""
+    copies = {"recursion_wise": lambda ran: ran, SHARED: lambda ran: 1}.get(depth.kv_name, lambda ran: model.recursions)
+    layers, total = build_program(model), 0.0
+    value = kv_values(model) * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
+    found = []
+    for ran in depths:
+        total += value * (layers.prelude + layers.coda + layers.core * copies(ran))
+        found.append(total)
+    return found
 
 
 def kv_values(model: ModelConfig) -> int:

@@ -16,7 +16,7 @@ MUTED = ("#5d6673", "#a2abb8")
 GRID = ("#e1e4e8", "#2f353d")
 
 # Depth: pale is shallow, dark is deep. Lightness falls steadily, so the order survives in grey.
-_DEPTH_ANCHORS = ((247, 246, 214), (199, 233, 180), (88, 187, 195), (34, 110, 176), (24, 38, 110))
+DEPTH_ANCHORS = ((247, 246, 214), (199, 233, 180), (88, 187, 195), (34, 110, 176), (24, 38, 110))
 
 
 def series(index: int) -> str:
@@ -26,10 +26,10 @@ def series(index: int) -> str:
 
 def depth_colour(depth: int, max_depth: int) -> tuple[str, str]:
     """(background, text) hex colours of a token of this depth, 0..max_depth; the pair has a contrast above 4.5:1."""
-    position = min(max(depth / max_depth if max_depth else 1.0, 0.0), 1.0) * (len(_DEPTH_ANCHORS) - 1)
-    low = min(int(position), len(_DEPTH_ANCHORS) - 2)
+    position = min(max(depth / max_depth if max_depth else 1.0, 0.0), 1.0) * (len(DEPTH_ANCHORS) - 1)
+    low = min(int(position), len(DEPTH_ANCHORS) - 2)
     share = position - low
-    pairs = zip(_DEPTH_ANCHORS[low], _DEPTH_ANCHORS[low + 1], strict=True)
+    pairs = zip(DEPTH_ANCHORS[low], DEPTH_ANCHORS[low + 1], strict=True)
     background = "#{:02x}{:02x}{:02x}".format(*(round(a + share * (b - a)) for a, b in pairs))
     dark, light = "#101418", "#ffffff"
     return background, max(dark, light, key=lambda text: contrast(background, text))

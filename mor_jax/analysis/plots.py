@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter, ScalarFormatter
 
-from mor_jax.analysis import accounting, tables, units
+from mor_jax.analysis import accounting, routing_plots, tables, units
 from mor_jax.analysis.canvas import legend, new_axes
 from mor_jax.analysis.palette import INK, MUTED, series
 from mor_jax.analysis.runs import RunRecord
@@ -50,6 +50,10 @@ def _all(runs: Sequence[RunRecord]) -> Iterator[Plot]:
          "training did.", mean_depth),
         ("histogram", "How deep the tokens of the validation text went in the newest evaluation, decided causally.",
          depth_histogram),
+        ("loss-depth", "Where the loss is: of the predictions made at tokens of each depth, decided causally; a dot is as "
+         "large as the depth's share of the tokens.", routing_plots.depth_against_loss),
+        ("dead", "Positions of a row that top-k never takes to the last recursion, over the held-out rows. Near zero: the "
+         "router looks at tokens, not at places.", routing_plots.dead_tokens),
         ("speed", "Tokens a second in training.", speed),
     ]  # fmt: skip
     for key, caption, draw in shared:
@@ -57,7 +61,20 @@ def _all(runs: Sequence[RunRecord]) -> Iterator[Plot]:
         if figure:
             yield Plot(key, caption, figure)
     for i, run in enumerate(runs):
-        figure = sampling_accuracy(run)
+        for key, caption, draw in (
+            ("scores-histogram", "Every column is the scores of a moment, darker where more of them lie; the dashed line is "
+             "where tokens go on. A router that has decided has two dark bands and nothing between them.",
+             routing_plots.score_histogram),
+            ("capacity", "Lines: training. Dots: decided causally in evaluation. Grey: the shares that were configured, or "
+             "that a balanced router would give.", routing_plots.capacity),
+            ("balance", "Share of tokens whose depth is exactly so many recursions; dashed: all alike. MaxVio is 0 then, "
+             "and R - 1 when all tokens take the same depth.", routing_plots.balance),
+        ):  # fmt: skip
+            figure = draw(run)
+            if figure:
+                yield Plot(f"{key}-{i}", caption, figure)
+        # Token-choice has one rule, in training and in decoding: they always agree.
+        figure = None if routing_plots.token_choice(run) else sampling_accuracy(run)
         if figure:
             yield Plot(f"accuracy-{i}", "How often a router's score, cut at the threshold, agrees with the selection "
                        "of training. The first recursion takes everything where its capacity is 1.", figure)  # fmt: skip
@@ -200,6 +217,19 @@ def depth_curve(record: Mapping[str, Any]) -> Figure:
         )  # fmt: skip
     axes.plot([own["mean_depth"]], [own["nll"]], color=INK[0], linestyle="", marker="D", markersize=5,
               label="as configured")  # fmt: skip
+    legend(axes)
+    return figure
+
+
+def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """The dial of several checkpoints: causal loss against mean depth, a diamond where each is configured."""
+    figure, axes = new_axes("Validation NLL, nats a token", "mean depth: recursions a token ran, by the dial")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    for i, (name, record) in enumerate(curves.items()):
+        x, y = [p["mean_depth"] for p in record["dial"]], [p["nll"] for p in record["dial"]]
+        axes.plot(x, y, color=series(i), linewidth=1.8, marker="o", markersize=4, label=name)
+        own = record["as_configured"]
+        axes.plot([own["mean_depth"]], [own["nll"]], color=series(i), linestyle="", marker="D", markersize=6)
     legend(axes)
     return figure
 

@@ -61,7 +61,7 @@ class LM:
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
-    stage: int | None = None  # of the depth warm-up (`depth/warmup.py`); None: warm
+    stage: int | None = None  # of training (`depth/warmup.py`, `depth/vary.py`); None: warm, at the configured shares
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:

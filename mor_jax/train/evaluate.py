@@ -34,11 +34,14 @@ def eval_step(
     nll = token_nll(out.h_BxTxD, params["embed"]["table"], targets, lm.model.loss_chunk)
     real = seg > 0
     depths = jnp.arange(lm.program.recursions + 1)
+    at_depth = (out.depth_BxT[..., None] == depths) & real[..., None]
     return {
         "nll": jnp.sum(nll * weights),
         "targets": jnp.sum(weights),
         "bytes": jnp.sum(token_bytes_V[targets] * weights),
-        "depth": jnp.sum((out.depth_BxT[..., None] == depths) & real[..., None], axis=(0, 1)).astype(jnp.float32),
+        "depth": jnp.sum(at_depth, axis=(0, 1)).astype(jnp.float32),
+        "nll_by_depth": jnp.sum(at_depth * (nll * weights)[..., None], axis=(0, 1)),
+        "targets_by_depth": jnp.sum(at_depth * weights[..., None], axis=(0, 1)),
         "deepest_by_position": jnp.sum(out.active_RxBxT[-1], axis=0).astype(jnp.float32),
         "real_by_position": jnp.sum(real, axis=0).astype(jnp.float32),
         "candidates": out.stats.candidates,
@@ -75,7 +78,8 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
       token_bytes_V: see `padded_token_bytes`.
     Returns:
       `topk/` and `causal/` nll (nats a token), bits_per_byte, mean_depth, depth_share (share of tokens with depth
-      0..R), active_share (share that ran step 1..R); sampling_accuracy (mean over routers) and per router;
+      0..R), active_share (share that ran step 1..R), depth_nll (nll of the predictions made at tokens of depth 0..R; 0
+      where there are none); sampling_accuracy (mean over routers) and per router;
       dead_token_ratio. Bits per byte divide the loss of all predicted tokens, document ends included, by the bytes of
       the predicted text. Under the fixed policy both modes are the same computation, run once.
     """
@@ -92,6 +96,7 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
             f"{mode}/mean_depth": float(share @ np.arange(len(share))),
             f"{mode}/depth_share": [float(s) for s in share],
             f"{mode}/active_share": [float(s) for s in share[::-1].cumsum()[::-1][1:]],
+            f"{mode}/depth_nll": [float(v) for v in t["nll_by_depth"] / np.maximum(t["targets_by_depth"], 1.0)],
         }
     if routed:
         accuracy = topk["agree"] / topk["candidates"]

@@ -35,6 +35,7 @@ from mor_jax.train.step import StagedStep
 
 # Fields that may differ between a run and its resumption: they change what is reported, not what is computed.
 FREE_TO_CHANGE = {"log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints"}
+SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
 
 
@@ -186,7 +187,10 @@ class _Run:
         return state, max(first, self.steps)
 
     def _record(self, step: int, metrics: dict[str, jax.Array], clock: _Clock) -> None:
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        values = {
+            k: float(v) if np.ndim(v) == 0 else [round(float(x), 4) for x in v]
+            for k, v in jax.device_get(metrics).items()
+        }
         clock.tick()
         bad = [k for k in ("loss", "grad_norm", "update_norm") if not np.isfinite(values[k])]
         if bad:
@@ -257,8 +261,10 @@ class _Run:
             "versions": versions(),
         }
         if jax.process_index() == 0:
-            # A held-out passage for reports, which then need no corpus.
-            text = self.data.tokenizer.decode(self.data.validation[0]["tokens"])
+            # Held-out passages for reports, which then need no corpus.
+            rows = min(SAMPLE_ROWS, len(self.data.validation))
+            text = "".join(self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows))
+            text = text[:SAMPLE_TEXT]
             (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
             _write_json(self.workdir / "summary.json", summary)
         return summary

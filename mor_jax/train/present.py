@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,34 +17,79 @@ import numpy as np
 from mor_jax.analysis.report import write_report
 from mor_jax.analysis.runs import RunRecord
 from mor_jax.analysis.tables import print_table
+from mor_jax.analysis.token_classes import by_class, looks_like_code
 from mor_jax.errors import CheckpointError, UserError
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
-from mor_jax.model.lm import CAUSAL
+from mor_jax.model.lm import CAUSAL, LM
+from mor_jax.model.loss import next_token_targets, token_nll
 from mor_jax.train.load import Loaded, load_model
 
 FALLBACK_TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"
 PROMPT_CHARACTERS = 40
+STRETCHES = 16  # contexts of the sample text that are read for the depths by token class
+CURVE = "depth_curve.json"
 
 
-def depths_of(loaded: Loaded, text: str) -> tuple[list[str], list[int]]:
-    """Tokens of `text` (as much of it as the context holds) and the causal depth of each."""
-    ids = [loaded.tokenizer.bos, *loaded.tokenizer.encode(text)][: loaded.lm.model.context]
+class Reading(NamedTuple):
+    """Text as a model read it, causally."""
+
+    tokens: list[str]
+    depths: list[int]
+    nlls: list[float | None]  # nats, of the prediction made at each token; None at the end of a stretch
+
+
+def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
+    """Tokens of `text`, their causal depths, and the loss of the prediction made at each.
+
+    Longer text than the context is cut into stretches that begin anew, at most so many; all are one shape.
+    """
+    context, tokenizer = loaded.lm.model.context, loaded.tokenizer
+    ids, step = tokenizer.encode(text), context - 1
+    found = Reading([], [], [])
     with jax.set_mesh(loaded.mesh):
-        forward = jax.jit(lambda p, t: loaded.lm.forward(p, t, mode=CAUSAL).depth_BxT)
-        depths = np.asarray(forward(loaded.params, jnp.asarray([ids], jnp.int32)))[0]
-    return [loaded.tokenizer.token_text(i) for i in ids[1:]], depths[1:].tolist()
+        for start in range(0, min(len(ids), stretches * step), step):
+            cut = ids[start : start + step]
+            row, seg = np.zeros((2, 1, context), np.int32)
+            row[0, : len(cut) + 1] = [tokenizer.bos, *cut]
+            seg[0, : len(cut) + 1] = 1
+            depth, nll = map(np.asarray, _look(loaded.lm, loaded.params, jnp.asarray(row), jnp.asarray(seg)))
+            found.tokens.extend(tokenizer.token_text(i) for i in cut)
+            found.depths.extend(depth[0, 1 : len(cut) + 1].tolist())
+            found.nlls.extend([*nll[0, 1 : len(cut)].tolist(), None])
+    return found
 
 
-def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int = 0) -> str:
-    """The first words of `text` and what the model makes of them."""
+@functools.partial(jax.jit, static_argnums=0)
+def _look(lm: LM, params: Any, tokens_BxT: jax.Array, seg_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    out = lm.forward(params, tokens_BxT, seg_BxT, mode=CAUSAL)
+    targets, _ = next_token_targets(tokens_BxT, seg_BxT)
+    return out.depth_BxT, token_nll(out.h_BxTxD, params["embed"]["table"], targets, lm.model.loss_chunk)
+
+
+def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int = 0) -> tuple[str, list[int]]:
+    """The first words of `text` and what the model makes of them, and the depth of every token of both."""
     cut = text[:PROMPT_CHARACTERS]
     prompt = cut[: max(cut.rfind(" "), cut.rfind("\n"))] or cut
+    # A short context, of bytes perhaps, keeps half of itself for the continuation.
+    while len(loaded.tokenizer.encode(prompt)) > max(1, loaded.lm.model.context // 2):
+        prompt = prompt[:-1]
     room = loaded.lm.model.context - len(loaded.tokenizer.encode(prompt)) - 1
-    pieces = stream_text(
-        loaded, prompt, max_tokens=max(1, min(max_tokens, room)), sampling=Sampling(0.7, top_p=0.95), seed=seed
+    pieces = list(
+        stream_text(
+            loaded, prompt, max_tokens=max(1, min(max_tokens, room)), sampling=Sampling(0.7, top_p=0.95), seed=seed
+        )
     )
-    return "".join(piece.text for piece in pieces)
+    return "".join(piece.text for piece in pieces), [piece.depth for piece in pieces]
+
+
+def curve_of(run: str | Path) -> dict[str, Any] | None:
+    """What `launch.depth_curve --out RUN/depth_curve` left in a run directory, if it did."""
+    try:
+        curve = json.loads((Path(run) / CURVE).read_text(encoding="utf-8"))
+        return curve if {"as_configured", "dial", "cap"} <= curve.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = None, table: bool = True) -> Path:
@@ -57,7 +105,8 @@ def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = N
     if text is None:
         kept = [path for run in runs if (path := Path(run) / "sample.txt").exists()]
         text = kept[0].read_text(encoding="utf-8") if kept else FALLBACK_TEXT
-    maps, samples = {}, {}
+    maps, samples, classes, decoded, curves = {}, {}, {}, {}, {}
+    code = looks_like_code(text)
     for i, (path, record) in enumerate(zip(runs, records, strict=True)):
         try:
             loaded = load_model(path)
@@ -65,15 +114,21 @@ def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = N
             records[i] = dataclasses.replace(record, notes=(*record.notes, f"no depth map and no sample: {e}"))
             continue
         if record.routed:
-            tokens, depths = depths_of(loaded, text)
-            maps[record.name] = (tokens, depths, loaded.lm.program.recursions)
-        samples[record.name] = continuation(loaded, text)
+            steps, found = loaded.lm.program.recursions, read(loaded, text)
+            shown = loaded.lm.model.context - 1
+            maps[record.name] = (found.tokens[:shown], found.depths[:shown], steps)
+            classes[record.name] = by_class(*found, steps, code=code)
+        samples[record.name], decoded[record.name] = continuation(loaded, text)
+        if (curve := curve_of(path)) is not None:
+            curves[record.name] = curve
     if table:
         print_table(records)
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return write_report(records, out, depth_maps=maps, samples=samples)
+        return write_report(
+            records, out, depth_maps=maps, samples=samples, classes=classes, decoded=decoded, curves=curves
+        )
     except OSError as e:
         raise UserError(f"cannot write the page {out}: {e.strerror or e}.") from e
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from mor_jax.model.depth import RouterStats
+from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
-from mor_jax.model.depth.warmup import stage_of
+from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.train.state import TrainState
@@ -115,7 +116,8 @@ def gradients(
 
 
 def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
-    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1."""
+    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1. `histogram` is a list of shares, the others
+    are single numbers."""
     n = jnp.maximum(stats.candidates, 1.0)
     mean = stats.score / n
     columns = {
@@ -124,6 +126,8 @@ def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
         "score_mean": mean,
         "score_std": jnp.sqrt(jnp.maximum(stats.score_sq / n - jnp.square(mean), 0.0)),
     }
+    if stats.above is not None:
+        columns["histogram"] = histogram(stats.above)
     return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
 
 
@@ -194,7 +198,7 @@ def make_train_step(
 
 
 class StagedStep:
-    """The jitted train step of each stage of the depth warm-up, compiled when it is reached.
+    """The jitted train step of each stage of training (`LM.stage`), compiled when it is reached.
 
     Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
     """
@@ -206,5 +210,7 @@ class StagedStep:
         stage = stage_of(self._lm.depth, step)
         if stage not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
-            self._made = {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}  # the old one is done
+            # A stage of the warm-up is done when another begins; those of a warm run come again and again.
+            kept = {old: step for old, step in self._made.items() if is_warm(lm.depth, old)}
+            self._made = kept | {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}
         return self._made[stage]

@@ -83,6 +83,7 @@ def run_sweep(
     slots: Sequence[str] = ("",),
     say: Callable[[str], None] = print,
     progress: bool = True,
+    tables: bool = True,
 ) -> list[Outcome]:
     """Run what is not finished yet, write the results, return those there are.
 
@@ -92,6 +93,7 @@ def run_sweep(
         `slots` at a time. Without it: one after the other in this one.
       slots: device number of each process, "" for whatever it finds.
       say: takes a line about what happens.
+      tables: write the sweep's results into `workdir`.
     Raises:
       UserError: a run failed for another reason than divergence, or the sweep was stopped; finished runs are kept.
     """
@@ -110,7 +112,8 @@ def run_sweep(
                     raise UserError("stopped; the same command goes on from here.")
     finally:
         outcomes = collect(todo, workdir)
-        write_results(sweep, outcomes, workdir)
+        if tables:
+            write_results(sweep, outcomes, workdir)
     return outcomes
 
 

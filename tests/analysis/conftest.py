@@ -40,6 +40,7 @@ def write_run(folder, name, *, recursions=1, points=60, gain=0.0, budget=2e15, f
             train[f"router/{r}/score_mean"] = 0.5 + (0.98 - 0.33 * (r - 1) - 0.5) * (1 - math.exp(-8 * done))
             train[f"router/{r}/score_std"] = 0.05 + (0.3 * (1 - math.exp(-5 * done)) if r > 1 else 0)
             train[f"router/{r}/selected"] = (recursions - r + 1) / recursions
+            train[f"router/{r}/histogram"] = [0.0] * 9 + [1 - done, 0.0] + [done / 9] * 9
         records.append(train)
         if i % 10 == 0:
             nll = 2.42 - gain + 5.2 * math.exp(-9 * done) + 0.6 * (1 - done)
@@ -50,7 +51,8 @@ def write_run(folder, name, *, recursions=1, points=60, gain=0.0, budget=2e15, f
                 share = [0.01, 0.35 - 0.2 * (1 - done), 0.32, 0.32 + 0.2 * (1 - done)]
                 active = [sum(share[r:]) for r in range(1, 4)]
                 evaluation |= {"topk/mean_depth": 2.0, "causal/mean_depth": sum(active), "sampling_accuracy": 0.97,
-                               "dead_token_ratio": 0.002, "causal/depth_share": share, "causal/active_share": active}  # fmt: skip
+                               "dead_token_ratio": 0.002, "causal/depth_share": share, "causal/active_share": active,
+                               "causal/depth_nll": [causal + 0.1 * d for d in range(4)]}  # fmt: skip
             records.append(evaluation)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     if finished:

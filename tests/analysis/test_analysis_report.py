@@ -5,17 +5,21 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from mor_jax.analysis import canvas, palette, plots, tables, units
+from mor_jax.analysis import canvas, palette, plots, routing_plots, tables, units
 from mor_jax.analysis.depth_map import depth_ansi, depth_legend_ansi, depth_map_html, save_depth_png
 from mor_jax.analysis.diff import side_by_side
 from mor_jax.analysis.headline import headline
 from mor_jax.analysis.report import write_report
 from mor_jax.analysis.runs import RunRecord
+from mor_jax.analysis.token_classes import ClassLine
 from mor_jax.errors import UserError
 
+POINT = {"mean_depth": 2.0, "nll": 2.5}
+CURVE = {"as_configured": POINT, "dial": [POINT], "cap": [POINT | {"max_depth": 3}]}
 HOSTILE = '<script>alert("1")</script>\n\t& "quoted" </pre></style>'
 
 
@@ -44,7 +48,8 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "srcset", "data") and value not in ("data:,",):
+            inline = value in ("data:,",) or (tag == "image" and value.startswith("data:image/png;base64,"))
+            if name in ("src", "href", "xlink:href", "srcset", "data") and not inline:
                 (self.refs if value.startswith("#") else self.loads).append(value)
             if name == "id":
                 self.ids.append(value)
@@ -65,7 +70,8 @@ def page(runs, tmp_path_factory):
     tokens = ["def", " f", "(x):", "\n    ", HOSTILE]
     write_report(
         runs, out, depth_maps={"mor3": (tokens, [3, 2, 1, 0, 3], 3)}, samples={"vanilla": HOSTILE, "mor3": "text"},
-        commands={"mor3": "train --now"},
+        commands={"mor3": "train --now"}, classes={"mor3": [ClassLine("identifier", 7, (0.0, 0.5, 0.25, 0.25), None)]},
+        decoded={"vanilla": [1] * 9, "mor3": [1, 2, 3] * 3}, curves={"mor3": CURVE},
     )  # fmt: skip
     return out.read_text(encoding="utf-8")
 
@@ -86,9 +92,9 @@ def test_hostile_text_is_escaped(page):
 
 
 def test_the_page_has_its_sections(page):
-    for section in ("table", "curves", "depth", "samples", "configs", "reproduce", "read"):
+    for section in ("table", "curves", "depth", "looks", "samples", "configs", "reproduce", "read"):
         assert f'<section id="{section}">' in page
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == 12 + 3
     assert "train --now" in page
     assert "model.recursions" in page
 
@@ -172,13 +178,32 @@ def test_configs_side_by_side(runs):
 
 def test_every_plot_saves(runs, tmp_path):
     drawn = plots.all_plots(runs)
-    assert len({p.key for p in drawn}) == len(drawn) == 8
+    assert len({p.key for p in drawn}) == len(drawn) == 12
     svg = canvas.to_svg(drawn[0].figure, "x")
     assert svg.startswith("<svg") and "var(--s0, #0072b2)" in svg
     assert "byte trigram model" in svg  # text stays text
     assert svg == canvas.to_svg(plots.all_plots(runs)[0].figure, "x")  # same runs, same page
     canvas.save_png(drawn[0].figure, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_growth_of_the_cache_follows_the_depths(runs):
+    """Two layers of every token, and a core of two layers as often as it was run; unrolled, eight layers."""
+    figure = routing_plots.kv_growth(runs, {"vanilla": [1] * 4, "mor3": [1, 3, 2, 1]})
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    layer = 2 * 2 * 64 * 4 / 1024  # k, v; kv heads; head dimension; bytes
+    assert lines["vanilla"] == [8 * layer * n for n in (1, 2, 3, 4)]
+    np.testing.assert_allclose(lines["mor3"], np.cumsum([2 + 2, 2 + 6, 2 + 4, 2 + 2]) * layer)
+    assert lines["all tokens at full depth"] == lines["vanilla"]
+
+
+def test_a_histogram_darkens_where_the_scores_are(runs):
+    figure = routing_plots.score_histogram(runs[1])
+    image = np.asarray(figure.axes[-1].images[0].get_array())
+    assert image.shape == (20, 48)
+    assert image[:, 0].argmax() == 9  # at first all scores are near a half ...
+    assert image[9, -1] < 0.1 < image[15, -1]  # ... at last none is
+    assert routing_plots.score_histogram(runs[0]) is None
 
 
 def test_depth_map_html():

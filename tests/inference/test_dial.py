@@ -1,5 +1,6 @@
 """Depth as a dial: the survey is the scores' distribution, the dial hits what was asked, and nothing else changes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -256,3 +257,45 @@ def test_without_a_survey_there_is_no_dial():
         calibrate(recursive, its_params, [{}])
     with pytest.raises(ValueError, match="causal"):
         lm.forward(params, jnp.zeros((1, 4), jnp.int32), control=DepthControl.neutral(1, R))
+
+
+# ---------------------------------------------------------------- token-choice whose router has decided
+
+
+@functools.cache
+def decided(spread=25.0):
+    """(routers, states): logits so far apart that all scores but one are zero in float32; the states are the logits."""
+    z = spread * np.random.default_rng(5).normal(size=(4, 500, R)).astype(np.float32)
+    h = jnp.concatenate([jnp.asarray(z), jnp.zeros((4, 500, 5))], axis=-1)
+    shapes = jax.eval_shape(TOKEN.init, jax.random.key(0))
+    routers = {"choice": jax.tree.map(lambda leaf: jnp.eye(*leaf.shape), shapes["choice"])}
+    pulls = pull_deeper(jax.nn.log_softmax(z))
+    return routers | {"survey": jnp.stack([counts(np.asarray(p)) for p in pulls])}, h
+
+
+@pytest.mark.parametrize("mean", [1.0, 1.4, 2.0, 2.6, 3.0])
+def test_a_decided_router_is_dialled_token_by_token(mean):
+    routers, h = decided()
+    dial = jnp.broadcast_to(jnp.asarray(TOKEN.dial(np.asarray(routers["survey"]), mean, 0, R)), (4, R))
+    depth = TOKEN.depths(routers, h, dial)
+    assert float(depth.mean()) == pytest.approx(mean, rel=0.02)
+    route = TOKEN.begin(routers, h, jnp.ones(h.shape[:2], bool), depth)
+    bounds = jnp.full((4,), 0), jnp.full((4,), R)
+    gate = TOKEN.regated(routers, route.tokens, dial, *bounds).gate_BxT
+    assert float(gate.min()) >= 0.5 / 3 - 1e-6  # alpha times the largest of three: nobody comes back as it went in
+    same = TOKEN.regated(routers, route.tokens, jnp.full((4, R), jnp.nan), *bounds).gate_BxT
+    np.testing.assert_array_equal(same, route.tokens.gate_BxT)  # without a dial, the score the router gave
+    # And training under the dial goes where the dial goes.
+    varied = dataclasses.replace(TOKEN, mean_depth=mean).begin(routers, h, jnp.ones(h.shape[:2], bool)).tokens
+    np.testing.assert_array_equal(varied.depth_BxT, depth)
+    np.testing.assert_allclose(varied.gate_BxT, gate, atol=1e-6)
+
+
+def test_a_cap_leaves_the_gate_to_the_depths_that_are_left():
+    routers, h = decided(1.0)
+    depth = jnp.minimum(TOKEN.depths(routers, h), 2)
+    tokens = TOKEN.begin(routers, h, jnp.ones(h.shape[:2], bool), depth).tokens
+    gate = TOKEN.regated(routers, tokens, jnp.full((4, R), jnp.nan), jnp.full((4,), 0), jnp.full((4,), 2)).gate_BxT
+    score = jax.nn.softmax(h[..., :2])
+    np.testing.assert_allclose(gate, TOKEN.alpha * jnp.take_along_axis(score, depth[..., None] - 1, axis=-1)[..., 0],
+                               atol=1e-6)  # fmt: skip

@@ -9,7 +9,8 @@ from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
 from mor_jax.model.depth.random_choice import RandomChoice
 from mor_jax.model.depth.token_choice import TokenChoice
-from mor_jax.model.depth.warmup import shares_in
+from mor_jax.model.depth.vary import mean_depth
+from mor_jax.model.depth.warmup import is_warm, shares_in, stage_count
 from mor_jax.model.program import build_program
 
 __all__ = [
@@ -19,10 +20,10 @@ __all__ = [
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = None) -> DepthPolicy:
-    """The policy of a checked configuration, in this stage of its warm-up (None: warm)."""
+    """The policy of a checked configuration, in this stage of training (`LM.stage`)."""
     if depth.policy == "fixed":
         return Fixed(build_program(model).recursions)
-    shares = shares_in(model, depth, stage)
+    shares, varied = shares_in(model, depth, stage), stage is not None and is_warm(depth, stage)
     if depth.policy == "random":
         return RandomChoice(model.recursions, shares, depth.gate_scale, depth.gate_name, depth.seed)
     shared = dict(
@@ -43,7 +44,8 @@ def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = Non
             bias_rate=depth.bias_rate,
             buckets=depth.buckets,
             tile=depth.tile,
-            all_deep=stage is not None,
+            all_deep=not is_warm(depth, stage),
+            mean_depth=mean_depth(model, depth, stage - stage_count(depth)) if varied else 0.0,
         )
     return ExpertChoice(
         **shared,
@@ -51,4 +53,5 @@ def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = Non
         threshold=depth.threshold,
         aux_loss_weight=depth.aux_loss_weight,
         inference=depth.inference,
+        surveyed=not varied,
     )

@@ -68,6 +68,9 @@ class DepthPolicy(Protocol):
         """Depth of every token from the states before the first step, for policies that decide at once; else None.
         `dial_BxR`: see `DepthControl`."""
 
+    def regated(self, routers: dict, tokens: Any, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array) -> Any:
+        """`Route.tokens` with the gates that belong to a `DepthControl`; called for policies that decide at once."""
+
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """Scores z of one recursion step."""
 

@@ -69,6 +69,8 @@ class Controlled:
         if depth_BxT is not None:  # clipped here and not in `select`: the exit step has a part of its own to play
             depth_BxT = jnp.clip(depth_BxT, c.floor_B[:, None], c.cap_B[:, None])
         route = self.policy.begin(routers, h_BxTxD, real_BxT, depth_BxT, draw_BxTxR)
+        if depth_BxT is not None:
+            route = route._replace(tokens=self.policy.regated(routers, route.tokens, *c))
         return route._replace(steps=Step(route.steps, jnp.arange(self.recursions), c.dial_BxR.T))
 
     def score(self, step: Step, h_BxTxD: jax.Array) -> jax.Array:

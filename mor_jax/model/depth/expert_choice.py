@@ -51,6 +51,7 @@ class ExpertChoice:
     aux_loss_weight: float = 0.001
     z_loss_weight: float = 0.0
     inference: str = "threshold"
+    surveyed: bool = True  # whether a training step's scores enter the survey
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, 1, self.init_std)
@@ -158,7 +159,7 @@ class ExpertChoice:
         return {"router_loss": self.aux_loss_weight, "router_z_loss": self.z_loss_weight}
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
-        return survey.continued(routers, stats.above)
+        return survey.continued(routers, stats.above) if self.surveyed else routers
 
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
         in_range(mean_depth, floor, cap)

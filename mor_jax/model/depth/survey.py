@@ -16,8 +16,8 @@ from mor_jax.errors import UserError
 
 SURVEY = "survey"  # the leaf's name among the router's parameters
 DECAY = 0.99  # of the running mean, a step: about the last hundred batches count
-_FINEST, _WIDEST, _COUNT = 1e-2, 32.0, 255
-# Even near zero (steps of 7e-4), geometric beyond 0.01 (7 % apart); the first probe counts all candidates.
+_FINEST, _WIDEST, _COUNT = 1e-2, 512.0, 255
+# Even near zero (steps of 9e-4), geometric beyond 0.01 (9 % apart); the first probe counts all candidates.
 PROBES_G = np.concatenate(
     [[-np.inf], _FINEST * np.sinh(np.linspace(-1, 1, _COUNT) * np.arcsinh(_WIDEST / _FINEST))]
 ).astype(np.float32)

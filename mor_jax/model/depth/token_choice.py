@@ -10,7 +10,10 @@ H^{r+1} = p_i f(H^r), and H¹ is added at the exit step.
 Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean score; 1 when balanced), or loss-free: after
 each optimiser step b_i += rate * sign(mean(F) - F_i), which moves the choice but never the gate.
 
-At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth dial.
+At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth dial. The gate follows
+it: a token that the dial sends to another depth would otherwise be gated by the score that its router gave that depth,
+which is next to nothing once the router has decided, and would come back as it went in. A floor and a cap act alike on a
+softmax: what is out of range has no part in it.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from mor_jax.model.depth import survey
 from mor_jax.model.depth.base import Route, RouterStats, in_range
 from mor_jax.model.depth.survey import SURVEY
 
-SMALLEST = 1e-12  # selection score; its logarithm lies within the probes of the survey
+SMALLEST = 1e-30  # selection score under a bias, which can take it below zero
 SLACK = 0.06  # of the smallest profile over balanced shares: rows of a balanced router scatter around them
 
 
@@ -59,6 +62,7 @@ class TokenChoice:
     buckets: int = 4
     tile: int = 1  # row sizes are multiples of it
     all_deep: bool = False  # warm-up: every token at full depth, balance suspended
+    mean_depth: float = 0.0  # varied: trained under the dial at this mean depth, balance and survey suspended; 0: not
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, self.recursions, self.init_std)
@@ -96,19 +100,50 @@ class TokenChoice:
         draw_BxTxR: jax.Array | None = None,
     ) -> Route:  # fmt: skip
         z_BxTxR, score = self._scores(routers, h_BxTxD)
+        dial_BxR = self._trained_dial(routers, len(h_BxTxD)) if self.mean_depth else None
         if depth_BxT is None:
-            depth_BxT = self._choice(routers, score)
+            depth_BxT = self.depths(routers, h_BxTxD, dial_BxR)
             if self.all_deep:
                 depth_BxT = jnp.full_like(depth_BxT, self.recursions)
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
         chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
         steps = jnp.arange(1, self.recursions + 1)
-        stats = self._stats(z_BxTxR, score, self._log_selection(routers, score), depth_BxT, real_BxT)
-        return Route(steps, TokenRoute(depth_BxT, gate, h_BxTxD), stats)
+        stats = self._stats(z_BxTxR, score, self._log_selection(routers, z_BxTxR, score), depth_BxT, real_BxT)
+        tokens = TokenRoute(depth_BxT, gate, h_BxTxD)
+        if dial_BxR is not None:
+            rows = jnp.zeros((len(h_BxTxD),), jnp.int32)
+            tokens = self.regated(routers, tokens, dial_BxR, rows, rows + self.recursions)
+        return Route(steps, tokens, stats)
+
+    def _trained_dial(self, routers: dict, rows: int) -> jax.Array:
+        """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there is one."""
+        survey_RxG = jax.lax.stop_gradient(routers[SURVEY])
+        beyond_G = jnp.sum(survey_RxG[1:, 1:] / jnp.maximum(survey_RxG[1:, :1], 1e-9), axis=0)
+        pull = jnp.interp(self.mean_depth - 1, beyond_G[::-1], jnp.asarray(survey.PROBES_G[:0:-1]))
+        tilt = jnp.where(survey_RxG[0, 0] > 0, -pull, 0.0)
+        return jnp.broadcast_to(tilt * jnp.arange(self.recursions), (rows, self.recursions))
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
-        return self._choice(routers, self._scores(routers, h_BxTxD)[1], dial_BxR)
+        z_BxTxR, score = self._scores(routers, h_BxTxD)
+        depth_BxT = self._choice(routers, score)
+        if dial_BxR is None:
+            return depth_BxT
+        dialled = jnp.argmax(self._log_selection(routers, z_BxTxR, score) + dial_BxR[:, None], axis=-1) + 1
+        return jnp.where(jnp.isnan(dial_BxR[:, :1]), depth_BxT, dialled.astype(jnp.int32))
+
+    def regated(
+        self, routers: dict, tokens: TokenRoute, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
+    ) -> TokenRoute:
+        if self.score_name != "softmax":  # a sigmoid's scores do not share one whole
+            return tokens
+        z_BxTxR, _ = self._scores(routers, tokens.h_BxTxD)
+        depth_R = jnp.arange(1, self.recursions + 1)
+        allowed_BxR = (depth_R >= floor_B[:, None]) & (depth_R <= cap_B[:, None])
+        tilted = z_BxTxR + jnp.where(jnp.isnan(dial_BxR), 0.0, dial_BxR)[:, None]
+        score = jax.nn.softmax(jnp.where(allowed_BxR[:, None], tilted, -jnp.inf))
+        chosen = jnp.maximum(tokens.depth_BxT - 1, 0)[..., None]
+        return tokens._replace(gate_BxT=self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0])
 
     def _scores(self, routers: dict, h_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits and scores before alpha, [B, T, R]."""
@@ -118,16 +153,15 @@ class TokenChoice:
     def _bias(self, routers: dict) -> jax.Array | float:
         return routers["bias"] if self.bias_rate else 0.0
 
-    def _choice(self, routers: dict, score_BxTxR: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
-        depth_BxT = jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32) + 1
-        if dial_BxR is None:
-            return depth_BxT
-        dialled = jnp.argmax(self._log_selection(routers, score_BxTxR) + dial_BxR[:, None], axis=-1) + 1
-        return jnp.where(jnp.isnan(dial_BxR[:, :1]), depth_BxT, dialled.astype(jnp.int32))
+    def _choice(self, routers: dict, score_BxTxR: jax.Array) -> jax.Array:
+        return jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32) + 1
 
-    def _log_selection(self, routers: dict, score_BxTxR: jax.Array) -> jax.Array:
+    def _log_selection(self, routers: dict, z_BxTxR: jax.Array, score_BxTxR: jax.Array) -> jax.Array:
         """Logarithm of the selection scores over alpha, in which the dial is turned: the same order, but scores of a
-        decided router, all near 0 or 1, stay apart, so that tokens change their depth one by one."""
+        decided router, all near 0 or 1, stay apart, so that tokens change their depth one by one. Taken of the logits
+        where it can be: the scores themselves underflow."""
+        if not self.bias_rate:
+            return (jax.nn.log_softmax if self.score_name == "softmax" else jax.nn.log_sigmoid)(z_BxTxR)
         return jnp.log(jnp.maximum(score_BxTxR + self._bias(routers) / self.alpha, SMALLEST))
 
     def _stats(self, z_BxTxR, score_BxTxR, log_selection_BxTxR, depth_BxT, real_BxT) -> RouterStats:
@@ -182,9 +216,14 @@ class TokenChoice:
         }
 
     def loss_weights(self) -> dict[str, float]:
-        return {"router_loss": 0.0 if self.all_deep else self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
+        return {
+            "router_loss": 0.0 if self.all_deep or self.mean_depth else self.balance_loss_weight,
+            "router_z_loss": self.z_loss_weight,
+        }
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+        if self.mean_depth:
+            return routers
         routers = survey.continued(routers, stats.above)
         if not self.bias_rate or self.all_deep:
             return routers

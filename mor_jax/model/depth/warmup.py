@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 from mor_jax.config import WITH_CAPACITIES, DepthConfig, ModelConfig
+from mor_jax.model.depth.vary import varied, varied_shares
 from mor_jax.model.program import capacities, tiled
 
 
@@ -35,10 +36,18 @@ def stage_count(depth: DepthConfig) -> int:
     return min(depth.warmup_stages, depth.warmup) if depth.policy in WITH_CAPACITIES else 1
 
 
+def is_warm(depth: DepthConfig, stage: int | None) -> bool:
+    """Whether a stage comes after the warm-up."""
+    return stage is None or stage >= stage_count(depth)
+
+
 def shares_in(model: ModelConfig, depth: DepthConfig, stage: int | None) -> tuple[float, ...]:
-    """Share of a row that runs recursion r = 1..R in this stage; None: once warm."""
+    """Share of a row that runs recursion r = 1..R in this stage; None: once warm. Stages after those of the warm-up are
+    the varied depths of a warm run (`depth/vary.py`)."""
     if stage is None:
         return capacities(model, depth)
+    if is_warm(depth, stage):
+        return varied_shares(model, depth, stage - stage_count(depth))
     if depth.policy not in WITH_CAPACITIES:
         return (1.0,) * model.recursions
     ease = (1 + math.cos(math.pi * (stage + 0.5) / stage_count(depth))) / 2
@@ -57,8 +66,9 @@ def stages(model: ModelConfig, depth: DepthConfig, steps: int) -> tuple[Stage, .
 
 
 def stage_of(depth: DepthConfig, step: int) -> int | None:
-    """Stage of the optimiser step after `step` others; None: warm."""
-    if step >= depth.warmup:
-        return None
+    """Stage of the optimiser step after `step` others; None: warm, at the configured capacities."""
     count = stage_count(depth)
+    if step >= depth.warmup:
+        index = varied(depth, step)
+        return None if index is None else count + index
     return next(i for i in range(count) if step < depth.warmup * (i + 1) // count)
