@@ -100,25 +100,17 @@ class Tracer:
         return self._directory
 
 
-@dataclasses.dataclass
-class Compiled:
-    """A compiled step, or the plain function where it is not to be compiled; `note` says how long that took."""
-
-    call: Callable
-    note: str
-
-
-def compile_step(step: Callable, arguments: tuple, debug: Debug, directory: Path | None) -> Compiled:
-    """Compile `step` for `arguments`, the first of which is donated, and leave its summary in `directory`.
+def compile_step(step: Callable, arguments: tuple, debug: Debug, directory: Path | None) -> tuple[Callable, str]:
+    """(program, how long that took): `step` compiled for `arguments`, the first donated; its summary in `directory`.
 
     `directory` (None on all hosts but one) receives train_step.hlo.txt.gz, the optimised program, and memory.json: bytes
     a device for arguments, outputs, the part of them that shares memory, intermediate results, and code.
     """
     if not debug.jit:
-        return Compiled(step, "not compiled")
+        return step, "not compiled"
     if debug.nans:
         # To find the operation JAX runs the step once more, one by one: its arguments must still be there.
-        return Compiled(jax.jit(step), "compiled at the first call, to look for NaNs")
+        return jax.jit(step), "compiled at the first call, to look for NaNs"
     begin, hits = time.perf_counter(), []
     listen = lambda event, **_: hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
     jax.monitoring.register_event_listener(listen)
@@ -133,7 +125,7 @@ def compile_step(step: Callable, arguments: tuple, debug: Debug, directory: Path
         with contextlib.suppress(OSError):
             _summarize(compiled, directory)
     where = "read from the cache" if hits else "compiled"
-    return Compiled(compiled, f"traced in {traced - begin:.1f} s, {where} in {end - traced:.1f} s")
+    return compiled, f"traced in {traced - begin:.1f} s, {where} in {end - traced:.1f} s"
 
 
 def _summarize(compiled: Any, directory: Path) -> None:

@@ -26,7 +26,7 @@ from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.multihost import Hosts
 from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.clock import Clock
-from mor_jax.train.debug import Compiled, Debug, Tracer, compile_step
+from mor_jax.train.debug import Debug, Tracer, compile_step
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
@@ -35,6 +35,9 @@ from mor_jax.train.metrics import MetricWriter
 from mor_jax.train.progress import Progress
 from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
+from mor_jax.train.step import StagedStep
+from mor_jax.train.stop import Stop, stop_signals
+from mor_jax.train.workdir import claim, mesh_device, versions, write_json
 
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
 
@@ -192,13 +195,13 @@ class _Run:
     def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
         t, goodput, faults = self.cfg.train, self.goodput, self.faults
-        step_fn = make_train_step(self.lm, self.tx, t.accum, self.token_bytes)
+        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes, self._compile)
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
         tracer = Tracer(self.debug.profile_steps, self.workdir / "profile")
         self.clock = clock = Clock()
-        compiled, pending, step = None, None, first
+        pending, step = None, first
         try:
             while step < self.steps:
                 step += 1
@@ -206,12 +209,11 @@ class _Run:
                 asked = time.perf_counter()
                 batch, limit = next(batches), faults.limit(step)
                 read = time.perf_counter()
-                if compiled is None:
-                    compiled = self._compile(step_fn, (state, batch, limit))
+                program = step_fn(step - 1, state, batch, limit)
                 goodput.enter("step")
                 tracer.before(step)
                 begun = time.perf_counter()
-                state, metrics = compiled.call(state, batch, limit)
+                state, metrics = program(state, batch, limit)
                 clock.own(read - asked, time.perf_counter() - begun)
                 bad = pending and self._record(*pending) == REWIND  # read while this step runs
                 pending = (step, metrics, limit)
@@ -243,20 +245,21 @@ class _Run:
             goodput.enter("other")
         return state, max(first, self.steps)
 
-    def _compile(self, step_fn: Callable, arguments: tuple) -> Compiled:
-        """The step as a program, and where the time until it went, on the terminal."""
+    def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
+        """The step as a program; where the time until the first step went, on the terminal."""
         self.goodput.enter("compile")
         self.here.report(phase="compiling")
-        compiled = compile_step(
+        program, note = compile_step(
             step_fn, arguments, self.debug, self.workdir / "program" if self.here.rank == 0 else None
         )
         s = self.goodput.seconds()
-        self.bar.say(
-            f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
-            f"{s['input']:.1f} s, step {compiled.note}."
-        )
+        if not s["step"]:
+            self.bar.say(
+                f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
+                f"{s['input']:.1f} s, step {note}."
+            )
         self.here.report(phase="training")
-        return compiled
+        return program
 
     def _rewind(self, bad: int) -> tuple[TrainState, int]:
         """Back to the last good checkpoint; the rows up to the bad step are left out from now on."""
@@ -284,14 +287,14 @@ class _Run:
             return verdict
         rate = self.clock.rate()  # steps a second since the last record
         self.here.report(step=step, **self.clock.pace(rate))
-        tokens = accounting.tokens_per_step(self.cfg)
+        tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
             "time_s": self.clock.total(),
             "tokens": step * tokens,
             "tokens_per_s": rate * tokens,
-            "flops_per_s": rate * self.flops_per_step,
-            "mfu": rate * self.flops_per_step / self.peak if self.peak else None,
+            "flops_per_s": rate * flops,
+            "mfu": rate * flops / self.peak if self.peak else None,
         }
         self.metrics.write("train", step, values)
         self.bar.update(step, values)

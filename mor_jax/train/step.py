@@ -196,17 +196,22 @@ def make_train_step(
 
 
 class StagedStep:
-    """The jitted train step of each stage of the depth warm-up, compiled when it is reached.
+    """The train step of each stage of the depth warm-up, compiled when it is reached.
 
-    Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
+    Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program; without it, `jax.jit`
+    with the state donated. `StagedStep(...)(step, *arguments)` is the program for the step after `step` others.
     """
 
-    def __init__(self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None):
+    def __init__(
+        self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None,
+        compile: Callable[[Callable, tuple], Callable] | None = None,
+    ):  # fmt: skip
         self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+        self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
-    def __call__(self, step: int) -> Callable:
+    def __call__(self, step: int, *arguments: Any) -> Callable:
         stage = stage_of(self._lm.depth, step)
         if stage not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
-            self._made = {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}  # the old one is done
+            self._made = {stage: self._compile(make_train_step(lm, *self._rest), arguments)}  # the old one is done
         return self._made[stage]
