@@ -1,0 +1,141 @@
+"""Which job a process belongs to, and what its processes tell each other; real services, real clients."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mor_jax.errors import ConfigError
+from mor_jax.parallel.cluster import Cluster, detect
+from mor_jax.parallel.multihost import LOST, Hosts
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = {"JAX_PLATFORMS": "cpu"}
+PLAIN = CPU | {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+SLURM = CPU | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0"}
+POD = CPU | {"JOB_COMPLETION_INDEX": "2", "JAX_NUM_PROCESSES": "8", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+JOBSET = POD | {"JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "workers"}
+
+
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        (CPU, None),
+        (PLAIN, Cluster("plain", "node0:1234", 4, 3)),
+        (PLAIN | {"JOB_COMPLETION_INDEX": "1"}, Cluster("plain", "node0:1234", 4, 3)),  # what is said counts
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, Cluster("slurm")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, None),  # the batch script, not a task of srun
+        (CPU | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),
+        (JOBSET, Cluster("kubernetes", "run-workers-0-0.run:8476", 8, 2)),
+        (JOBSET | {"JOB_INDEX": "1", "PODS_PER_JOB": "4"}, Cluster("kubernetes", "run-workers-0-0.run:8476", 8, 6)),
+        (POD | {"JAX_COORDINATOR_ADDRESS": "first:99"}, Cluster("kubernetes", "first:99", 8, 2)),
+        (CPU | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod of its own
+    ],
+)
+def test_the_job_is_read_from_the_environment(env, found):
+    assert detect(env) == found
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({k: v for k, v in PLAIN.items() if k != "JAX_PROCESS_ID"}, "but not JAX_PROCESS_ID"),
+        (CPU | {"JAX_PROCESS_ID": "0"}, "but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
+        (PLAIN | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES = 'four' must be a whole number"),
+        (PLAIN | {"JAX_PROCESS_ID": "4"}, "process id 4 must be below the number of processes, 4"),
+        (PLAIN | {"JAX_COORDINATOR_ADDRESS": "node0"}, "'node0' must be host:port"),
+        (POD, "nothing says where process 0 is"),
+        (JOBSET | {"JOB_INDEX": "1"}, "JOB_INDEX but not PODS_PER_JOB"),
+    ],
+)
+def test_a_half_described_job_is_refused(env, message):
+    with pytest.raises(ConfigError, match=message):
+        detect(env)
+
+
+def test_a_process_of_its_own_waits_for_nobody():
+    hosts = Hosts()
+    hosts.barrier("x", timeout=0.0)
+    hosts.same("x", "1", "")
+    hosts.report(step=1)
+    assert (hosts.rank, hosts.count, hosts.reports()) == (0, 1, []) and not hosts.stop_at(1)
+    with pytest.raises(ZeroDivisionError), hosts.guard():
+        _ = 1 / 0
+    with pytest.raises(SystemExit, match="3"):
+        hosts.leave(3)
+
+
+# Both ends of JAX's coordination service in one process, and a third host that says its name and nothing more.
+PROGRAM = """
+import json, os, sys, threading, time
+from jax._src.lib import _jax
+from mor_jax.errors import UserError
+from mor_jax.parallel.multihost import Hosts
+
+address = f"127.0.0.1:{sys.argv[1]}"
+service = _jax.get_distributed_runtime_service(address, 3)
+clients = [_jax.get_distributed_runtime_client(address, r) for r in range(3)]
+def on_each(call):
+    threads = [threading.Thread(target=call, args=(r,)) for r in range(3)]
+    [t.start() for t in threads], [t.join() for t in threads]
+on_each(lambda r: clients[r].connect())
+hosts, found = [None] * 3, {}
+def begin(r):
+    hosts[r] = Hosts(clients[r], r, 3, timeout=6.0)
+on_each(begin)
+hosts[2].report(phase="reading rows", step=41)
+def same(r):
+    try:
+        hosts[r].same("the corpus", "b" if r == 1 else "a", "Copy it.")
+    except UserError as e:
+        found.setdefault("same", []).append([r, e.everywhere, str(e)])
+on_each(same)
+time.sleep(3)
+try:
+    hosts[0].barrier("the end", timeout=1.0)
+except UserError as e:
+    found["barrier"] = str(e)
+found["reports"] = [r.get("step") for r in hosts[0].reports()]
+print("FOUND" + json.dumps(found), flush=True)
+hosts[0].advice = "Start again."
+hosts[2]._closing.set()  # it falls silent, as if it were stopped
+time.sleep(60)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def talk():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port)],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU | {"PYTHONPATH": str(ROOT)}, timeout=200,
+    )  # fmt: skip
+
+
+def test_what_should_be_alike_and_is_not_is_named_everywhere(talk):
+    found = json.loads(talk.stdout.split("FOUND")[1])["same"]
+    assert sorted(r for r, _, _ in found) == [0, 1, 2] and all(everywhere for _, everywhere, _ in found)
+    for _, _, message in found:
+        assert message.startswith("the corpus of process 1 (") and message.endswith("Copy it.")
+
+
+def test_a_barrier_names_who_did_not_come_and_what_they_did(talk):
+    said = json.loads(talk.stdout.split("FOUND")[1])["barrier"]
+    assert "1 s at the meeting point 'the end'" in said and "process 0" not in said
+    assert "process 1 (" in said and "process 2 (" in said and "last known: reading rows" in said
+    assert json.loads(talk.stdout.split("FOUND")[1])["reports"] == [0, 0, 41]
+
+
+def test_a_silent_host_ends_the_job_with_its_name(talk):
+    assert talk.returncode == LOST
+    [line] = [line for line in talk.stderr.splitlines() if line.startswith("error: ")][:1]
+    assert "no heartbeat for 6 s from process 2 (" in line and "last at step 41 (reading rows)" in line
+    assert "process 0 (" in line or "process 1 (" in line
