@@ -116,6 +116,7 @@ class _Run:
         self.peak = peak and peak * mesh.size
         self.show = progress and here.rank == 0
         self.seconds = 0.0  # training proper, this process
+        self.compiled = 0  # programs so far
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do."""
@@ -258,6 +259,9 @@ class _Run:
                 f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
                 f"{s['input']:.1f} s, step {note}."
             )
+        # Compiling takes hosts unequally long, and the first collective waits for the others half a minute at most.
+        self.compiled += 1
+        self.here.barrier(f"program {self.compiled} is compiled")
         self.here.report(phase="training")
         return program
 
