@@ -71,5 +71,5 @@ def test_a_read_only_directory_is_one_message_and_keeps_what_it_holds(becomes_re
             ckpt.save(2, make_state(2), {})
             ckpt.wait()
         assert bits(ckpt.restore_latest(abstract(make_state(0))).state) == bits(make_state(1))
-    with pytest.raises(CheckpointError, match="cannot write checkpoints to .*read-only or the permissions forbid it"):
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoints to .*read-only or the permissions forbid it"):
         Checkpointer(place / "run")
