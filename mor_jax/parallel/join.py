@@ -99,7 +99,7 @@ def _absent_listed(seconds: int) -> Iterator[None]:
     """
     from jax._src import distributed
 
-    module = distributed._jax
+    module = getattr(distributed, "_jax", None)
     plain = getattr(module, "get_distributed_runtime_service", None)
     if plain is None or "cluster_register_timeout" not in (plain.__doc__ or ""):
         yield
