@@ -129,7 +129,7 @@ class Hosts:
         except BaseException as e:
             if self.count == 1 or isinstance(e, SystemExit) or getattr(e, "everywhere", False):
                 raise
-            if not isinstance(e, (UserError, KeyboardInterrupt)):
+            if not _own(e):
                 self._suspect = True  # most often a collective that lost its other end: the watch will know
                 self._closing.wait(self.timeout + 3 * self._period)
             text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {str(e)[:200]}"
@@ -222,6 +222,15 @@ class Hosts:
         verdict = verdict.rstrip(".")
         print(f"error: {verdict}. {self.describe(self.rank)} stops.{advice}", file=sys.stderr)
         self.leave(LOST)
+
+
+def _own(error: BaseException) -> bool:
+    """Whether an error is surely of this process: one of ours, and not made of something that came out of JAX, such as
+    the failed collective inside of a save."""
+    cause = error.__cause__
+    return isinstance(error, KeyboardInterrupt) or (
+        isinstance(error, UserError) and (cause is None or isinstance(cause, OSError) or _own(cause))
+    )
 
 
 def process_name() -> str:

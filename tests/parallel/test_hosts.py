@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mor_jax.errors import ConfigError
+from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.parallel.cluster import Cluster, detect
-from mor_jax.parallel.multihost import LOST, Hosts
+from mor_jax.parallel.multihost import LOST, Hosts, _own
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = {"JAX_PLATFORMS": "cpu"}
@@ -68,6 +68,19 @@ def test_a_process_of_its_own_waits_for_nobody():
         _ = 1 / 0
     with pytest.raises(SystemExit, match="3"):
         hosts.leave(3)
+
+
+def test_an_error_that_came_out_of_a_collective_is_not_surely_ones_own():
+    def caused(error, cause):
+        error.__cause__ = cause
+        return error
+
+    full = caused(CheckpointError("could not save"), OSError(28, "No space left on device"))
+    lost = caused(CheckpointError("could not save"), ValueError("Gloo AllGather failed: connection closed by peer"))
+    assert (
+        _own(CheckpointError("x")) and _own(full) and _own(caused(ConfigError("x"), full)) and _own(KeyboardInterrupt())
+    )
+    assert not _own(lost) and not _own(caused(ConfigError("x"), lost)) and not _own(ValueError("x"))
 
 
 # Both ends of JAX's coordination service in one process, and a third host that says its name and nothing more.
