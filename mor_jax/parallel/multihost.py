@@ -131,7 +131,8 @@ class Hosts:
                 raise
             if not _own(e):
                 self._suspect = True  # most often a collective that lost its other end: the watch will know
-                self._closing.wait(self.timeout + 3 * self._period)
+                if self._closing.wait(self.timeout + 3 * self._period):
+                    time.sleep(60)  # the watch has the verdict and is ending this process
             text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {str(e)[:200]}"
             self._publish(f"{self.describe(self.rank)} stopped: {text}")
             if isinstance(e, UserError):

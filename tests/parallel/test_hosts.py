@@ -152,3 +152,68 @@ def test_a_silent_host_ends_the_job_with_its_name(talk):
     [line] = [line for line in talk.stderr.splitlines() if line.startswith("error: ")][:1]
     assert "no heartbeat for 6 s from process 2 (" in line and "last at step 41 (reading rows)" in line
     assert "process 0 (" in line or "process 1 (" in line
+
+
+# ---------------------------------------------------------------- processes of their own
+
+MEMBER = """
+import sys, time
+from mor_jax.errors import DataError
+from mor_jax.parallel.join import hosts, initialize
+
+here = initialize()
+assert here is hosts() and here.count == 2
+here.barrier("begun")
+print("begun", flush=True)
+with here.guard():
+    if here.rank == 1 and sys.argv[1] == "fails":
+        raise DataError("rows/train.array_record, record 7: damaged.")
+    time.sleep(100)
+"""
+
+
+def members(ranks, how, **env):
+    """Processes of a job of two."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env |= CPU | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | env | {"JAX_PROCESS_ID": str(rank), "PYTHONPATH": str(ROOT)},
+        )
+        for rank in ranks
+    ]  # fmt: skip
+
+
+def ends(processes):
+    """[(status, the line that says why)]"""
+    found = []
+    for process in processes:
+        _, err = process.communicate(timeout=150)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        found.append((process.returncode, lines[0] if lines else err))
+    return found
+
+
+def test_an_error_of_one_process_ends_the_other_with_its_name():
+    two = members((0, 1), "fails")
+    (status, line), (own_status, own_line) = ends(two)
+    assert (own_status, own_line) == (2, "error: rows/train.array_record, record 7: damaged.")
+    assert status == LOST and f"pid {two[1].pid}) stopped: rows/train.array_record, record 7: damaged." in line
+
+
+def test_the_loss_of_process_0_is_named_before_jax_aborts():
+    two = members((0, 1), "sleeps")
+    assert [p.stdout.readline() for p in two] == ["begun\n", "begun\n"]
+    two[0].kill()
+    (_, _), (status, line) = ends(two)
+    assert status == LOST and f"process 0 ({socket.gethostname()}, pid {two[0].pid})" in line
+
+
+def test_processes_that_never_come_are_listed():
+    [process] = members((0,), "sleeps", MOR_JAX_MEET_TIMEOUT="4")
+    _, err = process.communicate(timeout=150)
+    assert process.returncode == LOST
+    assert "error: not the 2 processes of this plain job met within 4 s" in err
+    assert "Some timed out task names:\n1\n" in err  # of JAX's coordination service
