@@ -62,7 +62,8 @@ def initialize(cluster: Cluster | None = None, *, timeout: float = 0.0, meet: fl
     from jax._src.distributed import global_state
 
     if global_state.num_processes > 1:
-        _HOSTS = Hosts(global_state.client, global_state.process_id, global_state.num_processes, timeout)
+        state = global_state
+        _HOSTS = Hosts(state.client, state.process_id, state.num_processes, timeout, state.coordinator_address)
         atexit.register(_HOSTS.close)  # before JAX's own, which was registered first
     return _HOSTS
 

@@ -36,16 +36,18 @@ class Hosts:
     Args:
       client: of JAX's coordination service.
       timeout: seconds without a heartbeat after which a process counts as lost.
+      coordinator: host:port of the service, in process 0.
     """
 
-    def __init__(self, client: Any = None, rank: int = 0, count: int = 1, timeout: float = 60.0):
+    def __init__(self, client: Any = None, rank: int = 0, count: int = 1, timeout: float = 60.0, coordinator: str = ""):
         self.rank, self.count, self.timeout = rank, count, timeout
+        self._coordinator = coordinator
         self.names, self.advice = [process_name()], ""
         self._client = client
         self._closing = threading.Event()
         if count == 1:
             return
-        self._period = min(2.0, timeout / 6)
+        self._period = min(1.0, timeout / 6)
         self._state: dict[str, Any] = {"phase": "starting", "step": 0}
         self._suspect = False  # a collective failed here: someone is gone, so silence counts sooner
         self._answered = time.monotonic()  # when the store last did
@@ -141,22 +143,27 @@ class Hosts:
                 traceback.print_exc()
             self.leave(2 if isinstance(e, UserError) else 1)
 
-    def leave(self, status: int) -> NoReturn:
+    def leave(self, status: int, *, farewell: bool = True) -> NoReturn:
         """End this process now, as `sys.exit` cannot while others are gone: JAX would wait for them.
 
-        Process 0 first gives the others time to read the verdict, which lives in it.
+        farewell: tell process 0 so; it gives the others time to read the verdict, which lives in it.
         """
         if self.count == 1:
             sys.exit(status)
         self._closing.set()
-        with contextlib.suppress(Exception):
-            self._set(f"read/{self.rank}", "")
-            end = time.monotonic() + 3 * self._period + 1
-            while self.rank == 0 and time.monotonic() < end and len(self._dir("read")) < self.count:
-                time.sleep(0.1)
+        if farewell:
+            saying = threading.Thread(target=self._farewell, daemon=True)  # calls to a store that is gone may hang
+            saying.start()
+            saying.join(5.0 if self.rank == 0 else 1.0)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+    def _farewell(self) -> None:
+        with contextlib.suppress(Exception):
+            self._set(f"read/{self.rank}", "")
+            while self.rank == 0 and len(self._dir("read")) < self.count:
+                time.sleep(0.1)
 
     def close(self) -> None:
         """Stop watching; the end of a job that went well."""
@@ -192,10 +199,7 @@ class Hosts:
                 verdict = self._dir("verdict").get(0)
                 self._answered = time.monotonic()
             except Exception:
-                if time.monotonic() - self._answered > 2 * self._period:
-                    self._end(f"{self.describe(0)}, at which the others meet, is gone")
-                self._closing.wait(0.2)
-                continue
+                continue  # the other watch knows what that means
             if verdict:
                 self._end(verdict)
 
@@ -211,18 +215,34 @@ class Hosts:
             self._publish(f"no heartbeat for {limit:g} s from {'; '.join(last)}")
 
     def _watch(self) -> None:
-        """For a store that does not even refuse: process 0 is stopped, or its network is gone."""
-        while not self._closing.wait(self._period):
-            if time.monotonic() - self._answered > self.timeout + 2 * self._period:
+        """For a store that does not answer: calls to it hang. Where its port refuses, process 0 is gone; where it does
+        not even refuse, the process is stopped, or its network is gone, and it has the usual time."""
+        while not self._closing.wait(0.25):
+            late = time.monotonic() - self._answered
+            if late > self.timeout + 2 * self._period:
                 self._end(f"no answer for {self.timeout:g} s from {self.describe(0)}, at which the others meet")
+            elif late > self._period + 1 and self.rank != 0 and _refuses(self._coordinator):
+                self._end(f"{self.describe(0)}, at which the others meet, is gone", farewell=False)
 
-    def _end(self, verdict: str) -> None:
+    def _end(self, verdict: str, *, farewell: bool = True) -> None:
         if self._closing.is_set():
             return
         advice = f" {self.advice}" if self.advice else ""
         verdict = verdict.rstrip(".")
         print(f"error: {verdict}. {self.describe(self.rank)} stops.{advice}", file=sys.stderr)
-        self.leave(LOST)
+        self.leave(LOST, farewell=farewell)
+
+
+def _refuses(address: str) -> bool:
+    """Whether nobody listens at host:port any more; a time-out says nothing."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+            return False
+    except ConnectionRefusedError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _own(error: BaseException) -> bool:
