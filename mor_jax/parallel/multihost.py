@@ -45,6 +45,7 @@ class Hosts:
         self.names, self.advice = [process_name()], ""
         self._client = client
         self._closing = threading.Event()
+        self._uses: dict[tuple[str, str], int] = {}
         if count == 1:
             return
         self._period = min(1.0, timeout / 6)
@@ -74,18 +75,19 @@ class Hosts:
         return [_read(self._beats.get(r, ("", 0.0))[0]) for r in range(self.count)]
 
     def barrier(self, name: str, timeout: float = 1800.0) -> None:
-        """Wait until every process calls this with the same `name`, each name once.
+        """Wait until every process calls this with the same `name`, as often as the others.
 
         Raises:
           UserError: some did not come within `timeout` seconds; the message names them and what each was doing.
         """
         if self.count == 1:
             return
-        self._set(f"at/{name}/{self.rank}", "here")
+        key = self._key("at", name)
+        self._set(f"{key}/{self.rank}", "here")
         try:
-            self._client.wait_at_barrier(f"{_KEY}/at/{name}", int(timeout * 1000))
+            self._client.wait_at_barrier(f"{_KEY}/{key}", int(timeout * 1000))
         except Exception as e:
-            here = self._dir(f"at/{name}")
+            here = self._dir(key)
             missing = [r for r in range(self.count) if r not in here]
             if not missing:
                 raise
@@ -102,9 +104,10 @@ class Hosts:
         """
         if self.count == 1:
             return
-        self._set(f"same/{what}/{self.rank}", value)
+        key = self._key("same", what)
+        self._set(f"{key}/{self.rank}", value)
         self.barrier(f"same {what}")
-        values = self._by_rank(f"same/{what}")
+        values = self._by_rank(key)
         other = [self.describe(r) for r in range(self.count) if values[r] != values[0]]
         if other:
             error = UserError(f"{what} of {', '.join(other)} is not that of {self.describe(0)}. {todo}")
@@ -171,6 +174,11 @@ class Hosts:
             self._closing.set()
             with contextlib.suppress(Exception):
                 self._set(f"beat/{self.rank}", "")
+
+    def _key(self, kind: str, name: str) -> str:
+        """Of this use of a name; the service knows each once."""
+        self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
+        return f"{kind}/{name}/{self._uses[kind, name]}"
 
     def _set(self, key: str, value: str) -> None:
         self._client.key_value_set(f"{_KEY}/{key}", value, allow_overwrite=True)
