@@ -113,7 +113,10 @@ def losses(workdir: Path) -> dict[int, float]:
 
 def whole(argv: list[str], count: int, logs: Path, timeout: int) -> None:
     job = Job(argv, count, timeout, logs)
-    status = job.wait(1200)
+    try:
+        status = job.wait(1200)
+    finally:
+        job.end()
     if any(status):
         raise SystemExit(
             f"a run on {count} processes that nobody disturbed ended with {status}:\n{job.text(0)[-3000:]}"
