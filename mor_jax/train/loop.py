@@ -135,10 +135,13 @@ class _Run:
         with Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints:
             state, first = self._start()
             self.metrics = self._writer(first)
+            if self.owes_evaluation:
+                self._evaluate(first, state)
             try:
                 state, last = self._steps(state, first, stop)
                 if last < self.steps:
-                    self._save(last, state)
+                    every = cfg.train.eval_every
+                    self._save(last, state, owes_evaluation=bool(every) and last % every == 0)  # the end is in a hurry
                     self.checkpoints.wait()
                     self.bar.say(
                         f"Stopped by {stop.name} after step {last}; saved. The same command goes on from here."
@@ -159,6 +162,7 @@ class _Run:
         self.here.report(phase="restoring or initialising")
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
+        self.owes_evaluation = meta.get("owes_evaluation", False)
         if first:
             self.bar.say(f"Resuming {self.workdir} after step {first}.")
             self._advise(first)
@@ -321,9 +325,9 @@ class _Run:
         self.last_eval = record
         return record
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: TrainState, **more: Any) -> None:
         with self.goodput.during("save"):
-            self.checkpoints.save(step, state, {**self.meta, "step": step, "faults": self.faults.state()})
+            self.checkpoints.save(step, state, {**self.meta, "step": step, "faults": self.faults.state(), **more})
         whole = self.checkpoints.steps()
         if whole:
             self._advise(whole[-1])
