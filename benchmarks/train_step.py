@@ -45,10 +45,10 @@ from mor_jax.config import ATTENTION, DTYPES, REMAT, Config, from_config_dict
 from mor_jax.errors import UserError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
-from mor_jax.train.loop import mesh_device, versions
 from mor_jax.train.schedule import optimizer
 from mor_jax.train.state import create_state
 from mor_jax.train.step import make_train_step
+from mor_jax.train.workdir import mesh_device, versions
 
 RECURSIONS = 3
 # Targets: share of the FLOP saving that arrives as a saving of time.

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from ml_collections import config_flags
 
 from mor_jax.config import Config, from_config_dict
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.parallel.join import hosts
 
 
 def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoReturn:
@@ -39,6 +41,11 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
         _fail(str(e))
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
+    except Exception:
+        if hosts().count == 1:
+            raise
+        traceback.print_exc()
+        hosts().leave(1)  # an ordinary exit would wait for the others
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
@@ -72,7 +79,7 @@ def _override_error(e: Exception) -> str:
 
 def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(status)
+    hosts().leave(status)
 
 
 def define_config(default: str | None = None) -> Any:

@@ -8,6 +8,10 @@
 The run directory receives config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
 summary.json. The same command on the same directory resumes. Ctrl-C or SIGTERM saves first and exits with 0.
 
+On several hosts start the same command on each; TPU VMs, Slurm steps and indexed Kubernetes jobs are recognised, else set
+JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A signal to one stops all after the same step;
+where one is lost the others name it and exit with status 75.
+
 From a notebook:
 
     from mor_jax.config import from_config_dict
@@ -18,16 +22,24 @@ From a notebook:
 from absl import flags
 
 from launch import cli
+from mor_jax.parallel.join import initialize
+from mor_jax.train.debug import Debug
 from mor_jax.train.loop import train
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; created, or resumed if it holds this run.", required=True
 )
+_PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
+_NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
+_NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
+_NO_JIT = flags.DEFINE_bool("no_jit", False, "Compile nothing: operation by operation, for a debugger; very slow.")
 
 
 def main(_: list[str]) -> None:
-    train(cli.read_config(_CONFIG), _WORKDIR.value)
+    debug = Debug.parse(_PROFILE.value, nans=_NANS.value, scan=not _NO_SCAN.value, jit=not _NO_JIT.value)
+    initialize()  # before anything asks how many devices there are
+    train(cli.read_config(_CONFIG), _WORKDIR.value, debug=debug)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ SCHEDULES = ("wsd", "cosine", "constant")
 NORMS = ("shared", "own")
 INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
+BAD_STEP = ("skip", "rewind", "stop")
 
 # Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
 # config). Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token
@@ -207,6 +208,10 @@ class TrainConfig:
     eval_rows: int = 128  # held-out rows an evaluation reads; 0: all
     checkpoint_every: int = 200  # steps; 0: at the end only
     keep_checkpoints: int = 3
+    # Bad steps never change the weights (train/faults.py): skip | rewind to the last checkpoint, and other rows | stop
+    on_nonfinite: str = "stop"  # loss, gradient or update is not finite
+    on_spike: str = "skip"
+    spike_threshold: float = 0.0  # nats above the median of the last 64 steps that are a loss spike; 0: none is
 
 
 @dataclass(frozen=True)
@@ -577,6 +582,10 @@ def _check_train(cfg: Config) -> None:
     )
     if min(t.eval_every, t.eval_rows, t.checkpoint_every, t.seed, cfg.data.seed) < 0:
         raise ConfigError("config.train: eval_every, eval_rows, checkpoint_every and the seeds must not be negative.")
+    _one_of("config.train.on_nonfinite", t.on_nonfinite, BAD_STEP)
+    _one_of("config.train.on_spike", t.on_spike, BAD_STEP)
+    if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
+        raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
     if t.batch_size % t.accum:
         raise ConfigError(
             f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
@@ -614,7 +623,8 @@ def _check_mesh(cfg: Config, devices: int) -> None:
     if rows % (data * fsdp):
         raise ConfigError(
             f"config.train.batch_size / accum = {rows} rows a micro-batch cannot be divided over data x fsdp = {data * fsdp} "
-            f"devices; batch sizes near it that can: {_nearest_multiples(cfg.train.batch_size, data * fsdp * cfg.train.accum)}."
+            f"devices; batch sizes near it that can: {_nearest_multiples(cfg.train.batch_size, data * fsdp * cfg.train.accum)}; "
+            f"data x fsdp that can: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}."
         )
     m = cfg.model
     if m.width % fsdp:

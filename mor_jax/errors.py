@@ -7,7 +7,12 @@ without a traceback and exit with status 2; a notebook sees an ordinary exceptio
 
 
 class UserError(Exception):
-    """A problem with something the user supplied; the message says what, why and what to do."""
+    """A problem with something the user supplied; the message says what, why and what to do.
+
+    `everywhere`: in a job of several processes, whether all of them raise it together, so that none has to tell.
+    """
+
+    everywhere = False
 
 
 class ConfigError(UserError):

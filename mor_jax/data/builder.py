@@ -68,7 +68,7 @@ def write_rows(directory: Path, rows: Mapping[str, Callable[[], Iterator[Row]]],
 class Rows(Sequence):
     """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids": int32[context]}.
 
-    Reading is thread-safe. Raises DataError naming the file when a record cannot be read.
+    Reading is thread-safe. Raises DataError naming the file and the record where one cannot be read.
     """
 
     def __init__(self, directory: Path, split: str):
@@ -98,8 +98,10 @@ class Rows(Sequence):
             return self._source.__getitems__(wanted)
         except Exception as e:
             bad = self._first_bad(wanted)
+            file = bisect.bisect_right(self._ends, bad)
+            record = bad - (self._ends[file - 1] if file else 0)
             raise DataError(
-                f"{self._files[bisect.bisect_right(self._ends, bad)]}: {_damaged(e, self._directory)}"
+                f"{self._files[file]}, record {record} (row {bad} of {len(self)}): {_damaged(e, self._directory)}"
             ) from e
 
     def _first_bad(self, indices: Sequence[int]) -> int:

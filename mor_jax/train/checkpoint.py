@@ -97,6 +97,8 @@ class Checkpointer:
         self.wait()
         body = {"meta": json.loads(json.dumps(meta)), "leaves": _table(state)}
         ocp = _orbax()
+        if not self._directory.exists():
+            _LOG.warning("%s has vanished, and the checkpoints in it; it is made anew.", self._directory)
         try:
             manager = self._manager = self._manager or self._open()
             newest = manager.latest_step()

@@ -19,9 +19,10 @@ from mor_jax.model.relax import check_relaxation
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.load import load_model
-from mor_jax.train.loop import claim, resolve
+from mor_jax.train.loop import resolve
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import create_state
+from mor_jax.train.workdir import claim
 
 
 class Converted(NamedTuple):

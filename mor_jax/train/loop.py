@@ -6,41 +6,41 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
-import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 
 from mor_jax.analysis import accounting
 from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
-from mor_jax.config import Config, check, from_dict
+from mor_jax.config import Config, check
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
-from mor_jax.errors import CheckpointError, ConfigError, UserError
+from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model.lm import LM
+from mor_jax.parallel.join import hosts
 from mor_jax.parallel.mesh import make_mesh
+from mor_jax.parallel.multihost import Hosts
 from mor_jax.train.checkpoint import Checkpointer
+from mor_jax.train.clock import Clock
+from mor_jax.train.debug import Debug, Tracer, compile_step
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
+from mor_jax.train.faults import OK, REWIND, Faults
+from mor_jax.train.goodput import FILE as GOODPUT
+from mor_jax.train.goodput import Goodput, stragglers
 from mor_jax.train.metrics import MetricWriter
 from mor_jax.train.progress import Progress
 from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
 from mor_jax.train.step import StagedStep
+from mor_jax.train.stop import Stop, stop_signals
+from mor_jax.train.workdir import claim, mesh_device, versions, write_json
 
-# Fields that may differ between a run and its resumption: they change what is reported, not what is computed.
-FREE_TO_CHANGE = {"log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints"}
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
-
-
-class TrainingError(UserError):
-    """The run cannot go on; checkpoints already written are good."""
 
 
 def resolve(cfg: Config, data: PreparedData) -> Config:
@@ -58,31 +58,54 @@ def resolve(cfg: Config, data: PreparedData) -> Config:
     return dataclasses.replace(cfg, model=model)
 
 
-def train(cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
+def train(
+    cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True, debug: Debug | None = None
+) -> dict[str, Any]:
     """Train, or go on with, the run in `workdir`.
 
-    The directory then holds config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/<step>/ and, once
-    finished, summary.json (which is returned). A run that was stopped resumes from its last good checkpoint with the
-    same rows and the same numbers. SIGTERM and the first SIGINT save and return early, with {"finished": False}.
+    The directory then holds config.json, tokenizer.json, metrics.jsonl, goodput.json, tensorboard/, program/,
+    checkpoints/<step>/ and, once finished, summary.json (which is returned). A run that was stopped resumes from its
+    last good checkpoint with the same rows and the same numbers, on any mesh and any number of hosts that divide the
+    batch. SIGTERM, SIGUSR1 and the first SIGINT save and return early, with {"finished": False}.
+
+    In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
+    directory that all see; a signal to any of them stops all after the same step.
 
     Raises:
       ConfigError, DataError, CheckpointError: see their messages.
-      TrainingError: loss, gradient or update of a step was not finite.
+      TrainingError: a bad step that config.train's policies do not pass over.
     """
-    workdir = Path(workdir)
+    workdir, here, debug = Path(workdir), hosts(), debug or Debug()
     mesh = make_mesh(cfg.mesh)
-    with jax.set_mesh(mesh), _stop_signals() as stop:
+    goodput = Goodput(workdir / GOODPUT if here.rank == 0 else None)
+    with jax.set_mesh(mesh), debug.applied(), here.guard(), stop_signals(here) as stop:
+        here.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
+        here.same("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
         cfg = resolve(cfg, data)
-        check(cfg, devices=mesh.size)
+        try:
+            check(cfg, devices=mesh.size)
+        except ConfigError as e:
+            e.everywhere = True
+            raise
+        here.same("the configuration", json.dumps(cfg.to_dict()), "Start all processes with the same command.")
         claim(workdir, cfg, data)
-        run = _Run(cfg, workdir, data, mesh, progress)
-        return run.finished() or run.go(stop)
+        here.barrier("the run directory is claimed")
+        seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
+        here.same("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
+        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug)
+        done = run.finished() or run.go(stop)
+        here.barrier("the end")
+        return done
 
 
 class _Run:
-    def __init__(self, cfg: Config, workdir: Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool):
+    def __init__(
+        self, cfg: Config, workdir: Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool, here: Hosts,
+        goodput: Goodput, debug: Debug,
+    ):  # fmt: skip
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
+        self.here, self.goodput, self.debug = here, goodput, debug
         self.lm = LM.from_config(cfg)
         self.steps = accounting.training_steps(cfg)
         self.tx = optimizer_of(cfg, self.steps)
@@ -92,8 +115,9 @@ class _Run:
         self.meta = {"config": cfg.to_dict(), "tokenizer": data.tokenizer.to_json(), "data": data.fingerprint}
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
-        self.show = progress and jax.process_index() == 0
+        self.show = progress and here.rank == 0
         self.seconds = 0.0  # training proper, this process
+        self.compiled = 0  # programs so far
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do."""
@@ -107,15 +131,18 @@ class _Run:
         self.bar.close()
         return json.loads(path.read_text())
 
-    def go(self, stop: _Stop) -> dict[str, Any]:
+    def go(self, stop: Stop) -> dict[str, Any]:
         cfg = self.cfg
         with Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints:
             state, first = self._start()
-            self.metrics = MetricWriter(self.workdir, resume_step=first, active=jax.process_index() == 0)
+            self.metrics = self._writer(first)
+            if self.owes_evaluation:
+                self._evaluate(first, state)
             try:
                 state, last = self._steps(state, first, stop)
                 if last < self.steps:
-                    self._save(last, state)
+                    every = cfg.train.eval_every
+                    self._save(last, state, owes_evaluation=bool(every) and last % every == 0)  # the end is in a hurry
                     self.checkpoints.wait()
                     self.bar.say(
                         f"Stopped by {stop.name} after step {last}; saved. The same command goes on from here."
@@ -125,18 +152,38 @@ class _Run:
             finally:
                 self.bar.close()
                 self.metrics.close()
+                self.goodput.write()
+
+    def _writer(self, step: int) -> MetricWriter:
+        return MetricWriter(self.workdir, resume_step=step, active=self.here.rank == 0)
 
     def _start(self) -> tuple[TrainState, int]:
         """Resume if there is something to resume, else initialise."""
         self.bar = Progress(self.steps, shown=self.show)
+        self.here.report(phase="restoring or initialising")
+        state, first, meta = self._last_good()
+        self.faults = Faults(self.cfg.train, meta.get("faults"))
+        self.owes_evaluation = meta.get("owes_evaluation", False)
+        if first:
+            self.bar.say(f"Resuming {self.workdir} after step {first}.")
+            self._advise(first)
+        return state, first
+
+    def _last_good(self) -> tuple[TrainState, int, dict[str, Any]]:
+        """(state, step, meta) of the newest checkpoint that verifies, or of the beginning."""
         restored = self.checkpoints.restore_latest(abstract_state(self.lm, self.tx, self.mesh))
-        if restored:
-            self._same_data(restored.meta)
-            for step, why in restored.skipped.items():
-                self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
-            self.bar.say(f"Resuming {self.workdir} after step {restored.step}.")
-            return restored.state, restored.step
-        return create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed), 0
+        if restored is None:
+            return create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed), 0, {}
+        self._same_data(restored.meta)
+        for step, why in restored.skipped.items():
+            self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
+        return restored.state, restored.step, restored.meta
+
+    def _advise(self, step: int) -> None:
+        self.here.advice = (
+            f"The checkpoint of step {step} is whole: the same command goes on from there, on any number of processes "
+            "that divides the batch."
+        )
 
     def _same_data(self, meta: dict[str, Any]) -> None:
         """Refuse to go on with weights whose token ids or rows meant something else."""
@@ -151,65 +198,111 @@ class _Run:
                 "Restore the corpus, or give another --workdir."
             )
 
-    def _steps(self, state: TrainState, first: int, stop: _Stop) -> tuple[TrainState, int]:
+    def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
-        t = self.cfg.train
-        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes)
+        t, goodput, faults = self.cfg.train, self.goodput, self.faults
+        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes, self._compile)
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
-        batches = loader.iter_from_step(
-            first
-        )  # the batch of step s + 1 is number s: position is a function of the step
-        clock = _Clock()
-        pending: tuple[int, dict] | None = None
+        # The batch is a function of the step, and of the batches that rewinds left out.
+        batches = loader.iter_from_step(faults.position(first + 1))
+        tracer = Tracer(self.debug.profile_steps, self.workdir / "profile")
+        self.clock = clock = Clock()
+        pending, step = None, first
         try:
-            for step in range(first + 1, self.steps + 1):
-                state, metrics = step_fn(step - 1)(state, next(batches))
-                if pending:  # read while this step runs
-                    self._record(*pending, clock)
-                pending = (step, metrics)
+            while step < self.steps:
+                step += 1
+                goodput.enter("input")
+                asked = time.perf_counter()
+                batch, limit = next(batches), faults.limit(step)
+                read = time.perf_counter()
+                program = step_fn(step - 1, state, batch, limit)
+                goodput.enter("step")
+                tracer.before(step)
+                begun = time.perf_counter()
+                state, metrics = program(state, batch, limit)
+                clock.own(read - asked, time.perf_counter() - begun)
+                bad = pending and self._record(*pending) == REWIND  # read while this step runs
+                pending = (step, metrics, limit)
+                goodput.step(step)
+                if written := tracer.after(step, metrics):
+                    self.bar.say(f"The trace is in {written}.")
                 self.checkpoints.check()
                 last = step == self.steps
+                stopping = stop.after_this_step() and not last
                 due = lambda every: bool(every) and step % every == 0  # noqa: B023
-                if stop.requested or last or due(t.eval_every) or due(t.checkpoint_every):
-                    self._record(*pending, clock)
-                    pending = None
+                if not bad and (stopping or last or due(t.eval_every) or due(t.checkpoint_every)):
+                    bad, pending = self._record(*pending) == REWIND, None
                     clock.pause()
-                    if not stop.requested and (last or due(t.eval_every)):
+                    if not (bad or stopping) and (last or due(t.eval_every)):
                         self._evaluate(step, state)
-                    if not stop.requested and (last or due(t.checkpoint_every)):
+                    if not (bad or stopping) and (last or due(t.checkpoint_every)):
                         self._save(step, state)
                     clock.go_on()
-                if stop.requested:
+                if bad:
+                    batches.close()
+                    state, step = self._rewind(self.bad_step)
+                    batches, pending = loader.iter_from_step(faults.position(step + 1)), None
+                if stopping:
                     return state, step
         finally:
             batches.close()
+            tracer.close()
             self.seconds = clock.total()
+            goodput.enter("other")
         return state, max(first, self.steps)
 
-    def _record(self, step: int, metrics: dict[str, jax.Array], clock: _Clock) -> None:
+    def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
+        """The step as a program; where the time until the first step went, on the terminal."""
+        self.goodput.enter("compile")
+        self.here.report(phase="compiling")
+        program, note = compile_step(
+            step_fn, arguments, self.debug, self.workdir / "program" if self.here.rank == 0 else None
+        )
+        s = self.goodput.seconds()
+        if not s["step"]:
+            self.bar.say(
+                f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
+                f"{s['input']:.1f} s, step {note}."
+            )
+        # Compiling takes hosts unequally long, and the first collective waits for the others half a minute at most.
+        self.compiled += 1
+        self.here.barrier(f"program {self.compiled} is compiled")
+        self.here.report(phase="training")
+        return program
+
+    def _rewind(self, bad: int) -> tuple[TrainState, int]:
+        """Back to the last good checkpoint; the rows up to the bad step are left out from now on."""
+        with self.goodput.during("rewind"):
+            self.clock.pause()
+            self.checkpoints.wait()
+            state, good, _ = self._last_good()
+            self.faults.rewind(bad, good)
+            self.metrics.close()
+            self.metrics = self._writer(good)
+            self.metrics.write("event", good, {"event": REWIND, "from": bad})
+            self.bar.say(f"Back to step {good}; the {bad - good} batches up to the bad one are left out.")
+            self.clock.go_on()
+        return state, good
+
+    def _record(self, step: int, metrics: dict[str, jax.Array], limit: Any) -> str:
         values = {
             k: float(v) if np.ndim(v) == 0 else [round(float(x), 4) for x in v]
             for k, v in jax.device_get(metrics).items()
         }
-        clock.tick()
-        bad = [k for k in ("loss", "grad_norm", "update_norm") if not np.isfinite(values[k])]
-        if bad:
-            with contextlib.suppress(CheckpointError):
-                self.checkpoints.wait()  # one under way counts, if it succeeds
-            steps = self.checkpoints.steps()
-            kept = f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
-            raise TrainingError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; the run was stopped and {kept}. Lower "
-                "config.optim.peak_lr, lengthen config.optim.warmup, or look at the rows of that step."
-            )
+        self.clock.tick()
+        verdict, why = self.faults.judge(step, values, limit, self._kept)
+        if verdict != OK:
+            self.bar.say(why)
+            self.metrics.write("event", step, {"event": verdict, "why": why})
+            self.bad_step = step
         if step % self.cfg.train.log_every and step != self.steps:
-            return
-        rate = clock.rate()  # steps a second since the last record
-        flops = accounting.true_step_flops(self.cfg, step)
-        tokens = accounting.tokens_per_step(self.cfg)
+            return verdict
+        rate = self.clock.rate()  # steps a second since the last record
+        self.here.report(step=step, **self.clock.pace(rate))
+        tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
         values |= {
-            "lr": float(self.schedule(step - 1)),
-            "time_s": clock.total(),
+            "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
+            "time_s": self.clock.total(),
             "tokens": step * tokens,
             "tokens_per_s": rate * tokens,
             "flops_per_s": rate * flops,
@@ -217,19 +310,37 @@ class _Run:
         }
         self.metrics.write("train", step, values)
         self.bar.update(step, values)
+        return verdict
+
+    def _kept(self) -> str:
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.wait()  # one under way counts, if it succeeds
+        steps = self.checkpoints.steps()
+        return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
         t = self.cfg.train
         rows = t.batch_size // t.accum
-        batches = eval_batches(self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding)
-        record = evaluate(self.lm, state.params, list(batches), self.token_bytes)
+        with self.goodput.during("evaluate"):
+            batches = eval_batches(self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding)
+            record = evaluate(self.lm, state.params, list(batches), self.token_bytes)
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
         self.last_eval = record
         return record
 
-    def _save(self, step: int, state: TrainState) -> None:
-        self.checkpoints.save(step, state, {**self.meta, "step": step})
+    def _save(self, step: int, state: TrainState, **more: Any) -> None:
+        with self.goodput.during("save"):
+            self.checkpoints.save(step, state, {**self.meta, "step": step, "faults": self.faults.state(), **more})
+        whole = self.checkpoints.steps()
+        if whole:
+            self._advise(whole[-1])
+        self.metrics.write("goodput", step, self.goodput.record())
+        paces = stragglers(self.here.reports(), self.here.names)
+        if paces:
+            self.metrics.write("hosts", step, paces)
+            if paces["slow"]:
+                self.bar.say(f"Slower than the other hosts before they join a step: {', '.join(paces['slow'])}.")
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Everything durable, then the summary."""
@@ -256,145 +367,27 @@ class _Run:
             ),
             "trigram_bits_per_byte": self._trigram(),
             "eval": record,
+            "goodput": self.goodput.record(),
             "data": self.data.stats,
             "device": f"{mesh_device(self.mesh)}",
             "versions": versions(),
         }
-        if jax.process_index() == 0:
+        if self.here.rank == 0:
             # Held-out passages for reports, which then need no corpus.
             rows = min(SAMPLE_ROWS, len(self.data.validation))
             text = "".join(self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows))
             text = text[:SAMPLE_TEXT]
             (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
-            _write_json(self.workdir / "summary.json", summary)
+            write_json(self.workdir / "summary.json", summary)
         return summary
 
     def _trigram(self) -> float | None:
         """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained model must beat."""
         tokenizer, cfg = self.data.tokenizer, self.cfg
-        if not tokenizer.token_bytes.any() or jax.process_index() != 0:
+        if not tokenizer.token_bytes.any() or self.here.rank != 0:
             return None
         bytes_per_row = self.data.stats["train"]["bytes"] / max(len(self.data.train), 1)
         rows = min(len(self.data.train), int(TRIGRAM_BYTES / max(bytes_per_row, 1.0)) + 1)
         held_out = min(cfg.train.eval_rows or len(self.data.validation), len(self.data.validation))
         model = TrigramByteModel.fit(rows_to_bytes((self.data.train[i] for i in range(rows)), tokenizer))
         return model.bits_per_byte(rows_to_bytes((self.data.validation[i] for i in range(held_out)), tokenizer))
-
-
-class _Clock:
-    """Time spent stepping: evaluation and saving are not in it, nor is the first step, which compiles."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._total = 0.0
-        self._counted, self._steps, self._first = 0.0, 0, True
-
-    def tick(self) -> None:
-        if self._first:
-            self._first = False
-            self._counted = self.total()
-        else:
-            self._steps += 1
-
-    def pause(self) -> None:
-        self._total += time.perf_counter() - self._since
-
-    def go_on(self) -> None:
-        self._since = time.perf_counter()
-
-    def total(self) -> float:
-        return self._total + time.perf_counter() - self._since
-
-    def rate(self) -> float:
-        elapsed, steps = self.total() - self._counted, self._steps
-        self._counted, self._steps = self.total(), 0
-        return steps / elapsed if elapsed > 0 else 0.0
-
-
-class _Stop:
-    """Whether a signal asked the run to end, and which."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    @property
-    def requested(self) -> bool:
-        return bool(self.name)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """SIGTERM and SIGINT ask for a save and an early end; a second SIGINT interrupts at once."""
-    stop, previous = _Stop(), {}
-
-    def handler(number: int, _frame: Any) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.name = signal.Signals(number).name
-
-    with contextlib.suppress(ValueError):  # not the main thread (a notebook server, say): no handlers then
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handler)
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-def claim(workdir: Path, cfg: Config, data: PreparedData) -> None:
-    """Make `workdir` this run's: config.json and tokenizer.json. Raises ConfigError if it holds another one."""
-    path = workdir / "config.json"
-    if jax.process_index() != 0:
-        return
-    try:
-        if path.exists():
-            saved = from_dict(json.loads(path.read_text())).to_dict()
-            changed = differences(saved, cfg.to_dict())
-            if changed:
-                raise ConfigError(
-                    f"{workdir} holds a run with another configuration ({'; '.join(changed)}). "
-                    "Give another --workdir, or the same configuration to resume."
-                )
-        workdir.mkdir(parents=True, exist_ok=True)
-        _write_json(path, cfg.to_dict())
-        if not any((workdir / "checkpoints").glob("[0-9]*")):  # else it is kept until it has been compared with theirs
-            data.tokenizer.save(workdir)
-    except OSError as e:
-        raise UserError(f"cannot write to the run directory {workdir}: {e.strerror or e}.") from e
-    except ValueError as e:
-        raise ConfigError(f"{path} is not readable JSON ({e}); repair it or give another --workdir.") from e
-
-
-def differences(old: dict, new: dict, where: str = "config") -> list[str]:
-    """What keeps a run of configuration `new` from going on where one of `old` stopped; a phrase for each field."""
-    changed = []
-    for key in new:
-        a, b = old.get(key), new[key]
-        if isinstance(b, dict):
-            changed += differences(a or {}, b, f"{where}.{key}")
-        elif json.dumps(a) != json.dumps(b) and key not in FREE_TO_CHANGE and key != "cache_dir":
-            changed.append(f"{where}.{key}: {a!r} there, {b!r} here")
-    return changed
-
-
-def _write_json(path: Path, value: Any) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def mesh_device(mesh: jax.sharding.Mesh) -> str:
-    """For example "8 x TPU v5 lite, mesh 2x2x2" or "1 x cpu (2 cores)"."""
-    device = mesh.devices.flat[0]
-    kind = f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
-    shape = f", mesh {'x'.join(map(str, mesh.devices.shape))}" if mesh.size > 1 else ""
-    return f"{mesh.size} x {kind}{shape}"
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries whose version could change a number."""
-    from importlib.metadata import version
-
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "mor-jax")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

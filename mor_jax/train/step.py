@@ -153,15 +153,16 @@ def _learned(params: dict) -> dict:
 def make_train_step(
     lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch) -> (state, metrics); pure, to be jitted with the state donated.
+    """(state, batch, limit=None) -> (state, metrics); pure, to be jitted with the state donated.
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
 
-    A step whose loss, gradient or update is not finite leaves the state as it was; the caller sees it in the metrics.
+    A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32 scalar), leaves the
+    state as it was; the caller sees it in the metrics.
     """
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None):
         if lm.depth.policy == "random":  # of each row of each step its own draw, whatever the accumulation and the mesh
             rows = batch["tokens"].shape[0]
             salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
@@ -172,11 +173,12 @@ def make_train_step(
         # Through the update's norm, the choice also comes after everything that reads the old state; without it XLA
         # copies the donated state whole before the step.
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")
         if lm.depth.policy != "fixed":
             params = params | {"router": lm.policy.rebalance(params["router"], router)}
         new = TrainState(state.step + 1, params, opt_state)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", "router_loss", "router_z_loss")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
@@ -200,17 +202,22 @@ def make_train_step(
 class StagedStep:
     """The jitted train step of each stage of training (`LM.stage`), compiled when it is reached.
 
-    Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
+    Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program; without it, `jax.jit`
+    with the state donated. `StagedStep(...)(step, *arguments)` is the program for the step after `step` others.
     """
 
-    def __init__(self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None):
+    def __init__(
+        self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None,
+        compile: Callable[[Callable, tuple], Callable] | None = None,
+    ):  # fmt: skip
         self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+        self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
-    def __call__(self, step: int) -> Callable:
+    def __call__(self, step: int, *arguments: Any) -> Callable:
         stage = stage_of(self._lm.depth, step)
         if stage not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
             # A stage of the warm-up is done when another begins; those of a warm run come again and again.
             kept = {old: step for old, step in self._made.items() if is_warm(lm.depth, old)}
-            self._made = kept | {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}
+            self._made = kept | {stage: self._compile(make_train_step(lm, *self._rest), arguments)}
         return self._made[stage]

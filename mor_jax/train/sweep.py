@@ -29,7 +29,9 @@ from mor_jax.analysis.runs import RunRecord, number
 from mor_jax.analysis.sweep import Outcome, Point, Sweep
 from mor_jax.config import Config, from_config_dict, from_dict
 from mor_jax.errors import ConfigError, UserError
-from mor_jax.train.loop import TrainingError, differences, train
+from mor_jax.train.faults import TrainingError
+from mor_jax.train.loop import train
+from mor_jax.train.workdir import differences
 
 DIVERGED = "diverged.json"
 # Each variable makes one kind of accelerator see one device only; the others ignore it.
