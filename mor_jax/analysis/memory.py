@@ -80,7 +80,7 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None) 
       ConfigError: `vocab_size` is still 0, or the mesh does not fit `devices`.
     """
     m, d, remat = cfg.model, cfg.depth, remat or cfg.model.remat
-    data, fsdp, tensor = mesh_shape(cfg.mesh, devices)
+    data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
     # A routed model's survey is no parameter one counts, but lies among them, with moments of its own.
     survey = m.recursions * len(PROBES_G) if d.policy != "fixed" else 0
