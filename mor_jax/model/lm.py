@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
@@ -104,11 +105,12 @@ class LM:
         return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
 
     def _examples(self) -> dict[str, tuple]:
-        """Arguments that show each leaf module its input shapes."""
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        x = jnp.zeros((1, 1, self.model.width))
+        """Arguments that show each leaf module its input shapes. Of numpy: a mesh in scope may be of devices that are
+        only described, on which nothing can be computed."""
+        x = np.zeros((1, 1, self.model.width), np.float32)
+        angle = np.zeros((1, 1, self.model.dims[2] // 2), np.float32)
         attend = lambda q, k, v: (q, None)
-        return {"embed": (tokens,), "block": (x, self.rope(tokens), attend), "norm": (x,)}
+        return {"embed": (np.zeros((1, 1), np.int32),), "block": (x, (angle, angle), attend), "norm": (x,)}
 
     # ---------------------------------------------------------------- parameters
 

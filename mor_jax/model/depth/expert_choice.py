@@ -47,8 +47,8 @@ class ExpertChoice:
     def _module(self) -> nn.Router:
         return nn.Router(self.router, 1, self.init_std)
 
-    def _example(self) -> jax.Array:
-        return jnp.zeros((1, 1, self.width))
+    def _example(self) -> np.ndarray:
+        return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
         keys = jax.random.split(key, self.recursions)
