@@ -232,23 +232,28 @@ def test_local_prints_and_runs_and_reports_the_first_failure():
 
 
 @pytest.mark.parametrize(
-    ("launcher", "option", "start"),
+    ("launcher", "start"),
     [
-        ("local", "--processes=2", [sys.executable, "-m", "launch.local", "--processes=2", "--", "launch.sweep"]),
-        ("slurm", "--nodes=2", ["sbatch"]),
-        ("gke", "--topology=v5e-8", [sys.executable, "-m", "launch.gke"]),
-        ("tpu_vm", "--name=a", [str(TPU_VM), "run", "--name=a", "--", "launch.sweep"]),
+        ("local", [sys.executable, "-m", "launch.local", "--x=1", "--", *TRAIN]),
+        ("slurm", ["sbatch", "--job-name=kv-a-seed0", "--x=1", str(SBATCH), *TRAIN]),
+        ("gke", [sys.executable, "-m", "launch.gke", "--name=kv-a-seed0", "--x=1", "--", *TRAIN]),
+        ("tpu_vm", [str(TPU_VM), "run", "--x=1", "--", *TRAIN]),
     ],
 )
-def test_a_sweep_runs_over_any_launcher(launcher, option, start, tmp_path):
-    sweep = ["launch.sweep", "configs/ablations/kv.py:tiny", f"--workdir={tmp_path}"]
-    listed = command(*sweep, "--dry_run").stdout.split()
-    done = command(*sweep, f"--launcher={launcher}", f"--with={option}", "--dry_run", "--set=train.steps=3")
+def test_any_launcher_runs_any_command(launcher, start):
+    assert launcher_command(launcher, ["--x=1"], TRAIN, "kv-a/seed0") == start
+
+
+def test_a_sweep_runs_over_a_launcher(tmp_path):
+    """Every run is a job that runs the very sweep with --run, other overrides kept."""
+    sweep = ["launch.sweep", "configs/ablations/kv.py:tiny", f"--workdir={tmp_path}", "--set=train.steps=3"]
+    names = command(*sweep, "--dry_run").stdout.split()
+    done = command(*sweep, "--launcher=slurm", "--with=--nodes=2", "--dry_run", "--seeds=0")
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [line[-1] for line in lines] == [f"--run={name}" for name in listed]
+    assert [line[-1] for line in lines] == [f"--run={name}" for name in names if name.endswith("seed0")]
     for line in lines:
-        assert line[: len(start)] == start and option in line and "--set=train.steps=3" in line
+        assert line[0] == "sbatch" and "--nodes=2" in line and {"--set=train.steps=3", "--seeds=0"} <= set(line)
 
 
 def test_names_and_commands_are_checked():
