@@ -192,7 +192,10 @@ def test_every_default_is_a_config_of_its_type():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices", "shape"), [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1))]
+    ("sizes", "devices", "shape"), [
+        ((-1, 1, 1), 8, (8, 1, 1, 1)), ((2, -1, 2), 8, (2, 2, 1, 2)), ((1, 1, 1), 1, (1, 1, 1, 1)),
+        ((-1, 1, 2, 2), 8, (2, 1, 2, 2)),
+    ],  # data, fsdp, tensor, sequence as configured; data, fsdp, sequence, tensor in device order
 )
 def test_mesh_shape(sizes, devices, shape):
     assert mesh_shape(MeshConfig(*sizes), devices) == shape
