@@ -56,7 +56,15 @@ def config(kind: str, axis: str, n: int):
     from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig
 
     shape = ModelConfig(
-        layers=4, recursions=1, width=256, heads=8, kv_heads=8, mlp_width=704, vocab_size=1024, context=128, loss_chunk=64
+        layers=4,
+        recursions=1,
+        width=256,
+        heads=8,
+        kv_heads=8,
+        mlp_width=704,
+        vocab_size=1024,
+        context=128,
+        loss_chunk=64,
     )
     depth = {
         "mor": DepthConfig("expert_choice"),

@@ -29,9 +29,13 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 def python_command(arguments: Sequence[str], python: str = "python") -> list[str]:
     """`["launch.train", "--config", ...]` as a command line. Raises UserError unless it starts with a module."""
     if not arguments:
-        raise UserError("say what to run after --, e.g. -- launch.train --config configs/quickstart.py --workdir runs/x.")
+        raise UserError(
+            "say what to run after --, e.g. -- launch.train --config configs/quickstart.py --workdir runs/x."
+        )
     if not _MODULE.fullmatch(arguments[0]):
-        raise UserError(f"what to run must start with a module of this project, e.g. launch.train; got {arguments[0]!r}.")
+        raise UserError(
+            f"what to run must start with a module of this project, e.g. launch.train; got {arguments[0]!r}."
+        )
     return [python, "-m", *arguments]
 
 

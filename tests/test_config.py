@@ -192,8 +192,11 @@ def test_every_default_is_a_config_of_its_type():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices", "shape"), [
-        ((-1, 1, 1), 8, (8, 1, 1, 1)), ((2, -1, 2), 8, (2, 2, 1, 2)), ((1, 1, 1), 1, (1, 1, 1, 1)),
+    ("sizes", "devices", "shape"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1, 1)),
+        ((2, -1, 2), 8, (2, 2, 1, 2)),
+        ((1, 1, 1), 1, (1, 1, 1, 1)),
         ((-1, 1, 2, 2), 8, (2, 1, 2, 2)),
     ],  # data, fsdp, tensor, sequence as configured; data, fsdp, sequence, tensor in device order
 )

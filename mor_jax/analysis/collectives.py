@@ -14,6 +14,7 @@ Bytes are those a device sends over its links in a ring of n devices (all figure
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,7 +159,9 @@ def _groups(line: str, kind: str) -> tuple[tuple[int, ...], ...]:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
         return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs.group(0))) if pairs else ()
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line):
+    if named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line
+    ):
         return _named_groups(*named.groups())
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line):
         return tuple(tuple(int(d) for d in g.split(",") if d) for g in re.findall(r"\{([\d, ]*)\}", listed.group(1)))
@@ -177,7 +180,7 @@ def _named_groups(mesh: str, dims: str | None, order: str | None, axes: str) -> 
         # Cut the axis where parts of it begin and end.
         parts = [(int(a or 1), int(b or size)) for n, a, b in wanted if n == name]
         cuts = sorted({1, size} | {a for a, _ in parts} | {a * b for a, b in parts})
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             picked += [len(shape)] if any(a <= low and high <= a * b for a, b in parts) else []
             shape.append(high // low)
     ids = _iota(dims or str(math.prod(sizes.values())), order).reshape(shape)

@@ -107,7 +107,9 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None) 
     _, kv_heads, head_dim = m.dims
     over_time = 4 * size * rows * sequence * m.context * kv_heads * head_dim / tensor if sequence > 1 else 0.0
     gradient = size * rows * m.context * (2 * m.width + 3 * m.mlp_width / tensor)
-    again = over_time if remat == "none" else over_time + rows * (one_row(m.context, "none") - one_row(m.context, remat))
+    again = (
+        over_time if remat == "none" else over_time + rows * (one_row(m.context, "none") - one_row(m.context, remat))
+    )
     chunk = min(m.loss_chunk or m.context, m.context / sequence)
     chunk *= sequence  # rows are counted by their share of time
     vocabulary = m.vocab_size / tensor

@@ -209,7 +209,9 @@ def plan_tables(found: Plan) -> list[Table | Text]:
     """What a person wants to see of a plan, in order."""
     t, chip = found.topology, found.topology.chip
     mesh = " x ".join(f"{axis} {n}" for axis, n in found.mesh._asdict().items())
-    head = Text.assemble((found.config.name, "bold"), f"  on {t.name}: {t.devices} x {chip.kind}, {t.slices} slice(s)\n")
+    head = Text.assemble(
+        (found.config.name, "bold"), f"  on {t.name}: {t.devices} x {chip.kind}, {t.slices} slice(s)\n"
+    )
     head.append(f"mesh {mesh}, {found.config.train.accum} micro-batch(es), remat {found.config.model.remat}")
     needs = Table("bytes a device", "", title=None, box=box.SIMPLE)
     for kind, n in found.bytes_by_kind().items():

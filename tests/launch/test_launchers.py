@@ -94,7 +94,13 @@ def test_what_tpu_vm_sends_is_the_command_as_given(shell, tmp_path):
     foreground = remote.removesuffix("&") + "; cat ~/mor_jax.log"
     home = {"HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
     ran = subprocess.run(
-        ["bash", "-c", foreground], capture_output=True, text=True, cwd=tmp_path / "home", env=home, timeout=30, check=True
+        ["bash", "-c", foreground],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path / "home",
+        env=home,
+        timeout=30,
+        check=True,
     )
     assert ran.stdout.splitlines() == [f"<{a}>" for a in ("-m", *TRAIN)]
 

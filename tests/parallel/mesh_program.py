@@ -65,7 +65,9 @@ def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
             state, metrics = step(state, batch)
             losses.append({k: float(metrics[k]) for k in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth")})
     traffic = [
-        dict(kind=c.kind, axes=c.axes, payload=c.payload, bytes=c.wire_bytes, times=c.times, loop=c.in_loop, of=c.shapes)
+        dict(
+            kind=c.kind, axes=c.axes, payload=c.payload, bytes=c.wire_bytes, times=c.times, loop=c.in_loop, of=c.shapes
+        )
         for c in read_collectives(step.as_text(), dict(mesh.shape))
     ]
     # The optimiser's first moments are sums of gradients: what is equal in them was equal in every step's gradient.

@@ -214,5 +214,5 @@ def test_rows_that_cannot_be_cut_are_refused():
     from mor_jax.config import check
 
     cfg = Config("x", ModelConfig(context=30), DepthConfig(), train=TrainConfig(steps=1), mesh=MeshConfig(1, 1, 1, 4))
-    with pytest.raises(ConfigError, match="context = 30 is not divisible by config.mesh.sequence = 4"):
+    with pytest.raises(ConfigError, match=re.escape("context = 30 is not divisible by config.mesh.sequence = 4")):
         check(cfg, devices=4)
