@@ -109,6 +109,8 @@ class ModelRun:
         sharding = NamedSharding(mesh, self.lm.rules.spec(("batch", "time")))
         batch = {"tokens": tokens_BxT, "segment_ids": np.ones_like(tokens_BxT)}
         self.batch = jax.device_put(batch, sharding)
+        if cfg.depth.policy == "token_choice":
+            self.state = self.state._replace(params=balanced(self.lm, self.state.params, self.batch))
         step = jax.jit(make_train_step(self.lm, self.tx), donate_argnums=0)
 
         def build() -> None:
@@ -153,6 +155,28 @@ class ModelRun:
             "memory_bytes": self.memory,
             "first_loss": self.first_loss,
         }
+
+
+def balanced(lm: LM, params: Any, batch: Any) -> Any:
+    """Parameters whose token-choice router loads all depths about alike in every row, as a trained balance does.
+
+    At random weights a row's tokens share a direction (what its first tokens left in the attention's mean), which
+    sends most of a row to one depth. So the router's vectors are turned orthogonal to the rows' mean states, the
+    overall one among them, and given one length: what is left of a score differs by token alone.
+    """
+    x_BxTxD = np.asarray(jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"]), np.float64)
+    means_DxB, _ = np.linalg.qr(x_BxTxD.mean(axis=1).T)
+
+    def turn(w_RxD):
+        if w_RxD.ndim != 2:
+            return w_RxD
+        turned = np.asarray(w_RxD, np.float64)
+        turned -= turned @ means_DxB @ means_DxB.T
+        turned *= np.linalg.norm(w_RxD) / np.sqrt(len(turned)) / np.linalg.norm(turned, axis=1, keepdims=True)
+        return jax.device_put(turned.astype(w_RxD.dtype), w_RxD.sharding)
+
+    router = params["router"] | {"choice": jax.tree.map(turn, params["router"]["choice"])}
+    return params | {"router": router}
 
 
 def _memory(compiled: Any) -> int | None:

@@ -21,16 +21,18 @@ from typing import Any, NamedTuple
 from mor_jax.errors import ConfigError
 
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
-POLICIES = ("fixed", "expert_choice", "token_choice")
+POLICIES = ("fixed", "expert_choice", "token_choice", "random")
 ROUTERS = ("linear", "mlp", "wide_mlp")
 SCORES = ("sigmoid", "tanh", "softmax", "none")
-GATES = ("multiplicative", "additive", "exit", "every")
+GATES = ("multiplicative", "additive", "exit", "every", "constant")
 EXECUTORS = ("gathered", "masked")
 KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
+NORMS = ("shared", "own")
+INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 
 # Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
@@ -38,10 +40,28 @@ SOURCES = ("pystdlib", "files", "tfds")
 # stored at every depth) cannot exist; under the fixed one nothing is ever missing, so "recursion_wise" and "hybrid"
 # would be "full".
 _ROUTED_KV = ("recursion_wise", "shared", "hybrid")
-KV_OF_POLICY = {"fixed": ("full", "shared"), "expert_choice": _ROUTED_KV, "token_choice": _ROUTED_KV}
+KV_OF_POLICY = {
+    "fixed": ("full", "shared"),
+    "expert_choice": _ROUTED_KV,
+    "token_choice": _ROUTED_KV,
+    "random": _ROUTED_KV,
+}
+# Policies that have a router, and policies that fill capacities row by row in training.
+WITH_ROUTER = ("expert_choice", "token_choice")
+WITH_CAPACITIES = ("expert_choice", "random")
 # Which score function and which gate each routed policy knows; the first of each is its default ("" in a config).
-SCORES_OF_POLICY = {"fixed": (), "expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}
-GATES_OF_POLICY = {"fixed": (), "expert_choice": ("multiplicative", "additive"), "token_choice": ("exit", "every")}
+SCORES_OF_POLICY = {
+    "fixed": (),
+    "expert_choice": ("sigmoid", "tanh", "none"),
+    "token_choice": ("softmax", "sigmoid"),
+    "random": (),
+}
+GATES_OF_POLICY = {
+    "fixed": (),
+    "expert_choice": ("multiplicative", "additive"),
+    "token_choice": ("exit", "every"),
+    "random": ("constant", "additive"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,18 @@ class ModelConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
+    # Relaxation: what each recursion has of its own in the shared core (cycle schemes).
+    norms: str = "shared"  # of the core's blocks: shared | own
+    lora_rank: int = 0  # of an addition to the query and value projections; 0: none
+    recursion_encoding: bool = False  # a learned factor, at first 1, on each dimension of the state it reads
     remat: str = "none"  # none | block | dots | dots_no_batch
     attention: str = "blocked"  # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16)
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether recursions have something of their own."""
+        return self.norms == "own" or self.lora_rank > 0 or self.recursion_encoding
 
     @property
     def dims(self) -> tuple[int, int, int]:
@@ -79,24 +108,35 @@ class ModelConfig:
 class DepthConfig:
     """How often each token recurses."""
 
-    policy: str = "fixed"  # fixed | expert_choice | token_choice
+    policy: str = "fixed"  # fixed | expert_choice | token_choice | random (of the same capacities as expert_choice)
     router: str = "linear"  # linear | mlp (hidden 2D) | wide_mlp (hidden 4D)
     score: str = ""  # "": the policy's default. expert_choice: sigmoid | tanh | none; token_choice: softmax | sigmoid
-    gate: str = (
-        ""  # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2)
-    )
+    # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2); random:
+    # constant (alpha) | additive
+    gate: str = ""
     alpha: float = 0.0  # scale of the gate, alpha * score; 0: the paper's, 0.1 (1 for softmax)
     temperature: float = 1.0  # the hidden state is divided by it before the router
     z_loss_weight: float = 0.0  # of mean(logsumexp(z)^2)
-    # expert_choice
+    seed: int = 0  # random: of the draws
+    # expert_choice, random
     capacities: tuple[float, ...] = ()  # share of the row kept at r = 1..R; (): (R-r+1)/R
     aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
     threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
+    # What causal inference under expert_choice goes by: threshold (the router's own score, taught by the BCE) |
+    # auxiliary (a second router on the detached state, taught by the BCE in place of the first; same threshold) |
+    # calibrated (the router's score, against the thresholds that its survey finds for `capacities`)
+    inference: str = "threshold"
+    aux_lr: float = 10.0  # auxiliary: learning rate of the second router, over the model's
     # token_choice
     balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
     bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
     buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
+    # Optimiser steps of depth warm-up; 0: none. expert_choice, random: capacities fall from 1 to their target along a
+    # half cosine, in `warmup_stages` equal strides; token_choice: every token at full depth, balance suspended.
+    warmup: int = 0
+    warmup_stages: int = 4  # each is a program to compile
+    tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
     # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
     # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
     kv: str = ""
@@ -313,6 +353,11 @@ def _check_model(m: ModelConfig) -> None:
         )
     if m.dims[2] % 2:
         raise ConfigError(f"{where}: the head dimension is {m.dims[2]}; rotary embedding needs an even one.")
+    if m.attention == "cudnn" and m.dtype != "bfloat16":
+        raise ConfigError(
+            f"{where}.attention = 'cudnn' runs in half precision only, but {where}.dtype = {m.dtype!r}. Use dtype = "
+            "'bfloat16', or attention = 'blocked'."
+        )
     if m.prelude < -1 or m.coda < -1:
         raise ConfigError(f"{where}.prelude and .coda count blocks; -1 leaves them to the sharing scheme.")
     if m.sharing == "none" and max(m.prelude, m.coda) > 0:
@@ -325,6 +370,7 @@ def _check_model(m: ModelConfig) -> None:
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
+    _check_relaxation(m)
     ends = sum(unshared_ends(m))
     inner = m.layers - ends
     if inner < m.recursions or inner % m.recursions:
@@ -335,6 +381,23 @@ def _check_model(m: ModelConfig) -> None:
             f"layers - {ends} unshared must be a multiple of {m.recursions}. Layer counts near it that fit: "
             f"{', '.join(map(str, fits))}."
         )
+
+
+def _check_relaxation(m: ModelConfig) -> None:
+    where = "config.model"
+    _one_of(f"{where}.norms", m.norms, NORMS)
+    if m.lora_rank < 0:
+        raise ConfigError(f"{where}.lora_rank must not be negative, got {m.lora_rank}; 0 means none.")
+    in_place = m.sharing.endswith("sequence")
+    if not m.relaxed or (m.recursions > 1 and not in_place):
+        return
+    given = {"norms": m.norms == "own", "lora_rank": m.lora_rank > 0, "recursion_encoding": m.recursion_encoding}
+    name = next(name for name, on in given.items() if on)
+    why = f"sharing = {m.sharing!r} repeats each block in place" if in_place else "recursions = 1 shares nothing"
+    raise ConfigError(
+        f"{where}.{name} = {getattr(m, name)!r} gives each recursion over a shared core something of its own, but {why}. "
+        "Remove it, or use sharing = 'middle_cycle' (or 'cycle') with recursions of 2 or more."
+    )
 
 
 def unshared_ends(m: ModelConfig) -> tuple[int, int]:
@@ -361,8 +424,42 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
     for name in ("alpha", "aux_loss_weight", "balance_loss_weight", "z_loss_weight", "bias_rate"):
         if not (getattr(d, name) >= 0 and math.isfinite(getattr(d, name))):
             raise ConfigError(f"{where}.{name} must be a number and not negative, got {getattr(d, name)}.")
-    if d.buckets < 1:
-        raise ConfigError(f"{where}.buckets must be at least 1, got {d.buckets}.")
+    if d.policy not in WITH_ROUTER:
+        for name, value, none in (("router", d.router, "linear"), ("z_loss_weight", d.z_loss_weight, 0.0)):
+            if value != none:
+                raise ConfigError(
+                    f"{where}.{name} = {value!r} is of a router, but policy {d.policy!r} has none. Remove it, or use "
+                    "policy 'expert_choice' or 'token_choice'."
+                )
+    for name in ("buckets", "warmup_stages", "tile"):
+        if getattr(d, name) < 1:
+            raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(d, name)}.")
+    if d.warmup < 0:
+        raise ConfigError(f"{where}.warmup counts optimiser steps and must not be negative, got {d.warmup}.")
+    if d.warmup and d.policy == "fixed":
+        raise ConfigError(
+            f"{where}.warmup = {d.warmup} lets depth come down to what is routed, but policy 'fixed' routes nothing. "
+            "Remove it, or choose another policy."
+        )
+    if d.tile > m.context:
+        raise ConfigError(f"{where}.tile = {d.tile} is more than a row, config.model.context = {m.context} tokens.")
+    _one_of(f"{where}.inference", d.inference, INFERENCE)
+    _positive(where, aux_lr=d.aux_lr)
+    if d.inference != "threshold" and d.policy != "expert_choice":
+        raise ConfigError(
+            f"{where}.inference = {d.inference!r} stands in for a top-k choice that sees the future; policy {d.policy!r} "
+            "decides in training as at inference. Remove it, or use policy 'expert_choice'."
+        )
+    if d.inference == "auxiliary" and not d.aux_loss_weight:
+        raise ConfigError(
+            f"{where}.inference = 'auxiliary' goes by a router that only the auxiliary loss teaches, but "
+            f"{where}.aux_loss_weight = 0. Set it, or use inference = 'calibrated'."
+        )
+    if d.bias_rate and d.policy != "token_choice":
+        raise ConfigError(
+            f"{where}.bias_rate = {d.bias_rate} balances depths that tokens choose; under policy {d.policy!r} capacities "
+            "do. Remove it, or use policy 'token_choice'."
+        )
     if d.policy != "fixed" and m.sharing.endswith("sequence"):
         raise ConfigError(
             f"{where}.policy = {d.policy!r} routes tokens between repetitions of the whole core, but "
@@ -373,10 +470,10 @@ def _check_depth(m: ModelConfig, d: DepthConfig) -> None:
             f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {d.threshold}."
         )
     if d.capacities:
-        if d.policy != "expert_choice":
+        if d.policy not in WITH_CAPACITIES:
             why = "sends every token through every recursion" if d.policy == "fixed" else "lets each token choose"
             raise ConfigError(
-                f"{where}.capacities is set, but policy {d.policy!r} {why}. Use policy 'expert_choice' or remove it."
+                f"{where}.capacities is set, but policy {d.policy!r} {why}. Use policy 'expert_choice' or 'random', or remove it."
             )
         if len(d.capacities) != m.recursions:
             raise ConfigError(f"{where}.capacities has {len(d.capacities)} entries for recursions = {m.recursions}.")
@@ -413,7 +510,7 @@ def _check_kv(m: ModelConfig, d: DepthConfig) -> None:
             f"{where} uses keys of the first run through the whole core again, but config.model.sharing = "
             f"{m.sharing!r} repeats each block in place. Use cycle or middle_cycle, or kv = 'full'."
         )
-    if d.policy == "expert_choice" and d.capacities and d.capacities[0] < 1:
+    if d.policy in WITH_CAPACITIES and d.capacities and d.capacities[0] < 1:
         raise ConfigError(
             f"{where} needs the keys of all tokens from recursion 1, but config.depth.capacities starts at "
             f"{d.capacities[0]}: the others would have none. Start it at 1.0, or use kv = 'recursion_wise'."
@@ -453,6 +550,11 @@ def _check_train(cfg: Config) -> None:
         raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
     if o.clip_norm < 0 or o.weight_decay < 0:
         raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
+    if 0 < t.steps <= cfg.depth.warmup:
+        raise ConfigError(
+            f"config.depth.warmup = {cfg.depth.warmup} is the whole run, config.train.steps = {t.steps}: the model would "
+            "never be trained as it is evaluated. Use fewer steps of warm-up."
+        )
     if t.steps < 0 or t.flops < 0 or t.steps == t.flops == 0:
         raise ConfigError(
             f"config.train: give steps, or flops to derive them from; got steps = {t.steps}, flops = {t.flops:g}."

@@ -17,10 +17,22 @@ KINDS = {
     ),
     "token_hybrid": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "hybrid"}),
 }
-# The other pairs of policy and KV strategy, for tests that go over all of them.
+# Others, for tests that go over all policies and KV strategies.
 MORE_KV = {
     "mor_hybrid": (
         {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
+        {"policy": "expert_choice", "kv": "hybrid"},
+    ),
+    "random_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "random", "kv": "shared"}),
+    "mor_relaxed": (
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": 8,
+            "norms": "own",
+            "lora_rank": 2,
+            "recursion_encoding": True,
+        },
         {"policy": "expert_choice", "kv": "hybrid"},
     ),
     "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),

@@ -26,6 +26,7 @@ from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: acco
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
+from mor_jax.model.depth.warmup import shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program, capacities
 from mor_jax.nn.router import HIDDEN
@@ -38,8 +39,8 @@ class ParameterCount:
     """Unique parameters (a shared block counts once)."""
 
     embedding: int  # V * D; input and output embedding are the same array
-    blocks: int  # matrices of the unique blocks
-    norms: int  # two a block, and the final one
+    blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
+    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property
@@ -87,12 +88,14 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
     Raises:
       ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
     """
-    unique = build_program(model).unique_layers
+    layers = build_program(model)
+    unique, own = layers.unique_layers, layers.core * (model.recursions - 1) if model.norms == "own" else 0
+    scales = 2 * (unique + own) + 1 + (model.recursions if model.recursion_encoding else 0)
     return ParameterCount(
         embedding=_vocabulary(model) * model.width,
-        blocks=unique * _block_matrices(model),
-        norms=(2 * unique + 1) * model.width,
-        router=_routers(model, depth) * _router_matrix(model, depth) + (model.recursions if depth.bias_rate else 0),
+        blocks=unique * _block_matrices(model) + layers.core * model.recursions * sum(_lora_matrices(model)),
+        norms=scales * model.width,
+        router=_routers(model, depth) * _router_matrix(model, depth) + model.recursions * bool(depth.bias_rate),
     )
 
 
@@ -101,16 +104,19 @@ def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
     return program.active_counts(capacities(model, depth), model.context)
 
 
-def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int | None = None) -> float:
+def paper_flops_per_token(
+    model: ModelConfig, depth: DepthConfig, context: int | None = None, *, shares: Sequence[float] | None = None
+) -> float:
     """Forward FLOPs a token in the paper's accounting (module docstring).
 
     A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
     n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink. Under shared keys a step r > 1
     costs c (a - 4 D²) + c b: no key or value is projected, and the queries that are left look at all tokens; under the
-    hybrid, which the paper does not count, c a + c b.
+    hybrid, which the paper does not count, c a + c b. Relaxation, which it does not count either, is left out.
 
     Args:
       context: n, tokens a row; default the model's.
+      shares: of a row that runs recursion r = 1..R; default `capacities`.
     """
     n = model.context if context is None else context
     heads, _, head_dim = model.dims
@@ -125,17 +131,29 @@ def paper_flops_per_token(model: ModelConfig, depth: DepthConfig, context: int |
             return c * a + c * c * b
         return c * (a + b) - (c * projections if r and depth.kv_name == SHARED else 0.0)
 
-    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(capacities(model, depth)))
+    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(shares or capacities(model, depth)))
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
-    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost."""
-    return steps * tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost. Those
+    of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
+    tokens = tokens_per_step(cfg)
+    return sum(
+        (s.last - s.first) * tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=s.shares)
+        for s in stages(cfg.model, cfg.depth, steps)
+    )
 
 
 def true_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps, forward and backward, head and router included."""
-    return steps * tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth).training
+    return sum((s.last - s.first) * true_step_flops(cfg, s.last) for s in stages(cfg.model, cfg.depth, steps))
+
+
+def true_step_flops(cfg: Config, step: int | None = None) -> float:
+    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm."""
+    stage = None if step is None else stage_of(cfg.depth, step - 1)
+    counts = program.active_counts(shares_in(cfg.model, cfg.depth, stage), cfg.model.context)
+    return tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
 
 
 def tokens_per_step(cfg: Config) -> int:
@@ -151,7 +169,14 @@ def steps_for_flops(cfg: Config) -> int:
     """
     if cfg.train.flops <= 0:
         raise ConfigError(f"config.train.flops must be positive to set the steps, got {cfg.train.flops:g}.")
-    return max(1, math.ceil(cfg.train.flops / paper_training_flops(cfg, 1)))
+    left = cfg.train.flops - paper_training_flops(cfg, cfg.depth.warmup)
+    if left < 0 or (cfg.depth.warmup and not left):
+        raise ConfigError(
+            f"config.train.flops = {cfg.train.flops:g} ends within config.depth.warmup = {cfg.depth.warmup} steps: the "
+            "model would never be trained as it is evaluated. Use fewer steps of warm-up."
+        )
+    warm = tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth)
+    return max(1, cfg.depth.warmup + math.ceil(left / warm))
 
 
 def training_steps(cfg: Config) -> int:
@@ -193,9 +218,12 @@ def true_flops_per_token(
     layer_tokens = ends * t + layers.core * sum(ran)
     saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
     # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
-    candidates = {"fixed": 0, "expert_choice": t + sum(counts[:-1]), "token_choice": t}[depth.policy]
+    candidates = {"expert_choice": t + sum(counts[:-1]), "token_choice": t}.get(depth.policy, 0)
+    candidates *= 2 if depth.inference == "auxiliary" else 1  # the second router reads what the first reads
+    query, value = _lora_matrices(model)
+    additions = layers.core * sum(ran) * (query + value)
     return TrueFlops(
-        blocks=2 * (_block_matrices(model) * layer_tokens - _kv_matrices(model) * saved) / t,
+        blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * model.width * _vocabulary(model),
         router=2 * _router_matrix(model, depth) * candidates / t,
@@ -213,7 +241,8 @@ def kv_bytes_per_token(
 
     The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2), so the core costs
     Σ_r share_r copies of its layers - (R+1)/2 at the default capacities. Shared keys cost one copy; full and hybrid,
-    where every token has an entry at every depth, R. The layers before and after the recursion store every token.
+    where every token has an entry at every depth, R. The layers before and after the recursion store every token. What is
+    read is another count: `analysis/traffic.py`.
 
     Args:
       mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
@@ -224,39 +253,33 @@ def kv_bytes_per_token(
     """
     copies = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
     copies = {"recursion_wise": copies, SHARED: 1}.get(depth.kv_name, model.recursions)
-    return _kv_bytes(model, copies, bytes_per_value)
-
-
-def kv_read_bytes_per_token(
-    model: ModelConfig,
-    depth: DepthConfig,
-    *,
-    mean_active: Sequence[float] | None = None,
-    bytes_per_value: int | None = None,
-) -> float:
-    """Bytes of keys and values that decoding one token reads for each token of context, if it goes all the way.
-
-    What is stored is not what is read: shared keys are stored once and read at each of the R recursions, as the
-    entries of full and hybrid are; recursion-wise caching reads what it stores (paper section 2.2.2: KV IO (R+1)/2R
-    against 1). Arguments as in `kv_bytes_per_token`.
-    """
-    read = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
-    return _kv_bytes(model, model.recursions if depth.kv_name != "recursion_wise" else read, bytes_per_value)
-
-
-def _kv_bytes(model: ModelConfig, core_copies: float, bytes_per_value: int | None) -> float:
-    """Keys and values of a token in all blocks, those of the core `core_copies` times."""
     layers = build_program(model)
-    _, kv_heads, head_dim = model.dims
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
-    blocks = layers.prelude + layers.coda + layers.core * core_copies
-    return 2 * kv_heads * head_dim * size * blocks
+    return kv_values(model) * size * (layers.prelude + layers.coda + layers.core * copies)
+
+
+def kv_values(model: ModelConfig) -> int:
+    """Numbers in the key and the value of one token in one block."""
+    _, kv_heads, head_dim = model.dims
+    return 2 * kv_heads * head_dim
 
 
 def _kv_matrices(model: ModelConfig) -> int:
     """Parameters of one block's key and value projections."""
-    _, kv_heads, head_dim = model.dims
-    return 2 * model.width * kv_heads * head_dim
+    return model.width * kv_values(model)
+
+
+def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
+    """Parameters of one block's low-rank additions at one recursion, to the queries and to the values."""
+    heads, kv_heads, head_dim = model.dims
+    return model.lora_rank * (model.width + heads * head_dim), model.lora_rank * (model.width + kv_heads * head_dim)
+
+
+def block_weights_read(model: ModelConfig) -> int:
+    """Matrix parameters that a token of full depth meets, a shared block once for each application."""
+    layers = build_program(model)
+    own = layers.core * layers.recursions * sum(_lora_matrices(model))
+    return layers.unrolled_layers * _block_matrices(model) + own
 
 
 def _block_matrices(model: ModelConfig) -> int:
@@ -266,7 +289,8 @@ def _block_matrices(model: ModelConfig) -> int:
 
 
 def _routers(model: ModelConfig, depth: DepthConfig) -> int:
-    return {"fixed": 0, "expert_choice": model.recursions, "token_choice": 1}[depth.policy]
+    rivals = 2 if depth.inference == "auxiliary" else 1
+    return {"expert_choice": rivals * model.recursions, "token_choice": 1}.get(depth.policy, 0)
 
 
 def _router_matrix(model: ModelConfig, depth: DepthConfig) -> int:

@@ -24,6 +24,7 @@ from mor_jax.config import REMAT, Config, mesh_shape
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import ConfigError
+from mor_jax.model.depth.warmup import stages
 from mor_jax.model.program import build_program
 
 CHIPS = ("H100", "H200", "B200", "A100", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e")  # names `peak_flops` knows
@@ -82,7 +83,7 @@ def inspect_config(
     true, steps = accounting.true_flops_per_token(m, d), accounting.training_steps(cfg)
     depths = kv_by_depth(m, d, mean_active=mean_active)
     kv_token = sum(p.bytes_per_token for p in depths)
-    step_flops = accounting.true_training_flops(cfg, 1)
+    step_flops = accounting.true_step_flops(cfg)
     return {
         "name": cfg.name,
         "notes": [note] if note else [],
@@ -95,6 +96,11 @@ def inspect_config(
             "policy": d.policy,
             "capacities": list(accounting.capacities(m, d)),
             "shares": draw_shares(m, d),
+            "warmup": [
+                {"steps": s.last - s.first, "shares": list(s.shares)}
+                for s in stages(m, d, steps)
+                if s.index is not None
+            ],
         },
         "parameters": count.to_dict(),
         "flops_per_token": {
@@ -137,7 +143,7 @@ def inspect_config(
                     "chip": chip,
                     "peak_flops": peak,
                     "step_s": (seconds := step_flops / (devices * peak * mfu)),
-                    "run_s": seconds * steps,
+                    "run_s": accounting.true_training_flops(cfg, steps) / (devices * peak * mfu),
                     "tokens_per_s": accounting.tokens_per_step(cfg) / seconds,
                 }
                 for chip in CHIPS
@@ -154,6 +160,9 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
     line = Text.assemble((report["name"], "bold"), "  ", p["line"])
     if p["shares"]:
         line.append(f"\n{p['policy']}: {p['shares']}", "dim")
+    for stage in p["warmup"]:
+        shares = " · ".join(f"r{r} {units.percent(s)}" for r, s in enumerate(stage["shares"], 1))
+        line.append(f"\nwarm-up, {stage['steps']} steps: {shares}", "dim")
     for note in report["notes"]:
         line.append(f"\n{note}", "dim")
 

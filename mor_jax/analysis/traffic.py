@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mor_jax.analysis.accounting import DTYPE_BYTES, kv_bytes_per_token, parameters
-from mor_jax.config import KV_OF_POLICY, DepthConfig, ModelConfig
+from mor_jax.analysis.accounting import DTYPE_BYTES, block_weights_read, kv_bytes_per_token, kv_values, parameters
+from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.program import build_program, capacities
 
@@ -80,10 +80,9 @@ def kv_by_depth(
         raise ConfigError(f"mean_active has {len(mean_active)} entries for recursions = {model.recursions}.")
     shares = tuple(mean_active) if mean_active is not None else capacities(model, depth)
     program = build_program(model)
-    _, kv_heads, head_dim = model.dims
-    layer = 2 * kv_heads * head_dim * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
+    layer = kv_values(model) * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
     part = lambda name, blocks, *of: KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)
-    strategy, steps = depth.kv or KV_OF_POLICY[depth.policy][0], program.recursions
+    strategy, steps = depth.kv_name, program.recursions
     if program.repeat > 1:  # a block's repetitions are as many caches of one pass over the core
         core = [part("core, in place", program.core * program.repeat, 1.0, 1.0, 1.0)]
     elif strategy == "shared":
@@ -113,12 +112,11 @@ def decode_traffic(
     """
     n = model.context if context is None else context
     parts = kv_by_depth(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value)
-    count, program = parameters(model, depth), build_program(model)
-    unrolled = program.unrolled_layers / program.unique_layers * count.blocks
+    count = parameters(model, depth)
     return DecodeTraffic(
         context=n,
         read_full_depth=n * sum(d.read_full * d.bytes_per_entry for d in parts),
         read_mean=n * sum(d.read_mean * d.bytes_per_entry for d in parts),
         written=kv_bytes_per_token(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value),
-        weights=DTYPE_BYTES[model.dtype] * (unrolled + count.embedding),
+        weights=DTYPE_BYTES[model.dtype] * (block_weights_read(model) + count.embedding),
     )

@@ -5,6 +5,7 @@ Both compute what the full causal forward pass (`LM.forward(mode="causal")`) com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
     core = lm.core(params, pos, keep=True)
-    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, causal=True, kv=kv, keep_extra=True)
+    how = {"causal": True, "kv": kv, "keep_extra": True, "draw_BxTxR": lm.draws(tokens_BxT, pos)}
+    how["numbered"] = lm.model.relaxed
+    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, **how)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -72,12 +75,13 @@ def decode_step(
     h, prelude = _append(lm, params["prelude"], lm.embed(params, token_B[:, None]), rope, cache.prelude, pos_B)
 
     core_params, kv = lm.gathered_core(params), lm.depth.kv_name
-    core = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
+    blocks = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     policy = lm.steered(control)
-    route = policy.begin(params["router"], h, everyone[:, None])
+    draws = lm.draws(token_B[:, None], pos_B[:, None])
+    route = policy.begin(params["router"], h, everyone[:, None], draw_BxTxR=draws)
     for r in range(lm.program.recursions):
-        step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
+        step, core = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps), functools.partial(blocks, recursion=r)
         z = policy.score(step, h)
         active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
@@ -85,7 +89,9 @@ def decode_step(
             active[:, None, None], policy.combine(step, h, y, z, route.tokens), h
         )
         if r and kv == SHARED:
-            read = lambda h, update=update: update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])
+            read = lambda h, update=update, core=core: update(
+                h, core(h, readers(streams[0], pos_B), queries_only=True)[0]
+            )
             h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
             continue
         if not looks_back(kv):

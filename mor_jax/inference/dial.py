@@ -85,11 +85,11 @@ def calibrate(lm: LM, params: Any, batches: Iterable[dict]) -> Any:
     Args:
       batches: tokens and segment_ids [B, T] each; a few ten thousand tokens are enough.
     Raises:
-      UserError: the fixed policy has no scores; no rows.
+      UserError: a policy without a router; no rows.
     """
     batches = list(batches)
     if SURVEY not in params["router"]:
-        raise UserError("a model of fixed depth has no router scores to calibrate.")
+        raise UserError(f"depth policy {lm.depth.policy!r} has no router, so there are no router scores to calibrate.")
     if not batches:
         raise UserError("calibration needs at least one batch of rows.")
     steps = lm.program.recursions

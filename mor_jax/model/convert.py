@@ -7,6 +7,9 @@ depth. Blocks before and after the recursion are the source's first and last. Em
 routers have no counterpart and are left to the caller's fresh initialisation.
 
 `source_table` is the whole rule as data; `convert` only carries it out.
+
+Of a relaxed target (`model/lm.py`), "zero" leaves what recursions have of their own where a fresh model has it, and
+the model is the tied one; "svd" makes each recursion of the layer it stands for (`model/relax.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.program import build_program
+from mor_jax.model.relax import check_relaxation, relaxed
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
 PARTS = ("prelude", "core", "coda")
@@ -78,21 +82,38 @@ def _core(inner: int, blocks: int, method: str, *, in_place: bool, seed: int) ->
 
 
 def convert(
-    params: Mapping[str, Any], from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0
-) -> dict[str, Any]:
-    """Parameters of the target without its routers: `LM(to_model, depth).init`'s tree less `router`.
+    params: Mapping[str, Any], from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0,
+    relaxation: str = "zero",
+) -> dict[str, Any]:  # fmt: skip
+    """Parameters of the target that have a counterpart: `LM(to_model, depth).init`'s tree less `router`, and less what a
+    relaxed target leaves to its own initialisation (`overlay` puts the two together).
 
     Args:
       params: of an unshared model of shape `from_model`.
       seed: of the method `random`.
+      relaxation: zero | svd.
     Raises:
-      ConfigError: shapes that differ, or see `source_table`.
+      ConfigError: shapes that differ, or see `source_table` and `relax.check_relaxation`.
     """
     check_fit(from_model, to_model)
+    check_relaxation(from_model, to_model, relaxation)
     table = source_table(from_model, to_model, method, seed=seed)
     layers = [params[part][str(i)] for part in PARTS for i in range(len(params[part]))]
     fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
-    return {"embed": params["embed"], "norm": params["norm"], **{part: fill(table[part]) for part in PARTS}}
+    made = {"embed": params["embed"], "norm": params["norm"], **{part: fill(table[part]) for part in PARTS}}
+    if to_model.relaxed:
+        program = build_program(to_model)
+        for i, shared in made["core"].items():
+            own = lambda r, i=int(i): layers[program.prelude + r * program.core + i]  # the layer recursion r stands for
+            theirs = [own(r) for r in range(program.recursions)] if relaxation == "svd" else None
+            made["core"][i] = relaxed(shared, theirs, to_model)
+    return made
+
+
+def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """`made` where it has something, `fresh` elsewhere; both nested dicts."""
+    both = lambda old, new: overlay(old, new) if isinstance(new, Mapping) else new
+    return {name: both(old, made[name]) if name in made else old for name, old in fresh.items()}
 
 
 def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:

@@ -5,7 +5,8 @@ argument. Parameters are a plain nested dict:
 
     embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
 
-Recursion shares `core` by construction: it exists once.
+Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
+leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
-from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, build_policy
+from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RandomChoice, RouterStats, build_policy
+from mor_jax.model.depth.random_choice import uniforms
 from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
@@ -70,6 +72,7 @@ class LM:
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
+    stage: int | None = None  # of the depth warm-up (`depth/warmup.py`); None: warm
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:
@@ -82,11 +85,18 @@ class LM:
 
     @functools.cached_property
     def policy(self) -> DepthPolicy:
-        return build_policy(self.model, self.depth)
+        return build_policy(self.model, self.depth, self.stage)
 
     def steered(self, control: DepthControl | None) -> DepthPolicy:
         """The policy under a depth control; itself without one."""
         return self.policy if control is None else Controlled(self.policy, control)
+
+    def draws(self, tokens_BxT: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None) -> jax.Array | None:
+        """What random routing draws for these tokens at these positions in their documents, [B, T, R]; None where
+        nothing is drawn. `salt_B`: see `depth.random_choice.uniforms`."""
+        if not isinstance(self.policy, RandomChoice):
+            return None
+        return uniforms(self.policy.seed, self.program.recursions, tokens_BxT, pos_BxT, salt_B)
 
     @property
     def _block(self) -> nn.Block:
@@ -130,7 +140,30 @@ class LM:
         for part, count in self._parts().items():
             params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
             first += count
+        if self.model.relaxed:
+            keys = jax.random.split(jax.random.fold_in(block_key, 1), self.program.core)
+            params["core"] = {i: self._relax(w, self._own(int(i), keys[int(i)])) for i, w in params["core"].items()}
         return params
+
+    def _own(self, block: int, key: jax.Array | None = None) -> dict:
+        """What each recursion has of its own in one block of the core, leaves [R, ...]; without a key, the logical axes
+        of it."""
+        m, steps = self.model, self.program.recursions
+        scale = {"scale": ("recursion", "norm") if key is None else jnp.ones((steps, m.width), jnp.float32)}
+        own = {"norm_1": scale, "norm_2": scale} if m.norms == "own" else {}
+        if m.recursion_encoding and block == 0:
+            own["encoding"] = scale  # of the state the core reads
+        if m.lora_rank and key is None:
+            names = nn.logical_axes(nn.Lora(m))
+            own["lora"] = {name: ("recursion", *axes) for name, axes in names.items()}
+        elif m.lora_rank:
+            own["lora"] = jax.vmap(lambda key: nn.init(nn.Lora(m), key))(jax.random.split(key, steps))
+        return own
+
+    def _relax(self, shared: dict, own: dict) -> dict:
+        """A block of the core with what recursions have of their own, and without what that replaces."""
+        kept = {name: leaf for name, leaf in shared.items() if self.model.norms == "shared" or "norm" not in name}
+        return kept | ({"own": own} if own else {})
 
     def logical_axes(self) -> dict:
         """Tree like `init`'s, each leaf a tuple of logical axis names."""
@@ -141,7 +174,10 @@ class LM:
             "norm": nn.logical_axes(self._norm, *examples["norm"]),
             "router": self.policy.logical_axes(),
         }
-        return axes | {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
+        axes |= {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
+        if self.model.relaxed:
+            axes["core"] = {i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()}
+        return axes
 
     # ---------------------------------------------------------------- building blocks of every pass
 
@@ -151,20 +187,21 @@ class LM:
 
     def block(
         self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False,
-        gather: bool = False,
+        own: dict | None = None, gather: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """One block, rematerialised as configured. `gather`: its weights may be cut over the devices of the rows."""
+        """One block, rematerialised as configured. `own`: see `nn.Block`. `gather`: its weights may be cut over the
+        devices of the rows."""
         gather = gather and bool(manual_axes())
 
-        def run(p, x, r):
-            return nn.apply(self._block, self._gathered_block(p) if gather else p, x, r, attend, queries_only)
+        def run(p, x, r, own):
+            return nn.apply(self._block, self._gathered_block(p) if gather else p, x, r, attend, queries_only, own)
 
         remat = self.model.remat
         if remat == "none" and not gather:
-            return run(params, x_BxTxD, rope)
+            return run(params, x_BxTxD, rope, own)
         # A gathered weight that is used once is not kept for the backward pass: all of them are the whole model.
         policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, policy))(params, x_BxTxD, rope)
+        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, policy))(params, x_BxTxD, rope, own)
 
     def _gathered_block(self, params: dict) -> dict:
         """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
@@ -174,15 +211,23 @@ class LM:
 
     def blocks(
         self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend | Sequence[nn.Attend], repeat: int = 1,
-        queries_only: bool = False, gather: bool = False,
+        queries_only: bool = False, recursion: jax.Array | int | None = None, gather: bool = False,
     ) -> tuple[jax.Array, list]:  # fmt: skip
         """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
 
-        `attend`: one for all applications, or one for each. Unrolled: stacked weights would be copied per slice."""
+        `attend`: one for all applications, or one for each. `recursion`: index from 0 of the step the core is applied
+        for, of the batch or [B] of each row; a relaxed core must be told. Unrolled: stacked weights would be copied per
+        slice."""
         count = len(params) * repeat
         extras = []
         for n, attend_n in enumerate([attend] * count if callable(attend) else attend):
-            x_BxTxD, extra = self.block(params[str(n // repeat)], x_BxTxD, rope, attend_n, queries_only, gather)
+            weights, own = params[str(n // repeat)], None
+            if "own" in weights:
+                if recursion is None:
+                    raise ValueError("a relaxed core must be told which recursion it is applied for")
+                own = jax.tree.map(lambda leaf: leaf[recursion], weights["own"])
+                weights = {name: leaf for name, leaf in weights.items() if name != "own"}
+            x_BxTxD, extra = self.block(weights, x_BxTxD, rope, attend_n, queries_only, own, gather)
             extras.append(extra)
         return x_BxTxD, extras
 
@@ -229,17 +274,17 @@ class LM:
         """The core over rows with tokens at these positions, as the executors run it. `keep`: beside its output, the
         keys and values of each block."""
         # A core that is used once has nothing to share: its blocks are gathered one by one, like any others.
-        once = self.program.recursions * self.program.repeat == 1 and bool(manual_axes())
+        once = self.program.recursions * self.program.repeat == 1 and not self.model.relaxed and bool(manual_axes())
         core_params, rope = params["core"] if once else self.gathered_core(params), self.rope(pos_BxT)
 
-        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None):
+        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None, recursion: jax.Array | int | None = None):
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
             if past is None:
                 attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
             else:
                 attend = attend_past(past, pos_BxK, q_seg, kv_seg, self.model.attention)
                 queries_only = past.merge is None
-            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, gather=once)
+            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, recursion, gather=once)
 
         return run
 
@@ -271,7 +316,7 @@ class LM:
         self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
         *, mode: str = TOPK, executor: str | None = None, profile: int | None = None,
         depth_BxT: jax.Array | None = None, entered_BxTxD: jax.Array | None = None,
-        control: DepthControl | None = None,
+        control: DepthControl | None = None, salt_B: jax.Array | None = None,
     ) -> Forward:  # fmt: skip
         """Final states of whole rows.
 
@@ -283,16 +328,19 @@ class LM:
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
+          salt_B: of each row's draws under random routing, see `draws`.
         """
         if control is not None and mode != CAUSAL:
             raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
         gathered = mode == TOPK and (executor or self.depth.executor) == "gathered"
 
-        def run(params, tokens, seg, depth, entered, control):
+        def run(params, tokens, seg, depth, entered, control, salt):
             pos, kv = _positions(seg), self.depth.kv_name
             x = self.enter(params, tokens, seg) if entered is None else entered
-            core, how = self.core(params, pos, keep=looks_back(kv)), {"kv": kv, "depth_BxT": depth}
+            core = self.core(params, pos, keep=looks_back(kv))
+            how = {"kv": kv, "depth_BxT": depth, "draw_BxTxR": self.draws(tokens, pos, salt)}
+            how["numbered"] = self.model.relaxed
             if gathered:
                 result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
             else:
@@ -306,9 +354,10 @@ class LM:
         axes = (
             self.logical_axes(), ROW, ROW, None if depth_BxT is None else ROW,
             None if entered_BxTxD is None else STATES, None if control is None else CONTROL,
+            None if salt_B is None else ("batch",),
         )  # fmt: skip
         rows, stats = over_rows(self.rules, run, axes, (STATES, ROW, (None, *ROW)))(
-            params, tokens_BxT, seg, depth_BxT, entered_BxTxD, control
+            params, tokens_BxT, seg, depth_BxT, entered_BxTxD, control, salt_B
         )
         h, depth, active_RxBxT = rows
         return Forward(h, depth, stats, active_RxBxT)

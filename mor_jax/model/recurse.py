@@ -44,6 +44,7 @@ class Recursed(NamedTuple):
 def run_masked(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
     *, causal: bool, kv: str = "", keep_extra: bool = False, depth_BxT: jax.Array | None = None,
+    draw_BxTxR: jax.Array | None = None, numbered: bool = False,
 ) -> Recursed:  # fmt: skip
     """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
 
@@ -53,29 +54,31 @@ def run_masked(
       causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
       kv: the KV strategy.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
-      depth_BxT: depths decided earlier, see `DepthPolicy.begin`.
+      depth_BxT, draw_BxTxR: depths decided earlier, numbers drawn, see `DepthPolicy.begin`.
+      numbered: tell `core` the index of the step, from 0, as `recursion`.
     """
     counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1] * parts())[-1], jnp.int32)
-    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT)
+    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT, draw_BxTxR)
 
     def one(carry, xs):
         h, candidates, kept = carry
-        step, k = xs
+        step, k, index = xs
+        apply = functools.partial(core, recursion=index) if numbered else core
         z = policy.score(step, h)
         active = policy.select(step, z, candidates, route.tokens, None if causal else k)
         if kept is not None:
-            y, made = core(h, pos_BxT, seg_BxT, seg_BxT, past(kv, kept, pos_BxT, active, None))
+            y, made = apply(h, pos_BxT, seg_BxT, seg_BxT, past(kv, kept, pos_BxT, active, None))
             kept = kept if kv == SHARED else made
         elif looks_back(kv):  # step 1: everyone's keys, whoever goes on
-            y, made = core(h, pos_BxT, seg_BxT, seg_BxT)
+            y, made = apply(h, pos_BxT, seg_BxT, seg_BxT)
             kept = made
         else:
-            y, made = core(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
+            y, made = apply(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
         stats = None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
         return (h, active, kept), ((stats, active), made if keep_extra else None)
 
-    carry, xs = (h_BxTxD, seg_BxT > 0, None), (route.steps, counts)
+    carry, xs = (h_BxTxD, seg_BxT > 0, None), (route.steps, counts, jnp.arange(counts.shape[0]))
     if not looks_back(kv):
         (h, *_), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
     else:
@@ -91,6 +94,7 @@ def run_masked(
 def run_gathered(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
     *, kv: str = "", profile: int | None = None, depth_BxT: jax.Array | None = None,
+    draw_BxTxR: jax.Array | None = None, numbered: bool = False,
 ) -> Recursed:  # fmt: skip
     """Only the selected tokens through each step. Arguments as in `run_masked`.
 
@@ -108,13 +112,13 @@ def run_gathered(
         depth_BxT = depths_at_once(policy, routers, h_BxTxD, seg_BxT) if depth_BxT is None else depth_BxT
         branches = [
             lambda routers, h, depth, i=i: run_gathered(
-                policy, routers, core, h, pos_BxT, seg_BxT, kv=kv, profile=i, depth_BxT=depth
+                policy, routers, core, h, pos_BxT, seg_BxT, kv=kv, profile=i, depth_BxT=depth, numbered=numbered
             )
             for i in range(len(profiles))
         ]
         return jax.lax.switch(fitting_profile(profiles, whole(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, seg_BxT > 0
-    route = policy.begin(routers, h, valid, depth_BxT)
+    route = policy.begin(routers, h, valid, depth_BxT, draw_BxTxR)
     tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
     all_stats, all_active, kept, picked = [], [], None, None
@@ -136,13 +140,14 @@ def run_gathered(
                 row = whole(_in_row(outer, jnp.ones_like(active)))
                 picked = subset(row, room)  # the same tokens, by their place in the row
         all_active.append(_in_row(outer, active))
+        apply = functools.partial(core, recursion=r) if numbered else core
         if not looks_back(kv):
-            y, _ = core(h, pos, seg, jnp.where(active, seg, HIDDEN))
+            y, _ = apply(h, pos, seg, jnp.where(active, seg, HIDDEN))
         elif r == 0:
             assert k == seg_BxT.shape[1] * cut, "everyone's keys are made at step 1, so it must run all tokens"
-            y, kept = core(h, pos, seg, seg)
+            y, kept = apply(h, pos, seg, seg)
         else:
-            y, made = core(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
+            y, made = apply(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
             kept = kept if kv == SHARED else made
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, tokens), h)
         valid = active

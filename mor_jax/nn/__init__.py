@@ -10,11 +10,12 @@ import jax
 from mor_jax.nn.attention import attention
 from mor_jax.nn.block import Attend, Block
 from mor_jax.nn.embed import Embedding
+from mor_jax.nn.lora import Lora
 from mor_jax.nn.norm import RMSNorm
 from mor_jax.nn.rope import rope_table
 from mor_jax.nn.router import Router
 
-__all__ = ["Attend", "Block", "Embedding", "RMSNorm", "Router", "apply", "attention", "init", "rope_table"]
+__all__ = ["Attend", "Block", "Embedding", "Lora", "RMSNorm", "Router", "apply", "attention", "init", "rope_table"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

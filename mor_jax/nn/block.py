@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig
 from mor_jax.nn.dense import dense, matrix
+from mor_jax.nn.lora import low_rank
 from mor_jax.nn.mlp import Mlp
 from mor_jax.nn.norm import RMSNorm
 from mor_jax.nn.rope import apply_rope
@@ -32,13 +33,17 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, queries_only: bool = False
-    ) -> tuple[jax.Array, Any]:
+        self, x_BxTxD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, queries_only: bool = False,
+        own: dict | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
         heads, kv_heads, head_dim = self.config.dims
         groups, width, std = heads // kv_heads, self.config.width, self.config.init_std
         qkv = matrix(self, "qkv", (kv_heads, groups + 2, head_dim, width), ("kv_heads", None, "head_out", "embed"), std)
         out = matrix(self, "out", (width, kv_heads, groups, head_dim), ("embed", "kv_heads", None, "head_out"), std)
-        h_BxKxExTxH = jnp.moveaxis(dense(x_BxTxD, qkv[:, :groups] if queries_only else qkv), 1, 3)
+        h_BxTxKxExH = dense(x_BxTxD, qkv[:, :groups] if queries_only else qkv)
+        if own and "lora" in own:
+            h_BxTxKxExH += _addition(x_BxTxD, own["lora"], queries_only)
+        h_BxKxExTxH = jnp.moveaxis(h_BxTxKxExH, 1, 3)
         q = apply_rope(h_BxKxExTxH[:, :, :groups], *rope)
         k = v = None
         if not queries_only:
@@ -47,17 +52,40 @@ class Attention(nn.Module):
         return dense(jnp.moveaxis(o_BxKxGxTxH, 3, 1), out, contract=3), extra
 
 
+def _addition(x_BxTxD: jax.Array, lora: dict, queries_only: bool) -> jax.Array:
+    """What a recursion adds to the fused projection: to its queries and its value, not to its key."""
+    query_BxTxKxGxH = low_rank(x_BxTxD, lora["query_down"], lora["query_up"])
+    if queries_only:
+        return query_BxTxKxGxH
+    value_BxTxKx1xH = low_rank(x_BxTxD, lora["value_down"], lora["value_up"])[:, :, :, None]
+    return jnp.concatenate([query_BxTxKxGxH, jnp.zeros_like(value_BxTxKx1xH), value_BxTxKx1xH], axis=3)
+
+
 class Block(nn.Module):
-    """One Transformer block, residuals included. Returns (y_BxTxD, what `attend` returned beside its output)."""
+    """One Transformer block, residuals included. Returns (y_BxTxD, what `attend` returned beside its output).
+
+    `own`: what one recursion has of its own, each part optional: "encoding" a factor on the state, "norm_1" and
+    "norm_2" scales in place of parameters, "lora" see `nn.Lora`. Leaves as those of a parameter, or with a leading B.
+    """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, queries_only: bool = False
-    ) -> tuple[jax.Array, Any]:
+        self, x_BxTxD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Attend, queries_only: bool = False,
+        own: dict | None = None,
+    ) -> tuple[jax.Array, Any]:  # fmt: skip
         c = self.config
-        h = RMSNorm(c.norm_eps, name="norm_1")(x_BxTxD)
-        a, extra = Attention(c, name="attention")(h, rope, attend, queries_only)
+        scale = lambda name: _along_rows(own[name]["scale"]) if own and name in own else None
+        if own and "encoding" in own:
+            x_BxTxD = x_BxTxD * scale("encoding").astype(x_BxTxD.dtype)
+        h = RMSNorm(c.norm_eps, name="norm_1")(x_BxTxD, scale("norm_1"))
+        a, extra = Attention(c, name="attention")(h, rope, attend, queries_only, own)
         x = x_BxTxD + a
-        return x + Mlp(c.mlp_width, c.init_std, name="mlp")(RMSNorm(c.norm_eps, name="norm_2")(x)), extra
+        h = RMSNorm(c.norm_eps, name="norm_2")(x, scale("norm_2"))
+        return x + Mlp(c.mlp_width, c.init_std, name="mlp")(h), extra
+
+
+def _along_rows(scale: jax.Array) -> jax.Array:
+    """[D] as it is; [B, D] as [B, 1, D]."""
+    return scale if scale.ndim == 1 else scale[:, None]

@@ -37,12 +37,15 @@ rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis; the result has the dtype of `x`."""
+    """x / rms(x) * scale over the last axis; the result has the dtype of `x`.
+
+    `scale`: one from elsewhere instead of a parameter: [D], or [B, 1, D] (not to be differentiated)."""
 
     eps: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        if scale is None:
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+            scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return rms_norm(x, scale, self.eps)

@@ -17,7 +17,7 @@ from mor_jax.config import Config
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
-from mor_jax.train.schedule import optimizer
+from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state
 from mor_jax.train.step import make_train_step
 
@@ -53,7 +53,7 @@ def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compil
     if not cfg.model.vocab_size:
         raise ConfigError("config.model.vocab_size is 0, i.e. left to the tokenizer; give it to compile the step.")
     mesh, lm = make_mesh(cfg.mesh, devices), LM.from_config(cfg)
-    tx = optimizer(cfg.optim, max(cfg.train.steps, 1))
+    tx = optimizer_of(cfg, max(cfg.train.steps, 1))
     rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
     one = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.model.context), jnp.int32, sharding=rows)
     # Outside of the mesh's scope: optax computes a little, which devices that are only described cannot.

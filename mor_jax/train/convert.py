@@ -13,13 +13,14 @@ from mor_jax.analysis.accounting import training_steps
 from mor_jax.config import Config, check
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import CheckpointError, UserError
-from mor_jax.model.convert import check_fit, convert, source_table
+from mor_jax.model.convert import check_fit, convert, overlay, source_table
 from mor_jax.model.lm import LM
+from mor_jax.model.relax import check_relaxation
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import claim, resolve
-from mor_jax.train.schedule import optimizer
+from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import create_state
 
 
@@ -39,6 +40,7 @@ def convert_checkpoint(
     *,
     step: int | None = None,
     seed: int = 0,
+    relaxation: str = "zero",
     progress: bool = True,
 ) -> Converted:
     """Write a run directory whose checkpoint of step 0 is the model of `cfg` made of the weights of `source`.
@@ -51,6 +53,7 @@ def convert_checkpoint(
       cfg: checked configuration of the target; a `vocab_size` of 0 is the source's.
       step: checkpoint of the source, the newest by default.
       seed: of the method `random`.
+      relaxation: zero | svd, see `model.relax`.
     Raises:
       ConfigError: the shapes do not fit, or there are too few source layers.
       CheckpointError: the source cannot be read, its tokenizer is another one, or `workdir` holds a run already.
@@ -65,6 +68,7 @@ def convert_checkpoint(
         cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or old.vocab_size)
     )
     check_fit(old, cfg.model)
+    check_relaxation(old, cfg.model, relaxation)
     table = source_table(old, cfg.model, method, seed=seed)  # before the corpus is prepared: a mistake costs no time
     with jax.set_mesh(mesh):
         data = prepare(cfg.data, cfg.model.context, progress=progress)
@@ -75,15 +79,22 @@ def convert_checkpoint(
             )
         cfg = resolve(cfg, data)
         check(cfg, devices=mesh.size)
-        lm, tx = LM.from_config(cfg), optimizer(cfg.optim, training_steps(cfg))
+        lm, tx = LM.from_config(cfg), optimizer_of(cfg, training_steps(cfg))
         state = create_state(lm, tx, mesh, cfg.train.seed)
-        params = state.params | _placed(convert(loaded.params, old, cfg.model, method, seed=seed), lm, mesh)
+        made = convert(loaded.params, old, cfg.model, method, seed=seed, relaxation=relaxation)
+        params = _placed(overlay(state.params, made), lm, mesh)
         meta = {
             "config": cfg.to_dict(),
             "tokenizer": data.tokenizer.to_json(),
             "data": data.fingerprint,
             "step": 0,
-            "converted": {"source": os.fspath(source), "step": loaded.step, "method": method, "seed": seed},
+            "converted": {
+                "source": os.fspath(source),
+                "step": loaded.step,
+                "method": method,
+                "seed": seed,
+                "relaxation": relaxation,
+            },
         }
         # The configuration last: a directory left half-made must not look like a run that starts from nothing.
         with Checkpointer(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
@@ -94,9 +105,8 @@ def convert_checkpoint(
 
 
 def _placed(params: dict[str, Any], lm: LM, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Converted arrays where the target's lie."""
-    shardings = lm.rules.shardings(mesh, lm.logical_axes())
-    return jax.device_put(params, {part: shardings[part] for part in params})
+    """All arrays where the target's lie."""
+    return jax.device_put(params, lm.rules.shardings(mesh, lm.logical_axes()))
 
 
 def _tokenizer_file(source: str | os.PathLike[str]) -> Path:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mor_jax.config import WITH_ROUTER
 from mor_jax.data.loader import eval_batches
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import UserError
@@ -26,7 +27,7 @@ def surveyed(loaded: Loaded, *, rows: int = 0, batch_size: int = 8, progress: bo
     Args:
       rows: take a fresh survey from so many training rows; 0: only where the checkpoint has none.
     """
-    if loaded.lm.depth.policy == "fixed" or (has_survey(loaded.params) and not rows):
+    if loaded.lm.depth.policy not in WITH_ROUTER or (has_survey(loaded.params) and not rows):
         return loaded
     rows = rows or CALIBRATION_ROWS
     print(f"Surveying router scores on {rows} training rows.", file=sys.stderr)

@@ -29,9 +29,9 @@ from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.metrics import MetricWriter
 from mor_jax.train.progress import Progress
-from mor_jax.train.schedule import learning_rate, optimizer
+from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
-from mor_jax.train.step import make_train_step
+from mor_jax.train.step import StagedStep
 
 # Fields that may differ between a run and its resumption: they change what is reported, not what is computed.
 FREE_TO_CHANGE = {"log_every", "eval_every", "eval_rows", "checkpoint_every", "keep_checkpoints"}
@@ -84,12 +84,11 @@ class _Run:
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
         self.lm = LM.from_config(cfg)
         self.steps = accounting.training_steps(cfg)
-        self.tx = optimizer(cfg.optim, self.steps)
+        self.tx = optimizer_of(cfg, self.steps)
         self.schedule = learning_rate(cfg.optim, self.steps)
         self.batch_sharding = NamedSharding(mesh, self.lm.rules.spec(("batch", "time")))
         self.token_bytes = padded_token_bytes(data.tokenizer.token_bytes, cfg.model.vocab_size)
         self.meta = {"config": cfg.to_dict(), "tokenizer": data.tokenizer.to_json(), "data": data.fingerprint}
-        self.flops_per_step = accounting.true_training_flops(cfg, 1)
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
         self.show = progress and jax.process_index() == 0
@@ -154,7 +153,7 @@ class _Run:
     def _steps(self, state: TrainState, first: int, stop: _Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
         t = self.cfg.train
-        step_fn = jax.jit(make_train_step(self.lm, self.tx, t.accum, self.token_bytes), donate_argnums=0)
+        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes)
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
         batches = loader.iter_from_step(
             first
@@ -163,7 +162,7 @@ class _Run:
         pending: tuple[int, dict] | None = None
         try:
             for step in range(first + 1, self.steps + 1):
-                state, metrics = step_fn(state, next(batches))
+                state, metrics = step_fn(step - 1)(state, next(batches))
                 if pending:  # read while this step runs
                     self._record(*pending, clock)
                 pending = (step, metrics)
@@ -202,14 +201,15 @@ class _Run:
         if step % self.cfg.train.log_every and step != self.steps:
             return
         rate = clock.rate()  # steps a second since the last record
+        flops = accounting.true_step_flops(self.cfg, step)
         tokens = accounting.tokens_per_step(self.cfg)
         values |= {
             "lr": float(self.schedule(step - 1)),
             "time_s": clock.total(),
             "tokens": step * tokens,
             "tokens_per_s": rate * tokens,
-            "flops_per_s": rate * self.flops_per_step,
-            "mfu": rate * self.flops_per_step / self.peak if self.peak else None,
+            "flops_per_s": rate * flops,
+            "mfu": rate * flops / self.peak if self.peak else None,
         }
         self.metrics.write("train", step, values)
         self.bar.update(step, values)

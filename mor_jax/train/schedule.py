@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import optax
 
-from mor_jax.config import OptimConfig
+from mor_jax.config import Config, OptimConfig
+from mor_jax.model.depth.expert_choice import AUXILIARY
 from mor_jax.model.depth.survey import SURVEY
 
 
@@ -33,15 +34,34 @@ def is_matrix(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", SURVEY), params)
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decay on matrices only."""
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=is_matrix,
-    )
+def optimizer(config: OptimConfig, steps: int, aux_lr: float = 1.0) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW with decay on matrices only.
+
+    `aux_lr`: factor on the learning rate of the auxiliary router (`depth.aux_lr`), if the model has one.
+    """
+    rate = learning_rate(config, steps)
+
+    def adamw(factor: float) -> optax.GradientTransformation:
+        return optax.adamw(
+            rate if factor == 1 else lambda step: factor * rate(step),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_matrix,
+        )
+
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    if aux_lr == 1:
+        return optax.chain(clip, adamw(1.0))
+    return optax.chain(clip, optax.partition({"model": adamw(1.0), AUXILIARY: adamw(aux_lr)}, _labels))
+
+
+def optimizer_of(cfg: Config, steps: int) -> optax.GradientTransformation:
+    """The optimiser of a run of `steps`."""
+    return optimizer(cfg.optim, steps, cfg.depth.aux_lr if cfg.depth.inference == "auxiliary" else 1.0)
+
+
+def _labels(params: dict) -> dict:
+    of = lambda path, _: AUXILIARY if any(key.key == AUXILIARY for key in path) else "model"
+    return jax.tree_util.tree_map_with_path(of, params)

@@ -30,9 +30,12 @@ def state_shardings(lm: LM, tx: optax.GradientTransformation, mesh: Mesh) -> Tra
     params = lm.rules.shardings(mesh, lm.logical_axes())
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: _create(lm, tx, jax.random.key(0)))
+    # Under a partition (`schedule.optimizer`) each optimiser has a hole where the parameters are another's.
+    hole = lambda leaf: isinstance(leaf, optax.MaskedNode)
     opt_state = optax.tree_map_params(
-        tx, lambda _, sharding: sharding, abstract.opt_state, params, transform_non_params=lambda _: replicated
-    )
+        tx, lambda leaf, sharding: leaf if hole(leaf) else sharding, abstract.opt_state, params,
+        transform_non_params=lambda _: replicated, is_leaf=hole,
+    )  # fmt: skip
     return TrainState(replicated, params, opt_state)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import optax
 from mor_jax.model.depth import RouterStats
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
+from mor_jax.model.depth.warmup import stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32
+Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under random routing also salt: [B] uint32
 
 
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -47,16 +49,20 @@ def loss_fn(
     targets, weights = next_token_targets(tokens, seg)
     depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
 
-    def run(params, tokens, seg, targets, weights, depth, entered):
+    def run(params, tokens, seg, targets, weights, depth, entered, salt):
         params = lm.with_table(params)
-        out = lm.forward(params, tokens, seg, mode=TOPK, depth_BxT=depth, entered_BxTxD=entered, **of_forward)
+        how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
+        out = lm.forward(params, tokens, seg, mode=TOPK, **how)
         table = params["embed"]["table"]
         nll = cross_entropy_sum(out.h_BxTxD, table, targets, weights, lm.model.loss_chunk)
         return out.depth_BxT, (nll, out.stats)
 
-    axes = (lm.logical_axes(), ROW, ROW, ROW, ROW, ROW if depth is not None else None,
-            STATES if entered is not None else None)  # fmt: skip
-    depth_BxT, (nll, stats) = over_rows(lm.rules, run, axes, ROW)(params, tokens, seg, targets, weights, depth, entered)
+    given = lambda x, names: None if x is None else names
+    salt = batch.get("salt")
+    axes = (lm.logical_axes(), ROW, ROW, ROW, ROW, given(depth, ROW), given(entered, STATES), given(salt, ("batch",)))
+    depth_BxT, (nll, stats) = over_rows(lm.rules, run, axes, ROW)(
+        params, tokens, seg, targets, weights, depth, entered, salt
+    )
     lm_loss = nll / target_count
     zero = {"router_loss": jnp.zeros(()), "router_z_loss": jnp.zeros(())}
     auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
@@ -167,6 +173,10 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch):
+        if lm.depth.policy == "random":  # of each row of each step its own draw, whatever the accumulation and the mesh
+            rows = batch["tokens"].shape[0]
+            salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
+            batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
@@ -188,8 +198,28 @@ def make_train_step(
         }
         if lm.depth.policy != "fixed":
             metrics |= router_metrics(router)
+        if lm.depth.inference == "auxiliary":
+            shared = router.overlap / jnp.maximum(router.selected, 1.0)
+            metrics |= {f"router/{r + 1}/overlap": shared[r] for r in range(lm.program.recursions)}
         if lm.depth.policy == "token_choice":
             metrics |= balance_metrics(router)
         return new, metrics
 
     return train_step
+
+
+class StagedStep:
+    """The jitted train step of each stage of the depth warm-up, compiled when it is reached.
+
+    Arguments as in `make_train_step`; `StagedStep(...)(step)` is the function for the step after `step` others.
+    """
+
+    def __init__(self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None):
+        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+
+    def __call__(self, step: int) -> Callable:
+        stage = stage_of(self._lm.depth, step)
+        if stage not in self._made:
+            lm = dataclasses.replace(self._lm, stage=stage)
+            self._made = {stage: jax.jit(make_train_step(lm, *self._rest), donate_argnums=0)}  # the old one is done
+        return self._made[stage]

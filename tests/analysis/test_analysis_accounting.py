@@ -6,6 +6,7 @@ import pytest
 
 from mor_jax.analysis import accounting
 from mor_jax.analysis.accounting import peak_flops
+from mor_jax.analysis.traffic import decode_traffic
 from mor_jax.config import Config, DepthConfig, ModelConfig, TrainConfig
 from mor_jax.errors import ConfigError
 
@@ -190,7 +191,7 @@ def test_kv_stored_and_read(depth, stored, read):
     model = ModelConfig(layers=12, recursions=3, sharing="cycle", vocab_size=64)
     full = accounting.kv_bytes_per_token(model, FIXED)
     assert accounting.kv_bytes_per_token(model, depth) == pytest.approx(stored * full)
-    assert accounting.kv_read_bytes_per_token(model, depth) == pytest.approx(read * full)
+    assert decode_traffic(model, depth, 100).read_full_depth == pytest.approx(100 * read * full)
 
 
 def test_kv_bytes():

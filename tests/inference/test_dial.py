@@ -16,6 +16,7 @@ from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.dial import calibrate, depth_control, has_survey
 from mor_jax.inference.generate import Generation
 from mor_jax.model.depth import DepthControl, ExpertChoice, TokenChoice, survey
+from mor_jax.model.depth.base import shares_at
 from mor_jax.model.depth.token_choice import pull_deeper
 from mor_jax.train.schedule import optimizer
 from mor_jax.train.state import TrainState
@@ -106,12 +107,12 @@ def test_token_choice_hits_the_mean_depth(mean, floor, cap, seed):
 
 def test_shares_pass_through_training_and_never_widen():
     for mean in np.linspace(0, 3, 31):
-        share = EXPERT.shares(mean, 0, 3)
+        share = shares_at(EXPERT.capacities, mean, 0, 3)
         assert share.sum() == pytest.approx(mean)
         assert (np.diff(share) <= 1e-9).all() and share.min() >= 0 and share.max() <= 1
-    np.testing.assert_allclose(EXPERT.shares(2.0, 0, 3), EXPERT.capacities)
-    np.testing.assert_allclose(EXPERT.shares(3.0, 0, 3), 1)
-    np.testing.assert_allclose(EXPERT.shares(1.0, 0, 3), [1, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(shares_at(EXPERT.capacities, 2.0, 0, 3), EXPERT.capacities)
+    np.testing.assert_allclose(shares_at(EXPERT.capacities, 3.0, 0, 3), 1)
+    np.testing.assert_allclose(shares_at(EXPERT.capacities, 1.0, 0, 3), [1, 0, 0], atol=1e-9)
 
 
 # ---------------------------------------------------------------- models

@@ -113,7 +113,7 @@ def matrix_products(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("kind", ["recursive_shared", "mor", "mor_shared", "mor_hybrid"])
+@pytest.mark.parametrize("kind", ["recursive_shared", "mor", "mor_shared", "mor_hybrid", "mor_relaxed"])
 def test_a_gathered_row_multiplies_what_is_counted(kind):
     """Only active tokens through the blocks, and no key or value projected again: the products with weights in the
     traced program are those of the accounting, to the last one."""

@@ -16,7 +16,7 @@ from small import small_lm
 from mor_jax.analysis.collectives import read_collectives
 from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
 from mor_jax.parallel.mesh import make_mesh
-from mor_jax.train.schedule import optimizer
+from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state, create_state
 from mor_jax.train.step import make_train_step
 
@@ -24,6 +24,9 @@ STEPS, ROWS, LENGTH, VOCAB = 20, 8, 26, 64
 SHAPE = dict(width=16, heads=4, kv_heads=4, mlp_width=32, context=LENGTH, vocab_size=VOCAB, init_std=0.1, loss_chunk=7)
 ROUTED = dict(layers=3, recursions=2, sharing="cycle", prelude=1)
 KINDS = {"vanilla": dict(layers=2), "mor": ROUTED, "token": ROUTED}
+# Everything a run can have at once: a second router with its own optimiser, relaxed recursions; and drawn depths.
+RELAXED = ROUTED | dict(norms="own", lora_rank=2, recursion_encoding=True)
+MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]  # data, fsdp, tensor, sequence
 # Long enough for arrays to matter more than the compiler's odds and ends, wide enough for weights to matter at all.
 PLANNED = dict(width=256, heads=4, kv_heads=4, mlp_width=704, context=64, vocab_size=1024, loss_chunk=32)
@@ -43,14 +46,17 @@ def packed_batches() -> list[dict]:
 
 
 def model(kind: str, **shape):
-    lm = small_lm(kind, **{**SHAPE, **KINDS[kind], **shape})
+    name, own = MORE.get(kind) or (kind, KINDS[kind])
+    lm = small_lm(name, **{**SHAPE, **own, **shape})
+    if kind == "aux":
+        return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, inference="auxiliary", aux_loss_weight=0.1))
     return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01)) if kind == "token" else lm
 
 
 def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
     lm = model(kind)
     lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, buckets=buckets))
-    tx = optimizer(OptimConfig(peak_lr=1e-2), STEPS)
+    tx = optimizer_of(Config(depth=lm.depth, optim=OptimConfig(peak_lr=1e-2)), STEPS)
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
     with jax.set_mesh(mesh):
         state = create_state(lm, tx, mesh, seed=0)
@@ -76,9 +82,10 @@ def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
 
 def planned(kind: str, shape: tuple[int, ...]) -> dict:
     """A step that is compiled and not run: what the compiler says it needs of each device."""
-    lm, tx = model(kind, **PLANNED), optimizer(OptimConfig(), STEPS)
+    lm = model(kind, **PLANNED)
     cfg = Config("planned", lm.model, lm.depth, train=TrainConfig(steps=1, batch_size=ROWS), mesh=MeshConfig(*shape))
     mesh = make_mesh(cfg.mesh)
+    tx = optimizer_of(cfg, STEPS)
     rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
     batch = {
         k: jax.ShapeDtypeStruct((ROWS, lm.model.context), jnp.int32, sharding=rows) for k in ("tokens", "segment_ids")
@@ -98,9 +105,9 @@ def planned(kind: str, shape: tuple[int, ...]) -> dict:
 
 def main() -> None:
     found = {}
-    for kind in KINDS:
+    for kind in (*KINDS, *MORE):
         found[f"{kind} one"], one = train(kind, (1, 1, 1), 2)
-        for shape in MESHES:
+        for shape in MESHES if kind in KINDS else MESHES[-1:]:
             # Any choice of compiled sizes gives the same numbers, so only one mesh pays for compiling two.
             here, state = train(kind, shape, 2 if shape == (2, 2, 2) else 1)
             far = lambda a, b: float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0))

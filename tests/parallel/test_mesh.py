@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("vanilla", "mor", "token")
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4", "1x2x2x2")  # data, fsdp, tensor, sequence
 CASES = [f"{kind} {mesh}" for kind in KINDS for mesh in MESHES]
+MORE = ["aux 1x2x2x2", "random 1x2x2x2"]  # a second router and relaxed recursions; drawn depths
 SMALL = 768  # bytes: metrics, norms, routers and counts of tokens are below it, weights above
 
 
@@ -44,7 +45,7 @@ def traffic(found, name, *kinds):
     return [c for c in found[name]["traffic"] if c["kind"] in kinds and c["payload"] >= SMALL]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES + MORE)
 def test_twenty_steps_equal_one_device(found, name):
     one = found[f"{name.split()[0]} one"]["losses"]
     assert one[-1]["loss"] < one[0]["loss"]
@@ -69,7 +70,7 @@ def test_state_lies_on_all_devices_in_equal_parts(found, name):
 # ---------------------------------------------------------------- traffic
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES + MORE)
 def test_nothing_travels_inside_a_loop_but_what_the_tensor_axis_needs(found, name):
     """Not the tied core, not the table's gradient: what the recursion and the loss accumulate is reduced once, after."""
     inside = {axis for c in found[name]["traffic"] if c["loop"] for axis in c["axes"]}

@@ -27,6 +27,7 @@ class RouterStats(NamedTuple):
     score: jax.Array  # sum of the score, before alpha, over candidates
     score_sq: jax.Array  # and of its square
     z_sq: jax.Array  # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
+    overlap: jax.Array  # tokens that ran it and that the rival of the router (expert-choice: the auxiliary) would take
     above: jax.Array | None = None  # [R, G]: candidates whose score reaches each probe (`survey.PROBES_G`)
 
 
@@ -57,10 +58,11 @@ class DepthPolicy(Protocol):
         whatever the policy can ask for. One profile when the sizes are known beforehand."""
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         """Look at the states before the first step. `depth_BxT`: depths decided earlier from the same states, for
-        policies that decide at once."""
+        policies that decide at once. `draw_BxTxR`: numbers in [0, 1), for policies that draw."""
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array | None:
         """Depth of every token from the states before the first step, for policies that decide at once; else None.
@@ -120,9 +122,59 @@ def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> ja
     return mine((above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT)
 
 
+GRID_BITS = 14  # a row's scores are told apart to this part of the largest
+
+
+def settled(z_BxT: jax.Array, candidates_BxT: jax.Array) -> jax.Array:
+    """Scores on a grid of 2^-14 of the row's largest, for ranking: what is equal but for rounding becomes equal.
+
+    Equal tokens have equal states wherever they see the same keys (runs of one token, the start of a document, steps
+    whose other tokens halted). Two programs that compute such scores in another order of sums (masked and gathered, one
+    device and eight) get them some 1e-7 apart, each its own way, and would rank them at random; on the grid they tie,
+    and the earlier position wins everywhere. Only a value that lies within a rounding error of the middle between two
+    points can still fall either way: one in some hundreds of such ties. The grid is a power of two, hence the same in
+    every program.
+    """
+    z_BxT = jax.lax.stop_gradient(z_BxT)
+    largest = jnp.max(whole(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True)
+    step = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - GRID_BITS)
+    return jnp.round(z_BxT / step) * step
+
+
 def in_range(mean_depth: float, floor: int, cap: int) -> None:
     """Raise UserError unless tokens of depths floor..cap can have this mean depth."""
     if not floor <= mean_depth <= cap:
         raise UserError(
             f"a mean depth of {mean_depth:g} is out of reach: it must be between {floor} and {cap} recursions."
         )
+
+
+def shares_at(capacities: tuple[float, ...], mean_depth: float, floor: int, cap: int) -> np.ndarray:
+    """[R]: share of all tokens that run each step so that their mean depth is this.
+
+    Below the depth of training the deepest steps give way first; above it every step is raised to one common share.
+    On this path a step narrows either as it did in training, or is the first to do otherwise and sees the candidates
+    it saw in training, or lets all or none of them through: so a survey, which knows the candidates of training alone,
+    says exactly where the thresholds lie (where a floor of 2 or more has changed the candidates, nearly).
+    """
+    share = np.asarray(capacities, np.float64)
+    share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
+    surplus = share.sum() - mean_depth
+    if surplus >= 0:
+        for r in reversed(range(floor, cap)):
+            taken = min(share[r], surplus)
+            share[r] -= taken
+            surplus -= taken
+        return share
+    low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
+    for _ in range(60):
+        level = (low + high) / 2
+        low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
+    share[:cap] = np.maximum(share[:cap], high)
+    return share
+
+
+def kept_of(share_R: np.ndarray) -> np.ndarray:
+    """[R]: of the tokens that ran the step before, the part that runs this one."""
+    before = np.concatenate([[1.0], share_R[:-1]])
+    return np.divide(share_R, before, out=np.zeros_like(share_R), where=before > 0)

@@ -60,14 +60,15 @@ class Controlled:
         return self.policy.profiles(length)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         c = self.control
         if depth_BxT is None:
             depth_BxT = self.policy.depths(routers, h_BxTxD, c.dial_BxR)
         if depth_BxT is not None:  # clipped here and not in `select`: the exit step has a part of its own to play
             depth_BxT = jnp.clip(depth_BxT, c.floor_B[:, None], c.cap_B[:, None])
-        route = self.policy.begin(routers, h_BxTxD, real_BxT, depth_BxT)
+        route = self.policy.begin(routers, h_BxTxD, real_BxT, depth_BxT, draw_BxTxR)
         return route._replace(steps=Step(route.steps, jnp.arange(self.recursions), c.dial_BxR.T))
 
     def score(self, step: Step, h_BxTxD: jax.Array) -> jax.Array:

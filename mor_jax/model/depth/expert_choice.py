@@ -5,12 +5,17 @@ whole block output, its residual included: gating only the residual's increment 
 hierarchical (a dropped token never re-enters). Top-k over a row looks into the future, so a BCE loss teaches
 sigmoid(z) to sit on the chosen side of 0.5, and causal inference continues while sigmoid(z) >= threshold; the gate
 stays. A survey of the scores, taken while training, turns any mean depth into thresholds of their own.
+
+Two other rules of causal inference, by name. "auxiliary" (paper 2.2.1, appendix A.2): the BCE is taken off the router
+and teaches a second one of the same kind on the detached state, which alone decides at inference; the gate is still the
+first one's. "calibrated": no threshold is assumed, but read off the survey, such that each step keeps of its candidates
+the share it kept in training. The survey is of the scores that decide.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +23,27 @@ import numpy as np
 
 from mor_jax import nn
 from mor_jax.model.depth import survey
-from mor_jax.model.depth.base import Route, RouterStats, in_range, top_k
+from mor_jax.model.depth.base import Route, RouterStats, in_range, kept_of, settled, shares_at, top_k
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.program import active_counts
+from mor_jax.parallel.rows import mine, whole
 
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
+AUXILIARY = "auxiliary"  # name of the second router among the parameters
+THRESHOLDS = "thresholds"
 # sigmoid(z) = 0.5, tanh(z) = 0 and z = 0 are the same place: one threshold, in sigmoid units, serves all three.
+
+
+class Scores(NamedTuple):
+    """Of both routers."""
+
+    z_BxT: jax.Array
+    auxiliary_BxT: jax.Array
 
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """`capacities`: share of the row kept at r = 1..R, non-increasing. `score`: sigmoid | tanh | none. `gate`:
+    """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r = 1..R, non-increasing. `score`: sigmoid | tanh | none. `gate`:
     multiplicative, H + alpha * score * y, or additive, H + y (the score only ranks)."""
 
     recursions: int
@@ -43,6 +58,7 @@ class ExpertChoice:
     temperature: float = 1.0
     aux_loss_weight: float = 0.001
     z_loss_weight: float = 0.0
+    inference: str = "threshold"
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, 1, self.init_std)
@@ -51,59 +67,84 @@ class ExpertChoice:
         return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
-        keys = jax.random.split(key, self.recursions)
-        params = jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(keys)
+        init = lambda key: jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(
+            jax.random.split(key, self.recursions)
+        )
+        params = init(key)
+        if self.inference == "auxiliary":
+            params |= {AUXILIARY: init(jax.random.fold_in(key, 1))}
         # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a gradient.
         return params | {SURVEY: survey.empty(self.recursions)}
 
     def logical_axes(self) -> dict:
         names = nn.logical_axes(self._module(), self._example())
         names = jax.tree.map(lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple))
+        if self.inference == "auxiliary":
+            names |= {AUXILIARY: dict(names)}
         return names | {SURVEY: ("recursion", None)}
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
-        return Route({name: leaf for name, leaf in routers.items() if name != SURVEY}, ())
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
+        steps = {name: leaf for name, leaf in routers.items() if name != SURVEY}
+        if self.inference == "calibrated":
+            kept_R = kept_of(np.asarray(self.capacities, np.float64))
+            steps[THRESHOLDS] = survey.thresholds(routers[SURVEY], kept_R)
+        return Route(steps, ())
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
         return None
 
-    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
-        return nn.apply(self._module(), step, h_BxTxD / self.temperature)[..., 0]
+    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array | Scores:
+        run = lambda weights, h: nn.apply(self._module(), weights, h / self.temperature)[..., 0]
+        z_BxT = run({name: leaf for name, leaf in step.items() if name not in (AUXILIARY, THRESHOLDS)}, h_BxTxD)
+        if self.inference != "auxiliary":
+            return z_BxT
+        return Scores(z_BxT, run(step[AUXILIARY], jax.lax.stop_gradient(h_BxTxD)))
 
     def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+        self, step: Any, z_BxT: jax.Array | Scores, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
     ) -> jax.Array:
-        if k is None:
-            on = jax.nn.sigmoid(z_BxT) >= self.threshold
-            on = on if dial is None else jnp.where(jnp.isnan(dial), on, z_BxT >= dial)
-            return candidates_BxT & on
-        return top_k(z_BxT, candidates_BxT, k)
+        if k is not None:
+            return top_k(settled(_own(z_BxT), candidates_BxT), candidates_BxT, k)
+        z = _deciding(z_BxT)
+        on = jax.nn.sigmoid(z) >= self.threshold
+        if self.inference == "calibrated":
+            on = jnp.where(jnp.isnan(step[THRESHOLDS]), on, z >= step[THRESHOLDS])
+        on = on if dial is None else jnp.where(jnp.isnan(dial), on, z >= dial)
+        return candidates_BxT & on
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
+    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array | Scores, tokens: Any) -> jax.Array:
         if self.gate == "additive":
             return h + y
-        gate = (self.alpha * SCORE[self.score_name](z))[..., None].astype(h.dtype)
+        gate = (self.alpha * SCORE[self.score_name](_own(z)))[..., None].astype(h.dtype)
         return h + gate * y
 
-    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
-        weight = candidates.astype(jnp.float32)
-        score = SCORE[self.score_name](z)
+    def step_stats(
+        self, step: Any, z: jax.Array | Scores, candidates: jax.Array, active: jax.Array, tokens: Any
+    ) -> RouterStats:
+        weight, ran = candidates.astype(jnp.float32), active.astype(jnp.float32)
+        own, deciding = _own(z), _deciding(z)
+        score = SCORE[self.score_name](own)
         # Binary cross-entropy with logits, on the score before alpha.
-        bce = jax.nn.softplus(z) - z * active.astype(jnp.float32)
+        bce = jax.nn.softplus(deciding) - deciding * ran
+        rival = active
+        if self.inference == "auxiliary":  # as many tokens a row as ran, by the other router's scores
+            rival = _as_many(deciding, candidates, active)
         return RouterStats(
             aux=jnp.sum(bce * weight),
             candidates=jnp.sum(weight),
-            selected=jnp.sum(active.astype(jnp.float32)),
+            selected=jnp.sum(ran),
             agree=jnp.sum((self.select(step, z, candidates, tokens, None) == active) * weight),
             score=jnp.sum(score * weight),
             score_sq=jnp.sum(jnp.square(score) * weight),
-            z_sq=jnp.sum(jnp.square(z) * weight),  # one logit: logsumexp(z) is z
-            above=survey.count_above(z, candidates),
+            z_sq=jnp.sum(jnp.square(own) * weight),  # one logit: logsumexp(z) is z
+            overlap=jnp.sum((rival & active).astype(jnp.float32)),
+            above=survey.count_above(deciding, candidates),
         )
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
@@ -120,36 +161,27 @@ class ExpertChoice:
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
         return survey.continued(routers, stats.above)
 
-    def shares(self, mean_depth: float, floor: int, cap: int) -> np.ndarray:
-        """[R]: share of all tokens that run each step so that their mean depth is this.
-
-        Below the depth of training the deepest steps give way first; above it every step is raised to one common
-        share. On this path a step narrows either as it did in training, or is the first to do otherwise and sees the
-        candidates it saw in training, or lets all or none of them through: so the survey, which knows the candidates
-        of training alone, says exactly where the thresholds lie (where a floor of 2 or more has changed the
-        candidates, nearly).
-        """
-        share = np.asarray(self.capacities, np.float64)
-        share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
-        surplus = share.sum() - mean_depth
-        if surplus >= 0:
-            for r in reversed(range(floor, cap)):
-                taken = min(share[r], surplus)
-                share[r] -= taken
-                surplus -= taken
-            return share
-        low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
-        for _ in range(60):
-            level = (low + high) / 2
-            low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
-        share[:cap] = np.maximum(share[:cap], high)
-        return share
-
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
         in_range(mean_depth, floor, cap)
-        share = self.shares(mean_depth, floor, cap)
-        before = np.concatenate([[1.0], share[:-1]])
-        kept = np.divide(share, before, out=np.zeros_like(share), where=before > 0)
+        share = shares_at(self.capacities, mean_depth, floor, cap)
+        kept = kept_of(share)
         kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none
         reach = survey.reach(survey_RxG)
         return np.array([survey.score_reached_by(k, of) for k, of in zip(kept, reach, strict=True)], np.float32)
+
+
+def _own(z: jax.Array | Scores) -> jax.Array:
+    """The router's score: what top-k ranks and the gate is made of."""
+    return z.z_BxT if isinstance(z, Scores) else z
+
+
+def _deciding(z: jax.Array | Scores) -> jax.Array:
+    """The score that causal inference goes by."""
+    return z.auxiliary_BxT if isinstance(z, Scores) else z
+
+
+def _as_many(z_BxT: jax.Array, candidates_BxT: jax.Array, active_BxT: jax.Array) -> jax.Array:
+    """Mask of the highest-scoring candidates, in each row as many as are active."""
+    order = jnp.argsort(whole(jnp.where(candidates_BxT, -z_BxT, jnp.inf)), axis=-1)
+    rank = mine(jnp.argsort(order, axis=-1))
+    return candidates_BxT & (rank < jnp.sum(whole(active_BxT), axis=-1, keepdims=True))

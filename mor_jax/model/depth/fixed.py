@@ -29,8 +29,9 @@ class Fixed:
         return ((length,) * self.recursions,)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         return Route(jnp.arange(self.recursions), ())
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
@@ -50,7 +51,7 @@ class Fixed:
     def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
         zero = jnp.zeros((), jnp.float32)
         n = jnp.sum(candidates, dtype=jnp.float32)
-        return RouterStats(zero, n, n, n, zero, zero, zero)
+        return RouterStats(zero, n, n, n, zero, zero, zero, n)
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
         return jnp.full((self.recursions,), jnp.sum(real_B), jnp.float32)

@@ -69,3 +69,13 @@ def score_reached_by(share: float, reach_G: np.ndarray) -> float:
     if share <= 0:
         return np.inf
     return float(np.interp(share, reach_G[::-1], PROBES_G[:0:-1]))
+
+
+def thresholds(survey_RxG: jax.Array, kept_R: np.ndarray) -> jax.Array:
+    """[R]: the scores that these shares of each step's candidates reach, traced; NaN where nothing was surveyed."""
+    survey = jax.lax.stop_gradient(survey_RxG)
+    reach_RxG = survey[:, 1:] / jnp.maximum(survey[:, :1], 1e-9)
+    probes = jnp.asarray(PROBES_G[:0:-1])
+    found = jax.vmap(lambda kept, reach: jnp.interp(kept, reach[::-1], probes))(jnp.asarray(kept_R), reach_RxG)
+    found = jnp.where(kept_R >= 1, -jnp.inf, found)
+    return jnp.where(survey[:, 0] > 0, found, jnp.nan).astype(jnp.float32)

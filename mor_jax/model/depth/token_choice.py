@@ -57,6 +57,8 @@ class TokenChoice:
     z_loss_weight: float = 0.0
     bias_rate: float = 0.0
     buckets: int = 4
+    tile: int = 1  # row sizes are multiples of it
+    all_deep: bool = False  # warm-up: every token at full depth, balance suspended
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, self.recursions, self.init_std)
@@ -75,23 +77,29 @@ class TokenChoice:
         return axes | ({"bias": ("recursion",)} if self.bias_rate else {})
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
-        """From balanced shares with a little slack up to whole rows, in `buckets` equal strides."""
+        """From balanced shares with a little slack up to whole rows, in `buckets` strides that grow: rows of a trained
+        router scatter about twice as wide as independent draws would, so most batches need little over the smallest."""
         steps = self.recursions
+        if self.all_deep:
+            return ((length,) * steps,)
         found = []
         for j in range(self.buckets):
-            t = j / (self.buckets - 1) if self.buckets > 1 else 1.0
+            t = (j / (self.buckets - 1)) ** 2 if self.buckets > 1 else 1.0
             share = lambda r, t=t: (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
-            sizes = tuple(min(length, math.ceil(share(r) * length)) for r in range(steps))
+            sizes = tuple(min(length, -(-math.ceil(share(r) * length) // self.tile) * self.tile) for r in range(steps))
             if sizes not in found:
                 found.append(sizes)
         return tuple(found)
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         if depth_BxT is None:
             depth_BxT = self._choice(routers, score)
+            if self.all_deep:
+                depth_BxT = jnp.full_like(depth_BxT, self.recursions)
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
         chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
@@ -136,6 +144,7 @@ class TokenChoice:
             score=total(score_BxTxR * weight),
             score_sq=total(jnp.square(score_BxTxR) * weight),
             z_sq=jnp.zeros((self.recursions,), jnp.float32).at[0].set(total(lse_sq)[0]),
+            overlap=total(ran * weight),
             above=jnp.stack([survey.count_above(s, real_BxT) for s in pull_deeper(log_selection_BxTxR)]),
         )
 
@@ -173,11 +182,11 @@ class TokenChoice:
         }
 
     def loss_weights(self) -> dict[str, float]:
-        return {"router_loss": self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
+        return {"router_loss": 0.0 if self.all_deep else self.balance_loss_weight, "router_z_loss": self.z_loss_weight}
 
     def rebalance(self, routers: dict, stats: RouterStats) -> dict:
         routers = survey.continued(routers, stats.above)
-        if not self.bias_rate:
+        if not self.bias_rate or self.all_deep:
             return routers
         load = load_shares(stats)
         return routers | {"bias": routers["bias"] + self.bias_rate * jnp.sign(jnp.mean(load) - load)}
