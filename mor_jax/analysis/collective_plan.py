@@ -10,9 +10,10 @@ value in `model.dtype`. For every micro-batch:
 * over sequence: keys and values of each block application gathered, their gradients scattered (once more gathered under
   rematerialisation); where a step narrows the row, the tokens' states and, to put them back, their results.
 * over tensor: the result of the attention and of the mlp of each block application, and their gradients (the states'
-  size each); the head's softmax over its share of the vocabulary, and the gradient of the states.
+  size each); rows looked up in the table; the head's softmax over its share of the vocabulary, and the gradient of the
+  states.
 
-Norms, routers, scores, counts and metrics are small and lumped together as "small".
+Norms, routers and the survey of scores are small and lumped together as "small"; metrics are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
 from mor_jax.analysis.memory import FLOAT32, row_sizes
-from mor_jax.config import Config, MeshShape, mesh_shape
+from mor_jax.config import WITH_ROUTER, Config, MeshShape, mesh_shape
+from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
 
@@ -78,7 +80,7 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     add("embedding gradient", "reduce-scatter", ("fsdp",), tables, table, FLOAT32)
     add("gradients", "all-reduce", ("data", "sequence"), 1, (kept + once) * block / mesh.fsdp, c)
     add("embedding gradient", "all-reduce", ("data", "sequence"), 1, table / mesh.fsdp, FLOAT32)
-    small = count.norms + count.router
+    small = count.norms + count.router + (m.recursions * len(PROBES_G) if d.policy in WITH_ROUTER else 0)
     add("small", "all-reduce", ("data", "fsdp", "sequence"), 1, small, FLOAT32)
 
     rows = cfg.train.batch_size / cfg.train.accum / (mesh.data * mesh.fsdp)
@@ -90,6 +92,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     states = 4 + (2 if m.remat != "none" else 0)
     add("attention and mlp results", "all-reduce", ("tensor",), states * len(runs), tokens * m.width / len(runs), c)
     head = rows * m.context / mesh.sequence
+    # The table is cut by rows: a lookup is a sum in which one device's share is not zero. Tokens, then targets.
+    add("rows of the table", "all-reduce", ("tensor",), 2, head * m.width, FLOAT32)
     add("states under the head", "all-reduce", ("tensor",), 1, head * (m.width + 3), FLOAT32)
     return found if cfg.train.accum == 1 else [_repeated(p, cfg.train.accum) for p in found]
 

@@ -4,8 +4,8 @@ State: float32 weights, two float32 moments, float32 gradients (a second set whi
 fsdp and tensor; norms, routers and the survey are whole on every device.
 
 Gathered, whole over fsdp: the tied core in the compute dtype and its gradient before it is scattered, from the first
-recursion of the forward pass to the last of the backward; of blocks that are used once, one at a time (weights and
-gradient); the embedding table, float32.
+recursion of the forward pass to the last of the backward; of blocks that are used once, one at a time (beside a tied
+core its weights, else its gradient too); the embedding table, float32.
 
 Activations, in values for each token and block application, c bytes each (c = size of `model.dtype`):
 
@@ -101,7 +101,7 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None) 
     # One device has the core in the compute dtype beside the weights; its gradient is then the state's own.
     gathered = program.core * block * (2 if fsdp > 1 else 1) if tied and (size < FLOAT32 or fsdp > 1) else 0.0
     if fsdp > 1:
-        gathered += 2 * (not tied or program.prelude + program.coda > 0) * block
+        gathered += (program.prelude + program.coda > 0) * block if tied else 2 * block
         gathered += FLOAT32 * count.embedding / tensor  # its gradient is in `head`
     # Keys and values of whole rows, and their gradients, of the block at work.
     _, kv_heads, head_dim = m.dims

@@ -52,8 +52,9 @@ def test_twenty_steps_equal_one_device(found, name):
     for step, (mine, theirs) in enumerate(zip(found[name]["losses"], one, strict=True), 1):
         for key in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth"):
             assert abs(mine[key] - theirs[key]) < 1e-4, f"{key} at step {step}"
-    # Parameters, selection bias and survey; and the optimiser's moments, which are sums of all gradients so far.
+    # Parameters and selection bias; and the optimiser's moments, which are sums of all gradients so far.
     assert found[name]["state_differs"] < 1e-4
+    assert found[name]["survey_differs"] < 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -63,7 +64,7 @@ def test_state_lies_on_all_devices_in_equal_parts(found, name):
     assert found[name]["devices"] == [8]
     assert local["opt_state"] == 2 * local["params"]
     _, fsdp, tensor, *_ = map(int, name.split()[1].split("x"))
-    small = 2 * 256 * 4 + 2 * 16 * 4  # survey and routers, whole on each device
+    small = 2 * 256 * 4 + 2 * 32 * 4  # survey and routers, whole on each device
     assert local["params"] <= whole["params"] / (fsdp * tensor) + small
 
 
