@@ -23,7 +23,7 @@ from mor_jax.train.step import make_train_step
 STEPS, ROWS, LENGTH, VOCAB = 20, 8, 26, 64
 SHAPE = dict(width=32, heads=4, kv_heads=4, mlp_width=64, context=LENGTH, vocab_size=VOCAB, init_std=0.1, loss_chunk=7)
 ROUTED = dict(layers=3, recursions=2, sharing="cycle", prelude=1)
-KINDS = {"vanilla": dict(layers=2), "mor": ROUTED, "token": ROUTED}
+KINDS = {"vanilla": dict(layers=1), "mor": ROUTED, "token": ROUTED | dict(layers=2, prelude=0)}
 # Everything a run can have at once: a second router with its own optimiser, relaxed recursions; and drawn depths.
 RELAXED = ROUTED | dict(norms="own", lora_rank=2, recursion_encoding=True)
 MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED)}
