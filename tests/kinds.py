@@ -33,7 +33,7 @@ MORE_KV = {
             "lora_rank": 2,
             "recursion_encoding": True,
         },
-        {"policy": "expert_choice", "kv": "hybrid"},
+        {"policy": "expert_choice", "kv": "hybrid", "inference": "auxiliary"},
     ),
     "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
 }

@@ -1,4 +1,4 @@
-"""Expert-choice routers: loss weight, score function, alpha, architecture, z-loss (paper, table 13).
+"""Expert-choice routers: auxiliary router or loss, score function, alpha, architecture, warm-up, z-loss (paper, table 13).
 
     python -m launch.sweep configs/ablations/routers.py:small --workdir runs/routers
 
@@ -8,6 +8,16 @@ the smallest loss weight; an unbounded gate (`none`) diverged there. Read accura
 
 from configs.ablations import sizes
 
+# With an auxiliary router, which alone decides at inference: score, alpha: NLL. The router is an MLP.
+AUXILIARY = {
+    ("none", 1.0): None,  # diverged
+    ("sigmoid", 0.1): 2.8893,
+    ("sigmoid", 1.0): 2.8867,
+    ("tanh", 0.1): 2.8720,
+    ("tanh", 1.0): 3.0624,
+}
+WARM_UP = 2.8744  # of the chosen router, its capacities falling from 1; the paper does not say over how many steps
+WARM_SHARE = 0.1  # of our run
 # nominal loss weight, score, alpha, router, z-loss: NLL
 PAPER = {
     (0.01, "none", 1.0, "mlp", False): None,  # diverged
@@ -41,7 +51,21 @@ def get_sweep(arg: str = "") -> dict:
             "depth.router": router,
             "depth.z_loss_weight": 1e-3 if z_loss else 0.0,
         }
-        points.append({"labels": labels | {"z-loss": "z" if z_loss else ""}, "fields": fields, "paper": nll})
+        points.append({"labels": labels | {"more": "z" if z_loss else ""}, "fields": fields, "paper": nll})
+    # The auxiliary router is another's gradient away from the model: its loss has no weight to choose.
+    auxiliary = {"depth.inference": "auxiliary", "depth.aux_loss_weight": 1.0, "depth.router": "mlp"}
+    for (score, alpha), nll in AUXILIARY.items():
+        labels = {"loss": "auxiliary", "score": score, "alpha": f"a{alpha:g}", "router": "mlp", "more": ""}
+        fields = auxiliary | {"depth.score": score, "depth.alpha": alpha, "depth.z_loss_weight": 0.0}
+        points.append({"labels": labels, "fields": fields, "paper": nll})
+    chosen = next(point for point in points if point["paper"] == 2.8667)
+    points.append(
+        {
+            "labels": chosen["labels"] | {"more": "warm-up"},
+            "fields": chosen["fields"] | {"depth.warmup": round(WARM_SHARE * base.train.steps)},
+            "paper": WARM_UP,
+        }
+    )
     return {
         "title": f"Expert-choice routers, {size}",
         "base": base,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ from rlm_runtime.errors import UsageError
 
 def run(args: argparse.Namespace) -> int:
     try:
+        from rlm_runtime.serve.access import is_loopback
         from rlm_runtime.serve.app import create_app
         from rlm_runtime.serve.engine import ServedModel
         from rlm_runtime.serve.server import bind, serve
@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f'rlm serve needs the package {error.name}: pip install "mor-jax[serve]".') from None
 
     keys = _keys(args)
-    loopback = _is_loopback(args.host)
+    loopback = is_loopback(args.host)
     if not loopback and not keys and not args.allow_no_key:
         raise UsageError(
             f"--host {args.host} can be reached from other machines: give keys with --api-key-file, or say --allow-no-key."
         )
-    settings = _settings(args, keys, loopback)
+    settings = _settings(args, keys)
     options = models.run_options(args)
     budget, depth = options.pop("budget"), options.pop("max_depth")
     wanted = [_split(text) for text in args.model]
@@ -74,14 +74,12 @@ def say(text: str) -> None:
     codes.complain(text)
 
 
-def _settings(args: argparse.Namespace, keys: tuple[str, ...], loopback: bool) -> Any:
+def _settings(args: argparse.Namespace, keys: tuple[str, ...]) -> Any:
+    from rlm_runtime.serve.access import host_names
     from rlm_runtime.serve.settings import ServeSettings
 
-    hosts = tuple(h.lower() for h in args.allowed_host)
-    if loopback and not keys and "*" not in hosts:  # a web page must not reach a keyless server under its own name
-        hosts += ("localhost", "127.0.0.1", "::1", args.host.lower())
     return ServeSettings(
-        api_keys=keys, allowed_hosts=hosts or ("*",), cors_origins=tuple(args.cors_origin), max_runs=args.max_runs,
+        api_keys=keys, allowed_hosts=host_names(args.host, args.allowed_host, keys), cors_origins=tuple(args.cors_origin), max_runs=args.max_runs,
         max_queue=args.max_queue, drain_seconds=max(0.0, args.drain_seconds), body_bytes=max(1024, args.body_limit),
         file_bytes=args.file_limit, files_bytes=args.files_limit, file_seconds=args.file_days * 86_400,
         files_dir=Path(args.files_dir) if args.files_dir else None, progress=args.progress,
@@ -90,24 +88,12 @@ def _settings(args: argparse.Namespace, keys: tuple[str, ...], loopback: bool) -
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    from rlm_runtime.serve.access import read_keys
+
     keys = [k.strip() for k in os.environ.get("RLM_API_KEYS", "").split(",")]
     if args.api_key_file:
-        try:
-            keys += [line.strip() for line in Path(args.api_key_file).read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--api-key-file {args.api_key_file}: {getattr(error, 'strerror', None) or error}."
-            ) from None
-        if not any(k and not k.startswith("#") for k in keys):
-            raise UsageError(f"--api-key-file {args.api_key_file} holds no key.")
+        keys += read_keys(args.api_key_file, "--api-key-file")
     return tuple(dict.fromkeys(k for k in keys if k and not k.startswith("#")))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def _split(text: str) -> tuple[str, str | None, str | None]:

@@ -1,4 +1,4 @@
-"""A mor_jax checkpoint in this process as a chat model; concurrent calls run as one batch.
+"""A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which batches them.
 
 Messages become text by a template. The default is plain, for models that were trained on text alone:
 
@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import Callable, Generator, Sequence
+import secrets
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms import plain, prices
 from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolSpec, Usage
-from rlm_runtime.lms.batcher import Batcher, Job
 from rlm_runtime.lms.stops import StopCutter
 
 STOPS = ("\nsystem:", "\nuser:", "\nassistant:")
+QUEUE = 1 << 20  # calls that may wait: whoever fans them out in this process has a budget of its own
+EXTRA = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def chat_text(messages: Sequence[Message]) -> str:
@@ -45,31 +47,33 @@ class CheckpointLM:
       stop: strings that end a reply, besides the sampling's own; those of the default template by default.
       max_tokens: of a reply, where the sampling does not say; the window is a limit too.
       temperature: where the sampling does not say; 0 is greedy.
-      max_batch, gather: see `Batcher`.
+      lanes: sequences that are decoded at once; more wait their turn.
+      prefix_bytes: memory for what prompts have in common (a shared question, the turns of a conversation), which is then
+        read once; None: as much as the lanes take; 0: none.
       price: see `prices.price_of`; default: free, it runs on your own machine.
       model: a loaded model to use instead of loading `path`.
-    `Sampling.seed` makes a sampled reply repeatable (such a call runs as a batch of its own); `Sampling.extra` may
-    hold `top_k`.
+    `Sampling.seed` makes a sampled reply repeatable, whatever else is asked at the same time. `Sampling.extra` may hold
+    `top_k`, `min_p`, `presence_penalty`, `frequency_penalty`, `repetition_penalty`, `priority` (lower goes first) and
+    `mean_depth`, `min_depth`, `max_depth`: how many recursions the tokens of this call run.
     Raises:
       UsageError: no such checkpoint, one that is damaged, or no jax here.
     """
 
     def __init__(
         self, path: str, *, step: int | None = None, template: Callable[[Sequence[Message]], str] | None = None,
-        stop: Sequence[str] | None = None, max_tokens: int = 512, temperature: float = 0.0, max_batch: int = 32,
-        gather: float = 0.003, price: Any = None, model: Any = None,
+        stop: Sequence[str] | None = None, max_tokens: int = 512, temperature: float = 0.0, lanes: int = 8,
+        prefix_bytes: int | None = None, price: Any = None, model: Any = None,
     ):  # fmt: skip
         self.name, self.path = f"checkpoint:{path}", str(path)
-        if max_tokens < 1 or max_batch < 1:
-            raise UsageError(f"{self.name}: max_tokens and max_batch must be at least 1.")
+        if max_tokens < 1 or lanes < 1:
+            raise UsageError(f"{self.name}: max_tokens and lanes must be at least 1.")
         self._model = model or _load(self.path, step)
         self.window: int | None = self._model.lm.model.context
         self._template = template or chat_text
         self._stop = tuple(stop) if stop is not None else (() if template else STOPS)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
-        start = functools.partial(_generate, self._model)
-        self.batcher = Batcher(start, context=self.window, max_batch=max_batch, gather=gather)
+        self._engine = _Engine(self._model, lanes, prefix_bytes)
 
     def __repr__(self) -> str:
         return f"CheckpointLM({self.path!r}, window={self.window})"
@@ -78,11 +82,15 @@ class CheckpointLM:
         self, messages: Sequence[Message], *, sampling: Sampling = DEFAULT_SAMPLING, tools: Sequence[ToolSpec] = (),
         schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> Reply:  # fmt: skip
-        """One reply. Tools and a schema are asked for in words.
+        """One reply. Tools and a schema are asked for in words. A schema also constrains what can be drawn, where the
+        package for that (`mor-jax[serve]`) is installed, can enforce it, and no tool might be called instead.
 
         Raises:
           LMError: context_overflow, with both numbers; bad_request for a sampling that is none.
         """
+        from mor_jax.errors import UserError
+
+        constraint = None if tools else schema
         if tools:
             messages = plain.with_tools(messages, tools)
         if schema is not None:
@@ -94,28 +102,21 @@ class CheckpointLM:
                 "Send it in smaller pieces.",
                 kind="context_overflow", model=self.name,
             )  # fmt: skip
-        loop = asyncio.get_running_loop()
-        row = _Row(loop, self._model.tokenizer, (*self._stop, *sampling.stop), on_text)
-        row.left = min(sampling.max_tokens or self._max_tokens, self.window - len(ids))
-        self.batcher.submit(
-            Job(
-                ids,
-                row.left,
-                self._sampling(sampling),
-                sampling.seed,
-                row.take,
-                row.done,
-                lambda: not row.future.done(),
-            )
-        )
+        row = _Row(asyncio.get_running_loop(), self._model.tokenizer, (*self._stop, *sampling.stop), on_text)
+        room = min(sampling.max_tokens or self._max_tokens, self.window - len(ids))
         try:
-            finish = await row.future  # cancelled with this task; the batcher then drops the row
-        except (LMError, asyncio.CancelledError):
-            raise
-        except Exception as e:
-            if row.handed_back is e:
-                raise
+            service = await asyncio.to_thread(self._engine.service)  # the first call casts weights and compiles
+            request = self._request(ids, room, sampling, await asyncio.to_thread(self._engine.grammar, constraint))
+            row.ticket = service.submit(request, row)
+        except (UserError, TypeError, ValueError) as e:
+            raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
+        row.end_if_enough()
+        try:
+            finish = await row.future
+        except _Failed as e:
             raise LMError(f"{self.name}: generation failed: {e}", kind="server", model=self.name) from e
+        finally:
+            row.ticket.cancel()  # does nothing to one that is over
         text = row.text
         calls = plain.read_tool_calls(text, tools) if tools else ()
         usage = Usage(calls=1, input_tokens=len(ids), output_tokens=row.taken, cost_usd=self.price(len(ids), row.taken))
@@ -132,57 +133,130 @@ class CheckpointLM:
         return self._price.dollars(input_tokens, output_tokens, cached_tokens)
 
     async def aclose(self) -> None:
-        """End the batcher's thread once its work is done; the model stays usable."""
-        await asyncio.to_thread(self.batcher.close)
+        """End the engine's thread once its work is done; the model stays usable."""
+        await asyncio.to_thread(self._engine.close)
+
+    def stats(self) -> dict[str, float]:
+        """What the engine counts (`mor_jax.inference.engine`); {} before the first call."""
+        return self._engine.stats()
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self._model.tokenizer
         return [tokenizer.bos, *tokenizer.encode(self._template(messages))]
 
-    def _sampling(self, wanted: Sampling) -> Any:
-        from mor_jax.errors import UserError
-        from mor_jax.inference.sampler import Sampling as Drawing
+    def _request(self, ids: list[int], room: int, wanted: Sampling, grammar: Any) -> Any:
+        from mor_jax.inference.engine.request import DepthWish, Drawing, Request
 
-        temperature = self._temperature if wanted.temperature is None else wanted.temperature
-        top_p = 1.0 if wanted.top_p is None else wanted.top_p
+        extra = dict(wanted.extra)
+        drawing = Drawing(
+            temperature=self._temperature if wanted.temperature is None else wanted.temperature,
+            top_p=1.0 if wanted.top_p is None else wanted.top_p,
+            seed=secrets.randbits(31) if wanted.seed is None else wanted.seed,
+            **{name: extra[name] for name in EXTRA if name in extra},
+        )  # fmt: skip
+        wish = DepthWish(*(extra.get(name) for name in ("mean_depth", "min_depth", "max_depth")))
+        return Request(
+            tuple(ids), room, drawing, stop_tokens=frozenset([self._model.tokenizer.eos]), grammar=grammar, depth=wish,
+            priority=int(extra.get("priority", 0)),
+        )  # fmt: skip
+
+
+class _Engine:
+    """The engine of a model, made when it is first needed, and again after it was closed or has failed."""
+
+    def __init__(self, model: Any, lanes: int, prefix_bytes: int | None):
+        self._model, self._lanes, self._prefix_bytes = model, lanes, prefix_bytes
+        self._lock = threading.Lock()
+        self._device = self._service = self._grammars = None
+
+    def service(self) -> Any:
+        """One that is warm, or becomes so before its first token."""
+        from mor_jax.inference.engine.build import build_device, build_service
+        from mor_jax.inference.engine.device import EngineConfig
+        from mor_jax.inference.engine.service import ServiceConfig
+
+        with self._lock:
+            if self._service is not None and not self._service.healthy:
+                self._device.reset()
+                self._service = None
+            if self._service is None:
+                self._device = self._device or build_device(self._model, EngineConfig(lanes=self._lanes))
+                config = ServiceConfig(queue=QUEUE, prefix_bytes=self._prefix_bytes)
+                self._service = build_service(self._model, config=config, device=self._device)
+            return self._service
+
+    def grammar(self, schema: dict[str, Any] | None) -> Any:
+        """What constrains one reply; None where nothing does."""
+        if schema is None:
+            return None
+        from mor_jax.errors import UserError
+        from mor_jax.inference.engine.grammar import Grammars
+
         try:
-            if temperature == 0:
-                return Drawing(temperature=0.0)  # the rest has no effect; one program serves all greedy calls
-            return Drawing(temperature=temperature, top_k=int(wanted.extra.get("top_k", 0)), top_p=top_p)
-        except (UserError, TypeError, ValueError) as e:
-            raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
+            with self._lock:
+                self._grammars = self._grammars or Grammars(self._model.tokenizer)
+            return self._grammars.json_schema(schema)
+        except UserError:  # not installed, or a schema it cannot enforce: the words have to do
+            return None
+
+    def stats(self) -> dict[str, float]:
+        service = self._service
+        return {} if service is None else service.stats()
+
+    def close(self) -> None:
+        with self._lock:
+            service, self._service = self._service, None
+        if service is not None:
+            service.drain()
+            service.close()
+            if not service.healthy:
+                self._device.reset()
+
+
+class _Failed(Exception):
+    """The engine did not finish a request; the message says why."""
 
 
 class _Row:
-    """One call's side of the batcher: tokens to text, stop strings, and the way back into the event loop."""
+    """One call's side of the engine: tokens to text, stop strings, and the way back into the event loop. It is called
+    with events in the engine's thread."""
 
     def __init__(self, loop: Any, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None] | None):
         self.future = loop.create_future()
         self.stops = StopCutter(stop)
-        self.taken = self.left = 0
-        self.handed_back: Exception | None = None  # what the caller's on_text raised
-        self._loop, self._eos, self._decoder, self._on_text = loop, tokenizer.eos, tokenizer.stream(), on_text
-        self._finish = "length"
+        self.taken = 0
+        self.ticket: Any = None
+        self._enough = False
+        self._loop, self._decoder, self._on_text = loop, tokenizer.stream(), on_text
         self._shown: list[str] = []
 
     @property
     def text(self) -> str:
         return "".join(self._shown)
 
-    def take(self, token: int) -> bool:
-        self.taken += 1
-        if token == self._eos:
-            self._finish = "stop"
-            return False
-        self._show(self.stops.push(self._decoder.push(token)))
-        if self.stops.hit:
-            self._finish = "stop"
-        return not self.stops.hit and self.taken < self.left
+    def __call__(self, events: list[Any]) -> None:
+        for event in events:
+            if hasattr(event, "reason"):
+                self._show(self.stops.push(self._decoder.flush()))
+                self._show(self.stops.flush())
+                error = None if event.error is None else _Failed(event.error)
+                self._call(self._settle, error, "length" if event.reason == "length" else "stop")
+            elif not self._enough:
+                self._take(event)
 
-    def done(self, error: BaseException | None) -> None:
-        self._show(self.stops.push(self._decoder.flush()))
-        self._show(self.stops.flush())
-        self._call(self._settle, error)
+    def _take(self, token: Any) -> None:
+        self.taken += 1
+        if token.stopped:
+            return
+        self._show(self.stops.push(self._decoder.push(token.id)))
+        if self.stops.hit:
+            self._enough = True
+            self.end_if_enough()
+
+    def end_if_enough(self) -> None:
+        """A stop string was seen: the engine need not go on."""
+        if self._enough and self.ticket is not None:
+            self.ticket.finish()
 
     def _show(self, text: str) -> None:
         text = text if self._shown else text.lstrip()  # the space after "assistant:"
@@ -199,15 +273,14 @@ class _Row:
         if not self.future.done():
             try:
                 self._on_text(text)
-            except Exception as e:
-                self.handed_back = e
+            except Exception as e:  # the caller's own: it gets it back
                 self.future.set_exception(e)
 
-    def _settle(self, error: BaseException | None) -> None:
+    def _settle(self, error: Exception | None, finish: str) -> None:
         if self.future.done():
             return
         if error is None:
-            self.future.set_result(self._finish)
+            self.future.set_result(finish)
         else:
             self.future.set_exception(error)
 
@@ -225,20 +298,3 @@ def _load(path: str, step: int | None) -> Any:
         return load_model(path, step)
     except UserError as e:
         raise UsageError(f"checkpoint:{path}: {e}") from e
-
-
-def _generate(
-    model: Any, prompts: list[list[int]], max_tokens: int, sampling: Any, seed: int
-) -> Generator[Sequence[int], None, None]:
-    """The tokens of each step, one a prompt."""
-    import jax
-
-    from mor_jax.inference.generate import Generation
-
-    with jax.set_mesh(model.mesh):
-        run = Generation(
-            model.lm, model.params, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed,
-            vocab_size=model.tokenizer.vocab_size,
-        )  # fmt: skip
-        for step in run:
-            yield step.token_B

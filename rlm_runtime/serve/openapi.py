@@ -26,7 +26,7 @@ def document(models: Sequence[str]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "rlm_runtime",
-            "version": _version(),
+            "version": version(),
             "description": "Recursive language models behind OpenAI's chat completions API.",
         },
         "components": {
@@ -57,7 +57,7 @@ def _paths(models: list[str]) -> dict[str, Any]:
             "post": {
                 "operationId": "chat_completions",
                 "summary": "Run a recursive language model on the messages and files of a conversation.",
-                "requestBody": _body("application/json", {"$ref": REF.format(model="ChatRequest")}),
+                "requestBody": body_of("application/json", {"$ref": REF.format(model="ChatRequest")}),
                 "responses": {
                     "200": {
                         "description": "The answer; with stream: true, server-sent events.",
@@ -69,24 +69,24 @@ def _paths(models: list[str]) -> dict[str, Any]:
                             "text/event-stream": {},
                         },
                     },
-                    **_errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504),
+                    **errors_of(400, 401, 403, 404, 408, 413, 415, 429, 500, 502, 503, 504),
                 },
             }
         },
-        "/v1/models": {"get": _get("list_models", "The models of this server.", "ModelList")},
-        "/v1/models/{model}": {"get": _get("get_model", "One model.", "ModelOut", 404, parameters=[model_id])},
+        "/v1/models": {"get": get_of("list_models", "The models of this server.", "ModelList")},
+        "/v1/models/{model}": {"get": get_of("get_model", "One model.", "ModelOut", 404, parameters=[model_id])},
         "/v1/files": {
-            "get": _get("list_files", "The files uploaded with this key.", "FileList"),
+            "get": get_of("list_files", "The files uploaded with this key.", "FileList"),
             "post": {
                 "operationId": "upload_file",
                 "summary": "Upload long material, to be named in a message or in rlm.context_file_ids.",
-                "requestBody": _body("multipart/form-data", upload),
-                "responses": {"200": _ok("FileOut"), **_errors(400, 401, 403, 408, 413, 415, 503)},
+                "requestBody": body_of("multipart/form-data", upload),
+                "responses": {"200": ok_of("FileOut"), **errors_of(400, 401, 403, 408, 413, 415, 503)},
             },
         },
         "/v1/files/{file_id}": {
-            "get": _get("get_file", "One file's description.", "FileOut", 404, parameters=[file_id]),
-            "delete": _get("delete_file", "Remove a file.", "FileDeleted", 404, parameters=[file_id]),
+            "get": get_of("get_file", "One file's description.", "FileOut", 404, parameters=[file_id]),
+            "delete": get_of("delete_file", "Remove a file.", "FileDeleted", 404, parameters=[file_id]),
         },
         "/v1/files/{file_id}/content": {
             "get": {
@@ -95,49 +95,51 @@ def _paths(models: list[str]) -> dict[str, Any]:
                 "parameters": [file_id],
                 "responses": {
                     "200": {"description": "The bytes.", "content": {"application/octet-stream": {}}},
-                    **_errors(401, 403, 404),
+                    **errors_of(401, 403, 404),
                 },
             }
         },
-        "/health": {"get": {**_get("health", "The process is alive.", "Status"), "security": []}},
-        "/ready": {"get": {**_get("ready", "Requests are taken; 503 while stopping.", "Status", 503), "security": []}},
+        "/health": {"get": {**get_of("health", "The process is alive.", "Status"), "security": []}},
+        "/ready": {
+            "get": {**get_of("ready", "Requests are taken; 503 while stopping.", "Status", 503), "security": []}
+        },
         "/metrics": {
             "get": {
                 "operationId": "metrics",
                 "summary": "Prometheus metrics.",
                 "responses": {
                     "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-                    **_errors(401, 403),
+                    **errors_of(401, 403),
                 },
             }
         },
     }
 
 
-def _get(name: str, summary: str, model: str, *statuses: int, parameters: list[Any] | None = None) -> dict[str, Any]:
+def get_of(name: str, summary: str, model: str, *statuses: int, parameters: list[Any] | None = None) -> dict[str, Any]:
     return {
         "operationId": name,
         "summary": summary,
         **({"parameters": parameters} if parameters else {}),
-        "responses": {"200": _ok(model), **_errors(401, 403, *statuses)},
+        "responses": {"200": ok_of(model), **errors_of(401, 403, *statuses)},
     }
 
 
-def _ok(model: str) -> dict[str, Any]:
+def ok_of(model: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": REF.format(model=model)}}}
     return {"description": "Done.", "headers": CREATED, "content": content}
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
+def errors_of(*statuses: int) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": REF.format(model="ErrorBody")}}}
     return {str(status): {"description": "An error.", "content": content} for status in statuses}
 
 
-def _body(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
+def body_of(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": {kind: {"schema": schema}}}
 
 
-def _version() -> str:
+def version() -> str:
     try:
         return metadata.version("mor-jax")
     except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,7 +89,8 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain: new requests get 503, running ones may finish for
     `drain_seconds` and are then cancelled. A second signal cancels them at once.
 
-    In a thread, where signals do not arrive, give a list as `stops`: it gets the function that stops the server.
+    A list given as `stops` gets the function that stops the server, for any thread to call; in a thread, where signals
+    do not arrive, it is the only way.
     """
     settings: ServeSettings = app.state.settings
     admission = app.state.admission
@@ -115,7 +117,8 @@ async def serve(
         finally:
             server.should_exit = True
 
-    signals = () if stops is not None else (signal.SIGTERM, signal.SIGINT)
+    on_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGINT) if on_main else ()
     for number in signals:
         loop.add_signal_handler(number, stop, number.name)
     if stops is not None:

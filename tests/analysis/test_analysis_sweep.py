@@ -8,7 +8,7 @@ import statistics
 import pytest
 from rich.console import Console
 
-from configs.ablations import balancing, isoflop, kv, recursions, routers, sharing
+from configs.ablations import balancing, isoflop, kv, random_routing, recursions, relaxation, routers, sharing
 from mor_jax.analysis.sweep import (
     COLUMNS,
     Outcome,
@@ -31,6 +31,8 @@ FILES = {
     "isoflop": isoflop,
     "recursions": recursions,
     "kv": kv,
+    "random_routing": random_routing,
+    "relaxation": relaxation,
 }
 SIZES = ("tiny", "small", "135m", "360m", "730m", "1.7b")
 

@@ -64,6 +64,7 @@ class Request:
     min_tokens: int = 0  # stop tokens cannot be drawn before this many
     logprobs: int | None = None  # None: none; n: the drawn token's, and the n most likely ones beside it
     prompt_logprobs: bool = False  # also those of the prompt's tokens (`logprobs` must be given)
+    prompt_depths: bool = False  # a `PromptRead` before the first token
     grammar: Grammar | None = None
     depth: DepthWish = field(default_factory=DepthWish)
     priority: int = 0  # lower runs earlier, as in vLLM; ties by arrival
@@ -87,6 +88,12 @@ class PromptScored(NamedTuple):
     top: tuple[tuple[tuple[int, float], ...], ...]
 
 
+class PromptRead(NamedTuple):
+    """Recursions that the prompt's tokens ran, all but the last one's: that is the first `Token`'s depth."""
+
+    depths: tuple[int, ...]
+
+
 class Finished(NamedTuple):
     """The last event of every request."""
 
@@ -100,7 +107,7 @@ class Finished(NamedTuple):
     error: str | None = None
 
 
-Event = Token | PromptScored | Finished
+Event = Token | PromptScored | PromptRead | Finished
 
 
 class Ticket(Protocol):

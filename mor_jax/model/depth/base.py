@@ -40,7 +40,8 @@ class Route(NamedTuple):
 
 
 class DepthPolicy(Protocol):
-    """Arrays: z [B, T] float32 router scores; candidates, active [B, T] bool; k a token count per row.
+    """Arrays: z [B, T] float32 router scores (or [B, T, ...], handed back as they came); candidates, active [B, T] bool;
+    k a token count per row.
 
     `step` is one slice of `Route.steps`, `tokens` is `Route.tokens`.
     """

@@ -15,7 +15,7 @@ the share it kept in training. The survey is of the scores that decide.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,13 +32,6 @@ SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
 AUXILIARY = "auxiliary"  # name of the second router among the parameters
 THRESHOLDS = "thresholds"
 # sigmoid(z) = 0.5, tanh(z) = 0 and z = 0 are the same place: one threshold, in sigmoid units, serves all three.
-
-
-class Scores(NamedTuple):
-    """Of both routers."""
-
-    z_BxT: jax.Array
-    auxiliary_BxT: jax.Array
 
 
 @dataclass(frozen=True)
@@ -99,36 +92,43 @@ class ExpertChoice:
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
         return None
 
-    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array | Scores:
+    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
+        """[B, T]; with an auxiliary router [B, T, 2], its own score second."""
         run = lambda weights, h: nn.apply(self._module(), weights, h / self.temperature)[..., 0]
         z_BxT = run({name: leaf for name, leaf in step.items() if name not in (AUXILIARY, THRESHOLDS)}, h_BxTxD)
         if self.inference != "auxiliary":
             return z_BxT
-        return Scores(z_BxT, run(step[AUXILIARY], jax.lax.stop_gradient(h_BxTxD)))
+        return jnp.stack([z_BxT, run(step[AUXILIARY], jax.lax.stop_gradient(h_BxTxD))], axis=-1)
+
+    def _own(self, z: jax.Array) -> jax.Array:
+        """The router's score: what top-k ranks and the gate is made of."""
+        return z[..., 0] if self.inference == "auxiliary" else z
+
+    def _deciding(self, z: jax.Array) -> jax.Array:
+        """The score that causal inference goes by."""
+        return z[..., 1] if self.inference == "auxiliary" else z
 
     def select(
-        self, step: Any, z_BxT: jax.Array | Scores, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
     ) -> jax.Array:
         if k is not None:
-            return top_k(settled(_own(z_BxT), candidates_BxT), candidates_BxT, k)
-        z = _deciding(z_BxT)
+            return top_k(settled(self._own(z_BxT), candidates_BxT), candidates_BxT, k)
+        z = self._deciding(z_BxT)
         on = jax.nn.sigmoid(z) >= self.threshold
         if self.inference == "calibrated":
             on = jnp.where(jnp.isnan(step[THRESHOLDS]), on, z >= step[THRESHOLDS])
         on = on if dial is None else jnp.where(jnp.isnan(dial), on, z >= dial)
         return candidates_BxT & on
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array | Scores, tokens: Any) -> jax.Array:
+    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
         if self.gate == "additive":
             return h + y
-        gate = (self.alpha * SCORE[self.score_name](_own(z)))[..., None].astype(h.dtype)
+        gate = (self.alpha * SCORE[self.score_name](self._own(z)))[..., None].astype(h.dtype)
         return h + gate * y
 
-    def step_stats(
-        self, step: Any, z: jax.Array | Scores, candidates: jax.Array, active: jax.Array, tokens: Any
-    ) -> RouterStats:
+    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
         weight, ran = candidates.astype(jnp.float32), active.astype(jnp.float32)
-        own, deciding = _own(z), _deciding(z)
+        own, deciding = self._own(z), self._deciding(z)
         score = SCORE[self.score_name](own)
         # Binary cross-entropy with logits, on the score before alpha.
         bce = jax.nn.softplus(deciding) - deciding * ran
@@ -168,16 +168,6 @@ class ExpertChoice:
         kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none
         reach = survey.reach(survey_RxG)
         return np.array([survey.score_reached_by(k, of) for k, of in zip(kept, reach, strict=True)], np.float32)
-
-
-def _own(z: jax.Array | Scores) -> jax.Array:
-    """The router's score: what top-k ranks and the gate is made of."""
-    return z.z_BxT if isinstance(z, Scores) else z
-
-
-def _deciding(z: jax.Array | Scores) -> jax.Array:
-    """The score that causal inference goes by."""
-    return z.auxiliary_BxT if isinstance(z, Scores) else z
 
 
 def _as_many(z_BxT: jax.Array, candidates_BxT: jax.Array, active_BxT: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import subprocess
 import sys
 import threading
@@ -72,15 +73,16 @@ def test_concurrent_calls_say_what_sequential_ones_say(lm):
     async def together():
         return await asyncio.gather(*map(one, range(len(PROMPTS))))
 
-    first, before = asyncio.run(alone()), lm.batcher.batches
-    second = asyncio.run(together())
+    ticks = lambda: lm.stats().get("ticks_total", 0)
+    begin = ticks()
+    first, between = asyncio.run(alone()), ticks()
+    second, end = asyncio.run(together()), ticks()
     assert second == first
     assert len({r.text for r in first}) > len(PROMPTS) // 2, "random weights should not say one thing to all"
-    assert lm.batcher.batches - before < len(PROMPTS)
+    assert end - between < (between - begin) / 2, "they shared ticks"
 
 
 def test_a_short_prompt_keeps_its_room_beside_a_long_one(lm):
-    """A batch holds its longest prompt and its longest reply in the context; those that do not fit go separately."""
     short, long = ask("a"), ask("y" * 90)
     room = CONTEXT - lm.count_tokens(short)
 
@@ -136,8 +138,9 @@ def test_a_wrong_sampling_and_a_failing_callback_reach_the_caller(lm):
         asyncio.run(lm.complete(ask("a"), on_text=refuse))
 
 
-def test_cancelling_a_call_ends_its_work_and_no_thread_stays(checkpoint):
-    lm, before = CheckpointLM(str(checkpoint)), set(threading.enumerate())
+def test_cancelling_a_call_ends_its_work_and_no_thread_stays(lm):
+    asyncio.run(lm.aclose())
+    before = set(threading.enumerate())
 
     async def main():
         seen = asyncio.Event()
@@ -149,7 +152,7 @@ def test_cancelling_a_call_ends_its_work_and_no_thread_stays(checkpoint):
         with pytest.raises(asyncio.CancelledError):
             await task
         await lm.aclose()
-        assert not [t for t in set(threading.enumerate()) - before if t.name == "rlm-batcher"]
+        assert not [t for t in set(threading.enumerate()) - before if t.name == "engine"]
         return await lm.complete(ask("b"), sampling=Sampling(max_tokens=2))  # usable again
 
     assert asyncio.run(main()).usage.output_tokens == 2
@@ -157,31 +160,69 @@ def test_cancelling_a_call_ends_its_work_and_no_thread_stays(checkpoint):
 
 
 def test_generation_that_fails_is_an_lm_error_and_the_next_call_works(lm, monkeypatch):
-    from mor_jax.inference import generate
+    from mor_jax.inference.engine.device import Device
 
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as m:
-        m.setattr(generate, "Generation", broken)
+        m.setattr(Device, "tick", broken)
         with pytest.raises(LMError, match="out of memory") as e:
             asyncio.run(lm.complete(ask("a")))
     assert e.value.kind == "server"
     assert asyncio.run(lm.complete(ask("a"), sampling=Sampling(max_tokens=2))).usage.calls == 1
 
 
-def test_template_and_tools_reach_the_prompt(checkpoint):
-    seen = []
+def test_template_and_tools_reach_the_prompt(checkpoint, lm):
+    seen, engine = [], lm._engine
 
     def template(messages):
         seen.append(messages)
         return messages[-1].content[:20]
 
-    lm = CheckpointLM(str(checkpoint), template=template, max_tokens=2)
+    lm = CheckpointLM(str(checkpoint), template=template, max_tokens=2, model=lm._model)
+    lm._engine = engine  # compiled already
     tool = ToolSpec(name="search", description="looks things up")
     asyncio.run(lm.complete(ask("find it"), tools=[tool], schema={"type": "string"}))
     assert "search" in seen[-1][-1].content and '{"type": "string"}' in seen[-1][-1].content
     asyncio.run(lm.aclose())
+
+
+def test_turns_of_a_conversation_and_siblings_read_what_they_share_once(lm):
+    """What fills a chunk is not read again by the next prompt that begins with it."""
+    start = "the same long beginning, " * 3  # more than the middle chunk of 64
+    hits = lambda: lm.stats().get("prefix_cache_hits_total", 0)
+    before = hits()
+
+    async def fan():
+        calls = [lm.complete(ask(f"{start}{i}"), sampling=Sampling(max_tokens=2)) for i in range(4)]
+        return await asyncio.gather(*calls)
+
+    asyncio.run(fan())
+    assert hits() - before >= 3 * 64
+
+
+def test_a_schema_constrains_what_is_said(lm, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(lm, "_template", lambda messages: "?")  # the schema in words is too long here
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
+    schema["additionalProperties"] = False
+    sampling = Sampling(max_tokens=60, temperature=1.0, seed=1)
+    reply = asyncio.run(lm.complete(ask("?"), schema=schema, sampling=sampling))
+    assert isinstance(json.loads(reply.text)["yes"], bool) and reply.finish_reason == "stop"
+
+
+def test_depth_of_a_call(lm):
+    """Deeper tokens, another text; the same wish, the same text."""
+    say = lambda **extra: (
+        asyncio.run(
+            lm.complete(ask("deep"), sampling=Sampling(max_tokens=20, temperature=1.0, seed=3, extra=extra))
+        ).text
+    )
+    assert say(max_depth=1) == say(max_depth=1) != say(min_depth=3)
+    with pytest.raises(LMError, match="depth") as e:
+        say(max_depth=7)
+    assert e.value.kind == "bad_request"
 
 
 def test_default_template_reads_plainly():

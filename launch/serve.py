@@ -1,0 +1,111 @@
+"""Serve trained models to any OpenAI client.
+
+    python -m launch.serve runs/mor
+    python -m launch.serve small=runs/mor plain=runs/vanilla --port 8100 --lanes 16
+    python -m launch.serve runs/mor --host 0.0.0.0 --api_key_file keys.txt
+
+The name of a model is what stands before `=`, else the last part of its path. The server listens at once, answers 503
+while it loads and warms up, and says when it is ready. See docs/serving.md.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launch import cli
+from mor_jax.errors import UserError
+from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.build import build_service
+from mor_jax.inference.engine.device import EngineConfig
+from mor_jax.inference.engine.grammar import Grammars
+from mor_jax.inference.engine.plain import PlainService
+from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.train.load import Loaded, load_model
+from rlm_runtime.errors import UsageError
+from rlm_runtime.serve.access import host_names, read_keys
+from rlm_runtime.serve.model import ChatTemplate, ModelBackend, ModelSettings
+from rlm_runtime.serve.model.template import find_template
+
+_BEGAN = time.monotonic()
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; other than loopback needs keys.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.")
+_KEYS = flags.DEFINE_string("api_key_file", None, "API keys, one a line. Without it nobody needs one.")
+_NO_KEY = flags.DEFINE_bool("allow_no_key", False, "Serve other machines without keys.")
+_HOSTS = flags.DEFINE_list("allowed_host", [], "Names the Host header may carry, besides those of this machine.")
+_ORIGINS = flags.DEFINE_list("cors_origin", [], "Web pages that may call, e.g. https://example.org; none by default.")
+_LANES = flags.DEFINE_integer("lanes", 8, "Sequences decoded at once, of each model.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Longest sequence, tokens; 0: the model's own.")
+_QUEUE = flags.DEFINE_integer("queue", 256, "Sequences that may wait, of each model; more get 429.")
+_ENGINE = flags.DEFINE_enum("engine", "batched", ["batched", "plain"], "plain: one request at a time, for comparison.")
+_TEMPLATE = flags.DEFINE_string("chat_template", None, "A Jinja file to use instead of the checkpoint's.")
+_DRAIN = flags.DEFINE_float("drain_seconds", 30.0, "After SIGTERM running requests may go on for so long.")
+_SECONDS = flags.DEFINE_float("request_seconds", 600.0, "Longest life of a request; it then ends with what there is.")
+
+
+def main(argv: list[str]) -> None:
+    try:
+        from rlm_runtime.serve.model.host import run_server
+    except ModuleNotFoundError as e:
+        raise UserError(f'launch.serve needs the package {e.name}: pip install "mor-jax[serve]".') from None
+    if not argv:
+        raise UserError("give a checkpoint: python -m launch.serve runs/mor.")
+    try:
+        keys = tuple(read_keys(_KEYS.value, "--api_key_file")) if _KEYS.value else ()
+        template = ChatTemplate(Path(_TEMPLATE.value).read_text("utf-8")) if _TEMPLATE.value else None
+        settings = ModelSettings(
+            api_keys=keys, allowed_hosts=host_names(_HOST.value, _HOSTS.value, keys), cors_origins=tuple(_ORIGINS.value),
+            drain_seconds=_DRAIN.value, request_seconds=_SECONDS.value,
+        )  # fmt: skip
+        run_server(
+            lambda: [backend(text, template) for text in argv], settings, host=_HOST.value, port=_PORT.value,
+            say=say, began=_BEGAN, allow_no_key=_NO_KEY.value,
+        )  # fmt: skip
+    except (UsageError, OSError) as e:
+        raise UserError(str(e)) from e
+
+
+def backend(text: str, template: ChatTemplate | None = None) -> ModelBackend:
+    """One model of the server, loaded and warm. `text`: NAME=PATH or PATH."""
+    name, _, path = text.rpartition("=")
+    name = name or Path(path).resolve().name
+    began = time.monotonic()
+    loaded = load_model(path)
+    read = time.monotonic()
+    service = make_service(loaded)
+    say(f"{name}: loaded in {read - began:.1f} s, warmed up in {time.monotonic() - read:.1f} s")
+    grammars, why = make_grammars(loaded)
+    return ModelBackend(
+        name=name, tokenizer=loaded.tokenizer, window=service.context, service=service, words=words,
+        template=template or find_template(path, loaded.tokenizer.to_json()),
+        recursions=loaded.lm.program.recursions, grammars=grammars, no_grammars=why,
+    )  # fmt: skip
+
+
+def make_service(loaded: Loaded) -> Any:
+    """The engine of a model, every program compiled."""
+    if _ENGINE.value == "plain":
+        service = PlainService(loaded, queue=_QUEUE.value, context=_CONTEXT.value or None)
+    else:
+        engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value)
+        service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
+    service.warm_up()
+    return service
+
+
+def make_grammars(loaded: Loaded) -> tuple[Any, str]:
+    """What constrains output to a schema; without its library None, and why."""
+    try:
+        return Grammars(loaded.tokenizer), ""
+    except UserError as e:
+        return None, str(e)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main, arguments=True)

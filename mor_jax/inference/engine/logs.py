@@ -1,0 +1,262 @@
+"""Where keys and values of the lanes live, and how attention reads them: the one place that knows the layout.
+
+A lane owns append-only *logs*, one for each part (prelude, core, coda). An entry of the core's log is one token at one
+recursion step, in the order in which they ran; its *tag* is a bit mask of the steps whose queries see it. A stream,
+that is what one step attends to, is the entries with its bit: all depths share one log, so its room follows the sum
+of the depths and no depth can run out of room while another has some.
+
+    full, recursion_wise   an entry a step that a token ran, seen by that step
+    shared                 an entry a token, made at step 1, seen by all steps
+    hybrid                 an entry a step that a token ran, seen by that step and, the newest, by all later ones
+
+Keys are stored after rotary embedding and a token is decoded after all tokens before it, so neither positions nor a
+causal mask are needed: what is in the log, below its length, with the right bit, is seen.
+
+Logs are read in place. XLA copies what a gather or a dynamic slice takes out of a cache, which costs more than the
+attention itself, while a masked product over the entries of other steps costs what reading them costs. So a log is
+cut into *segments*, arrays of their own; a segment no lane has reached is skipped. The softmax is built up segment by
+segment, and one that holds nothing for a lane changes nothing in its result, to the last bit, so that a long sequence
+in another lane is not noticed. Later segments may exist for the first lanes only: those are the lanes with more room.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30
+FIRST = 256  # entries of the first segment; each later one is as long as all before it
+
+
+class Segment(NamedTuple):
+    """Entries start .. start + size of the first `lanes` lanes. Static."""
+
+    start: int
+    size: int
+    lanes: int
+
+
+Layout = tuple[Segment, ...]
+
+
+class Log(NamedTuple):
+    """Keys and values of one block application: an array [lanes, K, size, H] a segment, as `stored`."""
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+def layout(rooms: Sequence[int]) -> Layout:
+    """Segments of logs in which lane i has room for rooms[i] entries; rooms must not rise."""
+    if list(rooms) != sorted(rooms, reverse=True) or rooms[-1] < 1:
+        raise ValueError(f"rooms of lanes must be positive and must not rise, got {list(rooms)}")
+    ends = set(rooms)
+    edge = FIRST
+    while edge < rooms[0]:
+        # A sliver next to the end of a class of lanes would be one more product for nothing.
+        if all(not edge < room < edge * 1.25 for room in ends):
+            ends.add(edge)
+        edge *= 2
+    starts = [0, *sorted(ends)]
+    return tuple(Segment(a, b - a, sum(room >= b for room in rooms)) for a, b in itertools.pairwise(starts))
+
+
+def stored(x: jax.Array) -> jax.Array:
+    """As it is kept in a log: the bits of bfloat16 as integers. XLA on CPUs converts all of a bfloat16 array to
+    float32 and back to write one row of it; integers it writes in place."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def loaded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Inverse of `stored`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
+    """A log with nothing in it."""
+    zeros = lambda: tuple(stored(jnp.zeros((s.lanes, kv_heads, s.size, head_dim), dtype)) for s in shape)
+    return Log(zeros(), zeros())
+
+
+def empty_tags(shape: Layout) -> tuple[jax.Array, ...]:
+    """Tags of the entries, int32 [lanes, size] a segment."""
+    return tuple(jnp.zeros((s.lanes, s.size), jnp.int32) for s in shape)
+
+
+class View(NamedTuple):
+    """What a query may see of a log, the same for all blocks of a part."""
+
+    seen: tuple[jax.Array, ...]  # bool [lanes, size] a segment
+    reached: tuple[jax.Array, ...]  # bool: whether any lane has entries in the segment
+
+
+def view(
+    shape: Layout, length_N: jax.Array, tags: Sequence[jax.Array] | None = None, step_N: jax.Array | None = None
+) -> View:
+    """The entries of each lane below its length, and, given tags, with the bit of its step. N lanes, or one alone."""
+    seen = []
+    for i, s in enumerate(shape):
+        here = jnp.arange(s.start, s.start + s.size) < length_N[: s.lanes, None]
+        if tags is not None:
+            here &= (tags[i] >> step_N[: s.lanes, None]) & 1 == 1
+        seen.append(here)
+    return View(tuple(seen), tuple(jnp.max(length_N[: s.lanes]) > s.start for s in shape))
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+class _Softmax(NamedTuple):
+    """A softmax under way: largest score, sum of exponentials, weighted sum of values. All float32."""
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> _Softmax:
+        """Before any key, for queries of this shape."""
+        zeros = jnp.zeros(shape[:-1], jnp.float32)
+        return cls(zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
+
+    def add(self, score: jax.Array, mask: jax.Array, weigh) -> _Softmax:
+        """With more keys; `weigh` maps their weights to the sum of their values."""
+        score = jnp.where(mask, score, MASKED)
+        top = jnp.maximum(self.top, jnp.max(score, axis=-1))
+        weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
+        shrink = jnp.exp(self.top - top)
+        total = self.total * shrink + jnp.sum(weight, axis=-1)
+        return _Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
+
+    def result(self, dtype) -> jax.Array:
+        return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
+
+
+def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
+    """Of one token a lane to its log, which holds its own key already. [N, K, G, H]; zeros where nothing is seen."""
+    q, dtype, scale = q_NxKxGxH, q_NxKxGxH.dtype, q_NxKxGxH.shape[-1] ** -0.5
+
+    def add(part: _Softmax, q, k, v, seen) -> _Softmax:
+        k, v = loaded(k, dtype), loaded(v, dtype)
+        score = jnp.einsum("NKGH,NKSH->NKGS", q, k, preferred_element_type=jnp.float32) * scale
+        weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
+        return part.add(score, seen[:, None, None], weigh)
+
+    so_far = _Softmax.empty(q.shape)
+    for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
+        lanes = k.shape[0]
+        part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
+        args = (part, q[:lanes], k, v, seen.seen[i])
+        part = add(*args) if i == 0 else jax.lax.cond(seen.reached[i], add, lambda part, *_: part, *args)
+        join = lambda new, old: jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
+        so_far = jax.tree.map(join, part, so_far)
+    return so_far.result(dtype)
+
+
+def of_lane(log: Log, lane: jax.Array) -> Log:
+    """Copy of one lane's log, segments [K, size, H]. A lane beyond a segment has no entries in it, so that it does not
+    matter whose are taken there."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+    return jax.tree.map(take, log)
+
+
+def attend_chunk(
+    q_TxKxGxH: jax.Array, log: Log, seen: View, own_k_UxKxH: jax.Array, own_v_UxKxH: jax.Array, own_TxU: jax.Array
+) -> jax.Array:
+    """Of T tokens of one lane to its log (of `of_lane`; `seen` is a view of this lane alone) and, by a mask, to U keys
+    that are not in the log yet. [T, K, G, H]."""
+    q, dtype, scale = q_TxKxGxH, q_TxKxGxH.dtype, q_TxKxGxH.shape[-1] ** -0.5
+    q_KxGxTxH = jnp.moveaxis(q, 0, 2)
+
+    def add(part: _Softmax, q, k_KxSxH, v_KxSxH, mask) -> _Softmax:
+        score = jnp.einsum("KGTH,KSH->KGTS", q, k_KxSxH, preferred_element_type=jnp.float32) * scale
+        weigh = lambda w: jnp.einsum("KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32)
+        return part.add(score, mask, weigh)
+
+    so_far = _Softmax.empty(q_KxGxTxH.shape)
+    so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
+    from_log = lambda part, q, k, v, seen: add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
+    for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
+        args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
+        so_far = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
+    return jnp.moveaxis(so_far.result(dtype), 2, 0)
+
+
+# ------------------------------------------------------------------------------------- writing
+
+
+def append_lanes(
+    shape: Layout, log: Log, slot_N: jax.Array, writes_N: jax.Array, k_NxKxH: jax.Array, v_NxKxH: jax.Array
+) -> Log:
+    """One entry at `slot_N` for every lane that writes."""
+
+    def put(arrays, new_NxKxH):
+        new_NxKxH, out = stored(new_NxKxH), []
+        for s, array in zip(shape, arrays, strict=True):
+            inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
+            place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]  # out of bounds: dropped
+            out.append(array.at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop"))
+        return tuple(out)
+
+    return Log(put(log.k, k_NxKxH), put(log.v, v_NxKxH))
+
+
+def tag_lanes(
+    shape: Layout, tags: Sequence[jax.Array], slot_N: jax.Array, writes_N: jax.Array, tag_N: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Tags with that of the entry at `slot_N` replaced in every lane that writes."""
+    out = []
+    for s, array in zip(shape, tags, strict=True):
+        inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
+        place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]
+        out.append(array.at[jnp.arange(s.lanes), place].set(tag_N[: s.lanes], mode="drop"))
+    return tuple(out)
+
+
+def _window(s: Segment, slot: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, int]:
+    """Where in a segment `rows` entries from `slot` on may land: (start of a window of static size, which of the rows
+    each place of it takes (may be out of range), the size)."""
+    size = min(s.size, rows)
+    start = jnp.clip(slot - s.start, 0, s.size - size)
+    return start, start + jnp.arange(size) + s.start - slot, size
+
+
+def append_chunk(
+    shape: Layout, arrays: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, count: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, ...]:
+    """rows[:count] of one lane, appended from `slot` on. `arrays`: the segments of a log's keys or values (rows
+    [W, K, H]) or of the tags (rows [W]). By windows and not by scatter, which XLA on CPUs does a row at a time."""
+    rows, out = stored(rows), []
+    for s, array in zip(shape, arrays, strict=True):
+        start, row, size = _window(s, slot, rows.shape[0])
+        fits = (row >= 0) & (row < count) & (lane < s.lanes)
+        new = jnp.take(rows, jnp.clip(row, 0, rows.shape[0] - 1), axis=0)
+        if rows.ndim == 3:
+            at, new, fits = (lane, 0, start, 0), new.swapaxes(0, 1)[None], fits[None, None, :, None]
+            old = jax.lax.dynamic_slice(array, at, (1, array.shape[1], size, array.shape[3]))
+        else:
+            at, new, fits = (lane, start), new[None], fits[None]
+            old = jax.lax.dynamic_slice(array, at, (1, size))
+        out.append(jax.lax.dynamic_update_slice(array, jnp.where(fits, new, old), at))
+    return tuple(out)
+
+
+def read_chunk(shape: Layout, arrays: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, rows: int) -> jax.Array:
+    """Entries slot .. slot + rows of one lane, [rows, K, H] or [rows]; zeros where the log ends. Inverse of
+    `append_chunk`."""
+    tail = (arrays[0].shape[1], arrays[0].shape[3]) if arrays[0].ndim == 4 else ()
+    out = jnp.zeros((rows, *tail), arrays[0].dtype)
+    for s, array in zip(shape, arrays, strict=True):
+        start, _, size = _window(s, slot, rows)
+        if tail:
+            found = jax.lax.dynamic_slice(array, (lane, 0, start, 0), (1, tail[0], size, tail[1]))[0].swapaxes(0, 1)
+        else:
+            found = jax.lax.dynamic_slice(array, (lane, start), (1, size))[0]
+        place = slot + jnp.arange(rows) - s.start - start
+        inside = ((place >= 0) & (place < size) & (lane < s.lanes)).reshape(-1, *(1,) * len(tail))
+        out = jnp.where(inside, jnp.take(found, jnp.clip(place, 0, size - 1), axis=0), out)
+    return out

@@ -1,0 +1,201 @@
+"""The compiled programs of an engine, each a pure function of a donated state."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mor_jax.inference.engine import logs, rows
+from mor_jax.inference.engine.layers import Weights
+from mor_jax.inference.engine.logs import Layout, Log
+from mor_jax.inference.engine.prefill import prefill
+from mor_jax.inference.engine.rows import DrawConfig, DrawRows
+from mor_jax.inference.engine.speculate import Speculation, speculative_tick
+from mor_jax.inference.engine.state import NONE, Shape, State
+from mor_jax.inference.engine.tick import Out, boundary, core_pass, tick
+from mor_jax.model.depth import DepthControl
+from mor_jax.model.lm import LM
+
+
+def ticks(
+    lm: LM, shape: Shape, config: DrawConfig, m: int, count: int, weights: Weights, state: State
+) -> tuple[State, Out]:
+    """`count` ticks in one program; leaves of Out [count, ...]."""
+    if count == 1:
+        state, out = tick(lm, shape, config, m, weights, state)
+        return state, jax.tree.map(lambda leaf: leaf[None], out)
+    return jax.lax.scan(lambda state, _: tick(lm, shape, config, m, weights, state), state, length=count)
+
+
+def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
+    """The lane empty, under this control (leaves without the lane)."""
+    put = lambda array, value: array.at[lane].set(value)
+    return stop_lane(state, lane)._replace(
+        tokens_N=put(state.tokens_N, 0),
+        entries_N=put(state.entries_N, 0),
+        void_N=put(state.void_N, False),
+        control=jax.tree.map(put, state.control, control),
+    )
+
+
+def start_lane(state: State, lane: jax.Array, token: jax.Array, remaining: jax.Array, row: DrawRows) -> State:
+    """The lane decodes from the next boundary on, beginning with this token."""
+    return state._replace(
+        next_N=state.next_N.at[lane].set(token),
+        remaining_N=state.remaining_N.at[lane].set(remaining),
+        draws=rows.put_row(state.draws, lane, row),
+    )
+
+
+def stop_lane(state: State, lane: jax.Array) -> State:
+    """The lane does nothing any more."""
+    flight = state.flight._replace(
+        here_N=state.flight.here_N.at[lane].set(False), going_N=state.flight.going_N.at[lane].set(False)
+    )
+    return state._replace(flight=flight, next_N=state.next_N.at[lane].set(NONE))
+
+
+def mask_lane(state: State, lane: jax.Array, mask_W: jax.Array, position: jax.Array) -> State:
+    """A grammar's mask for the lane's draw at `position`."""
+    return state._replace(draws=rows.put_mask(state.draws, lane, mask_W, position))
+
+
+def save_ends(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
+    """`count` entries of prelude and coda."""
+    return _read(shape.ends, (state.prelude, state.coda), lane, slot, count)
+
+
+def save_core(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
+    """`count` entries of the core, with their tags."""
+    return _read(shape.core, (state.core, state.tags), lane, slot, count)
+
+
+def load_ends(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
+    """The first `count` of the saved entries in their place again."""
+    prelude, coda = _write(shape.ends, (state.prelude, state.coda), lane, slot, count, saved)
+    return state._replace(prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count))
+
+
+def load_core(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
+    """As `load_ends`."""
+    core, tags = _write(shape.core, (state.core, state.tags), lane, slot, count, saved)
+    return state._replace(core=core, tags=tags, entries_N=state.entries_N.at[lane].set(slot + count))
+
+
+def _segments(tree: Any) -> tuple[list, Any]:
+    """The tuples of segments in a tree of logs and tags."""
+    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple) and bool(x) and hasattr(x[0], "shape"))
+
+
+def _read(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: int) -> Any:
+    segments, structure = _segments(tree)
+    return structure.unflatten([logs.read_chunk(where, arrays, lane, slot, count) for arrays in segments])
+
+
+def _write(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> Any:
+    segments, structure = _segments(tree)
+    new = structure.flatten_up_to(saved)
+    put = lambda arrays, rows: logs.append_chunk(where, arrays, lane, slot, count, rows)
+    return structure.unflatten([put(arrays, rows) for arrays, rows in zip(segments, new, strict=True)])
+
+
+# ------------------------------------------------------------------------------------- all lanes busy, to be timed
+
+
+def _busy(shape: Shape, state: State, going: bool, tokens: jax.Array, entries: jax.Array) -> State:
+    """All lanes hold so much and have a token in flight."""
+    yes = jnp.ones((shape.lanes,), bool)
+    flight = state.flight._replace(
+        here_N=yes, going_N=yes & going, active_N=yes & going, depth_N=jnp.zeros_like(state.flight.depth_N)
+    )
+    return state._replace(
+        flight=flight,
+        tokens_N=jnp.full_like(state.tokens_N, tokens),
+        entries_N=jnp.full_like(state.entries_N, entries),
+        remaining_N=jnp.full_like(state.remaining_N, 2),
+    )
+
+
+def busy_pass(
+    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+) -> tuple:
+    """A core pass of all lanes."""
+    return core_pass(lm, shape, weights, _busy(shape, state, True, tokens, entries))
+
+
+def busy_boundary(
+    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+) -> tuple:
+    """A boundary of all lanes."""
+    return boundary(lm, shape, config, weights, _busy(shape, state, False, tokens, entries))
+
+
+# ------------------------------------------------------------------------------------- compiling
+
+
+class Programs:
+    """Compiled ahead of time, so that a call can never compile anything.
+
+    `weights` and `state` show shapes and placement; their values are not used."""
+
+    def __init__(
+        self, lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, piece: int,
+        place: NamedSharding | None = None,
+    ):  # fmt: skip
+        self._static, self._weights, self._state = (lm, shape, config), weights, state
+        self._shape, self._piece, self._place = shape, piece, place
+
+    def _compile(self, f: Callable, *args: Any, donate: int | None = 0) -> Any:
+        where = {} if self._place is None else {"out_shardings": self._place}
+        return jax.jit(f, donate_argnums=() if donate is None else donate, **where).lower(*args).compile()
+
+    def timed(self, f: Callable) -> Any:
+        """`busy_pass` or `busy_boundary`, called with (weights, state, tokens, entries)."""
+        zero = np.int32(0)
+        return self._compile(functools.partial(f, *self._static), self._weights, self._state, zero, zero, donate=1)
+
+    def compile_tick(self, m: int, count: int) -> None:
+        """`tick(weights, state)`."""
+        self.tick = self._compile(
+            functools.partial(ticks, *self._static, m, count), self._weights, self._state, donate=1
+        )
+
+    def compile_speculation(self, speculation: Speculation) -> None:
+        """`tick(weights, state)` that drafts and verifies."""
+        run = functools.partial(speculative_tick, *self._static, speculation)
+        self.tick = self._compile(run, self._weights, self._state, donate=1)
+
+    def compile_prefills(self, chunks: tuple[int, ...], tell: Callable[[str], None]) -> None:
+        """`prefills[size](weights, state, lane, tokens, count)`."""
+        lm, shape, _ = self._static
+        self.prefills, zero = {}, np.int32(0)
+        for size in chunks:
+            tell(f"prefill of {size} tokens")
+            run = functools.partial(prefill, lm, shape)
+            tokens = np.zeros((size,), np.int32)
+            self.prefills[size] = self._compile(run, self._weights, self._state, zero, tokens, zero, donate=1)
+
+    def compile_small(self) -> None:
+        """The rest, called as the functions are, without their static arguments."""
+        state, zero, shape, piece = self._state, np.int32(0), self._shape, self._piece
+        row = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), state.draws)
+        control = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), state.control)
+        self.open = self._compile(open_lane, state, zero, control)
+        self.start = self._compile(start_lane, state, zero, zero, zero, row)
+        self.stop = self._compile(stop_lane, state, zero)
+        self.mask = self._compile(mask_lane, state, zero, row.grammar_NxW, zero)
+        self.save, self.load = {}, {}
+        for part, save, load in (("ends", save_ends, load_ends), ("core", save_core, load_core)):
+            save = functools.partial(save, shape, piece)
+            saved = jax.eval_shape(save, state, zero, zero)
+            self.save[part] = self._compile(save, state, zero, zero, donate=None)
+            self.load[part] = self._compile(functools.partial(load, shape), state, zero, zero, zero, saved)
+
+
+__all__ = ["Log", "Programs", "busy_boundary", "busy_pass"]

@@ -1,0 +1,93 @@
+"""What the device keeps between two calls: the logs of all lanes and the token each lane is working on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.inference.engine.logs import Layout, Log, empty_log, empty_tags, layout
+from mor_jax.inference.engine.rows import DrawConfig, DrawRows, empty_rows
+from mor_jax.model.depth import DepthControl
+from mor_jax.model.lm import LM
+
+NONE = -1  # no token
+
+
+class Shape(NamedTuple):
+    """What the programs are compiled for. Static.
+
+    context: longest sequence. entries: room of each lane's core log; must not rise from lane to lane.
+    """
+
+    context: int
+    entries: tuple[int, ...]
+
+    @property
+    def lanes(self) -> int:
+        return len(self.entries)
+
+    @property
+    def ends(self) -> Layout:
+        """Layout of the prelude's and the coda's logs."""
+        return layout((self.context,) * self.lanes)
+
+    @property
+    def core(self) -> Layout:
+        return layout(self.entries)
+
+
+class Flight(NamedTuple):
+    """The token that each lane is working on, between its entry and its exit.
+
+    `going`: a core pass is to come, because the token runs the next step (`active`), or, under strategies that look
+    back, because step 1 makes its keys even if it stops before it. A token in flight that is not going waits for the
+    boundary.
+    """
+
+    here_N: jax.Array  # bool: there is a token
+    h_NxD: jax.Array
+    depth_N: jax.Array  # steps it has run
+    going_N: jax.Array
+    active_N: jax.Array
+    z_N: jax.Array  # score of the next step
+    route: Any  # what the policy lets it carry, leaves [N, 1, ...]
+
+
+class State(NamedTuple):
+    """Donated to every call. T of a lane: the tokens it has finished, so the position of the one in flight."""
+
+    prelude: tuple[Log, ...]  # one a block application
+    core: tuple[Log, ...]
+    coda: tuple[Log, ...]
+    tags: tuple[jax.Array, ...]  # of the core's entries
+    tokens_N: jax.Array  # T; the prelude holds one more while a token is in flight
+    entries_N: jax.Array  # of the core log
+    void_N: jax.Array  # bool: a prompt did not fit, nothing may be added
+    flight: Flight
+    next_N: jax.Array  # token that enters at the next boundary, or NONE
+    remaining_N: jax.Array  # tokens still to draw
+    draws: DrawRows
+    control: DepthControl
+
+
+def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
+    """A state in which every lane is free."""
+    _, kv_heads, head_dim = lm.model.dims
+    lanes, width, p = shape.lanes, lm.model.width, lm.program
+    log = lambda where: empty_log(where, kv_heads, head_dim, lm.model.dtype)
+    logs = lambda where, count: tuple(log(where) for _ in range(count))
+    zeros, no = jnp.zeros((lanes,), jnp.int32), jnp.zeros((lanes,), bool)
+    h_NxD = jnp.zeros((lanes, width), lm.model.dtype)
+    control = DepthControl.neutral(lanes, p.recursions)
+    carried = jax.eval_shape(
+        lambda r, h: lm.policy.begin(r, h[:, None], jnp.ones((lanes, 1), bool)).tokens, routers, h_NxD
+    )
+    route = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), carried)
+    return State(
+        logs(shape.ends, p.prelude), logs(shape.core, p.core * p.repeat), logs(shape.ends, p.coda),
+        empty_tags(shape.core), zeros, zeros, no,
+        Flight(no, h_NxD, zeros, no, no, jnp.zeros((lanes,), jnp.float32), route),
+        zeros + NONE, zeros, empty_rows(lanes, draw), control,
+    )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Language models behind an OpenAI-compatible endpoint: completions, chat, streams, metrics.
+
+`create_app(load, settings)` makes the ASGI application; `launch.serve` runs it. The way of a request: the door (key,
+size, pace) -> a place (admission) -> a plan (schemas, prompts as token ids, what the engine is asked for) -> sequences
+(tokens become text, stop strings end them) -> a reply, whole or as events. The engine is whatever has the members of
+`backend.Service`; this package knows no JAX.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["ChatTemplate", "ModelBackend", "ModelSettings", "create_app"]
+
+
+def __getattr__(name: str) -> Any:
+    """The parts are loaded when they are asked for."""
+    if name == "ChatTemplate":
+        from rlm_runtime.serve.model.template import ChatTemplate
+
+        return ChatTemplate
+    if name == "ModelBackend":
+        from rlm_runtime.serve.model.backend import ModelBackend
+
+        return ModelBackend
+    if name == "ModelSettings":
+        from rlm_runtime.serve.model.settings import ModelSettings
+
+        return ModelSettings
+    if name == "create_app":
+        from rlm_runtime.serve.model.app import create_app
+
+        return create_app
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

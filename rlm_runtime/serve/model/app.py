@@ -1,0 +1,192 @@
+"""The ASGI application of a model server: its routes, and what lives as long as it does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from rlm_runtime.serve.admission import Admission
+from rlm_runtime.serve.door import Door
+from rlm_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error, refuse
+from rlm_runtime.serve.model import schemas as s
+from rlm_runtime.serve.model.backend import ModelBackend, Shelf
+from rlm_runtime.serve.model.endpoint import LARGE, Endpoint, find, json_body, parsed
+from rlm_runtime.serve.model.metrics import ModelMetrics
+from rlm_runtime.serve.model.openapi import document
+from rlm_runtime.serve.model.plan import chat_ids
+from rlm_runtime.serve.model.sequence import Mailbox
+from rlm_runtime.serve.model.settings import ModelSettings
+from rlm_runtime.serve.model.shapes import ChatShape, CompletionShape, shown_all
+from rlm_runtime.serve.openapi import version
+from rlm_runtime.serve.schemas import Status
+
+
+def create_app(
+    load: Callable[[], Sequence[ModelBackend]],
+    settings: ModelSettings | None = None,
+    *,
+    on_loaded: Callable[[Shelf], None] = lambda shelf: None,
+) -> Starlette:
+    """The server as an ASGI application; `app.state.shelf`, `.admission`, `.metrics` and `.mailbox` are its parts.
+
+    `load` loads and warms up the models, in a thread, once the application starts: until then everything but
+    /metrics and /openapi.json answers 503. `on_loaded` is called after it, in that thread; `shelf.failure` says how
+    it went. The engines are closed when the application ends.
+    """
+    settings = settings or ModelSettings()
+    shelf, created = Shelf(), int(time.time())
+    metrics = ModelMetrics(lambda: shelf.models.values())
+    admission = Admission(settings.max_runs, settings.max_queue, settings.queue_seconds)
+    metrics.gauge("mor_jax:open_requests", "Requests inside: reading, waiting or running.", lambda: admission.running)
+    metrics.gauge("mor_jax:asyncio_tasks", "Tasks of the event loop; back to a few when idle.", _tasks)
+
+    async def list_models(request: Request) -> Response:
+        shelf.check()
+        return _json(s.ServedModelList(data=[_model_out(m, created) for m in shelf.models.values()]))
+
+    async def get_model(request: Request) -> Response:
+        shelf.check()
+        return _json(_model_out(find(shelf, request.path_params["model"]), created))
+
+    async def tokenize(request: Request) -> Response:
+        asked = await read(s.TokenizeRequest, request)
+        model = find(shelf, asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise refuse("Give either prompt or messages.", "prompt")
+        long = sum(map(len, [asked.prompt or ""])) > LARGE or asked.messages is not None
+
+        def encode() -> list[int]:
+            if asked.messages is not None:
+                return chat_ids(asked.messages, model, settings, asked.add_generation_prompt, None)
+            if len(asked.prompt) > settings.max_prompt_chars:
+                raise ApiError(413, f"prompt is longer than {settings.max_prompt_chars:,} characters.", param="prompt")
+            start = [] if asked.add_special_tokens is False else [model.tokenizer.bos]
+            return [*start, *model.tokenizer.encode(asked.prompt)]
+
+        ids = await asyncio.to_thread(encode) if long else encode()
+        words = shown_all(model.tokenizer, ids) if asked.return_token_strs else None
+        return _json(s.Tokenized(count=len(ids), max_model_len=model.window, tokens=ids, token_strs=words))
+
+    async def detokenize(request: Request) -> Response:
+        asked = await read(s.DetokenizeRequest, request)
+        model = find(shelf, asked.model)
+        if asked.tokens and max(asked.tokens) >= model.tokenizer.vocab_size:
+            raise refuse(f"This model's vocabulary has {model.tokenizer.vocab_size} tokens.", "tokens")
+        return _json(s.Detokenized(prompt=model.tokenizer.decode(asked.tokens)))
+
+    async def tokenizer_info(request: Request) -> Response:
+        shelf.check()
+        model = find(shelf, request.query_params.get("model") or next(iter(shelf.models)))
+        t = model.tokenizer
+        bos, eos = t.token_text(t.bos), t.token_text(t.eos)
+        return _json(
+            s.TokenizerInfo(
+                tokenizer_class=type(t).__name__, vocab_size=t.vocab_size, bos_token=bos, eos_token=eos, eot_token=eos,
+                bos_token_id=t.bos, eos_token_id=t.eos, model_max_length=model.window,
+                chat_template=model.template.source,
+            )
+        )  # fmt: skip
+
+    async def read(kind: type[BaseModel], request: Request) -> BaseModel:
+        shelf.check()
+        try:
+            with admission.entrance():
+                body = await json_body(request)
+                return await asyncio.to_thread(parsed, kind, body) if len(body) > LARGE else parsed(kind, body)
+        except ClientDisconnect:
+            raise ApiError(400, "The client went away.", code="disconnected") from None
+
+    async def health(request: Request) -> Response:
+        shelf.check()
+        return _json(Status(status="ok"))
+
+    async def ready(request: Request) -> Response:
+        shelf.check()
+        if admission.draining:
+            raise ApiError(503, "The server is stopping.", code="draining")
+        return _json(Status(status="ready"))
+
+    async def show_version(request: Request) -> Response:
+        return _json(s.Version(version=version()))
+
+    async def show_metrics(request: Request) -> Response:
+        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(document(list(shelf.models)))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        app.state.mailbox = Mailbox(asyncio.get_running_loop())
+
+        def fill() -> None:
+            shelf.fill(load)
+            on_loaded(shelf)
+
+        # Not a worker of the loop: a server that is stopped while it loads does not wait for it.
+        threading.Thread(target=fill, name="load models", daemon=True).start()
+        try:
+            yield
+        finally:
+            admission.cancel_all()
+            await asyncio.to_thread(shelf.close)
+
+    shapes = {"/v1/completions": CompletionShape(), "/v1/chat/completions": ChatShape()}
+    mailbox = lambda: app.state.mailbox
+    routes = [
+        *(Route(path, Endpoint(shape, shelf, settings, admission, metrics, mailbox), methods=["POST"])
+          for path, shape in shapes.items()),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{model:path}", get_model),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokenizer_info),
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/version", show_version),
+        Route("/metrics", show_metrics),
+        Route("/openapi.json", openapi),
+    ]  # fmt: skip
+    count = lambda route, status: metrics.add("mor_jax:http_requests_total", route=route, status=str(status))
+    middleware = [Middleware(Door, settings=settings, count=count)]
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )  # fmt: skip
+        middleware.insert(0, cors)
+    app = Starlette(
+        routes=routes, middleware=middleware, lifespan=lifespan,
+        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_crash},
+    )  # fmt: skip
+    app.router.redirect_slashes = False
+    app.state.admission, app.state.shelf, app.state.metrics, app.state.settings = admission, shelf, metrics, settings
+    return app
+
+
+def _tasks() -> int:
+    try:
+        return len(asyncio.all_tasks())
+    except RuntimeError:  # read from outside the loop
+        return 0
+
+
+def _model_out(model: ModelBackend, created: int) -> s.ServedModelOut:
+    return s.ServedModelOut(id=model.name, created=created, max_model_len=model.window)
+
+
+def _json(model: BaseModel) -> Response:
+    return JSONResponse(model.model_dump())

@@ -1,0 +1,72 @@
+"""Prometheus metrics of a model server: vLLM's names where it has one, so that its dashboards fit, else `mor_jax:`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rlm_runtime.serve.metrics import Metrics, labels_text
+
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
+
+# Of the engine's `stats()`, those that vLLM has too. All others get the prefix `mor_jax:`.
+SHARED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total",
+          "prefix_cache_hits_total", "num_preemptions_total")  # fmt: skip
+
+# Not shown: the engine's own count of what is measured here, at the side of the client.
+OWN = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_", "request_queue_time_", "e2e_request_",
+       "recursion_depth_", "requests_")  # fmt: skip
+
+HELP = {
+    "num_requests_running": "Sequences that have a lane.",
+    "num_requests_waiting": "Sequences that wait for a lane.",
+    "kv_cache_usage_perc": "Share of the key-value memory in use, 0 to 1.",
+    "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits_total": "Prompt tokens found there.",
+    "num_preemptions_total": "Sequences that gave their memory up and were computed again.",
+    "lane_occupancy": "Share of the lanes that are busy, 0 to 1.",
+    "ticks_total": "Applications of the shared core to all lanes.",
+    "boundary_rows": "Lanes that drew a token at the newest boundary.",
+    "compilations_total": "Programs compiled since warm-up; it must stay at 0.",
+    "mean_depth": "Mean recursions of a token.",
+}
+
+
+class ModelMetrics(Metrics):
+    """`models` gives what is served now, with `.name` and `.service.stats()`; it is read when the metrics are."""
+
+    def __init__(self, models: Callable[[], Iterable[Any]]) -> None:
+        super().__init__()
+        self._models = models
+        self.counter("mor_jax:http_requests_total", "HTTP requests answered, by route and status.")
+        self.counter("mor_jax:rejected_total", "Requests refused before they ran, by reason.")
+        self.counter("mor_jax:disconnects_total", "Requests cancelled because the client went away.")
+        self.counter("mor_jax:stuck_sequences_total", "Sequences the engine did not end when it was told to.")
+        self.counter("vllm:prompt_tokens_total", "Prompt tokens of ended sequences.")
+        self.counter("vllm:generation_tokens_total", "Drawn tokens of ended sequences.")
+        self.counter("vllm:request_success_total", "Sequences that ended as they should, by reason.")
+        self.counter("mor_jax:request_failure_total", "Sequences that were cancelled, late or given up, by reason.")
+        self.counter("mor_jax:good_requests_total", "Sequences within the goals of first token and token time.")
+        self.histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", SHORT)
+        self.histogram(
+            "vllm:inter_token_latency_seconds", "Mean time between a sequence's tokens, once a token.", SHORT
+        )
+        self.histogram("vllm:e2e_request_latency_seconds", "From the request to the end of a sequence.", SHORT)
+        self.histogram("vllm:request_queue_time_seconds", "From submission to the first prefill.", SHORT)
+        self.histogram("mor_jax:recursion_depth", "Recursions of drawn tokens.", DEPTHS)
+
+    def text(self) -> str:
+        series: dict[str, list[str]] = {}
+        for model in self._models():
+            for key, value in model.service.stats().items():
+                if key.startswith(OWN):
+                    continue
+                name = ("vllm:" if key in SHARED else "mor_jax:") + key
+                series.setdefault(name, []).append(f"{name}{labels_text((('model_name', model.name),))} {value:.15g}")
+        lines = []
+        for name, rows in series.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            key = name.partition(":")[2]
+            lines += [f"# HELP {name} {HELP.get(key, key.replace('_', ' '))}", f"# TYPE {name} {kind}", *rows]
+        return super().text() + "".join(line + "\n" for line in lines)

@@ -1,0 +1,87 @@
+"""Text from the engine is the text of plain generation, every piece with the depth its token ran."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import random_params, small_lm, spread_routers
+
+from mor_jax.data.vocabulary import ByteTokenizer
+from mor_jax.errors import UserError
+from mor_jax.inference.engine.build import build_service
+from mor_jax.inference.engine.device import EngineConfig
+from mor_jax.inference.generate import Generation
+from mor_jax.inference.sampler import Sampling
+from mor_jax.inference.text import stream_text
+
+
+@dataclasses.dataclass
+class Model:
+    lm: object
+    params: object
+    tokenizer: object
+    mesh: object = None
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = ByteTokenizer()
+    lm = small_lm("mor", vocab_size=tokenizer.vocab_size)
+    return Model(lm, spread_routers(random_params(lm)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    made = build_service(model, EngineConfig(lanes=2, full_lanes=2, chunks=(64,), boundary_every=3))
+    yield made
+    made.close()
+
+
+def plain(model, prompt, most):
+    """(tokens, depths of the prompt and of them) up to the end of the text."""
+    tokenizer = model.tokenizer
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    run = Generation(model.lm, model.params, [ids], max_tokens=most, vocab_size=tokenizer.vocab_size)
+    tokens = [int(g.token_B[0]) for g in run]
+    tokens = tokens[: tokens.index(tokenizer.eos)] if tokenizer.eos in tokens else tokens
+    sequence = np.zeros((1, 64), np.int32)
+    sequence[0, : len(ids) + len(tokens)] = ids + tokens
+    result = model.lm.forward(model.params, jnp.asarray(sequence), mode="causal")
+    return tokens, np.asarray(result.depth_BxT)[0, : len(ids) + len(tokens)].tolist()
+
+
+@pytest.mark.parametrize(("prompt", "most"), [("def f(", 12), ("é", 1), ("", 5), ("x" * 40, 200)])
+def test_pieces_are_those_of_plain_generation(model, service, prompt, most):
+    pieces = list(stream_text(model, prompt, max_tokens=most, sampling=Sampling(0.0), service=service))
+    tokens, depths = plain(model, prompt, min(most, 64 - 1 - len(prompt.encode())))
+    text = "".join(p.text for p in pieces)
+    assert text == model.tokenizer.decode([*model.tokenizer.encode(prompt), *tokens])
+    assert "".join(p.text for p in pieces if p.in_prompt) == prompt
+    read = len(depths) - (len(depths) == 64)  # nobody reads the token that fills the context
+    assert [p.depth for p in pieces][:read] == depths[:read]
+    assert len(set(depths)) > 1 or len(depths) < 8
+
+
+def test_one_seed_one_text_and_an_engine_of_its_own(model, service):
+    draw = lambda seed, **where: "".join(p.text for p in stream_text(model, "ab", max_tokens=20, seed=seed, **where))
+    assert draw(1, service=service) == draw(1, service=service) != draw(2, service=service)
+    assert draw(1) == draw(1, service=service), "the default engine draws the same"
+
+
+def test_depths_and_lengths_that_cannot_be_are_refused(model, service):
+    go = lambda prompt="a", **how: list(stream_text(model, prompt, service=service, **how))
+    with pytest.raises(UserError, match="context is 64"):
+        go("y" * 64)
+    with pytest.raises(UserError, match="max_tokens"):
+        go(max_tokens=0)
+    with pytest.raises(UserError, match="depth"):
+        go(max_depth=9)
+    assert {p.depth for p in go(max_depth=1, max_tokens=4)} <= {0, 1}
+
+
+def test_stopping_to_read_ends_the_request(model, service):
+    pieces = stream_text(model, "a", max_tokens=50, service=service)
+    next(pieces)
+    pieces.close()
+    assert service.drain(60)

@@ -1,0 +1,152 @@
+"""A model server on a loopback port, over a small model with random weights and a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from small import random_params, small_lm, spread_routers
+
+from mor_jax.config import MeshConfig
+from mor_jax.data.vocabulary import ByteTokenizer
+from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine.build import build_service
+from mor_jax.inference.engine.device import EngineConfig
+from mor_jax.inference.engine.grammar import Grammars
+from mor_jax.inference.engine.plain import PlainService
+from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.parallel.mesh import make_mesh
+from rlm_runtime.serve.model import ModelBackend, ModelSettings, create_app
+from rlm_runtime.serve.server import bind, serve
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+class SmallModel(NamedTuple):
+    """What an engine needs of a loaded checkpoint."""
+
+    lm: Any
+    params: Any
+    tokenizer: Any
+    mesh: Any
+
+
+def small_model(kind: str = "mor", **model: Any) -> SmallModel:
+    """A model over bytes; its table has a few rows more than the tokenizer has tokens."""
+    lm = small_lm(kind, vocab_size=264, context=128, **model)
+    return SmallModel(lm, spread_routers(random_params(lm)), ByteTokenizer(), make_mesh(MeshConfig(data=-1)))
+
+
+def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelBackend:
+    return ModelBackend(
+        name=name, grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
+        recursions=model.lm.program.recursions, **fields,
+    )  # fmt: skip
+
+
+class Server:
+    """A running server and its parts."""
+
+    def __init__(self, port: int, app: Any, stop: Callable[[], None], done: threading.Event):
+        self.port, self.app, self.stop, self.done = port, app, stop, done
+        self.url = f"http://127.0.0.1:{port}/v1"
+        self.metrics, self.admission, self.shelf = app.state.metrics, app.state.admission, app.state.shelf
+
+    @property
+    def model(self) -> ModelBackend:
+        return self.shelf.models["small"]
+
+    def request(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        if isinstance(body, dict | list):
+            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+        finally:
+            connection.close()
+
+    def post(self, path: str, **fields: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
+        status, headers, raw = self.request("POST", path, {"model": "small", **fields})
+        return status, headers, json.loads(raw)
+
+    def complete(self, prompt: Any = "hello", **fields: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
+        return self.post("/v1/completions", prompt=prompt, **fields)
+
+    def open(self, path: str = "/v1/completions", **fields: Any) -> http.client.HTTPConnection:
+        """A request whose answer is not waited for."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {"model": "small", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, **fields}
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        return connection
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+        """Until `condition`: some things happen after a client has seen its answer."""
+        pause = threading.Event()
+        for _ in range(int(seconds / 0.01)):
+            if condition():
+                return
+            pause.wait(0.01)
+        raise AssertionError(f"waited in vain: {what}")
+
+    def stat(self, name: str) -> float:
+        return self.model.service.stats()[name]
+
+
+@contextlib.contextmanager
+def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **settings: Any) -> Iterator[Server]:
+    """`serve` itself, with the signal replaced by a call."""
+    listener = bind("127.0.0.1", 0)
+    loaded = threading.Event()
+    app = create_app(load, ModelSettings(**{"drain_seconds": 0.1, **settings}), on_loaded=lambda _: loaded.set())
+    ready, done, stops = threading.Event(), threading.Event(), []
+
+    def thread() -> None:
+        try:
+            asyncio.run(serve(app, listener, on_ready=ready.set, stops=stops))
+        finally:
+            done.set()
+            ready.set()
+
+    worker = threading.Thread(target=thread, daemon=True)
+    worker.start()
+    assert ready.wait(30) and not done.is_set(), "the server did not start"
+    if wait:
+        assert loaded.wait(600)
+        assert app.state.shelf.failure is None, app.state.shelf.failure
+    try:
+        yield Server(listener.getsockname()[1], app, lambda: stops[0]("a test"), done)
+    finally:
+        for model in app.state.shelf.models.values():
+            if hasattr(model.service, "hold"):
+                model.service.hold.set()
+        with contextlib.suppress(RuntimeError):  # it may have stopped already
+            stops[0]("a test")
+        worker.join(60)
+        assert not worker.is_alive(), "the server did not stop"
+
+
+def batched(model: SmallModel, *, lanes: int = 4, queue: int = 256) -> Callable[[], list[ModelBackend]]:
+    """The engine itself, every program compiled."""
+
+    def load() -> list[ModelBackend]:
+        service = build_service(
+            model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True
+        )
+        service.warm_up()
+        return [backend("small", model, service)]
+
+    return load
+
+
+def plain(model: SmallModel, **options: Any) -> Callable[[], list[ModelBackend]]:
+    """One request at a time, by the plain engine."""
+    return lambda: [backend("small", model, PlainService(model, **options))]
