@@ -115,7 +115,9 @@ def soak(server: Server, *, clients: int, seconds: float, seed: int, tell: Any) 
     _, raw = server.get("/v1/models")
     model = json.loads(raw)["data"][0]
     if model["max_model_len"] < SMALLEST:
-        raise UserError(f"the soak needs a context of {SMALLEST} tokens at least, this model has {model['max_model_len']}.")
+        raise UserError(
+            f"the soak needs a context of {SMALLEST} tokens at least, this model has {model['max_model_len']}."
+        )
     crowd = Clients(server.port, model["id"], model["max_model_len"], seed=seed)
     asyncio.run(crowd.run(min(clients, 8), _until(min(10.0, seconds / 4))))  # what is allocated once is allocated now
     problems = server.settle()
