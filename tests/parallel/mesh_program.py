@@ -20,7 +20,7 @@ from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state, create_state
 from mor_jax.train.step import make_train_step
 
-STEPS, ROWS, LENGTH, VOCAB = 20, 8, 26, 64
+STEPS, DIFFERENT, ROWS, LENGTH, VOCAB = 20, 5, 8, 26, 64
 SHAPE = dict(width=32, heads=4, kv_heads=4, mlp_width=64, context=LENGTH, vocab_size=VOCAB, init_std=0.1, loss_chunk=7)
 ROUTED = dict(layers=3, recursions=2, sharing="cycle", prelude=1)
 KINDS = {"vanilla": dict(layers=1), "mor": ROUTED, "token": ROUTED | dict(layers=2, prelude=0)}
@@ -33,16 +33,17 @@ PLANNED = dict(width=256, heads=4, kv_heads=4, mlp_width=704, context=64, vocab_
 
 
 def packed_batches() -> list[dict]:
-    """Rows of documents of random length, with a padded end."""
+    """Rows of documents of random length, with a padded end; the same few again and again, so that there is something
+    to learn."""
     rng, batches = np.random.default_rng(0), []
-    for _ in range(STEPS):
+    for _ in range(DIFFERENT):
         seg = np.zeros((ROWS, LENGTH), np.int32)
         for row in seg:
             cuts = np.sort(rng.choice(np.arange(1, LENGTH), 3, replace=False))
             for i, (a, b) in enumerate(zip([0, *cuts], cuts, strict=False)):
                 row[a:b] = i + 1
         batches.append({"tokens": rng.integers(0, VOCAB, seg.shape).astype(np.int32) * (seg > 0), "segment_ids": seg})
-    return batches
+    return [batches[i % DIFFERENT] for i in range(STEPS)]
 
 
 def model(kind: str, **shape):

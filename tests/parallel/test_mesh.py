@@ -50,7 +50,7 @@ def traffic(found, name, *kinds):
 @pytest.mark.parametrize("name", CASES + MORE)
 def test_twenty_steps_equal_one_device(found, name):
     one = found[f"{name.split()[0]} one"]["losses"]
-    assert one[-1]["loss"] < one[0]["loss"]
+    assert one[-1]["loss"] < one[4]["loss"]  # the same batch: five of them go round
     for step, (mine, theirs) in enumerate(zip(found[name]["losses"], one, strict=True), 1):
         for key in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth"):
             assert abs(mine[key] - theirs[key]) < 1e-4, f"{key} at step {step}"
