@@ -3,7 +3,7 @@
 Per optimiser step and device, bytes as in `analysis/collectives.py`. n_a is the size of mesh axis a; c the bytes of a
 value in `model.dtype`. For every micro-batch:
 
-* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered. The tied core
+* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as all sums of gradients are). The tied core
   once, however often it is used; a block that is used once twice, since it is not kept for the backward pass. The
   table likewise, float32; twice under token-choice with several row sizes, whose prelude is differentiated apart.
 * over data (and sequence): the gradients that are left on each device, reduced.
@@ -75,10 +75,10 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     add("core", "all-gather", ("fsdp",), matrices * kept, block / matrices, c)
     add("blocks used once", "all-gather", ("fsdp",), matrices * once * uses, block / matrices, c)
     add("embedding", "all-gather", ("fsdp",), tables, table, FLOAT32)
-    add("core gradient", "reduce-scatter", ("fsdp",), matrices * kept, block / matrices, c)
-    add("block gradients", "reduce-scatter", ("fsdp",), matrices * once, block / matrices, c)
+    add("core gradient", "reduce-scatter", ("fsdp",), matrices * kept, block / matrices, FLOAT32)
+    add("block gradients", "reduce-scatter", ("fsdp",), matrices * once, block / matrices, FLOAT32)
     add("embedding gradient", "reduce-scatter", ("fsdp",), tables, table, FLOAT32)
-    add("gradients", "all-reduce", ("data", "sequence"), 1, (kept + once) * block / mesh.fsdp, c)
+    add("gradients", "all-reduce", ("data", "sequence"), 1, (kept + once) * block / mesh.fsdp, FLOAT32)
     add("embedding gradient", "all-reduce", ("data", "sequence"), 1, table / mesh.fsdp, FLOAT32)
     small = count.norms + count.router + (m.recursions * len(PROBES_G) if d.policy in WITH_ROUTER else 0)
     add("small", "all-reduce", ("data", "fsdp", "sequence"), 1, small, FLOAT32)
@@ -111,7 +111,7 @@ def _over_sequence(add, cfg: Config, mesh: MeshShape, rows: float) -> None:
     ends = (program.prelude + program.coda, m.context)
     for count, tokens in (ends, *((program.core * program.repeat, k) for k in sizes)):
         add("keys and values", "all-gather", ("sequence",), 2 * count * again, kv / 2 * tokens, c)
-        add("their gradients", "reduce-scatter", ("sequence",), 2 * count, kv / 2 * tokens, c)
+        add("their gradients", "reduce-scatter", ("sequence",), 2 * count, kv / 2 * tokens, FLOAT32)
     before = m.context
     for k in row_sizes(m, d):
         if k < before:  # taken from `before` tokens, put back among them; the gradients travel the other way

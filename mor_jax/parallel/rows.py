@@ -13,10 +13,12 @@ the partitioner's. Outside of the island, and on a mesh whose axes are all 1, th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -90,6 +92,8 @@ def whole(x: jax.Array, axis: int = 1, heads: int | None = None) -> jax.Array:
     if parts() == 1:
         return x
     spec = PartitionSpec(*("tensor" if dim == heads else None for dim in range(x.ndim)))
+    if not jnp.issubdtype(x.dtype, jnp.inexact):  # positions, segments, masks: no gradient
+        return jax.lax.all_gather(x, SEQUENCE, axis=axis, tiled=True)
     return _all_gather(x, SEQUENCE, axis, spec)
 
 
@@ -104,7 +108,7 @@ def mine(x: jax.Array, axis: int = 1) -> jax.Array:
 def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec) -> jax.Array:
     """Gather along manual axes an array that lies like `rest` over the others. Those are made manual for it: the
     partitioner would make the array whole along them, too, before a collective it has not made itself."""
-    gather = lambda x: jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+    gather = functools.partial(_gather, axes, dim)
     mesh = jax.sharding.get_abstract_mesh()
     others = {a for entry in rest for a in ((entry,) if isinstance(entry, str) else entry or ())}
     others = {a for a in others if mesh.shape.get(a, 1) > 1}
@@ -112,6 +116,21 @@ def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec) -> jax.A
         return gather(x)
     spec = _only(rest, tuple(others))
     return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names=others, check_vma=False)(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axes: Any, dim: int, x: jax.Array) -> jax.Array:
+    """A gather whose gradient is summed in float32, whatever its dtype: bfloat16 would lose the digits of a sum over
+    hundreds of devices (and XLA for CPUs fails on such a sum)."""
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_bwd(axes: Any, dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+    return (total.astype(g.dtype),)
+
+
+_gather.defvjp(lambda axes, dim, x: (_gather(axes, dim, x), None), _gather_bwd)
 
 
 def _is_names(leaf: Any) -> bool:
