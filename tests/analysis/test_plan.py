@@ -100,7 +100,9 @@ def test_each_axis_cuts_what_it_should():
     sent = lambda p, *kinds: total_bytes(p.collectives, *kinds)
     assert sent(fsdp, "reduce-scatter") == pytest.approx(sent(whole) / 2, rel=0.01)
     once = total_bytes(planned_collectives(fsdp.config, devices=8, regather=False), "all-gather")
-    assert once == pytest.approx(sent(fsdp, "reduce-scatter"), rel=0.01)
+    # Weights travel in bfloat16, sums of gradients in float32; the table in float32 both ways.
+    table = sum(c.bytes for c in fsdp.collectives if c.what == "embedding")
+    assert 2 * (once - table) == pytest.approx(sent(fsdp, "reduce-scatter") - table, rel=0.01)
 
 
 def test_the_tied_core_is_gathered_once_however_often_it_is_used():
