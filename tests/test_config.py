@@ -173,7 +173,7 @@ REFUSED = [
     # mesh
     ({"devices": 3}, ["rows a micro-batch", "data x fsdp = 3", "6, 9"]),
     ({"devices": 8, "train__accum": 2}, ["rows a micro-batch", "= 8", "batch sizes near it that can: 16"]),
-    ({"devices": 8, "mesh__data": 2, "mesh__fsdp": 2}, ["2 x 2 x 1 = 4", "there are 8 devices"]),
+    ({"devices": 8, "mesh__data": 2, "mesh__fsdp": 2}, ["2 x 2 x 1 x 1 = 4", "there are 8 devices"]),
     ({"devices": 8, "mesh__fsdp": 3}, ["8 devices cannot be divided", "product 3"]),
     ({"devices": 8, "mesh__fsdp": -1}, ["at most one of them -1"]),
     ({"mesh__data": 0}, ["axes must be positive"]),
