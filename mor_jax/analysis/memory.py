@@ -1,6 +1,11 @@
 """What a training step needs of each device's memory, by hand: an estimate to plan with, before anything compiles.
 
-State: float32 weights, two float32 moments, float32 gradients (a second set while micro-batches are added up).
+State: float32 weights, two float32 moments, float32 gradients (a second set while micro-batches are added up), cut over
+fsdp and tensor; norms, routers and the survey are whole on every device.
+
+Gathered, whole over fsdp: the tied core in the compute dtype and its gradient before it is scattered, from the first
+recursion of the forward pass to the last of the backward; of blocks that are used once, one at a time (beside a tied
+core its weights, else its gradient too); the embedding table, float32.
 
 Activations, in values for each token and block application, c bytes each (c = size of `model.dtype`):
 
@@ -50,6 +55,7 @@ class TrainingMemory:
     weights: float
     optimizer: float
     gradients: float
+    gathered: float  # weights whole over fsdp, and their gradients
     saved: float  # between forward and backward
     working: float
     head: float
@@ -58,7 +64,7 @@ class TrainingMemory:
     @property
     def activations(self) -> float:
         """What comes and goes within a step, gradients excepted."""
-        return self.saved + self.working + self.head
+        return self.gathered + self.saved + self.working + self.head
 
     @property
     def total(self) -> float:
@@ -74,35 +80,47 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None) 
 
     Args:
       devices: number the mesh spans. Weights, moments and gradients are cut over fsdp and tensor, rows over data and
-        fsdp, heads and mlp width over tensor.
+        fsdp and, along time, over sequence; heads and mlp width over tensor.
       remat: another policy than the configuration's.
     Raises:
       ConfigError: `vocab_size` is still 0, or the mesh does not fit `devices`.
     """
     m, d, remat = cfg.model, cfg.depth, remat or cfg.model.remat
-    data, fsdp, tensor = mesh_shape(cfg.mesh, devices)
+    data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
     # A routed model's survey is no parameter one counts, but lies among them, with moments of its own.
     survey = m.recursions * len(PROBES_G) if d.policy in WITH_ROUTER else 0
-    state = FLOAT32 * (count.total / (fsdp * tensor) + survey)
-    rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp)
+    whole = count.norms + count.router
+    state = FLOAT32 * ((count.total - whole) / (fsdp * tensor) + whole + survey)
+    rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp) / sequence
     one_row = lambda tokens, policy: saved_bytes(m, tokens, policy, tensor)
     per_row = (program.prelude + program.coda) * one_row(m.context, remat)
     per_row += sum(program.core * program.repeat * one_row(k, remat) for k in row_sizes(m, d))
-    # The tied core in the compute dtype, whole over fsdp, lives through the recursion.
-    block = count.blocks / program.unique_layers
-    gathered = program.core * block * size / tensor if size < FLOAT32 or fsdp > 1 else 0.0
+    block = size * count.blocks / program.unique_layers / tensor
+    tied = program.recursions * program.repeat > 1
+    # One device has the core in the compute dtype beside the weights; its gradient is then the state's own.
+    gathered = program.core * block * (2 if fsdp > 1 else 1) if tied and (size < FLOAT32 or fsdp > 1) else 0.0
+    if fsdp > 1:
+        gathered += (program.prelude + program.coda > 0) * block if tied else 2 * block
+        gathered += FLOAT32 * count.embedding / tensor  # its gradient is in `head`
+    # Keys and values of whole rows, and their gradients, of the block at work.
+    _, kv_heads, head_dim = m.dims
+    over_time = 4 * size * rows * sequence * m.context * kv_heads * head_dim / tensor if sequence > 1 else 0.0
     gradient = size * rows * m.context * (2 * m.width + 3 * m.mlp_width / tensor)
-    again = 0.0 if remat == "none" else rows * (one_row(m.context, "none") - one_row(m.context, remat))
-    chunk = min(m.loss_chunk or m.context, m.context)
+    again = (
+        over_time if remat == "none" else over_time + rows * (one_row(m.context, "none") - one_row(m.context, remat))
+    )
+    chunk = min(m.loss_chunk or m.context, m.context / sequence)
+    chunk *= sequence  # rows are counted by their share of time
     vocabulary = m.vocab_size / tensor
     logits = FLOAT32 + (size if size < FLOAT32 else 0)
     return TrainingMemory(
         weights=state,
         optimizer=2 * state,
         gradients=state * (2 if cfg.train.accum > 1 else 1),
+        gathered=gathered,
         saved=rows * per_row,
-        working=gradient + again + gathered,
+        working=gradient + again,
         head=vocabulary * (logits * rows * chunk + FLOAT32 * m.width) + size * rows * m.context * m.width,
         remat=remat,
     )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
@@ -27,9 +28,14 @@ from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.parallel.rows import GATHERED, gather_weight, manual_axes, mine, over_rows, whole
 from mor_jax.parallel.rules import Rules
 
 TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
+
+# Logical axes of what a pass over rows takes and gives.
+ROW, STATES = ("batch", "time"), ("batch", "time", None)
+CONTROL = DepthControl(("batch", None), ("batch",), ("batch",))
 
 REMAT_POLICIES = {
     "block": None,  # keep block inputs only
@@ -52,6 +58,11 @@ def positions_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
     index = jnp.arange(segment_ids_BxT.shape[1], dtype=jnp.int32)[None]
     starts = jnp.pad(segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _positions(seg_BxT: jax.Array) -> jax.Array:
+    """`positions_in_document` of rows that may be cut along time."""
+    return mine(positions_in_document(whole(seg_BxT)))
 
 
 @dataclass(frozen=True)
@@ -104,11 +115,12 @@ class LM:
         return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
 
     def _examples(self) -> dict[str, tuple]:
-        """Arguments that show each leaf module its input shapes."""
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        x = jnp.zeros((1, 1, self.model.width))
+        """Arguments that show each leaf module its input shapes. Of numpy: a mesh in scope may be of devices that are
+        only described, on which nothing can be computed."""
+        x = np.zeros((1, 1, self.model.width), np.float32)
+        angle = np.zeros((1, 1, self.model.dims[2] // 2), np.float32)
         attend = lambda q, k, v: (q, None)
-        return {"embed": (tokens,), "block": (x, self.rope(tokens), attend), "norm": (x,)}
+        return {"embed": (np.zeros((1, 1), np.int32),), "block": (x, (angle, angle), attend), "norm": (x,)}
 
     # ---------------------------------------------------------------- parameters
 
@@ -175,17 +187,31 @@ class LM:
 
     def block(
         self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False,
-        own: dict | None = None,
+        own: dict | None = None, gather: bool = False,
     ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """One block, rematerialised as configured. `own`: see `nn.Block`."""
-        run = lambda p, x, r, own: nn.apply(self._block, p, x, r, attend, queries_only, own)
-        if self.model.remat == "none":
+        """One block, rematerialised as configured. `own`: see `nn.Block`. `gather`: its weights may be cut over the
+        devices of the rows."""
+        gather = gather and bool(manual_axes())
+
+        def run(p, x, r, own):
+            return nn.apply(self._block, self._gathered_block(p) if gather else p, x, r, attend, queries_only, own)
+
+        remat = self.model.remat
+        if remat == "none" and not gather:
             return run(params, x_BxTxD, rope, own)
-        return jax.checkpoint(run, policy=REMAT_POLICIES[self.model.remat])(params, x_BxTxD, rope, own)
+        # A gathered weight that is used once is not kept for the backward pass: all of them are the whole model.
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, policy))(params, x_BxTxD, rope, own)
+
+    def _gathered_block(self, params: dict) -> dict:
+        """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
+        axes = nn.logical_axes(self._block, *self._examples()["block"])
+        cast = lambda w: w.astype(self.model.dtype) if w.ndim > 1 else w
+        return jax.tree.map(lambda w, names: gather_weight(self.rules, cast(w), names), params, axes)
 
     def blocks(
         self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend | Sequence[nn.Attend], repeat: int = 1,
-        queries_only: bool = False, recursion: jax.Array | int | None = None,
+        queries_only: bool = False, recursion: jax.Array | int | None = None, gather: bool = False,
     ) -> tuple[jax.Array, list]:  # fmt: skip
         """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
 
@@ -201,13 +227,22 @@ class LM:
                     raise ValueError("a relaxed core must be told which recursion it is applied for")
                 own = jax.tree.map(lambda leaf: leaf[recursion], weights["own"])
                 weights = {name: leaf for name, leaf in weights.items() if name != "own"}
-            x_BxTxD, extra = self.block(weights, x_BxTxD, rope, attend_n, queries_only, own)
+            x_BxTxD, extra = self.block(weights, x_BxTxD, rope, attend_n, queries_only, own, gather)
             extras.append(extra)
         return x_BxTxD, extras
 
     def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
         """Token states [B, T, D] in the compute dtype."""
-        return nn.apply(self._embedding, params["embed"], tokens_BxT)
+        return nn.apply(self._embedding, self.with_table(params)["embed"], tokens_BxT)
+
+    def with_table(self, params: dict) -> dict:
+        """The parameters with the embedding table whole over the axes of the rows, gathered once however often it is
+        asked for. Float32: it is read by rows, and in the head chunk by chunk."""
+        table = params["embed"]["table"]
+        if not manual_axes() or table.shape[1] == self.model.width:  # whole already
+            return params
+        names = self.logical_axes()["embed"]["table"]
+        return params | {"embed": {"table": gather_weight(self.rules, table, names)}}
 
     def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
         """States as the head reads them."""
@@ -220,7 +255,7 @@ class LM:
     def gathered_core(self, params: dict) -> dict:
         """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses them R times."""
         axes = self.logical_axes()["core"]
-        gather = lambda w, names: self.rules.constrain(w.astype(self.model.dtype), *names, drop=("fsdp",))
+        gather = lambda w, names: gather_weight(self.rules, w.astype(self.model.dtype), names)
         return jax.tree.map(gather, params["core"], axes)
 
     # ---------------------------------------------------------------- the full forward pass
@@ -238,7 +273,9 @@ class LM:
     def core(self, params: dict, pos_BxT: jax.Array, *, keep: bool) -> Core:
         """The core over rows with tokens at these positions, as the executors run it. `keep`: beside its output, the
         keys and values of each block."""
-        core_params, rope = self.gathered_core(params), self.rope(pos_BxT)
+        # A core that is used once has nothing to share: its blocks are gathered one by one, like any others.
+        once = self.program.recursions * self.program.repeat == 1 and not self.model.relaxed and bool(manual_axes())
+        core_params, rope = params["core"] if once else self.gathered_core(params), self.rope(pos_BxT)
 
         def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None, recursion: jax.Array | int | None = None):
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
@@ -247,16 +284,21 @@ class LM:
             else:
                 attend = attend_past(past, pos_BxK, q_seg, kv_seg, self.model.attention)
                 queries_only = past.merge is None
-            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, recursion)
+            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, recursion, gather=once)
 
         return run
 
     def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
         """States [B, T, D] before the recursion."""
-        pos = positions_in_document(segment_ids_BxT)
-        x = self.rules.constrain(self.embed(params, tokens_BxT), "batch", "time", None)
-        attend = self.attend_row(pos, segment_ids_BxT, segment_ids_BxT)
-        return self.blocks(params["prelude"], x, self.rope(pos), attend)[0]
+
+        def run(params, tokens, seg):
+            pos = _positions(seg)
+            x = self.rules.constrain(self.embed(params, tokens), "batch", "time", None)
+            x, _ = self.blocks(params["prelude"], x, self.rope(pos), self.attend_row(pos, seg, seg), gather=True)
+            return x, ()
+
+        in_axes = (self.logical_axes(), ROW, ROW)
+        return over_rows(self.rules, run, in_axes, STATES)(params, tokens_BxT, segment_ids_BxT)[0]
 
     def route(self, params: dict, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(profile, depth_BxT) of whole rows from what `enter` returned, for a policy that decides before the
@@ -265,7 +307,9 @@ class LM:
         A training step calls it to differentiate one program of static sizes at a time. The depths travel along, so
         that a rounding difference between two compilations of the router cannot send a token to another depth.
         """
-        depth_BxT = depths_at_once(self.policy, params["router"], x_BxTxD, segment_ids_BxT)
+        run = lambda routers, x, seg: (depths_at_once(self.policy, routers, x, seg), ())
+        in_axes = (self.logical_axes()["router"], STATES, ROW)
+        depth_BxT, _ = over_rows(self.rules, run, in_axes, ROW)(params["router"], x_BxTxD, segment_ids_BxT)
         return fitting_profile(self.policy.profiles(x_BxTxD.shape[1]), depth_BxT), depth_BxT
 
     def forward(
@@ -289,26 +333,38 @@ class LM:
         if control is not None and mode != CAUSAL:
             raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
-        pos = positions_in_document(seg)
-        rope = self.rope(pos)
-        x = self.enter(params, tokens_BxT, seg) if entered_BxTxD is None else entered_BxTxD
-        kv = self.depth.kv_name
-        core = self.core(params, pos, keep=looks_back(kv))
-        how = {"kv": kv, "depth_BxT": depth_BxT, "draw_BxTxR": self.draws(tokens_BxT, pos, salt_B)}
-        how["numbered"] = self.model.relaxed
-        if mode == TOPK and (executor or self.depth.executor) == "gathered":
-            result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
-        else:
-            result = run_masked(
-                self.steered(control), params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how
-            )
-        x, _ = self.blocks(params["coda"], result.h_BxTxD, rope, self.attend_row(pos, seg, seg))
-        h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
-        return Forward(h, result.depth_BxT, result.stats, result.active_RxBxT)
+        gathered = mode == TOPK and (executor or self.depth.executor) == "gathered"
+
+        def run(params, tokens, seg, depth, entered, control, salt):
+            pos, kv = _positions(seg), self.depth.kv_name
+            x = self.enter(params, tokens, seg) if entered is None else entered
+            core = self.core(params, pos, keep=looks_back(kv))
+            how = {"kv": kv, "depth_BxT": depth, "draw_BxTxR": self.draws(tokens, pos, salt)}
+            how["numbered"] = self.model.relaxed
+            if gathered:
+                result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
+            else:
+                steered = self.steered(control)
+                result = run_masked(steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how)
+            attend = self.attend_row(pos, seg, seg)
+            x, _ = self.blocks(params["coda"], result.h_BxTxD, self.rope(pos), attend, gather=True)
+            h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
+            return (h, result.depth_BxT, result.active_RxBxT), result.stats
+
+        axes = (
+            self.logical_axes(), ROW, ROW, None if depth_BxT is None else ROW,
+            None if entered_BxTxD is None else STATES, None if control is None else CONTROL,
+            None if salt_B is None else ("batch",),
+        )  # fmt: skip
+        rows, stats = over_rows(self.rules, run, axes, (STATES, ROW, (None, *ROW)))(
+            params, tokens_BxT, seg, depth_BxT, entered_BxTxD, control, salt_B
+        )
+        h, depth, active_RxBxT = rows
+        return Forward(h, depth, stats, active_RxBxT)
 
     def apply(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None, **kwargs: Any):
         """float32 logits [B, T, V]; keyword arguments as in `forward`."""
         return self.logits(params, self.forward(params, tokens_BxT, segment_ids_BxT, **kwargs).h_BxTxD)
 
 
-__all__ = ["CAUSAL", "LM", "TOPK", "Forward", "Recursed", "positions_in_document"]
+__all__ = ["CAUSAL", "LM", "ROW", "STATES", "TOPK", "Forward", "Recursed", "positions_in_document"]

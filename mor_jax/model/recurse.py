@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from mor_jax.model.depth import DepthPolicy, RouterStats
 from mor_jax.model.kv import HYBRID, SHARED, looks_back, past
 from mor_jax.model.subset import put, subset, take
+from mor_jax.parallel.rows import mine, parts, whole
 
 HIDDEN = -1  # kv segment of a token that did not run a step: matches no query
 
@@ -56,7 +57,7 @@ def run_masked(
       depth_BxT, draw_BxTxR: depths decided earlier, numbers drawn, see `DepthPolicy.begin`.
       numbered: tell `core` the index of the step, from 0, as `recursion`.
     """
-    counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1])[-1], jnp.int32)
+    counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1] * parts())[-1], jnp.int32)
     route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT, draw_BxTxR)
 
     def one(carry, xs):
@@ -103,7 +104,8 @@ def run_gathered(
         run-time choice keeps room for the intermediate results of all of them, so a training step chooses outside of
         the gradient (`train/step.py`).
     """
-    profiles = policy.profiles(h_BxTxD.shape[1])
+    cut = parts()  # of a row that lies on several devices, each of which runs an equal part of every step
+    profiles = policy.profiles(h_BxTxD.shape[1] * cut)
     if len(profiles) == 1:
         profile = 0
     if profile is None:
@@ -114,32 +116,35 @@ def run_gathered(
             )
             for i in range(len(profiles))
         ]
-        return jax.lax.switch(fitting_profile(profiles, depth_BxT), branches, routers, h_BxTxD, depth_BxT)
+        return jax.lax.switch(fitting_profile(profiles, whole(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, seg_BxT > 0
     route = policy.begin(routers, h, valid, depth_BxT, draw_BxTxR)
     tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
     all_stats, all_active, kept, picked = [], [], None, None
     for r, k in enumerate(profiles[profile]):
+        room = -(-k // cut) * cut
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
         z = policy.score(step, h)
         active = policy.select(step, z, valid, tokens, k)
         if route.stats is None:
             all_stats.append(policy.step_stats(step, z, valid, active, tokens))
-        if k < h.shape[1]:
-            # Rows with fewer real tokens than k are filled up with padding, so that every row gives exactly k.
-            chosen = subset(active | _fill(active, k), k)
+        if room < h.shape[1] * cut:
+            # Rows with fewer tokens than there is room for are filled up, so that every row gives exactly as many.
+            row = whole(active)
+            chosen = subset(row | _fill(row, room), room)
             outer.append((chosen, h))
             narrow = functools.partial(take, chosen)
             h, pos, seg, z, active, tokens = jax.tree.map(narrow, (h, pos, seg, z, active, tokens))
             if kv == HYBRID:
-                picked = subset(_in_row(outer, jnp.ones_like(active)), k)  # the same tokens, by their place in the row
+                row = whole(_in_row(outer, jnp.ones_like(active)))
+                picked = subset(row, room)  # the same tokens, by their place in the row
         all_active.append(_in_row(outer, active))
         apply = functools.partial(core, recursion=r) if numbered else core
         if not looks_back(kv):
             y, _ = apply(h, pos, seg, jnp.where(active, seg, HIDDEN))
         elif r == 0:
-            assert k == seg_BxT.shape[1], "everyone's keys are made at step 1, so it must run all tokens"
+            assert k == seg_BxT.shape[1] * cut, "everyone's keys are made at step 1, so it must run all tokens"
             y, kept = apply(h, pos, seg, seg)
         else:
             y, made = apply(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
@@ -159,7 +164,7 @@ def depths_at_once(policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, seg_B
 
 
 def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array) -> jax.Array:
-    """Index of the smallest profile whose row sizes hold these depths; the last one always does."""
+    """Index of the smallest profile whose row sizes hold these depths of whole rows; the last one always does."""
     sizes_PxR = jnp.asarray(profiles)
     ran_RxBxT = depth_BxT[None] > jnp.arange(sizes_PxR.shape[1])[:, None, None]
     need_R = jnp.max(jnp.sum(ran_RxBxT, axis=-1), axis=-1)
@@ -169,7 +174,7 @@ def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array)
 def _in_row(outer: list, mask_BxK: jax.Array) -> jax.Array:
     """A mask over the tokens left after these narrowings, over the whole row."""
     for chosen, _ in reversed(outer):
-        mask_BxK = put(chosen, jnp.zeros(chosen.mask_BxT.shape, bool), mask_BxK)
+        mask_BxK = put(chosen, jnp.zeros(mine(chosen.mask_BxT).shape, bool), mask_BxK)
     return mask_BxK
 
 

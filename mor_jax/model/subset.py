@@ -2,6 +2,9 @@
 
 The transpose of a gather is a scatter, which is slow on CPUs and not deterministic on GPUs. Because the picked
 positions are distinct and known from the mask, both directions (and both gradients) are gathers here.
+
+A row may be cut along time over devices (`parallel/rows.py`): the mask and the places are then those of the whole row,
+arrays are this device's part of theirs, and what is gathered from is put together first.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mor_jax.parallel.rows import mine, whole
 
 
 class Subset(NamedTuple):
@@ -39,7 +44,7 @@ def _spread(mask: jax.Array, like: jax.Array) -> jax.Array:
 
 def take(s: Subset, x: jax.Array) -> jax.Array:
     """x [B, T, ...] at the picked positions: [B, K, ...]."""
-    return _take(s, x) if jnp.issubdtype(x.dtype, jnp.inexact) else _rows(x, s.index_BxK)
+    return _take(s, x) if jnp.issubdtype(x.dtype, jnp.inexact) else _picked(s, x)
 
 
 def put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -47,13 +52,22 @@ def put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
     return _put(s, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else _replace(s, x, y)
 
 
+def _picked(s, x):
+    return _rows(whole(x), mine(s.index_BxK))
+
+
+def _back(s, y):
+    """y [B, K, ...] by position; anything where nothing was picked."""
+    return _rows(whole(y), mine(s.slot_BxT))
+
+
 def _replace(s, x, y):
-    return jnp.where(_spread(s.mask_BxT, x), _rows(y, s.slot_BxT), x)
+    return jnp.where(_spread(mine(s.mask_BxT), x), _back(s, y), x)
 
 
 @jax.custom_vjp
 def _take(s, x):
-    return _rows(x, s.index_BxK)
+    return _picked(s, x)
 
 
 def _take_fwd(s, x):
@@ -61,7 +75,8 @@ def _take_fwd(s, x):
 
 
 def _take_bwd(s, g):
-    return None, jnp.where(_spread(s.mask_BxT, g), _rows(g, s.slot_BxT), jnp.zeros((), g.dtype))
+    g = _back(s, g)
+    return None, jnp.where(_spread(mine(s.mask_BxT), g), g, jnp.zeros((), g.dtype))
 
 
 _take.defvjp(_take_fwd, _take_bwd)
@@ -77,7 +92,7 @@ def _put_fwd(s, x, y):
 
 
 def _put_bwd(s, g):
-    return None, jnp.where(_spread(s.mask_BxT, g), jnp.zeros((), g.dtype), g), _rows(g, s.index_BxK)
+    return None, jnp.where(_spread(mine(s.mask_BxT), g), jnp.zeros((), g.dtype), g), _picked(s, g)
 
 
 _put.defvjp(_put_fwd, _put_bwd)

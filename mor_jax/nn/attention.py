@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.errors import ConfigError
+from mor_jax.parallel.rows import parts, whole
 
 MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
 
@@ -30,7 +31,13 @@ def attention(
     `impl`: "xla" for any arrays; "blocked" when the queries are those of the keys' tokens, or of some of them, both in
     row order (training rows, gathered or not), so that no block of queries needs every key; "cudnn" on NVIDIA GPUs in
     bfloat16, segments included as a mask.
+
+    Where rows are cut along time over devices (`parallel/rows.py`), every argument is a part of its row: keys and
+    values of the whole row are gathered, queries stay where they are.
     """
+    if parts() > 1:
+        k_BxKxSxH, v_BxKxSxH = whole(k_BxKxSxH, axis=2, heads=1), whole(v_BxKxSxH, axis=2, heads=1)
+        kv_pos_BxS, kv_seg_BxS = whole(kv_pos_BxS), whole(kv_seg_BxS)
     if impl == "xla":
         return _masked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
     if impl == "blocked":
@@ -59,7 +66,8 @@ def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
     no [T, T] array. The division by the softmax's sum is left to the much smaller output.
 
     Where T queries are picked from S > T tokens, nothing is known of which, but the i-th of them has T - i picked ones
-    behind it, so its place is at most S - T + i: that is where the keys of its block end."""
+    behind it, so its place is at most S - T + i: that is where the keys of its block end. (The same holds of a part of
+    the queries of a row that is cut along time, so the bound is right there too, only loose.)"""
     length, unpicked = q.shape[-2], k.shape[-2] - q.shape[-2]
     scale = q.shape[-1] ** -0.5
     out = []

@@ -18,15 +18,13 @@ from mor_jax.parallel.mesh import AXES
 
 DEFAULT_RULES: tuple[tuple[str, str], ...] = (
     ("batch", "data+fsdp"),  # rows of the batch
-    ("time", ""),
+    ("time", "sequence"),  # of the states and of the tokens
     ("embed", "fsdp"),  # D of a weight matrix
     ("kv_heads", "tensor"),  # K: each kv head travels with its query heads
     ("head_out", ""),
     ("mlp", "tensor"),  # F
-    # The table is sharded over rows only: an embedding sharded on both axes makes the lookup's gradient
-    # rematerialise in full.
     ("vocab", "tensor"),
-    ("table_embed", ""),
+    ("table_embed", "fsdp"),  # the table is gathered before it is looked up in
     ("norm", ""),
     ("recursion", ""),
 )
@@ -53,21 +51,26 @@ class Rules:
             table[name] = axes
         return cls(tuple(table.items()))
 
+    def axes(self, name: str | None) -> tuple[str, ...]:
+        """Mesh axes of a logical name."""
+        return tuple(filter(None, dict(self.table)[name].split("+"))) if name else ()
+
     def spec(self, names: tuple[str | None, ...], *, drop: tuple[str, ...] = ()) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry these logical names; mesh axes in `drop` are left out."""
-        table = dict(self.table)
 
-        def axes(name):
-            mesh_axes = tuple(a for a in table[name].split("+") if a and a not in drop) if name else ()
+        def entry(name):
+            mesh_axes = tuple(a for a in self.axes(name) if a not in drop)
             return mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None)
 
-        return PartitionSpec(*(axes(name) for name in names))
+        return PartitionSpec(*(entry(name) for name in names))
 
     def constrain(self, x: jax.Array, *names: str | None, drop: tuple[str, ...] = ()) -> jax.Array:
-        """`with_sharding_constraint` under the mesh in scope (`jax.set_mesh`); the identity when there is none."""
-        if jax.sharding.get_abstract_mesh().empty:
+        """`with_sharding_constraint` under the mesh in scope (`jax.set_mesh`); the identity when there is none. Axes
+        that are manual there (`parallel/rows.py`) are left out."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
             return x
-        return jax.lax.with_sharding_constraint(x, self.spec(names, drop=drop))
+        return jax.lax.with_sharding_constraint(x, self.spec(names, drop=(*drop, *mesh.manual_axes)))
 
     def shardings(self, mesh: Mesh, logical_axes: Any) -> Any:
         """NamedShardings for a tree whose leaves are tuples of logical names."""

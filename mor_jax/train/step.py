@@ -17,8 +17,9 @@ from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.token_choice import load_shares
 from mor_jax.model.depth.warmup import is_warm, stage_of
-from mor_jax.model.lm import LM, TOPK
+from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
+from mor_jax.parallel.rows import over_rows
 from mor_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under random routing also salt: [B] uint32
@@ -46,22 +47,36 @@ def loss_fn(
     The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
-    out = lm.forward(params, tokens, seg, mode=TOPK, salt_B=batch.get("salt"), **of_forward)
     targets, weights = next_token_targets(tokens, seg)
-    nll = cross_entropy_sum(out.h_BxTxD, params["embed"]["table"], targets, weights, lm.model.loss_chunk)
+    depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
+
+    def run(params, tokens, seg, targets, weights, depth, entered, salt):
+        params = lm.with_table(params)
+        how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
+        out = lm.forward(params, tokens, seg, mode=TOPK, **how)
+        table = params["embed"]["table"]
+        nll = cross_entropy_sum(out.h_BxTxD, table, targets, weights, lm.model.loss_chunk)
+        return out.depth_BxT, (nll, out.stats)
+
+    given = lambda x, names: None if x is None else names
+    salt = batch.get("salt")
+    axes = (lm.logical_axes(), ROW, ROW, ROW, ROW, given(depth, ROW), given(entered, STATES), given(salt, ("batch",)))
+    depth_BxT, (nll, stats) = over_rows(lm.rules, run, axes, ROW)(
+        params, tokens, seg, targets, weights, depth, entered, salt
+    )
     lm_loss = nll / target_count
     zero = {"router_loss": jnp.zeros(()), "router_z_loss": jnp.zeros(())}
-    auxiliary, weight = zero | lm.policy.losses(out.stats, candidates_R), lm.policy.loss_weights()
+    auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
     loss = lm_loss + sum(w * auxiliary[name] for name, w in weight.items())
     aux = {
         "loss": loss,
         "lm_loss": lm_loss,
         **auxiliary,
-        "depth_sum": jnp.sum(out.depth_BxT).astype(jnp.float32),
+        "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
         "bytes": jnp.sum(weights if token_bytes_V is None else token_bytes_V[targets] * weights),
-        "router": jax.lax.stop_gradient(out.stats),
+        "router": jax.lax.stop_gradient(stats),
     }
     return loss, aux
 

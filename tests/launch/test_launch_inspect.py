@@ -17,7 +17,7 @@ def test_a_configuration_in_tables_and_as_json():
     args = ("--config", "configs/mor.py:1.7b,nr=3", "--config.mesh.fsdp=8", "--config.train.steps=7")
     done = run("inspect", *args, "--devices", 8, "--json", "--context", 100)
     report = json.loads(done.stdout)
-    assert report["run"]["steps"] == 7 and report["memory"]["mesh"] == [1, 8, 1]
+    assert report["run"]["steps"] == 7 and report["memory"]["mesh"] == [1, 8, 1, 1]
     assert report["kv"]["traffic"]["context"] == 100
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.errors import UserError
+from mor_jax.parallel.rows import mine, whole
 
 
 class RouterStats(NamedTuple):
@@ -115,12 +116,14 @@ def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> ja
     """Mask of the at most k highest-scoring candidates of each row; equal scores go to the earlier position.
 
     The k-th largest score by a plain sort: `lax.top_k` would gather the scores of a sharded batch, and k may be traced.
+    Rows that are cut along time are put together for it: the choice is over the whole row.
     """
+    z_BxT, candidates_BxT = whole(jax.lax.stop_gradient(z_BxT)), whole(candidates_BxT)
     score = jnp.where(candidates_BxT, z_BxT, -jnp.inf)
     kth = jax.lax.dynamic_slice_in_dim(jnp.sort(score, axis=-1), score.shape[-1] - k, 1, axis=-1)
     above, level = score > kth, score == kth
     room = k - jnp.sum(above, axis=-1, keepdims=True)
-    return (above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT
+    return mine((above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT)
 
 
 GRID_BITS = 14  # a row's scores are told apart to this part of the largest
@@ -137,7 +140,7 @@ def settled(z_BxT: jax.Array, candidates_BxT: jax.Array) -> jax.Array:
     every program.
     """
     z_BxT = jax.lax.stop_gradient(z_BxT)
-    largest = jnp.max(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0), axis=-1, keepdims=True)
+    largest = jnp.max(whole(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True)
     step = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - GRID_BITS)
     return jnp.round(z_BxT / step) * step
 

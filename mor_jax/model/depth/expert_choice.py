@@ -26,6 +26,7 @@ from mor_jax.model.depth import survey
 from mor_jax.model.depth.base import Route, RouterStats, in_range, kept_of, settled, shares_at, top_k
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.program import active_counts
+from mor_jax.parallel.rows import mine, whole
 
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
 AUXILIARY = "auxiliary"  # name of the second router among the parameters
@@ -56,8 +57,8 @@ class ExpertChoice:
     def _module(self) -> nn.Router:
         return nn.Router(self.router, 1, self.init_std)
 
-    def _example(self) -> jax.Array:
-        return jnp.zeros((1, 1, self.width))
+    def _example(self) -> np.ndarray:
+        return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
         init = lambda key: jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(
@@ -172,6 +173,6 @@ class ExpertChoice:
 
 def _as_many(z_BxT: jax.Array, candidates_BxT: jax.Array, active_BxT: jax.Array) -> jax.Array:
     """Mask of the highest-scoring candidates, in each row as many as are active."""
-    order = jnp.argsort(jnp.where(candidates_BxT, -z_BxT, jnp.inf), axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    return candidates_BxT & (rank < jnp.sum(active_BxT, axis=-1, keepdims=True))
+    order = jnp.argsort(whole(jnp.where(candidates_BxT, -z_BxT, jnp.inf)), axis=-1)
+    rank = mine(jnp.argsort(order, axis=-1))
+    return candidates_BxT & (rank < jnp.sum(whole(active_BxT), axis=-1, keepdims=True))

@@ -67,8 +67,8 @@ class TokenChoice:
     def _module(self) -> nn.Router:
         return nn.Router(self.router, self.recursions, self.init_std)
 
-    def _example(self) -> jax.Array:
-        return jnp.zeros((1, 1, self.width))
+    def _example(self) -> np.ndarray:
+        return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
         # Weights like any other to checkpoints and shardings, but all of them except `choice` are moved by

@@ -1,0 +1,143 @@
+"""Rows of the batch over the devices, each working on its own: one island of `shard_map` around a pass over rows.
+
+Left to itself, the partitioner reduces a weight's gradient wherever a product makes one: R times for a core used R
+times, once a chunk of the loss. Inside `over_rows` the axes that rows are cut along ("batch" and "time" of the rules)
+are manual: nothing travels along them unless it is written. What is written:
+
+* `gather_weight`: a weight cut over `fsdp` is made whole where it is used; its gradient is scattered back, once.
+* `whole`, `mine`: a row cut along time (the mesh axis `sequence`) is put together, and cut again.
+
+Weights that are not cut are summed over devices on the way back, once, by `shard_map` itself. The axis `tensor` stays
+the partitioner's. Outside of the island, and on a mesh whose axes are all 1, these functions do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from mor_jax.parallel.rules import Rules
+
+GATHERED = "gathered_weight"  # name of a gathered weight for rematerialisation
+SEQUENCE = "sequence"
+
+
+def manual_axes() -> frozenset[str]:
+    """Mesh axes that are manual where this is called."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def over_rows(
+    rules: Rules, run: Callable[..., tuple[Any, Any]], in_axes: tuple, out_axes: Any
+) -> Callable[..., tuple[Any, Any]]:
+    """`run(*args) -> (rows, sums)` on each device's own rows; sums are added up over the devices.
+
+    Args:
+      in_axes: for each argument a tree of tuples of logical axis names; weights are handed over as they lie, cut.
+      out_axes: the same for `rows`. `sums` may be any tree of numbers.
+    """
+
+    def wrapped(*args: Any) -> tuple[Any, Any]:
+        mesh = jax.sharding.get_abstract_mesh()
+        cut = rules.axes("batch") + rules.axes("time")
+        manual = tuple(axis for axis in cut if not mesh.empty and mesh.shape.get(axis, 1) > 1)
+        if not manual or set(manual) & set(mesh.manual_axes):
+            return run(*args)
+        specs = lambda tree: jax.tree.map(lambda n: _only(rules.spec(n), manual), tree, is_leaf=_is_names)
+
+        def island(*args: Any) -> tuple[Any, Any]:
+            rows, sums = run(*args)
+            return rows, jax.tree.map(lambda x: x[None], sums)
+
+        rows, sums = jax.shard_map(
+            island,
+            in_specs=tuple(specs(axes) for axes in in_axes),
+            out_specs=(specs(out_axes), PartitionSpec(manual)),
+            axis_names=set(manual),
+            check_vma=False,
+        )(*args)
+        return rows, jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+    return wrapped
+
+
+def gather_weight(rules: Rules, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    """A weight whole along the axes of the rows; along the others as it was. Outside the island, a constraint that
+    says the same."""
+    manual = manual_axes()
+    if not manual:
+        return rules.constrain(w, *names, drop=rules.axes("batch") + rules.axes("time"))
+    rest = rules.spec(names, drop=tuple(manual))
+    for dim, name in enumerate(names):
+        axes = tuple(a for a in rules.axes(name) if a in manual)
+        if axes:
+            w = checkpoint_name(_all_gather(w, axes, dim, rest), GATHERED)
+    return w
+
+
+def parts() -> int:
+    """Pieces each row is cut into, here."""
+    return jax.lax.axis_size(SEQUENCE) if SEQUENCE in manual_axes() else 1
+
+
+def whole(x: jax.Array, axis: int = 1, heads: int | None = None) -> jax.Array:
+    """[B, T / parts, ...] -> [B, T, ...], on every device that holds a part of the row. `heads`: the dimension of
+    attention heads, which lies over `tensor`."""
+    if parts() == 1:
+        return x
+    spec = PartitionSpec(*("tensor" if dim == heads else None for dim in range(x.ndim)))
+    if not jnp.issubdtype(x.dtype, jnp.inexact):  # positions, segments, masks: no gradient
+        return jax.lax.all_gather(x, SEQUENCE, axis=axis, tiled=True)
+    return _all_gather(x, SEQUENCE, axis, spec)
+
+
+def mine(x: jax.Array, axis: int = 1) -> jax.Array:
+    """[B, T, ...] -> [B, T / parts, ...]: this device's part. T must be a multiple of `parts()`."""
+    if parts() == 1:
+        return x
+    length = x.shape[axis] // parts()
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(SEQUENCE) * length, length, axis=axis)
+
+
+def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec) -> jax.Array:
+    """Gather along manual axes an array that lies like `rest` over the others. Those are made manual for it: the
+    partitioner would make the array whole along them, too, before a collective it has not made itself."""
+    gather = functools.partial(_gather, axes, dim)
+    mesh = jax.sharding.get_abstract_mesh()
+    others = {a for entry in rest for a in ((entry,) if isinstance(entry, str) else entry or ())}
+    others = {a for a in others if mesh.shape.get(a, 1) > 1}
+    if not others:
+        return gather(x)
+    spec = _only(rest, tuple(others))
+    return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names=others, check_vma=False)(x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(axes: Any, dim: int, x: jax.Array) -> jax.Array:
+    """A gather whose gradient is summed in float32, whatever its dtype: bfloat16 would lose the digits of a sum over
+    hundreds of devices (and XLA for CPUs fails on such a sum)."""
+    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+
+
+def _gather_bwd(axes: Any, dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
+    total = jax.lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+    return (total.astype(g.dtype),)
+
+
+_gather.defvjp(lambda axes, dim, x: (_gather(axes, dim, x), None), _gather_bwd)
+
+
+def _is_names(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(n is None or isinstance(n, str) for n in leaf)
+
+
+def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
+    """The spec without mesh axes other than these."""
+    keep = lambda entry: tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in axes) or None
+    return PartitionSpec(*(keep(entry) for entry in spec))

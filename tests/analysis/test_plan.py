@@ -1,0 +1,184 @@
+"""Plans of runs on devices that are not there, and the reader of compiled programs they are held against.
+
+The plan's figures are compared with compiled programs in tests/parallel/test_mesh.py.
+"""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
+from mor_jax.analysis.collectives import axes_of, read_collectives, summary
+from mor_jax.analysis.inspection import with_vocabulary
+from mor_jax.analysis.plan import FILL, overrides, parameter_bytes, plan, require_fit, suggest
+from mor_jax.analysis.topologies import GIB, topology
+from mor_jax.config import MeshConfig, from_dict, mesh_shape
+from mor_jax.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def config(name, arg, **mesh):
+    cfg, _ = with_vocabulary(from_dict(importlib.import_module(f"configs.{name}").get_config(arg).to_dict()))
+    return dataclasses.replace(cfg, mesh=MeshConfig(**mesh)) if mesh else cfg
+
+
+# ---------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize(
+    ("name", "arg"), [("mor", "1.7b,nr=3"), ("llama8b", "mor"), ("llama8b", "vanilla")], ids=["1.7b", "8b", "8b plain"]
+)
+@pytest.mark.parametrize("place", ["v5e-256", "v5e-256x4"])
+def test_big_models_are_planned_without_allocating(name, arg, place):
+    cfg, where = config(name, arg), topology(place)
+    before = len(jax.live_arrays())
+    found = suggest(cfg, where)
+    assert len(jax.live_arrays()) == before
+    assert found.fits and found.memory.total <= FILL * 15.75 * GIB
+    assert sum(found.bytes_by_kind().values()) == pytest.approx(found.memory.total)
+    data, fsdp, sequence, tensor = found.mesh
+    assert data * fsdp * sequence * tensor == where.devices == found.topology.devices
+    assert data % where.slices == 0 and found.config.mesh.slices == where.slices
+    # State is sharded: no device holds more than its part of it, the small whole arrays aside.
+    whole = parameter_bytes(cfg, mesh_shape(MeshConfig(), 1))
+    assert found.memory.weights <= whole / (fsdp * tensor) + 2**22
+    # Between slices travel gradients alone.
+    across = [p for p in found.collectives if p.dcn]
+    assert {p.kind for p in across} <= {"all-reduce"} and (where.slices > 1) == bool(across)
+    assert all("data" in p.axes for p in across) and (found.dcn_s > 0) == bool(across)
+
+
+def test_the_flags_of_a_plan_give_that_plan():
+    found = suggest(config("mor", "1.7b,nr=3"), topology("v5e-256"))
+    done = command("configs/mor.py:1.7b,nr=3", "--topology=v5e-256", "--json", *overrides(found).split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["fits"] and report["bytes"]["total"] == pytest.approx(found.memory.total)
+    assert report["mesh"] == found.mesh._asdict() | {"slices": 1} and report["flags"] == overrides(found)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would():
+    cfg = config("mor", "1.7b,nr=3", data=8)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=1))
+    with pytest.raises(ConfigError, match=r"does not fit v5e-8: each device needs .*GiB and has 14\.5") as e:
+        require_fit(plan(cfg, topology("v5e-8")))
+    assert "optimiser" in str(e.value) and "This fits: --config.mesh." in str(e.value)
+    assert suggest(config("llama8b", "vanilla"), topology("v5e-8")) is None
+    done = command("configs/llama8b.py:vanilla", "--topology=v5e-8", "--suggest")
+    assert done.returncode == 2 and done.stderr.startswith("error: vanilla-8b does not fit v5e-8")
+
+
+def test_a_mesh_that_does_not_divide_is_refused_before_it_is_planned():
+    done = command("configs/mor.py:1.7b,nr=3", "--topology=v5e-256")
+    assert done.returncode == 2 and "64 rows a micro-batch cannot be divided" in done.stderr
+
+
+def command(*arguments):
+    line = [sys.executable, "-m", "launch.plan", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_each_axis_cuts_what_it_should():
+    cfg = config("mor", "360m,nr=3")
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=1))
+    at = lambda **mesh: plan(dataclasses.replace(cfg, mesh=MeshConfig(**mesh)), topology("cpux8"))
+    whole, fsdp, long = at(data=8), at(data=1, fsdp=8), at(data=4, sequence=2)
+    assert fsdp.memory.weights == pytest.approx(whole.memory.weights / 8, rel=0.02)
+    assert fsdp.memory.saved == whole.memory.saved  # the rows of a device are the same
+    assert long.memory.saved == whole.memory.saved  # twice the rows of half the length
+    assert long.memory.weights == whole.memory.weights
+    kinds = lambda p: {c.kind for c in p.collectives}
+    assert kinds(whole) == {"all-reduce"} and kinds(fsdp) == {"all-gather", "reduce-scatter", "all-reduce"}
+    # What FSDP scatters and gathers once is what data parallelism reduces, plus the second gather of unshared blocks.
+    sent = lambda p, *kinds: total_bytes(p.collectives, *kinds)
+    assert sent(fsdp, "reduce-scatter") == pytest.approx(sent(whole) / 2, rel=0.01)
+    once = total_bytes(planned_collectives(fsdp.config, devices=8, regather=False), "all-gather")
+    # Weights travel in bfloat16, sums of gradients in float32; the table in float32 both ways.
+    table = sum(c.bytes for c in fsdp.collectives if c.what == "embedding")
+    assert 2 * (once - table) == pytest.approx(sent(fsdp, "reduce-scatter") - table, rel=0.01)
+
+
+def test_the_tied_core_is_gathered_once_however_often_it_is_used():
+    shared, plain = (config("llama8b", kind, data=1, fsdp=8) for kind in ("recursive", "vanilla"))
+    gathers = lambda cfg: {
+        p.what: p.count for p in planned_collectives(cfg, devices=8) if p.kind == "all-gather"
+    }  # fmt: skip
+    assert gathers(shared) == {"core": 4 * 10, "blocks used once": 2 * 4 * 2, "embedding": 1}
+    assert gathers(plain) == {"blocks used once": 2 * 4 * 32, "embedding": 1}
+
+
+# ---------------------------------------------------------------- reading compiled programs
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %x = f32[4,8]{1,0} get-tuple-element(%p), index=1
+  %all-reduce.1 = f32[4,8]{1,0} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add, metadata={op_name="in loop"}
+  ROOT %t = (s32[], f32[4,8]) tuple(%i, %all-reduce.1)
+}
+
+%cond (p: (s32[], f32[4,8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%small (p: f32[2]) -> f32[2] {
+  ROOT %ar = f32[2]{0} all-reduce(%p), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+
+%large (p: f32[2]) -> f32[2] {
+  %ag = f32[64]{0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
+  ROOT %r = f32[2]{0} slice(%ag), slice={[0:2]}
+}
+
+ENTRY %main (p0: f32[4,8]) -> f32[4,8] {
+  %w = (s32[], f32[4,8]) while(%t0), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %c = f32[2]{0} conditional(%which, %q, %q), branch_computations={%small, %large}
+  %ags = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%h), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %agd = bf16[8,4]{1,0} all-gather-done(%ags)
+  %rs = f32[4]{0} reduce-scatter(%g), replica_groups=mesh['x'=2,'y'=4] {'y'}, dimensions={0}, to_apply=%add
+  %cp = f32[4]{0} collective-permute(%rs), source_target_pairs={{0,1},{1,2},{2,3}}
+  %two = (f32[4]{0}, s32[]) all-reduce(%rs, %n), replica_groups=mesh['a'=8], device_ids=([2,4]T(1,0)) {'a':(1)4}, to_apply=%add
+  %alone = f32[4]{0} all-reduce(%rs), replica_groups={{0},{1}}, to_apply=%add
+  ROOT %o = f32[4,8]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_collectives_are_read_off_a_program():
+    found = read_collectives(PROGRAM, {"data": 2, "fsdp": 2, "tensor": 2})
+    assert [(c.kind, c.times, c.in_loop) for c in found] == [
+        ("all-reduce", 3, True), ("all-gather", 1, False), ("all-gather", 1, False), ("reduce-scatter", 1, False),
+        ("collective-permute", 1, False), ("all-reduce", 1, False),
+    ]  # fmt: skip
+    loop, branch, gather, scatter, permute, two = found
+    assert loop.axes == ("tensor",) and loop.payload == 4 * 8 * 4 and loop.source == "in loop"
+    assert loop.wire_bytes == 3 * 2 * (1 / 2) * 128
+    assert branch.shapes == ("f32[64]",) and branch.axes == ("data", "fsdp", "tensor")  # the branch that sends more
+    assert gather.payload == 8 * 4 * 2 and gather.groups[0] == (0, 2, 4, 6) and gather.axes == ("data", "fsdp")
+    assert scatter.payload == 4 * 16 and scatter.axes == ("fsdp", "tensor")  # what goes in
+    assert permute.wire_bytes == 16
+    assert two.payload == 20 and two.groups == ((0, 1, 2, 3), (4, 5, 6, 7))  # four of 0, 4, 1, 5, 2, 6, 3, 7, two apart
+    assert summary(found)["all-reduce over tensor"] == {"count": 3, "bytes": 384.0}
+
+
+def test_axes_follow_from_who_talks_to_whom():
+    mesh = {"data": 2, "fsdp": 1, "tensor": 4}
+    assert axes_of([(0, 4), (1, 5)], mesh) == ("data",)
+    assert axes_of([(0, 1, 2, 3)], mesh) == ("tensor",)
+    assert axes_of([tuple(range(8))], mesh) == ("data", "tensor")
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read_collectives("stablehlo")

@@ -1,0 +1,128 @@
+"""Trains each kind on each mesh of eight simulated devices; prints what happened as JSON. Run by test_mesh.py.
+
+Eight devices have to be asked for before JAX starts, hence a process of its own.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from small import small_lm
+
+from mor_jax.analysis.collectives import read_collectives
+from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
+from mor_jax.parallel.mesh import make_mesh
+from mor_jax.train.schedule import optimizer_of
+from mor_jax.train.state import abstract_state, create_state
+from mor_jax.train.step import make_train_step
+
+STEPS, DIFFERENT, ROWS, LENGTH, VOCAB = 20, 5, 8, 26, 64
+SHAPE = dict(width=32, heads=4, kv_heads=4, mlp_width=64, context=LENGTH, vocab_size=VOCAB, init_std=0.1, loss_chunk=7)
+ROUTED = dict(layers=3, recursions=2, sharing="cycle", prelude=1)
+KINDS = {"vanilla": dict(layers=1), "mor": ROUTED, "token": ROUTED | dict(layers=2, prelude=0)}
+# Everything a run can have at once: a second router with its own optimiser, relaxed recursions; and drawn depths.
+RELAXED = ROUTED | dict(norms="own", lora_rank=2, recursion_encoding=True)
+MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED)}
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]  # data, fsdp, tensor, sequence
+# Long enough for arrays to matter more than the compiler's odds and ends, wide enough for weights to matter at all.
+PLANNED = dict(width=256, heads=4, kv_heads=4, mlp_width=704, context=64, vocab_size=1024, loss_chunk=32)
+
+
+def packed_batches() -> list[dict]:
+    """Rows of documents of random length, with a padded end; the same few again and again, so that there is something
+    to learn."""
+    rng, batches = np.random.default_rng(0), []
+    for _ in range(DIFFERENT):
+        seg = np.zeros((ROWS, LENGTH), np.int32)
+        for row in seg:
+            cuts = np.sort(rng.choice(np.arange(1, LENGTH), 3, replace=False))
+            for i, (a, b) in enumerate(zip([0, *cuts], cuts, strict=False)):
+                row[a:b] = i + 1
+        batches.append({"tokens": rng.integers(0, VOCAB, seg.shape).astype(np.int32) * (seg > 0), "segment_ids": seg})
+    return [batches[i % DIFFERENT] for i in range(STEPS)]
+
+
+def model(kind: str, **shape):
+    name, own = MORE.get(kind) or (kind, KINDS[kind])
+    lm = small_lm(name, **{**SHAPE, **own, **shape})
+    if kind == "aux":
+        return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, inference="auxiliary", aux_loss_weight=0.1))
+    return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01)) if kind == "token" else lm
+
+
+def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
+    lm = model(kind)
+    lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, buckets=buckets))
+    tx = optimizer_of(Config(depth=lm.depth, optim=OptimConfig(peak_lr=1e-2)), STEPS)
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
+    with jax.set_mesh(mesh):
+        state = create_state(lm, tx, mesh, seed=0)
+        rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
+        placed = [{k: jax.device_put(v, rows) for k, v in b.items()} for b in packed_batches()]
+        step = jax.jit(make_train_step(lm, tx), donate_argnums=0).lower(state, placed[0]).compile()
+        on = sorted({len(x.sharding.device_set) for x in jax.tree.leaves(state)})
+        kept = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree) if x.ndim > 1)
+        local = {"params": kept(state.params), "opt_state": kept(state.opt_state)}
+        losses = []
+        for batch in placed:
+            state, metrics = step(state, batch)
+            losses.append({k: float(metrics[k]) for k in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth")})
+    traffic = [
+        dict(
+            kind=c.kind, axes=c.axes, payload=c.payload, bytes=c.wire_bytes, times=c.times, loop=c.in_loop, of=c.shapes
+        )
+        for c in read_collectives(step.as_text(), dict(mesh.shape))
+    ]
+    # The optimiser's first moments are sums of gradients: what is equal in them was equal in every step's gradient.
+    return dict(losses=losses, devices=on, local=local, traffic=traffic), jax.tree.map(np.asarray, state)
+
+
+def planned(kind: str, shape: tuple[int, ...]) -> dict:
+    """A step that is compiled and not run: what the compiler says it needs of each device."""
+    lm = model(kind, **PLANNED)
+    cfg = Config("planned", lm.model, lm.depth, train=TrainConfig(steps=1, batch_size=ROWS), mesh=MeshConfig(*shape))
+    mesh = make_mesh(cfg.mesh)
+    tx = optimizer_of(cfg, STEPS)
+    rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
+    batch = {
+        k: jax.ShapeDtypeStruct((ROWS, lm.model.context), jnp.int32, sharding=rows) for k in ("tokens", "segment_ids")
+    }
+    state = abstract_state(lm, tx, mesh)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(make_train_step(lm, tx), donate_argnums=0).lower(state, batch).compile()
+    m = compiled.memory_analysis()
+    collectives = read_collectives(compiled.as_text(), dict(mesh.shape))
+    return {
+        "config": cfg.to_dict(),
+        "state": m.argument_size_in_bytes,
+        "total": m.argument_size_in_bytes + m.temp_size_in_bytes,
+        "traffic": [dict(kind=c.kind, axes=c.axes, bytes=c.wire_bytes) for c in collectives],
+    }
+
+
+def main() -> None:
+    found = {}
+    for kind in sys.argv[1:] or (*KINDS, *MORE):
+        found[f"{kind} one"], one = train(kind, (1, 1, 1), 2)
+        for shape in MESHES if kind in KINDS else MESHES[-1:]:
+            # Any choice of compiled sizes gives the same numbers, so only one mesh pays for compiling two.
+            here, state = train(kind, shape, 2 if shape == (2, 2, 2) else 1)
+            # The survey counts scores above probes: one that is on a probe but for rounding counts here or there.
+            differs = [
+                ("survey" in jax.tree_util.keystr(path), float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)))
+                for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(one), strict=True)
+            ]
+            here["state_differs"] = max(d for survey, d in differs if not survey)
+            here["survey_differs"] = max((d for survey, d in differs if survey), default=0.0)
+            found[f"{kind} {'x'.join(map(str, shape))}"] = here
+            print(kind, shape, file=sys.stderr, flush=True)
+    found["planned"] = [planned("mor", (1, 8, 1)), planned("mor", (2, 2, 2))]
+    print("RESULT" + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
