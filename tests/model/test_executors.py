@@ -186,7 +186,7 @@ def test_a_step_takes_the_smallest_profile_that_holds_its_tokens():
     lm, params, batch = forced(EXTREMES["all shallow"])
     profiles = lm.policy.profiles(ROW)
     assert profiles[-1] == (ROW, ROW, ROW) and profiles == tuple(sorted(profiles))
-    for name, want in {"all shallow": 0, "all deep": 3, "one token deep": 0, "shallow and deep in turn": 1}.items():
+    for name, want in {"all shallow": 0, "all deep": 3, "one token deep": 0, "shallow and deep in turn": 2}.items():
         _, params, batch = forced(EXTREMES[name])
         entered = jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"])
         index, depth = jax.jit(lm.route)(params, entered, batch["segment_ids"])
