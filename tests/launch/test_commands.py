@@ -17,7 +17,7 @@ from train.tiny_run import ROOT, command, environment, records, run
 from mor_jax.model.lm import CAUSAL
 from mor_jax.train.load import load_model
 
-COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli"))
+COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs"))
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
