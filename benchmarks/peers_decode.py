@@ -15,6 +15,7 @@ drawing included. One run of every engine is a round, forth and then back; media
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import os
@@ -79,7 +80,7 @@ def random_params(lm: LM) -> dict:
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lm.init, jax.random.key(0)))
 
 
-class Run:
+class Run(abc.ABC):
     """One engine on one batch; `blocks`: seconds of each block, `prefill`: seconds to the first tokens."""
 
     def __init__(self, name: str):
@@ -93,8 +94,9 @@ class Run:
         self.prefills.append(answer["prefill"])
         return sum(answer["blocks"]), answer["cpu"]
 
+    @abc.abstractmethod
     def measure(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """One run: seconds of each block, of the prefill, and CPU seconds."""
 
     def result(self, batch: int) -> dict[str, Any]:
         block = statistics.median(self.blocks)
