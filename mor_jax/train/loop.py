@@ -165,7 +165,7 @@ class _Run:
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
         self.owes_evaluation = meta.get("owes_evaluation", False)
-        if first:
+        if meta:  # a converted model's is of step 0
             self.bar.say(f"Resuming {self.workdir} after step {first}.")
             self._advise(first)
         return state, first

@@ -92,6 +92,7 @@ class Attack:
     said: tuple[str, ...] = ()  # must be in what the last cell printed
     not_said: tuple[str, ...] = ("BREACH",)
     bites: bool = False
+    robs: bool = False  # leaves a thread that may take the message by which the host starts the next cell
 
 
 def attack(name: str, *cells: str, ends: str = "", said: str = "") -> Attack:
@@ -261,7 +262,7 @@ class Arena:
             assert kind not in MISTAKES, f"the probe itself is wrong: {last.stdout}"
         for result in results:
             self.bounded(result)
-        self.alive()
+        self.alive(robbed=what.robs)
         self.unharmed(*before)
         return results
 
@@ -272,9 +273,11 @@ class Arena:
         if result.error is not None:
             assert len(result.error.message) <= 5_000 and len(result.error.traceback) <= 12_000
 
-    def alive(self) -> None:
-        """The run goes on: the next cell computes, and its call is answered."""
+    def alive(self, robbed: bool = False) -> None:
+        """The run goes on: the next cell computes, and its call is answered; robbed, the one after it."""
         before, timed = len(self.calls), self.environment.limits
+        if robbed:
+            assert self.run("'mine'").status in ("ok", "killed")
         self.environment.limits = timed.model_copy(update={"cell_seconds": 20.0})  # a busy machine is no attack
         result = self.run("print(6 * 7)\nprint(llm_query('ping'))")
         self.environment.limits = timed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 
@@ -59,7 +60,10 @@ WASTE = {
 }  # fmt: skip
 PREFIX = "import json\n"
 CHANNEL_CELL = PRELUDE + CHANNEL
-WASTE = [attack(name, CHANNEL + PREFIX + cell) for name, cell in WASTE.items()]
+WASTE = [
+    dataclasses.replace(attack(name, CHANNEL + PREFIX + cell), robs=name == "replies stolen")
+    for name, cell in WASTE.items()
+]
 
 
 @pytest.mark.parametrize("what", WASTE, ids=names(WASTE))
