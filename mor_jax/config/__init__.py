@@ -1,0 +1,80 @@
+"""The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict`, checked at the door.
+
+A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`);
+`from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
+returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
+
+Nothing here touches a device or reads a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mor_jax.config.check_depth import check_depth
+from mor_jax.config.check_model import check_model, unshared_ends
+from mor_jax.config.check_train import check_data, check_train
+from mor_jax.config.fields import (
+    ATTENTION,
+    DTYPES,
+    KV_OF_POLICY,
+    REMAT,
+    WITH_CAPACITIES,
+    WITH_ROUTER,
+    Config,
+    DataConfig,
+    DepthConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
+from mor_jax.config.parse import from_dict
+
+__all__ = [
+    "ATTENTION",
+    "DTYPES",
+    "KV_OF_POLICY",
+    "REMAT",
+    "WITH_CAPACITIES",
+    "WITH_ROUTER",
+    "Config",
+    "DataConfig",
+    "DepthConfig",
+    "MeshConfig",
+    "MeshShape",
+    "ModelConfig",
+    "OptimConfig",
+    "TrainConfig",
+    "check",
+    "from_config_dict",
+    "from_dict",
+    "mesh_shape",
+    "unshared_ends",
+]
+
+
+def from_config_dict(config: Mapping[str, Any], *, devices: int = 1) -> Config:
+    """Build and check a `Config`.
+
+    Args:
+      config: a ConfigDict or a nested dict with any subset of the fields.
+      devices: number of devices the mesh will span.
+    Raises:
+      ConfigError: an unknown field, a wrong type, or values that do not go together.
+    """
+    raw = config.to_dict() if hasattr(config, "to_dict") else config
+    cfg = from_dict(raw)
+    check(cfg, devices=devices)
+    return cfg
+
+
+def check(cfg: Config, *, devices: int = 1) -> None:
+    """Raise ConfigError for the first value or combination of values that cannot be run."""
+    check_model(cfg.model)
+    check_depth(cfg.model, cfg.depth)
+    check_data(cfg.data)
+    check_train(cfg)
+    check_mesh(cfg, devices)

@@ -1,0 +1,85 @@
+"""Which shapes of the network exist."""
+
+from __future__ import annotations
+
+from mor_jax.config.fields import ATTENTION, DTYPES, NORMS, REMAT, SHARING, ModelConfig
+from mor_jax.config.refusals import one_of, positive
+from mor_jax.errors import ConfigError
+
+
+def check_model(m: ModelConfig) -> None:
+    where = "config.model"
+    one_of(f"{where}.sharing", m.sharing, SHARING)
+    one_of(f"{where}.dtype", m.dtype, DTYPES)
+    one_of(f"{where}.remat", m.remat, REMAT)
+    one_of(f"{where}.attention", m.attention, ATTENTION)
+    positive(
+        where, layers=m.layers, recursions=m.recursions, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
+        mlp_width=m.mlp_width, context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps, init_std=m.init_std,
+    )  # fmt: skip
+    if m.vocab_size < 0 or m.loss_chunk < 0 or m.head_dim < 0:
+        raise ConfigError(f"{where}: vocab_size, loss_chunk and head_dim must not be negative.")
+    if m.heads % m.kv_heads:
+        fits = [k for k in range(1, m.heads + 1) if m.heads % k == 0]
+        raise ConfigError(
+            f"{where}.kv_heads = {m.kv_heads} does not divide heads = {m.heads}; grouped-query attention needs "
+            f"equal groups. kv_heads that fit: {', '.join(map(str, fits))}."
+        )
+    if not m.head_dim and m.width % m.heads:
+        raise ConfigError(
+            f"{where}.width = {m.width} is not divisible by heads = {m.heads}; set {where}.head_dim or change one of them."
+        )
+    if m.dims[2] % 2:
+        raise ConfigError(f"{where}: the head dimension is {m.dims[2]}; rotary embedding needs an even one.")
+    if m.attention == "cudnn" and m.dtype != "bfloat16":
+        raise ConfigError(
+            f"{where}.attention = 'cudnn' runs in half precision only, but {where}.dtype = {m.dtype!r}. Use dtype = "
+            "'bfloat16', or attention = 'blocked'."
+        )
+    if m.prelude < -1 or m.coda < -1:
+        raise ConfigError(f"{where}.prelude and .coda count blocks; -1 leaves them to the sharing scheme.")
+    if m.sharing == "none" and max(m.prelude, m.coda) > 0:
+        raise ConfigError(
+            f"{where}.sharing = 'none' shares nothing, so {where}.prelude and .coda mean nothing; remove them, or "
+            "choose sharing = 'cycle'."
+        )
+    if m.sharing == "none" and m.recursions != 1:
+        raise ConfigError(
+            f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
+            "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
+        )
+    _check_relaxation(m)
+    ends = sum(unshared_ends(m))
+    inner = m.layers - ends
+    if inner < m.recursions or inner % m.recursions:
+        per = max(1, inner // m.recursions)
+        fits = sorted({ends + m.recursions * k for k in (per - 1, per, per + 1) if k >= 1})
+        raise ConfigError(
+            f"{where}.layers = {m.layers} cannot be {m.sharing} with recursions = {m.recursions}: "
+            f"layers - {ends} unshared must be a multiple of {m.recursions}. Layer counts near it that fit: "
+            f"{', '.join(map(str, fits))}."
+        )
+
+
+def _check_relaxation(m: ModelConfig) -> None:
+    where = "config.model"
+    one_of(f"{where}.norms", m.norms, NORMS)
+    if m.lora_rank < 0:
+        raise ConfigError(f"{where}.lora_rank must not be negative, got {m.lora_rank}; 0 means none.")
+    in_place = m.sharing.endswith("sequence")
+    if not m.relaxed or (m.recursions > 1 and not in_place):
+        return
+    given = {"norms": m.norms == "own", "lora_rank": m.lora_rank > 0, "recursion_encoding": m.recursion_encoding}
+    name = next(name for name, on in given.items() if on)
+    why = f"sharing = {m.sharing!r} repeats each block in place" if in_place else "recursions = 1 shares nothing"
+    raise ConfigError(
+        f"{where}.{name} = {getattr(m, name)!r} gives each recursion over a shared core something of its own, but {why}. "
+        "Remove it, or use sharing = 'middle_cycle' (or 'cycle') with recursions of 2 or more."
+    )
+
+
+def unshared_ends(m: ModelConfig) -> tuple[int, int]:
+    """Blocks before and after the recursion: the first and the last in the middle schemes (paper, table 1), or as
+    many as `prelude` and `coda` say."""
+    scheme = 1 if m.sharing.startswith("middle_") else 0
+    return (scheme if m.prelude < 0 else m.prelude), (scheme if m.coda < 0 else m.coda)

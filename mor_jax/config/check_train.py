@@ -1,0 +1,71 @@
+"""Which data, optimisers and lengths of training can be run."""
+
+from __future__ import annotations
+
+import math
+
+from mor_jax.config.fields import BAD_STEP, SCHEDULES, SOURCES, Config, DataConfig
+from mor_jax.config.refusals import nearest_multiples, one_of, positive
+from mor_jax.errors import ConfigError
+
+
+def check_data(d: DataConfig) -> None:
+    where = "config.data"
+    one_of(f"{where}.source", d.source, SOURCES)
+    if d.source == "files" and not d.paths:
+        raise ConfigError(
+            f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\"."
+        )
+    if d.source == "tfds" and not (d.name or d.paths):
+        raise ConfigError(
+            f"{where}.source = 'tfds' needs {where}.name (a prepared data set) or its directory in {where}.paths."
+        )
+    if not 0 < d.holdout < 1:
+        raise ConfigError(f"{where}.holdout must be a share between 0 and 1, got {d.holdout}.")
+    if d.bpe_vocab < 258:
+        raise ConfigError(
+            f"{where}.bpe_vocab = {d.bpe_vocab} cannot hold the 256 bytes and 2 special tokens; give at least 258."
+        )
+
+
+def check_train(cfg: Config) -> None:
+    t, o = cfg.train, cfg.optim
+    one_of("config.optim.schedule", o.schedule, SCHEDULES)
+    positive("config.optim", peak_lr=o.peak_lr, eps=o.eps)
+    for name, value in (("b1", o.b1), ("b2", o.b2)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"config.optim.{name} must be in [0, 1), got {value}.")
+    for name, value in (("warmup", o.warmup), ("decay", o.decay), ("final_lr", o.final_lr)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"config.optim.{name} is a share and must be in [0, 1], got {value}.")
+    if o.schedule == "wsd" and o.warmup + o.decay > 1:
+        raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
+    if o.clip_norm < 0 or o.weight_decay < 0:
+        raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
+    if 0 < t.steps <= cfg.depth.warmup:
+        raise ConfigError(
+            f"config.depth.warmup = {cfg.depth.warmup} is the whole run, config.train.steps = {t.steps}: the model would "
+            "never be trained as it is evaluated. Use fewer steps of warm-up."
+        )
+    if t.steps < 0 or t.flops < 0 or t.steps == t.flops == 0:
+        raise ConfigError(
+            f"config.train: give steps, or flops to derive them from; got steps = {t.steps}, flops = {t.flops:g}."
+        )
+    positive(
+        "config.train",
+        batch_size=t.batch_size,
+        accum=t.accum,
+        log_every=t.log_every,
+        keep_checkpoints=t.keep_checkpoints,
+    )
+    if min(t.eval_every, t.eval_rows, t.checkpoint_every, t.seed, cfg.data.seed) < 0:
+        raise ConfigError("config.train: eval_every, eval_rows, checkpoint_every and the seeds must not be negative.")
+    one_of("config.train.on_nonfinite", t.on_nonfinite, BAD_STEP)
+    one_of("config.train.on_spike", t.on_spike, BAD_STEP)
+    if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
+        raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
+    if t.batch_size % t.accum:
+        raise ConfigError(
+            f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
+            f"nearest that can: {nearest_multiples(t.batch_size, t.accum)}."
+        )

@@ -1,0 +1,70 @@
+"""From a nested dict to a `Config`: unknown fields and wrong types refused, naming the nearest valid field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mor_jax.config.fields import Config
+from mor_jax.errors import ConfigError
+
+
+def from_dict(raw: Mapping[str, Any]) -> Config:
+    """Build a `Config` without the cross-field checks (used for configs read back from a checkpoint)."""
+    return _build(Config, raw, "config")
+
+
+def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        if key not in hints:
+            raise ConfigError(_unknown(key, where, hints))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}.{key} must be a group of fields, got {value!r}.")
+            values[key] = _build(hint, value, f"{where}.{key}")
+        else:
+            values[key] = _coerce(value, hint, f"{where}.{key}")
+    return cls(**values)
+
+
+def _unknown(key: str, where: str, hints: Mapping[str, Any]) -> str:
+    """Message for a field that does not exist: the nearest valid name, wherever in the tree it lives."""
+    for group, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and key in typing.get_type_hints(cls):
+            return f"{where}.{key} does not exist. Did you mean config.{group}.{key}?"
+    near = difflib.get_close_matches(key, hints, n=1)
+    if near:
+        return f"{where}.{key} does not exist. Did you mean {where}.{near[0]}?"
+    return f"{where}.{key} does not exist. Valid fields of {where}: {', '.join(hints)}."
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Check a leaf against its annotation; int is accepted for float, list for tuple, str for a 1-tuple."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        args = typing.get_args(hint)
+        if isinstance(value, str) and args[0] is str:
+            value = (value,) if value else ()
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a tuple, got {value!r}.")
+        if len(args) == 2 and args[1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise ConfigError(f"{where} must have {len(args)} entries, got {value!r}.")
+        return tuple(_coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(hint, type) and not isinstance(hint, types.GenericAlias):
+        if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+            return value
+        raise ConfigError(f"{where} must be {hint.__name__}, got {type(value).__name__} {value!r}.")
+    raise ConfigError(f"{where}: cannot check {value!r} against {hint}.")
