@@ -7,9 +7,11 @@ import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.config import MeshConfig
@@ -19,7 +21,7 @@ from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
-from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.inference.generate import Generation
 from mor_jax.parallel.mesh import make_mesh
 from rlm_runtime.serve.model import ModelBackend, ModelSettings, create_app
 from rlm_runtime.serve.server import bind, serve
@@ -47,6 +49,13 @@ def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelB
         name=name, grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
         recursions=model.lm.program.recursions, **fields,
     )  # fmt: skip
+
+
+def greedy(model: SmallModel, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """Tokens of plain generation, each prompt for itself."""
+    with jax.set_mesh(model.mesh):
+        run = Generation(model.lm, model.params, prompts, max_tokens=n, vocab_size=model.tokenizer.vocab_size)
+        return np.stack([step.token_B for step in run], axis=1).tolist()
 
 
 class Server:
@@ -134,13 +143,12 @@ def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **sett
         assert not worker.is_alive(), "the server did not stop"
 
 
-def batched(model: SmallModel, *, lanes: int = 4, queue: int = 256) -> Callable[[], list[ModelBackend]]:
+def batched(model: SmallModel, **engine: Any) -> Callable[[], list[ModelBackend]]:
     """The engine itself, every program compiled."""
 
     def load() -> list[ModelBackend]:
-        service = build_service(
-            model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True
-        )
+        config = EngineConfig(**{"lanes": 4, "chunks": (16,), **engine})
+        service = build_service(model, config, scoring=True)
         service.warm_up()
         return [backend("small", model, service)]
 
