@@ -8,8 +8,9 @@ One tick of all lanes is
             draft are the tick's output
 
 A draw is a function of logits, seed and position, so what is drawn at full depth is what plain decoding draws, greedy
-or not; a draft only decides how many draws one tick is good for. Equal up to the rounding of float32 sums of other
-shapes, that is: a near tie of two logits may fall the other way.
+or not; a draft only decides how many draws one tick is good for. Equal up to the order of float32 sums, that is: a
+near tie of two logits may fall the other way. In bfloat16, too, it is that order alone (`softmax.Softmax` sees to it):
+most texts have the same logits to the last bit.
 
 Drafts share the lane's logs. What they append there, keys made with few recursions, must not outlive the draft:
 lengths are set back to where they were before verification reads, and verification computes all its entries itself
