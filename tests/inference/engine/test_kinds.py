@@ -20,7 +20,14 @@ from mor_jax.inference.generate import Generation
 from mor_jax.model.depth import DepthControl
 
 # Passes a tick; each m is a program more, each kind all of them. test_engine.py has expert-choice in its plainest form.
-KINDS = {"vanilla": (1,), "recursive": (1, 3), "token": (1, 3), "mor_shared": (1, 3)}
+KINDS = {
+    "vanilla": (1,),
+    "recursive": (1, 3),
+    "token": (1, 3),
+    "mor_shared": (1, 3),
+    "mor_relaxed": (1, 3),
+    "random_shared": (1,),
+}
 met = dict.fromkeys(("preempted", "cached", "whole"), 0)
 
 
@@ -30,7 +37,7 @@ class Kind:
 
     def __init__(self, name):
         # One block a step: compiling is what these tests take long for.
-        self.lm = small_lm(name, context=CONTEXT, layers=3 if name == "vanilla" else 5)
+        self.lm = small_lm(name, context=CONTEXT, layers={"vanilla": 3, "random_shared": 3}.get(name, 5))
         self.params = spread_routers(random_params(self.lm))
         self.device = Device(self.lm, self.params, EngineConfig(lanes=3, chunks=(8,), boundary_every=1, entries=40))
         self.device.expected_entries = lambda tokens, mean_depth=None: tokens // 2  # so that lanes are outgrown
