@@ -103,7 +103,7 @@ def outcome(device):
     return lanes
 
 
-@pytest.mark.parametrize("kind", ["mor", "token_hybrid"])
+@pytest.mark.parametrize("kind", ["mor", "token_hybrid", "mor_relaxed"])
 def test_tokens_are_those_of_plain_decoding(kind):
     plain, guessing = made(kind, 0), made(kind, K)
     want, got = outcome(plain), outcome(guessing)
