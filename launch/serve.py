@@ -39,7 +39,7 @@ _ORIGINS = flags.DEFINE_list("cors_origin", [], "Web pages that may call, e.g. h
 _LANES = flags.DEFINE_integer("lanes", 8, "Sequences decoded at once, of each model.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Longest sequence, tokens; 0: the model's own.")
 _SPECULATE = flags.DEFINE_integer(
-    "speculate", 0, "Tokens drafted with one recursion and verified with all, at once; the same text. 0: none."
+    "speculate", 0, "Tokens drafted with one recursion, verified with all at once; same text up to near ties. 0: none."
 )
 _QUEUE = flags.DEFINE_integer("queue", 256, "Sequences that may wait, of each model; more get 429.")
 _ENGINE = flags.DEFINE_enum("engine", "batched", ["batched", "plain"], "plain: one request at a time, for comparison.")
@@ -95,6 +95,8 @@ def make_service(loaded: Loaded) -> Any:
         engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value, speculate=_SPECULATE.value)
         service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
     service.warm_up()
+    if _SPECULATE.value and _ENGINE.value == "batched" and loaded.lm.model.dtype != "float32":
+        say(f"speculating in {loaded.lm.model.dtype}: tokens within its rounding of each other may change places")
     return service
 
 

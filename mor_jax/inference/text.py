@@ -11,8 +11,6 @@ from typing import NamedTuple, Protocol
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
-from mor_jax.inference.engine.fits import why_not_batched
-from mor_jax.inference.engine.plain import PlainService
 from mor_jax.inference.engine.request import DepthWish, Drawing, Finished, PromptRead, Request, Service, Token
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
@@ -75,8 +73,7 @@ def stream_text(
     events: queue.SimpleQueue = queue.SimpleQueue()
     if (running := service) is None:
         a_token_a_tick = dataclasses.replace(ONE, boundary_every=model.lm.program.recursions)
-        plain = why_not_batched(model.lm)
-        running = PlainService(model) if plain else build_service(model, a_token_a_tick, ONE_AT_A_TIME)
+        running = build_service(model, a_token_a_tick, ONE_AT_A_TIME)
     ticket = running.submit(request, events.put)
     try:
         yield from _pieces(tokenizer, ids, min(max_tokens, room), events)

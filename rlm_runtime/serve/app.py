@@ -9,25 +9,21 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from rlm_runtime.serve.admission import Admission
 from rlm_runtime.serve.asked import no_such_model
+from rlm_runtime.serve.assemble import assemble, reply
 from rlm_runtime.serve.chat import ChatEndpoint
-from rlm_runtime.serve.door import Door
 from rlm_runtime.serve.engine import ServedModel
-from rlm_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error, refuse
+from rlm_runtime.serve.errors import ApiError, refuse
 from rlm_runtime.serve.files import FileStore, expiry, pieces
 from rlm_runtime.serve.metrics import standard
 from rlm_runtime.serve.openapi import document
-from rlm_runtime.serve.schemas import FileDeleted, FileList, ModelList, ModelOut, Status
+from rlm_runtime.serve.schemas import FileDeleted, FileList, ModelList, ModelOut
 from rlm_runtime.serve.settings import ServeSettings
 
 SWEEP_SECONDS = 60.0
@@ -54,13 +50,13 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
     metrics.gauge("rlm_files_bytes", "Bytes of uploaded files.", lambda: files.used)
 
     async def list_models(request: Request) -> Response:
-        return _json(ModelList(data=[ModelOut(id=name, created=created) for name in by_name]))
+        return reply(ModelList(data=[ModelOut(id=name, created=created) for name in by_name]))
 
     async def get_model(request: Request) -> Response:
         name = request.path_params["model"]
         if name not in by_name:
             raise no_such_model(name, by_name)
-        return _json(ModelOut(id=name, created=created))
+        return reply(ModelOut(id=name, created=created))
 
     async def upload_file(request: Request) -> Response:
         if admission.draining:
@@ -87,19 +83,19 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
                 owner=owner,
                 seconds=seconds,
             )
-        return _json(stored.out())
+        return reply(stored.out())
 
     async def list_files(request: Request) -> Response:
         data = [f.out() for f in files.list(request.scope.get("rlm.owner", ""))]
-        return _json(FileList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None))
+        return reply(FileList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None))
 
     async def get_file(request: Request) -> Response:
-        return _json(files.get(request.path_params["file_id"], request.scope.get("rlm.owner", "")).out())
+        return reply(files.get(request.path_params["file_id"], request.scope.get("rlm.owner", "")).out())
 
     async def delete_file(request: Request) -> Response:
         file_id = request.path_params["file_id"]
         await asyncio.to_thread(files.delete, file_id, request.scope.get("rlm.owner", ""))
-        return _json(FileDeleted(id=file_id))
+        return reply(FileDeleted(id=file_id))
 
     async def get_file_content(request: Request) -> Response:
         stored = files.get(request.path_params["file_id"], request.scope.get("rlm.owner", ""))
@@ -109,20 +105,6 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
         }
         # Never as a type a browser would show: it is somebody's upload.
         return StreamingResponse(pieces(stored.path), media_type="application/octet-stream", headers=headers)
-
-    async def health(request: Request) -> Response:
-        return _json(Status(status="ok"))
-
-    async def ready(request: Request) -> Response:
-        if admission.draining:
-            raise ApiError(503, "The server is stopping.", code="draining")
-        return _json(Status(status="ready"))
-
-    async def show_metrics(request: Request) -> Response:
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
-
-    async def openapi(request: Request) -> Response:
-        return JSONResponse(described)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -149,35 +131,14 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
         Route("/v1/files/{file_id}", get_file),
         Route("/v1/files/{file_id}", delete_file, methods=["DELETE"]),
         Route("/v1/files/{file_id}/content", get_file_content),
-        Route("/health", health),
-        Route("/ready", ready),
-        Route("/metrics", show_metrics),
-        Route("/openapi.json", openapi),
     ]
-    middleware = [
-        Middleware(
-            Door, settings=settings,
-            count=lambda route, status: metrics.add("rlm_http_requests_total", route=route, status=str(status)),
-        )
-    ]  # fmt: skip
-    if settings.cors_origins:
-        cors = Middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "X-RLM-Run", "Retry-After"],
-        )  # fmt: skip
-        middleware.insert(0, cors)
-    app = Starlette(
-        routes=routes, middleware=middleware, lifespan=lifespan,
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_crash},
+    app = assemble(
+        routes, settings=settings, admission=admission, metrics=metrics, requests_total="rlm_http_requests_total",
+        document=lambda: described, lifespan=lifespan, methods=("GET", "POST", "DELETE"),
+        exposed=("X-Request-Id", "X-RLM-Run", "Retry-After"),
     )  # fmt: skip
-    app.router.redirect_slashes = False
-    app.state.admission, app.state.files, app.state.metrics, app.state.settings = admission, files, metrics, settings
+    app.state.files = files
     return app
-
-
-def _json(model: BaseModel) -> Response:
-    return JSONResponse(model.model_dump())
 
 
 def _text(form: Any, name: str) -> str | None:

@@ -103,16 +103,7 @@ def _paths(models: list[str]) -> dict[str, Any]:
         "/ready": {
             "get": {**get_of("ready", "Requests are taken; 503 while stopping.", "Status", 503), "security": []}
         },
-        "/metrics": {
-            "get": {
-                "operationId": "metrics",
-                "summary": "Prometheus metrics.",
-                "responses": {
-                    "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-                    **errors_of(401, 403),
-                },
-            }
-        },
+        "/metrics": metrics_path(),
     }
 
 
@@ -123,6 +114,12 @@ def get_of(name: str, summary: str, model: str, *statuses: int, parameters: list
         **({"parameters": parameters} if parameters else {}),
         "responses": {"200": ok_of(model), **errors_of(401, 403, *statuses)},
     }
+
+
+def metrics_path() -> dict[str, Any]:
+    text = {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    responses = {"200": text, **errors_of(401, 403)}
+    return {"get": {"operationId": "metrics", "summary": "Prometheus metrics.", "responses": responses}}
 
 
 def ok_of(model: str) -> dict[str, Any]:

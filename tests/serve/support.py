@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import http.client
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from loopback import Loopback, loopback
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.config import MeshConfig
@@ -19,10 +21,9 @@ from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
-from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.inference.generate import Generation
 from mor_jax.parallel.mesh import make_mesh
 from rlm_runtime.serve.model import ModelBackend, ModelSettings, create_app
-from rlm_runtime.serve.server import bind, serve
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -49,30 +50,23 @@ def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelB
     )  # fmt: skip
 
 
-class Server:
-    """A running server and its parts."""
+def greedy(model: SmallModel, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
+    """Tokens of plain generation, each prompt for itself."""
+    with jax.set_mesh(model.mesh):
+        run = Generation(model.lm, model.params, prompts, max_tokens=n, vocab_size=model.tokenizer.vocab_size)
+        return np.stack([step.token_B for step in run], axis=1).tolist()
 
-    def __init__(self, port: int, app: Any, stop: Callable[[], None], done: threading.Event):
-        self.port, self.app, self.stop, self.done = port, app, stop, done
-        self.url = f"http://127.0.0.1:{port}/v1"
-        self.metrics, self.admission, self.shelf = app.state.metrics, app.state.admission, app.state.shelf
+
+class Server(Loopback):
+    """Its model is named "small"."""
+
+    @property
+    def shelf(self) -> Any:
+        return self.app.state.shelf
 
     @property
     def model(self) -> ModelBackend:
         return self.shelf.models["small"]
-
-    def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
-    ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        if isinstance(body, dict | list):
-            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
-        try:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-        finally:
-            connection.close()
 
     def post(self, path: str, **fields: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
         status, headers, raw = self.request("POST", path, {"model": "small", **fields})
@@ -83,19 +77,9 @@ class Server:
 
     def open(self, path: str = "/v1/completions", **fields: Any) -> http.client.HTTPConnection:
         """A request whose answer is not waited for."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        body = {"model": "small", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, **fields}
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-        return connection
-
-    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-        """Until `condition`: some things happen after a client has seen its answer."""
-        pause = threading.Event()
-        for _ in range(int(seconds / 0.01)):
-            if condition():
-                return
-            pause.wait(0.01)
-        raise AssertionError(f"waited in vain: {what}")
+        return self.begin(
+            "POST", path, {"model": "small", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, **fields}
+        )
 
     def stat(self, name: str) -> float:
         return self.model.service.stats()[name]
@@ -103,44 +87,27 @@ class Server:
 
 @contextlib.contextmanager
 def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **settings: Any) -> Iterator[Server]:
-    """`serve` itself, with the signal replaced by a call."""
-    listener = bind("127.0.0.1", 0)
+    """`wait`: until the models are loaded."""
     loaded = threading.Event()
     app = create_app(load, ModelSettings(**{"drain_seconds": 0.1, **settings}), on_loaded=lambda _: loaded.set())
-    ready, done, stops = threading.Event(), threading.Event(), []
-
-    def thread() -> None:
+    with loopback(app, Server) as server:
+        if wait:
+            assert loaded.wait(600)
+            assert server.shelf.failure is None, server.shelf.failure
         try:
-            asyncio.run(serve(app, listener, on_ready=ready.set, stops=stops))
+            yield server
         finally:
-            done.set()
-            ready.set()
-
-    worker = threading.Thread(target=thread, daemon=True)
-    worker.start()
-    assert ready.wait(30) and not done.is_set(), "the server did not start"
-    if wait:
-        assert loaded.wait(600)
-        assert app.state.shelf.failure is None, app.state.shelf.failure
-    try:
-        yield Server(listener.getsockname()[1], app, lambda: stops[0]("a test"), done)
-    finally:
-        for model in app.state.shelf.models.values():
-            if hasattr(model.service, "hold"):
-                model.service.hold.set()
-        with contextlib.suppress(RuntimeError):  # it may have stopped already
-            stops[0]("a test")
-        worker.join(60)
-        assert not worker.is_alive(), "the server did not stop"
+            for model in server.shelf.models.values():
+                if hasattr(model.service, "hold"):
+                    model.service.hold.set()
 
 
-def batched(model: SmallModel, *, lanes: int = 4, queue: int = 256) -> Callable[[], list[ModelBackend]]:
+def batched(model: SmallModel, **engine: Any) -> Callable[[], list[ModelBackend]]:
     """The engine itself, every program compiled."""
 
     def load() -> list[ModelBackend]:
-        service = build_service(
-            model, EngineConfig(lanes=lanes, chunks=(16,)), ServiceConfig(queue=queue), scoring=True
-        )
+        config = EngineConfig(**{"lanes": 4, "chunks": (16,), **engine})
+        service = build_service(model, config, scoring=True)
         service.warm_up()
         return [backend("small", model, service)]
 

@@ -6,20 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.inference.generate import Generation
 from mor_jax.model.lm import CAUSAL
-from serve.support import HELLO
-
-
-def greedy(small, ids, n):
-    with jax.set_mesh(small.mesh):
-        run = Generation(small.lm, small.params, [ids], max_tokens=n, vocab_size=small.tokenizer.vocab_size)
-        return [int(step.token_B[0]) for step in run]
+from serve.support import HELLO, greedy
 
 
 def test_greedy_text_is_that_of_plain_generation(server, small):
     ids = [small.tokenizer.bos, *small.tokenizer.encode("hello")]
-    tokens = greedy(small, ids, 20)
+    (tokens,) = greedy(small, [ids], 20)
     assert small.tokenizer.eos not in tokens
     for prompt in ("hello", ids, [ids], ["hello"]):
         _, _, body = server.complete(prompt, max_tokens=20, temperature=0)
@@ -31,7 +24,7 @@ def test_a_chat_is_its_template_completed(server, small):
     _, _, body = server.post("/tokenize", messages=HELLO)
     ids = body["tokens"]
     assert small.tokenizer.decode(ids) == "user: hello\n\nassistant:"
-    tokens = greedy(small, ids, 10)
+    (tokens,) = greedy(small, [ids], 10)
     text = small.tokenizer.decode([t for t in tokens if t != small.tokenizer.eos])
     _, _, body = server.post("/v1/chat/completions", messages=HELLO, max_tokens=10, temperature=0, ignore_eos=True)
     assert body["choices"][0]["message"]["content"] == text.lstrip()

@@ -24,7 +24,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import choose, layers, programs
-from mor_jax.inference.engine.fits import why_not_batched
 from mor_jax.inference.engine.prefill import Chunk
 from mor_jax.inference.engine.results import Lengths, Piece, Prefilled, Rows, Ticked, Ticket
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
@@ -348,11 +347,6 @@ def _row_of(rows: DrawRows, row: DrawRows) -> DrawRows:
 
 def _check(lm: LM, c: EngineConfig) -> None:
     most = lm.model.context
-    if why := why_not_batched(lm):
-        raise UserError(
-            f"the batching engine does not know {why}. launch.generate decodes such a model, and launch.serve with "
-            "--engine plain serves it, one request at a time."
-        )
     if c.lanes < 1 or c.full_lanes < 1:
         raise UserError(
             f"an engine needs at least one lane, and one with full room; got lanes = {c.lanes}, full_lanes = {c.full_lanes}."

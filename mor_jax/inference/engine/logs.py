@@ -28,7 +28,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30
+from mor_jax.inference.engine.softmax import Softmax
+
 FIRST = 256  # entries of the first segment; each later one is as long as all before it
 
 
@@ -110,43 +111,17 @@ def view(
 # ------------------------------------------------------------------------------------- attention
 
 
-class _Softmax(NamedTuple):
-    """A softmax under way: largest score, sum of exponentials, weighted sum of values. All float32."""
-
-    top: jax.Array
-    total: jax.Array
-    out: jax.Array
-
-    @classmethod
-    def empty(cls, shape: tuple[int, ...]) -> _Softmax:
-        """Before any key, for queries of this shape."""
-        zeros = jnp.zeros(shape[:-1], jnp.float32)
-        return cls(zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
-
-    def add(self, score: jax.Array, mask: jax.Array, weigh) -> _Softmax:
-        """With more keys; `weigh` maps their weights to the sum of their values."""
-        score = jnp.where(mask, score, MASKED)
-        top = jnp.maximum(self.top, jnp.max(score, axis=-1))
-        weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
-        shrink = jnp.exp(self.top - top)
-        total = self.total * shrink + jnp.sum(weight, axis=-1)
-        return _Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
-
-    def result(self, dtype) -> jax.Array:
-        return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
-
-
 def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
     """Of one token a lane to its log, which holds its own key already. [N, K, G, H]; zeros where nothing is seen."""
     q, dtype, scale = q_NxKxGxH, q_NxKxGxH.dtype, q_NxKxGxH.shape[-1] ** -0.5
 
-    def add(part: _Softmax, q, k, v, seen) -> _Softmax:
+    def add(part: Softmax, q, k, v, seen) -> Softmax:
         k, v = loaded(k, dtype), loaded(v, dtype)
         score = jnp.einsum("NKGH,NKSH->NKGS", q, k, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
         return part.add(score, seen[:, None, None], weigh)
 
-    so_far = _Softmax.empty(q.shape)
+    so_far = Softmax.empty(q.shape)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         lanes = k.shape[0]
         part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
@@ -172,12 +147,12 @@ def attend_chunk(
     q, dtype, scale = q_TxKxGxH, q_TxKxGxH.dtype, q_TxKxGxH.shape[-1] ** -0.5
     q_KxGxTxH = jnp.moveaxis(q, 0, 2)
 
-    def add(part: _Softmax, q, k_KxSxH, v_KxSxH, mask) -> _Softmax:
+    def add(part: Softmax, q, k_KxSxH, v_KxSxH, mask) -> Softmax:
         score = jnp.einsum("KGTH,KSH->KGTS", q, k_KxSxH, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32)
         return part.add(score, mask, weigh)
 
-    so_far = _Softmax.empty(q_KxGxTxH.shape)
+    so_far = Softmax.empty(q_KxGxTxH.shape)
     so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
     from_log = lambda part, q, k, v, seen: add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):

@@ -68,7 +68,8 @@ def prefill_states(
     x = layers.embed(lm, weights, tokens_C)
     x, prelude = layers.blocks(lm, weights.prelude, x, rope, [read(log) for log in state.prelude])
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
-    x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, pos_C, rope, real_C)
+    draws = lm.draws(tokens_C[None], pos_C[None])
+    x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, draws, rope, real_C)
     x, coda = layers.blocks(lm, weights.coda, x, rope, [read(log) for log in state.coda])
 
     depth_C = jnp.sum(active_RxC, axis=0, dtype=jnp.int32)
@@ -120,13 +121,13 @@ class _Step(NamedTuple):
 
 def _recurse(
     lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, control: DepthControl, x_CxD: jax.Array,
-    pos_C: jax.Array, rope: Any, real_C: jax.Array,
+    draw_1xCxR: jax.Array | None, rope: Any, real_C: jax.Array,
 ) -> tuple[jax.Array, jax.Array, list]:  # fmt: skip
     """(states after the recursion, active_RxC, keys and values of every step: [R, C, K, H] a block application; under
     shared keys those of step 1 alone)."""
     chunk, kv, recursions = x_CxD.shape[0], lm.depth.kv_name, lm.program.recursions
     policy = Controlled(lm.policy, control)
-    route = policy.begin(weights.router, x_CxD[None], real_C[None])
+    route = policy.begin(weights.router, x_CxD[None], real_C[None], draw_BxTxR=draw_1xCxR)
     sizes = row_sizes(chunk, lm.depth.policy != "fixed")
     core = tuple(logs.of_lane(log, lane) for log in state.core)
     tags = [t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)]
@@ -138,7 +139,7 @@ def _recurse(
         active_C = policy.select(step, z_C[None], carry.candidates_C[None], route.tokens, None)[0]
         runs_C = real_C if first and looks_back(kv) else active_C
         count = jnp.sum(runs_C)
-        rows = functools.partial(_rows, lm, weights, core, seen, first)
+        rows = functools.partial(_rows, lm, weights, core, seen, r, first)
         if first and looks_back(kv):
             y_CxD, made = rows(chunk, carry, runs_C, rope)
         else:
@@ -163,7 +164,7 @@ def _recurse(
 
 
 def _rows(
-    lm: LM, weights: Weights, core: tuple[Log, ...], seen: View, first: bool, size: int, carry: _Step,
+    lm: LM, weights: Weights, core: tuple[Log, ...], seen: View, r: jax.Array, first: bool, size: int, carry: _Step,
     runs_C: jax.Array, rope: Any,
 ) -> tuple[jax.Array, tuple]:  # fmt: skip
     """The core over the tokens that run a step, gathered into `size` rows: its output and the newest keys and values
@@ -200,5 +201,5 @@ def _rows(
     h_SxD, table = jax.tree.map(lambda x: x if whole else x[index_S], (h_CxD, rope))
     attends = [functools.partial(attend, block=i) for i in range(len(core))]
     queries_only = back and kv == SHARED
-    y_SxD, made = layers.blocks(lm, weights.core, h_SxD, table, attends, lm.program.repeat, queries_only)
+    y_SxD, made = layers.blocks(lm, weights.core, h_SxD, table, attends, lm.program.repeat, queries_only, r)
     return spread(y_SxD, h_CxD), tuple(made)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mor_jax.inference.engine.logs import MASKED, Layout, Log, View, loaded, stored
-from mor_jax.inference.engine.logs import _Softmax as Softmax
+from mor_jax.inference.engine.logs import Layout, Log, View, loaded, stored
+from mor_jax.inference.engine.softmax import Softmax
 
 
 def attend_spans(
@@ -26,8 +26,7 @@ def attend_spans(
         )
         return part.add(score, mask_NxTxS[:, None, None], weigh)
 
-    zero = jnp.zeros(q_NxKxGxTxH.shape[:-1], jnp.float32)
-    so_far = Softmax(zero + MASKED, zero, jnp.zeros(q_NxKxGxTxH.shape, jnp.float32))
+    so_far = Softmax.empty(q_NxKxGxTxH.shape)
     own_k, own_v = own_k_NxTxKxH.swapaxes(1, 2), own_v_NxTxKxH.swapaxes(1, 2)
     so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
     from_log = lambda part, q, k, v, mask: add(part, q, loaded(k, dtype), loaded(v, dtype), mask)

@@ -8,8 +8,9 @@ One tick of all lanes is
             draft are the tick's output
 
 A draw is a function of logits, seed and position, so what is drawn at full depth is what plain decoding draws, greedy
-or not; a draft only decides how many draws one tick is good for. Equal up to the rounding of float32 sums of other
-shapes, that is: a near tie of two logits may fall the other way.
+or not; a draft only decides how many draws one tick is good for. Equal up to the order of float32 sums, that is: a
+near tie of two logits may fall the other way. In bfloat16, too, it is that order alone (`softmax.Softmax` sees to it):
+most texts have the same logits to the last bit.
 
 Drafts share the lane's logs. What they append there, keys made with few recursions, must not outlive the draft:
 lengths are set back to where they were before verification reads, and verification computes all its entries itself
@@ -105,7 +106,9 @@ def _verify(
 
     x = layers.embed(lm, weights, tokens_NxT.reshape(-1))
     x, prelude = layers.blocks(lm, weights.prelude, x, rope, [reader(log) for log in state.prelude])
-    x, active_RxNxT, made = _recurse(lm, shape, weights, state, in_lanes(x), rope, here_N)
+    x, active_RxNxT, made = _recurse(
+        lm, shape, weights, state, in_lanes(x), lm.draws(tokens_NxT, pos_NxT), rope, here_N
+    )
     x, coda = layers.blocks(lm, weights.coda, flat(x), rope, [reader(log) for log in state.coda])
     logits_NxTxV = in_lanes(layers.logits(lm, weights, x))
 
@@ -220,7 +223,14 @@ class _Step(NamedTuple):
 
 
 def _recurse(
-    lm: LM, shape: Shape, weights: Weights, state: State, x_NxTxD: jax.Array, rope: Any, here_N: jax.Array
+    lm: LM,
+    shape: Shape,
+    weights: Weights,
+    state: State,
+    x_NxTxD: jax.Array,
+    draw_NxTxR: jax.Array | None,
+    rope: Any,
+    here_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """(states after the recursion, active_RxNxT, keys and values of every step: [R, N, T, K, H] a block application;
     under shared keys those of step 1 alone)."""
@@ -231,7 +241,7 @@ def _recurse(
     in_lanes, flat = _folds(lanes, span)
     none = jnp.zeros((lanes, span, *lm.model.dims[1:]), x_NxTxD.dtype)
     policy = Controlled(lm.policy, state.control)
-    route = policy.begin(weights.router, x_NxTxD, real_NxT)
+    route = policy.begin(weights.router, x_NxTxD, real_NxT, draw_BxTxR=draw_NxTxR)
 
     def one(carry: _Step, xs: Any, first: bool = False):
         r, step = xs
@@ -251,7 +261,7 @@ def _recurse(
         def run(h_NxTxD):
             attends = [lambda q, k, v, i=i: attend(q, k, v, i) for i in range(len(state.core))]
             queries_only = back and kv == SHARED
-            y, made = layers.blocks(lm, weights.core, flat(h_NxTxD), rope, attends, lm.program.repeat, queries_only)
+            y, made = layers.blocks(lm, weights.core, flat(h_NxTxD), rope, attends, lm.program.repeat, queries_only, r)
             return in_lanes(y), tuple(made)
 
         def skip(h_NxTxD):

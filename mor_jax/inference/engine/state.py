@@ -51,7 +51,7 @@ class Flight(NamedTuple):
     depth_N: jax.Array  # steps it has run
     going_N: jax.Array
     active_N: jax.Array
-    z_N: jax.Array  # score of the next step
+    z_N: jax.Array  # score of the next step; [N, 2] where another router decides
     route: Any  # what the policy lets it carry, leaves [N, 1, ...]
 
 
@@ -81,13 +81,18 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
     zeros, no = jnp.zeros((lanes,), jnp.int32), jnp.zeros((lanes,), bool)
     h_NxD = jnp.zeros((lanes, width), lm.model.dtype)
     control = DepthControl.neutral(lanes, p.recursions)
-    carried = jax.eval_shape(
-        lambda r, h: lm.policy.begin(r, h[:, None], jnp.ones((lanes, 1), bool)).tokens, routers, h_NxD
-    )
-    route = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), carried)
+
+    def first(routers: Any, h_NxD: jax.Array) -> tuple[jax.Array, Any]:
+        draws = lm.draws(zeros[:, None], zeros[:, None])
+        route = lm.policy.begin(routers, h_NxD[:, None], jnp.ones((lanes, 1), bool), draw_BxTxR=draws)
+        z = lm.policy.score(jax.tree.map(lambda leaf: leaf[0], route.steps), h_NxD[:, None])
+        return z[:, 0], route.tokens
+
+    shapes = jax.eval_shape(first, routers, h_NxD)
+    z_N, route = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return State(
         logs(shape.ends, p.prelude), logs(shape.core, p.core * p.repeat), logs(shape.ends, p.coda),
         empty_tags(shape.core), zeros, zeros, no,
-        Flight(no, h_NxD, zeros, no, no, jnp.zeros((lanes,), jnp.float32), route),
+        Flight(no, h_NxD, zeros, no, no, z_N, route),
         zeros + NONE, zeros, empty_rows(lanes, draw), control,
     )  # fmt: skip

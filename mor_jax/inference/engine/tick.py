@@ -68,9 +68,11 @@ def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, sta
 # ------------------------------------------------------------------------------------- routing
 
 
-def _begin(lm: LM, weights: Weights, state: State, h_NxD: jax.Array) -> tuple[Controlled, Route]:
-    policy = Controlled(lm.policy, state.control)
-    return policy, policy.begin(weights.router, h_NxD[:, None], jnp.ones((h_NxD.shape[0], 1), bool))
+def _begin(
+    lm: LM, weights: Weights, state: State, h_NxD: jax.Array, draw_Nx1xR: jax.Array | None
+) -> tuple[Controlled, Route]:
+    policy, everyone = Controlled(lm.policy, state.control), jnp.ones((h_NxD.shape[0], 1), bool)
+    return policy, policy.begin(weights.router, h_NxD[:, None], everyone, draw_BxTxR=draw_Nx1xR)
 
 
 def _each_step(lm: LM, route: Route, of_step: Any) -> list:
@@ -90,12 +92,17 @@ def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
 def _next_step(
     lm: LM, policy: Controlled, route: Route, carried: Any, h_NxD: jax.Array, depth_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(whether the token runs the step after `depth_N`, its score there)."""
+    """(whether the token runs the step after `depth_N`, its scores there)."""
     everyone = jnp.ones((h_NxD.shape[0], 1), bool)
     z = _each_step(lm, route, lambda step: policy.score(step, h_NxD[:, None]))
     z_Nx1 = _own(z, depth_N)
     wants = _each_step(lm, route, lambda step: policy.select(step, z_Nx1, everyone, carried, None))
     return _own(wants, depth_N)[:, 0] & (depth_N < lm.program.recursions), z_Nx1[:, 0]
+
+
+def _where(flags_N: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Of each lane the new or the old, [N, ...]."""
+    return jnp.where(flags_N.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
 # ------------------------------------------------------------------------------------- a core pass
@@ -132,9 +139,10 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
     attends = [functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core]
     rope = layers.rope_of(lm, state.tokens_N)
-    y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat)
+    y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
 
-    policy, route = _begin(lm, weights, state, f.h_NxD)
+    # Under random routing what a token carries is its draws; of all others only the steps are read here.
+    policy, route = _begin(lm, weights, state, f.h_NxD, f.route)
     changes_N = runs_N & f.active_N
     combine = lambda step: policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
     h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, route, combine), step_N), f.h_NxD)
@@ -146,7 +154,7 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
         depth_N=depth_N,
         going_N=jnp.where(runs_N, goes_on_N, f.going_N),
         active_N=jnp.where(runs_N, goes_on_N, f.active_N),
-        z_N=jnp.where(runs_N, z_N, f.z_N),
+        z_N=_where(runs_N, z_N, f.z_N),
     )
     state = state._replace(core=tuple(core), tags=tags, entries_N=entries_N, flight=flight)
     return state, jnp.sum(runs_N, dtype=jnp.int32)
@@ -207,12 +215,11 @@ def boundary(
         return tuple(prelude), x
 
     prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
-    policy, route = _begin(lm, weights, state, x_NxD)
+    policy, route = _begin(lm, weights, state, x_NxD, lm.draws(token_N[:, None], tokens_N[:, None]))
     active_N, z_N = _next_step(lm, policy, route, route.tokens, x_NxD, none_N)
     going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
     new = Flight(enters_N, x_NxD, none_N, going_N, active_N, z_N, route.tokens)
-    pick = lambda new, old: jnp.where(enters_N.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
-    flight = jax.tree.map(pick, new, f._replace(here_N=f.here_N & ~exits_N))
+    flight = jax.tree.map(functools.partial(_where, enters_N), new, f._replace(here_N=f.here_N & ~exits_N))
     state = state._replace(
         prelude=prelude, coda=coda, tokens_N=tokens_N, flight=flight, next_N=jnp.where(fresh_N, NONE, state.next_N),
         remaining_N=remaining_N, draws=draws,

@@ -10,16 +10,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from rlm_runtime.serve.admission import Admission
-from rlm_runtime.serve.door import Door
-from rlm_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error, refuse
+from rlm_runtime.serve.assemble import assemble, reply
+from rlm_runtime.serve.errors import ApiError, refuse
 from rlm_runtime.serve.model import schemas as s
 from rlm_runtime.serve.model.backend import ModelBackend, Shelf
 from rlm_runtime.serve.model.endpoint import LARGE, Endpoint, find, json_body, parsed
@@ -31,7 +28,6 @@ from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.model.shapes import ChatShape, CompletionShape, shown_all
 from rlm_runtime.serve.model.template import special_tokens
 from rlm_runtime.serve.openapi import version
-from rlm_runtime.serve.schemas import Status
 
 
 def create_app(
@@ -55,11 +51,11 @@ def create_app(
 
     async def list_models(request: Request) -> Response:
         shelf.check()
-        return _json(s.ServedModelList(data=[_model_out(m, created) for m in shelf.models.values()]))
+        return reply(s.ServedModelList(data=[_model_out(m, created) for m in shelf.models.values()]))
 
     async def get_model(request: Request) -> Response:
         shelf.check()
-        return _json(_model_out(find(shelf, request.path_params["model"]), created))
+        return reply(_model_out(find(shelf, request.path_params["model"]), created))
 
     async def tokenize(request: Request) -> Response:
         asked = await read(s.TokenizeRequest, request)
@@ -80,21 +76,21 @@ def create_app(
 
         ids = await asyncio.to_thread(encode) if long else encode()
         words = shown_all(model.tokenizer, ids) if asked.return_token_strs else None
-        return _json(s.Tokenized(count=len(ids), max_model_len=model.window, tokens=ids, token_strs=words))
+        return reply(s.Tokenized(count=len(ids), max_model_len=model.window, tokens=ids, token_strs=words))
 
     async def detokenize(request: Request) -> Response:
         asked = await read(s.DetokenizeRequest, request)
         model = find(shelf, asked.model)
         if asked.tokens and max(asked.tokens) >= model.tokenizer.vocab_size:
             raise refuse(f"This model's vocabulary has {model.tokenizer.vocab_size} tokens.", "tokens")
-        return _json(s.Detokenized(prompt=model.tokenizer.decode(asked.tokens)))
+        return reply(s.Detokenized(prompt=model.tokenizer.decode(asked.tokens)))
 
     async def tokenizer_info(request: Request) -> Response:
         shelf.check()
         model = find(shelf, request.query_params.get("model") or next(iter(shelf.models)))
         t = model.tokenizer
         bos, eos = t.token_text(t.bos), t.token_text(t.eos)
-        return _json(
+        return reply(
             s.TokenizerInfo(
                 tokenizer_class=type(t).__name__, vocab_size=t.vocab_size, bos_token=bos, eos_token=eos, eot_token=eos,
                 bos_token_id=t.bos, eos_token_id=t.eos, model_max_length=model.window,
@@ -111,24 +107,8 @@ def create_app(
         except ClientDisconnect:
             raise ApiError(400, "The client went away.", code="disconnected") from None
 
-    async def health(request: Request) -> Response:
-        shelf.check()
-        return _json(Status(status="ok"))
-
-    async def ready(request: Request) -> Response:
-        shelf.check()
-        if admission.draining:
-            raise ApiError(503, "The server is stopping.", code="draining")
-        return _json(Status(status="ready"))
-
     async def show_version(request: Request) -> Response:
-        return _json(s.Version(version=version()))
-
-    async def show_metrics(request: Request) -> Response:
-        return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
-
-    async def openapi(request: Request) -> Response:
-        return JSONResponse(document(list(shelf.models)))
+        return reply(s.Version(version=version()))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -156,27 +136,13 @@ def create_app(
         Route("/tokenize", tokenize, methods=["POST"]),
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenizer_info),
-        Route("/health", health),
-        Route("/ready", ready),
         Route("/version", show_version),
-        Route("/metrics", show_metrics),
-        Route("/openapi.json", openapi),
     ]  # fmt: skip
-    count = lambda route, status: metrics.add("mor_jax:http_requests_total", route=route, status=str(status))
-    middleware = [Middleware(Door, settings=settings, count=count)]
-    if settings.cors_origins:
-        cors = Middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )  # fmt: skip
-        middleware.insert(0, cors)
-    app = Starlette(
-        routes=routes, middleware=middleware, lifespan=lifespan,
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_crash},
+    app = assemble(
+        routes, settings=settings, admission=admission, metrics=metrics, requests_total="mor_jax:http_requests_total",
+        document=lambda: document(list(shelf.models)), lifespan=lifespan, check=shelf.check,
     )  # fmt: skip
-    app.router.redirect_slashes = False
-    app.state.admission, app.state.shelf, app.state.metrics, app.state.settings = admission, shelf, metrics, settings
+    app.state.shelf = shelf
     return app
 
 
@@ -189,7 +155,3 @@ def _tasks() -> int:
 
 def _model_out(model: ModelBackend, created: int) -> s.ServedModelOut:
     return s.ServedModelOut(id=model.name, created=created, max_model_len=model.window)
-
-
-def _json(model: BaseModel) -> Response:
-    return JSONResponse(model.model_dump())

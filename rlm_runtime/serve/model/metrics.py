@@ -12,10 +12,11 @@ DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 
 # Of the engine's `stats()`, those that vLLM has too. All others get the prefix `mor_jax:`.
 SHARED = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries_total",
-          "prefix_cache_hits_total", "num_preemptions_total")  # fmt: skip
+          "prefix_cache_hits_total", "num_preemptions_total", "spec_decode_num_draft_tokens_total",
+          "spec_decode_num_accepted_tokens_total")  # fmt: skip
 
 # Not shown: the engine's own count of what is measured here, at the side of the client.
-OWN = ("prompt_tokens_total", "generation_tokens_total", "time_to_first_token_", "request_queue_time_", "e2e_request_",
+OWN = ("prompt_tokens_total", "generation_", "time_to_first_token_", "request_queue_time_", "e2e_request_",
        "recursion_depth_", "requests_")  # fmt: skip
 
 HELP = {
@@ -25,9 +26,19 @@ HELP = {
     "prefix_cache_queries_total": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits_total": "Prompt tokens found there.",
     "num_preemptions_total": "Sequences that gave their memory up and were computed again.",
+    "spec_decode_num_draft_tokens_total": "Tokens drafted with few recursions.",
+    "spec_decode_num_accepted_tokens_total": "Those of them that verification drew, too.",
+    "prefix_cache_bytes": "Bytes of keys and values kept for prompts that share a head.",
+    "prefix_cache_usage_perc": "Share of the prefix cache in use, 0 to 1.",
+    "held_back_total": "Sequences that waited for another to compute the head of their prompt.",
+    "prefill_tokens_total": "Prompt tokens that were computed, again after a preemption.",
     "lane_occupancy": "Share of the lanes that are busy, 0 to 1.",
-    "ticks_total": "Applications of the shared core to all lanes.",
+    "ticks_total": "Rounds of core passes and a boundary.",
+    "core_passes_total": "Applications of the shared core to all lanes.",
+    "core_rows_total": "Lanes that took part in them.",
     "boundary_rows": "Lanes that drew a token at the newest boundary.",
+    "boundary_rows_total": "Lanes whose token left at a boundary, of all of them.",
+    "lost_listeners_total": "Requests whose listener failed.",
     "compilations_total": "Programs compiled since warm-up; it must stay at 0.",
     "mean_depth": "Mean recursions of a token.",
 }

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from rlm_runtime.serve.model import schemas as s
-from rlm_runtime.serve.openapi import REF, body_of, errors_of, get_of, ok_of, version
+from rlm_runtime.serve.openapi import REF, body_of, errors_of, get_of, metrics_path, ok_of, version
 from rlm_runtime.serve.schemas import ErrorBody, Status
 
 INPUTS = (s.CompletionRequest, s.ChatRequest, s.TokenizeRequest, s.DetokenizeRequest)
@@ -62,16 +62,7 @@ def _paths(models: list[str]) -> dict[str, Any]:
         "/health": _open("health", "The models are loaded and their engines live."),
         "/ready": _open("ready", "Requests are taken; 503 while loading and while stopping."),
         "/version": {"get": get_of("version", "The version of the server.", "Version")},
-        "/metrics": {
-            "get": {
-                "operationId": "metrics",
-                "summary": "Prometheus metrics.",
-                "responses": {
-                    "200": {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-                    **errors_of(401, 403),
-                },
-            }
-        },
+        "/metrics": metrics_path(),
     }
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import WISHES, control_of, model, oracle
@@ -18,7 +19,7 @@ GREEDY = Drawing(temperature=0.0)
 
 @functools.cache
 def device():
-    """Three lanes, of which two are too small for what some requests need; neither depth-wise nor lock-step."""
+    """Three lanes, of which two are too small for what some requests need."""
     config = EngineConfig(lanes=3, chunks=(8,), boundary_every=2, entries=40, max_logprobs=4)
     made = Device(*model(), config)
     made.expected_entries = lambda tokens, mean_depth=None: tokens // 2  # too few, so that lanes are outgrown
@@ -41,11 +42,12 @@ def alone(request):
 met = dict.fromkeys(("preempted", "cached", "sampled"), 0)
 
 
-@settings(max_examples=30)
-@given(
+schedules = given(
     st.sampled_from([4, 24, 256]), st.sampled_from([0, 6000, None]), st.sampled_from([1, 8, 1000]),
     st.lists(arrivals, min_size=2, max_size=8),
 )  # fmt: skip
+
+
 def any_schedule(round_tokens, prefix_bytes, hold_tokens, schedule):
     s = service(round_tokens=round_tokens, prefix_bytes=prefix_bytes, hold_tokens=hold_tokens)
     came, leaving = [], []
@@ -72,8 +74,18 @@ def any_schedule(round_tokens, prefix_bytes, hold_tokens, schedule):
         met["sampled"] += sampled
 
 
-def test_tokens_are_those_of_plain_decoding_in_any_schedule():
-    any_schedule()
+@pytest.mark.parametrize("m", [2, 1, 3])
+def test_tokens_are_those_of_plain_decoding_in_any_schedule(m):
+    """Neither depth-wise nor lock-step; depth-wise; lock-step."""
+    met.update(dict.fromkeys(met, 0))
+    made = device()
+    tick = made._programs.tick
+    try:
+        if m != made.m:
+            made._programs.compile_tick(m, 1)
+        settings(max_examples=30)(schedules(any_schedule))()
+    finally:
+        made._programs.tick = tick
     assert all(n > 5 for n in met.values()), f"the schedules hardly met some of these: {met}"
 
 

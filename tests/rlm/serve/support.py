@@ -7,14 +7,15 @@ import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+from loopback import Loopback, loopback
 
 from rlm_runtime.lms.base import Message, Usage
 from rlm_runtime.rlm.results import RLMResult
 from rlm_runtime.serve import ServedModel, ServeSettings, create_app
-from rlm_runtime.serve.server import bind, serve
 from rlm_runtime.trajectory import CellStart, NodeEnd, NodeStart, Replied, RunStart
 
 USAGE = Usage(calls=3, input_tokens=100, output_tokens=40, cached_tokens=60, cost_usd=0.25)
@@ -96,24 +97,12 @@ def read(context: Any) -> Any:
     return context.value
 
 
-class Server:
-    def __init__(self, port: int, app: Any, stop: Callable[[], None], done: threading.Event):
-        self.port, self.app, self.stop, self.done = port, app, stop, done
-        self.url = f"http://127.0.0.1:{port}/v1"
-        self.metrics, self.admission, self.files = app.state.metrics, app.state.admission, app.state.files
+class Server(Loopback):
+    """Its model is named "rlm"."""
 
-    def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 30
-    ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
-        if isinstance(body, dict | list):
-            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
-        try:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
-        finally:
-            connection.close()
+    @property
+    def files(self) -> Any:
+        return self.app.state.files
 
     def chat(self, text: str = "hello", headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, dict, dict]:
         body = {"model": "rlm", "messages": [{"role": "user", "content": text}], **fields}
@@ -122,46 +111,22 @@ class Server:
 
     def open_chat(self, **fields: Any) -> http.client.HTTPConnection:
         """A request whose answer is not waited for."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         body = {"model": "rlm", "messages": [{"role": "user", "content": "hello"}], **fields}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-        return connection
+        return self.begin("POST", "/v1/chat/completions", body, timeout=30)
 
     def wait_metric(self, name: str, value: float, seconds: float = 20.0, **labels: str) -> None:
         """Wait until a metric has this value: what it counts happens after a client has seen its answer."""
-        tick = threading.Event()
-        for _ in range(int(seconds / 0.02)):
-            if self.metrics.value(name, **labels) == value:
-                return
-            tick.wait(0.02)
-        raise AssertionError(f"{name} is {self.metrics.value(name, **labels)}, not {value}")
+        self.wait_for(lambda: self.metrics.value(name, **labels) == value, f"{name} to be {value}", seconds)
 
 
 @contextmanager
 def running(*models: ServedModel, **settings: Any) -> Iterator[Server]:
-    """`serve` itself, with the signal replaced by a call."""
-    listener = bind("127.0.0.1", 0)
+    """A server of these models."""
     app = create_app(models or (Scripted("rlm"),), ServeSettings(**{"drain_seconds": 0.1, **settings}))
-    ready, done, stops = threading.Event(), threading.Event(), []
-
-    def thread() -> None:
+    with loopback(app, Server) as server:
         try:
-            asyncio.run(serve(app, listener, on_ready=ready.set, stops=stops))
+            yield server
         finally:
-            done.set()
-            ready.set()
-
-    worker = threading.Thread(target=thread, daemon=True)
-    worker.start()
-    assert ready.wait(30) and not done.is_set(), "the server did not start"
-    server = Server(listener.getsockname()[1], app, lambda: stops[0]("a test"), done)
-    try:
-        yield server
-    finally:
-        for model in models:
-            if isinstance(model, Scripted):
-                model.gate.opened.set()
-        with suppress(RuntimeError):  # it may have stopped already
-            server.stop()
-        worker.join(30)
-        assert not worker.is_alive(), "the server did not stop"
+            for model in models:
+                if isinstance(model, Scripted):
+                    model.gate.opened.set()
