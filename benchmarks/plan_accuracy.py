@@ -4,7 +4,8 @@
     python -m benchmarks.plan_accuracy --only token --json
 
 Eight simulated devices. Each program is compiled and not run; what it needs is what `memory_analysis()` says of its
-arguments and temporaries. XLA for CPUs merges rematerialisation with the original, so all of them keep what they make.
+arguments and temporaries, and the plan that of XLA for CPUs (`merged` in mor_jax/analysis/memory.py). All compute in
+float32: in bfloat16 that compiler keeps float32 copies beside (a quarter more, in one program that was looked at).
 Exits with 1 if a plan is further off than `--within`.
 """
 
@@ -37,7 +38,6 @@ CASES: dict[str, tuple[dict, dict, tuple[int, ...], dict]] = {
     "mor, fsdp and tensor": (SMALL | TIED, MOR, (1, 2, 4), {}),
     "mor, middle cycle, accum 4": (SMALL | DEEP, MOR, (1, 8, 1), dict(batch_size=32, accum=4)),
     "mor, shared keys": (LONG | TIED, SHARED, (2, 4, 1), {}),
-    "mor, bfloat16": (LONG | TIED | dict(dtype="bfloat16"), MOR, (1, 8, 1), {}),
     "mor, sequence": (LONG | TIED, MOR, (1, 4, 1, 2), {}),
     "mor, sequence and tensor": (SMALL | TIED, MOR, (1, 2, 2, 2), {}),
     "token, data": (SMALL | TIED, TOKEN, (8, 1, 1), {}),
@@ -48,7 +48,7 @@ CASES: dict[str, tuple[dict, dict, tuple[int, ...], dict]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="programs whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="programs whose name has one of these in it")
     parser.add_argument("--within", type=float, default=0.10, help="how far off a plan may be")
     parser.add_argument("--json", action="store_true", help="one JSON object a program, with the parts of the plan")
     args = parser.parse_args()
@@ -58,7 +58,7 @@ def main() -> None:
     if not args.json:
         print("| program | data x fsdp x tensor (x sequence) | planned | compiled | off |\n|---|---|---:|---:|---:|")
     worst = 0.0
-    for name in (n for n in CASES if args.only in n):
+    for name in (n for n in CASES if any(part in n for part in args.only)):
         found = measure(name)
         worst = max(worst, abs(found["off"]))
         print(json.dumps(found) if args.json else _row(found), flush=True)
@@ -83,7 +83,7 @@ def measure(name: str) -> dict[str, Any]:
 
     cfg = config(name)
     memory = training_memory(cfg, devices=8, merged=True)
-    compiled, mesh = compile_step(cfg, jax.devices())
+    compiled, _ = compile_step(cfg, jax.devices())
     m = compiled.memory_analysis()
     total = m.argument_size_in_bytes + m.temp_size_in_bytes
     return {

@@ -27,7 +27,8 @@ those of the whole row up to its own end. Cut along time, the gathered keys and 
 
 `working` is the block that is being differentiated: its gradients, and what rematerialisation brings back of it.
 `head`: a chunk's logits in float32, which become their own gradient in place (a second array, of c bytes, if c < 4),
-and the gradients of the table and of the final states.
+the gradient of the table, and the final states thrice (as they are, in chunks, and those transposed) beside their
+gradient.
 
 The fullest moment is one of three: the backward pass begins (everything saved, no gradient yet but those that are added
 up: of micro-batches, of a tied core), it ends (all gradients, nothing saved), or the update (the new weights and moments
@@ -39,7 +40,7 @@ programs). That compiler is told apart (`merged`), since it merges rematerialisa
 every policy costs what `none` costs, gathered weights stay from the forward pass to the backward, and so does what the
 hand-written backward passes would make anew, 2 D of the norms, F of SwiGLU (and N H of the queries, which it cuts into
 blocks). Where a block lies in a checkpoint, scores are kept beside probabilities instead of that F. In bfloat16 it
-keeps float32 copies at that: such programs are 30 % larger on it.
+keeps float32 copies at that (a quarter more, in one program that was looked at).
 What the allocator loses to fragmentation comes on top: leave a tenth of the memory free.
 
 Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabulary, T row length, R recursions.
@@ -57,7 +58,7 @@ from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program
 
 FLOAT32 = 4
-BEGINS, ENDS, UPDATE = "the backward pass begins", "the backward pass ends", "the update"  # moments of a step
+BEGINS, ENDS, UPDATE = "the backward pass begins", "the backward pass ends", "the state is updated"  # moments of a step
 BLOCK = 128  # queries at once in `blocked` attention
 
 
@@ -101,12 +102,10 @@ class TrainingMemory:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the sums included."""
-        return asdict(self) | {"activations": self.activations, "total": self.total}
+        return asdict(self) | {"activations": self.activations, "fullest": self.fullest, "total": self.total}
 
 
-def training_memory(
-    cfg: Config, *, devices: int = 1, remat: str | None = None, merged: bool = False
-) -> TrainingMemory:
+def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, merged: bool = False) -> TrainingMemory:
     """The estimate of the module's docstring.
 
     Args:
@@ -159,7 +158,8 @@ def training_memory(
         gathered=gathered,
         saved=rows * per_row,
         working=gradient + again,
-        head=vocabulary * (logits * rows * chunk + FLOAT32 * m.width) + size * rows * m.context * m.width,
+        head=vocabulary * (logits * rows * chunk + FLOAT32 * m.width)
+        + (FLOAT32 + 3 * size) * rows * m.context * m.width,
         update=3 * state - added,  # micro-batches are added up by then
         begun=added + (FLOAT32 * core / size if tied and fsdp == 1 else 0.0),
         remat=remat,
