@@ -18,6 +18,7 @@ from mor_jax.analysis.plan import parameter_bytes
 from mor_jax.config import Config, DepthConfig, MeshConfig, MeshShape, ModelConfig, TrainConfig, from_dict, mesh_shape
 from mor_jax.errors import ConfigError
 from mor_jax.parallel.mesh import arrange_slices, make_mesh
+from mor_jax.parallel.rows import forget_gathered, gather_weight
 from mor_jax.parallel.rules import DEFAULT_RULES, Rules
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +158,26 @@ def test_planned_traffic_is_the_compilers(found, which):
     for kind in ("all-gather", "reduce-scatter", "all-reduce"):
         sent = sum(c["bytes"] for c in measured["traffic"] if c["kind"] == kind)
         assert total_bytes(plan, kind) == pytest.approx(sent, rel=0.05), kind
+
+
+def test_gathered_weights_are_not_kept_for_the_backward_pass():
+    """Of what a checkpointed product keeps, nothing has the size of the weight but the weight as it lay, cut."""
+    mesh, rules, names = make_mesh(MeshConfig(), jax.devices()[:1]), Rules(), ("mlp", "embed")
+    w, x = jax.ShapeDtypeStruct((8, 4), "float32"), jax.ShapeDtypeStruct((3, 4), "float32")
+
+    def kept(policy):
+        run = lambda w, x: jax.numpy.sin(jax.numpy.sin(x) @ gather_weight(rules, w, names).T)
+        island = jax.shard_map(
+            jax.checkpoint(run, policy=policy), in_specs=(PartitionSpec(None, "fsdp"), PartitionSpec()),
+            out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False,
+        )  # fmt: skip
+        backward = jax.eval_shape(lambda w, x: jax.vjp(island, w, x)[1], w, x)
+        return [leaf.size for leaf in jax.tree.leaves(backward)]
+
+    with jax.set_mesh(mesh):
+        everything, ours = kept(jax.checkpoint_policies.everything_saveable), kept(forget_gathered)
+    assert ours.count(8 * 4) == 1 < everything.count(8 * 4)
+    assert ours.count(3 * 4) >= 1 and ours.count(3 * 8) >= 1  # activations are: this is no rematerialisation
 
 
 # ---------------------------------------------------------------- rules and meshes
