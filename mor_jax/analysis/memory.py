@@ -23,7 +23,7 @@ row in `xla`, none that are kept in `cudnn`) times the copies of each probabilit
 masked executor and under token-choice, whose largest compiled size holds whole rows.
 
 Where rows are cut along time, or later recursions look back at the keys of the first, a query sees more keys than that:
-those of the whole row up to its own end. Cut along time, the gathered keys and values are kept, too.
+those of the whole row up to its own end. Cut along time, gathered keys and values are kept instead of a part of them.
 
 `working` is the block that is being differentiated: its gradients, and what rematerialisation brings back of it.
 `head`: a chunk's logits in float32, which become their own gradient in place (a second array, of c bytes, if c < 4),
@@ -190,7 +190,7 @@ def saved_bytes(
     kv = 2 * kv_heads * head_dim / tensor if own_keys else 0.0
     out = heads * head_dim / tensor
     values = {
-        "none": 4 * width + kv + 3 * out + 3 * hidden + (kv * sequence if sequence > 1 else 0.0),
+        "none": 4 * width + kv * sequence + 3 * out + 3 * hidden,
         "dots": 4 * width + kv + 2 * out + 2 * hidden,
         "dots_no_batch": 3 * width + kv + out + 2 * hidden,
         "block": width,
