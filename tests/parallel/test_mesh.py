@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
+from mor_jax.analysis import units
 from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
 from mor_jax.analysis.memory import training_memory
 from mor_jax.analysis.plan import parameter_bytes
@@ -179,6 +180,23 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
         everything, (ours, sizes) = kept(jax.checkpoint_policies.everything_saveable), kept(forget_gathered)
     assert ours == {"float32"} and everything[0] == {"bfloat16"}
     assert 3 * 8 in sizes
+
+
+def test_weak_scaling_is_what_the_docs_show():
+    """The planned column of every row; of two rows, what the command prints."""
+    from benchmarks.weak_scaling import config
+
+    documented = (ROOT / "docs" / "pods.md").read_text()
+    rows = re.findall(r"^\| (data|fsdp|tensor|sequence) \| (\d) \| (.*?) \| (.*?) \|", documented, re.M)
+    assert len(rows) == 12
+    for axis, n, sent, planned in rows:
+        cfg = config("mor", axis, int(n))
+        assert units.size(total_bytes(planned_collectives(cfg, devices=int(n), regather=False))) == planned == sent
+    line = [sys.executable, "-m", "benchmarks.weak_scaling", "--devices=2", "--axes", "sequence"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    printed = done.stdout.splitlines()
+    assert len(printed) == 4 and all(row in documented for row in printed), printed
 
 
 # ---------------------------------------------------------------- rules and meshes
