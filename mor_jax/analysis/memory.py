@@ -3,8 +3,8 @@
 State: float32 weights, two float32 moments, float32 gradients (a second set while micro-batches are added up), cut over
 fsdp and tensor; norms, routers and the survey are whole on every device.
 
-Gathered, whole over fsdp: the tied core in the compute dtype and its gradient before it is scattered, from the first
-recursion of the forward pass to the last of the backward; of blocks that are used once, one at a time (beside a tied
+Gathered, whole over fsdp: the tied core in the compute dtype, from the first recursion of the forward pass to the last of
+the backward, and during that its gradient before it is scattered; of blocks that are used once, one at a time (beside a tied
 core its weights, else its gradient too); the embedding table, float32.
 
 Activations, in values for each token and block application, c bytes each (c = size of `model.dtype`):
@@ -30,9 +30,10 @@ those of the whole row up to its own end. Cut along time, gathered keys and valu
 the gradient of the table, and the final states thrice (as they are, in chunks, and those transposed) beside their
 gradient.
 
-The fullest moment is one of three: the backward pass begins (everything saved, no gradient yet but those that are added
-up: of micro-batches, of a tied core), it ends (all gradients, nothing saved), or the update (the new weights and moments
-beside the old ones and the gradients, until its norm says that they are good).
+The fullest moment is one of four: the backward pass begins (everything saved, no gradients but those of earlier
+micro-batches); the gradient of a tied core is there (what the head and the last recursions needed is not); the backward
+pass ends (all gradients, nothing saved); the state is updated (new weights and moments beside the old ones and the
+gradients, until the update's norm says that they are good).
 
 How good is it: within a factor of 1.5 of what JAX saves between forward and backward under each policy, and within 10 %
 of what XLA for CPUs says of a compiled step in float32 (both held by tests; `python -m benchmarks.plan_accuracy` lists
@@ -58,7 +59,9 @@ from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program
 
 FLOAT32 = 4
-BEGINS, ENDS, UPDATE = "the backward pass begins", "the backward pass ends", "the state is updated"  # moments of a step
+# Moments of a step.
+BEGINS, CORE = "the backward pass begins", "the gradient of the core is there"
+ENDS, UPDATE = "the backward pass ends", "the state is updated"
 BLOCK = 128  # queries at once in `blocked` attention
 
 
@@ -69,12 +72,16 @@ class TrainingMemory:
     weights: float
     optimizer: float
     gradients: float
-    gathered: float  # weights whole over fsdp, and their gradients
+    gathered: float  # weights whole over fsdp
     saved: float  # between forward and backward
     working: float
     head: float
     update: float  # new weights and moments, while the old ones are kept beside them
-    begun: float  # gradients that are there when the backward pass begins
+    added: float  # gradients of micro-batches before this one
+    core_gradient: float  # of a tied core, before it is scattered, after the recursions of `last`
+    table: float  # of `gathered`, the table's: only the head and the embedding need it
+    last: float  # of `saved`, the last recursion's or the last two's
+    logits: float  # of `head`, all but the gradient of the table
     remat: str
 
     @property
@@ -83,13 +90,25 @@ class TrainingMemory:
         return self.gathered + self.saved + self.working + self.head
 
     @property
-    def moments(self) -> dict[str, float]:
-        """Bytes at the moments of a step that may be the fullest, weights and optimiser excepted."""
+    def parts(self) -> dict[str, dict[str, float]]:
+        """What there is at the moments of a step that may be the fullest, weights and optimiser excepted."""
         return {
-            BEGINS: self.begun + self.activations,
-            ENDS: self.gradients + self.gathered + self.working,
-            UPDATE: self.gradients + self.update,
-        }
+            BEGINS: {
+                "gradients": self.added, "gathered weights": self.gathered, "activations": self.saved + self.working,
+                "head and logits": self.head,
+            },
+            CORE: {
+                "gradients": self.added + self.core_gradient, "gathered weights": self.gathered - self.table,
+                "activations": self.saved - self.last + self.working, "head and logits": self.head - self.logits,
+            },
+            ENDS: {"gradients": self.gradients, "gathered weights": self.gathered, "activations": self.working},
+            UPDATE: {"gradients": self.gradients, "the update": self.update},
+        }  # fmt: skip
+
+    @property
+    def moments(self) -> dict[str, float]:
+        """The bytes of each."""
+        return {moment: sum(parts.values()) for moment, parts in self.parts.items()}
 
     @property
     def fullest(self) -> str:
@@ -131,16 +150,23 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     more = lambda tokens, cut: merged_bytes(m, tokens, tensor, sequence, cut) if merged else 0.0
     per_row = once * (ends + more(m.context, fsdp > 1))
     back = looks_back(d.kv_name)
+    runs = []  # of the core
     for r, k in enumerate(row_sizes(m, d) if tied else ()):
         seen = {"row": m.context, "own_keys": d.kv_name != SHARED} if back and r else {}
-        per_row += program.core * program.repeat * (kept(k, remat, **seen) + more(k, False))
+        runs.append(program.core * program.repeat * (kept(k, remat, **seen) + more(k, False)))
+    per_row += sum(runs)
     block = size * count.blocks / program.unique_layers / tensor
     # One device has the core in the compute dtype beside the weights; its gradient is then the state's own.
-    core = program.core * block
-    gathered = core * (2 if fsdp > 1 else 1) if tied and (size < FLOAT32 or fsdp > 1) else 0.0
+    core = program.core * block if tied else 0.0
+    gathered = core if size < FLOAT32 or fsdp > 1 else 0.0
+    table = FLOAT32 * count.embedding / tensor if fsdp > 1 else 0.0
     if fsdp > 1:
         gathered += once * block if merged else min(once, 1 if tied else 2) * block
-        gathered += FLOAT32 * count.embedding / tensor  # its gradient is in `head`
+    # The core's gradient after the last recursion, or after one more, whose own is there before it is added, block by
+    # block.
+    unscattered = 1 if fsdp > 1 else FLOAT32 / size
+    after = [(unscattered * core, rows * sum(runs[-1:])), (unscattered * (core + block), rows * sum(runs[-2:]))]
+    core_gradient, last = max(after[: len(runs)], key=lambda a: a[0] - a[1], default=(0.0, 0.0))
     # Keys and values of whole rows, and their gradients, of the block at work.
     _, kv_heads, head_dim = m.dims
     over_time = 4 * size * rows * sequence * m.context * kv_heads * head_dim / tensor if sequence > 1 else 0.0
@@ -151,17 +177,21 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     vocabulary = m.vocab_size / tensor
     logits = FLOAT32 + (size if size < FLOAT32 else 0)
     added = state if cfg.train.accum > 1 else 0.0
+    scored = vocabulary * logits * rows * chunk + (FLOAT32 + 3 * size) * rows * m.context * m.width
     return TrainingMemory(
         weights=state,
         optimizer=2 * state,
         gradients=state + added,
-        gathered=gathered,
+        gathered=gathered + table,
         saved=rows * per_row,
         working=gradient + again,
-        head=vocabulary * (logits * rows * chunk + FLOAT32 * m.width)
-        + (FLOAT32 + 3 * size) * rows * m.context * m.width,
+        head=scored + FLOAT32 * vocabulary * m.width,
         update=3 * state - added,  # micro-batches are added up by then
-        begun=added + (FLOAT32 * core / size if tied and fsdp == 1 else 0.0),
+        added=added,
+        core_gradient=core_gradient,
+        table=table,
+        last=last,
+        logits=scored,
         remat=remat,
     )
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from mor_jax.analysis import units
 from mor_jax.analysis.accounting import true_training_flops
 from mor_jax.analysis.collective_plan import Planned, planned_collectives
-from mor_jax.analysis.memory import BEGINS, ENDS, TrainingMemory, training_memory
+from mor_jax.analysis.memory import TrainingMemory, training_memory
 from mor_jax.analysis.peaks import peak_flops
 from mor_jax.analysis.topologies import Topology
 from mor_jax.config import Config, MeshConfig, MeshShape, check, mesh_shape
@@ -75,16 +75,7 @@ class Plan:
     def bytes_by_kind(self) -> dict[str, float]:
         """What a device holds at the fullest moment of a step."""
         m = self.memory
-        begins, ends = (m.fullest == moment for moment in (BEGINS, ENDS))
-        return {
-            "parameters": m.weights,
-            "optimiser": m.optimizer,
-            "gradients": m.begun if begins else m.gradients,
-            "gathered weights": m.gathered if begins or ends else 0.0,
-            "activations": (m.saved if begins else 0.0) + (m.working if begins or ends else 0.0),
-            "head and logits": m.head if begins else 0.0,
-            "the update": 0.0 if begins or ends else m.update,
-        }
+        return {"parameters": m.weights, "optimiser": m.optimizer, **m.parts[m.fullest]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -115,9 +106,8 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     memory = training_memory(cfg, devices=topology.devices)
     state = parameter_bytes(cfg, mesh)
     exact = state / memory.weights
-    memory = dataclasses.replace(
-        memory, weights=state, optimizer=2 * state, gradients=exact * memory.gradients, update=exact * memory.update
-    )
+    rest = {name: exact * getattr(memory, name) for name in ("gradients", "update", "added")}
+    memory = dataclasses.replace(memory, weights=state, optimizer=2 * state, **rest)
     peak = peak_flops(topology.chip.kind, cfg.model.dtype) or peak_flops(topology.chip.kind, "bfloat16") or 1e11
     seconds = true_training_flops(cfg, 1) / (topology.devices * peak * MFU)
     collectives = tuple(planned_collectives(cfg, devices=topology.devices))

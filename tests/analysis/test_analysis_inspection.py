@@ -13,7 +13,7 @@ from configs import mor, quickstart, recursive, vanilla
 from mor_jax.analysis import accounting
 from mor_jax.analysis.drawing import draw_program, draw_shares, draw_unrolled
 from mor_jax.analysis.inspection import inspect_config, inspection_tables, with_vocabulary
-from mor_jax.analysis.memory import BEGINS, row_sizes, saved_bytes, training_memory
+from mor_jax.analysis.memory import BEGINS, CORE, row_sizes, saved_bytes, training_memory
 from mor_jax.analysis.traffic import decode_traffic, kv_by_depth
 from mor_jax.config import KV_OF_POLICY, Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, from_config_dict
 from mor_jax.errors import ConfigError
@@ -191,8 +191,8 @@ def test_memory_follows_the_mesh_the_rows_and_the_routing():
     cfg = memory_config("expert")
     one = training_memory(cfg)
     assert one.to_dict()["total"] == one.total
-    assert one.total == one.weights + one.optimizer + max(one.moments.values()) and one.fullest == BEGINS
-    assert one.moments[BEGINS] == one.begun + one.activations
+    assert one.total == one.weights + one.optimizer + max(one.moments.values()) and one.fullest in (BEGINS, CORE)
+    assert one.moments[BEGINS] == one.added + one.activations
     survey = 4 * cfg.model.recursions * len(PROBES_G)
     assert one.optimizer == 2 * one.weights
     assert one.weights == 4 * accounting.parameters(cfg.model, cfg.depth).total + survey
