@@ -3,9 +3,10 @@
 Per optimiser step and device, bytes as in `analysis/collectives.py`. n_a is the size of mesh axis a; c the bytes of a
 value in `model.dtype`. For every micro-batch:
 
-* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as all sums of gradients are). The tied core
-  once, however often it is used; a block that is used once twice, since it is not kept for the backward pass. The
-  table likewise, float32; twice under token-choice with several row sizes, whose prelude is differentiated apart.
+* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as
+  all sums of gradients are). The tied core once, however often it is used; a block that is used once twice, since it is
+  not kept for the backward pass. The table likewise, float32; twice under token-choice with several row sizes, whose
+  prelude is differentiated apart.
 * over data (and sequence): the gradients that are left on each device, reduced.
 * over sequence: keys and values of each block application gathered, their gradients scattered (once more gathered under
   rematerialisation); where a step narrows the row, the tokens' states and, to put them back, their results.
@@ -105,15 +106,15 @@ def _over_sequence(add, cfg: Config, mesh: MeshShape, rows: float) -> None:
     _, kv_heads, head_dim = m.dims
     kv = 2 * rows * kv_heads * head_dim / mesh.tensor  # values a token
     again = 2 if m.remat != "none" else 1
-    sizes = row_sizes(m, d)
-    if looks_back(d.kv_name):
-        sizes = (m.context,) * len(sizes)
+    # Each device runs an equal part of a step, so its tokens are rounded up.
+    picked = [-(-k // mesh.sequence) * mesh.sequence for k in row_sizes(m, d)]
+    sizes = [m.context] * len(picked) if looks_back(d.kv_name) else picked
     ends = (program.prelude + program.coda, m.context)
     for count, tokens in (ends, *((program.core * program.repeat, k) for k in sizes)):
         add("keys and values", "all-gather", ("sequence",), 2 * count * again, kv / 2 * tokens, c)
         add("their gradients", "reduce-scatter", ("sequence",), 2 * count, kv / 2 * tokens, FLOAT32)
     before = m.context
-    for k in row_sizes(m, d):
+    for k in picked:
         if k < before:  # taken from `before` tokens, put back among them; the gradients travel the other way
             add("states of picked tokens", "all-gather", ("sequence",), 4, rows * m.width * (before + k) / 2, c)
             before = k

@@ -202,7 +202,9 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
     for key, hint in MEMORY_ROWS.items():
         needs.add_row(key.replace("_", " "), units.size(memory[key]), hint.format(**memory))
     needs.add_section()
-    needs.add_row("all", units.size(memory["total"]), "estimate; see mor_jax/analysis/memory.py")
+    needs.add_row(
+        "at the fullest moment", units.size(memory["total"]), f"when {memory['fullest']}; see analysis/memory.py"
+    )
     needs.add_section()
     for policy, size in memory["activations_by_remat"].items():
         needs.add_row(f"activations, remat {policy}", units.size(size), "saved + working + head")

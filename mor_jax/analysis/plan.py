@@ -75,14 +75,7 @@ class Plan:
     def bytes_by_kind(self) -> dict[str, float]:
         """What a device holds at the fullest moment of a step."""
         m = self.memory
-        return {
-            "parameters": m.weights,
-            "optimiser": m.optimizer,
-            "gradients": m.gradients,
-            "gathered weights": m.gathered,
-            "activations": m.saved + m.working,
-            "head and logits": m.head,
-        }
+        return {"parameters": m.weights, "optimiser": m.optimizer, **m.parts[m.fullest]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -112,8 +105,9 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     mesh = mesh_shape(cfg.mesh, topology.devices)
     memory = training_memory(cfg, devices=topology.devices)
     state = parameter_bytes(cfg, mesh)
-    copies = memory.gradients / memory.weights
-    memory = dataclasses.replace(memory, weights=state, optimizer=2 * state, gradients=copies * state)
+    exact = state / memory.weights
+    rest = {name: exact * getattr(memory, name) for name in ("gradients", "update", "added")}
+    memory = dataclasses.replace(memory, weights=state, optimizer=2 * state, **rest)
     peak = peak_flops(topology.chip.kind, cfg.model.dtype) or peak_flops(topology.chip.kind, "bfloat16") or 1e11
     seconds = true_training_flops(cfg, 1) / (topology.devices * peak * MFU)
     collectives = tuple(planned_collectives(cfg, devices=topology.devices))

@@ -28,7 +28,7 @@ from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
-from mor_jax.parallel.rows import GATHERED, gather_weight, manual_axes, mine, over_rows, whole
+from mor_jax.parallel.rows import forget_gathered, gather_weight, manual_axes, mine, over_rows, whole
 from mor_jax.parallel.rules import Rules
 
 TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
@@ -191,7 +191,7 @@ class LM:
     ) -> tuple[jax.Array, Any]:  # fmt: skip
         """One block, rematerialised as configured. `own`: see `nn.Block`. `gather`: its weights may be cut over the
         devices of the rows."""
-        gather = gather and bool(manual_axes())
+        gather = gather and self._cut()
 
         def run(p, x, r, own):
             return nn.apply(self._block, self._gathered_block(p) if gather else p, x, r, attend, queries_only, own)
@@ -200,8 +200,12 @@ class LM:
         if remat == "none" and not gather:
             return run(params, x_BxTxD, rope, own)
         # A gathered weight that is used once is not kept for the backward pass: all of them are the whole model.
-        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, policy))(params, x_BxTxD, rope, own)
+        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(params, x_BxTxD, rope, own)
+
+    def _cut(self) -> bool:
+        """Whether matrices of a block lie cut over the devices of the rows here. Where they do not (data parallelism
+        alone), a block needs no checkpoint to forget the whole ones, and keeps fewer copies without."""
+        return not manual_axes().isdisjoint(self.rules.axes("embed"))
 
     def _gathered_block(self, params: dict) -> dict:
         """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
@@ -274,7 +278,7 @@ class LM:
         """The core over rows with tokens at these positions, as the executors run it. `keep`: beside its output, the
         keys and values of each block."""
         # A core that is used once has nothing to share: its blocks are gathered one by one, like any others.
-        once = self.program.recursions * self.program.repeat == 1 and not self.model.relaxed and bool(manual_axes())
+        once = self.program.recursions * self.program.repeat == 1 and not self.model.relaxed and self._cut()
         core_params, rope = params["core"] if once else self.gathered_core(params), self.rope(pos_BxT)
 
         def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None, recursion: jax.Array | int | None = None):

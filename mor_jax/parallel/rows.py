@@ -19,13 +19,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from mor_jax.parallel.rules import Rules
 
-GATHERED = "gathered_weight"  # name of a gathered weight for rematerialisation
+VIEWS = ("reshape", "transpose", "squeeze", "slice", "broadcast_in_dim", "convert_element_type")
 SEQUENCE = "sequence"
+
+
+def forget_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy of `jax.checkpoint`: everything is kept for the backward pass but gathered weights. Nor are views of
+    anything, which cost nothing to make again: a transposed weight is the whole weight, too."""
+    return primitive.name not in VIEWS and not _gathers_weight(primitive, parameters)
+
+
+def _gathers_weight(primitive: Any, parameters: dict[str, Any]) -> bool:
+    """Whether an operation, or one inside of it, is a gather over other axes than that of keys and values."""
+    if primitive.name == "all_gather":
+        return SEQUENCE not in parameters["axis_name"]
+    inner = parameters.get("call_jaxpr") or parameters.get("jaxpr")
+    return inner is not None and any(_gathers_weight(e.primitive, e.params) for e in inner.eqns)
 
 
 def manual_axes() -> frozenset[str]:
@@ -77,7 +90,7 @@ def gather_weight(rules: Rules, w: jax.Array, names: tuple[str | None, ...]) -> 
     for dim, name in enumerate(names):
         axes = tuple(a for a in rules.axes(name) if a in manual)
         if axes:
-            w = checkpoint_name(_all_gather(w, axes, dim, rest), GATHERED)
+            w = _all_gather(w, axes, dim, rest)
     return w
 
 

@@ -95,7 +95,10 @@ def train(
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
         here.same("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
         run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug)
-        done = run.finished() or run.go(stop)
+        try:
+            done = run.finished() or run.go(stop)
+        finally:
+            run.bar.close()  # else a terminal that saw an error would stay without its cursor
         here.barrier("the end")
         return done
 
@@ -119,17 +122,17 @@ class _Run:
         self.show = progress and here.rank == 0
         self.seconds = 0.0  # training proper, this process
         self.compiled = 0  # programs so far
+        self.bar = Progress(self.steps, shown=self.show)
+        self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation, here
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that has nothing left to do."""
         path = self.workdir / "summary.json"
         if not path.exists():
             return None
-        self.bar = Progress(self.steps, shown=self.show)
         self.bar.say(
             f"{self.workdir} is finished: all {self.steps} steps are done. Give another --workdir to train anew."
         )
-        self.bar.close()
         return json.loads(path.read_text())
 
     def go(self, stop: Stop) -> dict[str, Any]:
@@ -137,9 +140,9 @@ class _Run:
         with Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints:
             state, first = self._start()
             self.metrics = self._writer(first)
-            if self.owes_evaluation:
-                self._evaluate(first, state)
             try:
+                if self.owes_evaluation:
+                    self._evaluate(first, state)
                 state, last = self._steps(state, first, stop)
                 if last < self.steps:
                     every = cfg.train.eval_every
@@ -151,7 +154,6 @@ class _Run:
                     return {"finished": False, "step": last}
                 return self._finish(state)
             finally:
-                self.bar.close()
                 self.metrics.close()
                 self.goodput.write()
 
@@ -160,7 +162,6 @@ class _Run:
 
     def _start(self) -> tuple[TrainState, int]:
         """Resume if there is something to resume, else initialise."""
-        self.bar = Progress(self.steps, shown=self.show)
         self.here.report(phase="restoring or initialising")
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
@@ -250,7 +251,7 @@ class _Run:
             tracer.close()
             self.seconds = clock.total()
             goodput.enter("other")
-        return state, max(first, self.steps)
+        return state, step
 
     def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
         """The step as a program; where the time until the first step went, on the terminal."""
@@ -346,7 +347,7 @@ class _Run:
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Everything durable, then the summary."""
         self.checkpoints.wait()
-        record = getattr(self, "last_eval", None) or self._evaluate(self.steps, state)  # resumed after the last step
+        record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
         cfg = self.cfg
         fixed = cfg.depth.policy == "fixed"
         summary = {

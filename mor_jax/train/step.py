@@ -185,8 +185,9 @@ def make_train_step(
         grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-        # Through the update's norm, the choice also comes after everything that reads the old state; without it XLA
-        # copies the donated state whole before the step.
+        # Through the update's norm, the choice also comes after everything that reads the old state. So the new state lies
+        # beside the old until the norm is known, when activations are gone; without it XLA for CPUs copies the moments
+        # before the step, and keeps the copies through it.
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")

@@ -4,16 +4,21 @@ import copy
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from train.tiny_run import environment, wait_for_step, write_config, write_corpus
 
 from launch.jobs import check_jobset, job_name, launcher_command, local_environments, python_command, render_jobset
 from mor_jax.analysis.topologies import topology
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.parallel.multihost import LOST
+from mor_jax.parallel.processes import lost_a_process, run_job
 
 ROOT = Path(__file__).resolve().parents[2]
 TPU_VM, SBATCH = ROOT / "launch" / "tpu_vm.sh", ROOT / "launch" / "slurm.sbatch"
@@ -232,6 +237,58 @@ def test_local_prints_and_runs_and_reports_the_first_failure():
     ran = command("launch.local", "--processes=2", "--", "launch.inspect", "--config", "configs/none.py")
     assert ran.returncode == 2
     assert {line[:3] for line in ran.stdout.splitlines()} == {"[0]", "[1]"} and "configs/none.py" in ran.stdout
+
+
+def test_local_trains_on_two_processes_and_passes_the_end_on(tmp_path):
+    """SIGTERM to the launcher alone: both processes save the same step, and the job ends well."""
+    workdir, config = tmp_path / "run", write_config(tmp_path, write_corpus(tmp_path))
+    what = ["launch.train", "--config", f"{config}:vanilla", "--workdir", str(workdir)]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", "--processes=2", "--devices=1", "--", *what],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for_step(job, workdir, 3)
+        job.send_signal(signal.SIGTERM)
+        said, _ = job.communicate(timeout=120)
+    finally:
+        job.kill()
+    assert job.returncode == 0, said
+    (step,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert 3 <= step < 120 and f"[0] Stopped by SIGTERM to one of the processes after step {step}; saved." in said
+    assert "[1] " in said
+
+
+# What a process of a job does, by its number: RANK is in its environment, TRIES in a file.
+MEMBER = """
+import os, pathlib, signal, sys, time
+tries = pathlib.Path(sys.argv[1])
+first = not tries.exists()
+if os.environ["RANK"] == "0":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    print("ready", flush=True)
+    time.sleep(60 if first else 0)
+else:
+    time.sleep(1)
+    tries.write_text("")
+    os.kill(os.getpid(), signal.SIGKILL) if first else None
+"""
+
+
+def test_a_job_that_lost_a_process_ends_and_may_be_started_again(tmp_path, capfd):
+    command, two = [sys.executable, "-c", MEMBER, str(tmp_path / "tries")], [{"RANK": "0"}, {"RANK": "1"}]
+    status = run_job(command, two, grace=20.0)
+    assert status == -signal.SIGKILL and lost_a_process(status)  # of the first that failed, not of who was told
+    assert run_job(command, two) == 0 and not lost_a_process(0) and not lost_a_process(2) and lost_a_process(LOST)
+    assert capfd.readouterr().out == "[0] ready\n" * 2
+
+
+def test_who_does_not_end_in_time_is_ended():
+    stubborn = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " \
+        "sys.exit(3) if os.environ['RANK'] == '1' and not time.sleep(1) else time.sleep(60)"  # fmt: skip
+    begun = time.monotonic()
+    assert run_job([sys.executable, "-c", stubborn], [{"RANK": "0"}, {"RANK": "1"}], grace=0.5) == 3
+    assert time.monotonic() - begun < 30
 
 
 # ---------------------------------------------------------------- sweeps, names

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import re
 import runpy
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,11 +14,12 @@ from train.tiny_run import records, write_config, write_corpus
 
 from mor_jax.config import TrainConfig, from_config_dict
 from mor_jax.data.loader import Loader
-from mor_jax.errors import ConfigError
+from mor_jax.errors import ConfigError, DataError
 from mor_jax.train import faults as faults_module
 from mor_jax.train.faults import OK, REWIND, SKIP, Faults, TrainingError
 from mor_jax.train.goodput import Goodput, stragglers, summarize
 from mor_jax.train.loop import train
+from mor_jax.train.metrics import MetricWriter
 
 INF = np.float32(np.inf)
 KEPT = lambda: "the last good checkpoint is of step 7"
@@ -197,3 +201,33 @@ def test_a_straggler_is_named():
     assert stragglers([report(0.2), report(0.21), report(0.6)], names)["slow"] == ["c"]
     assert stragglers([report(0.001), report(0.001), report(0.003)], names)["slow"] == []  # nothing beside the step
     assert stragglers([report(0.2), {}, report(0.6)], names) == {} == stragglers([], [])
+
+
+def test_a_damaged_row_ends_the_run_with_its_name_and_harms_no_checkpoint(tiny, monkeypatch, tmp_path):
+    """Rows are damaged on disk between two starts of a run; put right again, it goes on as if nothing had been."""
+    directory, config = tiny
+    monkeypatch.setenv("MOR_JAX_CACHE", str(tmp_path))
+    whole, run = directory / "rows_whole", directory / "rows_damaged"
+    train(config(), whole, progress=False)
+
+    write = MetricWriter.write
+
+    def stopping(self, kind, step, values):
+        write(self, kind, step, values)
+        if kind == "train" and step == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricWriter, "write", stopping)
+        stopped = train(config(), run, progress=False)
+    (rows,) = tmp_path.glob("data/*/rows/*train*")
+    good = rows.read_bytes()
+    assert len(good) > 70_000  # the records begin at 64 KiB
+    rows.write_bytes(good[:65_600] + bytes(len(good) - 67_600) + good[-2_000:])
+    with pytest.raises(DataError, match=rf"{re.escape(str(rows))}, record \d+ .*damaged.*Delete the directory"):
+        train(config(), run, progress=False)
+    checkpoints = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert checkpoints == [10, stopped["step"]]
+    rows.write_bytes(good)
+    assert train(config(), run, progress=False)["finished"]
+    assert curve(run) == curve(whole)
