@@ -91,6 +91,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk):
     h_CxNxD, t_CxN, weight_CxN = (flat(_chunks(x, chunk)) for x in (h, targets, weights))
     xs = (h_CxNxD, h_CxNxD.swapaxes(1, 2), t_CxN, weight_CxN)
     dtable_DxV, (loss, dh, own) = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), xs)
+    # A single chunk is no loop to XLA, which then folds the transposition below into the product; of bfloat16 on CPUs
+    # it has none in that form.
+    dtable_DxV = jax.lax.optimization_barrier(dtable_DxV)
     own = own[..., None]
     dh = (dh + own * w[t_CxN]).astype(h.dtype)
     dtable = dtable_DxV.T.at[t_CxN].add(own * h_CxNxD)

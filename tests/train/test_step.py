@@ -103,6 +103,18 @@ def test_chunked_cross_entropy_is_the_plain_one(chunk):
     np.testing.assert_allclose(token_nll(h, table, targets, chunk), plain_nll(h, table), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, 16, 4])
+def test_cross_entropy_in_bfloat16_compiles_for_any_number_of_chunks(chunk):
+    """One chunk is no loop to the compiler, which has other ways with its products then."""
+    h, table = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 16, 32), (64, 32)]))
+    targets, weights = jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16))
+    gradient = jax.jit(jax.grad(lambda h, table: cross_entropy_sum(h, table, targets, weights, chunk), argnums=(0, 1)))
+    exact = h.astype(jnp.bfloat16).astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32)
+    for half, full in zip(gradient(h.astype(jnp.bfloat16), table), gradient(*exact), strict=True):
+        # Probabilities, and the states' gradient, are rounded to 8 bits.
+        np.testing.assert_allclose(half.astype(jnp.float32), full, rtol=0.03, atol=0.03)
+
+
 def test_cross_entropy_in_bfloat16_keeps_what_a_sure_prediction_has_left_to_learn():
     """At a target's probability of 0.999 the gradient is what 1 leaves: it must not drown in the rounding of 0.999."""
     width = 16
