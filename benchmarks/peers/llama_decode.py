@@ -15,6 +15,8 @@ from typing import Any
 
 from lines import converse
 
+KEPT: list[Any] = []  # llama.cpp calls it for as long as it runs
+
 
 def write_model(path: Path, c: dict[str, Any]) -> None:
     """A Llama of random weights without a tokenizer: matrices in the wanted type, norms in float32."""
@@ -68,8 +70,8 @@ def start(c: dict[str, Any]):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"random-{c['dtype']}.gguf"
     write_model(path, c)
-    quiet = lib.llama_log_callback(lambda level, text, data: None)
-    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    KEPT.append(lib.llama_log_callback(lambda level, text, data: None))
+    lib.llama_log_set(KEPT[0], ctypes.c_void_p(0))
     lib.llama_backend_init()
     options = lib.llama_model_default_params()
     options.n_gpu_layers = 0
