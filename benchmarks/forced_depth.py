@@ -34,10 +34,14 @@ class Forced(Fixed):
         return {SHARES: ("recursion",)}
 
     def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None
-    ) -> Route:
+        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
+        draw_BxTxR: jax.Array | None = None,
+    ) -> Route:  # fmt: skip
         depth_BxT = self.depths(routers, h_BxTxD) if depth_BxT is None else depth_BxT
         return Route(jnp.arange(1, self.recursions + 1), Depth(jnp.where(real_BxT, depth_BxT, 0)))
+
+    def regated(self, routers: dict, tokens: Depth, dial_BxR: Any, floor_B: Any, cap_B: Any) -> Depth:
+        return tokens
 
     def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
         raw = jax.lax.bitcast_convert_type(h_BxTxD.astype(jnp.float32), jnp.uint32)
