@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import WISHES, control_of, model, oracle
-from stepped import ROUNDS, Stepped, ask
-from test_schedules import LENGTHS, NEW, TEXTS, arrivals, leave, request_of
+from stepped import Stepped, ask
+from test_schedules import LENGTHS, NEW, TEXTS, arrivals, play_out, request_of
 
 from mor_jax.inference.engine import compilations
 from mor_jax.inference.engine.device import Device, EngineConfig
@@ -50,20 +50,7 @@ schedules = given(
 
 def any_schedule(round_tokens, prefix_bytes, hold_tokens, schedule):
     s = service(round_tokens=round_tokens, prefix_bytes=prefix_bytes, hold_tokens=hold_tokens)
-    came, leaving = [], []
-    for a in schedule:
-        for _ in range(a["after"]):
-            s.step()
-        heard = ask(s, request_of(a))
-        came.append((a, heard))
-        if a["leaves"]:
-            leaving.append((s.now + a["leaves"][1], heard, a["leaves"][0]))
-    for _ in range(ROUNDS):
-        leaving = leave(leaving, s.now)
-        if not s.step():
-            break
-    assert s.is_clean()
-    for a, heard in came:
+    for a, heard in play_out(s, schedule):
         request, sampled = request_of(a), a["seed"] is not None
         full = Request(request.prompt, NEW, request.drawing, depth=request.depth)
         want = alone(full) if sampled else oracle(request.prompt, request.depth)

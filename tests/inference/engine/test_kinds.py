@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import CONTEXT, WISHES
 from small import random_params, small_lm, spread_routers
-from stepped import ROUNDS, Stepped, ask
-from test_schedules import LENGTHS, NEW, TEXTS, arrivals, leave, request_of
+from stepped import Stepped
+from test_schedules import LENGTHS, NEW, TEXTS, arrivals, play_out, request_of
 
 from mor_jax.inference.dial import depth_control
 from mor_jax.inference.engine.device import Device, EngineConfig
@@ -83,22 +83,12 @@ kind_of = functools.cache(Kind)
 
 def play(kind, schedule, **config):
     service = Stepped(kind.device, control_of=kind.control, **config)
-    came, leaving = [], []
+    arriving = []
     for a in schedule:
         a = a | {"seed": None, "wish": a["wish"] if a["wish"] in kind.wishes else WISHES[0]}
-        for _ in range(a["after"]):
-            service.step()
-        request = dataclasses.replace(request_of(a), logprobs=0)
-        heard = ask(service, request)
-        came.append((request, heard))
-        if a["leaves"]:
-            leaving.append((service.now + a["leaves"][1], heard, a["leaves"][0]))
-    for _ in range(ROUNDS):
-        leaving = leave(leaving, service.now)
-        if not service.step():
-            break
-    assert service.is_clean()
-    for request, heard in came:
+        arriving.append(a | {"request": dataclasses.replace(request_of(a), logprobs=0)})
+    for a, heard in play_out(service, arriving):
+        request = a["request"]
         (want, logprobs), count = kind.plain[request.prompt, request.depth], len(heard.tokens)
         assert list(heard.tokens) == want[:count]
         # Of small models greedy tokens alone do not show what a gate of 0.1 lets through.

@@ -99,6 +99,24 @@ def leave(leaving, now):
     return [x for x in leaving if x[0] > now]
 
 
+def play_out(service, schedule):
+    """[(arrival, what its request heard)] when there is nothing left to do. An arrival may bring its `request` along."""
+    came, leaving = [], []
+    for a in schedule:
+        for _ in range(a["after"]):
+            service.step()
+        heard = ask(service, a.get("request") or request_of(a))
+        came.append((a, heard))
+        if a["leaves"]:
+            leaving.append((service.now + a["leaves"][1], heard, a["leaves"][0]))
+    for _ in range(ROUNDS):
+        leaving = leave(leaving, service.now)
+        if not service.step():
+            break
+    assert service.is_clean()
+    return came
+
+
 def check(a, heard):
     request, end = request_of(a), heard.end
     want = oracle(request.prompt, request.depth)[:NEW] if a["seed"] is None else alone(request)
