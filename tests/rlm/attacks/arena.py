@@ -274,13 +274,19 @@ class Arena:
             assert len(result.error.message) <= 5_000 and len(result.error.traceback) <= 12_000
 
     def alive(self, robbed: bool = False) -> None:
-        """The run goes on: the next cell computes, and its call is answered; robbed, the one after it."""
-        before, timed = len(self.calls), self.environment.limits
-        if robbed:
-            assert self.run("'mine'").status in ("ok", "killed")
-        self.environment.limits = timed.model_copy(update={"cell_seconds": 20.0})  # a busy machine is no attack
-        result = self.run("print(6 * 7)\nprint(llm_query('ping'))")
-        self.environment.limits = timed
+        """The run goes on: the next cell computes, and its call is answered.
+
+        A thief takes one message, whichever comes to it before it comes to the worker. So, robbed, one cell may lose
+        its reply or never be heard of; the one after it is answered.
+        """
+        cell, timed = "print(6 * 7)\nprint(llm_query('ping'))", self.environment.limits
+        before = len(self.calls)
+        result = self.run(cell) if robbed else None
+        if result is None or result.status != "ok":
+            before = len(self.calls)
+            self.environment.limits = timed.model_copy(update={"cell_seconds": 20.0})  # a busy machine is no attack
+            result = self.run(cell)
+            self.environment.limits = timed
         assert result.status == "ok", result
         assert result.stdout.endswith("42\nping\n"), result
         assert [c.prompts for c in self.calls[before:] if c.prompts == ("ping",)] == [("ping",)]
