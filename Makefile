@@ -13,7 +13,7 @@ demo: $(STAMP)  ## train MoR and its plain twin, compare, generate (10 minutes o
 test: $(STAMP)  ## lint and all tests (20 minutes on two cores, less the second time)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 env: $(STAMP)  ## the virtual environment alone
 

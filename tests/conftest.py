@@ -24,6 +24,14 @@ settings.register_profile(
 settings.load_profile("default")
 
 
+# Few tests, minutes each: begun last, they would leave the other workers idle.
+LONG = {"notebooks", "parallel", "train"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
 @pytest.fixture(params=list(KINDS))
 def kind(request) -> str:
     return request.param
