@@ -25,6 +25,25 @@ ROUTER_LOSS = 0.016
 _SHARED = {"model.recursions": RECURSIONS, "model.sharing": "middle_cycle"}
 _EXPERT = {**_SHARED, "depth.policy": "expert_choice", "depth.aux_loss_weight": ROUTER_LOSS}
 _VARIED = {**_EXPERT, "depth.vary": 0.5}
+# Made for the dial, small and over bytes so that a budget of minutes is long training. Nearly every token runs every
+# recursion in most steps, so that the deepest is as well trained as the first; all recursions see the keys of the first,
+# so that the few tokens that a low setting sends deeper find the same context there as all would.
+_DIALLED = {
+    **_EXPERT,
+    "model.recursions": 2,
+    "model.width": 64,
+    "model.mlp_width": 176,
+    "model.loss_chunk": 0,
+    "model.vocab_size": 320,
+    "data.tokenizer": "bytes",
+    "depth.alpha": 1.0,
+    "depth.capacities": (1.0, 0.98),
+    "depth.kv": "shared",
+    "depth.vary": 0.25,
+    "depth.vary_depths": 3,
+    "train.batch_size": 16,
+    "optim.peak_lr": 4e-3,
+}
 _TOKEN = {**_SHARED, "depth.policy": "token_choice", "depth.balance_loss_weight": 0.1, "depth.z_loss_weight": 1e-5}
 _NINE = {"model.recursions": RECURSIONS, "model.layers": 9}
 
@@ -38,9 +57,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "middle-sequence": {**_SHARED, "model.sharing": "middle_sequence"},
     "MoR random": {**_SHARED, "depth.policy": "random"},
 }
-# Of benchmarks/dial.py: two of those above, and one that trained at varied depths, half of its steps.
-VARIED = "MoR expert varied"
-DIALLED = ("MoR expert", VARIED, "MoR token")
+# Of benchmarks/dial.py: two of those above, one of them trained at varied depths half of its steps, and one made for it.
+VARIED, MADE_FOR_IT = "MoR expert varied", "MoR for the dial"
+DIALLED = ("MoR expert", VARIED, "MoR token", MADE_FOR_IT)
 LAST = ("MoR random",)  # trained when all others are: the control of one of them
 
 # Of the 360M model with three recursions. The architectures are compared at a budget (table 9, validation), the sharing
@@ -106,7 +125,7 @@ def steps_for(recipe: dict[str, Any], fields: dict[str, Any], flops: float) -> i
 
 def sweep(corpus: str, flops: float = FLOPS, names: tuple[str, ...] = tuple(MODELS)) -> Sweep:
     """These models as a sweep, each with the steps that the budget pays for."""
-    recipe, known = base(corpus), MODELS | {VARIED: _VARIED}
+    recipe, known = base(corpus), MODELS | {VARIED: _VARIED, MADE_FOR_IT: _DIALLED}
     points = [
         {
             "labels": {"model": name},

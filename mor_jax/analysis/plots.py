@@ -222,14 +222,20 @@ def depth_curve(record: Mapping[str, Any]) -> Figure:
 
 
 def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """The dial of several checkpoints: causal loss against mean depth, a diamond where each is configured."""
-    figure, axes = new_axes("Validation NLL, nats a token", "mean depth: recursions a token ran, by the dial")
+    """The dial of several checkpoints: what depth does to the causal loss, a diamond where each is configured.
+
+    Against the loss at depth 1, so that models of other sizes and tokens can be seen side by side."""
+    title = "Validation NLL against the same model at depth 1, nats a token"
+    figure, axes = new_axes(title, "mean depth: recursions a token ran, by the dial")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     for i, (name, record) in enumerate(curves.items()):
-        x, y = [p["mean_depth"] for p in record["dial"]], [p["nll"] for p in record["dial"]]
-        axes.plot(x, y, color=series(i), linewidth=1.8, marker="o", markersize=4, label=name)
-        own = record["as_configured"]
-        axes.plot([own["mean_depth"]], [own["nll"]], color=series(i), linestyle="", marker="D", markersize=6)
+        dial, own = sorted(record["dial"], key=lambda p: p["asked"]), record["as_configured"]
+        x, y = [p["mean_depth"] for p in dial], [p["nll"] - dial[0]["nll"] for p in dial]
+        label = f"{name} ({dial[0]['nll']:.3f} at depth 1)"
+        axes.plot(x, y, color=series(i), linewidth=1.8, marker="o", markersize=4, label=label)
+        diamond = [own["mean_depth"]], [own["nll"] - dial[0]["nll"]]
+        axes.plot(*diamond, color=series(i), linestyle="", marker="D", markersize=6)
+    axes.axhline(0.0, color="0.6", linewidth=0.8, zorder=0)
     legend(axes)
     return figure
 
