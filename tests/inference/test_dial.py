@@ -208,7 +208,8 @@ def test_training_keeps_the_survey(kind):
     found = [jax.jit(make_train_step(lm, tx, accum))(state, batch)[0].params for accum in (1, 2)]
     one, two = (np.asarray(p["router"]["survey"]) for p in found)
     assert has_survey(found[0])
-    np.testing.assert_allclose(one, two, atol=(1 - survey.DECAY) * 1.5 / 128)  # a score beside a probe may fall on either side
+    # A score beside a probe may fall on either side.
+    np.testing.assert_allclose(one, two, atol=(1 - survey.DECAY) * 1.5 / 128)
     share = lm.policy.capacities if kind == "mor" else (1.0, 1.0, 1.0)
     candidates = (1.0, *(int(c * 32) / 32 for c in share[:-1]))
     np.testing.assert_allclose(one[:, 0], (1 - survey.DECAY) * np.asarray(candidates), rtol=1e-5)

@@ -15,7 +15,8 @@ import numpy as np
 from mor_jax.errors import UserError
 
 SURVEY = "survey"  # the leaf's name among the router's parameters
-DECAY = 0.95  # of the running mean, a step: the last twenty batches or so. A hundred lag behind the router of a short run
+# Of the running mean, a step: the last twenty batches or so. A hundred lag behind the router of a short run.
+DECAY = 0.95
 _FINEST, _WIDEST, _COUNT = 1e-2, 512.0, 255
 # Even near zero (steps of 9e-4), geometric beyond 0.01 (9 % apart); the first probe counts all candidates.
 PROBES_G = np.concatenate(
