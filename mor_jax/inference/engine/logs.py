@@ -12,6 +12,9 @@ of the depths and no depth can run out of room while another has some.
 Keys are stored after rotary embedding and a token is decoded after all tokens before it, so neither positions nor a
 causal mask are needed: what is in the log, below its length, with the right bit, is seen.
 
+Keys lie with their entries side by side, [K, H, size], values with them one below the other, [K, size, H]: both products
+of attention then run along rows of what is kept. XLA on CPUs reads keys kept like values at half that rate or less.
+
 Logs are read in place. XLA copies what a gather or a dynamic slice takes out of a cache, which costs more than the
 attention itself, while a masked product over the entries of other steps costs what reading them costs. So a log is
 cut into *segments*, arrays of their own; a segment no lane has reached is skipped. The softmax is built up segment by
@@ -31,6 +34,7 @@ import jax.numpy as jnp
 from mor_jax.inference.engine.softmax import Softmax
 
 FIRST = 256  # entries of the first segment; each later one is as long as all before it
+_KEYS, _VALUES, _TAGS = 3, 2, 1  # the axis of entries in what is kept
 
 
 class Segment(NamedTuple):
@@ -45,10 +49,10 @@ Layout = tuple[Segment, ...]
 
 
 class Log(NamedTuple):
-    """Keys and values of one block application: an array [lanes, K, size, H] a segment, as `stored`."""
+    """Keys and values of one block application, an array a segment, as `stored`."""
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...]  # [lanes, K, H, size]
+    v: tuple[jax.Array, ...]  # [lanes, K, size, H]
 
 
 def layout(rooms: Sequence[int]) -> Layout:
@@ -79,8 +83,11 @@ def loaded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
     """A log with nothing in it."""
-    zeros = lambda: tuple(stored(jnp.zeros((s.lanes, kv_heads, s.size, head_dim), dtype)) for s in shape)
-    return Log(zeros(), zeros())
+    zeros = lambda *of: stored(jnp.zeros(of, dtype))
+    return Log(
+        tuple(zeros(s.lanes, kv_heads, head_dim, s.size) for s in shape),
+        tuple(zeros(s.lanes, kv_heads, s.size, head_dim) for s in shape),
+    )
 
 
 def empty_tags(shape: Layout) -> tuple[jax.Array, ...]:
@@ -117,7 +124,7 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
 
     def add(part: Softmax, q, k, v, seen) -> Softmax:
         k, v = loaded(k, dtype), loaded(v, dtype)
-        score = jnp.einsum("NKGH,NKSH->NKGS", q, k, preferred_element_type=jnp.float32) * scale
+        score = jnp.einsum("NKGH,NKHS->NKGS", q, k, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32)
         return part.add(score, seen[:, None, None], weigh)
 
@@ -133,7 +140,7 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
 
 
 def of_lane(log: Log, lane: jax.Array) -> Log:
-    """Copy of one lane's log, segments [K, size, H]. A lane beyond a segment has no entries in it, so that it does not
+    """Copy of one lane's log, segments [K, H, size] and [K, size, H]. A lane beyond a segment has no entries in it, so that it does not
     matter whose are taken there."""
     take = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
     return jax.tree.map(take, log)
@@ -147,13 +154,13 @@ def attend_chunk(
     q, dtype, scale = q_TxKxGxH, q_TxKxGxH.dtype, q_TxKxGxH.shape[-1] ** -0.5
     q_KxGxTxH = jnp.moveaxis(q, 0, 2)
 
-    def add(part: Softmax, q, k_KxSxH, v_KxSxH, mask) -> Softmax:
-        score = jnp.einsum("KGTH,KSH->KGTS", q, k_KxSxH, preferred_element_type=jnp.float32) * scale
+    def add(part: Softmax, q, k_KxHxS, v_KxSxH, mask) -> Softmax:
+        score = jnp.einsum("KGTH,KHS->KGTS", q, k_KxHxS, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum("KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32)
         return part.add(score, mask, weigh)
 
     so_far = Softmax.empty(q_KxGxTxH.shape)
-    so_far = add(so_far, q_KxGxTxH, own_k_UxKxH.swapaxes(0, 1), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
+    so_far = add(so_far, q_KxGxTxH, jnp.moveaxis(own_k_UxKxH, 0, 2), own_v_UxKxH.swapaxes(0, 1), own_TxU[None, None])
     from_log = lambda part, q, k, v, seen: add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
@@ -164,32 +171,44 @@ def attend_chunk(
 # ------------------------------------------------------------------------------------- writing
 
 
+def places(shape: Layout, slot: jax.Array, writes: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Of each segment: the lanes' numbers and where their entries go, [lanes, ...] like slots and flags; out of bounds,
+    and so nowhere, where nothing is written."""
+    out = []
+    for s in shape:
+        inside = writes & (slot >= s.start) & (slot < s.start + s.size)
+        lane = jnp.arange(s.lanes).reshape(-1, *(1,) * (slot.ndim - 1))
+        out.append((lane, jnp.where(inside, slot - s.start, s.size)[: s.lanes]))
+    return out
+
+
+def put(log: Log, where: Sequence[tuple[jax.Array, jax.Array]], k: jax.Array, v: jax.Array) -> Log:
+    """Entries [lanes, ..., K, H] at these places."""
+    k, v = stored(k), stored(v)
+    keys = [x.at[lane, :, :, at].set(k[: len(x)], mode="drop") for x, (lane, at) in zip(log.k, where, strict=True)]
+    values = [x.at[lane, :, at].set(v[: len(x)], mode="drop") for x, (lane, at) in zip(log.v, where, strict=True)]
+    return Log(tuple(keys), tuple(values))
+
+
+def put_tags(
+    tags: Sequence[jax.Array], where: Sequence[tuple[jax.Array, jax.Array]], tag: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Their tags."""
+    return tuple(x.at[at].set(tag[: len(x)], mode="drop") for x, at in zip(tags, where, strict=True))
+
+
 def append_lanes(
     shape: Layout, log: Log, slot_N: jax.Array, writes_N: jax.Array, k_NxKxH: jax.Array, v_NxKxH: jax.Array
 ) -> Log:
     """One entry at `slot_N` for every lane that writes."""
-
-    def put(arrays, new_NxKxH):
-        new_NxKxH, out = stored(new_NxKxH), []
-        for s, array in zip(shape, arrays, strict=True):
-            inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
-            place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]  # out of bounds: dropped
-            out.append(array.at[jnp.arange(s.lanes), :, place].set(new_NxKxH[: s.lanes], mode="drop"))
-        return tuple(out)
-
-    return Log(put(log.k, k_NxKxH), put(log.v, v_NxKxH))
+    return put(log, places(shape, slot_N, writes_N), k_NxKxH, v_NxKxH)
 
 
 def tag_lanes(
     shape: Layout, tags: Sequence[jax.Array], slot_N: jax.Array, writes_N: jax.Array, tag_N: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Tags with that of the entry at `slot_N` replaced in every lane that writes."""
-    out = []
-    for s, array in zip(shape, tags, strict=True):
-        inside = writes_N & (slot_N >= s.start) & (slot_N < s.start + s.size)
-        place = jnp.where(inside, slot_N - s.start, s.size)[: s.lanes]
-        out.append(array.at[jnp.arange(s.lanes), place].set(tag_N[: s.lanes], mode="drop"))
-    return tuple(out)
+    return put_tags(tags, places(shape, slot_N, writes_N), tag_N)
 
 
 def _window(s: Segment, slot: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, int]:
@@ -201,37 +220,69 @@ def _window(s: Segment, slot: jax.Array, rows: int) -> tuple[jax.Array, jax.Arra
 
 
 def append_chunk(
-    shape: Layout, arrays: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, count: jax.Array, rows: jax.Array
+    shape: Layout, log: Log, lane: jax.Array, slot: jax.Array, count: jax.Array, k_WxKxH: jax.Array, v_WxKxH: jax.Array
+) -> Log:
+    """The first `count` of these entries of one lane, appended from `slot` on."""
+    put = lambda arrays, axis, rows: _append(shape, arrays, axis, lane, slot, count, stored(rows))
+    return Log(put(log.k, _KEYS, k_WxKxH), put(log.v, _VALUES, v_WxKxH))
+
+
+def tag_chunk(
+    shape: Layout, tags: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, count: jax.Array, tag_W: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """rows[:count] of one lane, appended from `slot` on. `arrays`: the segments of a log's keys or values (rows
-    [W, K, H]) or of the tags (rows [W]). By windows and not by scatter, which XLA on CPUs does a row at a time."""
-    rows, out = stored(rows), []
+    """Their tags."""
+    return _append(shape, tags, _TAGS, lane, slot, count, tag_W)
+
+
+def _append(
+    shape: Layout, arrays: Sequence[jax.Array], axis: int, lane: jax.Array, slot: jax.Array, count: jax.Array,
+    rows: jax.Array,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """By windows and not by scatter, which XLA on CPUs does a row at a time."""
+    out = []
     for s, array in zip(shape, arrays, strict=True):
         start, row, size = _window(s, slot, rows.shape[0])
-        fits = (row >= 0) & (row < count) & (lane < s.lanes)
+        fits = _along(axis, array.ndim, (row >= 0) & (row < count) & (lane < s.lanes))
         new = jnp.take(rows, jnp.clip(row, 0, rows.shape[0] - 1), axis=0)
-        if rows.ndim == 3:
-            at, new, fits = (lane, 0, start, 0), new.swapaxes(0, 1)[None], fits[None, None, :, None]
-            old = jax.lax.dynamic_slice(array, at, (1, array.shape[1], size, array.shape[3]))
-        else:
-            at, new, fits = (lane, start), new[None], fits[None]
-            old = jax.lax.dynamic_slice(array, at, (1, size))
-        out.append(jax.lax.dynamic_update_slice(array, jnp.where(fits, new, old), at))
+        at, sizes = _lane_window(array, axis, lane, start, size)
+        old = jax.lax.dynamic_slice(array, at, sizes)
+        out.append(jax.lax.dynamic_update_slice(array, jnp.where(fits, jnp.moveaxis(new, 0, axis - 1)[None], old), at))
     return tuple(out)
 
 
-def read_chunk(shape: Layout, arrays: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, rows: int) -> jax.Array:
-    """Entries slot .. slot + rows of one lane, [rows, K, H] or [rows]; zeros where the log ends. Inverse of
-    `append_chunk`."""
-    tail = (arrays[0].shape[1], arrays[0].shape[3]) if arrays[0].ndim == 4 else ()
-    out = jnp.zeros((rows, *tail), arrays[0].dtype)
+def read_chunk(shape: Layout, log: Log, lane: jax.Array, slot: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of the entries slot .. slot + rows of one lane, [rows, K, H] as `stored`; zeros where the log ends.
+    Inverse of `append_chunk`, which takes them as they are."""
+    return _read(shape, log.k, _KEYS, lane, slot, rows), _read(shape, log.v, _VALUES, lane, slot, rows)
+
+
+def read_tags(shape: Layout, tags: Sequence[jax.Array], lane: jax.Array, slot: jax.Array, rows: int) -> jax.Array:
+    """Their tags, [rows]."""
+    return _read(shape, tags, _TAGS, lane, slot, rows)
+
+
+def _read(
+    shape: Layout, arrays: Sequence[jax.Array], axis: int, lane: jax.Array, slot: jax.Array, rows: int
+) -> jax.Array:
+    out = 0
     for s, array in zip(shape, arrays, strict=True):
         start, _, size = _window(s, slot, rows)
-        if tail:
-            found = jax.lax.dynamic_slice(array, (lane, 0, start, 0), (1, tail[0], size, tail[1]))[0].swapaxes(0, 1)
-        else:
-            found = jax.lax.dynamic_slice(array, (lane, start), (1, size))[0]
+        found = jnp.moveaxis(
+            jax.lax.dynamic_slice(array, *_lane_window(array, axis, lane, start, size))[0], axis - 1, 0
+        )
         place = slot + jnp.arange(rows) - s.start - start
-        inside = ((place >= 0) & (place < size) & (lane < s.lanes)).reshape(-1, *(1,) * len(tail))
+        inside = _along(0, found.ndim, (place >= 0) & (place < size) & (lane < s.lanes))
         out = jnp.where(inside, jnp.take(found, jnp.clip(place, 0, size - 1), axis=0), out)
     return out
+
+
+def _along(axis: int, ndim: int, x: jax.Array) -> jax.Array:
+    """A vector as an array of so many dimensions, all 1 but this."""
+    return x.reshape(*(1,) * axis, -1, *(1,) * (ndim - 1 - axis))
+
+
+def _lane_window(array: jax.Array, axis: int, lane: jax.Array, start: jax.Array, size: int) -> tuple[list, list]:
+    """Where a window of one lane's entries lies, as `dynamic_slice` takes it."""
+    at, sizes = [0] * array.ndim, list(array.shape)
+    at[0], sizes[0], at[axis], sizes[axis] = lane, 1, start, size
+    return at, sizes

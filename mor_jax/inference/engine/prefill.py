@@ -89,8 +89,7 @@ def prefill_states(
     added, count = jnp.where(fits, added, 0), jnp.where(fits, count, 0)
     order = jnp.argsort(~kept_RxC.reshape(-1), stable=True)  # step by step, and by position within
     packed = lambda rows_RxC: jnp.take(rows_RxC.reshape(-1, *rows_RxC.shape[2:]), order, axis=0)
-    write = lambda where, arrays, slot, n, rows: logs.append_chunk(where, arrays, lane, slot, n, rows)
-    put = lambda where, log, slot, n, k, v: Log(write(where, log.k, slot, n, k), write(where, log.v, slot, n, v))
+    put = lambda where, log, slot, n, k, v: logs.append_chunk(where, log, lane, slot, n, k, v)
     at = state.tokens_N[lane]
     state = state._replace(
         prelude=tuple(put(shape.ends, log, at, count, *new) for log, new in zip(state.prelude, prelude, strict=True)),
@@ -99,7 +98,9 @@ def prefill_states(
             for log, (k, v) in zip(state.core, made, strict=True)
         ),
         coda=tuple(put(shape.ends, log, at, count, *new) for log, new in zip(state.coda, coda, strict=True)),
-        tags=write(shape.core, state.tags, slot, added, packed(tag_RxC)) if recursions > 1 else state.tags,
+        tags=logs.tag_chunk(shape.core, state.tags, lane, slot, added, packed(tag_RxC))
+        if recursions > 1
+        else state.tags,
         tokens_N=state.tokens_N.at[lane].add(count),
         entries_N=state.entries_N.at[lane].add(added),
         void_N=state.void_N.at[lane].set(~fits),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,41 +68,38 @@ def mask_lane(state: State, lane: jax.Array, mask_W: jax.Array, position: jax.Ar
 
 def save_ends(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
     """`count` entries of prelude and coda."""
-    return _read(shape.ends, (state.prelude, state.coda), lane, slot, count)
+    return tuple(_read(shape.ends, part, lane, slot, count) for part in (state.prelude, state.coda))
 
 
 def save_core(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
     """`count` entries of the core, with their tags."""
-    return _read(shape.core, (state.core, state.tags), lane, slot, count)
+    return _read(shape.core, state.core, lane, slot, count), logs.read_tags(shape.core, state.tags, lane, slot, count)
 
 
 def load_ends(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
     """The first `count` of the saved entries in their place again."""
-    prelude, coda = _write(shape.ends, (state.prelude, state.coda), lane, slot, count, saved)
+    parts = zip((state.prelude, state.coda), saved, strict=True)
+    prelude, coda = (_write(shape.ends, part, lane, slot, count, rows) for part, rows in parts)
     return state._replace(prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count))
 
 
 def load_core(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
     """As `load_ends`."""
-    core, tags = _write(shape.core, (state.core, state.tags), lane, slot, count, saved)
+    rows, tag = saved
+    core = _write(shape.core, state.core, lane, slot, count, rows)
+    tags = logs.tag_chunk(shape.core, state.tags, lane, slot, count, tag)
     return state._replace(core=core, tags=tags, entries_N=state.entries_N.at[lane].set(slot + count))
 
 
-def _segments(tree: Any) -> tuple[list, Any]:
-    """The tuples of segments in a tree of logs and tags."""
-    return jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, tuple) and bool(x) and hasattr(x[0], "shape"))
+def _read(where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: int) -> tuple:
+    return tuple(logs.read_chunk(where, log, lane, slot, count) for log in some)
 
 
-def _read(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: int) -> Any:
-    segments, structure = _segments(tree)
-    return structure.unflatten([logs.read_chunk(where, arrays, lane, slot, count) for arrays in segments])
-
-
-def _write(where: Layout, tree: Any, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> Any:
-    segments, structure = _segments(tree)
-    new = structure.flatten_up_to(saved)
-    put = lambda arrays, rows: logs.append_chunk(where, arrays, lane, slot, count, rows)
-    return structure.unflatten([put(arrays, rows) for arrays, rows in zip(segments, new, strict=True)])
+def _write(
+    where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: jax.Array, saved: tuple
+) -> tuple[Log, ...]:
+    put = lambda log, rows: logs.append_chunk(where, log, lane, slot, count, *rows)
+    return tuple(put(log, rows) for log, rows in zip(some, saved, strict=True))
 
 
 # ------------------------------------------------------------------------------------- all lanes busy, to be timed

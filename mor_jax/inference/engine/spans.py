@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mor_jax.inference.engine.logs import Layout, Log, View, loaded, stored
+from mor_jax.inference.engine.logs import Layout, Log, View, loaded, places, put, put_tags
 from mor_jax.inference.engine.softmax import Softmax
 
 
@@ -19,15 +19,15 @@ def attend_spans(
     q_NxKxGxTxH, dtype = jnp.moveaxis(q_NxTxKxGxH, 1, 3), q_NxTxKxGxH.dtype
     scale = q_NxTxKxGxH.shape[-1] ** -0.5
 
-    def add(part: Softmax, q, k_NxKxSxH, v_NxKxSxH, mask_NxTxS) -> Softmax:
-        score = jnp.einsum("NKGTH,NKSH->NKGTS", q, k_NxKxSxH, preferred_element_type=jnp.float32) * scale
+    def add(part: Softmax, q, k_NxKxHxS, v_NxKxSxH, mask_NxTxS) -> Softmax:
+        score = jnp.einsum("NKGTH,NKHS->NKGTS", q, k_NxKxHxS, preferred_element_type=jnp.float32) * scale
         weigh = lambda w: jnp.einsum(
             "NKGTS,NKSH->NKGTH", w.astype(dtype), v_NxKxSxH, preferred_element_type=jnp.float32
         )
         return part.add(score, mask_NxTxS[:, None, None], weigh)
 
     so_far = Softmax.empty(q_NxKxGxTxH.shape)
-    own_k, own_v = own_k_NxTxKxH.swapaxes(1, 2), own_v_NxTxKxH.swapaxes(1, 2)
+    own_k, own_v = jnp.moveaxis(own_k_NxTxKxH, 1, 3), own_v_NxTxKxH.swapaxes(1, 2)
     so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
     from_log = lambda part, q, k, v, mask: add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
@@ -40,39 +40,20 @@ def attend_spans(
     return jnp.moveaxis(so_far.result(dtype), 3, 1)
 
 
-def _places(shape: Layout, slot_N: jax.Array, writes_NxU: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
-    """Of each segment: the lanes' numbers and where their entries go, the written ones packed from `slot_N` on; out
-    of bounds where nothing is written."""
-    slot_NxU = slot_N[:, None] + jnp.cumsum(writes_NxU, axis=1) - 1
-    out = []
-    for s in shape:
-        inside = writes_NxU & (slot_NxU >= s.start) & (slot_NxU < s.start + s.size)
-        out.append((jnp.arange(s.lanes)[:, None], jnp.where(inside, slot_NxU - s.start, s.size)[: s.lanes]))
-    return out
+def _slots(slot_N: jax.Array, writes_NxU: jax.Array) -> jax.Array:
+    """[N, U]: where entries go, the written ones packed from `slot_N` on."""
+    return slot_N[:, None] + jnp.cumsum(writes_NxU, axis=1) - 1
 
 
 def append_spans(
     shape: Layout, log: Log, slot_N: jax.Array, writes_NxU: jax.Array, k_NxUxKxH: jax.Array, v_NxUxKxH: jax.Array
 ) -> Log:
     """Those of the U entries of each lane that are written, from `slot_N` on."""
-    places = _places(shape, slot_N, writes_NxU)
-
-    def put(arrays: Sequence[jax.Array], new: jax.Array) -> tuple[jax.Array, ...]:
-        new = stored(new)
-        return tuple(
-            array.at[lane, :, place].set(new[: s.lanes], mode="drop")
-            for s, array, (lane, place) in zip(shape, arrays, places, strict=True)
-        )
-
-    return Log(put(log.k, k_NxUxKxH), put(log.v, v_NxUxKxH))
+    return put(log, places(shape, _slots(slot_N, writes_NxU), writes_NxU), k_NxUxKxH, v_NxUxKxH)
 
 
 def tag_spans(
     shape: Layout, tags: Sequence[jax.Array], slot_N: jax.Array, writes_NxU: jax.Array, tag_NxU: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Their tags."""
-    places = _places(shape, slot_N, writes_NxU)
-    return tuple(
-        array.at[lane, place].set(tag_NxU[: s.lanes], mode="drop")
-        for s, array, (lane, place) in zip(shape, tags, places, strict=True)
-    )
+    return put_tags(tags, places(shape, _slots(slot_N, writes_NxU), writes_NxU), tag_NxU)
