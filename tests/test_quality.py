@@ -1,10 +1,12 @@
 """The quality benchmark's own claims: equal budgets, contrasts of models it has, groups that are everything once."""
 
+import numpy as np
 import pytest
 
 from benchmarks import dial, quality_models
 from benchmarks.quality import judged
 from mor_jax.analysis import accounting
+from mor_jax.analysis.plots import depth_curves
 from mor_jax.analysis.sweep import Outcome
 from mor_jax.train.sweep import jobs
 
@@ -49,3 +51,19 @@ def test_a_dial_is_judged_by_its_steps():
     bad = dial.verdict({"dial": [point(1, 1.0, 3.0), point(2, 2.2, 2.7), point(3, 3.0, 2.8)]})
     assert not bad["within"] and bad["rises"] == [(2, 3, pytest.approx(0.1))]
     assert "not monotone" in dial.sentence("x", bad) and "not kept" in dial.sentence("x", bad)
+
+
+def test_dials_are_drawn_against_their_own_depth_1():
+    point = lambda asked, depth, nll: {"asked": asked, "mean_depth": depth, "nll": nll}
+    curve = lambda by: {
+        "dial": [point(2, 2.1, 2.5 + by), point(1, 1.0, 3.0 + by)],
+        "as_configured": point(2, 2.0, 2.6 + by),
+    }
+    axes = depth_curves({"a": curve(0), "b": curve(4)}).axes[0]
+    a, own_a, b, own_b = (line.get_xydata() for line in axes.lines[:4])
+    np.testing.assert_allclose(a, [[1.0, 0.0], [2.1, -0.5]])
+    np.testing.assert_allclose(a, b)
+    np.testing.assert_allclose(own_a, [[2.0, -0.4]])
+    np.testing.assert_allclose(own_a, own_b)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["a (3.000 at depth 1)", "b (7.000 at depth 1)"]

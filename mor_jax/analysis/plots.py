@@ -225,8 +225,9 @@ def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     """The dial of several checkpoints: what depth does to the causal loss, a diamond where each is configured.
 
     Against the loss at depth 1, so that models of other sizes and tokens can be seen side by side."""
-    title = "Validation NLL against the same model at depth 1, nats a token"
-    figure, axes = new_axes(title, "mean depth: recursions a token ran, by the dial")
+    figure, axes = new_axes(
+        "Validation NLL less that at depth 1, nats", "mean depth: recursions a token ran, by the dial"
+    )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     for i, (name, record) in enumerate(curves.items()):
         dial, own = sorted(record["dial"], key=lambda p: p["asked"]), record["as_configured"]
