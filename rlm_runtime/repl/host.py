@@ -4,11 +4,9 @@ the environments (`local`, `bubblewrap`, `docker`)."""
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import keyword
 import os
 import secrets
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from rlm_runtime.repl import sandbox, wire
 from rlm_runtime.repl.base import Answer, CellError, CellResult, Handler, Limits, SandboxReport, ToolInfo
 from rlm_runtime.repl.belongings import Belongings
 from rlm_runtime.repl.cell import Cell, End
+from rlm_runtime.repl.linking import linked_into
 from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.sandbox import SandboxPolicy
 from rlm_runtime.repl.workdir import MIRROR, WorkDir, remove, sweep
@@ -44,7 +43,6 @@ HELPERS = frozenset(
 BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
 START_TRIES = 3  # of a worker that is killed while it starts
-FOLDER_COPY = 256 << 20  # bytes of a folder that may be copied into a running worker's view
 
 
 class _Killed(SandboxError):
@@ -506,7 +504,7 @@ class HostedEnvironment:
             folder = self._belongings.folder
             payload = await self._payload(name, context, folder)
             if payload.mode == "folder":
-                payload = await asyncio.to_thread(_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
+                payload = await asyncio.to_thread(linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
             before = self._contexts.get(name), self._payloads.get(name)
             self._contexts[name], self._payloads[name] = context, payload
             self._process.allow_memory(_need(payload))
@@ -593,29 +591,3 @@ def _layers(value: Any) -> dict[str, str]:
 def _need(payload: Payload) -> int:
     """Address space a context takes, while it is loaded and after, with room for what holds it together."""
     return (64 << 20) + payload.memory
-
-
-def _into(payload: Payload, place: Path) -> Payload:
-    """A folder payload with its files linked, or copied, to where a running worker may read. Raises ContextError."""
-    place.mkdir(mode=0o700)
-    named = payload.args.get("files")
-    if named is None:
-        from rlm_runtime.repl.worker.folder import files_under
-
-        root = str(payload.path)
-        named = [(os.path.relpath(path, root), path) for path in files_under(root)]
-    copied, files = 0, []
-    for i, (name, path) in enumerate(named):
-        target = place / str(i)
-        try:
-            os.link(path, target, follow_symlinks=False)
-        except OSError:
-            copied += os.stat(path).st_size
-            if copied > FOLDER_COPY:
-                raise ContextError(
-                    f"A folder of more than {FOLDER_COPY >> 20} MiB on another file system cannot be given to a REPL that "
-                    "is running; start a new session with it."
-                ) from None
-            shutil.copyfile(path, target)
-        files.append([name, str(target)])
-    return dataclasses.replace(payload, path=None, paths=(place,), args={**payload.args, "files": files})

@@ -234,7 +234,9 @@ def test_lm_failure_while_children_run_ends_them():
 
 
 PROGRAM = """
-import sys, threading, os, signal, time
+import sys, signal
+# Whoever runs the tests in the background has SIGINT ignored, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [{tests!r}]
 from rlm.loop_helpers import cell, rlm, ScriptedLM
 
@@ -266,8 +268,6 @@ def test_ctrl_c_returns_the_partial_result(how, tmp_path):
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, program, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
-        # Whoever runs the tests in the background has SIGINT ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     try:
