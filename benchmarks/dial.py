@@ -2,10 +2,10 @@
 
     python -m benchmarks.dial --corpus prose.jsonl.gz                  # after benchmarks.quality: two runs are its own
 
-Trains (or takes from --workdir) a Mixture-of-Recursions model as configured, expert-choice and token-choice, and an
-expert-choice one that trained at varied depths (`depth.vary`), all with the true FLOPs of `benchmarks/quality.py`; then
-asks each for mean depths from 1 to R on held-out text. Says whether the loss falls with every step of the dial, and how
-far the mean depth was off. Thresholds come from the survey that training left: nothing is fitted to held-out text.
+Trains (or takes from --workdir) a Mixture-of-Recursions model as configured, expert-choice and token-choice, an
+expert-choice one that trained at varied depths (`depth.vary`), and a small one over bytes made for the dial
+(`quality_models.py`), all with the true FLOPs of `benchmarks/quality.py`; then asks each for mean depths from 1 to R on
+held-out text. Says whether the loss falls with every step of the dial, and how far the mean depth was off. Thresholds come from the survey that training left: nothing is fitted to held-out text.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _VARIED = {**_EXPERT, "depth.vary": 0.5}
 # Made for the dial, small and over bytes so that a budget of minutes is long training. Nearly every token runs every
 # recursion in most steps, so that the deepest is as well trained as the first; all recursions see the keys of the first,
 # so that the few tokens that a low setting sends deeper find the same context there as all would.
-_DIALLED = {
+_FOR_THE_DIAL = {
     **_EXPERT,
     "model.recursions": 2,
     "model.width": 64,
@@ -125,7 +125,7 @@ def steps_for(recipe: dict[str, Any], fields: dict[str, Any], flops: float) -> i
 
 def sweep(corpus: str, flops: float = FLOPS, names: tuple[str, ...] = tuple(MODELS)) -> Sweep:
     """These models as a sweep, each with the steps that the budget pays for."""
-    recipe, known = base(corpus), MODELS | {VARIED: _VARIED, MADE_FOR_IT: _DIALLED}
+    recipe, known = base(corpus), MODELS | {VARIED: _VARIED, MADE_FOR_IT: _FOR_THE_DIAL}
     points = [
         {
             "labels": {"model": name},

@@ -282,6 +282,7 @@ class Arena:
         cell, timed = "print(6 * 7)\nprint(llm_query('ping'))", self.environment.limits
         before = len(self.calls)
         result = self.run(cell) if robbed else None
+        assert result is None or result.status in ("ok", "timeout", "killed"), result
         if result is None or result.status != "ok":
             before = len(self.calls)
             self.environment.limits = timed.model_copy(update={"cell_seconds": 20.0})  # a busy machine is no attack
