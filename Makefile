@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint env clean
+.PHONY: demo test env clean
 
 demo: $(STAMP)  ## train MoR and its plain twin, compare, generate (10 minutes on two cores)
 	$(BIN)/python -m launch.demo --workdir runs/demo
