@@ -33,6 +33,7 @@ EOS_NAMES = (
 
 PIECE = 1 << 10  # characters; texts are cut to about this, which sets apart what is not ASCII
 LONG = 1 << 18  # characters; the same for other patterns than GPT-2's, only to bound the library's memory
+LONGEST_WORD = 256  # bytes; longer words are cut where a BPE is trained
 GROUP = 1 << 22  # characters handed to the library at once; it holds about 100 bytes a token meanwhile
 # Between two words in Latin letters every byte-level pre-tokenizer starts anew, so a cut there changes nothing.
 _CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n][A-Za-z])")
@@ -111,9 +112,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """Byte-level BPE with GPT-2's word pattern and the specials <|bos|> = 0, <|eos|> = 1.
 
     Deterministic. `vocab_size` counts the specials and the 256 bytes; a small corpus may yield fewer tokens.
+    Words longer than `LONGEST_WORD` bytes (base64, DNA, minified JSON) are learned from in pieces, since the library's
+    trainer takes time quadratic in the length of a word; encoding is not affected.
     """
     hf = tokenizers.Tokenizer(tokenizers.models.BPE())
-    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut_words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, cut_words])
     hf.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -122,6 +127,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         show_progress=False,
     )
     hf.train_from_iterator((piece for text in texts for piece in cut_text(valid_text(text), PIECE)), trainer)
+    hf.pre_tokenizer = words
     return BpeTokenizer(hf)
 
 

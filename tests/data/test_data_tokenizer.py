@@ -57,6 +57,39 @@ def test_stream_equals_decode_for_any_ids(tokenizer, data):
     assert text == raw.decode("utf-8", "replace")
 
 
+LONG_WORDS = {
+    "base64": lambda rng: rng.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"), 1 << 20),
+    "DNA": lambda rng: rng.choice(list("ACGT"), 1 << 20),
+    "digits": lambda rng: rng.choice(list("0123456789"), 1 << 20),
+    "spaces": lambda rng: [" "] * (1 << 20),
+    "punctuation": lambda rng: rng.choice(list("[]{}:,"), 1 << 20),
+    "Chinese": lambda rng: [chr(0x4E00 + i) for i in rng.integers(0, 900, 1 << 19)],
+}
+
+
+@pytest.mark.parametrize("kind", LONG_WORDS)
+def test_one_unbroken_word_of_a_megabyte_is_learned_from_in_pieces(kind):
+    """The library's trainer would take time quadratic in its length: hours for this one."""
+    word = "".join(LONG_WORDS[kind](np.random.default_rng(0)))
+    tokenizer = train_bpe([word], 700)
+    assert max(len(tokenizer.piece(i)) for i in range(tokenizer.vocab_size)) <= bpe.LONGEST_WORD
+    assert tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_words_of_ordinary_length_are_learned_from_whole():
+    names = [f"a_{'long' * 20}_{i}" for i in range(40)]
+    whole = tokenizers.Tokenizer(models.BPE())
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[bpe.BOS, bpe.EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    whole.train_from_iterator(TEXTS + names, trainer)
+    assert train_bpe(TEXTS + names, 400).to_json() == BpeTokenizer(whole).to_json().replace(
+        '"decoder":null', '"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true}'
+    )
+
+
 def test_a_stream_holds_back_half_a_character():
     stream = BYTES.stream()
     euro = "€".encode()
