@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
@@ -57,7 +58,7 @@ def source_table(
             f"({target.prelude} before, {target.core} in, {target.coda} after the recursion). Use a source of at least "
             f"{target.unique_layers} layers, or more recursions."
         )
-    picks = _core(inner, target.core, method, in_place=target.repeat > 1, seed=seed)
+    picks = _core(inner, target.core, method, first=target.prelude, in_place=target.repeat > 1, seed=seed)
     return {
         "prelude": tuple((i,) for i in range(target.prelude)),
         "core": tuple(tuple(target.prelude + i for i in pick) for pick in picks),
@@ -65,15 +66,18 @@ def source_table(
     }
 
 
-def _core(inner: int, blocks: int, method: str, *, in_place: bool, seed: int) -> list[tuple[int, ...]]:
-    """Of `inner` source layers, those that each of the shared `blocks` is made of."""
+def _core(inner: int, blocks: int, method: str, *, first: int, in_place: bool, seed: int) -> list[tuple[int, ...]]:
+    """Of `inner` source layers, of which the source's layer `first` is number 0, those that each of the shared `blocks`
+    is made of."""
     if method == "average":
         # What is tied in the target is averaged: layer l belongs to block l mod b, or, repeated in place, to the l-th
         # of b equal runs. A source of another length than the unrolled target is cut the same way.
         tied = (lambda i: i * blocks // inner) if in_place else (lambda i: i % blocks)
         return [tuple(i for i in range(inner) if tied(i) == block) for block in range(blocks)]
     if method == "stepwise":
-        return [(i * (inner - 1) // max(blocks - 1, 1),) for i in range(blocks)]
+        # The released rule: torch.linspace over the source's layers, rounded half to even.
+        picks = np.round(np.linspace(first, first + inner - 1, blocks)).astype(int) - first
+        return [(int(i),) for i in picks]
     if method == "lower":
         return [(i,) for i in range(blocks)]
     if method == "upper":

@@ -1,6 +1,6 @@
 """Routers: scores of a token from its raw hidden state, in float32 (no norm, no bias: paper A.2).
 
-"linear" is D -> n; "mlp" D -> 2D -> GELU -> n; "wide_mlp" has 4D hidden units, as the paper says (the released code
+"linear" is D -> n; "mlp" D -> 2D -> GELU (exact, not the tanh form) -> n; "wide_mlp" has 4D hidden units, as the paper says (the released code
 builds the 2D one under both names).
 """
 
@@ -28,6 +28,6 @@ class Router(nn.Module):
         h = x_BxTxD.astype(jnp.float32)
         if hidden:
             w_FxD = matrix(self, "hidden", (hidden, width), (None, "norm"), self.init_std)
-            h = jax.nn.gelu(jnp.einsum("BTD,FD->BTF", h, w_FxD))
+            h = jax.nn.gelu(jnp.einsum("BTD,FD->BTF", h, w_FxD), approximate=False)
         kernel = matrix(self, "kernel", (self.outputs, h.shape[-1]), (None, "norm"), self.init_std)
         return jnp.einsum("BTF,NF->BTN", h, kernel)

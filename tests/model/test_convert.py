@@ -16,13 +16,13 @@ from mor_jax.model.lm import LM
 # scheme, target layers, recursions: of a source of 8 layers, what each block is made of
 TABLES = {
     ("cycle", 8, 2): {
-        "stepwise": ([], [[0], [2], [4], [7]], []),
+        "stepwise": ([], [[0], [2], [5], [7]], []),
         "average": ([], [[0, 4], [1, 5], [2, 6], [3, 7]], []),
         "lower": ([], [[0], [1], [2], [3]], []),
         "upper": ([], [[4], [5], [6], [7]], []),
     },
     ("sequence", 8, 2): {
-        "stepwise": ([], [[0], [2], [4], [7]], []),
+        "stepwise": ([], [[0], [2], [5], [7]], []),
         "average": ([], [[0, 1], [2, 3], [4, 5], [6, 7]], []),
         "lower": ([], [[0], [1], [2], [3]], []),
         "upper": ([], [[4], [5], [6], [7]], []),
@@ -79,6 +79,15 @@ def test_a_source_of_another_length_is_cut_the_same_way():
     assert plain(source_table(ModelConfig(layers=30), to, "stepwise"))[1][0::9] == [[1], [28]]
     ends = target("cycle", 9, 3, prelude=2, coda=1)
     assert plain(source_table(SOURCE, ends, "lower")) == ([[0], [1]], [[2], [3]], [[7]])
+
+
+def test_stepwise_rounds_as_the_released_code_does():
+    """32 layers, R = 3: `round(linspace(1, 30, 10))`."""
+    core = plain(source_table(ModelConfig(layers=32), target("middle_cycle", 32, 3), "stepwise"))[1]
+    assert [i for [i] in core] == [1, 4, 7, 11, 14, 17, 20, 24, 27, 30]
+    # Half way between two layers the even one is taken, counted from the first layer of the source.
+    core = plain(source_table(ModelConfig(layers=6), target("middle_cycle", 11, 3), "stepwise"))[1]
+    assert [i for [i] in core] == [1, 2, 4]
 
 
 def test_one_block_takes_the_first_of_a_stepwise_choice():

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
+from mor_jax import nn
 from mor_jax.nn.mlp import swiglu
 from mor_jax.nn.norm import rms_norm
 
@@ -46,3 +48,14 @@ def test_gradients(case, dtype, tolerance):
     for got, want in zip((y, *pull(dy)), (want_y, *want_pull(dy.astype(jnp.float32))), strict=True):
         error = float(jnp.max(jnp.abs(got.astype(jnp.float32) - want)))
         assert error <= tolerance * float(jnp.max(jnp.abs(want)))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "wide_mlp"])
+def test_mlp_routers_use_the_exact_gelu(kind):
+    """The released router calls torch's default GELU, x * Phi(x); the tanh form differs by up to 5e-4."""
+    x_BxTxD = 2 * draw(4, 2, 3, 8)
+    module = nn.Router(kind, 2, 0.7)
+    params = nn.init(module, jax.random.key(0), x_BxTxD)
+    hidden = np.asarray(x_BxTxD @ params["hidden"].T, np.float64)
+    want = (hidden * (1 + special.erf(hidden / np.sqrt(2))) / 2) @ np.asarray(params["kernel"].T, np.float64)
+    np.testing.assert_allclose(nn.apply(module, params, x_BxTxD), want, atol=2e-5)
