@@ -21,6 +21,7 @@ NORMS = ("shared", "own")
 INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
+DEDUP = ("none", "holdout", "all")
 
 # Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
 # config). Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token
@@ -160,6 +161,8 @@ class DataConfig:
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
     bpe_vocab: int = 4096  # bpe: vocabulary size, special tokens included
     holdout: float = 0.05  # share of documents held out for evaluation
+    # Texts that occur more than once: none (keep all) | holdout (no held-out text in training) | all (one copy of each)
+    dedup: str = "holdout"
     cache_dir: str = ""  # prepared rows; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
     seed: int = 0  # of the global shuffle
 

@@ -34,7 +34,7 @@ from mor_jax.data.sources import open_source
 from mor_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from mor_jax.errors import ConfigError, DataError
 
-FORMAT = 1  # of the cache; raise it when any step here changes what is written
+FORMAT = 2  # of the cache; raise it when any step here changes what is written
 BPE_SAMPLE_BYTES = 256 << 20  # of text the BPE is trained on; more changes few merges
 SPLITS = {"train": False, "validation": True}  # name: held out
 MANIFEST = "prepared.json"
@@ -44,9 +44,9 @@ MANIFEST = "prepared.json"
 class PreparedData:
     """Rows of both splits, read on demand.
 
-    stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int} with, for each
-    split, documents, tokens (bos and eos included), bytes (UTF-8 text) and rows. `note` says how a corpus of very
-    few documents was split; else it is empty.
+    stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int, "duplicates": int,
+    "crossing": int, "dropped": int} with, for each split, documents, tokens (bos and eos included), bytes (UTF-8 text)
+    and rows; the last three as in `holdout.Plan`. `note` says what is unusual about the split; else it is empty.
     """
 
     train: Rows
@@ -79,7 +79,7 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
     tokenizer = None if cfg.tokenizer == "bpe" else build_tokenizer(cfg)
     spelling = tokenizer.fingerprint() if tokenizer else f"bpe {cfg.bpe_vocab}"
     corpus = source.fingerprint()
-    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout))
+    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout), cfg.dedup)
     final = root / fingerprint
     if not final.exists():
         try:
@@ -157,6 +157,7 @@ def _write(
         stats[split]["rows"] = len(Rows(out / "rows", split))
     tokenizer.save(out)
     stats |= {"note": plan.note, "source": source.label, "skipped_files": getattr(source, "skipped", 0)}
+    stats |= {"duplicates": plan.duplicates, "crossing": plan.crossing, "dropped": plan.dropped}
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     manifest = {"fingerprint": final.name, "context": context, "stats": stats, "files": files}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -179,7 +180,7 @@ def _plan(
         return Plan(**json.loads(path.read_text())), load_tokenizer(work)
     except (OSError, ValueError, TypeError, DataError):
         shutil.rmtree(work, ignore_errors=True)
-    survey = Survey(cfg.holdout)
+    survey = Survey(cfg.holdout, cfg.dedup)
     sample = _Sample(BPE_SAMPLE_BYTES) if tokenizer is None else None
     with progress(f"reading {source.label}", None, shown=shown) as advance:
         for document in nonempty(source):

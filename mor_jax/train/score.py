@@ -79,5 +79,11 @@ def _other_text(loaded: Loaded, paths: tuple[str, ...], text_key: str) -> DataCo
     directory = cache_root(loaded.config.data).parent / "tokenizers" / loaded.tokenizer.fingerprint()
     path = loaded.tokenizer.save(directory)
     return dataclasses.replace(
-        loaded.config.data, source="files", paths=paths, text_key=text_key, tokenizer=str(path), holdout=0.5
+        loaded.config.data,
+        source="files",
+        paths=paths,
+        text_key=text_key,
+        tokenizer=str(path),
+        holdout=0.5,
+        dedup="none",
     )

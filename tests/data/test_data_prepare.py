@@ -162,6 +162,51 @@ def test_an_empty_corpus_is_an_error(cfg, corpus, content):
     assert str(corpus) in str(e.value)
 
 
+# texts that repeat -----------------------------------------------------------------------------------------------------
+
+
+def write_texts(corpus, repeated):
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in repeated))
+
+
+def test_no_held_out_text_is_trained_on(cfg, corpus):
+    once = source_texts(corpus)
+    write_texts(corpus, once * 4)  # copies fall on both sides of the split
+    data = go(cfg)
+    train, held = (texts(rows, data.tokenizer) for rows in (data.train, data.validation))
+    assert held and not set(train) & set(held) and set(train) | set(held) == set(once)
+    assert data.stats["duplicates"] == 180
+    assert data.stats["crossing"] == data.stats["dropped"] == 240 - len(train) - len(held) > 0
+    assert "180 of 240 documents repeat" in data.stats["note"]
+    both = go(cfg, dedup="none")
+    train, held = (texts(rows, both.tokenizer) for rows in (both.train, both.validation))
+    assert len(train) + len(held) == 240 and len(set(train) & set(held)) > 0
+    assert sum(text in set(held) for text in train) == both.stats["crossing"]
+    assert both.stats["dropped"] == 0
+
+
+def test_dedup_all_keeps_one_copy_of_each_text(cfg, corpus):
+    once = source_texts(corpus)
+    write_texts(corpus, once + once[::-1] + once[:7])
+    data = go(cfg, dedup="all")
+    train, held = (texts(rows, data.tokenizer) for rows in (data.train, data.validation))
+    assert sorted(train + held) == sorted(once) and data.stats["dropped"] == 67
+    assert set(held) == set(texts(go(cfg).validation, data.tokenizer))
+
+
+def test_a_corpus_without_repetition_is_split_as_it_was(cfg):
+    kinds = [go(cfg, dedup=dedup) for dedup in ("none", "holdout", "all")]
+    first, *others = (texts(data.train, data.tokenizer) for data in kinds)
+    assert all(train == first for train in others) and all("repeat" not in k.stats["note"] for k in kinds)
+
+
+def test_copies_of_one_text_cannot_be_split(cfg, corpus):
+    write_texts(corpus, ["the same words"] * 40)
+    with pytest.raises(DataError, match=r"every training document is a copy .*1 different texts in 40"):
+        go(cfg)
+    assert go(cfg, dedup="none").stats["crossing"] > 0
+
+
 # the cache -----------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +216,7 @@ def test_the_fingerprint_changes_with_what_changes_the_rows(cfg, corpus, tmp_pat
         {},
         {"context": 33},
         {"holdout": 0.3},
+        {"dedup": "all"},
         {"tokenizer": "bpe", "bpe_vocab": 300},
         {"tokenizer": "bpe", "bpe_vocab": 310},
         {"tokenizer": str(bpe)},
