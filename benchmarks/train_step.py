@@ -109,7 +109,7 @@ class ModelRun:
         sharding = NamedSharding(mesh, self.lm.rules.spec(("batch", "time")))
         batch = {"tokens": tokens_BxT, "segment_ids": np.ones_like(tokens_BxT)}
         self.batch = jax.device_put(batch, sharding)
-        if cfg.depth.policy == "token_choice":
+        if "choice" in self.state.params["router"]:
             self.state = self.state._replace(params=balanced(self.lm, self.state.params, self.batch))
         step = jax.jit(make_train_step(self.lm, self.tx), donate_argnums=0)
 
@@ -136,9 +136,9 @@ class ModelRun:
     def result(self, peak: float | None) -> dict[str, Any]:
         """Everything measured and counted about this model; `peak` FLOP/s of all devices."""
         cfg, seconds = self.cfg, self.samples.median
-        # Token-choice is counted at the depths its tokens took (all tokens run step 1); the others at their capacities.
+        # Depths chosen at once are counted as they were taken (all tokens run step 1); the others at their capacities.
         counts = [share * cfg.model.context for share in self.selected]
-        chosen = counts if cfg.depth.policy == "token_choice" else None
+        chosen = counts if cfg.depth.at_once else None
         per_token = accounting.true_flops_per_token(cfg.model, cfg.depth, mean_counts=chosen)
         flops = per_token.training * accounting.tokens_per_step(cfg)
         return {

@@ -2,13 +2,14 @@
 
 from ml_collections import ConfigDict
 
-from mor_jax.config import Config
+from mor_jax.config import Config, depth_defaults
 from mor_jax.errors import ConfigError
 
 
 def complete(fields: dict) -> ConfigDict:
-    """These fields, and the default of every other, so that the command line can override any of them."""
-    config = ConfigDict(Config().to_dict())
+    """These fields, and the default of every other, of every depth policy, so that the command line can override any
+    of them."""
+    config = ConfigDict(Config().to_dict() | {"depth": depth_defaults()})
     config.update(fields)
     return config
 

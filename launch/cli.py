@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mor_jax.config import Config, from_config_dict
+from mor_jax.config import Config, from_config_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
 
@@ -102,6 +102,9 @@ def read_config(holder: Any, *, devices: int | None = None) -> Config:
     except OSError as e:
         why = str(e).strip().splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}. Configurations are under configs/.") from e
+    given = config_flags.get_override_values(flags.FLAGS[holder.name])
+    if "depth.policy" in given:  # what the file set for another policy is left behind
+        value["depth"] = switched(value["depth"], [key.removeprefix("depth.") for key in given])
     return from_config_dict(value, devices=devices or jax.device_count())
 
 

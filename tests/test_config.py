@@ -126,7 +126,7 @@ REFUSED = [
     ({"depth__warmup_stages": 0}, ["config.depth.warmup_stages must be at least 1"]),
     ({"depth__tile": 0}, ["config.depth.tile must be at least 1"]),
     ({"depth__tile": 1024}, ["config.depth.tile = 1024", "context = 512"]),
-    ({"depth__buckets": 0}, ["config.depth.buckets must be at least 1"]),
+    ({"depth__policy": "token_choice", "depth__buckets": 0}, ["config.depth.buckets must be at least 1"]),
     # relaxation
     ({"model__norms": "separate"}, ["config.model.norms must be one of shared, own"]),
     ({"model__lora_rank": -1}, ["config.model.lora_rank must not be negative"]),

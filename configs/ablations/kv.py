@@ -26,9 +26,13 @@ def get_sweep(arg: str = "") -> dict:
     base.model.update(
         {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
     )
-    base.depth.aux_loss_weight = 0.001 * sizes.RELEASED_ACCUMULATION
+    router = {"expert_choice": {"depth.aux_loss_weight": 0.001 * sizes.RELEASED_ACCUMULATION}}
     points = [
-        {"labels": {"policy": policy, "kv": kv}, "fields": {"depth.policy": policy, "depth.kv": kv}, "paper": nll}
+        {
+            "labels": {"policy": policy, "kv": kv},
+            "fields": {"depth.policy": policy, "depth.kv": kv, **router.get(policy, {})},
+            "paper": nll,
+        }
         for (policy, kv), nll in PAPER.items()
     ]
     return {

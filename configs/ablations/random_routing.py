@@ -23,11 +23,11 @@ def get_sweep(arg: str = "") -> dict:
     base.model.update(
         {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
     )
-    base.depth.aux_loss_weight = 0.001 * sizes.RELEASED_ACCUMULATION
+    router = {"expert_choice": {"depth.aux_loss_weight": 0.001 * sizes.RELEASED_ACCUMULATION}}
     points = [
         {
             "labels": {"routing": policy, "gate": gate},
-            "fields": {"depth.policy": policy, "depth.gate": gate},
+            "fields": {"depth.policy": policy, "depth.gate": gate, **router.get(policy, {})},
             "paper": nll,
         }
         for (policy, gate), nll in PAPER.items()

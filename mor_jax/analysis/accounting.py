@@ -26,11 +26,11 @@ from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: acco
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
+from mor_jax.model.depth import build_policy
 from mor_jax.model.depth.vary import mixture
 from mor_jax.model.depth.warmup import is_warm, shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
-from mor_jax.model.program import build_program, capacities
-from mor_jax.nn.router import HIDDEN
+from mor_jax.model.program import build_program
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -96,13 +96,13 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
         embedding=_vocabulary(model) * model.width,
         blocks=unique * _block_matrices(model) + layers.core * model.recursions * sum(_lora_matrices(model)),
         norms=scales * model.width,
-        router=_routers(model, depth) * _router_matrix(model, depth) + model.recursions * bool(depth.bias_rate),
+        router=build_policy(model, depth).counts(model.context).learned,
     )
 
 
 def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
     """Tokens that run recursion r = 1..R in a full row."""
-    return program.active_counts(capacities(model, depth), model.context)
+    return program.active_counts(depth.shares(model), model.context)
 
 
 def paper_flops_per_token(
@@ -117,7 +117,7 @@ def paper_flops_per_token(
 
     Args:
       context: n, tokens a row; default the model's.
-      shares: of a row that runs recursion r = 1..R; default `capacities`.
+      shares: of a row that runs recursion r = 1..R; default `depth.shares`.
     """
     n = model.context if context is None else context
     heads, _, head_dim = model.dims
@@ -132,7 +132,7 @@ def paper_flops_per_token(
             return c * a + c * c * b
         return c * (a + b) - (c * projections if r and depth.kv_name == SHARED else 0.0)
 
-    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(shares or capacities(model, depth)))
+    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(shares or depth.shares(model)))
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
@@ -229,16 +229,13 @@ def true_flops_per_token(
     pairs = ends * t * (t + 1) / 2 + layers.core * core_pairs
     layer_tokens = ends * t + layers.core * sum(ran)
     saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
-    # The router of recursion r reads only the survivors of r - 1; token-choice has one, which reads every token.
-    candidates = {"expert_choice": t + sum(counts[:-1]), "token_choice": t}.get(depth.policy, 0)
-    candidates *= 2 if depth.inference == "auxiliary" else 1  # the second router reads what the first reads
     query, value = _lora_matrices(model)
     additions = layers.core * sum(ran) * (query + value)
     return TrueFlops(
         blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * model.width * _vocabulary(model),
-        router=2 * _router_matrix(model, depth) * candidates / t,
+        router=build_policy(model, depth).counts(t, counts).flops / t,
     )
 
 
@@ -263,7 +260,7 @@ def kv_bytes_per_token(
     Raises:
       ConfigError: `mean_active` is not one number a recursion.
     """
-    copies = sum(_one_per_recursion(model, mean_active, "mean_active") or capacities(model, depth))
+    copies = sum(_one_per_recursion(model, mean_active, "mean_active") or depth.shares(model))
     copies = {"recursion_wise": copies, SHARED: 1}.get(depth.kv_name, model.recursions)
     layers = build_program(model)
     size = DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
@@ -312,18 +309,6 @@ def _block_matrices(model: ModelConfig) -> int:
     """Matrix parameters of one block: q and o, k and v, SwiGLU's three."""
     heads, kv_heads, head_dim = model.dims
     return 2 * model.width * (heads + kv_heads) * head_dim + 3 * model.width * model.mlp_width
-
-
-def _routers(model: ModelConfig, depth: DepthConfig) -> int:
-    rivals = 2 if depth.inference == "auxiliary" else 1
-    return {"expert_choice": rivals * model.recursions, "token_choice": 1}.get(depth.policy, 0)
-
-
-def _router_matrix(model: ModelConfig, depth: DepthConfig) -> int:
-    """Parameters of one router."""
-    outputs = model.recursions if depth.policy == "token_choice" else 1
-    hidden = HIDDEN[depth.router] * model.width
-    return hidden * (model.width + outputs) if hidden else model.width * outputs
 
 
 def _vocabulary(model: ModelConfig) -> int:

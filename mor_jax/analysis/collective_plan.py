@@ -5,7 +5,7 @@ value in `model.dtype`. For every micro-batch:
 
 * over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as
   all sums of gradients are). The tied core once, however often it is used; a block that is used once twice, since it is
-  not kept for the backward pass. The table likewise, float32; twice under token-choice with several row sizes, whose
+  not kept for the backward pass. The table likewise, float32; twice under a policy with several row sizes, whose
   prelude is differentiated apart.
 * over data (and sequence): the gradients that are left on each device, reduced.
 * over sequence: keys and values of each block application gathered, their gradients scattered (once more gathered under
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
 from mor_jax.analysis.memory import FLOAT32, row_sizes
-from mor_jax.config import WITH_ROUTER, Config, MeshShape, mesh_shape
-from mor_jax.model.depth.survey import PROBES_G
+from mor_jax.config import Config, MeshShape, mesh_shape
+from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
 
@@ -58,7 +58,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     tied = program.recursions * program.repeat > 1
     once = program.prelude + program.coda + (0 if tied else program.core)
     kept = program.core if tied else 0
-    tables = 2 if d.policy == "token_choice" and d.executor == "gathered" and d.buckets > 1 else 1
+    policy = build_policy(m, d)
+    tables = 2 if len(policy.profiles(m.context)) > 1 and d.executor == "gathered" else 1
     found: list[Planned] = []
 
     def add(what: str, kind: str, axes: tuple[str, ...], number: int, values: float, size: int) -> None:
@@ -81,7 +82,7 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     add("embedding gradient", "reduce-scatter", ("fsdp",), tables, table, FLOAT32)
     add("gradients", "all-reduce", ("data", "sequence"), 1, (kept + once) * block / mesh.fsdp, FLOAT32)
     add("embedding gradient", "all-reduce", ("data", "sequence"), 1, table / mesh.fsdp, FLOAT32)
-    small = count.norms + count.router + (m.recursions * len(PROBES_G) if d.policy in WITH_ROUTER else 0)
+    small = count.norms + count.router + policy.counts(m.context).surveyed
     add("small", "all-reduce", ("data", "fsdp", "sequence"), 1, small, FLOAT32)
 
     rows = cfg.train.batch_size / cfg.train.accum / (mesh.data * mesh.fsdp)

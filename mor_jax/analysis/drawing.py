@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from mor_jax.analysis import units
 from mor_jax.config import DepthConfig, ModelConfig
-from mor_jax.model.program import Program, build_program, capacities
+from mor_jax.model.program import Program, build_program
 
 LONG = 4  # blocks of a part that are still written out one by one
 
@@ -51,9 +51,9 @@ def draw_unrolled(model: ModelConfig) -> str:
 
 def draw_shares(model: ModelConfig, depth: DepthConfig) -> str:
     """Who runs each recursion in training: `r1 100 % · r2 66.7 % · r3 33.3 %`; "" when nothing is routed."""
-    if depth.policy == "fixed":
+    if not depth.routed:
         return ""
-    return " · ".join(f"r{r} {units.percent(s)}" for r, s in enumerate(capacities(model, depth), 1))
+    return " · ".join(f"r{r} {units.percent(s)}" for r, s in enumerate(depth.shares(model), 1))
 
 
 def _numbers(p: Program) -> tuple[list[int], list[int], list[int]]:

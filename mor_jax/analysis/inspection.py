@@ -94,7 +94,7 @@ def inspect_config(
             "unrolled_layers": program.unrolled_layers,
             "recursions": m.recursions,
             "policy": d.policy,
-            "capacities": list(accounting.capacities(m, d)),
+            "capacities": list(d.shares(m)),
             "shares": draw_shares(m, d),
             "warmup": [
                 {"steps": s.last - s.first, "shares": list(s.shares)}

@@ -52,9 +52,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mor_jax.analysis.accounting import DTYPE_BYTES, active_counts, parameters
-from mor_jax.config import WITH_CAPACITIES, WITH_ROUTER, Config, DepthConfig, ModelConfig, mesh_shape
-from mor_jax.model.depth.survey import PROBES_G
+from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
+from mor_jax.config import Config, DepthConfig, ModelConfig, mesh_shape
+from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program
 
@@ -139,7 +139,7 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
     # A routed model's survey is no parameter one counts, but lies among them, with moments of its own.
-    survey = m.recursions * len(PROBES_G) if d.policy in WITH_ROUTER else 0
+    survey = build_policy(m, d).counts(m.context).surveyed
     whole = count.norms + count.router
     state = FLOAT32 * ((count.total - whole) / (fsdp * tensor) + whole + survey)
     rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp) / sequence
@@ -199,8 +199,8 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
 def row_sizes(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
     """Tokens of a row that each application of the core has room for, r = 1..R (one application when it repeats its
     blocks in place)."""
-    if depth.policy in WITH_CAPACITIES and depth.executor == "gathered":
-        return active_counts(model, depth)
+    if depth.executor == "gathered":
+        return build_policy(model, depth).counts(model.context).row_sizes
     return (model.context,) * build_program(model).recursions
 
 

@@ -73,8 +73,8 @@ def _all(runs: Sequence[RunRecord]) -> Iterator[Plot]:
             figure = draw(run)
             if figure:
                 yield Plot(f"{key}-{i}", caption, figure)
-        # Token-choice has one rule, in training and in decoding: they always agree.
-        figure = None if routing_plots.token_choice(run) else sampling_accuracy(run)
+        # Where depths are decided at once there is one rule, in training and in decoding: they always agree.
+        figure = None if routing_plots.at_once(run) else sampling_accuracy(run)
         if figure:
             yield Plot(f"accuracy-{i}", "How often a router's score, cut at the threshold, agrees with the selection "
                        "of training. The first recursion takes everything where its capacity is 1.", figure)  # fmt: skip

@@ -15,7 +15,6 @@ from mor_jax.analysis.canvas import legend, new_axes
 from mor_jax.analysis.palette import DEPTH_ANCHORS, GRID, INK, MUTED, depth_colour, series
 from mor_jax.analysis.runs import RunRecord
 from mor_jax.analysis.token_classes import ClassLine
-from mor_jax.model.program import capacities
 
 COLUMNS = 48  # of a histogram over training
 STYLES = ("-", (0, (5, 1.5)), (0, (2, 1.5)), "-.")
@@ -28,8 +27,8 @@ def score_histogram(run: RunRecord) -> Figure | None:
     if len(rows) < 2:
         return None
     steps = [int(r["step"]) for r in rows]
-    # Under token-choice every token runs the first step: there is nothing to see of its pull.
-    shown = [r for r in range(1, run.recursions + 1) if r > 1 or not token_choice(run)]
+    # Where depths are chosen at once every token runs the first step: there is nothing to see of its pull.
+    shown = [r for r in range(1, run.recursions + 1) if r > 1 or not at_once(run)]
     figure, axes = new_axes("", height=0.8 + 1.1 * len(shown))
     figure.delaxes(axes)
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
@@ -60,7 +59,7 @@ def capacity(run: RunRecord) -> Figure | None:
     """Share of tokens that ran each recursion: forced or chosen in training (lines), causal in evaluation (dots)."""
     figure, axes = new_axes(f"Tokens that run each recursion, {run.name}", "optimiser steps")
     drawn = False
-    target = capacities(run.config.model, run.config.depth) if run.config else ()
+    target = run.config.depth.shares(run.config.model) if run.config else ()
     for r in range(1, run.recursions + 1):
         colour = series(r + 1)
         steps, values = run.series(f"router/{r}/selected")
@@ -198,6 +197,6 @@ def kv_growth(runs: Sequence[RunRecord], depths: Mapping[str, Sequence[int]]) ->
     return figure
 
 
-def token_choice(run: RunRecord) -> bool:
-    """Whether each token chose its depth at once."""
-    return run.config is not None and run.config.depth.policy == "token_choice"
+def at_once(run: RunRecord) -> bool:
+    """Whether the depth of each token was decided at once, before the first step."""
+    return run.config is not None and run.config.depth.at_once

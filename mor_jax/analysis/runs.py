@@ -87,7 +87,7 @@ class RunRecord:
     @property
     def routed(self) -> bool:
         """Whether tokens choose their depth; with a fixed depth, top-k and causal evaluation are one thing."""
-        return self.config is not None and self.config.depth.policy != "fixed"
+        return self.config is not None and self.config.depth.routed
 
     @property
     def recursions(self) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from mor_jax.analysis.accounting import DTYPE_BYTES, block_weights_read, kv_bytes_per_token, kv_values, parameters
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
-from mor_jax.model.program import build_program, capacities
+from mor_jax.model.program import build_program
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def kv_by_depth(
     """
     if mean_active is not None and len(mean_active) != model.recursions:
         raise ConfigError(f"mean_active has {len(mean_active)} entries for recursions = {model.recursions}.")
-    shares = tuple(mean_active) if mean_active is not None else capacities(model, depth)
+    shares = tuple(mean_active) if mean_active is not None else depth.shares(model)
     program = build_program(model)
     layer = kv_values(model) * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
     part = lambda name, blocks, *of: KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)

@@ -1,6 +1,7 @@
 """The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict`, checked at the door.
 
-A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`);
+A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`,
+`config/depth.py`);
 `from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
 returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
 
@@ -12,19 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mor_jax.config.check_depth import check_depth
 from mor_jax.config.check_model import check_model, unshared_ends
 from mor_jax.config.check_train import check_data, check_train
+from mor_jax.config.config import Config
+from mor_jax.config.depth import DepthConfig, depth_defaults, depth_policies, refuse_other_policies, switched
 from mor_jax.config.fields import (
     ATTENTION,
     DTYPES,
-    KV_OF_POLICY,
     REMAT,
-    WITH_CAPACITIES,
-    WITH_ROUTER,
-    Config,
     DataConfig,
-    DepthConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -36,10 +33,7 @@ from mor_jax.config.parse import from_dict
 __all__ = [
     "ATTENTION",
     "DTYPES",
-    "KV_OF_POLICY",
     "REMAT",
-    "WITH_CAPACITIES",
-    "WITH_ROUTER",
     "Config",
     "DataConfig",
     "DepthConfig",
@@ -49,9 +43,12 @@ __all__ = [
     "OptimConfig",
     "TrainConfig",
     "check",
+    "depth_defaults",
+    "depth_policies",
     "from_config_dict",
     "from_dict",
     "mesh_shape",
+    "switched",
     "unshared_ends",
 ]
 
@@ -63,10 +60,12 @@ def from_config_dict(config: Mapping[str, Any], *, devices: int = 1) -> Config:
       config: a ConfigDict or a nested dict with any subset of the fields.
       devices: number of devices the mesh will span.
     Raises:
-      ConfigError: an unknown field, a wrong type, or values that do not go together.
+      ConfigError: an unknown field, a wrong type, values that do not go together, or a field of another depth policy
+        than the chosen one that is set to anything but its default.
     """
     raw = config.to_dict() if hasattr(config, "to_dict") else config
     cfg = from_dict(raw)
+    refuse_other_policies(raw.get("depth", {}))
     check(cfg, devices=devices)
     return cfg
 
@@ -74,7 +73,7 @@ def from_config_dict(config: Mapping[str, Any], *, devices: int = 1) -> Config:
 def check(cfg: Config, *, devices: int = 1) -> None:
     """Raise ConfigError for the first value or combination of values that cannot be run."""
     check_model(cfg.model)
-    check_depth(cfg.model, cfg.depth)
+    cfg.depth.check(cfg.model)
     check_data(cfg.data)
     check_train(cfg)
     check_mesh(cfg, devices)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mor_jax.config.fields import BAD_STEP, DEDUP, SCHEDULES, SOURCES, Config, DataConfig
+from mor_jax.config.config import Config
+from mor_jax.config.fields import BAD_STEP, DEDUP, SCHEDULES, SOURCES, DataConfig
 from mor_jax.config.refusals import nearest_multiples, one_of, positive
 from mor_jax.errors import ConfigError
 

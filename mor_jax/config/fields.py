@@ -1,55 +1,18 @@
-"""The fields of a configuration, their defaults, and the words that some of them take."""
+"""The fields of a configuration, their defaults, and the words that some of them take (depth: `config/depth.py`)."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
-POLICIES = ("fixed", "expert_choice", "token_choice", "random")
-ROUTERS = ("linear", "mlp", "wide_mlp")
-SCORES = ("sigmoid", "tanh", "softmax", "none")
-GATES = ("multiplicative", "additive", "exit", "every", "constant")
-EXECUTORS = ("gathered", "masked")
-KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
 NORMS = ("shared", "own")
-INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
 DEDUP = ("none", "holdout", "all")
-
-# Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
-# config). Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token
-# stored at every depth) cannot exist; under the fixed one nothing is ever missing, so "recursion_wise" and "hybrid"
-# would be "full".
-_ROUTED_KV = ("recursion_wise", "shared", "hybrid")
-KV_OF_POLICY = {
-    "fixed": ("full", "shared"),
-    "expert_choice": _ROUTED_KV,
-    "token_choice": _ROUTED_KV,
-    "random": _ROUTED_KV,
-}
-# Policies that have a router, and policies that fill capacities row by row in training.
-WITH_ROUTER = ("expert_choice", "token_choice")
-WITH_CAPACITIES = ("expert_choice", "random")
-# Which score function and which gate each routed policy knows; the first of each is its default ("" in a config).
-SCORES_OF_POLICY = {
-    "fixed": (),
-    "expert_choice": ("sigmoid", "tanh", "none"),
-    "token_choice": ("softmax", "sigmoid"),
-    "random": (),
-}
-GATES_OF_POLICY = {
-    "fixed": (),
-    "expert_choice": ("multiplicative", "additive"),
-    "token_choice": ("exit", "every"),
-    "random": ("constant", "additive"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,63 +53,6 @@ class ModelConfig:
     def dims(self) -> tuple[int, int, int]:
         """(N, K, H)"""
         return self.heads, self.kv_heads, self.head_dim or self.width // self.heads
-
-
-@dataclass(frozen=True)
-class DepthConfig:
-    """How often each token recurses."""
-
-    policy: str = "fixed"  # fixed | expert_choice | token_choice | random (of the same capacities as expert_choice)
-    router: str = "linear"  # linear | mlp (hidden 2D) | wide_mlp (hidden 4D)
-    score: str = ""  # "": the policy's default. expert_choice: sigmoid | tanh | none; token_choice: softmax | sigmoid
-    # expert_choice: multiplicative | additive (score dropped); token_choice: exit (code) | every (eq. 2.2); random:
-    # constant (alpha) | additive
-    gate: str = ""
-    alpha: float = 0.0  # scale of the gate, alpha * score; 0: the paper's, 0.1 (1 for softmax)
-    temperature: float = 1.0  # the hidden state is divided by it before the router
-    z_loss_weight: float = 0.0  # of mean(logsumexp(z)^2)
-    seed: int = 0  # random: of the draws
-    # expert_choice, random
-    capacities: tuple[float, ...] = ()  # share of the row kept at r = 1..R; (): (R-r+1)/R
-    aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
-    threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
-    # What causal inference under expert_choice goes by: threshold (the router's own score, taught by the BCE) |
-    # auxiliary (a second router on the detached state, taught by the BCE in place of the first; same threshold) |
-    # calibrated (the router's score, against the thresholds that its survey finds for `capacities`)
-    inference: str = "threshold"
-    aux_lr: float = 10.0  # auxiliary: learning rate of the second router, over the model's
-    # token_choice
-    balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
-    bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
-    buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
-    executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
-    # Optimiser steps of depth warm-up; 0: none. expert_choice, random: capacities fall from 1 to their target along a
-    # half cosine, in `warmup_stages` equal strides; token_choice: every token at full depth, balance suspended.
-    warmup: int = 0
-    warmup_stages: int = 4  # each is a program to compile
-    # Share of the warm steps that train at another mean depth, `vary_depths` of them evenly from 1 to R; 0: none. A model that has seen other depths can be dialled to them (`model/depth/vary.py`).
-    vary: float = 0.0
-    vary_depths: int = 5  # each is a program to compile
-    tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
-    # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
-    # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
-    kv: str = ""
-
-    @property
-    def score_name(self) -> str:
-        return self.score or next(iter(SCORES_OF_POLICY[self.policy]), "")
-
-    @property
-    def gate_name(self) -> str:
-        return self.gate or next(iter(GATES_OF_POLICY[self.policy]), "")
-
-    @property
-    def kv_name(self) -> str:
-        return self.kv or KV_OF_POLICY[self.policy][0]
-
-    @property
-    def gate_scale(self) -> float:
-        return self.alpha or (1.0 if self.score_name == "softmax" else 0.1)
 
 
 @dataclass(frozen=True)
@@ -213,20 +119,3 @@ class MeshConfig:
     sequence: int = 1  # each row cut along time; divides context
     slices: int = 1  # parts of `data` that only the data centre's network (DCN) joins
     rules: tuple[tuple[str, str], ...] = ()  # overrides of `parallel.rules.DEFAULT_RULES`
-
-
-@dataclass(frozen=True)
-class Config:
-    """Everything a run is made of. `name` labels it in reports."""
-
-    name: str = "run"
-    model: ModelConfig = field(default_factory=ModelConfig)
-    depth: DepthConfig = field(default_factory=DepthConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (JSON-ready); `from_dict` is its inverse."""
-        return dataclasses.asdict(self)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from mor_jax.config.fields import Config, MeshConfig
+from mor_jax.config.config import Config
+from mor_jax.config.fields import MeshConfig
 from mor_jax.config.refusals import nearest_multiples
 from mor_jax.errors import ConfigError
 

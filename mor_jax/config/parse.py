@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mor_jax.config.fields import Config
+from mor_jax.config.config import Config
+from mor_jax.config.depth import DepthConfig, depth_hints, own_fields, policy_class
+from mor_jax.config.refusals import nearest
 from mor_jax.errors import ConfigError
 
 
 def from_dict(raw: Mapping[str, Any]) -> Config:
-    """Build a `Config` without the cross-field checks (used for configs read back from a checkpoint)."""
+    """Build a `Config` without the cross-field checks (used for configs read back from a checkpoint).
+
+    Fields of another depth policy than the chosen one are left out: an older configuration may hold them."""
     return _build(Config, raw, "config")
 
 
+def _hints(cls: type) -> dict[str, Any]:
+    """Names and types of the fields of a group; of depth, those of every policy."""
+    return depth_hints() if cls is DepthConfig else typing.get_type_hints(cls)
+
+
 def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     values = {}
     for key, value in raw.items():
         if key not in hints:
@@ -31,17 +39,19 @@ def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
             values[key] = _build(hint, value, f"{where}.{key}")
         else:
             values[key] = _coerce(value, hint, f"{where}.{key}")
+    if cls is DepthConfig:
+        return policy_class(values.get("policy", DepthConfig.policy))(**own_fields(values))
     return cls(**values)
 
 
 def _unknown(key: str, where: str, hints: Mapping[str, Any]) -> str:
     """Message for a field that does not exist: the nearest valid name, wherever in the tree it lives."""
     for group, cls in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(cls) and key in typing.get_type_hints(cls):
+        if dataclasses.is_dataclass(cls) and key in _hints(cls):
             return f"{where}.{key} does not exist. Did you mean config.{group}.{key}?"
-    near = difflib.get_close_matches(key, hints, n=1)
+    near = nearest(key, hints)
     if near:
-        return f"{where}.{key} does not exist. Did you mean {where}.{near[0]}?"
+        return f"{where}.{key} does not exist. Did you mean {where}.{near}?"
     return f"{where}.{key} does not exist. Valid fields of {where}: {', '.join(hints)}."
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.inference.cache import Appender, Cache, New, Stream, compact, last_entries, readers
-from mor_jax.model.depth import DepthControl
+from mor_jax.model.depth import DepthControl, TokenInfo
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.recurse import run_masked
@@ -41,8 +41,7 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
     core = lm.core(params, pos, keep=True)
-    how = {"causal": True, "kv": kv, "keep_extra": True, "draw_BxTxR": lm.draws(tokens_BxT, pos)}
-    how["numbered"] = lm.model.relaxed
+    how = {"causal": True, "kv": kv, "keep_extra": True, "numbered": lm.model.relaxed, "ids_BxT": tokens_BxT}
     result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, **how)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
@@ -78,8 +77,7 @@ def decode_step(
     blocks = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     policy = lm.steered(control)
-    draws = lm.draws(token_B[:, None], pos_B[:, None])
-    route = policy.begin(params["router"], h, everyone[:, None], draw_BxTxR=draws)
+    route = policy.begin(params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None]))
     for r in range(lm.program.recursions):
         step, core = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps), functools.partial(blocks, recursion=r)
         z = policy.score(step, h)

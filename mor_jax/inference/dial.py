@@ -80,7 +80,7 @@ def calibrate(lm: LM, params: Any, batches: Iterable[dict]) -> Any:
     """The parameters with a survey taken from these rows, in place of the one training left (or did not leave).
 
     Under expert-choice one causal pass a recursion step, each under the thresholds the passes before have found for
-    the capacities of training; under token-choice, whose scores all exist before the first step, a single one.
+    the capacities of training; under a policy whose scores all exist before the first step, a single one.
 
     Args:
       batches: tokens and segment_ids [B, T] each; a few ten thousand tokens are enough.
@@ -95,9 +95,7 @@ def calibrate(lm: LM, params: Any, batches: Iterable[dict]) -> Any:
     steps = lm.program.recursions
     taken = np.zeros((steps, len(survey.PROBES_G)))
     thresholds = np.full((steps,), np.nan, np.float32)
-    at_once = lm.depth.policy == "token_choice"
-    kept = np.ones(steps) if at_once else np.asarray(lm.policy.capacities)
-    kept = kept / np.concatenate([[1.0], kept[:-1]])
+    kept = lm.policy.candidates_kept()
     for r in range(steps):
         total = np.zeros_like(taken)
         for batch in batches:
@@ -105,7 +103,7 @@ def calibrate(lm: LM, params: Any, batches: Iterable[dict]) -> Any:
             control = DepthControl.neutral(rows, steps)
             control = control._replace(dial_BxR=jnp.broadcast_to(jnp.asarray(thresholds), (rows, steps)))
             total += np.asarray(_counts(lm, params, batch["tokens"], batch["segment_ids"], control))
-        if at_once:
+        if kept is None:
             taken = total
             break
         taken[r] = total[r]

@@ -22,8 +22,7 @@ import numpy as np
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
-from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RandomChoice, RouterStats, build_policy
-from mor_jax.model.depth.random_choice import uniforms
+from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, TokenInfo, build_policy
 from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
@@ -88,15 +87,8 @@ class LM:
         return build_policy(self.model, self.depth, self.stage)
 
     def steered(self, control: DepthControl | None) -> DepthPolicy:
-        """The policy under a depth control; itself without one."""
+        """Wraps the policy if `control` is given."""
         return self.policy if control is None else Controlled(self.policy, control)
-
-    def draws(self, tokens_BxT: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None) -> jax.Array | None:
-        """What random routing draws for these tokens at these positions in their documents, [B, T, R]; None where
-        nothing is drawn. `salt_B`: see `depth.random_choice.uniforms`."""
-        if not isinstance(self.policy, RandomChoice):
-            return None
-        return uniforms(self.policy.seed, self.program.recursions, tokens_BxT, pos_BxT, salt_B)
 
     @property
     def _block(self) -> nn.Block:
@@ -304,16 +296,25 @@ class LM:
         in_axes = (self.logical_axes(), ROW, ROW)
         return over_rows(self.rules, run, in_axes, STATES)(params, tokens_BxT, segment_ids_BxT)[0]
 
-    def route(self, params: dict, x_BxTxD: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def route(
+        self, params: dict, x_BxTxD: jax.Array, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array,
+        salt_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
         """(profile, depth_BxT) of whole rows from what `enter` returned, for a policy that decides before the
         recursion.
 
         A training step calls it to differentiate one program of static sizes at a time. The depths travel along, so
         that a rounding difference between two compilations of the router cannot send a token to another depth.
         """
-        run = lambda routers, x, seg: (depths_at_once(self.policy, routers, x, seg), ())
-        in_axes = (self.logical_axes()["router"], STATES, ROW)
-        depth_BxT, _ = over_rows(self.rules, run, in_axes, ROW)(params["router"], x_BxTxD, segment_ids_BxT)
+
+        def run(routers, x, tokens, seg, salt):
+            info = TokenInfo(seg > 0, _positions(seg), tokens, salt)
+            return depths_at_once(self.policy, routers, x, info), ()
+
+        in_axes = (self.logical_axes()["router"], STATES, ROW, ROW, None if salt_B is None else ("batch",))
+        depth_BxT, _ = over_rows(self.rules, run, in_axes, ROW)(
+            params["router"], x_BxTxD, tokens_BxT, segment_ids_BxT, salt_B
+        )
         return fitting_profile(self.policy.profiles(x_BxTxD.shape[1]), depth_BxT), depth_BxT
 
     def forward(
@@ -332,7 +333,7 @@ class LM:
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
-          salt_B: of each row's draws under random routing, see `draws`.
+          salt_B: of each row's draws, for a policy that draws (`TokenInfo`).
         """
         if control is not None and mode != CAUSAL:
             raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
@@ -343,8 +344,7 @@ class LM:
             pos, kv = _positions(seg), self.depth.kv_name
             x = self.enter(params, tokens, seg) if entered is None else entered
             core = self.core(params, pos, keep=looks_back(kv))
-            how = {"kv": kv, "depth_BxT": depth, "draw_BxTxR": self.draws(tokens, pos, salt)}
-            how["numbered"] = self.model.relaxed
+            how = {"kv": kv, "numbered": self.model.relaxed, "depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
             if gathered:
                 result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
             else:

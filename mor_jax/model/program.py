@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from mor_jax.config import WITH_CAPACITIES, DepthConfig, ModelConfig, unshared_ends
+from mor_jax.config import ModelConfig, unshared_ends
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,6 @@ def build_program(model: ModelConfig) -> Program:
         recursions=1 if in_place else model.recursions,
         repeat=model.recursions if in_place else 1,
     )
-
-
-def capacities(model: ModelConfig, depth: DepthConfig) -> tuple[float, ...]:
-    """Share of a row that runs recursion r = 1..R in training, once warm (`model/depth/warmup.py`).
-
-    All of it under the fixed policy; else `depth.capacities`, by default (R - r + 1) / R. Token-choice is counted at
-    these shares too: they are what a perfectly balanced router gives (paper 2.2.1). With a `depth.tile`, shares are
-    those of the rounded counts of a full row.
-    """
-    steps = model.recursions
-    if depth.policy == "fixed":
-        return (1.0,) * steps
-    shares = depth.capacities or tuple((steps - r) / steps for r in range(steps))
-    return tiled(shares, model.context, depth.tile) if depth.policy in WITH_CAPACITIES else shares
 
 
 def tiled(shares: tuple[float, ...], length: int, tile: int) -> tuple[float, ...]:

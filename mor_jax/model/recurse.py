@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model.depth import DepthPolicy, RouterStats
+from mor_jax.model.depth import DepthPolicy, RouterStats, TokenInfo
 from mor_jax.model.kv import HYBRID, SHARED, looks_back, past
 from mor_jax.model.subset import put, subset, take
 from mor_jax.parallel.rows import mine, parts, whole
@@ -43,8 +43,7 @@ class Recursed(NamedTuple):
 
 def run_masked(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, causal: bool, kv: str = "", keep_extra: bool = False, depth_BxT: jax.Array | None = None,
-    draw_BxTxR: jax.Array | None = None, numbered: bool = False,
+    *, causal: bool, kv: str = "", keep_extra: bool = False, numbered: bool = False, **known: jax.Array | None,
 ) -> Recursed:  # fmt: skip
     """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
 
@@ -54,11 +53,11 @@ def run_masked(
       causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
       kv: the KV strategy.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
-      depth_BxT, draw_BxTxR: depths decided earlier, numbers drawn, see `DepthPolicy.begin`.
       numbered: tell `core` the index of the step, from 0, as `recursion`.
+      known: what else is known of the tokens: `ids_BxT`, `salt_B`, `depth_BxT` of `TokenInfo`.
     """
     counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1] * parts())[-1], jnp.int32)
-    route = policy.begin(routers, h_BxTxD, seg_BxT > 0, depth_BxT, draw_BxTxR)
+    route = policy.begin(routers, h_BxTxD, TokenInfo(seg_BxT > 0, pos_BxT, **known))
 
     def one(carry, xs):
         h, candidates, kept = carry
@@ -93,8 +92,7 @@ def run_masked(
 
 def run_gathered(
     policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, kv: str = "", profile: int | None = None, depth_BxT: jax.Array | None = None,
-    draw_BxTxR: jax.Array | None = None, numbered: bool = False,
+    *, kv: str = "", profile: int | None = None, numbered: bool = False, **known: jax.Array | None,
 ) -> Recursed:  # fmt: skip
     """Only the selected tokens through each step. Arguments as in `run_masked`.
 
@@ -108,17 +106,19 @@ def run_gathered(
     profiles = policy.profiles(h_BxTxD.shape[1] * cut)
     if len(profiles) == 1:
         profile = 0
+    info = TokenInfo(seg_BxT > 0, pos_BxT, **known)
     if profile is None:
-        depth_BxT = depths_at_once(policy, routers, h_BxTxD, seg_BxT) if depth_BxT is None else depth_BxT
+        depth_BxT = depths_at_once(policy, routers, h_BxTxD, info) if info.depth_BxT is None else info.depth_BxT
+        how = known | {"kv": kv, "numbered": numbered}
         branches = [
             lambda routers, h, depth, i=i: run_gathered(
-                policy, routers, core, h, pos_BxT, seg_BxT, kv=kv, profile=i, depth_BxT=depth, numbered=numbered
+                policy, routers, core, h, pos_BxT, seg_BxT, **how | {"profile": i, "depth_BxT": depth}
             )
             for i in range(len(profiles))
         ]
         return jax.lax.switch(fitting_profile(profiles, whole(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
-    h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, seg_BxT > 0
-    route = policy.begin(routers, h, valid, depth_BxT, draw_BxTxR)
+    h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, info.real_BxT
+    route = policy.begin(routers, h, info)
     tokens = route.tokens
     outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
     all_stats, all_active, kept, picked = [], [], None, None
@@ -158,9 +158,9 @@ def run_gathered(
     return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), stats, active_RxBxT, None)
 
 
-def depths_at_once(policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, seg_BxT: jax.Array) -> jax.Array:
+def depths_at_once(policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> jax.Array:
     """Depths [B, T] of a policy that decides before the first step."""
-    return jax.lax.stop_gradient(policy.begin(routers, h_BxTxD, seg_BxT > 0).tokens.depth_BxT)
+    return jax.lax.stop_gradient(policy.begin(routers, h_BxTxD, info).tokens.depth_BxT)
 
 
 def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array) -> jax.Array:

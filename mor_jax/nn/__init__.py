@@ -13,9 +13,21 @@ from mor_jax.nn.embed import Embedding
 from mor_jax.nn.lora import Lora
 from mor_jax.nn.norm import RMSNorm
 from mor_jax.nn.rope import rope_table
-from mor_jax.nn.router import Router
+from mor_jax.nn.router import Router, router_size
 
-__all__ = ["Attend", "Block", "Embedding", "Lora", "RMSNorm", "Router", "apply", "attention", "init", "rope_table"]
+__all__ = [
+    "Attend",
+    "Block",
+    "Embedding",
+    "Lora",
+    "RMSNorm",
+    "Router",
+    "apply",
+    "attention",
+    "init",
+    "rope_table",
+    "router_size",
+]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

@@ -15,6 +15,12 @@ from mor_jax.nn.dense import matrix
 HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4}
 
 
+def router_size(kind: str, width: int, outputs: int) -> int:
+    """Parameters of a router over states of this width."""
+    hidden = HIDDEN[kind] * width
+    return hidden * (width + outputs) if hidden else width * outputs
+
+
 class Router(nn.Module):
     """[B, T, D] -> [B, T, outputs], float32 whatever the compute dtype."""
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mor_jax.config import WITH_ROUTER
 from mor_jax.data.loader import eval_batches
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import UserError
 from mor_jax.inference.dial import calibrate, has_survey
+from mor_jax.model.depth.survey import SURVEY
 from mor_jax.train.evaluate import evaluate_at
 from mor_jax.train.load import Loaded
 from mor_jax.train.score import held_out
@@ -27,7 +27,7 @@ def surveyed(loaded: Loaded, *, rows: int = 0, batch_size: int = 8, progress: bo
     Args:
       rows: take a fresh survey from so many training rows; 0: only where the checkpoint has none.
     """
-    if loaded.lm.depth.policy not in WITH_ROUTER or (has_survey(loaded.params) and not rows):
+    if SURVEY not in loaded.params["router"] or (has_survey(loaded.params) and not rows):
         return loaded
     rows = rows or CALIBRATION_ROWS
     print(f"Surveying router scores on {rows} training rows.", file=sys.stderr)
@@ -45,7 +45,7 @@ def depth_curve(
 
     Args:
       paths, of_rows: the text, as in `train.score.score`.
-      points: settings of the dial, evenly from 1 to R recursions; a fixed-depth model has none.
+      points: settings of the dial, evenly from 1 to R recursions; a model that cannot be dialled has none.
       calibration_rows: see `surveyed`.
     Returns:
       `as_configured`, `dial` (one entry a mean depth, `asked`) and `cap` (one a `max_depth` 1..R, under the
@@ -65,7 +65,7 @@ def depth_curve(
     with jax.set_mesh(loaded.mesh):
         batches, token_bytes = held_out(loaded, paths, **of_rows)
         at = lambda **limits: evaluate_at(loaded.lm, loaded.params, batches, token_bytes, **limits)
-        depths = [] if loaded.lm.depth.policy == "fixed" else np.linspace(1, steps, points).round(6).tolist()
+        depths = np.linspace(1, steps, points).round(6).tolist() if loaded.lm.policy.dials else []
         return {
             "recursions": steps,
             "as_configured": at(),

@@ -90,7 +90,7 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
       dead_token_ratio. Bits per byte divide the loss of all predicted tokens, document ends included, by the bytes of
       the predicted text. Under the fixed policy both modes are the same computation, run once.
     """
-    routed = lm.depth.policy != "fixed"
+    routed = lm.depth.routed
     record: dict[str, Any] = {}
     topk = causal = _total(lm, params, batches, token_bytes_V, TOPK)
     if routed:

@@ -80,7 +80,7 @@ def describe(path: str | Path, step: int | None = None) -> tuple[Config, tuple[f
     config = dataclasses.replace(from_dict(meta["config"]), mesh=MeshConfig())
     run = directory.parent
     shares = RunRecord.load(run).last_eval("causal/active_share") if (run / "metrics.jsonl").exists() else None
-    routed = config.depth.policy != "fixed" and isinstance(shares, list) and len(shares) == config.model.recursions
+    routed = config.depth.routed and isinstance(shares, list) and len(shares) == config.model.recursions
     return config, tuple(shares) if routed else None
 
 

@@ -349,7 +349,6 @@ class _Run:
         self.checkpoints.wait()
         record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
         cfg = self.cfg
-        fixed = cfg.depth.policy == "fixed"
         summary = {
             "finished": True,
             "name": cfg.name,
@@ -365,7 +364,7 @@ class _Run:
                 # With a fixed depth there is nothing to measure, and a block repeated in place has no steps to share.
                 cfg.model,
                 cfg.depth,
-                mean_active=None if fixed else record["causal/active_share"],
+                mean_active=record["causal/active_share"] if cfg.depth.routed else None,
             ),
             "trigram_bits_per_byte": self._trigram(),
             "eval": record,

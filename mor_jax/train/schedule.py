@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
 from mor_jax.config import Config, OptimConfig
-from mor_jax.model.depth.expert_choice import AUXILIARY
 from mor_jax.model.depth.survey import SURVEY
 
 
@@ -34,10 +35,12 @@ def is_matrix(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", SURVEY), params)
 
 
-def optimizer(config: OptimConfig, steps: int, aux_lr: float = 1.0) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimConfig, steps: int, factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW with decay on matrices only.
 
-    `aux_lr`: factor on the learning rate of the auxiliary router (`depth.aux_lr`), if the model has one.
+    `factors`: on the learning rate of groups of parameters, by the group's name (`DepthConfig.learning_rates`).
     """
     rate = learning_rate(config, steps)
 
@@ -52,16 +55,17 @@ def optimizer(config: OptimConfig, steps: int, aux_lr: float = 1.0) -> optax.Gra
         )
 
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    if aux_lr == 1:
+    if not factors:
         return optax.chain(clip, adamw(1.0))
-    return optax.chain(clip, optax.partition({"model": adamw(1.0), AUXILIARY: adamw(aux_lr)}, _labels))
+
+    def labels(params: dict) -> dict:
+        group = lambda path: next((key.key for key in path if key.key in factors), "model")
+        return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
+
+    each = {"model": adamw(1.0)} | {name: adamw(factor) for name, factor in factors.items()}
+    return optax.chain(clip, optax.partition(each, labels))
 
 
 def optimizer_of(cfg: Config, steps: int) -> optax.GradientTransformation:
     """The optimiser of a run of `steps`."""
-    return optimizer(cfg.optim, steps, cfg.depth.aux_lr if cfg.depth.inference == "auxiliary" else 1.0)
-
-
-def _labels(params: dict) -> dict:
-    of = lambda path, _: AUXILIARY if any(key.key == AUXILIARY for key in path) else "model"
-    return jax.tree_util.tree_map_with_path(of, params)
+    return optimizer(cfg.optim, steps, cfg.depth.learning_rates())

@@ -12,17 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mor_jax.model.depth import RouterStats
-from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
-from mor_jax.model.depth.token_choice import load_shares
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import cross_entropy_sum, next_token_targets
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under random routing also salt: [B] uint32
+Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under a policy that draws also salt: [B] uint32
+
+AUXILIARY_LOSSES = ("router_loss", "router_z_loss")  # metrics of every run, 0 under a policy that has none
 
 
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -65,7 +64,7 @@ def loss_fn(
         params, tokens, seg, targets, weights, depth, entered, salt
     )
     lm_loss = nll / target_count
-    zero = {"router_loss": jnp.zeros(()), "router_z_loss": jnp.zeros(())}
+    zero = {name: jnp.zeros(()) for name in AUXILIARY_LOSSES}
     auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
     loss = lm_loss + sum(w * auxiliary[name] for name, w in weight.items())
     aux = {
@@ -101,7 +100,7 @@ def _grad_by_profile(
     """
     tokens, seg = batch["tokens"], batch["segment_ids"]
     x, pull = jax.vjp(lambda p: lm.enter(p, tokens, seg), params)
-    profile, depth_BxT = lm.route(params, x, seg)
+    profile, depth_BxT = lm.route(params, x, tokens, seg, batch.get("salt"))
 
     def rest(profile: int) -> Callable:
         def loss(p, x, depth_BxT):
@@ -130,34 +129,6 @@ def gradients(
     return jax.lax.scan(add, zeros, micro)[0]
 
 
-def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
-    """Readable per-step numbers from sums; keys `router/<r>/...`, r from 1. `histogram` is a list of shares, the others
-    are single numbers."""
-    n = jnp.maximum(stats.candidates, 1.0)
-    mean = stats.score / n
-    columns = {
-        "sampling_accuracy": stats.agree / n,
-        "selected": stats.selected / n[0],
-        "score_mean": mean,
-        "score_std": jnp.sqrt(jnp.maximum(stats.score_sq / n - jnp.square(mean), 0.0)),
-    }
-    if stats.above is not None:
-        columns["histogram"] = histogram(stats.above)
-    return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
-
-
-def balance_metrics(stats: RouterStats) -> dict[str, jax.Array]:
-    """How evenly the depths are used: MaxVio = max load / mean load - 1, entropy of the mean scores in nats (at most
-    ln R), and each depth's load (paper, table 14)."""
-    load, mean = load_shares(stats), stats.score / jnp.maximum(stats.candidates, 1.0)
-    p = mean / jnp.maximum(jnp.sum(mean), 1e-9)
-    return {
-        "router/max_vio": jnp.max(load) * load.shape[0] - 1.0,
-        "router/entropy": -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-9))),
-        **{f"router/{r + 1}/load": load[r] for r in range(load.shape[0])},
-    }
-
-
 def _learned(params: dict) -> dict:
     """Without the survey of the router's scores, which is no weight."""
     if SURVEY not in params.get("router", {}):
@@ -178,7 +149,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None):
-        if lm.depth.policy == "random":  # of each row of each step its own draw, whatever the accumulation and the mesh
+        if lm.policy.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
             rows = batch["tokens"].shape[0]
             salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
             batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
@@ -191,26 +162,18 @@ def make_train_step(
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")
-        if lm.depth.policy != "fixed":
-            params = params | {"router": lm.policy.rebalance(params["router"], router)}
+        params = params | {"router": lm.policy.rebalance(params["router"], router)}
         new = TrainState(state.step + 1, params, opt_state)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics = {
-            **{k: aux[k] for k in ("loss", "lm_loss", "router_loss", "router_z_loss")},
+            **{k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
             "update_norm": update_norm,
             "param_norm": optax.tree.norm(_learned(new.params)),
         }
-        if lm.depth.policy != "fixed":
-            metrics |= router_metrics(router)
-        if lm.depth.inference == "auxiliary":
-            shared = router.overlap / jnp.maximum(router.selected, 1.0)
-            metrics |= {f"router/{r + 1}/overlap": shared[r] for r in range(lm.program.recursions)}
-        if lm.depth.policy == "token_choice":
-            metrics |= balance_metrics(router)
-        return new, metrics
+        return new, metrics | lm.policy.metrics(router)
 
     return train_step
 

@@ -27,7 +27,7 @@ from mor_jax.analysis import sweep as results
 from mor_jax.analysis.canvas import save_png
 from mor_jax.analysis.runs import RunRecord, number
 from mor_jax.analysis.sweep import Outcome, Point, Sweep
-from mor_jax.config import Config, from_config_dict, from_dict
+from mor_jax.config import Config, from_config_dict, from_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.train.faults import TrainingError
 from mor_jax.train.loop import train
@@ -67,9 +67,12 @@ def jobs(sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int 
         for point in sweep.points:
             raw = _plain(sweep.base)
             seeds = {"train.seed": seed, "data.seed": seed}
-            for key, value in ({"name": point.name} | dict(point.fields) | dict(fields or {}) | seeds).items():
+            given = dict(point.fields) | dict(fields or {})
+            for key, value in ({"name": point.name} | given | seeds).items():
                 _set(raw, key, value, point.name)
             try:
+                if "depth.policy" in given:  # what the base set for another policy is left behind
+                    raw["depth"] = switched(raw["depth"], [key.removeprefix("depth.") for key in given])
                 found.append(Job(point, seed, from_config_dict(raw, devices=devices)))
             except ConfigError as e:
                 raise ConfigError(f"point {point.name!r} of the sweep: {e}") from e

@@ -74,10 +74,10 @@ def test_unresolved_vocabulary_is_named():
 
 
 def test_capacities_default_to_a_staircase():
-    assert accounting.capacities(paper_model("360M", 4, 34), ROUTED) == (1.0, 0.75, 0.5, 0.25)
-    assert accounting.capacities(paper_model("360M", 4, 34), FIXED) == (1.0,) * 4
+    assert ROUTED.shares(paper_model("360M", 4, 34)) == (1.0, 0.75, 0.5, 0.25)
+    assert FIXED.shares(paper_model("360M", 4, 34)) == (1.0,) * 4
     mine = DepthConfig(policy="expert_choice", capacities=(1.0, 0.5, 0.1))
-    assert accounting.capacities(paper_model("360M", 3), mine) == (1.0, 0.5, 0.1)
+    assert mine.shares(paper_model("360M", 3)) == (1.0, 0.5, 0.1)
     assert accounting.active_counts(paper_model("360M", 3), ROUTED) == (2048, 1365, 682)
 
 

@@ -15,7 +15,7 @@ from mor_jax.analysis.drawing import draw_program, draw_shares, draw_unrolled
 from mor_jax.analysis.inspection import inspect_config, inspection_tables, with_vocabulary
 from mor_jax.analysis.memory import BEGINS, CORE, row_sizes, saved_bytes, training_memory
 from mor_jax.analysis.traffic import decode_traffic, kv_by_depth
-from mor_jax.config import KV_OF_POLICY, Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, from_config_dict
+from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, depth_policies, from_config_dict
 from mor_jax.errors import ConfigError
 from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.lm import LM
@@ -115,7 +115,7 @@ def test_a_block_repeated_in_place_keeps_a_cache_for_each_repetition():
     assert sum(p.bytes_per_token for p in parts) == accounting.kv_bytes_per_token(model, FIXED)
 
 
-@pytest.mark.parametrize(("policy", "kv"), [(p, kv) for p, fits in KV_OF_POLICY.items() for kv in fits])
+@pytest.mark.parametrize(("policy", "kv"), [(p, kv) for p, cls in depth_policies().items() for kv in cls.kv_strategies])
 def test_every_strategy_keeps_what_the_accounting_says_and_the_mean_token_reads_no_more(policy, kv):
     model = ModelConfig(**CYCLE3, vocab_size=64)
     depth = DepthConfig(policy=policy, kv=kv)

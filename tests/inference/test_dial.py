@@ -16,7 +16,7 @@ from mor_jax.errors import UserError
 from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.dial import calibrate, depth_control, has_survey
 from mor_jax.inference.generate import Generation
-from mor_jax.model.depth import DepthControl, ExpertChoice, TokenChoice, survey
+from mor_jax.model.depth import DepthControl, ExpertChoice, TokenChoice, TokenInfo, survey
 from mor_jax.model.depth.base import shares_at
 from mor_jax.model.depth.token_choice import pull_deeper
 from mor_jax.train.schedule import optimizer
@@ -278,16 +278,17 @@ def decided(spread=25.0):
 def test_a_decided_router_is_dialled_token_by_token(mean):
     routers, h = decided()
     dial = jnp.broadcast_to(jnp.asarray(TOKEN.dial(np.asarray(routers["survey"]), mean, 0, R)), (4, R))
-    depth = TOKEN.depths(routers, h, dial)
+    info = TokenInfo(jnp.ones(h.shape[:2], bool), jnp.zeros(h.shape[:2], jnp.int32))
+    depth = TOKEN.depths(routers, h, info, dial)
     assert float(depth.mean()) == pytest.approx(mean, rel=0.02)
-    route = TOKEN.begin(routers, h, jnp.ones(h.shape[:2], bool), depth)
+    route = TOKEN.begin(routers, h, info._replace(depth_BxT=depth))
     bounds = jnp.full((4,), 0), jnp.full((4,), R)
-    gate = TOKEN.regated(routers, route.tokens, dial, *bounds).gate_BxT
+    gate = TOKEN.recompute_gates(routers, route.tokens, dial, *bounds).gate_BxT
     assert float(gate.min()) >= 0.5 / 3 - 1e-6  # alpha times the largest of three: nobody comes back as it went in
-    same = TOKEN.regated(routers, route.tokens, jnp.full((4, R), jnp.nan), *bounds).gate_BxT
+    same = TOKEN.recompute_gates(routers, route.tokens, jnp.full((4, R), jnp.nan), *bounds).gate_BxT
     np.testing.assert_array_equal(same, route.tokens.gate_BxT)  # without a dial, the score the router gave
     # And training under the dial goes where the dial goes.
-    varied = dataclasses.replace(TOKEN, mean_depth=mean).begin(routers, h, jnp.ones(h.shape[:2], bool)).tokens
+    varied = dataclasses.replace(TOKEN, mean_depth=mean).begin(routers, h, info).tokens
     np.testing.assert_array_equal(varied.depth_BxT, depth)
     np.testing.assert_allclose(varied.gate_BxT, gate, atol=1e-6)
 
@@ -295,8 +296,11 @@ def test_a_decided_router_is_dialled_token_by_token(mean):
 def test_a_cap_leaves_the_gate_to_the_depths_that_are_left():
     routers, h = decided(1.0)
     depth = jnp.minimum(TOKEN.depths(routers, h), 2)
-    tokens = TOKEN.begin(routers, h, jnp.ones(h.shape[:2], bool), depth).tokens
-    gate = TOKEN.regated(routers, tokens, jnp.full((4, R), jnp.nan), jnp.full((4,), 0), jnp.full((4,), 2)).gate_BxT
+    info = TokenInfo(jnp.ones(h.shape[:2], bool), jnp.zeros(h.shape[:2], jnp.int32), depth_BxT=depth)
+    tokens = TOKEN.begin(routers, h, info).tokens
+    gate = TOKEN.recompute_gates(
+        routers, tokens, jnp.full((4, R), jnp.nan), jnp.full((4,), 0), jnp.full((4,), 2)
+    ).gate_BxT
     score = jax.nn.softmax(h[..., :2])
     np.testing.assert_allclose(gate, TOKEN.alpha * jnp.take_along_axis(score, depth[..., None] - 1, axis=-1)[..., 0],
                                atol=1e-6)  # fmt: skip

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import random_params
 
-from mor_jax.config import KV_OF_POLICY, DepthConfig, ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig, depth_policies
 from mor_jax.model.lm import LM
 from mor_jax.train.step import gradients, loss_fn, loss_scales
 
@@ -22,7 +22,7 @@ TOLERANCE = 1e-5  # float32, relative to the largest entry: sums in another orde
 @st.composite
 def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     recursions = recursions or draw(st.integers(1, 4))
-    kv = draw(st.sampled_from(KV_OF_POLICY[policy])) if kv is None else kv
+    kv = draw(st.sampled_from(depth_policies()[policy].kv_strategies)) if kv is None else kv
     core = draw(st.integers(1, 2)) if recursions < 3 else 1  # compiling is most of the time
     heads, kv_heads = draw(st.sampled_from([(2, 2), (4, 2), (4, 1), (6, 3)]))
     sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))

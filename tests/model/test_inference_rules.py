@@ -41,7 +41,7 @@ def taught():
 
     def loss(params):
         routers, stats, active = params["router"], [], real
-        steps = policy.begin(routers, h_BxTxD, real).steps
+        steps = policy.steps(routers)
         for r, k in enumerate(policy.profiles(T)[0]):
             step = jax.tree.map(lambda leaf, r=r: leaf[r], steps)
             scores, before = policy.score(step, h_BxTxD), active
@@ -77,7 +77,7 @@ def test_the_auxiliary_loss_teaches_the_auxiliary_router_alone():
     grads = seen[0][2]["router"]
     assert not np.any(grads["kernel"]) and np.abs(np.asarray(grads["auxiliary"]["kernel"])).max() > 0
     h_BxTxD, real = jax.random.normal(jax.random.key(1), (2, 8, 16)), jnp.ones((2, 8), bool)
-    step = jax.tree.map(lambda leaf: leaf[1], lm.policy.begin(random_params(lm)["router"], h_BxTxD, real).steps)
+    step = jax.tree.map(lambda leaf: leaf[1], lm.policy.steps(random_params(lm)["router"]))
 
     def aux(h):
         scores = lm.policy.score(step, h)

@@ -9,7 +9,6 @@ import pytest
 from small import random_params, small_lm
 
 from mor_jax.model.depth import RouterStats, TokenChoice
-from mor_jax.model.depth.base import zeros_stats
 from mor_jax.model.depth.token_choice import load_shares
 
 R, D = 3, 8
@@ -63,7 +62,8 @@ def test_gate_and_choice_are_the_ones_written_down(gate, score, bias_rate):
 def stats(depth_counts, mean_scores) -> RouterStats:
     n = float(sum(depth_counts))
     ran = np.cumsum(np.asarray(depth_counts, np.float32)[::-1])[::-1]
-    return zeros_stats(R)._replace(
+    zeros = RouterStats(*(jnp.zeros((R,), jnp.float32),) * 8)
+    return zeros._replace(
         candidates=jnp.full((R,), n), selected=jnp.asarray(ran), score=jnp.asarray(mean_scores, jnp.float32) * n
     )
 

@@ -17,29 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from mor_jax.errors import UserError
-from mor_jax.model.depth import survey
-from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.lm import LM
-from mor_jax.model.program import capacities
 
 
 def shares(lm: LM, params: Any) -> tuple[float, ...]:
     """Share of tokens expected to run step r = 1..R: by the survey of a trained router under the causal rule, else by
     the capacities of training."""
-    steps = lm.program.recursions
-    if lm.depth.policy == "fixed":
-        return (1.0,) * steps
-    try:
-        reach = survey.reach(np.asarray(params["router"].get(SURVEY, ())))
-    except UserError:
-        return capacities(lm.model, lm.depth)
-    probes = survey.PROBES_G[1:]
-    at_once = lm.depth.policy == "token_choice"
-    cut = 0.0 if at_once else math.log(lm.depth.threshold / (1 - lm.depth.threshold))
-    found = np.clip([np.interp(cut, probes, row) for row in reach], 0, 1)
-    # At once, a step's row is about all tokens; step by step, about those that came as far.
-    return tuple((np.minimum.accumulate(found) if at_once else np.cumprod(found)).tolist())
+    return lm.policy.expected_shares(params["router"])
 
 
 def depth_distribution(shares_R: Sequence[float]) -> np.ndarray:

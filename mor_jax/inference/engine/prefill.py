@@ -21,7 +21,7 @@ from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Log, View
 from mor_jax.inference.engine.state import Shape, State
 from mor_jax.inference.engine.tick import newest_tag
-from mor_jax.model.depth import Controlled, DepthControl
+from mor_jax.model.depth import Controlled, DepthControl, TokenInfo
 from mor_jax.model.kv import HYBRID, SHARED, looks_back
 from mor_jax.model.lm import LM
 
@@ -68,8 +68,8 @@ def prefill_states(
     x = layers.embed(lm, weights, tokens_C)
     x, prelude = layers.blocks(lm, weights.prelude, x, rope, [read(log) for log in state.prelude])
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
-    draws = lm.draws(tokens_C[None], pos_C[None])
-    x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, draws, rope, real_C)
+    info = TokenInfo(real_C[None], pos_C[None], tokens_C[None])
+    x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, info, rope)
     x, coda = layers.blocks(lm, weights.coda, x, rope, [read(log) for log in state.coda])
 
     depth_C = jnp.sum(active_RxC, axis=0, dtype=jnp.int32)
@@ -122,14 +122,14 @@ class _Step(NamedTuple):
 
 def _recurse(
     lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, control: DepthControl, x_CxD: jax.Array,
-    draw_1xCxR: jax.Array | None, rope: Any, real_C: jax.Array,
+    info_1xC: TokenInfo, rope: Any,
 ) -> tuple[jax.Array, jax.Array, list]:  # fmt: skip
     """(states after the recursion, active_RxC, keys and values of every step: [R, C, K, H] a block application; under
     shared keys those of step 1 alone)."""
     chunk, kv, recursions = x_CxD.shape[0], lm.depth.kv_name, lm.program.recursions
     policy = Controlled(lm.policy, control)
-    route = policy.begin(weights.router, x_CxD[None], real_C[None], draw_BxTxR=draw_1xCxR)
-    sizes = row_sizes(chunk, lm.depth.policy != "fixed")
+    route, real_C = policy.begin(weights.router, x_CxD[None], info_1xC), info_1xC.real_BxT[0]
+    sizes = row_sizes(chunk, lm.depth.routed)
     core = tuple(logs.of_lane(log, lane) for log in state.core)
     tags = [t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)]
 

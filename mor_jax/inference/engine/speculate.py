@@ -34,7 +34,7 @@ from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
 from mor_jax.inference.engine.spans import append_spans, attend_spans, tag_spans
 from mor_jax.inference.engine.state import NONE, Shape, State
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, newest_tag
-from mor_jax.model.depth import Controlled
+from mor_jax.model.depth import Controlled, TokenInfo
 from mor_jax.model.kv import HYBRID, SHARED, looks_back
 from mor_jax.model.lm import LM
 
@@ -106,9 +106,7 @@ def _verify(
 
     x = layers.embed(lm, weights, tokens_NxT.reshape(-1))
     x, prelude = layers.blocks(lm, weights.prelude, x, rope, [reader(log) for log in state.prelude])
-    x, active_RxNxT, made = _recurse(
-        lm, shape, weights, state, in_lanes(x), lm.draws(tokens_NxT, pos_NxT), rope, here_N
-    )
+    x, active_RxNxT, made = _recurse(lm, shape, weights, state, in_lanes(x), tokens_NxT, pos_NxT, rope, here_N)
     x, coda = layers.blocks(lm, weights.coda, flat(x), rope, [reader(log) for log in state.coda])
     logits_NxTxV = in_lanes(layers.logits(lm, weights, x))
 
@@ -228,7 +226,8 @@ def _recurse(
     weights: Weights,
     state: State,
     x_NxTxD: jax.Array,
-    draw_NxTxR: jax.Array | None,
+    tokens_NxT: jax.Array,
+    pos_NxT: jax.Array,
     rope: Any,
     here_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:
@@ -241,7 +240,7 @@ def _recurse(
     in_lanes, flat = _folds(lanes, span)
     none = jnp.zeros((lanes, span, *lm.model.dims[1:]), x_NxTxD.dtype)
     policy = Controlled(lm.policy, state.control)
-    route = policy.begin(weights.router, x_NxTxD, real_NxT, draw_BxTxR=draw_NxTxR)
+    route = policy.begin(weights.router, x_NxTxD, TokenInfo(real_NxT, pos_NxT, tokens_NxT))
 
     def one(carry: _Step, xs: Any, first: bool = False):
         r, step = xs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mor_jax.inference.engine.logs import Layout, Log, empty_log, empty_tags, layout
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows, empty_rows
-from mor_jax.model.depth import DepthControl
+from mor_jax.model.depth import DepthControl, TokenInfo
 from mor_jax.model.lm import LM
 
 NONE = -1  # no token
@@ -83,8 +83,8 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
     control = DepthControl.neutral(lanes, p.recursions)
 
     def first(routers: Any, h_NxD: jax.Array) -> tuple[jax.Array, Any]:
-        draws = lm.draws(zeros[:, None], zeros[:, None])
-        route = lm.policy.begin(routers, h_NxD[:, None], jnp.ones((lanes, 1), bool), draw_BxTxR=draws)
+        info = TokenInfo(jnp.ones((lanes, 1), bool), zeros[:, None], zeros[:, None])
+        route = lm.policy.begin(routers, h_NxD[:, None], info)
         z = lm.policy.score(jax.tree.map(lambda leaf: leaf[0], route.steps), h_NxD[:, None])
         return z[:, 0], route.tokens
 

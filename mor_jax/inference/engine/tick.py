@@ -23,7 +23,7 @@ from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log, View
 from mor_jax.inference.engine.rows import DrawConfig, waiting
 from mor_jax.inference.engine.state import NONE, Flight, Shape, State
-from mor_jax.model.depth import Controlled, Route
+from mor_jax.model.depth import Controlled, TokenInfo
 from mor_jax.model.kv import HYBRID, SHARED, looks_back
 from mor_jax.model.lm import LM
 
@@ -68,17 +68,10 @@ def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, sta
 # ------------------------------------------------------------------------------------- routing
 
 
-def _begin(
-    lm: LM, weights: Weights, state: State, h_NxD: jax.Array, draw_Nx1xR: jax.Array | None
-) -> tuple[Controlled, Route]:
-    policy, everyone = Controlled(lm.policy, state.control), jnp.ones((h_NxD.shape[0], 1), bool)
-    return policy, policy.begin(weights.router, h_NxD[:, None], everyone, draw_BxTxR=draw_Nx1xR)
-
-
-def _each_step(lm: LM, route: Route, of_step: Any) -> list:
+def _each_step(lm: LM, steps: Any, of_step: Any) -> list:
     """`of_step(step)` for r = 1..R. What a policy does at a step is so little that every lane takes the part of its
     own step from the results of all."""
-    return [of_step(jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)) for r in range(lm.program.recursions)]
+    return [of_step(jax.tree.map(lambda leaf, r=r: leaf[r], steps)) for r in range(lm.program.recursions)]
 
 
 def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
@@ -90,13 +83,13 @@ def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
 
 
 def _next_step(
-    lm: LM, policy: Controlled, route: Route, carried: Any, h_NxD: jax.Array, depth_N: jax.Array
+    lm: LM, policy: Controlled, steps: Any, carried: Any, h_NxD: jax.Array, depth_N: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(whether the token runs the step after `depth_N`, its scores there)."""
     everyone = jnp.ones((h_NxD.shape[0], 1), bool)
-    z = _each_step(lm, route, lambda step: policy.score(step, h_NxD[:, None]))
+    z = _each_step(lm, steps, lambda step: policy.score(step, h_NxD[:, None]))
     z_Nx1 = _own(z, depth_N)
-    wants = _each_step(lm, route, lambda step: policy.select(step, z_Nx1, everyone, carried, None))
+    wants = _each_step(lm, steps, lambda step: policy.select(step, z_Nx1, everyone, carried, None))
     return _own(wants, depth_N)[:, 0] & (depth_N < lm.program.recursions), z_Nx1[:, 0]
 
 
@@ -141,13 +134,13 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     rope = layers.rope_of(lm, state.tokens_N)
     y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
 
-    # Under random routing what a token carries is its draws; of all others only the steps are read here.
-    policy, route = _begin(lm, weights, state, f.h_NxD, f.route)
+    policy = Controlled(lm.policy, state.control)
+    steps = policy.steps(weights.router)
     changes_N = runs_N & f.active_N
     combine = lambda step: policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
-    h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, route, combine), step_N), f.h_NxD)
+    h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, steps, combine), step_N), f.h_NxD)
     depth_N = f.depth_N + changes_N
-    goes_on_N, z_N = _next_step(lm, policy, route, f.route, h_NxD, depth_N)
+    goes_on_N, z_N = _next_step(lm, policy, steps, f.route, h_NxD, depth_N)
     goes_on_N &= changes_N  # who stopped does not come back
     flight = f._replace(
         h_NxD=h_NxD,
@@ -215,8 +208,10 @@ def boundary(
         return tuple(prelude), x
 
     prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
-    policy, route = _begin(lm, weights, state, x_NxD, lm.draws(token_N[:, None], tokens_N[:, None]))
-    active_N, z_N = _next_step(lm, policy, route, route.tokens, x_NxD, none_N)
+    policy = Controlled(lm.policy, state.control)
+    info = TokenInfo(jnp.ones((shape.lanes, 1), bool), tokens_N[:, None], token_N[:, None])
+    route = policy.begin(weights.router, x_NxD[:, None], info)
+    active_N, z_N = _next_step(lm, policy, route.steps, route.tokens, x_NxD, none_N)
     going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
     new = Flight(enters_N, x_NxD, none_N, going_N, active_N, z_N, route.tokens)
     flight = jax.tree.map(functools.partial(_where, enters_N), new, f._replace(here_N=f.here_N & ~exits_N))

@@ -1,57 +1,45 @@
-"""Depth policies, one a file; `build_policy` turns a configuration into one."""
+"""Depth policies, one a file; every file of this package is imported with it, so a policy is known by being here.
+
+`build_policy` turns a configuration into a policy; `mor_jax.config.depth_policies` lists them by name. How to add one
+is in CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from mor_jax.config import DepthConfig, ModelConfig
-from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
+from mor_jax.model.depth.base import AtOnce, Counts, DepthPolicy, PolicyConfig, Route, RouterStats, TokenInfo
 from mor_jax.model.depth.control import Controlled, DepthControl
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed
 from mor_jax.model.depth.random_choice import RandomChoice
 from mor_jax.model.depth.token_choice import TokenChoice
-from mor_jax.model.depth.vary import mean_depth
-from mor_jax.model.depth.warmup import is_warm, shares_in, stage_count
-from mor_jax.model.program import build_program
 
 __all__ = [
-    "Controlled", "DepthControl", "DepthPolicy", "ExpertChoice", "Fixed", "RandomChoice", "Route", "RouterStats",
-    "TokenChoice", "build_policy",
-]  # fmt: skip
+    "AtOnce",
+    "Controlled",
+    "Counts",
+    "DepthControl",
+    "DepthPolicy",
+    "ExpertChoice",
+    "Fixed",
+    "PolicyConfig",
+    "RandomChoice",
+    "Route",
+    "RouterStats",
+    "TokenChoice",
+    "TokenInfo",
+    "build_policy",
+]
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 
 def build_policy(model: ModelConfig, depth: DepthConfig, stage: int | None = None) -> DepthPolicy:
     """The policy of a checked configuration, in this stage of training (`LM.stage`)."""
-    if depth.policy == "fixed":
-        return Fixed(build_program(model).recursions)
-    shares, varied = shares_in(model, depth, stage), stage is not None and is_warm(depth, stage)
-    if depth.policy == "random":
-        return RandomChoice(model.recursions, shares, depth.gate_scale, depth.gate_name, depth.seed)
-    shared = dict(
-        recursions=model.recursions,
-        width=model.width,
-        alpha=depth.gate_scale,
-        init_std=model.init_std,
-        score_name=depth.score_name,
-        gate=depth.gate_name,
-        router=depth.router,
-        temperature=depth.temperature,
-        z_loss_weight=depth.z_loss_weight,
-    )
-    if depth.policy == "token_choice":
-        return TokenChoice(
-            **shared,
-            balance_loss_weight=depth.balance_loss_weight,
-            bias_rate=depth.bias_rate,
-            buckets=depth.buckets,
-            tile=depth.tile,
-            all_deep=not is_warm(depth, stage),
-            mean_depth=mean_depth(model, depth, stage - stage_count(depth)) if varied else 0.0,
-        )
-    return ExpertChoice(
-        **shared,
-        capacities=shares,
-        threshold=depth.threshold,
-        aux_loss_weight=depth.aux_loss_weight,
-        inference=depth.inference,
-        surveyed=not varied,
-    )
+    if not isinstance(depth, PolicyConfig):
+        raise TypeError(f"{type(depth).__name__} must derive from PolicyConfig to be built")
+    return depth.build(model, stage)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats
+from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats, TokenInfo
 
 
 class DepthControl(NamedTuple):
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Controlled:
+class Controlled(DepthPolicy):
     """`policy` under `control`, for causal inference. Not hashable: it lives within one trace."""
 
     policy: DepthPolicy
@@ -59,24 +59,26 @@ class Controlled:
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return self.policy.profiles(length)
 
-    def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
-        draw_BxTxR: jax.Array | None = None,
-    ) -> Route:  # fmt: skip
-        c = self.control
+    def steps(self, routers: dict) -> Step:
+        return Step(self.policy.steps(routers), jnp.arange(self.recursions), self.control.dial_BxR.T)
+
+    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+        c, depth_BxT = self.control, info.depth_BxT
         if depth_BxT is None:
-            depth_BxT = self.policy.depths(routers, h_BxTxD, c.dial_BxR)
+            depth_BxT = self.policy.depths(routers, h_BxTxD, info, c.dial_BxR)
         if depth_BxT is not None:  # clipped here and not in `select`: the exit step has a part of its own to play
             depth_BxT = jnp.clip(depth_BxT, c.floor_B[:, None], c.cap_B[:, None])
-        route = self.policy.begin(routers, h_BxTxD, real_BxT, depth_BxT, draw_BxTxR)
+        route = self.policy.begin(routers, h_BxTxD, info._replace(depth_BxT=depth_BxT))
         if depth_BxT is not None:
-            route = route._replace(tokens=self.policy.regated(routers, route.tokens, *c))
+            route = route._replace(tokens=self.policy.recompute_gates(routers, route.tokens, *c))
         return route._replace(steps=Step(route.steps, jnp.arange(self.recursions), c.dial_BxR.T))
 
     def score(self, step: Step, h_BxTxD: jax.Array) -> jax.Array:
         return self.policy.score(step.own, h_BxTxD)
 
-    def select(self, step: Step, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any) -> jax.Array:
+    def select(
+        self, step: Step, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+    ) -> jax.Array:
         if k is not None:
             raise ValueError("a depth control is for causal inference; top-k selection fills its capacities")
         wants = self.policy.select(step.own, z_BxT, candidates_BxT, tokens, None, step.dial_B[:, None])

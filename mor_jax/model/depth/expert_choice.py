@@ -14,20 +14,36 @@ the share it kept in training. The survey is of the scores that decide.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mor_jax import nn
+from mor_jax.config import ModelConfig
+from mor_jax.config.refusals import not_negative, one_of, positive
+from mor_jax.errors import ConfigError, UserError
 from mor_jax.model.depth import survey
-from mor_jax.model.depth.base import Route, RouterStats, in_range, kept_of, settled, shares_at, top_k
+from mor_jax.model.depth.base import (
+    DepthPolicy,
+    RouterStats,
+    check_reachable,
+    kept_of,
+    rounded_scores,
+    shares_at,
+    top_k,
+)
+from mor_jax.model.depth.fields import Routed, WithCapacities
 from mor_jax.model.depth.survey import SURVEY
+from mor_jax.model.depth.warmup import is_warm, shares_in
 from mor_jax.model.program import active_counts
 from mor_jax.parallel.rows import mine, whole
 
+INFERENCE = ("threshold", "auxiliary", "calibrated")
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
 AUXILIARY = "auxiliary"  # name of the second router among the parameters
 THRESHOLDS = "thresholds"
@@ -35,9 +51,70 @@ THRESHOLDS = "thresholds"
 
 
 @dataclass(frozen=True)
-class ExpertChoice:
-    """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r = 1..R, non-increasing. `score`: sigmoid | tanh | none. `gate`:
-    multiplicative, H + alpha * score * y, or additive, H + y (the score only ranks)."""
+class ExpertChoiceConfig(Routed, WithCapacities):
+    """Each recursion step picks its top-k tokens."""
+
+    policy: str = "expert_choice"
+    aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
+    threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
+    # What causal inference goes by: threshold (the router's own score, taught by the BCE) | auxiliary (a second router
+    # on the detached state, taught by the BCE in place of the first; same threshold) | calibrated (the router's score,
+    # against the thresholds that its survey finds for `capacities`)
+    inference: str = "threshold"
+    aux_lr: float = 10.0  # auxiliary: learning rate of the second router, over the model's
+
+    scores: ClassVar[tuple[str, ...]] = ("sigmoid", "tanh", "none")
+    gates: ClassVar[tuple[str, ...]] = ("multiplicative", "additive")
+    does: ClassVar[str] = "picks the tokens of a step row by row"
+
+    @classmethod
+    def why_not(cls, field: str) -> str:
+        balance = "needs no balance: under policy 'expert_choice' capacities do that"
+        return balance if field in ("bias_rate", "balance_loss_weight") else cls.does
+
+    def check(self, model: ModelConfig) -> None:
+        where = "config.depth"
+        one_of(f"{where}.inference", self.inference, INFERENCE)
+        not_negative(where, aux_loss_weight=self.aux_loss_weight)
+        positive(where, aux_lr=self.aux_lr)
+        if self.inference == "auxiliary" and not self.aux_loss_weight:
+            raise ConfigError(
+                f"{where}.inference = 'auxiliary' goes by a router that only the auxiliary loss teaches, but "
+                f"{where}.aux_loss_weight = 0. Set it, or use inference = 'calibrated'."
+            )
+        if not 0 < self.threshold < 1:
+            raise ConfigError(
+                f"{where}.threshold must be between 0 and 1 (it is compared with a sigmoid), got {self.threshold}."
+            )
+        super().check(model)
+
+    def learning_rates(self) -> dict[str, float]:
+        return {AUXILIARY: self.aux_lr} if self.inference == "auxiliary" else {}
+
+    def build(self, model: ModelConfig, stage: int | None = None) -> ExpertChoice:
+        return ExpertChoice(
+            recursions=model.recursions,
+            width=model.width,
+            capacities=shares_in(model, self, stage),
+            alpha=self.gate_scale,
+            threshold=self.threshold,
+            init_std=model.init_std,
+            score_name=self.score_name,
+            gate=self.gate_name,
+            router=self.router,
+            temperature=self.temperature,
+            aux_loss_weight=self.aux_loss_weight,
+            z_loss_weight=self.z_loss_weight,
+            inference=self.inference,
+            surveyed=stage is None or not is_warm(self, stage),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertChoice(DepthPolicy):
+    """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r = 1..R, non-increasing.
+    `score`: sigmoid | tanh | none. `gate`: multiplicative, H + alpha * score * y, or additive, H + y (the score only
+    ranks)."""
 
     recursions: int
     width: int
@@ -53,6 +130,8 @@ class ExpertChoice:
     z_loss_weight: float = 0.0
     inference: str = "threshold"
     surveyed: bool = True  # whether a training step's scores enter the survey
+
+    dials: ClassVar[bool] = True
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, 1, self.init_std)
@@ -80,18 +159,11 @@ class ExpertChoice:
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
 
-    def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
-        draw_BxTxR: jax.Array | None = None,
-    ) -> Route:  # fmt: skip
+    def steps(self, routers: dict) -> dict:
         steps = {name: leaf for name, leaf in routers.items() if name != SURVEY}
         if self.inference == "calibrated":
-            kept_R = kept_of(np.asarray(self.capacities, np.float64))
-            steps[THRESHOLDS] = survey.thresholds(routers[SURVEY], kept_R)
-        return Route(steps, ())
-
-    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
-        return None
+            steps[THRESHOLDS] = survey.thresholds(routers[SURVEY], self.candidates_kept())
+        return steps
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """[B, T]; with an auxiliary router [B, T, 2], its own score second."""
@@ -113,7 +185,7 @@ class ExpertChoice:
         self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
     ) -> jax.Array:
         if k is not None:
-            return top_k(settled(self._own(z_BxT), candidates_BxT), candidates_BxT, k)
+            return top_k(rounded_scores(self._own(z_BxT), candidates_BxT), candidates_BxT, k)
         z = self._deciding(z_BxT)
         on = jax.nn.sigmoid(z) >= self.threshold
         if self.inference == "calibrated":
@@ -152,6 +224,33 @@ class ExpertChoice:
         kept = (length, *active_counts(self.capacities, length)[:-1])
         return jnp.stack([jnp.sum(jnp.minimum(real_B, k)) for k in kept]).astype(jnp.float32)
 
+    def metrics(self, stats: RouterStats) -> dict[str, jax.Array]:
+        found = super().metrics(stats)
+        if self.inference == "auxiliary":
+            shared = stats.overlap / jnp.maximum(stats.selected, 1.0)
+            found |= {f"router/{r + 1}/overlap": shared[r] for r in range(self.recursions)}
+        return found
+
+    def shares(self) -> tuple[float, ...]:
+        return self.capacities
+
+    def expected_shares(self, routers: dict) -> tuple[float, ...]:
+        try:
+            reach = survey.reach(np.asarray(routers.get(SURVEY, ())))
+        except UserError:
+            return self.capacities
+        cut = math.log(self.threshold / (1 - self.threshold))
+        # A step's row of the survey is about the tokens that came as far.
+        return tuple(np.cumprod(survey.share_above(reach, cut)).tolist())
+
+    def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
+        """The router of recursion r reads only the survivors of r - 1, and an auxiliary one what the first reads."""
+        of_a_token = 2 * nn.router_size(self.router, self.width, 1) * (2 if self.inference == "auxiliary" else 1)
+        return of_a_token * (length + sum(ran_R[:-1]))
+
+    def candidates_kept(self) -> np.ndarray:
+        return kept_of(np.asarray(self.capacities, np.float64))
+
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
         """BCE and z^2, means over candidates, summed over the recursion steps (released code)."""
         return {"router_loss": jnp.sum(stats.aux / totals_R), "router_z_loss": jnp.sum(stats.z_sq / totals_R)}
@@ -163,7 +262,7 @@ class ExpertChoice:
         return survey.continued(routers, stats.above) if self.surveyed else routers
 
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
-        in_range(mean_depth, floor, cap)
+        check_reachable(mean_depth, floor, cap)
         share = shares_at(self.capacities, mean_depth, floor, cap)
         kept = kept_of(share)
         kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none

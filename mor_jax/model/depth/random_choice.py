@@ -11,14 +11,41 @@ The gate is a constant alpha ("constant": H + alpha * Block(H), what a learned g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.model.depth.base import Route, RouterStats, in_range, kept_of, shares_at, top_k
+from mor_jax.config import ModelConfig
+from mor_jax.model.depth.base import (
+    DepthPolicy,
+    Route,
+    RouterStats,
+    TokenInfo,
+    check_reachable,
+    kept_of,
+    shares_at,
+    top_k,
+)
+from mor_jax.model.depth.fields import Gated, WithCapacities
+from mor_jax.model.depth.warmup import shares_in
 from mor_jax.model.program import active_counts
+
+
+@dataclass(frozen=True)
+class RandomConfig(Gated, WithCapacities):
+    """As many tokens as under expert-choice, drawn."""
+
+    policy: str = "random"
+    seed: int = 0  # of the draws
+
+    gates: ClassVar[tuple[str, ...]] = ("constant", "additive")
+    does: ClassVar[str] = "draws the tokens of a step, so that nothing is routed by a score"
+
+    def build(self, model: ModelConfig, stage: int | None = None) -> RandomChoice:
+        shares = shares_in(model, self, stage)
+        return RandomChoice(model.recursions, shares, self.gate_scale, self.gate_name, self.seed)
 
 
 def uniforms(
@@ -38,7 +65,7 @@ def uniforms(
 
 
 @dataclass(frozen=True)
-class RandomChoice:
+class RandomChoice(DepthPolicy):
     """`capacities`: as of `ExpertChoice`. `gate`: constant | additive. `seed`: of the draws."""
 
     recursions: int
@@ -47,28 +74,20 @@ class RandomChoice:
     gate: str = "constant"
     seed: int = 0
 
-    def init(self, key: jax.Array) -> dict:
-        return {}
-
-    def logical_axes(self) -> dict:
-        return {}
+    dials: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
 
-    def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
-        draw_BxTxR: jax.Array | None = None,
-    ) -> Route:  # fmt: skip
-        if draw_BxTxR is None:
-            raise ValueError("random routing needs the draws of its tokens (`LM.draws`)")
-        return Route(jnp.arange(self.recursions), draw_BxTxR)
+    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+        if info.ids_BxT is None:
+            raise ValueError("random routing needs the ids of its tokens (`TokenInfo.ids_BxT`)")
+        draw_BxTxR = uniforms(self.seed, self.recursions, info.ids_BxT, info.pos_BxT, info.salt_B)
+        return Route(self.steps(routers), draw_BxTxR)
 
-    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> None:
-        return None
-
-    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
-        return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)  # the state has no say
+    def shares(self) -> tuple[float, ...]:
+        return self.capacities
 
     def _thresholds(self) -> jax.Array:
         return jnp.asarray(1 - kept_of(np.asarray(self.capacities, np.float64)), jnp.float32)
@@ -88,34 +107,16 @@ class RandomChoice:
     def step_stats(
         self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: jax.Array
     ) -> RouterStats:
-        zero, weight = jnp.zeros((), jnp.float32), candidates.astype(jnp.float32)
-        u = jnp.take(tokens, step, axis=-1)
-        return RouterStats(
-            aux=zero,
-            candidates=jnp.sum(weight),
-            selected=jnp.sum(active.astype(jnp.float32)),
-            agree=jnp.sum((self.select(step, z, candidates, tokens, None) == active) * weight),
-            score=jnp.sum(u * weight),
-            score_sq=jnp.sum(jnp.square(u) * weight),
-            z_sq=zero,
-            overlap=jnp.sum(active.astype(jnp.float32)),
-        )
+        weight, u = candidates.astype(jnp.float32), jnp.take(tokens, step, axis=-1)
+        sums = super().step_stats(step, z, candidates, active, tokens)
+        return sums._replace(score=jnp.sum(u * weight), score_sq=jnp.sum(jnp.square(u) * weight))
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
         kept = (length, *active_counts(self.capacities, length)[:-1])
         return jnp.stack([jnp.sum(jnp.minimum(real_B, k)) for k in kept]).astype(jnp.float32)
 
-    def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
-        return {}
-
-    def loss_weights(self) -> dict[str, float]:
-        return {}
-
-    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
-        return routers
-
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
         """Exact without a survey: the draws are uniform."""
-        in_range(mean_depth, floor, cap)
+        check_reachable(mean_depth, floor, cap)
         kept = kept_of(shares_at(self.capacities, mean_depth, floor, cap))
         return np.where(kept >= 1, -np.inf, np.where(kept <= 0, np.inf, 1 - kept)).astype(np.float32)

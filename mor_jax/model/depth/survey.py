@@ -63,6 +63,11 @@ def reach(survey_RxG: np.ndarray) -> np.ndarray:
     return survey[:, 1:] / survey[:, :1]
 
 
+def share_above(reach_RxG: np.ndarray, score: float) -> np.ndarray:
+    """[R]: share of each step's candidates whose score reaches this one."""
+    return np.clip([np.interp(score, PROBES_G[1:], row) for row in reach_RxG], 0, 1)
+
+
 def score_reached_by(share: float, reach_G: np.ndarray) -> float:
     """The score that this share of the candidates reaches; infinite for all (-) or none (+) of them."""
     if share >= 1:

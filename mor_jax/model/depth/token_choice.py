@@ -20,17 +20,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mor_jax import nn
+from mor_jax.config import ModelConfig
+from mor_jax.config.refusals import not_negative
+from mor_jax.errors import ConfigError, UserError
 from mor_jax.model.depth import survey
-from mor_jax.model.depth.base import Route, RouterStats, in_range
+from mor_jax.model.depth.base import AtOnce, Route, RouterStats, TokenInfo, check_reachable
+from mor_jax.model.depth.fields import Routed, balanced
 from mor_jax.model.depth.survey import SURVEY
+from mor_jax.model.depth.vary import mean_depth
+from mor_jax.model.depth.warmup import is_warm, stage_count
 
 SMALLEST = 1e-30  # selection score under a bias, which can take it below zero
 SLACK = 0.06  # of the smallest profile over balanced shares: rows of a balanced router scatter around them
@@ -45,7 +52,52 @@ class TokenRoute(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TokenChoice:
+class TokenChoiceConfig(Routed):
+    """Each token picks its depth once, before the first recursion."""
+
+    policy: str = "token_choice"
+    balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
+    bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
+    buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
+
+    at_once: ClassVar[bool] = True
+    staged: ClassVar[bool] = True
+    scores: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
+    gates: ClassVar[tuple[str, ...]] = ("exit", "every")
+    does: ClassVar[str] = "lets each token choose, and decides in training as at inference"
+
+    def check(self, model: ModelConfig) -> None:
+        not_negative("config.depth", balance_loss_weight=self.balance_loss_weight, bias_rate=self.bias_rate)
+        if self.buckets < 1:
+            raise ConfigError(f"config.depth.buckets must be at least 1, got {self.buckets}.")
+        super().check(model)
+
+    def shares(self, model: ModelConfig) -> tuple[float, ...]:
+        return balanced(model.recursions)
+
+    def build(self, model: ModelConfig, stage: int | None = None) -> TokenChoice:
+        varied = stage is not None and is_warm(self, stage)
+        return TokenChoice(
+            recursions=model.recursions,
+            width=model.width,
+            alpha=self.gate_scale,
+            init_std=model.init_std,
+            score_name=self.score_name,
+            gate=self.gate_name,
+            router=self.router,
+            temperature=self.temperature,
+            balance_loss_weight=self.balance_loss_weight,
+            z_loss_weight=self.z_loss_weight,
+            bias_rate=self.bias_rate,
+            buckets=self.buckets,
+            tile=self.tile,
+            all_deep=not is_warm(self, stage),
+            mean_depth=mean_depth(model, self, stage - stage_count(self)) if varied else 0.0,
+        )
+
+
+@dataclass(frozen=True)
+class TokenChoice(AtOnce):
     """`score`: softmax | sigmoid. `gate`: exit | every."""
 
     recursions: int
@@ -63,6 +115,8 @@ class TokenChoice:
     tile: int = 1  # row sizes are multiples of it
     all_deep: bool = False  # warm-up: every token at full depth, balance suspended
     mean_depth: float = 0.0  # varied: trained under the dial at this mean depth, balance and survey suspended; 0: not
+
+    dials: ClassVar[bool] = True
 
     def _module(self) -> nn.Router:
         return nn.Router(self.router, self.recursions, self.init_std)
@@ -95,26 +149,23 @@ class TokenChoice:
                 found.append(sizes)
         return tuple(found)
 
-    def begin(
-        self, routers: dict, h_BxTxD: jax.Array, real_BxT: jax.Array, depth_BxT: jax.Array | None = None,
-        draw_BxTxR: jax.Array | None = None,
-    ) -> Route:  # fmt: skip
+    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         dial_BxR = self._trained_dial(routers, len(h_BxTxD)) if self.mean_depth else None
+        real_BxT, depth_BxT = info.real_BxT, info.depth_BxT
         if depth_BxT is None:
-            depth_BxT = self.depths(routers, h_BxTxD, dial_BxR)
+            depth_BxT = self.depths(routers, h_BxTxD, info, dial_BxR)
             if self.all_deep:
                 depth_BxT = jnp.full_like(depth_BxT, self.recursions)
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
         chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
-        steps = jnp.arange(1, self.recursions + 1)
         stats = self._stats(z_BxTxR, score, self._log_selection(routers, z_BxTxR, score), depth_BxT, real_BxT)
         tokens = TokenRoute(depth_BxT, gate, h_BxTxD)
         if dial_BxR is not None:
             rows = jnp.zeros((len(h_BxTxD),), jnp.int32)
-            tokens = self.regated(routers, tokens, dial_BxR, rows, rows + self.recursions)
-        return Route(steps, tokens, stats)
+            tokens = self.recompute_gates(routers, tokens, dial_BxR, rows, rows + self.recursions)
+        return Route(self.steps(routers), tokens, stats)
 
     def _trained_dial(self, routers: dict, rows: int) -> jax.Array:
         """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there is one."""
@@ -124,7 +175,9 @@ class TokenChoice:
         tilt = jnp.where(survey_RxG[0, 0] > 0, -pull, 0.0)
         return jnp.broadcast_to(tilt * jnp.arange(self.recursions), (rows, self.recursions))
 
-    def depths(self, routers: dict, h_BxTxD: jax.Array, dial_BxR: jax.Array | None = None) -> jax.Array:
+    def depths(
+        self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
+    ) -> jax.Array:
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         depth_BxT = self._choice(routers, score)
         if dial_BxR is None:
@@ -132,7 +185,7 @@ class TokenChoice:
         dialled = jnp.argmax(self._log_selection(routers, z_BxTxR, score) + dial_BxR[:, None], axis=-1) + 1
         return jnp.where(jnp.isnan(dial_BxR[:, :1]), depth_BxT, dialled.astype(jnp.int32))
 
-    def regated(
+    def recompute_gates(
         self, routers: dict, tokens: TokenRoute, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
     ) -> TokenRoute:
         if self.score_name != "softmax":  # a sigmoid's scores do not share one whole
@@ -182,14 +235,6 @@ class TokenChoice:
             above=jnp.stack([survey.count_above(s, real_BxT) for s in pull_deeper(log_selection_BxTxR)]),
         )
 
-    def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
-        return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)  # all was said in `begin`
-
-    def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: TokenRoute, k: Any, dial: Any = None
-    ) -> jax.Array:
-        return candidates_BxT & (tokens.depth_BxT >= step)
-
     def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: TokenRoute) -> jax.Array:
         last = (tokens.depth_BxT == step)[..., None]
         gated = tokens.gate_BxT[..., None].astype(h.dtype) * y
@@ -197,11 +242,30 @@ class TokenChoice:
             return gated + jnp.where(last, tokens.h_BxTxD, 0)
         return jnp.where(last, tokens.h_BxTxD + gated, y)
 
-    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
-        raise AssertionError("token-choice sums its statistics in `begin`")
+    def metrics(self, stats: RouterStats) -> dict[str, jax.Array]:
+        """Beside those of every router how evenly the depths are used: MaxVio = max load / mean load - 1, entropy of
+        the mean scores in nats (at most ln R), and each depth's load (paper, table 14)."""
+        load, mean = load_shares(stats), stats.score / jnp.maximum(stats.candidates, 1.0)
+        p = mean / jnp.maximum(jnp.sum(mean), 1e-9)
+        return super().metrics(stats) | {
+            "router/max_vio": jnp.max(load) * load.shape[0] - 1.0,
+            "router/entropy": -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-9))),
+            **{f"router/{r + 1}/load": load[r] for r in range(load.shape[0])},
+        }
 
-    def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
-        return jnp.full((self.recursions,), jnp.sum(real_B), jnp.float32)
+    def shares(self) -> tuple[float, ...]:
+        return balanced(self.recursions)
+
+    def expected_shares(self, routers: dict) -> tuple[float, ...]:
+        try:
+            reach = survey.reach(np.asarray(routers.get(SURVEY, ())))
+        except UserError:
+            return self.shares()
+        return tuple(np.minimum.accumulate(survey.share_above(reach, 0.0)).tolist())  # every row is of all tokens
+
+    def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
+        """One router, which reads every token."""
+        return 2 * nn.router_size(self.router, self.width, self.recursions) * length
 
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
         """Balance loss R * sum_i F_i P_i and z-loss, each a mean over tokens.
@@ -235,7 +299,7 @@ class TokenChoice:
         (`pull_deeper`) runs step r where u_r >= -a, so the mean depth is 1 plus the shares that reach -a, summed over
         the steps between floor and cap."""
         floor = max(floor, 1)
-        in_range(mean_depth, floor, cap)
+        check_reachable(mean_depth, floor, cap)
         beyond = survey.reach(survey_RxG)[floor:cap].sum(axis=0)
         pull = np.interp(mean_depth - floor, beyond[::-1], survey.PROBES_G[:0:-1]) if cap > floor else 0.0
         return np.asarray(-pull * np.arange(self.recursions), np.float32)

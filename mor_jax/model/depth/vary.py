@@ -15,9 +15,9 @@ import math
 
 import numpy as np
 
-from mor_jax.config import WITH_CAPACITIES, DepthConfig, ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.depth.base import shares_at
-from mor_jax.model.program import capacities, tiled
+from mor_jax.model.program import tiled
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -30,8 +30,8 @@ def mean_depth(model: ModelConfig, depth: DepthConfig, index: int) -> float:
 def varied_shares(model: ModelConfig, depth: DepthConfig, index: int) -> tuple[float, ...]:
     """Share of a row that runs recursion r = 1..R at the varied depth of this index. Token-choice is counted at the
     shares that expert-choice would have."""
-    found = shares_at(capacities(model, depth), mean_depth(model, depth, index), 0, model.recursions)
-    if depth.policy not in WITH_CAPACITIES:
+    found = shares_at(depth.shares(model), mean_depth(model, depth, index), 0, model.recursions)
+    if not depth.has_capacities:
         return tuple(round(float(s), 9) for s in found)
     # Rounded: all of a row is all, not all but one token.
     return tiled(tuple(round(float(s), 9) for s in found), model.context, depth.tile)
@@ -45,7 +45,7 @@ def varied(depth: DepthConfig, step: int) -> int | None:
 
 def mixture(model: ModelConfig, depth: DepthConfig) -> list[tuple[float, tuple[float, ...]]]:
     """(share of the steps, shares of a row) of everything that a warm run trains at."""
-    own = [(1 - depth.vary, capacities(model, depth))] if depth.vary < 1 else []
+    own = [(1 - depth.vary, depth.shares(model))] if depth.vary < 1 else []
     if not depth.vary:
         return own
     each = depth.vary / depth.vary_depths

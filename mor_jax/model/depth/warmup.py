@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from mor_jax.config import WITH_CAPACITIES, DepthConfig, ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.model.depth.vary import varied, varied_shares
-from mor_jax.model.program import capacities, tiled
+from mor_jax.model.program import tiled
 
 
 class Stage(NamedTuple):
@@ -33,7 +33,7 @@ def stage_count(depth: DepthConfig) -> int:
     """Stages before the run is warm."""
     if not depth.warmup:
         return 0
-    return min(depth.warmup_stages, depth.warmup) if depth.policy in WITH_CAPACITIES else 1
+    return min(depth.warmup_stages, depth.warmup) if depth.has_capacities else 1
 
 
 def is_warm(depth: DepthConfig, stage: int | None) -> bool:
@@ -45,13 +45,13 @@ def shares_in(model: ModelConfig, depth: DepthConfig, stage: int | None) -> tupl
     """Share of a row that runs recursion r = 1..R in this stage; None: once warm. Stages after those of the warm-up are
     the varied depths of a warm run (`depth/vary.py`)."""
     if stage is None:
-        return capacities(model, depth)
+        return depth.shares(model)
     if is_warm(depth, stage):
         return varied_shares(model, depth, stage - stage_count(depth))
-    if depth.policy not in WITH_CAPACITIES:
+    if not depth.has_capacities:
         return (1.0,) * model.recursions
     ease = (1 + math.cos(math.pi * (stage + 0.5) / stage_count(depth))) / 2
-    return tiled(tuple(c + (1 - c) * ease for c in capacities(model, depth)), model.context, depth.tile)
+    return tiled(tuple(c + (1 - c) * ease for c in depth.shares(model)), model.context, depth.tile)
 
 
 def stages(model: ModelConfig, depth: DepthConfig, steps: int) -> tuple[Stage, ...]:

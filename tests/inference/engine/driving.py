@@ -91,13 +91,15 @@ def play(device: Device, jobs: list[Job], most: int = 400) -> list[Played]:
     raise AssertionError(f"not done after {most} ticks: {waiting}, {running}")
 
 
-def expected(device: Device, jobs: list[Job], played: list[Played]) -> list[tuple[list[int], list[int]]]:
+def expected(
+    device: Device, jobs: list[Job], played: list[Played], context: int = CONTEXT
+) -> list[tuple[list[int], list[int]]]:
     """(greedy tokens, depths) by the full causal forward pass over what was played: each token the most likely one
     after those before it, and the depth of the token it was drawn from."""
     lm = device.lm
-    rows = np.zeros((len(jobs), CONTEXT), np.int32)
+    rows = np.zeros((len(jobs), context), np.int32)
     for row, job, done in zip(rows, jobs, played, strict=True):
-        sequence = (job.prompt + done.tokens)[:CONTEXT]
+        sequence = (job.prompt + done.tokens)[:context]
         row[: len(sequence)] = sequence
     neutral = DepthControl.neutral(1, lm.program.recursions)
     control = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(job.control or neutral for job in jobs))

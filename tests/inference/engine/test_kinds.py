@@ -67,7 +67,7 @@ class Kind:
 
     def control(self, wish):
         """Under fixed depths only the neutral one means something."""
-        if self.lm.depth.policy == "fixed":
+        if not self.lm.depth.routed:
             return DepthControl.neutral(1, self.lm.program.recursions)
         return depth_control(self.lm, self.params, 1, min_depth=wish.least, max_depth=wish.most)
 
