@@ -27,7 +27,7 @@ from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import logits_of
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
-from mor_jax.parallel.rows import forget_gathered, gather_weight, manual_axes, mine, over_rows, whole
+from mor_jax.parallel.rows import forget_gathered, gather_weight, join_rows, manual_axes, over_rows, own_part
 from mor_jax.parallel.rules import Rules
 
 TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
@@ -61,7 +61,7 @@ def positions_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
 
 def _positions(seg_BxT: jax.Array) -> jax.Array:
     """`positions_in_document` of rows that may be cut along time."""
-    return mine(positions_in_document(whole(seg_BxT)))
+    return own_part(positions_in_document(join_rows(seg_BxT)))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from mor_jax.model.depth import DepthPolicy, RouterStats, TokenInfo
 from mor_jax.model.kv import HYBRID, SHARED, looks_back, past
 from mor_jax.model.subset import put, subset, take
-from mor_jax.parallel.rows import mine, parts, whole
+from mor_jax.parallel.rows import join_rows, own_part, parts
 
 HIDDEN = -1  # kv segment of a token that did not run a step: matches no query
 
@@ -116,7 +116,7 @@ def run_gathered(
             )
             for i in range(len(profiles))
         ]
-        return jax.lax.switch(fitting_profile(profiles, whole(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
+        return jax.lax.switch(fitting_profile(profiles, join_rows(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, info.real_BxT
     route = policy.begin(routers, h, info)
     tokens = route.tokens
@@ -131,13 +131,13 @@ def run_gathered(
             all_stats.append(policy.step_stats(step, z, valid, active, tokens))
         if room < h.shape[1] * cut:
             # Rows with fewer tokens than there is room for are filled up, so that every row gives exactly as many.
-            row = whole(active)
+            row = join_rows(active)
             chosen = subset(row | _fill(row, room), room)
             outer.append((chosen, h))
             narrow = functools.partial(take, chosen)
             h, pos, seg, z, active, tokens = jax.tree.map(narrow, (h, pos, seg, z, active, tokens))
             if kv == HYBRID:
-                row = whole(_in_row(outer, jnp.ones_like(active)))
+                row = join_rows(_in_row(outer, jnp.ones_like(active)))
                 picked = subset(row, room)  # the same tokens, by their place in the row
         all_active.append(_in_row(outer, active))
         apply = functools.partial(core, recursion=r) if numbered else core
@@ -174,7 +174,7 @@ def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array)
 def _in_row(outer: list, mask_BxK: jax.Array) -> jax.Array:
     """A mask over the tokens left after these narrowings, over the whole row."""
     for chosen, _ in reversed(outer):
-        mask_BxK = put(chosen, jnp.zeros(mine(chosen.mask_BxT).shape, bool), mask_BxK)
+        mask_BxK = put(chosen, jnp.zeros(own_part(chosen.mask_BxT).shape, bool), mask_BxK)
     return mask_BxK
 
 

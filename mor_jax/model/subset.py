@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mor_jax.parallel.rows import mine, whole
+from mor_jax.parallel.rows import join_rows, own_part
 
 
 class Subset(NamedTuple):
@@ -53,16 +53,16 @@ def put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _picked(s, x):
-    return _rows(whole(x), mine(s.index_BxK))
+    return _rows(join_rows(x), own_part(s.index_BxK))
 
 
 def _back(s, y):
     """y [B, K, ...] by position; anything where nothing was picked."""
-    return _rows(whole(y), mine(s.slot_BxT))
+    return _rows(join_rows(y), own_part(s.slot_BxT))
 
 
 def _replace(s, x, y):
-    return jnp.where(_spread(mine(s.mask_BxT), x), _back(s, y), x)
+    return jnp.where(_spread(own_part(s.mask_BxT), x), _back(s, y), x)
 
 
 @jax.custom_vjp
@@ -76,7 +76,7 @@ def _take_fwd(s, x):
 
 def _take_bwd(s, g):
     g = _back(s, g)
-    return None, jnp.where(_spread(mine(s.mask_BxT), g), g, jnp.zeros((), g.dtype))
+    return None, jnp.where(_spread(own_part(s.mask_BxT), g), g, jnp.zeros((), g.dtype))
 
 
 _take.defvjp(_take_fwd, _take_bwd)
@@ -92,7 +92,7 @@ def _put_fwd(s, x, y):
 
 
 def _put_bwd(s, g):
-    return None, jnp.where(_spread(mine(s.mask_BxT), g), jnp.zeros((), g.dtype), g), _picked(s, g)
+    return None, jnp.where(_spread(own_part(s.mask_BxT), g), jnp.zeros((), g.dtype), g), _picked(s, g)
 
 
 _put.defvjp(_put_fwd, _put_bwd)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.errors import ConfigError
-from mor_jax.parallel.rows import parts, whole
+from mor_jax.parallel.rows import join_rows, parts
 
 MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
 
@@ -36,8 +36,8 @@ def attention(
     values of the whole row are gathered, queries stay where they are.
     """
     if parts() > 1:
-        k_BxKxSxH, v_BxKxSxH = whole(k_BxKxSxH, axis=2, heads=1), whole(v_BxKxSxH, axis=2, heads=1)
-        kv_pos_BxS, kv_seg_BxS = whole(kv_pos_BxS), whole(kv_seg_BxS)
+        k_BxKxSxH, v_BxKxSxH = join_rows(k_BxKxSxH, axis=2, heads=1), join_rows(v_BxKxSxH, axis=2, heads=1)
+        kv_pos_BxS, kv_seg_BxS = join_rows(kv_pos_BxS), join_rows(kv_seg_BxS)
     if impl == "xla":
         return _masked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
     if impl == "blocked":

@@ -5,7 +5,7 @@ times, once a chunk of the loss. Inside `over_rows` the axes that rows are cut a
 are manual: nothing travels along them unless it is written. What is written:
 
 * `gather_weight`: a weight cut over `fsdp` is made whole where it is used; its gradient is scattered back, once.
-* `whole`, `mine`: a row cut along time (the mesh axis `sequence`) is put together, and cut again.
+* `join_rows`, `own_part`: a row cut along time (the mesh axis `sequence`) is put together, and cut again.
 
 Weights that are not cut are summed over devices on the way back, once, by `shard_map` itself. The axis `tensor` stays
 the partitioner's. Outside of the island, and on a mesh whose axes are all 1, these functions do nothing.
@@ -99,7 +99,7 @@ def parts() -> int:
     return jax.lax.axis_size(SEQUENCE) if SEQUENCE in manual_axes() else 1
 
 
-def whole(x: jax.Array, axis: int = 1, heads: int | None = None) -> jax.Array:
+def join_rows(x: jax.Array, axis: int = 1, heads: int | None = None) -> jax.Array:
     """[B, T / parts, ...] -> [B, T, ...], on every device that holds a part of the row. `heads`: the dimension of
     attention heads, which lies over `tensor`."""
     if parts() == 1:
@@ -110,7 +110,7 @@ def whole(x: jax.Array, axis: int = 1, heads: int | None = None) -> jax.Array:
     return _all_gather(x, SEQUENCE, axis, spec)
 
 
-def mine(x: jax.Array, axis: int = 1) -> jax.Array:
+def own_part(x: jax.Array, axis: int = 1) -> jax.Array:
     """[B, T, ...] -> [B, T / parts, ...]: this device's part. T must be a multiple of `parts()`."""
     if parts() == 1:
         return x

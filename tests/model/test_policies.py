@@ -5,10 +5,11 @@ import functools
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
-from policies import HOLDS, holds_in_decoding, holds_in_executors
+from policies import HOLDS, holds_in_causality, holds_in_configurations, holds_in_decoding, holds_in_executors
 
 from mor_jax.config import DepthConfig, depth_policies, from_config_dict
 from mor_jax.errors import ConfigError
@@ -119,3 +120,25 @@ def test_two_policies_cannot_have_one_name_nor_one_class_two():
         type("Other", (PolicyConfig,), {"policy": "fixed"})
     with pytest.raises(ConfigError, match="DepthConfig\\('fixed'"):
         dataclasses.replace(DepthConfig("every_kth"), policy="fixed")
+
+
+# ---------------------------------------------------------------- the recipe
+
+
+def test_the_recipe_makes_a_policy(monkeypatch):
+    """The file printed in CONTRIBUTING.md is a whole policy: named in a configuration, it does all that is asked of one."""
+    from mor_jax.config import depth
+
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.setattr(depth, "_REGISTERED", dict(depth_policies()))
+    module = types.ModuleType("first_tokens")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "first_tokens.py", "exec"), module.__dict__)
+    assert set(depth_policies()) == {*POLICIES, "first_tokens"}
+    made = build(policy="first_tokens", first=3).depth
+    assert made == DepthConfig("first_tokens", first=3) and isinstance(made, module.FirstTokensConfig)
+    with pytest.raises(ConfigError, match=r"config\.depth\.first = 3 is of policy 'first_tokens'"):
+        build(policy="fixed", first=3)
+    for holds in (holds_in_configurations, holds_in_executors, holds_in_decoding, holds_in_causality):
+        holds(made)

@@ -27,7 +27,7 @@ from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
-from mor_jax.parallel.rows import mine, whole
+from mor_jax.parallel.rows import join_rows, own_part
 
 
 class TokenInfo(NamedTuple):
@@ -262,12 +262,12 @@ def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> ja
     The k-th largest score by a plain sort: `lax.top_k` would gather the scores of a sharded batch, and k may be traced.
     Rows that are cut along time are put together for it: the choice is over the whole row.
     """
-    z_BxT, candidates_BxT = whole(jax.lax.stop_gradient(z_BxT)), whole(candidates_BxT)
+    z_BxT, candidates_BxT = join_rows(jax.lax.stop_gradient(z_BxT)), join_rows(candidates_BxT)
     score = jnp.where(candidates_BxT, z_BxT, -jnp.inf)
     kth = jax.lax.dynamic_slice_in_dim(jnp.sort(score, axis=-1), score.shape[-1] - k, 1, axis=-1)
     above, level = score > kth, score == kth
     room = k - jnp.sum(above, axis=-1, keepdims=True)
-    return mine((above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT)
+    return own_part((above | (level & (jnp.cumsum(level, axis=-1) <= room))) & candidates_BxT)
 
 
 GRID_BITS = 14  # a row's scores are told apart to this part of the largest
@@ -284,7 +284,7 @@ def rounded_scores(z_BxT: jax.Array, candidates_BxT: jax.Array) -> jax.Array:
     every program.
     """
     z_BxT = jax.lax.stop_gradient(z_BxT)
-    largest = jnp.max(whole(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True)
+    largest = jnp.max(join_rows(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True)
     step = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - GRID_BITS)
     return jnp.round(z_BxT / step) * step
 

@@ -41,7 +41,7 @@ from mor_jax.model.depth.fields import Routed, WithCapacities
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, shares_in
 from mor_jax.model.program import active_counts
-from mor_jax.parallel.rows import mine, whole
+from mor_jax.parallel.rows import join_rows, own_part
 
 INFERENCE = ("threshold", "auxiliary", "calibrated")
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
@@ -272,6 +272,6 @@ class ExpertChoice(DepthPolicy):
 
 def _as_many(z_BxT: jax.Array, candidates_BxT: jax.Array, active_BxT: jax.Array) -> jax.Array:
     """Mask of the highest-scoring candidates, in each row as many as are active."""
-    order = jnp.argsort(whole(jnp.where(candidates_BxT, -z_BxT, jnp.inf)), axis=-1)
-    rank = mine(jnp.argsort(order, axis=-1))
-    return candidates_BxT & (rank < jnp.sum(whole(active_BxT), axis=-1, keepdims=True))
+    order = jnp.argsort(join_rows(jnp.where(candidates_BxT, -z_BxT, jnp.inf)), axis=-1)
+    rank = own_part(jnp.argsort(order, axis=-1))
+    return candidates_BxT & (rank < jnp.sum(join_rows(active_BxT), axis=-1, keepdims=True))
