@@ -56,7 +56,7 @@ class DepthConfig:
 
     # What a policy says of itself, beside its fields.
     routed: ClassVar[bool] = True  # tokens may differ in depth
-    at_once: ClassVar[bool] = False  # a token's depth is known before the first step, by one rule, always causal
+    at_once: ClassVar[bool] = False  # depths are known before the first step, by one rule in training and inference
     has_capacities: ClassVar[bool] = False  # training fills static capacities, `capacities`, row by row
     staged: ClassVar[bool] = False  # `warmup` and `vary` mean something
     kv_strategies: ClassVar[tuple[str, ...]] = ROUTED_KV  # the first is the default
