@@ -8,14 +8,11 @@ import flax.linen as nn
 import jax
 
 from mor_jax.nn.attention import attention
-from mor_jax.nn.block import Attend, Block
-from mor_jax.nn.embed import Embedding
-from mor_jax.nn.lora import Lora
-from mor_jax.nn.norm import RMSNorm
+from mor_jax.nn.parameters import Block, Lora, Scale, Table
 from mor_jax.nn.rope import rope_table
 from mor_jax.nn.router import Router
 
-__all__ = ["Attend", "Block", "Embedding", "Lora", "RMSNorm", "Router", "apply", "attention", "init", "rope_table"]
+__all__ = ["Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "rope_table"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

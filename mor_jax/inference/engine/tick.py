@@ -72,7 +72,7 @@ def _begin(
     lm: LM, weights: Weights, state: State, h_NxD: jax.Array, draw_Nx1xR: jax.Array | None
 ) -> tuple[Controlled, Route]:
     policy, everyone = Controlled(lm.policy, state.control), jnp.ones((h_NxD.shape[0], 1), bool)
-    return policy, policy.begin(weights.router, h_NxD[:, None], everyone, draw_BxTxR=draw_Nx1xR)
+    return policy, policy.begin(weights["router"], h_NxD[:, None], everyone, draw_BxTxR=draw_Nx1xR)
 
 
 def _each_step(lm: LM, route: Route, of_step: Any) -> list:
@@ -138,8 +138,8 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
         tags = logs.tag_lanes(shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions))
     seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
     attends = [functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core]
-    rope = layers.rope_of(lm, state.tokens_N)
-    y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
+    rope = lm.rope(state.tokens_N)
+    y_NxD, core = layers.blocks(lm, weights["core"], f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
 
     # Under random routing what a token carries is its draws; of all others only the steps are read here.
     policy, route = _begin(lm, weights, state, f.h_NxD, f.route)
@@ -192,8 +192,8 @@ def boundary(
     def leave(carry: tuple) -> tuple:
         coda, draws, _ = carry
         attends = _ends(shape, coda, state.tokens_N, exits_N)
-        rope = layers.rope_of(lm, state.tokens_N)
-        x, coda = layers.blocks(lm, weights.coda, f.h_NxD, rope, attends)
+        rope = lm.rope(state.tokens_N)
+        x, coda = layers.blocks(lm, weights["coda"], f.h_NxD, rope, attends)
         drawn, draws = draw(layers.logits(lm, weights, x), draws, position_N, exits_N, config)
         return tuple(coda), draws, drawn
 
@@ -210,8 +210,8 @@ def boundary(
 
     def enter(carry: tuple) -> tuple:
         prelude, _ = carry
-        x, rope = layers.embed(lm, weights, token_N), layers.rope_of(lm, tokens_N)
-        x, prelude = layers.blocks(lm, weights.prelude, x, rope, _ends(shape, prelude, tokens_N, enters_N))
+        x, rope = layers.embed(lm, weights, token_N), lm.rope(tokens_N)
+        x, prelude = layers.blocks(lm, weights["prelude"], x, rope, _ends(shape, prelude, tokens_N, enters_N))
         return tuple(prelude), x
 
     prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
