@@ -8,11 +8,11 @@ import flax.linen as nn
 import jax
 
 from mor_jax.nn.attention import attention
-from mor_jax.nn.parameters import Block, Lora, Scale, Table
+from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table
 from mor_jax.nn.rope import rope_table
 from mor_jax.nn.router import Router
 
-__all__ = ["Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "rope_table"]
+__all__ = ["VECTORS", "Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "rope_table"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

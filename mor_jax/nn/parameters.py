@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 
 Axes = tuple[str | None, ...]
+VECTORS = ("scale", "bias")  # names of leaves that are no matrices: they have no weight decay
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, std: float) -> jax.Array:
