@@ -14,6 +14,7 @@ the model is the tied one; "svd" makes each recursion of the layer it stands for
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +29,12 @@ from mor_jax.model.relax import check_relaxation, relaxed
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
 PARTS = ("prelude", "core", "coda")
-# Fields of which another value makes the same weights another function, or does not fit them.
-SAME = ("width", "heads", "kv_heads", "head_dim", "mlp_width", "rope_theta", "norm_eps")
+# Fields of the configuration that two models with the same weights may differ in: how blocks are shared, and how the
+# model is executed. Another value of any other field makes the weights another function, or does not fit them.
+FREE = (
+    "layers", "recursions", "sharing", "prelude", "coda", "norms", "lora_rank", "recursion_encoding",
+    "context", "init_std", "dtype", "remat", "attention", "loss_chunk",
+)  # fmt: skip
 
 
 def source_table(
@@ -122,11 +127,8 @@ def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]
 
 def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
     """Raise ConfigError unless a block of one model can be a block of the other, computing the same."""
-    resolved = lambda m: {name: getattr(m, name) for name in SAME} | {"head_dim": m.dims[2]}
-    old, new = resolved(from_model), resolved(to_model)
-    wrong = [f"{name} {old[name]} there, {new[name]} here" for name in SAME if old[name] != new[name]]
-    if from_model.vocab_size != to_model.vocab_size:
-        wrong.append(f"vocab_size {from_model.vocab_size} there, {to_model.vocab_size} here")
+    old, new = (dataclasses.asdict(m) | {"head_dim": m.dims[2]} for m in (from_model, to_model))
+    wrong = [f"{name} {old[name]} there, {new[name]} here" for name in old if name not in FREE and old[name] != new[name]]
     if wrong:
         raise ConfigError(
             f"the source's weights do not fit config.model: {'; '.join(wrong)}. Only layers, sharing, recursions, "

@@ -168,7 +168,7 @@ class LM:
 
     def rope(self, pos: jax.Array) -> Rope:
         """Rotary tables for these positions, [B, T] or [M]."""
-        return nn.rope_table(pos, self.model.dims[2], self.model.rope_theta)
+        return network.rope(self.model, pos)
 
     def block(
         self,

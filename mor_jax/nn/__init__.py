@@ -9,10 +9,9 @@ import jax
 
 from mor_jax.nn.attention import attention
 from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table
-from mor_jax.nn.rope import rope_table
 from mor_jax.nn.router import Router
 
-__all__ = ["VECTORS", "Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "rope_table"]
+__all__ = ["VECTORS", "Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:
