@@ -37,4 +37,10 @@ MORE_KV = {
     ),
     "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
 }
+# Features of the block and the head, each a case of tests/model/test_block.py, and all at once in the engine.
+FEATURES = {
+    "none": {},
+    "logit_cap": {"logit_cap": 3.0},
+}
+ALL_FEATURES = {field: value for model in FEATURES.values() for field, value in model.items()}
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

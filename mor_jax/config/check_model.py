@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from mor_jax.config.fields import ATTENTION, DTYPES, NORMS, REMAT, SHARING, ModelConfig
 from mor_jax.config.refusals import one_of, positive
 from mor_jax.errors import ConfigError
@@ -19,6 +21,8 @@ def check_model(m: ModelConfig) -> None:
     )  # fmt: skip
     if m.vocab_size < 0 or m.loss_chunk < 0 or m.head_dim < 0:
         raise ConfigError(f"{where}: vocab_size, loss_chunk and head_dim must not be negative.")
+    if not 0 <= m.logit_cap < math.inf:
+        raise ConfigError(f"{where}.logit_cap must be positive, or 0 for no cap, got {m.logit_cap}.")
     if m.heads % m.kv_heads:
         fits = [k for k in range(1, m.heads + 1) if m.heads % k == 0]
         raise ConfigError(

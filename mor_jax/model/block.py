@@ -163,8 +163,10 @@ def head_table(params: Params) -> jax.Array:
 
 
 def finish(m: ModelConfig, products: jax.Array) -> jax.Array:
-    """Logits from the products of states and table, element by element. The loss differentiates it (`model/loss.py`)."""
-    return products
+    """Logits from the products of states and table, element by element. The loss differentiates it (`model/loss.py`).
+
+    A soft cap holds them within +-logit_cap, smoothly (Gemma 2, arXiv 2408.00118, section 2)."""
+    return m.logit_cap * jnp.tanh(products / m.logit_cap) if m.logit_cap else products
 
 
 def _of_step(leaf: jax.Array, step: Step, x: jax.Array) -> jax.Array:
