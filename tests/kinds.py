@@ -41,6 +41,7 @@ MORE_KV = {
 FEATURES = {
     "none": {},
     "logit_cap": {"logit_cap": 3.0},
+    "untied": {"tied": False},
 }
 ALL_FEATURES = {field: value for model in FEATURES.values() for field, value in model.items()}
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

@@ -47,7 +47,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ParameterCount:
     """Unique parameters (a shared block counts once)."""
 
-    embedding: int  # V * D; input and output embedding are the same array
+    embedding: int  # V * D of the embedding, and as many of the head unless it is the same array
     blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
     norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
@@ -102,7 +102,7 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
     router = {name: leaf for name, leaf in tree["router"].items() if name != SURVEY}  # the survey is no weight
     parts = [tree[part] for part in ("prelude", "core", "coda")]
     return ParameterCount(
-        embedding=_size(tree["embed"]),
+        embedding=_size([tree["embed"], tree.get("head", {})]),
         blocks=_size(parts, _is_matrix),
         norms=_size([parts, tree["norm"]], lambda name: not _is_matrix(name)),
         router=_size(router),
@@ -268,7 +268,7 @@ def true_flops_per_token(
     return TrueFlops(
         blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
-        head=2.0 * model.width * _vocabulary(model),
+        head=2.0 * head_weights(model),
         router=2 * _router_matrix(model, depth) * candidates / t,
     )
 
@@ -332,6 +332,11 @@ def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
     tree = _leaf_shapes(nn.Lora, model)
     of = lambda projection: _size(tree, lambda name: name.startswith(projection))
     return of("query"), of("value")
+
+
+def head_weights(model: ModelConfig) -> int:
+    """Parameters of the table that the head multiplies with. Of the embedding a token reads one row."""
+    return model.width * _vocabulary(model)
 
 
 def block_weights_read(model: ModelConfig) -> int:

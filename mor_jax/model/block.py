@@ -158,8 +158,9 @@ def head(m: ModelConfig, params: Params, h: jax.Array, product: Product = dense)
 
 
 def head_table(params: Params) -> jax.Array:
-    """The table [V, D] that states are multiplied with: the embedding's, input and output are tied."""
-    return params["embed"]["table"]
+    """The table [V, D] that states are multiplied with: the head's own, or, if input and output are tied, the
+    embedding's."""
+    return params["head" if "head" in params else "embed"]["table"]
 
 
 def finish(m: ModelConfig, products: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices): `stepwise` picks
 them at equal intervals, the first and the last included; `average` takes the mean of all source blocks that the
 sharing scheme ties into one; `lower` and `upper` take the first or the last ones; `random` draws them, in order of
-depth. Blocks before and after the recursion are the source's first and last. Embedding and final norm are copied;
+depth. Blocks before and after the recursion are the source's first and last. Embedding, head and final norm are copied;
 routers have no counterpart and are left to the caller's fresh initialisation.
 
 `source_table` is the whole rule as data; `convert` only carries it out.
@@ -109,7 +109,8 @@ def convert(
     table = source_table(from_model, to_model, method, seed=seed)
     layers = [params[part][str(i)] for part in PARTS for i in range(len(params[part]))]
     fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
-    made = {"embed": params["embed"], "norm": params["norm"], **{part: fill(table[part]) for part in PARTS}}
+    made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
+    made |= {part: fill(table[part]) for part in PARTS}
     if to_model.relaxed:
         program = build_program(to_model)
         for i, shared in made["core"].items():

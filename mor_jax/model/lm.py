@@ -1,9 +1,10 @@
-"""The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, tied head.
+"""The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, head.
 
 `LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
 argument. Parameters are a plain nested dict:
 
     embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
+    · head/table [V, D], unless it is tied to the embedding's
 
 Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
 leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
@@ -102,11 +103,9 @@ class LM:
     def _leaves(self) -> dict[str, Any]:
         """The modules that own the parameters, by the name of their subtree; those of a block as "block"."""
         m = self.model
-        return {
-            "embed": nn.Table(m.vocab_size, m.width, m.init_std),
-            "norm": nn.Scale(m.width),
-            "block": nn.Block(m),
-        }
+        table = nn.Table(m.vocab_size, m.width, m.init_std)
+        leaves = {"embed": table, "norm": nn.Scale(m.width), "block": nn.Block(m)}
+        return leaves if m.tied else leaves | {"head": table}
 
     def _parts(self) -> dict[str, int]:
         return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
@@ -122,6 +121,8 @@ class LM:
             "norm": nn.init(leaves["norm"], norm_key),
             "router": self.policy.init(router_key),
         }
+        if "head" in leaves:
+            params["head"] = nn.init(leaves["head"], jax.random.fold_in(embed_key, 1))
         # One initialiser for all blocks, mapped over their keys: it compiles once, not once a layer.
         keys = jax.random.split(block_key, self.program.unique_layers)
         stacked = jax.vmap(lambda key: nn.init(leaves["block"], key))(keys)
@@ -232,13 +233,13 @@ class LM:
         return network.embed(self.with_table(params), tokens_BxT, self.model.dtype)
 
     def with_table(self, params: dict) -> dict:
-        """The parameters with the embedding table whole over the axes of the rows, gathered once however often it is
-        asked for. Float32: it is read by rows, and in the head chunk by chunk."""
-        table = params["embed"]["table"]
-        if not manual_axes() or table.shape[1] == self.model.width:  # whole already
+        """The parameters with the tables of embedding and head whole over the axes of the rows, gathered once however
+        often they are asked for. Float32: they are read by rows, and in the head chunk by chunk."""
+        if not manual_axes() or params["embed"]["table"].shape[1] == self.model.width:  # whole already
             return params
-        names = self.logical_axes()["embed"]["table"]
-        return params | {"embed": {"table": gather_weight(self.rules, table, names)}}
+        axes = self.logical_axes()
+        whole_table = lambda name: gather_weight(self.rules, params[name]["table"], axes[name]["table"])
+        return params | {name: {"table": whole_table(name)} for name in ("embed", "head") if name in params}
 
     def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
         """States as the head reads them."""
