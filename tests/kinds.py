@@ -42,6 +42,7 @@ FEATURES = {
     "none": {},
     "logit_cap": {"logit_cap": 3.0},
     "untied": {"tied": False},
+    "qkv_bias": {"qkv_bias": True},
 }
 ALL_FEATURES = {field: value for model in FEATURES.values() for field, value in model.items()}
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

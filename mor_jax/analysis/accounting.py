@@ -49,7 +49,7 @@ class ParameterCount:
 
     embedding: int  # V * D of the embedding, and as many of the head unless it is the same array
     blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
-    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings
+    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings; biases
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property

@@ -106,6 +106,8 @@ def attention(
     if queries_only:  # the G query heads of each kv head lie before its key and its value
         qkv = qkv.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups]
     h = product(x, qkv).reshape(*rows, kv_heads, -1, head_dim)  # [..., K, E, H]
+    if "bias" in params:
+        h += params["bias"][:, : h.shape[-2]].astype(h.dtype)
     if add is not None:
         h += add
     # Attention works on all tokens of a head at once, so heads come before time. Single tokens have no time axis.

@@ -48,7 +48,7 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
-    """qkv [K, G + 2, H, D] and out [D, K, G, H].
+    """qkv [K, G + 2, H, D] and out [D, K, G, H]; optional bias [K, G + 2, H].
 
     Queries, keys and values are one matrix, grouped by kv head: its G query heads, then its key and its value. It can
     be sharded over kv heads without cutting through a group.
@@ -62,6 +62,9 @@ class Attention(nn.Module):
         groups, width, std = heads // kv_heads, self.config.width, self.config.init_std
         matrix(self, "qkv", (kv_heads, groups + 2, head_dim, width), ("kv_heads", None, "head_out", "embed"), std)
         matrix(self, "out", (width, kv_heads, groups, head_dim), ("embed", "kv_heads", None, "head_out"), std)
+        if self.config.qkv_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("kv_heads", None, "head_out"))
+            self.param("bias", init, (kv_heads, groups + 2, head_dim), jnp.float32)
 
 
 class Mlp(nn.Module):

@@ -49,27 +49,33 @@ def rotated(m, x_TxH, pos):
     return turned
 
 
+def heads_by_hand(m, p, n_TxD):
+    """Queries [T, N, H], keys and values [T, K, H] of a layer."""
+    heads, kv_heads, _ = m.dims
+    groups = heads // kv_heads
+    h_TxKxExH = np.einsum("TD,KEHD->TKEH", n_TxD, p["qkv"])
+    if m.qkv_bias:
+        h_TxKxExH += p["bias"]
+    q, k, v = h_TxKxExH[:, :, :groups], h_TxKxExH[:, :, groups], h_TxKxExH[:, :, groups + 1]
+    for t in range(len(n_TxD)):
+        for head in range(kv_heads):
+            k[t, head] = rotated(m, k[t, head], t)
+            for g in range(groups):
+                q[t, head, g] = rotated(m, q[t, head, g], t)
+    return q, k, v
+
+
 def layer(m, p, x_TxD):
     heads, kv_heads, head_dim = m.dims
-    groups = heads // kv_heads
     n = norm(x_TxD, p["norm_1"]["scale"], m.norm_eps)
-    out = np.zeros_like(x_TxD)
-    for t in range(len(x_TxD)):
-        for k in range(kv_heads):
-            weights = p["attention"]["qkv"][k]
-
-            def project(part, at, weights=weights):
-                return weights[part] @ n[at]
-
-            for g in range(groups):
-                q = rotated(m, project(g, t), t)
-                keys = [rotated(m, project(groups, s), s) for s in range(t + 1)]
-                score = np.array([q @ key for key in keys]) / math.sqrt(head_dim)
+    q, k, v = heads_by_hand(m, p["attention"], n)
+    x = x_TxD.copy()
+    for t in range(len(x)):
+        for head in range(kv_heads):
+            for g in range(heads // kv_heads):
+                score = k[: t + 1, head] @ q[t, head, g] / math.sqrt(head_dim)
                 share = np.exp(score - score.max())
-                share /= share.sum()
-                seen = sum(w * project(groups + 1, s) for s, w in enumerate(share))
-                out[t] += p["attention"]["out"][:, k, g] @ seen
-    x = x_TxD + out
+                x[t] += p["attention"]["out"][:, head, g] @ (share / share.sum() @ v[: t + 1, head])
     n = norm(x, p["norm_2"]["scale"], m.norm_eps)
     gate, up = (n @ p["mlp"]["gate_up"][i].T for i in range(2))
     return x + (gate / (1 + np.exp(-gate)) * up) @ p["mlp"]["down"].T

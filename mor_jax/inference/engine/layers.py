@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mor_jax import nn
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
 from mor_jax.model.lm import LM
 
-# The tree of `LM.init`, prepared. Matrices of the blocks are [out, in], norms and the router as they were.
+# The tree of `LM.init`, prepared. Matrices of the blocks are [out, in], vectors and the router as they were.
 Weights = dict[str, Any]
 CONTRACTED = {"out": 3}  # trailing axes of a matrix that a product sums over, where it is not one
 
@@ -30,7 +31,7 @@ def prepare(lm: LM, params: dict) -> Weights:
 
     def leaf(path: tuple, w: jax.Array) -> jax.Array:
         name, group = path[-1].key, path[-2].key
-        if name == "scale":
+        if name in nn.VECTORS:
             return w
         w = jnp.asarray(w, lm.model.dtype)
         if group not in ("attention", "mlp"):
