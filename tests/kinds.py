@@ -43,6 +43,7 @@ FEATURES = {
     "logit_cap": {"logit_cap": 3.0},
     "untied": {"tied": False},
     "qkv_bias": {"qkv_bias": True},
+    "qk_norm": {"qk_norm": True},
 }
 ALL_FEATURES = {field: value for model in FEATURES.values() for field, value in model.items()}
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

@@ -72,6 +72,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each head's query and key before they are rotated, as in Qwen3
     tied: bool = True  # the head reads the embedding's table; False: a table of its own
     logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included

@@ -112,9 +112,14 @@ def attention(
         h += add
     # Attention works on all tokens of a head at once, so heads come before time. Single tokens have no time axis.
     h = jnp.moveaxis(h, 1, 3) if x.ndim == 3 else h
-    q, k, v = apply_rope(h[:, :, :groups], *rope), None, None
+
+    def rotated(x: jax.Array, norm: str) -> jax.Array:
+        """A query or key as attention reads it."""
+        return apply_rope(rms_norm(x, params[norm]["scale"], m.norm_eps) if norm in params else x, *rope)
+
+    q, k, v = rotated(h[:, :, :groups], "q_norm"), None, None
     if not queries_only:
-        k, v = apply_rope(h[:, :, groups], *rope), h[:, :, groups + 1]
+        k, v = rotated(h[:, :, groups], "k_norm"), h[:, :, groups + 1]
     o, extra = attend(q, k, v)
     o = jnp.moveaxis(o, 3, 1) if x.ndim == 3 else o  # [..., K, G, H]
     return product(o, params["out"], contract=3), extra

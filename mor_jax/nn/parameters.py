@@ -48,7 +48,8 @@ class Table(nn.Module):
 
 
 class Attention(nn.Module):
-    """qkv [K, G + 2, H, D] and out [D, K, G, H]; optional bias [K, G + 2, H].
+    """qkv [K, G + 2, H, D] and out [D, K, G, H]; optional bias [K, G + 2, H], and q_norm/scale and
+    k_norm/scale [H].
 
     Queries, keys and values are one matrix, grouped by kv head: its G query heads, then its key and its value. It can
     be sharded over kv heads without cutting through a group.
@@ -65,6 +66,9 @@ class Attention(nn.Module):
         if self.config.qkv_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("kv_heads", None, "head_out"))
             self.param("bias", init, (kv_heads, groups + 2, head_dim), jnp.float32)
+        if self.config.qk_norm:
+            Scale(head_dim, name="q_norm")()
+            Scale(head_dim, name="k_norm")()
 
 
 class Mlp(nn.Module):

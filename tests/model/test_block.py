@@ -57,6 +57,9 @@ def heads_by_hand(m, p, n_TxD):
     if m.qkv_bias:
         h_TxKxExH += p["bias"]
     q, k, v = h_TxKxExH[:, :, :groups], h_TxKxExH[:, :, groups], h_TxKxExH[:, :, groups + 1]
+    if m.qk_norm:
+        q = norm(q, p["q_norm"]["scale"], m.norm_eps)
+        k = norm(k, p["k_norm"]["scale"], m.norm_eps)
     for t in range(len(n_TxD)):
         for head in range(kv_heads):
             k[t, head] = rotated(m, k[t, head], t)
