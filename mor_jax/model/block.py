@@ -24,7 +24,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.nn.dense import Product, dense
 from mor_jax.nn.mlp import swiglu
 from mor_jax.nn.norm import rms_norm
-from mor_jax.nn.rope import apply_rope, rope_table
+from mor_jax.nn.rope import apply_rope
 
 # attend(q_BxKxGxTxH, k_BxKxTxH, v_BxKxTxH) -> (o_BxKxGxTxH, extra); of single tokens q_MxKxGxH, k_MxKxH, v_MxKxH ->
 # o_MxKxGxH. Keys are rotated. A training row, a prefill or one decode step are three such functions. Where a block
@@ -33,11 +33,6 @@ Attend = Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Arr
 Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of single tokens
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
-
-
-def rope(m: ModelConfig, pos: jax.Array) -> Rope:
-    """Rotary tables [..., H / 2] for positions [...]."""
-    return rope_table(pos, m.dims[2], m.rope_theta)
 
 
 def embed(params: Params, tokens: jax.Array, dtype: str) -> jax.Array:

@@ -30,6 +30,7 @@ from mor_jax.model.kv import Past, attend_past, looks_back
 from mor_jax.model.loss import cross_entropy_sum, token_nll
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.nn.rope import rope_table
 from mor_jax.parallel.rows import forget_gathered, gather_weight, manual_axes, mine, over_rows, whole
 from mor_jax.parallel.rules import Rules
 
@@ -169,7 +170,7 @@ class LM:
 
     def rope(self, pos: jax.Array) -> Rope:
         """Rotary tables for these positions, [B, T] or [M]."""
-        return network.rope(self.model, pos)
+        return rope_table(self.model, pos)
 
     def block(
         self,

@@ -18,6 +18,7 @@ from mor_jax.config import Config, check
 from mor_jax.errors import ConfigError
 from mor_jax.model import block as network
 from mor_jax.model.loss import next_token_targets
+from mor_jax.nn.rope import scaled
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.step import loss_fn, loss_scales
 
@@ -39,14 +40,45 @@ def norm(x, scale, eps):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
 
 
-def rotated(m, x_TxH, pos):
-    half = m.dims[2] // 2
-    frequency = m.rope_theta ** (-np.arange(half) / half)
-    angle = pos * frequency
-    turned = np.empty_like(x_TxH)
-    turned[:half] = x_TxH[:half] * np.cos(angle) - x_TxH[half:] * np.sin(angle)
-    turned[half:] = x_TxH[half:] * np.cos(angle) + x_TxH[:half] * np.sin(angle)
-    return turned
+def frequencies(m):
+    """Radians a position of each pair of dimensions, one by one, from the text of each method."""
+    found, pairs = [], m.dims[2] // 2
+    for i in range(pairs):
+        plain = m.rope_theta ** (-i / pairs)
+        wavelength, scaled = 2 * math.pi / plain, plain / m.rope_factor
+        if m.rope_scaling == "linear":
+            found.append(scaled)
+        elif m.rope_scaling == "llama3":
+            turns = m.rope_original_context / wavelength
+            if turns <= m.rope_low_freq_factor:
+                found.append(scaled)
+            elif turns >= m.rope_high_freq_factor:
+                found.append(plain)
+            else:
+                smooth = (turns - m.rope_low_freq_factor) / (m.rope_high_freq_factor - m.rope_low_freq_factor)
+                found.append((1 - smooth) * scaled + smooth * plain)
+        elif m.rope_scaling == "yarn":
+
+            def pair(turns):  # that makes so many turns: original / (2 pi theta^(i / pairs)) = turns, solved for i
+                return pairs * math.log(m.rope_original_context / (2 * math.pi * turns)) / math.log(m.rope_theta)
+
+            first, last = (
+                max(math.floor(pair(m.rope_beta_fast)), 0),
+                min(math.ceil(pair(m.rope_beta_slow)), 2 * pairs - 1),
+            )
+            ramp = min(max((i - first) / (last - first), 0), 1)
+            found.append(ramp * scaled + (1 - ramp) * plain)
+        else:
+            found.append(plain)
+    return np.array(found)
+
+
+def rotated(m, x_H, pos):
+    half, angle = m.dims[2] // 2, pos * frequencies(m)
+    turned = np.empty_like(x_H)
+    turned[:half] = x_H[:half] * np.cos(angle) - x_H[half:] * np.sin(angle)
+    turned[half:] = x_H[half:] * np.cos(angle) + x_H[:half] * np.sin(angle)
+    return turned * (0.1 * math.log(m.rope_factor) + 1 if m.rope_scaling == "yarn" else 1)
 
 
 def heads_by_hand(m, p, n_TxD):
@@ -166,3 +198,50 @@ def test_a_cap_that_is_none_is_refused(cap):
     cfg = Config()
     with pytest.raises(ConfigError, match="logit_cap must be positive, or 0"):
         check(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, logit_cap=cap)))
+
+
+# ---------------------------------------------------------------- rotary scaling
+
+
+def frequencies_of(**fields):
+    m = small_lm("vanilla", heads=1, kv_heads=1, head_dim=64, rope_theta=500_000.0, **fields).model
+    return np.asarray(scaled(m, m.rope_theta ** (-jnp.arange(32) / 32))), frequencies(m)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_scaling": "linear", "rope_factor": 2.0},
+        # As Llama 3.1 and as Qwen2.5 are published.
+        {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 8192},
+        {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 32768},
+    ],
+)
+def test_scaled_frequencies_of_published_shapes(fields):
+    got, want = frequencies_of(**fields)
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    plain, _ = frequencies_of()
+    np.testing.assert_allclose(got[-1], plain[-1] / fields["rope_factor"], rtol=1e-6)  # the slowest is interpolated
+    if fields["rope_scaling"] != "linear":
+        np.testing.assert_allclose(got[0], plain[0], rtol=1e-6)  # the fastest is kept
+        assert (np.diff(got / plain) <= 1e-6).all() and len(np.unique(np.round(got / plain, 3))) > 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_scaling": "yarm"}, "Did you mean 'yarn'"),
+        ({"rope_factor": 2.0}, "rope_factor = 2.0 means nothing under config.model.rope_scaling = 'none'"),
+        ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor must be 1 or more"),
+        ({"rope_scaling": "llama3", "rope_factor": 2.0}, "rope_original_context must be positive"),
+        (
+            {"rope_scaling": "yarn", "rope_original_context": 64, "rope_beta_fast": 1.0},
+            "rope_beta_slow = 1.0 must be below config.model.rope_beta_fast = 1.0",
+        ),
+        ({"rope_scaling": "llama3", "rope_original_context": 64, "rope_beta_fast": 9.0}, "rope_beta_fast = 9.0 means"),
+    ],
+)
+def test_a_scaling_that_is_none_is_refused(fields, message):
+    cfg = Config()
+    with pytest.raises(ConfigError, match=message):
+        check(dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **fields)))
