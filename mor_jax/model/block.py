@@ -35,9 +35,9 @@ Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of 
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
 
 
-def embed(params: Params, tokens: jax.Array, dtype: str) -> jax.Array:
-    """States [..., D] of tokens [...]."""
-    return jnp.take(params["embed"]["table"], tokens, axis=0).astype(dtype)
+def embed(m: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """States [..., D] of tokens [...], in the compute dtype."""
+    return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
 
 
 def block(
@@ -108,9 +108,10 @@ def attention(
     # Attention works on all tokens of a head at once, so heads come before time. Single tokens have no time axis.
     h = jnp.moveaxis(h, 1, 3) if x.ndim == 3 else h
 
-    def rotated(x: jax.Array, norm: str) -> jax.Array:
-        """A query or key as attention reads it."""
-        return apply_rope(rms_norm(x, params[norm]["scale"], m.norm_eps) if norm in params else x, *rope)
+    def rotated(part: jax.Array, norm: str) -> jax.Array:
+        """Queries or keys as attention reads them."""
+        part = rms_norm(part, params[norm]["scale"], m.norm_eps) if norm in params else part
+        return apply_rope(part, *rope)
 
     q, k, v = rotated(h[:, :, :groups], "q_norm"), None, None
     if not queries_only:

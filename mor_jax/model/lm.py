@@ -231,7 +231,7 @@ class LM:
 
     def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
         """Token states [B, T, D] in the compute dtype."""
-        return network.embed(self.with_table(params), tokens_BxT, self.model.dtype)
+        return network.embed(self.model, self.with_table(params), tokens_BxT)
 
     def with_table(self, params: dict) -> dict:
         """The parameters with the tables of embedding and head whole over the axes of the rows, gathered once however

@@ -78,7 +78,7 @@ def blocks(
 
 def embed(lm: LM, weights: Weights, token_M: jax.Array) -> jax.Array:
     """States [M, D] of tokens."""
-    return network.embed(weights, token_M, lm.model.dtype)
+    return network.embed(lm.model, weights, token_M)
 
 
 def logits(lm: LM, weights: Weights, x_MxD: jax.Array) -> jax.Array:

@@ -22,15 +22,15 @@ TOLERANCE = 2e-4  # float32 logits of order 10: other shapes, other summation or
 
 
 @functools.cache
-def made():
-    lm = small_lm("mor", context=CONTEXT, layers=5, vocab_size=VOCAB, **ALL_FEATURES)
+def made(kind="mor"):
+    lm = small_lm(kind, context=CONTEXT, layers=5, vocab_size=VOCAB, **ALL_FEATURES)
     return lm, spread_routers(random_params(lm))
 
 
 @functools.cache
-def full():
-    """tokens [CONTEXT] -> float32 logits [CONTEXT, V] of the full causal forward pass."""
-    lm, params = made()
+def full(kind="mor"):
+    """tokens [T] -> float32 logits [T, V] of the full causal forward pass, one program for all T."""
+    lm, params = made(kind)
     run = jax.jit(lambda tokens: lm.apply(params, tokens[None], mode="causal")[0])
 
     def logits(tokens):
@@ -45,10 +45,11 @@ def log_softmax(logits):
     return np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
 
 
-def test_plain_decode():
-    lm, params = made()
+@pytest.mark.parametrize("kind", ["mor", "mor_shared"])  # under shared keys later steps project queries alone
+def test_plain_decode(kind):
+    lm, params = made(kind)
     (tokens,) = prompts(0, 20)
-    want = full()(tokens)
+    want = full(kind)(tokens)
     padded = np.asarray([tokens[:8]], np.int32)
     logits, cache, _ = jax.jit(prefill, static_argnums=(0, 4))(lm, params, padded, jnp.asarray([8]), CONTEXT)
     step = jax.jit(functools.partial(decode_step, lm))
@@ -57,11 +58,12 @@ def test_plain_decode():
         logits, cache, _ = step(params, cache, jnp.asarray([tokens[at]]))
 
 
-def test_scores():
-    lm, params = made()
+@pytest.mark.parametrize("kind", ["mor", "mor_shared"])
+def test_scores(kind):
+    lm, params = made(kind)
     (tokens,) = prompts(1, 29)
     scored = Scorer(lm, params, max_logprobs=TOP, chunk=8).score(tokens)
-    want = log_softmax(full()(tokens))
+    want = log_softmax(full(kind)(tokens))
     np.testing.assert_allclose(scored.logprobs[1:], want[np.arange(28), tokens[1:]], atol=TOLERANCE)
 
 
