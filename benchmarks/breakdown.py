@@ -12,10 +12,9 @@ import optax
 from benchmarks.record import Samples, clock
 from mor_jax import nn
 from mor_jax.analysis import accounting
+from mor_jax.model import block as network
 from mor_jax.model.lm import positions_in_document
-from mor_jax.model.loss import cross_entropy_sum, next_token_targets
-from mor_jax.nn.block import Attention
-from mor_jax.nn.mlp import Mlp
+from mor_jax.model.loss import next_token_targets
 from mor_jax.train.step import gradients, loss_fn, loss_scales
 
 # AdamW reads a parameter, its gradient and two moments and writes all but the gradient; clipping reads the gradient
@@ -60,7 +59,7 @@ def pieces(run: Any) -> list[Piece]:
     def attention_layers(batch, weights, x):
         rope = lm.rope(positions_in_document(batch["segment_ids"]))
         for w in weights:
-            x = x + nn.apply(Attention(m), w, x, rope, attend(batch))[0]
+            x = x + network.attention(m, w, x, rope, attend(batch))[0]
         return x
 
     def attention_core(batch, q, k, v):
@@ -70,12 +69,12 @@ def pieces(run: Any) -> list[Piece]:
 
     def mlp_layers(_, weights, x):
         for w in weights:
-            x = x + nn.apply(Mlp(m.mlp_width, m.init_std), w, x)
+            x = x + network.mlp(w, x)
         return x
 
     def head(batch, h, table):
         targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"])
-        return cross_entropy_sum(h, table, targets, weights, m.loss_chunk)
+        return lm.cross_entropy({"embed": {"table": table}}, h, targets, weights)
 
     def there_and_back(f):
         """(gradient of the output, *args) -> output of f and the gradients of its arguments, on this batch."""

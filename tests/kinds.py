@@ -37,4 +37,17 @@ MORE_KV = {
     ),
     "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
 }
+# Features of the block and the head, each a case of tests/model/test_block.py, and all at once in the engine.
+FEATURES = {
+    "none": {},
+    "logit_cap": {"logit_cap": 3.0},
+    "untied": {"tied": False},
+    "qkv_bias": {"qkv_bias": True},
+    "qk_norm": {"qk_norm": True},
+    "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 96, "rope_theta": 500.0},
+    "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64, "rope_beta_fast": 4.0},
+}
+ALL_FEATURES = {field: value for name in ("logit_cap", "untied", "qkv_bias", "qk_norm", "yarn")
+                for field, value in FEATURES[name].items()}  # fmt: skip
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

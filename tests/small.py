@@ -22,7 +22,7 @@ def random_params(lm: LM, seed: int = 0) -> dict:
 
     def draw(path, leaf):
         x = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "bias":
+        if path[-1].key == "bias" and path[0].key == "router":  # of a selection, beside scores that are close
             return jnp.asarray(0.003 * x)
         return jnp.asarray(1 + 0.1 * x if path[-1].key == "scale" else lm.model.init_std * x)
 

@@ -1,7 +1,8 @@
 """What a model costs, counted by hand: parameters, FLOPs, cache bytes.
 
-Pure arithmetic on the configuration; nothing is compiled. Compiler cost analysis is no substitute: it counts the
-body of a `scan` once, whatever its length, and would report a recursive model as R times cheaper than it is.
+Nothing is computed on a device or compiled. Weights are counted in the parameter tree itself, by `jax.eval_shape` of
+`LM.init`; FLOPs and cache entries are arithmetic on the configuration. Compiler cost analysis is no substitute: it
+counts the body of a `scan` once, whatever its length, and would report a recursive model as R times cheaper than it is.
 
 Two FLOPs conventions live side by side and must never be mixed:
 
@@ -18,18 +19,25 @@ Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabula
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+
+from mor_jax import nn
 from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
 from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
 from mor_jax.model.depth import build_policy
+from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.vary import mixture
 from mor_jax.model.depth.warmup import is_warm, shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
+from mor_jax.model.lm import LM
 from mor_jax.model.program import build_program
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -39,9 +47,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ParameterCount:
     """Unique parameters (a shared block counts once)."""
 
-    embedding: int  # V * D; input and output embedding are the same array
+    embedding: int  # V * D of the embedding, and as many of the head unless it is the same array
     blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
-    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings
+    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings; biases
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property
@@ -89,15 +97,38 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
     Raises:
       ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
     """
-    layers = build_program(model)
-    unique, own = layers.unique_layers, layers.core * (model.recursions - 1) if model.norms == "own" else 0
-    scales = 2 * (unique + own) + 1 + (model.recursions if model.recursion_encoding else 0)
+    _vocabulary(model)
+    tree = parameter_shapes(model, depth)
+    router = {name: leaf for name, leaf in tree["router"].items() if name != SURVEY}  # the survey is no weight
+    parts = [tree[part] for part in ("prelude", "core", "coda")]
     return ParameterCount(
-        embedding=_vocabulary(model) * model.width,
-        blocks=unique * _block_matrices(model) + layers.core * model.recursions * sum(_lora_matrices(model)),
-        norms=scales * model.width,
-        router=build_policy(model, depth).counts(model.context).learned,
+        embedding=_size([tree["embed"], tree.get("head", {})]),
+        blocks=_size(parts, _is_matrix),
+        norms=_size([parts, tree["norm"]], lambda name: not _is_matrix(name)),
+        router=_size(router),
     )
+
+
+@functools.lru_cache(maxsize=512)
+def parameter_shapes(model: ModelConfig, depth: DepthConfig) -> dict[str, Any]:
+    """Shapes of the parameters as `LM.init` makes them."""
+    return jax.eval_shape(lambda: LM(model, depth).init(jax.random.key(0)))
+
+
+@functools.lru_cache(maxsize=512)
+def _leaf_shapes(module: type, model: ModelConfig) -> dict[str, Any]:
+    """Shapes of what `nn.Block` or `nn.Lora` declares."""
+    return jax.eval_shape(lambda: nn.init(module(model), jax.random.key(0)))
+
+
+def _is_matrix(name: str) -> bool:
+    return name not in nn.VECTORS
+
+
+def _size(tree: Any, counts: Callable[[str], bool] = lambda name: True) -> int:
+    """Numbers in the leaves whose name counts."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if counts(path[-1].key))
 
 
 def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
@@ -234,7 +265,7 @@ def true_flops_per_token(
     return TrueFlops(
         blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
         attention=4 * heads * head_dim * pairs / t,
-        head=2.0 * model.width * _vocabulary(model),
+        head=2.0 * head_weights(model),
         router=build_policy(model, depth).counts(t, counts).flops / t,
     )
 
@@ -288,14 +319,21 @@ def kv_values(model: ModelConfig) -> int:
 
 
 def _kv_matrices(model: ModelConfig) -> int:
-    """Parameters of one block's key and value projections."""
-    return model.width * kv_values(model)
+    """Parameters of one block's key and value projections: two of the G + 2 parts of the fused one."""
+    heads, kv_heads, _ = model.dims
+    return _size(_leaf_shapes(nn.Block, model), lambda name: name == "qkv") * 2 // (heads // kv_heads + 2)
 
 
 def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
     """Parameters of one block's low-rank additions at one recursion, to the queries and to the values."""
-    heads, kv_heads, head_dim = model.dims
-    return model.lora_rank * (model.width + heads * head_dim), model.lora_rank * (model.width + kv_heads * head_dim)
+    tree = _leaf_shapes(nn.Lora, model)
+    of = lambda projection: _size(tree, lambda name: name.startswith(projection))
+    return of("query"), of("value")
+
+
+def head_weights(model: ModelConfig) -> int:
+    """Parameters of the table that the head multiplies with. Of the embedding a token reads one row."""
+    return model.width * _vocabulary(model)
 
 
 def block_weights_read(model: ModelConfig) -> int:
@@ -306,9 +344,8 @@ def block_weights_read(model: ModelConfig) -> int:
 
 
 def _block_matrices(model: ModelConfig) -> int:
-    """Matrix parameters of one block: q and o, k and v, SwiGLU's three."""
-    heads, kv_heads, head_dim = model.dims
-    return 2 * model.width * (heads + kv_heads) * head_dim + 3 * model.width * model.mlp_width
+    """Matrix parameters of one block; a token is multiplied with each once."""
+    return _size(_leaf_shapes(nn.Block, model), _is_matrix)
 
 
 def _vocabulary(model: ModelConfig) -> int:

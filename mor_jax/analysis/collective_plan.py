@@ -22,6 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import jax
+
+from mor_jax import nn
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
 from mor_jax.analysis.memory import FLOAT32, row_sizes
 from mor_jax.config import Config, MeshShape, mesh_shape
@@ -72,7 +75,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
             dcn = "data" in axes and cfg.mesh.slices > 1
             found.append(Planned(what, kind, axes, number, number * values * size * share, dcn))
 
-    matrices = 4  # of a block: qkv, out, gate and up, down
+    axes_of_block = jax.tree.leaves(nn.logical_axes(nn.Block(m)), is_leaf=lambda names: isinstance(names, tuple))
+    matrices = sum("embed" in names for names in axes_of_block)  # qkv, out, gate and up, down
     uses = 2 if regather else 1
     add("core", "all-gather", ("fsdp",), matrices * kept, block / matrices, c)
     add("blocks used once", "all-gather", ("fsdp",), matrices * once * uses, block / matrices, c)

@@ -15,6 +15,8 @@ Activations, in values for each token and block application, c bytes each (c = s
     dots_no_batch   3 D + (N + 2K) H + 2 F
     block           D
 
+Under `model.qk_norm`, none keeps queries and keys before their norm as well, (N + K) H.
+
 4 D: both norms' inputs and outputs. 3 F: gate, up, and what they make. (Norm and SwiGLU have backward passes of
 their own, which need no more.)
 Attention: N heads times the keys a query is computed against (half a row and half a block of 128 in `blocked`, the
@@ -219,8 +221,9 @@ def saved_bytes(
     width, hidden, size = model.width, model.mlp_width / tensor, DTYPE_BYTES[model.dtype]
     kv = 2 * kv_heads * head_dim / tensor if own_keys else 0.0
     out = heads * head_dim / tensor
+    normed = out + kv / 2 if model.qk_norm else 0.0  # queries and keys before their norm
     values = {
-        "none": 4 * width + kv * sequence + 3 * out + 3 * hidden,
+        "none": 4 * width + kv * sequence + 3 * out + 3 * hidden + normed,
         "dots": 4 * width + kv + 2 * out + 2 * hidden,
         "dots_no_batch": 3 * width + kv + out + 2 * hidden,
         "block": width,

@@ -18,7 +18,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mor_jax.analysis.accounting import DTYPE_BYTES, block_weights_read, kv_bytes_per_token, kv_values, parameters
+from mor_jax.analysis.accounting import (
+    DTYPE_BYTES,
+    block_weights_read,
+    head_weights,
+    kv_bytes_per_token,
+    kv_values,
+)
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.program import build_program
@@ -112,11 +118,10 @@ def decode_traffic(
     """
     n = model.context if context is None else context
     parts = kv_by_depth(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value)
-    count = parameters(model, depth)
     return DecodeTraffic(
         context=n,
         read_full_depth=n * sum(d.read_full * d.bytes_per_entry for d in parts),
         read_mean=n * sum(d.read_mean * d.bytes_per_entry for d in parts),
         written=kv_bytes_per_token(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value),
-        weights=DTYPE_BYTES[model.dtype] * (block_weights_read(model) + count.embedding),
+        weights=DTYPE_BYTES[model.dtype] * (block_weights_read(model) + head_weights(model)),
     )

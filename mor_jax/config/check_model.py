@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
-from mor_jax.config.fields import ATTENTION, DTYPES, NORMS, REMAT, SHARING, ModelConfig
+import math
+from dataclasses import fields
+
+from mor_jax.config.fields import ATTENTION, DTYPES, NORMS, REMAT, ROPE_SCALINGS, SHARING, ModelConfig
 from mor_jax.config.refusals import one_of, positive
 from mor_jax.errors import ConfigError
+
+# The ends of the range in which a scaling goes from everything to nothing, and the fields that each scaling reads.
+LINE = {
+    "llama3": ("rope_low_freq_factor", "rope_high_freq_factor"),
+    "yarn": ("rope_beta_slow", "rope_beta_fast"),
+}
+ROPE_FIELDS = {
+    "none": (),
+    "linear": ("rope_factor",),
+    "llama3": ("rope_factor", "rope_original_context", *LINE["llama3"]),
+    "yarn": ("rope_factor", "rope_original_context", *LINE["yarn"], "rope_attention_factor"),
+}
 
 
 def check_model(m: ModelConfig) -> None:
@@ -19,6 +34,8 @@ def check_model(m: ModelConfig) -> None:
     )  # fmt: skip
     if m.vocab_size < 0 or m.loss_chunk < 0 or m.head_dim < 0:
         raise ConfigError(f"{where}: vocab_size, loss_chunk and head_dim must not be negative.")
+    if not 0 <= m.logit_cap < math.inf:
+        raise ConfigError(f"{where}.logit_cap must be positive, or 0 for no cap, got {m.logit_cap}.")
     if m.heads % m.kv_heads:
         fits = [k for k in range(1, m.heads + 1) if m.heads % k == 0]
         raise ConfigError(
@@ -48,6 +65,7 @@ def check_model(m: ModelConfig) -> None:
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
+    _check_rope(m)
     _check_relaxation(m)
     ends = sum(unshared_ends(m))
     inner = m.layers - ends
@@ -59,6 +77,32 @@ def check_model(m: ModelConfig) -> None:
             f"layers - {ends} unshared must be a multiple of {m.recursions}. Layer counts near it that fit: "
             f"{', '.join(map(str, fits))}."
         )
+
+
+def _check_rope(m: ModelConfig) -> None:
+    where = "config.model"
+    one_of(f"{where}.rope_scaling", m.rope_scaling, ROPE_SCALINGS)
+    default = ModelConfig()
+    changed = [
+        f.name for f in fields(m)
+        if f.name.startswith("rope_") and f.name not in ("rope_theta", "rope_scaling") + ROPE_FIELDS[m.rope_scaling]
+        and getattr(m, f.name) != getattr(default, f.name)
+    ]  # fmt: skip
+    if changed:
+        raise ConfigError(
+            f"{where}.{changed[0]} = {getattr(m, changed[0])!r} means nothing under {where}.rope_scaling = "
+            f"{m.rope_scaling!r}; remove it, or choose another scaling."
+        )
+    if not 1 <= m.rope_factor < math.inf:
+        raise ConfigError(f"{where}.rope_factor must be 1 or more, got {m.rope_factor}.")
+    if m.rope_scaling in ("llama3", "yarn"):
+        positive(where, rope_original_context=m.rope_original_context)
+        low, high = LINE[m.rope_scaling]
+        positive(where, **{name: getattr(m, name) for name in (low, high)})
+        if not getattr(m, low) < getattr(m, high):
+            raise ConfigError(f"{where}.{low} = {getattr(m, low)} must be below {where}.{high} = {getattr(m, high)}.")
+    if not 0 <= m.rope_attention_factor < math.inf:
+        raise ConfigError(f"{where}.rope_attention_factor must be positive, or 0, got {m.rope_attention_factor}.")
 
 
 def _check_relaxation(m: ModelConfig) -> None:

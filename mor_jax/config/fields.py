@@ -9,6 +9,7 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn")
 SCHEDULES = ("wsd", "cosine", "constant")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("shared", "own")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
@@ -33,7 +34,20 @@ class ModelConfig:
     vocab_size: int = 0  # V; 0: the tokenizer's size rounded up to a multiple of 64
     context: int = 512  # tokens; training row length and longest sequence at inference
     rope_theta: float = 10_000.0
+    # Rotary embedding for contexts beyond the one a model was first trained at (nn/rope.py)
+    rope_scaling: str = "none"  # none | linear | llama3 | yarn
+    rope_factor: float = 1.0  # by which the context grew
+    rope_original_context: int = 0  # tokens, before; llama3, yarn
+    rope_low_freq_factor: float = 1.0  # llama3: wavelengths in the original context at and below which all is scaled
+    rope_high_freq_factor: float = 4.0  # llama3: and at and above which nothing is
+    rope_beta_slow: float = 1.0  # yarn: turns over the original context at which all is scaled
+    rope_beta_fast: float = 32.0  # yarn: and at which nothing is
+    rope_attention_factor: float = 0.0  # yarn: factor on cos and sin; 0: 0.1 ln(rope_factor) + 1
     norm_eps: float = 1e-5
+    qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each head's query and key before they are rotated, as in Qwen3
+    tied: bool = True  # the head reads the embedding's table; False: a table of its own
+    logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
     # Relaxation: what each recursion has of its own in the shared core (cycle schemes).

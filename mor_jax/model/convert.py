@@ -3,7 +3,7 @@
 Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices): `stepwise` picks
 them at equal intervals, the first and the last included; `average` takes the mean of all source blocks that the
 sharing scheme ties into one; `lower` and `upper` take the first or the last ones; `random` draws them, in order of
-depth. Blocks before and after the recursion are the source's first and last. Embedding and final norm are copied;
+depth. Blocks before and after the recursion are the source's first and last. Embedding, head and final norm are copied;
 routers have no counterpart and are left to the caller's fresh initialisation.
 
 `source_table` is the whole rule as data; `convert` only carries it out.
@@ -14,6 +14,7 @@ the model is the tied one; "svd" makes each recursion of the layer it stands for
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -28,8 +29,12 @@ from mor_jax.model.relax import check_relaxation, relaxed
 
 METHODS = ("stepwise", "average", "lower", "upper", "random")
 PARTS = ("prelude", "core", "coda")
-# Fields of which another value makes the same weights another function, or does not fit them.
-SAME = ("width", "heads", "kv_heads", "head_dim", "mlp_width", "rope_theta", "norm_eps")
+# Fields of the configuration that two models with the same weights may differ in: how blocks are shared, and how the
+# model is executed. Another value of any other field makes the weights another function, or does not fit them.
+FREE = (
+    "layers", "recursions", "sharing", "prelude", "coda", "norms", "lora_rank", "recursion_encoding",
+    "context", "init_std", "dtype", "remat", "attention", "loss_chunk",
+)  # fmt: skip
 
 
 def source_table(
@@ -104,7 +109,8 @@ def convert(
     table = source_table(from_model, to_model, method, seed=seed)
     layers = [params[part][str(i)] for part in PARTS for i in range(len(params[part]))]
     fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
-    made = {"embed": params["embed"], "norm": params["norm"], **{part: fill(table[part]) for part in PARTS}}
+    made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
+    made |= {part: fill(table[part]) for part in PARTS}
     if to_model.relaxed:
         program = build_program(to_model)
         for i, shared in made["core"].items():
@@ -122,11 +128,10 @@ def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]
 
 def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
     """Raise ConfigError unless a block of one model can be a block of the other, computing the same."""
-    resolved = lambda m: {name: getattr(m, name) for name in SAME} | {"head_dim": m.dims[2]}
-    old, new = resolved(from_model), resolved(to_model)
-    wrong = [f"{name} {old[name]} there, {new[name]} here" for name in SAME if old[name] != new[name]]
-    if from_model.vocab_size != to_model.vocab_size:
-        wrong.append(f"vocab_size {from_model.vocab_size} there, {to_model.vocab_size} here")
+    old, new = (dataclasses.asdict(m) | {"head_dim": m.dims[2]} for m in (from_model, to_model))
+    wrong = [
+        f"{name} {old[name]} there, {new[name]} here" for name in old if name not in FREE and old[name] != new[name]
+    ]
     if wrong:
         raise ConfigError(
             f"the source's weights do not fit config.model: {'; '.join(wrong)}. Only layers, sharing, recursions, "

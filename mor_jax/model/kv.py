@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
+from mor_jax.model.block import Attend
 from mor_jax.model.subset import Subset, put
 
 SHARED, HYBRID = "shared", "hybrid"
@@ -53,12 +54,10 @@ def past(kv: str, kept: Sequence[KeyValue], pos_BxT: jax.Array, active_BxT: jax.
     return Past(kept, pos_BxT, merge if kv == HYBRID else None)
 
 
-def attend_past(
-    past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str
-) -> list[nn.Attend]:
+def attend_past(past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str) -> list[Attend]:
     """Attention of each block of a step r > 1; beside its output, the keys and values it looked at."""
 
-    def of_block(kept: KeyValue) -> nn.Attend:
+    def of_block(kept: KeyValue) -> Attend:
         def attend(q, k, v):
             seen = kept if past.merge is None else (past.merge(kept[0], k), past.merge(kept[1], v))
             out = nn.attention(q, *seen, pos_BxT, past.pos_BxT, q_seg_BxT, kv_seg_BxS, impl)

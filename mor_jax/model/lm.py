@@ -1,9 +1,10 @@
-"""The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, tied head.
+"""The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, head.
 
 `LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
 argument. Parameters are a plain nested dict:
 
     embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
+    · head/table [V, D], unless it is tied to the embedding's
 
 Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
 leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
@@ -12,21 +13,23 @@ leading axis R: what each recursion has of its own (`model.norms`, `model.lora_r
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig
+from mor_jax.model import block as network
+from mor_jax.model.block import Attend, Rope, Step
 from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, TokenInfo, build_policy
 from mor_jax.model.kv import Past, attend_past, looks_back
-from mor_jax.model.loss import logits_of
+from mor_jax.model.loss import cross_entropy_sum, token_nll
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.nn.rope import rope_table
 from mor_jax.parallel.rows import forget_gathered, gather_weight, join_rows, manual_axes, over_rows, own_part
 from mor_jax.parallel.rules import Rules
 
@@ -90,44 +93,32 @@ class LM:
         """Wraps the policy if `control` is given."""
         return self.policy if control is None else Controlled(self.policy, control)
 
-    @property
-    def _block(self) -> nn.Block:
-        return nn.Block(self.model)
-
-    @property
-    def _embedding(self) -> nn.Embedding:
+    def _leaves(self) -> dict[str, Any]:
+        """The modules that own the parameters, by the name of their subtree; those of a block as "block"."""
         m = self.model
-        return nn.Embedding(m.vocab_size, m.width, m.init_std, m.dtype)
-
-    @property
-    def _norm(self) -> nn.RMSNorm:
-        return nn.RMSNorm(self.model.norm_eps)
+        table = nn.Table(m.vocab_size, m.width, m.init_std)
+        leaves = {"embed": table, "norm": nn.Scale(m.width), "block": nn.Block(m)}
+        return leaves if m.tied else leaves | {"head": table}
 
     def _parts(self) -> dict[str, int]:
         return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
-
-    def _examples(self) -> dict[str, tuple]:
-        """Arguments that show each leaf module its input shapes. Of numpy: a mesh in scope may be of devices that are
-        only described, on which nothing can be computed."""
-        x = np.zeros((1, 1, self.model.width), np.float32)
-        angle = np.zeros((1, 1, self.model.dims[2] // 2), np.float32)
-        attend = lambda q, k, v: (q, None)
-        return {"embed": (np.zeros((1, 1), np.int32),), "block": (x, (angle, angle), attend), "norm": (x,)}
 
     # ---------------------------------------------------------------- parameters
 
     def init(self, key: jax.Array) -> dict:
         """Float32 parameters. Run it under `jax.jit` with `out_shardings` so that they never exist unsharded."""
-        examples = self._examples()
+        leaves = self._leaves()
         embed_key, block_key, router_key, norm_key = jax.random.split(key, 4)
         params = {
-            "embed": nn.init(self._embedding, embed_key, *examples["embed"]),
-            "norm": nn.init(self._norm, norm_key, *examples["norm"]),
+            "embed": nn.init(leaves["embed"], embed_key),
+            "norm": nn.init(leaves["norm"], norm_key),
             "router": self.policy.init(router_key),
         }
+        if "head" in leaves:
+            params["head"] = nn.init(leaves["head"], jax.random.fold_in(embed_key, 1))
         # One initialiser for all blocks, mapped over their keys: it compiles once, not once a layer.
         keys = jax.random.split(block_key, self.program.unique_layers)
-        stacked = jax.vmap(lambda key: nn.init(self._block, key, *examples["block"]))(keys)
+        stacked = jax.vmap(lambda key: nn.init(leaves["block"], key))(keys)
         first = 0
         for part, count in self._parts().items():
             params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
@@ -159,13 +150,9 @@ class LM:
 
     def logical_axes(self) -> dict:
         """Tree like `init`'s, each leaf a tuple of logical axis names."""
-        examples = self._examples()
-        block = nn.logical_axes(self._block, *examples["block"])
-        axes = {
-            "embed": nn.logical_axes(self._embedding, *examples["embed"]),
-            "norm": nn.logical_axes(self._norm, *examples["norm"]),
-            "router": self.policy.logical_axes(),
-        }
+        axes = {name: nn.logical_axes(module) for name, module in self._leaves().items()}
+        block = axes.pop("block")
+        axes["router"] = self.policy.logical_axes()
         axes |= {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
         if self.model.relaxed:
             axes["core"] = {i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()}
@@ -173,26 +160,34 @@ class LM:
 
     # ---------------------------------------------------------------- building blocks of every pass
 
-    def rope(self, pos_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotary table for these positions."""
-        return nn.rope_table(pos_BxT, self.model.dims[2], self.model.rope_theta)
+    def rope(self, pos: jax.Array) -> Rope:
+        """Rotary tables for these positions, [B, T] or [M]."""
+        return rope_table(self.model, pos)
 
     def block(
-        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend, queries_only: bool = False,
-        own: dict | None = None, gather: bool = False,
-    ) -> tuple[jax.Array, Any]:  # fmt: skip
-        """One block, rematerialised as configured. `own`: see `nn.Block`. `gather`: its weights may be cut over the
+        self,
+        params: dict,
+        x_BxTxD: jax.Array,
+        rope: Rope,
+        attend: Attend,
+        *,
+        queries_only: bool = False,
+        step: Step = None,
+        gather: bool = False,
+    ) -> tuple[jax.Array, Any]:
+        """One block (`model.block.block`), rematerialised as configured. `gather`: its weights may be cut over the
         devices of the rows."""
         gather = gather and self._cut()
 
-        def run(p, x, r, own):
-            return nn.apply(self._block, self._gathered_block(p) if gather else p, x, r, attend, queries_only, own)
+        def run(p, x, r):  # the step stays outside: it may be a number, which chooses a part at no cost
+            p = self._gathered_block(p) if gather else p
+            return network.block(self.model, p, x, r, attend, step=step, queries_only=queries_only)
 
         remat = self.model.remat
         if remat == "none" and not gather:
-            return run(params, x_BxTxD, rope, own)
+            return run(params, x_BxTxD, rope)
         # A gathered weight that is used once is not kept for the backward pass: all of them are the whole model.
-        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(params, x_BxTxD, rope, own)
+        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(params, x_BxTxD, rope)
 
     def _cut(self) -> bool:
         """Whether matrices of a block lie cut over the devices of the rows here. Where they do not (data parallelism
@@ -201,52 +196,69 @@ class LM:
 
     def _gathered_block(self, params: dict) -> dict:
         """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
-        axes = nn.logical_axes(self._block, *self._examples()["block"])
+        axes = nn.logical_axes(self._leaves()["block"])
         cast = lambda w: w.astype(self.model.dtype) if w.ndim > 1 else w
         return jax.tree.map(lambda w, names: gather_weight(self.rules, cast(w), names), params, axes)
 
     def blocks(
-        self, params: dict, x_BxTxD: jax.Array, rope: Any, attend: nn.Attend | Sequence[nn.Attend], repeat: int = 1,
-        queries_only: bool = False, recursion: jax.Array | int | None = None, gather: bool = False,
-    ) -> tuple[jax.Array, list]:  # fmt: skip
-        """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
+        self,
+        params: dict,
+        x_BxTxD: jax.Array,
+        rope: Rope,
+        attend: Attend | Sequence[Attend],
+        repeat: int = 1,
+        queries_only: bool = False,
+        recursion: Step = None,
+        gather: bool = False,
+    ) -> tuple[jax.Array, list]:
+        """All blocks of one part in order, see `model.block.blocks`.
 
-        `attend`: one for all applications, or one for each. `recursion`: index from 0 of the step the core is applied
-        for, of the batch or [B] of each row; a relaxed core must be told. Unrolled: stacked weights would be copied per
-        slice."""
-        count = len(params) * repeat
-        extras = []
-        for n, attend_n in enumerate([attend] * count if callable(attend) else attend):
-            weights, own = params[str(n // repeat)], None
-            if "own" in weights:
-                if recursion is None:
-                    raise ValueError("a relaxed core must be told which recursion it is applied for")
-                own = jax.tree.map(lambda leaf: leaf[recursion], weights["own"])
-                weights = {name: leaf for name, leaf in weights.items() if name != "own"}
-            x_BxTxD, extra = self.block(weights, x_BxTxD, rope, attend_n, queries_only, own, gather)
-            extras.append(extra)
-        return x_BxTxD, extras
+        `recursion`: index from 0 of the step the core is applied for, of the batch or [B] of each row; a relaxed core
+        must be told."""
+
+        def one(p: dict, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+            return self.block(p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather)
+
+        return network.blocks(one, params, x_BxTxD, attend, repeat)
 
     def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
         """Token states [B, T, D] in the compute dtype."""
-        return nn.apply(self._embedding, self.with_table(params)["embed"], tokens_BxT)
+        return network.embed(self.model, self.with_table(params), tokens_BxT)
 
     def with_table(self, params: dict) -> dict:
-        """The parameters with the embedding table whole over the axes of the rows, gathered once however often it is
-        asked for. Float32: it is read by rows, and in the head chunk by chunk."""
-        table = params["embed"]["table"]
-        if not manual_axes() or table.shape[1] == self.model.width:  # whole already
+        """The parameters with the tables of embedding and head whole over the axes of the rows, gathered once however
+        often they are asked for. Float32: they are read by rows, and in the head chunk by chunk."""
+        if not manual_axes() or params["embed"]["table"].shape[1] == self.model.width:  # whole already
             return params
-        names = self.logical_axes()["embed"]["table"]
-        return params | {"embed": {"table": gather_weight(self.rules, table, names)}}
+        axes = self.logical_axes()
+        whole_table = lambda name: gather_weight(self.rules, params[name]["table"], axes[name]["table"])
+        return params | {name: {"table": whole_table(name)} for name in ("embed", "head") if name in params}
 
     def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
         """States as the head reads them."""
-        return nn.apply(self._norm, params["norm"], x_BxTxD)
+        return network.final_norm(self.model, params, x_BxTxD)
 
     def logits(self, params: dict, h: jax.Array) -> jax.Array:
         """float32 logits [..., V] of final states [..., D]."""
-        return logits_of(h, params["embed"]["table"])
+        return network.head(self.model, params, h)
+
+    def token_nll(self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+        """Negative log-likelihood of each target in nats, [B, T] float32, of final states."""
+        return token_nll(h_BxTxD, self._head_table(params), targets_BxT, self.model.loss_chunk, self._finish)
+
+    def cross_entropy(
+        self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array
+    ) -> jax.Array:
+        """Weighted sum of next-token losses in nats, of final states (`loss.cross_entropy_sum`)."""
+        table = self._head_table(params)
+        return cross_entropy_sum(h_BxTxD, table, targets_BxT, weights_BxT, self.model.loss_chunk, self._finish)
+
+    def _head_table(self, params: dict) -> jax.Array:
+        return network.head_table(self.with_table(params))
+
+    @property
+    def _finish(self) -> Callable[[jax.Array], jax.Array]:
+        return functools.partial(network.finish, self.model)
 
     def gathered_core(self, params: dict) -> dict:
         """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses them R times."""
@@ -258,7 +270,7 @@ class LM:
 
     def attend_row(
         self, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxT: jax.Array, *, keep: bool = False
-    ) -> nn.Attend:
+    ) -> Attend:
         """Attention among the tokens of one row; `keep`: beside its output, the keys and values."""
         impl = self.model.attention
         return lambda q, k, v: (

@@ -4,14 +4,27 @@
 hidden states and the table are formed in the same walk, while a chunk's logits are at hand, and only scaled in the
 backward pass: three matrix products per chunk, as many as with stored logits (recomputing would take four).
 Softmax and loss are float32.
+
+Both functions take the head apart: logits = finish(products of states and table), where `finish` works element by
+element (`model.block.finish`; by default nothing is done). `LM.cross_entropy` and `LM.token_nll` call them with what
+the model says.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from mor_jax.nn.dense import dense
+
+Finish = Callable[[jax.Array], jax.Array]
+
+
+def _as_it_is(products: jax.Array) -> jax.Array:
+    return products
 
 
 def next_token_targets(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -34,9 +47,9 @@ def _unchunk(x: jax.Array, length: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def logits_of(h: jax.Array, table_VxD: jax.Array) -> jax.Array:
-    """float32 logits [..., V] of states [..., D] under a tied table."""
-    return jnp.einsum("...D,VD->...V", h, table_VxD.astype(h.dtype), preferred_element_type=jnp.float32)
+def _products(h: jax.Array, table_VxD: jax.Array) -> jax.Array:
+    """float32 [..., V] of states [..., D]."""
+    return dense(h, table_VxD, dtype=jnp.float32)
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -44,30 +57,38 @@ def _nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], lse
 
 
-def token_nll(h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, chunk: int = 0) -> jax.Array:
+def token_nll(
+    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, chunk: int = 0, finish: Finish = _as_it_is
+) -> jax.Array:
     """Negative log-likelihood of each target in nats, [B, T] float32."""
     length = h_BxTxD.shape[1]
     chunk = min(chunk or length, length)
-    one = lambda args: _nll(logits_of(args[0], table_VxD), args[1])[0]
+    one = lambda args: _nll(finish(_products(args[0], table_VxD)), args[1])[0]
     return _unchunk(jax.lax.map(one, (_chunks(h_BxTxD, chunk), _chunks(targets_BxT, chunk))), length)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy_sum(
-    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, chunk: int = 0
+    h_BxTxD: jax.Array,
+    table_VxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    chunk: int = 0,
+    finish: Finish = _as_it_is,
 ) -> jax.Array:
     """Weighted sum of next-token losses in nats (float32 scalar).
 
     `chunk` positions at a time have logits (0: all). Differentiable in the states and the table, once.
     """
-    return jnp.sum(token_nll(h_BxTxD, table_VxD, targets_BxT, chunk) * weights_BxT)
+    return jnp.sum(token_nll(h_BxTxD, table_VxD, targets_BxT, chunk, finish) * weights_BxT)
 
 
-def _cross_entropy_fwd(h, table, targets, weights, chunk):
+def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
     """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum is left to the
     small factors, and the target's own term, where p - 1 would cancel, is added apart as one row a token. The table's
     gradient is gathered as [D, V], from states transposed beforehand, so that every product is one of plain
-    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed."""
+    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed. Where `finish` does something, both terms are
+    pulled back through it, each at its own place."""
     length = h.shape[1]
     chunk = min(chunk or length, length)
     w = table.astype(h.dtype)
@@ -75,13 +96,15 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk):
 
     def one(dtable_DxV, xs):
         h_NxD, h_DxN, t_N, weight_N = xs
-        logits_NxV = logits_of(h_NxD, w)
+        products_NxV = _products(h_NxD, w)
+        logits_NxV, pull = jax.vjp(finish, products_NxV)
         top_N = jnp.max(logits_NxV, axis=-1)
-        hit_N = jnp.take_along_axis(logits_NxV, t_N[:, None], axis=-1)[:, 0] - top_N
+        own_logit_N, pull_own = jax.vjp(finish, jnp.take_along_axis(products_NxV, t_N[:, None], axis=-1)[:, 0])
+        hit_N = own_logit_N - top_N
         p32_NxV = jnp.where(t_N[:, None] == vocab, 0.0, jnp.exp(logits_NxV - top_N[:, None]))
-        p_NxV, others_N = p32_NxV.astype(h.dtype), jnp.sum(p32_NxV, axis=-1)
+        p_NxV, others_N = pull(p32_NxV)[0].astype(h.dtype), jnp.sum(p32_NxV, axis=-1)
         sum_N = others_N + jnp.exp(hit_N)
-        scale_N, own_N = weight_N / sum_N, -weight_N * others_N / sum_N
+        scale_N, own_N = weight_N / sum_N, pull_own(-weight_N * others_N / sum_N)[0]
         dh_NxD = jnp.matmul(p_NxV, w, preferred_element_type=jnp.float32) * scale_N[:, None]
         scaled_DxN = (h_DxN * scale_N).astype(h.dtype)
         dtable_DxV += jnp.matmul(scaled_DxN, p_NxV, preferred_element_type=jnp.float32)
@@ -101,7 +124,7 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk):
     return jnp.sum(loss), (dh, dtable.astype(table.dtype))
 
 
-def _cross_entropy_bwd(chunk, residuals, g):
+def _cross_entropy_bwd(chunk, finish, residuals, g):
     dh, dtable = residuals
     return (g * dh).astype(dh.dtype), (g * dtable).astype(dtable.dtype), None, None
 

@@ -8,26 +8,10 @@ import flax.linen as nn
 import jax
 
 from mor_jax.nn.attention import attention
-from mor_jax.nn.block import Attend, Block
-from mor_jax.nn.embed import Embedding
-from mor_jax.nn.lora import Lora
-from mor_jax.nn.norm import RMSNorm
-from mor_jax.nn.rope import rope_table
+from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table
 from mor_jax.nn.router import Router, router_size
 
-__all__ = [
-    "Attend",
-    "Block",
-    "Embedding",
-    "Lora",
-    "RMSNorm",
-    "Router",
-    "apply",
-    "attention",
-    "init",
-    "rope_table",
-    "router_size",
-]
+__all__ = ["VECTORS", "Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "router_size"]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:

@@ -1,32 +1,38 @@
-"""The one matrix product of the network."""
+"""The matrix product of the network."""
 
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 
-def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> jax.Array:
-    """A float32 parameter drawn from N(0, std), annotated with logical axes."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32)
+class Product(Protocol):
+    """x [..., in...] times w [out..., in...] -> [..., out...], over the last `contract` axes of x.
+
+    The result has the dtype of x, or `dtype`, in which it is then accumulated, too. How the product is computed, and how
+    the weight lies, is the implementation's: `dense` reads parameters as they are, `inference/engine/layers.py` reads
+    [out, in] matrices that were prepared once and returns their outputs flat, [..., O].
+    """
+
+    def __call__(self, x: jax.Array, w: Any, contract: int = 1, dtype: Any = None) -> jax.Array: ...
 
 
-def dense(x: jax.Array, w: jax.Array, contract: int = 1) -> jax.Array:
-    """x [B, T, in...] times w [out..., in...] -> [B, T, out...], over the last `contract` axes, in the dtype of x.
+def dense(x: jax.Array, w: jax.Array, contract: int = 1, dtype: Any = None) -> jax.Array:
+    """The product of training and of the plain decode; see `Product`.
 
     Written as a product of two plain matrices, tokens by features: with the axes left apart, XLA on CPUs runs the
-    weight gradient at two thirds of the speed. Only when the weight is split over devices do its axes stay apart,
-    since flattening across a sharded axis would gather it.
+    weight gradient at two thirds of the speed. When the weight is split over devices its axes stay apart, since
+    flattening across a sharded axis would gather it; so do those of the head (the product with a `dtype`), whose
+    gradient is written by hand.
     """
     w = w.astype(x.dtype)
-    out, inner = w.shape[: w.ndim - contract], math.prod(w.shape[w.ndim - contract :])
+    rows, first = x.shape[: x.ndim - contract], w.ndim - contract
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.shape.get("tensor", 1) > 1:
-        axes = tuple(range(2, 2 + contract)), tuple(range(w.ndim - contract, w.ndim))
-        return jax.lax.dot_general(x, w, (axes, ((), ())))
+    if dtype is not None or (not mesh.empty and mesh.shape.get("tensor", 1) > 1):
+        axes = tuple(range(len(rows), x.ndim)), tuple(range(first, w.ndim))
+        return jax.lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=dtype)
+    inner = math.prod(w.shape[first:])
     y = x.reshape(-1, inner) @ w.reshape(-1, inner).T
-    return y.reshape(*x.shape[:2], *out)
+    return y.reshape(*rows, *w.shape[:first])

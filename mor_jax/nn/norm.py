@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in the dtype of `x`.
+    """x / rms(x) * scale over the last axis, in the dtype of `x`. `scale`: [D], or [B, 1, D] of each row its own (not
+    to be differentiated).
 
     Its backward pass is written out: of what it needs, only x and one number a row are kept, where automatic
     differentiation keeps up to four arrays of the size of x."""
@@ -34,18 +34,3 @@ def _rms_norm_bwd(eps, residuals, dy):
 
 
 rms_norm.defvjp(_rms_norm_fwd, _rms_norm_bwd)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis; the result has the dtype of `x`.
-
-    `scale`: one from elsewhere instead of a parameter: [D], or [B, 1, D] (not to be differentiated)."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        if scale is None:
-            init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-            scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
-        return rms_norm(x, scale, self.eps)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mor_jax.nn.dense import matrix
+from mor_jax.nn.parameters import matrix
 
 HIDDEN = {"linear": 0, "mlp": 2, "wide_mlp": 4}
 

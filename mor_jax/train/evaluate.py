@@ -20,7 +20,7 @@ import numpy as np
 from mor_jax.inference.dial import depth_control
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import CAUSAL, LM, ROW, STATES, TOPK
-from mor_jax.model.loss import next_token_targets, token_nll
+from mor_jax.model.loss import next_token_targets
 from mor_jax.parallel.rows import over_rows
 
 
@@ -33,12 +33,8 @@ def eval_step(
     out = lm.forward(params, tokens, seg, mode=mode, control=control)
     targets, weights = next_token_targets(tokens, seg)
 
-    def losses(embed, h, targets):
-        table = lm.with_table({"embed": embed})["embed"]["table"]
-        return token_nll(h, table, targets, lm.model.loss_chunk), ()
-
-    axes = (lm.logical_axes()["embed"], STATES, ROW)
-    nll, _ = over_rows(lm.rules, losses, axes, ROW)(params["embed"], out.h_BxTxD, targets)
+    losses = lambda params, h, targets: (lm.token_nll(params, h, targets), ())
+    nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(params, out.h_BxTxD, targets)
     real = seg > 0
     depths = jnp.arange(lm.program.recursions + 1)
     at_depth = (out.depth_BxT[..., None] == depths) & real[..., None]

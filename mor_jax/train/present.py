@@ -22,7 +22,7 @@ from mor_jax.errors import CheckpointError, UserError
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
 from mor_jax.model.lm import CAUSAL, LM
-from mor_jax.model.loss import next_token_targets, token_nll
+from mor_jax.model.loss import next_token_targets
 from mor_jax.train.load import Loaded, load_model
 
 FALLBACK_TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"
@@ -64,7 +64,7 @@ def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
 def _look(lm: LM, params: Any, tokens_BxT: jax.Array, seg_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     out = lm.forward(params, tokens_BxT, seg_BxT, mode=CAUSAL)
     targets, _ = next_token_targets(tokens_BxT, seg_BxT)
-    return out.depth_BxT, token_nll(out.h_BxTxD, params["embed"]["table"], targets, lm.model.loss_chunk)
+    return out.depth_BxT, lm.token_nll(params, out.h_BxTxD, targets)
 
 
 def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int = 0) -> tuple[str, list[int]]:

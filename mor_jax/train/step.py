@@ -15,7 +15,7 @@ import optax
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
-from mor_jax.model.loss import cross_entropy_sum, next_token_targets
+from mor_jax.model.loss import next_token_targets
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.state import TrainState
 
@@ -53,8 +53,7 @@ def loss_fn(
         params = lm.with_table(params)
         how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
         out = lm.forward(params, tokens, seg, mode=TOPK, **how)
-        table = params["embed"]["table"]
-        nll = cross_entropy_sum(out.h_BxTxD, table, targets, weights, lm.model.loss_chunk)
+        nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
         return out.depth_BxT, (nll, out.stats)
 
     given = lambda x, names: None if x is None else names

@@ -180,9 +180,10 @@ def kept_between_passes(cfg) -> int:
 
 @pytest.mark.parametrize("remat", ["none", "dots", "dots_no_batch", "block"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_saved_activations_are_within_half_of_what_jax_keeps(remat, dtype):
+@pytest.mark.parametrize("features", [{}, {"qk_norm": True, "qkv_bias": True}])
+def test_saved_activations_are_within_half_of_what_jax_keeps(remat, dtype, features):
     """Four more layers keep so many bytes more; nothing is compiled for it."""
-    few, many = (memory_config("vanilla", remat=remat, dtype=dtype, layers=n) for n in (2, 6))
+    few, many = (memory_config("vanilla", remat=remat, dtype=dtype, layers=n, **features) for n in (2, 6))
     kept = kept_between_passes(many) - kept_between_passes(few)
     assert 1 / 1.5 < (training_memory(many).saved - training_memory(few).saved) / kept < 1.5
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
+from kinds import ALL_FEATURES
 from small import small_lm
 
 from mor_jax.analysis.collectives import read_collectives
@@ -26,7 +27,8 @@ ROUTED = dict(layers=3, recursions=2, sharing="cycle", prelude=1)
 KINDS = {"vanilla": dict(layers=1), "mor": ROUTED, "token": ROUTED | dict(layers=2, prelude=0)}
 # Everything a run can have at once: a second router with its own optimiser, relaxed recursions; and drawn depths.
 RELAXED = ROUTED | dict(norms="own", lora_rank=2, recursion_encoding=True)
-MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED)}
+# And all features of the block at once.
+MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED), "features": ("mor", ROUTED | ALL_FEATURES)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]  # data, fsdp, tensor, sequence
 # Long enough for arrays to matter more than the compiler's odds and ends, wide enough for weights to matter at all.
 PLANNED = dict(width=256, heads=4, kv_heads=4, mlp_width=704, context=64, vocab_size=1024, loss_chunk=32)

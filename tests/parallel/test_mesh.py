@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("vanilla", "mor", "token")
 MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x2x4", "1x2x2x2")  # data, fsdp, tensor, sequence
 CASES = [f"{kind} {mesh}" for kind in KINDS for mesh in MESHES]
-MORE = ["aux 1x2x2x2", "random 1x2x2x2"]  # a second router and relaxed recursions; drawn depths
+# A second router and relaxed recursions; drawn depths; all features of the block.
+MORE = ["aux 1x2x2x2", "random 1x2x2x2", "features 1x2x2x2"]
 SMALL = 768  # bytes: metrics, norms, routers and counts of tokens are below it, weights above
 
 

@@ -99,7 +99,7 @@ class Device:
     def _empty(self) -> State:
         make = functools.partial(empty_state, self.lm, self.shape, self.draw_config)
         # Compiled, so that no two leaves share a buffer: each is donated.
-        return self._put(jax.jit(make)(self._weights.router))
+        return self._put(jax.jit(make)(self._weights["router"]))
 
     def _put(self, tree: Any) -> Any:
         return tree if self._place is None else jax.device_put(tree, self._place)

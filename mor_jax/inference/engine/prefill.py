@@ -61,16 +61,16 @@ def prefill_states(
     chunk, recursions, kv = tokens_C.shape[0], lm.program.recursions, lm.depth.kv_name
     index_C = jnp.arange(chunk)
     real_C, pos_C = index_C < count, state.tokens_N[lane] + index_C
-    rope = layers.rope_of(lm, pos_C)
+    rope = lm.rope(pos_C)
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
     read = lambda log: functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
     x = layers.embed(lm, weights, tokens_C)
-    x, prelude = layers.blocks(lm, weights.prelude, x, rope, [read(log) for log in state.prelude])
+    x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [read(log) for log in state.prelude])
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
     info = TokenInfo(real_C[None], pos_C[None], tokens_C[None])
     x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, info, rope)
-    x, coda = layers.blocks(lm, weights.coda, x, rope, [read(log) for log in state.coda])
+    x, coda = layers.blocks(lm, weights["coda"], x, rope, [read(log) for log in state.coda])
 
     depth_C = jnp.sum(active_RxC, axis=0, dtype=jnp.int32)
     # An entry of every token at step 1 where later steps look back on it, however deep it went itself.
@@ -128,7 +128,7 @@ def _recurse(
     shared keys those of step 1 alone)."""
     chunk, kv, recursions = x_CxD.shape[0], lm.depth.kv_name, lm.program.recursions
     policy = Controlled(lm.policy, control)
-    route, real_C = policy.begin(weights.router, x_CxD[None], info_1xC), info_1xC.real_BxT[0]
+    route, real_C = policy.begin(weights["router"], x_CxD[None], info_1xC), info_1xC.real_BxT[0]
     sizes = row_sizes(chunk, lm.depth.routed)
     core = tuple(logs.of_lane(log, lane) for log in state.core)
     tags = [t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)]
@@ -202,5 +202,5 @@ def _rows(
     h_SxD, table = jax.tree.map(lambda x: x if whole else x[index_S], (h_CxD, rope))
     attends = [functools.partial(attend, block=i) for i in range(len(core))]
     queries_only = back and kv == SHARED
-    y_SxD, made = layers.blocks(lm, weights.core, h_SxD, table, attends, lm.program.repeat, queries_only, r)
+    y_SxD, made = layers.blocks(lm, weights["core"], h_SxD, table, attends, lm.program.repeat, queries_only, r)
     return spread(y_SxD, h_CxD), tuple(made)

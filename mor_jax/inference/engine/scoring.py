@@ -72,7 +72,7 @@ class Scorer:
         self._weights = jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
         # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest there are.
         # Compiled, so that no two leaves share a buffer: each is donated.
-        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(self._weights.router)
+        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(self._weights["router"])
         if place is not None:
             self._weights, self._state = jax.device_put((self._weights, self._state), place)
         self._begun = 0  # prompts

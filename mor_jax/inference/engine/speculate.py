@@ -92,7 +92,7 @@ def _verify(
     here_N = (state.next_N != NONE) & ~state.void_N
     tokens_NxT = jnp.maximum(jnp.concatenate([state.next_N[:, None], drafts_NxK], axis=1), 0)
     pos_NxT = state.tokens_N[:, None] + jnp.arange(span)
-    rope = layers.rope_of(lm, pos_NxT.reshape(-1))
+    rope = lm.rope(pos_NxT.reshape(-1))
     seen = logs.view(shape.ends, state.tokens_N)
     before_NxTxT = jnp.broadcast_to(jnp.tril(jnp.ones((span, span), bool)), (lanes, span, span))
     in_lanes, flat = _folds(lanes, span)
@@ -105,9 +105,9 @@ def _verify(
         return attend
 
     x = layers.embed(lm, weights, tokens_NxT.reshape(-1))
-    x, prelude = layers.blocks(lm, weights.prelude, x, rope, [reader(log) for log in state.prelude])
+    x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [reader(log) for log in state.prelude])
     x, active_RxNxT, made = _recurse(lm, shape, weights, state, in_lanes(x), tokens_NxT, pos_NxT, rope, here_N)
-    x, coda = layers.blocks(lm, weights.coda, flat(x), rope, [reader(log) for log in state.coda])
+    x, coda = layers.blocks(lm, weights["coda"], flat(x), rope, [reader(log) for log in state.coda])
     logits_NxTxV = in_lanes(layers.logits(lm, weights, x))
 
     depth_NxT = jnp.sum(active_RxNxT, axis=0, dtype=jnp.int32)
@@ -240,7 +240,7 @@ def _recurse(
     in_lanes, flat = _folds(lanes, span)
     none = jnp.zeros((lanes, span, *lm.model.dims[1:]), x_NxTxD.dtype)
     policy = Controlled(lm.policy, state.control)
-    route = policy.begin(weights.router, x_NxTxD, TokenInfo(real_NxT, pos_NxT, tokens_NxT))
+    route = policy.begin(weights["router"], x_NxTxD, TokenInfo(real_NxT, pos_NxT, tokens_NxT))
 
     def one(carry: _Step, xs: Any, first: bool = False):
         r, step = xs
@@ -260,7 +260,9 @@ def _recurse(
         def run(h_NxTxD):
             attends = [lambda q, k, v, i=i: attend(q, k, v, i) for i in range(len(state.core))]
             queries_only = back and kv == SHARED
-            y, made = layers.blocks(lm, weights.core, flat(h_NxTxD), rope, attends, lm.program.repeat, queries_only, r)
+            y, made = layers.blocks(
+                lm, weights["core"], flat(h_NxTxD), rope, attends, lm.program.repeat, queries_only, r
+            )
             return in_lanes(y), tuple(made)
 
         def skip(h_NxTxD):

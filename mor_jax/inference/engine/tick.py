@@ -131,11 +131,11 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
         tags = logs.tag_lanes(shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions))
     seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
     attends = [functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core]
-    rope = layers.rope_of(lm, state.tokens_N)
-    y_NxD, core = layers.blocks(lm, weights.core, f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
+    rope = lm.rope(state.tokens_N)
+    y_NxD, core = layers.blocks(lm, weights["core"], f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
 
     policy = Controlled(lm.policy, state.control)
-    steps = policy.steps(weights.router)
+    steps = policy.steps(weights["router"])
     changes_N = runs_N & f.active_N
     combine = lambda step: policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
     h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, steps, combine), step_N), f.h_NxD)
@@ -185,8 +185,8 @@ def boundary(
     def leave(carry: tuple) -> tuple:
         coda, draws, _ = carry
         attends = _ends(shape, coda, state.tokens_N, exits_N)
-        rope = layers.rope_of(lm, state.tokens_N)
-        x, coda = layers.blocks(lm, weights.coda, f.h_NxD, rope, attends)
+        rope = lm.rope(state.tokens_N)
+        x, coda = layers.blocks(lm, weights["coda"], f.h_NxD, rope, attends)
         drawn, draws = draw(layers.logits(lm, weights, x), draws, position_N, exits_N, config)
         return tuple(coda), draws, drawn
 
@@ -203,14 +203,14 @@ def boundary(
 
     def enter(carry: tuple) -> tuple:
         prelude, _ = carry
-        x, rope = layers.embed(lm, weights, token_N), layers.rope_of(lm, tokens_N)
-        x, prelude = layers.blocks(lm, weights.prelude, x, rope, _ends(shape, prelude, tokens_N, enters_N))
+        x, rope = layers.embed(lm, weights, token_N), lm.rope(tokens_N)
+        x, prelude = layers.blocks(lm, weights["prelude"], x, rope, _ends(shape, prelude, tokens_N, enters_N))
         return tuple(prelude), x
 
     prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
     policy = Controlled(lm.policy, state.control)
     info = TokenInfo(jnp.ones((shape.lanes, 1), bool), tokens_N[:, None], token_N[:, None])
-    route = policy.begin(weights.router, x_NxD[:, None], info)
+    route = policy.begin(weights["router"], x_NxD[:, None], info)
     active_N, z_N = _next_step(lm, policy, route.steps, route.tokens, x_NxD, none_N)
     going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
     new = Flight(enters_N, x_NxD, none_N, going_N, active_N, z_N, route.tokens)

@@ -1,0 +1,204 @@
+"""The arithmetic of the network, once: embedding, Transformer block, head. Pure functions of arrays.
+
+Training, the plain decode and the engine call the same functions. They differ in what they pass in:
+
+* `x`: whole rows [B, T, D], or single tokens [M, D] (the engine: one a lane, or a chunk of a prompt).
+* `attend`: who attends to what, and where keys and values are kept.
+* `product`: how a matrix product is computed and how its weight lies, see `nn.dense.Product`. With `dense`, weights are
+  the parameters as `LM.init` returns them. Another product may read weights prepared for it; the block only asks that
+  their elements are in the same order, and says itself what shape it reads.
+
+Letters: D width, K kv heads, G query heads a kv head, E = G + 2 (query heads, key, value), H head dim, F mlp width, V
+vocabulary, R recursions, A rank of an addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import ModelConfig
+from mor_jax.nn.dense import Product, dense
+from mor_jax.nn.mlp import swiglu
+from mor_jax.nn.norm import rms_norm
+from mor_jax.nn.rope import apply_rope
+
+# attend(q_BxKxGxTxH, k_BxKxTxH, v_BxKxTxH) -> (o_BxKxGxTxH, extra); of single tokens q_MxKxGxH, k_MxKxH, v_MxKxH ->
+# o_MxKxGxH. Keys are rotated. A training row, a prefill or one decode step are three such functions. Where a block
+# projects queries only, k and v are None.
+Attend = Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]]
+Params = Mapping[str, Any]
+Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of single tokens
+Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
+
+
+def embed(m: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """States [..., D] of tokens [...], in the compute dtype."""
+    return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
+
+
+def block(
+    m: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    rope: Rope,
+    attend: Attend,
+    *,
+    step: Step = None,
+    queries_only: bool = False,
+    product: Product = dense,
+) -> tuple[jax.Array, Any]:
+    """One pre-norm Llama block, residuals included: x + attention(norm(x)), then + mlp(norm(.)).
+
+    Args:
+      params: {attention, mlp, norm_1, norm_2} as `nn.Block` declares them. In a relaxed core also "own", leaves [R, ...]:
+        what each recursion has of its own, each part optional: "encoding" a factor on the state, "norm_1" and "norm_2"
+        in place of the shared ones, "lora" an addition to the query and value projections (`nn.Lora`).
+      x: states [B, T, D] or [M, D] in the compute dtype. Products and residuals have that dtype; norms, rotation and
+        softmax are computed in float32.
+      step: the recursion step the block is applied for; needed where there is an "own".
+      queries_only: project queries alone; `attend` gets None for keys and values.
+    Returns:
+      (states like x, what `attend` returned beside its output).
+    Raises:
+      ValueError: a relaxed block without a step.
+    """
+    own = params.get("own", {})
+    if own and step is None:
+        raise ValueError("a relaxed core must be told which recursion it is applied for")
+
+    def scale(name: str) -> jax.Array:
+        return _of_step(own[name]["scale"], step, x) if name in own else params[name]["scale"]
+
+    if "encoding" in own:
+        x = x * scale("encoding").astype(x.dtype)
+    n = rms_norm(x, scale("norm_1"), m.norm_eps)
+    add = _addition(n, own["lora"], step, queries_only, product) if "lora" in own else None
+    a, extra = attention(m, params["attention"], n, rope, attend, add=add, queries_only=queries_only, product=product)
+    x = x + a
+    n = rms_norm(x, scale("norm_2"), m.norm_eps)
+    return x + mlp(params["mlp"], n, product), extra
+
+
+def attention(
+    m: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    rope: Rope,
+    attend: Attend,
+    *,
+    add: jax.Array | None = None,
+    queries_only: bool = False,
+    product: Product = dense,
+) -> tuple[jax.Array, Any]:
+    """Grouped-query attention with its projections. `add`: what is added to the fused projection, [..., K, E, H]."""
+    heads, kv_heads, head_dim = m.dims
+    groups, rows = heads // kv_heads, x.shape[:-1]
+    qkv = params["qkv"]
+    if queries_only:  # the G query heads of each kv head lie before its key and its value
+        qkv = qkv.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups]
+    h = product(x, qkv).reshape(*rows, kv_heads, -1, head_dim)  # [..., K, E, H]
+    if "bias" in params:
+        h += params["bias"][:, : h.shape[-2]].astype(h.dtype)
+    if add is not None:
+        h += add
+    # Attention works on all tokens of a head at once, so heads come before time. Single tokens have no time axis.
+    h = jnp.moveaxis(h, 1, 3) if x.ndim == 3 else h
+
+    def rotated(part: jax.Array, norm: str) -> jax.Array:
+        """Queries or keys as attention reads them."""
+        part = rms_norm(part, params[norm]["scale"], m.norm_eps) if norm in params else part
+        return apply_rope(part, *rope)
+
+    q, k, v = rotated(h[:, :, :groups], "q_norm"), None, None
+    if not queries_only:
+        k, v = rotated(h[:, :, groups], "k_norm"), h[:, :, groups + 1]
+    o, extra = attend(q, k, v)
+    o = jnp.moveaxis(o, 3, 1) if x.ndim == 3 else o  # [..., K, G, H]
+    return product(o, params["out"], contract=3), extra
+
+
+def mlp(params: Params, x: jax.Array, product: Product = dense) -> jax.Array:
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+    gate_up = product(x, params["gate_up"]).reshape(*x.shape[:-1], 2, -1)  # [..., 2, F]
+    return product(swiglu(gate_up), params["down"])
+
+
+def blocks(
+    one: Callable[[Params, jax.Array, Attend], tuple[jax.Array, Any]],
+    params: Mapping[str, Params],
+    x: jax.Array,
+    attend: Attend | Sequence[Attend],
+    repeat: int = 1,
+) -> tuple[jax.Array, list]:
+    """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
+
+    Args:
+      one: `block` with all but these three arguments given.
+      params: of the blocks "0", "1", ...
+      attend: one for all applications, or one for each.
+
+    Unrolled: stacked weights would be copied per slice.
+    """
+    extras = []
+    for n, attend_n in enumerate([attend] * (len(params) * repeat) if callable(attend) else attend):
+        x, extra = one(params[str(n // repeat)], x, attend_n)
+        extras.append(extra)
+    return x, extras
+
+
+def final_norm(m: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    """States as the head reads them."""
+    return rms_norm(x, params["norm"]["scale"], m.norm_eps)
+
+
+def head(m: ModelConfig, params: Params, h: jax.Array, product: Product = dense) -> jax.Array:
+    """float32 logits [..., V] of normalised states [..., D]."""
+    return finish(m, product(h, head_table(params), dtype=jnp.float32))
+
+
+def head_table(params: Params) -> jax.Array:
+    """The table [V, D] that states are multiplied with: the head's own, or, if input and output are tied, the
+    embedding's."""
+    return params["head" if "head" in params else "embed"]["table"]
+
+
+def finish(m: ModelConfig, products: jax.Array) -> jax.Array:
+    """Logits from the products of states and table, element by element. The loss differentiates it (`model/loss.py`).
+
+    A soft cap holds them within +-logit_cap, smoothly (Gemma 2, arXiv 2408.00118, section 2)."""
+    return m.logit_cap * jnp.tanh(products / m.logit_cap) if m.logit_cap else products
+
+
+def _of_step(leaf: jax.Array, step: Step, x: jax.Array) -> jax.Array:
+    """The part [D] of this step from [R, D]. Of a step for each row: [B, D], with axes put in to go with x."""
+    mine = leaf[step]
+    return mine if mine.ndim == 1 else mine.reshape(mine.shape[0], *(1,) * (x.ndim - 2), mine.shape[1])
+
+
+def _addition(x: jax.Array, lora: Params, step: Step, queries_only: bool, product: Product) -> jax.Array:
+    """What a recursion adds to the fused projection: to its queries and its value, not to its key."""
+    query = _low_rank(x, lora["query_down"], lora["query_up"], step, product)
+    if queries_only:
+        return query
+    value = _low_rank(x, lora["value_down"], lora["value_up"], step, product)[..., None, :]
+    return jnp.concatenate([query, jnp.zeros_like(value), value], axis=-2)
+
+
+def _low_rank(x: jax.Array, down_RxAxD: jax.Array, up: jax.Array, step: Step, product: Product) -> jax.Array:
+    """[..., out...] = x down^T up^T of this step; up is [R, out..., A].
+
+    Of a step for each row, the matrices of all steps are applied, and between the two what is not of the row's own step
+    is set to zero: ranks are small, and no weights are gathered for each row.
+    """
+    rows, out = x.shape[:-1], up.shape[1:-1]
+    if jnp.ndim(step) == 0:
+        return product(product(x, down_RxAxD[step]), up[step]).reshape(*rows, *out)
+    count, rank, _ = down_RxAxD.shape
+    hidden = product(x, down_RxAxD).reshape(*rows, count, rank)
+    mine = jnp.reshape(step, (-1, *(1,) * (hidden.ndim - 1))) == jnp.arange(count)[:, None]
+    hidden = jnp.where(mine, hidden, 0)
+    return sum(product(hidden[..., r, :], up[r]) for r in range(count)).reshape(*rows, *out)
