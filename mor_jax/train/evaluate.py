@@ -31,7 +31,8 @@ def eval_step(
     """Sums over one batch; nothing that cannot be added up over batches. `control`: of each row, in causal mode."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     out = lm.forward(params, tokens, seg, mode=mode, control=control)
-    targets, weights = next_token_targets(tokens, seg)
+    targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
+    weights = (weights > 0).astype(jnp.float32)  # a token counts whole or not at all
 
     def losses(embed, h, targets):
         table = lm.with_table({"embed": embed})["embed"]["table"]
