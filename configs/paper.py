@@ -59,7 +59,7 @@ def base(name: str, size: str, recursions: int) -> ConfigDict:
                 "source": "pystdlib",
                 "paths": (),
                 "name": "",
-                "text_key": "text",
+                "text_key": "",
                 "tokenizer": "bpe",
                 "bpe_vocab": 49152,
                 "holdout": 0.02,

@@ -49,7 +49,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "data": {
                 "source": "pystdlib",
                 "paths": (),
-                "text_key": "text",
+                "text_key": "",
                 "tokenizer": "bpe",
                 "bpe_vocab": 2048,
                 "holdout": 0.1,

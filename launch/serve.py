@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from launch import cli
+from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as words
 from mor_jax.inference.engine.build import build_service
@@ -26,8 +27,7 @@ from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
 from rlm_runtime.serve.access import host_names, read_keys
-from rlm_runtime.serve.model import ChatTemplate, ModelBackend, ModelSettings
-from rlm_runtime.serve.model.template import find_template
+from rlm_runtime.serve.model import ModelBackend, ModelSettings
 
 _BEGAN = time.monotonic()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; other than loopback needs keys.")

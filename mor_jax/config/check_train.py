@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mor_jax.config.config import Config
-from mor_jax.config.fields import BAD_STEP, DEDUP, SCHEDULES, SOURCES, DataConfig
+from mor_jax.config.fields import BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig
 from mor_jax.config.refusals import nearest_multiples, one_of, positive
 from mor_jax.errors import ConfigError
 
@@ -23,6 +23,13 @@ def check_data(d: DataConfig) -> None:
         )
     if not 0 < d.holdout < 1:
         raise ConfigError(f"{where}.holdout must be a share between 0 and 1, got {d.holdout}.")
+    one_of(f"{where}.format", d.format, FORMATS)
+    if d.format == "chat" and not d.train_roles:
+        raise ConfigError(f"{where}.train_roles is empty: no message would have a loss. Give at least one role.")
+    if d.format == "chat" and d.source == "pystdlib":
+        raise ConfigError(
+            f"{where}.format = 'chat' needs conversations: set {where}.source = 'files' and {where}.paths."
+        )
     one_of(f"{where}.dedup", d.dedup, DEDUP)
     if d.bpe_vocab < 258:
         raise ConfigError(

@@ -13,6 +13,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("shared", "own")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
+FORMATS = ("text", "chat")
 DEDUP = ("none", "holdout", "all")
 
 
@@ -77,7 +78,10 @@ class DataConfig:
     paths: tuple[str, ...] = ()  # files: globs; tfds: the directory of a prepared data set
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
-    text_key: str = "text"  # jsonl, parquet, tfds: the field that holds the text
+    format: str = "text"  # text | chat (each record a list of messages with role and content)
+    text_key: str = ""  # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
+    chat_template: str = ""  # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
+    train_roles: tuple[str, ...] = ("assistant",)  # chat: roles whose messages have a loss
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
     bpe_vocab: int = 4096  # bpe: vocabulary size, special tokens included
     holdout: float = 0.05  # share of documents held out for evaluation
@@ -85,6 +89,11 @@ class DataConfig:
     dedup: str = "holdout"
     cache_dir: str = ""  # prepared rows; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
     seed: int = 0  # of the global shuffle
+
+    @property
+    def key(self) -> str:
+        """The field of a record that is read."""
+        return self.text_key or ("messages" if self.format == "chat" else "text")
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,8 @@ class BpeTokenizer(Tokenizer):
         return self._hf.to_str()
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-    """Byte-level BPE with GPT-2's word pattern and the specials <|bos|> = 0, <|eos|> = 1.
+def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = ()) -> BpeTokenizer:
+    """Byte-level BPE with GPT-2's word pattern and the special tokens <|bos|> = 0, <|eos|> = 1, then `specials`.
 
     Deterministic. `vocab_size` counts the specials and the 256 bytes; a small corpus may yield fewer tokens.
     Words longer than `LONGEST_WORD` bytes (base64, DNA, minified JSON) are learned from in pieces, since the library's
@@ -122,7 +122,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     hf.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *specials],
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -21,7 +21,8 @@ from tensorflow_datasets.core.utils import tqdm_utils
 from mor_jax.data.packing import Row
 from mor_jax.errors import DataError
 
-FIELDS = ("tokens", "segment_ids")
+FIELDS = {"tokens": np.int32, "segment_ids": np.int32}
+WEIGHTS = {"weights": np.float32}  # of conversations: see `packing.pack_whole`
 
 
 class PackedRows(tfds.core.GeneratorBasedBuilder):
@@ -32,16 +33,19 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
     # would lead to checksums of downloads, of which there are none.
     code_path = None
 
-    def __init__(self, *, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int, data_dir: str):
+    def __init__(
+        self, *, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int, data_dir: str, weighted: bool = False
+    ):
         self._rows, self._context = rows, context
+        self._fields = FIELDS | WEIGHTS if weighted else FIELDS
         super().__init__(file_format="array_record", data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        row = tfds.features.Tensor(shape=(self._context,), dtype=np.int32)
+        features = {n: tfds.features.Tensor(shape=(self._context,), dtype=t) for n, t in self._fields.items()}
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Token rows of one length, packed by concatenation; segment_ids count documents, 0 is padding.",
-            features=tfds.features.FeaturesDict(dict.fromkeys(FIELDS, row)),
+            description="Token rows of one length; segment_ids count documents, 0 is padding; weights are those of the loss.",
+            features=tfds.features.FeaturesDict(features),
             disable_shuffling=True,  # stored in corpus order; the loader shuffles by seed
         )
 
@@ -52,9 +56,12 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(self._rows[split]())
 
 
-def write_rows(directory: Path, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int) -> Path:
-    """Write the splits `rows` somewhere under `directory`; returns the data set's own directory."""
-    builder = PackedRows(rows=rows, context=context, data_dir=str(directory))
+def write_rows(
+    directory: Path, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int, *, weighted: bool = False
+) -> Path:
+    """Write the splits `rows` somewhere under `directory`; returns the data set's own directory. `weighted`: whether
+    rows have loss weights."""
+    builder = PackedRows(rows=rows, context=context, data_dir=str(directory), weighted=weighted)
     shown = getattr(tqdm_utils, "_active", True)
     tfds.display_progress_bar(False)  # ours is shown instead; TFDS has no public way to ask for the state
     try:
@@ -66,7 +73,8 @@ def write_rows(directory: Path, rows: Mapping[str, Callable[[], Iterator[Row]]],
 
 
 class Rows(Sequence):
-    """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids": int32[context]}.
+    """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids": int32[context]}, of
+    conversations also "weights": float32[context].
 
     Reading is thread-safe. Raises DataError naming the file and the record where one cannot be read.
     """

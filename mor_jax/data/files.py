@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 
 from mor_jax.config import DataConfig
+from mor_jax.data.chat import conversation_text
 from mor_jax.data.compression import READ_ERRORS, SUFFIXES, open_bytes
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
@@ -31,7 +32,7 @@ class Files:
 
     def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
         self.label = f"files {', '.join(cfg.paths)}"
-        self._key = cfg.text_key
+        self._key, self._chat = cfg.key, cfg.format == "chat"
         self._digest = digest
         self._files = _find(cfg.paths)  # relative path -> path
         for path in self._files.values():
@@ -56,7 +57,23 @@ class Files:
                 ) from e
 
     def fingerprint(self) -> str:
-        return digest_of("files", self._key, *(part for n, p in self._files.items() for part in (n, self._digest(p))))
+        return digest_of(
+            "files", *self._what(), *(part for n, p in self._files.items() for part in (n, self._digest(p)))
+        )
+
+    def _what(self) -> tuple[str, ...]:
+        return (self._key, "chat") if self._chat else (self._key,)
+
+    def _field(self, record: dict, where: str) -> str:
+        """The text of a record; of a conversation, its messages as JSON."""
+        if self._key not in record:
+            raise DataError(_missing(self._key, record, where))
+        value = record[self._key]
+        if self._chat:
+            return conversation_text(value, where)
+        if not isinstance(value, str):
+            raise DataError(f"{where}: field {self._key!r} must be text, got {_short(repr(value))}.")
+        return value
 
     def _jsonl(self, name: str, path: str, compression: str) -> Iterator[Document]:
         with open_bytes(path, compression) as f:
@@ -73,7 +90,7 @@ class Files:
                     ) from e
                 if not isinstance(record, dict):
                     raise DataError(f"{where}: expected a JSON object with a field {self._key!r}, got {_short(line)}.")
-                yield Document(f"{name}:{number}", _field(record, self._key, where))
+                yield Document(f"{name}:{number}", self._field(record, where))
 
     def _parquet(self, name: str, path: str, compression: str) -> Iterator[Document]:
         pa, parquet = _import_pyarrow(path)
@@ -92,9 +109,8 @@ class Files:
                     for batch in table.iter_batches(batch_size=256, columns=[self._key]):
                         for text in batch.column(0).to_pylist():
                             number += 1
-                            yield Document(
-                                f"{name}:{number}", _field({self._key: text}, self._key, f"{path}, row {number}")
-                            )
+                            where = f"{path}, row {number}"
+                            yield Document(f"{name}:{number}", self._field({self._key: text}, where))
             except pa.ArrowException as e:
                 raise DataError(f"{path}: not a readable parquet file ({e}). Fetch or write it again.") from e
 
@@ -150,14 +166,6 @@ def _decode(raw: bytes, where: str) -> str:
             f"{where}: not UTF-8 text (byte 0x{raw[e.start]:02x} at offset {e.start}). Convert it, "
             "e.g. with iconv -f latin1 -t utf-8, or leave it out of config.data.paths."
         ) from e
-
-
-def _field(record: dict, key: str, where: str) -> str:
-    if key not in record:
-        raise DataError(_missing(key, record, where))
-    if not isinstance(record[key], str):
-        raise DataError(f"{where}: field {key!r} must be text, got {_short(repr(record[key]))}.")
-    return record[key]
 
 
 def _missing(key: str, present, where: str) -> str:

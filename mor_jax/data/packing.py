@@ -1,4 +1,4 @@
-"""Concatenate, then split: documents end to end, cut into rows of one length."""
+"""Documents become rows of one length: text is concatenated and cut, conversations are placed whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-Row = dict[str, np.ndarray]  # {"tokens": int32[context], "segment_ids": int32[context]}
+from mor_jax.data.parts import Encoded
+
+# {"tokens": int32[context], "segment_ids": int32[context]}, for conversations also "weights": float32[context]
+Row = dict[str, np.ndarray]
+OPEN_ROWS = 64  # that a conversation may be placed in
 
 
 def pack(documents: Iterable[np.ndarray], context: int, *, bos: int, eos: int) -> Iterator[Row]:
@@ -33,6 +37,52 @@ def pack(documents: Iterable[np.ndarray], context: int, *, bos: int, eos: int) -
                 at, segment = 0, int(start < len(document))
     if at:
         yield {"tokens": tokens, "segment_ids": segments}
+
+
+def pack_whole(samples: Iterable[Encoded], context: int, *, eos: int) -> Iterator[Row]:
+    """Rows of `context` tokens in which no sample is cut, streamed.
+
+    Best fit: each sample goes into the open row with the least room that holds it. A sample is a segment of its own, so
+    samples do not see each other. What is left of a row holds eos with segment 0 and weight 0.
+
+    Args:
+      samples: of at most `context` tokens each, with weights; empty ones are passed over.
+    """
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+
+    def close(i: int) -> Row:
+        room.pop(i)
+        return _joined(rows.pop(i), context, eos)
+
+    for sample in samples:
+        size = len(sample.ids)
+        if not size:
+            continue
+        fits = [i for i, left in enumerate(room) if left >= size]
+        if not fits:
+            if len(rows) == OPEN_ROWS:
+                yield close(room.index(min(room)))
+            rows.append([])
+            room.append(context)
+            fits = [len(rows) - 1]
+        best = min(fits, key=room.__getitem__)
+        rows[best].append(sample)
+        room[best] -= size
+        if not room[best]:
+            yield close(best)
+    while rows:
+        yield close(0)
+
+
+def _joined(samples: list[Encoded], context: int, eos: int) -> Row:
+    tokens, segments = _blank(context, eos)
+    weights, at = np.zeros(context, np.float32), 0
+    for segment, (ids, own) in enumerate(samples, 1):
+        place = slice(at, at + len(ids))
+        tokens[place], segments[place], weights[place] = ids, segment, 1.0 if own is None else own
+        at += len(ids)
+    return {"tokens": tokens, "segment_ids": segments, "weights": weights}
 
 
 def _blank(context: int, eos: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from mor_jax.data.documents import Document
-from mor_jax.data.vocabulary import Tokenizer
 
 PART_BYTES = 4 << 20  # of UTF-8 text; what a kill can lose, and what one tokeniser call gets
+
+
+class Encoded(NamedTuple):
+    """One document as tokens. `weights`: float32, of the loss of predicting each token; None: 1 for all."""
+
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+
+
+Encode = Callable[[list[str]], list[Encoded]]
 
 
 class Part(NamedTuple):
@@ -21,17 +30,22 @@ class Part(NamedTuple):
 
     tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that holds them.
     lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of each.
-    held_out: bool[documents].
+    held_out: bool[documents]. weights: float32, one a token, or empty where all are 1.
     """
 
     tokens: np.ndarray
     lengths: np.ndarray
     sizes: np.ndarray
     held_out: np.ndarray
+    weights: np.ndarray
 
 
 def write_parts(
-    documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer, directory: Path, advance: Callable[[float], None]
+    documents: Iterable[tuple[Document, bool]],
+    encode: Encode,
+    vocab_size: int,
+    directory: Path,
+    advance: Callable[[float], None],
 ) -> list[Path]:
     """Tokenise (document, held out) pairs into part files, reusing those already in `directory`.
 
@@ -47,7 +61,7 @@ def write_parts(
         advance(float(part.sizes.sum()))
     for batch in _batches(documents):
         path = directory / f"{len(paths):06d}.npz"
-        part = _tokenize(batch, tokenizer)
+        part = _tokenize(batch, encode, vocab_size)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         with open(draft, "wb") as f:
             np.savez(f, **part._asdict())
@@ -57,14 +71,15 @@ def write_parts(
     return paths
 
 
-def read_documents(paths: Iterable[Path], held_out: bool) -> Iterator[np.ndarray]:
-    """Token ids of each document on one side of the split, in corpus order."""
+def read_documents(paths: Iterable[Path], held_out: bool) -> Iterator[Encoded]:
+    """Each document on one side of the split, in corpus order."""
     for path in paths:
         part = read_part(path)
         ends = np.cumsum(part.lengths)
         for end, length, out in zip(ends, part.lengths, part.held_out, strict=True):
             if out == held_out:
-                yield part.tokens[end - length : end]
+                place = slice(end - length, end)
+                yield Encoded(part.tokens[place], part.weights[place] if len(part.weights) else None)
 
 
 def read_part(path: Path) -> Part:
@@ -93,12 +108,13 @@ def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[
         yield batch
 
 
-def _tokenize(batch: list, tokenizer: Tokenizer) -> Part:
-    ids = tokenizer.encode_arrays([document.text for _, document, _ in batch])
-    dtype = np.min_scalar_type(tokenizer.vocab_size)
+def _tokenize(batch: list[tuple[int, Document, bool]], encode: Encode, vocab_size: int) -> Part:
+    encoded = encode([document.text for _, document, _ in batch])
+    weights = [e.weights for e in encoded if e.weights is not None]
     return Part(
-        tokens=np.concatenate(ids).astype(dtype),
-        lengths=np.array([len(i) for i in ids], np.int64),
+        tokens=np.concatenate([e.ids for e in encoded]).astype(np.min_scalar_type(vocab_size)),
+        lengths=np.array([len(e.ids) for e in encoded], np.int64),
         sizes=np.array([size for size, _, _ in batch], np.int64),
         held_out=np.array([held_out for _, _, held_out in batch], bool),
+        weights=np.concatenate(weights) if weights else np.zeros(0, np.float32),
     )

@@ -1,6 +1,7 @@
 """A corpus becomes token rows on disk: once, in resumable steps, never half-read.
 
-    <cache>/data/<fingerprint>/        complete: prepared.json, tokenizer.json, rows/ (a TFDS data set)
+    <cache>/data/<fingerprint>/        complete: prepared.json, tokenizer.json, rows/ (a TFDS data set);
+                                       of conversations also chat_template.jinja
     <cache>/data/<fingerprint>.work/   under way: plan.json, tokenizer.json, parts/, out/
     <cache>/data/<fingerprint>.lock
 
@@ -21,17 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mor_jax.config import DataConfig
 from mor_jax.data.builder import Rows, write_rows
+from mor_jax.data.chat import FILE as TEMPLATE_FILE
+from mor_jax.data.chat import ChatTemplate, build_template, find_template
 from mor_jax.data.documents import Document, Source
 from mor_jax.data.hashing import HashMemo, digest_of
 from mor_jax.data.holdout import Plan, Survey, nonempty, place
 from mor_jax.data.lock import exclusive
-from mor_jax.data.packing import Row, pack
-from mor_jax.data.parts import read_documents, read_part, write_parts
+from mor_jax.data.packing import Row, pack, pack_whole
+from mor_jax.data.parts import Encode, Encoded, read_documents, read_part, write_parts
 from mor_jax.data.progress import progress, say
 from mor_jax.data.sources import open_source
 from mor_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import ConfigError, DataError
 
 FORMAT = 2  # of the cache; raise it when any step here changes what is written
@@ -46,12 +52,14 @@ class PreparedData:
 
     stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int, "duplicates": int,
     "crossing": int, "dropped": int} with, for each split, documents, tokens (bos and eos included), bytes (UTF-8 text)
-    and rows; the last three as in `holdout.Plan`. `note` says what is unusual about the split; else it is empty.
+    and rows; the last three as in `holdout.Plan`. Of conversations also, for each split, trained (tokens with a loss) and
+    skipped (conversations of which no weighted message fits a row). `note` says what is unusual about the split; else it is empty.
     """
 
     train: Rows
     validation: Rows
     tokenizer: Tokenizer
+    template: ChatTemplate | None  # of conversations
     fingerprint: str
     stats: dict[str, Any]
     directory: Path
@@ -79,7 +87,8 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
     tokenizer = None if cfg.tokenizer == "bpe" else build_tokenizer(cfg)
     spelling = tokenizer.fingerprint() if tokenizer else f"bpe {cfg.bpe_vocab}"
     corpus = source.fingerprint()
-    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout), cfg.dedup)
+    how = () if cfg.format == "text" else (cfg.format, _template_source(cfg, tokenizer), *cfg.train_roles)
+    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout), cfg.dedup, *how)
     final = root / fingerprint
     if not final.exists():
         try:
@@ -121,6 +130,7 @@ def load_prepared(directory: Path) -> PreparedData:
         train=Rows(directory / "rows", "train"),
         validation=Rows(directory / "rows", "validation"),
         tokenizer=load_tokenizer(directory),
+        template=find_template(directory) if (directory / TEMPLATE_FILE).exists() else None,
         fingerprint=fingerprint,
         stats=stats,
         directory=directory,
@@ -133,29 +143,48 @@ def _write(
     """Prepare into `final`, going on from whatever an earlier attempt finished."""
     work = final.with_name(f"{final.name}.work")
     plan, tokenizer = _plan(work, source, tokenizer, cfg, shown)
+    chat = cfg.format == "chat"
+    template = build_template(cfg.chat_template, tokenizer, cfg.tokenizer) if chat else None
+    encode = _text_encoder(tokenizer) if template is None else _chat_encoder(tokenizer, template, cfg, context)
     with progress(f"tokenizing {source.label}", plan.bytes, shown=shown) as advance:
-        parts = write_parts(plan.split(nonempty(source)), tokenizer, work / "parts", advance)
+        documents = plan.split(nonempty(source))
+        parts = write_parts(documents, encode, tokenizer.vocab_size, work / "parts", advance)
     if source.fingerprint() != corpus:
         shutil.rmtree(work)
         raise DataError(f"{source.label}: the corpus changed while it was being prepared. Run again.")
 
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    stats = _count(parts)
+    stats = _count(parts, chat)
+    for split in SPLITS if chat else ():
+        if not stats[split]["trained"]:
+            shutil.rmtree(work)
+            raise DataError(
+                f"{source.label}: no conversation of the {split} split has a message of config.data.train_roles = "
+                f"{cfg.train_roles} that fits a row of {context} tokens. Raise config.model.context, or check the roles."
+            )
     total = sum(-(-stats[split]["tokens"] // context) for split in SPLITS)
     with progress("writing rows", total, "rows", shown=shown) as advance:
 
         def rows(held_out: bool) -> Iterator[Row]:
-            for row in pack(read_documents(parts, held_out), context, bos=tokenizer.bos, eos=tokenizer.eos):
+            documents = read_documents(parts, held_out)
+            if chat:
+                packed = pack_whole(documents, context, eos=tokenizer.eos)
+            else:
+                packed = pack((d.ids for d in documents), context, bos=tokenizer.bos, eos=tokenizer.eos)
+            for row in packed:
                 yield row
                 advance(1)
 
-        written = write_rows(out / "tfds", {s: functools.partial(rows, h) for s, h in SPLITS.items()}, context)
+        of_split = {split: functools.partial(rows, held_out) for split, held_out in SPLITS.items()}
+        written = write_rows(out / "tfds", of_split, context, weighted=chat)
     os.replace(written, out / "rows")
     shutil.rmtree(out / "tfds")
     for split in SPLITS:
         stats[split]["rows"] = len(Rows(out / "rows", split))
     tokenizer.save(out)
+    if template is not None:
+        template.save(out)
     stats |= {"note": plan.note, "source": source.label, "skipped_files": getattr(source, "skipped", 0)}
     stats |= {"duplicates": plan.duplicates, "crossing": plan.crossing, "dropped": plan.dropped}
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
@@ -189,9 +218,12 @@ def _plan(
                 sample.add(document)
             advance(len(document.text))
     plan = survey.plan(source.label)
+    if cfg.format == "chat" and plan.documents == 1:
+        raise DataError(f"{source.label}: one conversation cannot be split into training and held-out data; give more.")
     if sample:
         say(f"training a BPE of {cfg.bpe_vocab} tokens ...", shown=shown)
-        tokenizer = build_tokenizer(cfg, (d for d, held_out in plan.split(sample.documents()) if not held_out))
+        texts = (d for d, held_out in plan.split(sample.documents()) if not held_out)
+        tokenizer = build_tokenizer(cfg, map(_spoken, texts) if cfg.format == "chat" else texts)
     tokenizer.save(work)
     path.write_text(json.dumps(dataclasses.asdict(plan)))  # last: it says that the tokenizer is there
     return plan, tokenizer
@@ -216,13 +248,46 @@ class _Sample:
         return [document for _, _, document in sorted(self._heap, key=lambda entry: entry[:2])]
 
 
-def _count(parts: list[Path]) -> dict[str, dict[str, int]]:
+def _template_source(cfg: DataConfig, tokenizer: Tokenizer | None) -> str:
+    """The text of the template; a name where the tokenizer that goes with it is not trained yet."""
+    if tokenizer is None and cfg.chat_template in ("", "plain", "chatml"):
+        return cfg.chat_template
+    return build_template(cfg.chat_template, tokenizer or ByteTokenizer(), cfg.tokenizer).source
+
+
+def _text_encoder(tokenizer: Tokenizer) -> Encode:
+    return lambda texts: [Encoded(ids) for ids in tokenizer.encode_arrays(texts)]
+
+
+def _chat_encoder(tokenizer: Tokenizer, template: ChatTemplate, cfg: DataConfig, context: int) -> Encode:
+    nothing = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+    def encode(texts: list[str]) -> list[Encoded]:
+        made = (template.sample(tokenizer, json.loads(text), cfg.train_roles, context) for text in texts)
+        return [nothing if sample is None else Encoded(sample.ids, sample.weights) for sample in made]
+
+    return encode
+
+
+def _spoken(document: Document) -> Document:
+    """What is said in a conversation, as text to train a tokenizer on."""
+    messages = json.loads(document.text)
+    return Document(document.id, "\n\n".join(m["content"] for m in messages))
+
+
+def _count(parts: list[Path], chat: bool) -> dict[str, dict[str, int]]:
     stats = {split: {"documents": 0, "tokens": 0, "bytes": 0, "rows": 0} for split in SPLITS}
     for path in parts:
         part = read_part(path)
         for split, held_out in SPLITS.items():
             mine = part.held_out == held_out
             stats[split]["documents"] += int(mine.sum())
-            stats[split]["tokens"] += int(part.lengths[mine].sum() + 2 * mine.sum())
+            ends = 0 if chat else 2 * int(mine.sum())  # the begin and end of each document
+            stats[split]["tokens"] += int(part.lengths[mine].sum()) + ends
             stats[split]["bytes"] += int(part.sizes[mine].sum())
+            if chat:
+                trained = np.repeat(mine, part.lengths) & (part.weights != 0)
+                stats[split]["trained"] = stats[split].get("trained", 0) + int(trained.sum())
+                skipped = int((part.lengths[mine] == 0).sum())
+                stats[split]["skipped"] = stats[split].get("skipped", 0) + skipped
     return stats

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mor_jax.config import DataConfig
+from mor_jax.data.chat import conversation_text
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
 from mor_jax.errors import DataError
@@ -25,7 +26,8 @@ class TfdsText:
     """
 
     def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
-        self._key, self._split, self._digest = cfg.text_key, cfg.split, digest
+        self._key, self._split, self._digest = cfg.key, cfg.split, digest
+        self._chat = cfg.format == "chat"
         self._info, self._records = _open(cfg)
         self.label = f"tfds {self._info.full_name}, split {cfg.split}"
         fields = list(self._info.features.keys()) if hasattr(self._info.features, "keys") else []
@@ -48,6 +50,8 @@ class TfdsText:
                 ) from e
             for index, record in zip(indices, batch, strict=True):
                 text = record[self._key]
+                if self._chat:
+                    text = conversation_text(_messages(text), f"{self.label}, record {index}")
                 if not isinstance(text, (bytes, str)):
                     raise DataError(
                         f"{self.label}, record {index}: field {self._key!r} is not text but {type(text).__name__}."
@@ -57,7 +61,7 @@ class TfdsText:
                 yield Document(f"{self._info.full_name}:{index}", text)
 
     def fingerprint(self) -> str:
-        parts = ["tfds", self._info.full_name, self._split, self._key]
+        parts = ["tfds", self._info.full_name, self._split, self._key, *(["chat"] if self._chat else [])]
         for name in sorted(self._info.splits):
             split = self._info.splits[name]
             parts += [name, str(split.num_bytes), str(split.shard_lengths)]
@@ -65,6 +69,14 @@ class TfdsText:
                 # A remote shard is not downloaded just to be hashed; sizes and lengths have to do.
                 parts += [os.path.basename(path), self._digest(path) if os.path.exists(path) else ""]
         return digest_of(*parts)
+
+
+def _messages(value: Any) -> Any:
+    """Messages as a list of objects. TFDS gives a sequence of records as one record of arrays, and text as bytes."""
+    if isinstance(value, dict):
+        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
+    text = lambda v: v.decode("utf-8", "replace") if isinstance(v, bytes) else getattr(v, "item", lambda: v)()
+    return [{k: text(v) for k, v in m.items()} if isinstance(m, dict) else m for m in value]
 
 
 def _open(cfg: DataConfig) -> tuple[Any, Any]:

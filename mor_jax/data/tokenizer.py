@@ -10,6 +10,7 @@ import tokenizers
 
 from mor_jax.config import DataConfig
 from mor_jax.data.bpe import BpeTokenizer, train_bpe
+from mor_jax.data.chat import CHATML_TOKENS
 from mor_jax.data.documents import Document
 from mor_jax.data.vocabulary import BYTES_FORMAT, FILE, ByteTokenizer, StreamDecoder, Tokenizer
 from mor_jax.errors import DataError
@@ -32,7 +33,8 @@ def build_tokenizer(cfg: DataConfig, documents: Iterable[Document] = ()) -> Toke
     if cfg.tokenizer == "bytes":
         return ByteTokenizer()
     if cfg.tokenizer == "bpe":
-        return train_bpe((document.text for document in documents), cfg.bpe_vocab)
+        specials = CHATML_TOKENS if cfg.format == "chat" and cfg.chat_template == "chatml" else ()
+        return train_bpe((document.text for document in documents), cfg.bpe_vocab, specials)
     if not os.path.exists(os.path.expanduser(cfg.tokenizer)):
         raise DataError(
             f"config.data.tokenizer = {cfg.tokenizer!r} is neither bytes, bpe nor an existing tokenizer.json."

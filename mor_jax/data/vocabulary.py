@@ -64,6 +64,12 @@ class Tokenizer(abc.ABC):
         """int32[vocab_size]: UTF-8 bytes that each token stands for; 0 for special tokens."""
         return np.array([len(piece) for piece in self.pieces], np.int32)
 
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """Spelling -> id of the tokens that stand for no text."""
+        names = {i: self.token_text(i) for i, piece in enumerate(self.pieces) if not piece}
+        return {name: i for i, name in names.items() if name}
+
     def token_text(self, token: int) -> str:
         """One token for a person to look at; incomplete UTF-8 shows as U+FFFD, special tokens by name."""
         return self.piece(token).decode("utf-8", "replace")

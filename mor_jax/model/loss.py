@@ -27,11 +27,16 @@ def _as_it_is(products: jax.Array) -> jax.Array:
     return products
 
 
-def next_token_targets(tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(targets, weights) [B, T]: position t predicts t + 1 if both belong to the same document; padding is 0."""
+def next_token_targets(
+    tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, weights_BxT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(targets, weights) [B, T]: position t predicts t + 1 if both belong to the same document; padding is 0.
+
+    `weights_BxT`: of the loss of predicting each token, any float; None: 1."""
     targets = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))
     same = (segment_ids_BxT[:, 1:] == segment_ids_BxT[:, :-1]) & (segment_ids_BxT[:, 1:] > 0)
-    return targets, jnp.pad(same, ((0, 0), (0, 1))).astype(jnp.float32)
+    weights = same.astype(jnp.float32) if weights_BxT is None else jnp.where(same, weights_BxT[:, 1:], 0.0)
+    return targets, jnp.pad(weights, ((0, 0), (0, 1)))
 
 
 def _chunks(x_BxTxX: jax.Array, chunk: int) -> jax.Array:

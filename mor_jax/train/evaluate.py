@@ -31,7 +31,8 @@ def eval_step(
     """Sums over one batch; nothing that cannot be added up over batches. `control`: of each row, in causal mode."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     out = lm.forward(params, tokens, seg, mode=mode, control=control)
-    targets, weights = next_token_targets(tokens, seg)
+    targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
+    weights = (weights > 0).astype(jnp.float32)  # a token counts whole or not at all
 
     losses = lambda params, h, targets: (lm.token_nll(params, h, targets), ())
     nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(params, out.h_BxTxD, targets)

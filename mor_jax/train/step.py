@@ -19,7 +19,8 @@ from mor_jax.model.loss import next_token_targets
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # tokens, segment_ids: [B, T] int32; under a policy that draws also salt: [B] uint32
+# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a policy that draws salt: [B] uint32
+Batch = dict[str, jax.Array]
 
 AUXILIARY_LOSSES = ("router_loss", "router_z_loss")  # metrics of every run, 0 under a policy that has none
 
@@ -27,14 +28,16 @@ AUXILIARY_LOSSES = ("router_loss", "router_z_loss")  # metrics of every run, 0 u
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """What the sums of a whole batch are divided by: target tokens, and router candidates of each step [R].
 
-    Both follow from the segment ids alone, so every micro-batch can divide by the whole batch's counts: each loss
+    Both follow from the segment ids and loss weights alone, so every micro-batch can divide by the whole batch's counts: each loss
     term is then the same number under any gradient accumulation (the released trainer scales its terms unequally).
     """
     seg = batch["segment_ids"]
-    _, weights = next_token_targets(batch["tokens"], seg)
+    _, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
     real_B = jnp.sum(seg > 0, axis=-1)
     candidates = lm.policy.candidate_counts(real_B, seg.shape[-1])
-    return jnp.maximum(jnp.sum(weights), 1.0), jnp.maximum(candidates, 1.0)
+    # A count, not the sum of the weights, which may cancel (advantages of a policy gradient).
+    targets = jnp.sum(weights != 0, dtype=jnp.float32)
+    return jnp.maximum(targets, 1.0), jnp.maximum(candidates, 1.0)
 
 
 def loss_fn(
@@ -46,7 +49,7 @@ def loss_fn(
     The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
-    targets, weights = next_token_targets(tokens, seg)
+    targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
 
     def run(params, tokens, seg, targets, weights, depth, entered, salt):
@@ -73,7 +76,7 @@ def loss_fn(
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
-        "bytes": jnp.sum(weights if token_bytes_V is None else token_bytes_V[targets] * weights),
+        "bytes": jnp.sum((weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])),
         "router": jax.lax.stop_gradient(stats),
     }
     return loss, aux

@@ -15,6 +15,7 @@ from loopback import Loopback, loopback
 from small import random_params, small_lm, spread_routers
 
 from mor_jax.config import MeshConfig
+from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.inference.engine import request as words
 from mor_jax.inference.engine.build import build_service
@@ -45,7 +46,7 @@ def small_model(kind: str = "mor", **model: Any) -> SmallModel:
 
 def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelBackend:
     return ModelBackend(
-        name=name, grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
+        name=name, template=ChatTemplate(), grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
         recursions=model.lm.program.recursions, **fields,
     )  # fmt: skip
 

@@ -6,15 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mor_jax.data.chat import PLAIN_STOPS, ChatTemplate, find_template
 from mor_jax.data.tokenizer import train_bpe
 from mor_jax.data.vocabulary import ByteTokenizer
+from mor_jax.errors import DataError
 from mor_jax.inference.engine import request as words
-from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.checkpoint import STOPS, chat_text
 from rlm_runtime.serve.errors import ApiError
-from rlm_runtime.serve.model import ChatTemplate, ModelBackend
+from rlm_runtime.serve.model import ModelBackend, ModelSettings
+from rlm_runtime.serve.model.plan import chat_ids
+from rlm_runtime.serve.model.schemas import ModelMessage
 from rlm_runtime.serve.model.sequence import Mailbox, Sequence
-from rlm_runtime.serve.model.template import PLAIN_STOPS, find_template
 
 TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": train_bpe(["the cat é sat\n on the € mat " * 9], 300)}
 TEXTS = st.text(st.sampled_from("ab é€\n🙂t"), max_size=12)
@@ -30,7 +32,7 @@ class Ticket:
 
 
 def sequence(tokenizer, **how):
-    model = ModelBackend("m", tokenizer, 99, service=None, words=words)
+    model = ModelBackend("m", tokenizer, 99, service=None, words=words, template=ChatTemplate())
     how = {"prompt": [], "stops": (), "strip": False, "echo": False, "logprobs": True, "drop": False, **how}
     found = Sequence(model, changed=lambda: None, **how)
     found.ticket = Ticket()
@@ -151,8 +153,9 @@ def test_special_tokens_are_the_templates_alone(chatml):
      "{{ nothing.there }}", "{% for i in range(10**9) %}x{% endfor %}"],
 )  # fmt: skip
 def test_a_template_that_fails_is_a_400(source):
+    model = ModelBackend("m", ByteTokenizer(), 99, service=None, words=words, template=ChatTemplate(source))
     with pytest.raises(ApiError) as e:
-        ChatTemplate(source).ids(ByteTokenizer(), [{"role": "user", "content": "x"}])
+        chat_ids([ModelMessage(role="user", content="x")], model, ModelSettings(), None, None)
     assert e.value.status == 400 and e.value.param == "messages"
 
 
@@ -163,5 +166,5 @@ def test_where_a_template_is_found(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert find_template(tmp_path).source == CHATML
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(UsageError, match="no valid Jinja"):
+    with pytest.raises(DataError, match="no valid Jinja"):
         find_template(tmp_path)

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ChatTemplate", "ModelBackend", "ModelSettings", "create_app"]
+__all__ = ["ModelBackend", "ModelSettings", "create_app"]
 
 
 def __getattr__(name: str) -> Any:
     """The parts are loaded when they are asked for."""
-    if name == "ChatTemplate":
-        from rlm_runtime.serve.model.template import ChatTemplate
-
-        return ChatTemplate
     if name == "ModelBackend":
         from rlm_runtime.serve.model.backend import ModelBackend
 

@@ -26,7 +26,6 @@ from rlm_runtime.serve.model.plan import chat_ids
 from rlm_runtime.serve.model.sequence import Mailbox
 from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.model.shapes import ChatShape, CompletionShape, shown_all
-from rlm_runtime.serve.model.template import special_tokens
 from rlm_runtime.serve.openapi import version
 
 
@@ -69,8 +68,10 @@ def create_app(
                 return chat_ids(asked.messages, model, settings, asked.add_generation_prompt, None)
             if len(asked.prompt) > settings.max_prompt_chars:
                 raise ApiError(413, f"prompt is longer than {settings.max_prompt_chars:,} characters.", param="prompt")
-            if asked.prompt in (special := special_tokens(model.tokenizer)):
-                return [special[asked.prompt]]  # how a client finds out the ids of the tokens it must place itself
+            if asked.prompt in model.tokenizer.specials:
+                return [
+                    model.tokenizer.specials[asked.prompt]
+                ]  # how a client finds out the ids of the tokens it must place itself
             start = [] if asked.add_special_tokens is False else [model.tokenizer.bos]
             return [*start, *model.tokenizer.encode(asked.prompt)]
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlm_runtime.serve.errors import ApiError
-from rlm_runtime.serve.model.template import ChatTemplate
 
 
 class Stream(Protocol):
@@ -37,7 +36,28 @@ class Tokenizer(Protocol):
 
     def token_text(self, token: int) -> str: ...
 
+    @property
+    def specials(self) -> Mapping[str, int]: ...
+
     def stream(self) -> Stream: ...
+
+
+class Template(Protocol):
+    """Messages to token ids. `ids` raises `Words.UserError` where the template cannot be applied.
+
+    `source`: its text. `stops`: strings that end a reply. `plain`: whether a reply starts with a space to be removed.
+    """
+
+    source: str
+    stops: tuple[str, ...]
+    plain: bool
+
+    def ids(
+        self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, opened: bool = True,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[int]: ...  # fmt: skip
+
+    def stop_tokens(self, tokenizer: Any) -> frozenset[int]: ...
 
 
 class Ticket(Protocol):
@@ -98,7 +118,7 @@ class ModelBackend:
     window: int
     service: Service
     words: Words
-    template: ChatTemplate = field(default_factory=ChatTemplate)
+    template: Template
     recursions: int = 1
     grammars: Grammars | None = None
     no_grammars: str = "This server was started without constrained output."

@@ -108,7 +108,10 @@ def chat_ids(
     """The prompt of a conversation. Raises ApiError."""
     plain = [_message(m, i) for i, m in enumerate(messages)]
     _check_size(sum(len(m["content"]) for m in plain), settings, "messages")
-    return model.template.ids(model.tokenizer, plain, opened=opened is not False, options=options)
+    try:
+        return model.template.ids(model.tokenizer, plain, opened=opened is not False, options=options)
+    except model.words.UserError as e:
+        raise refuse(str(e), "messages") from e
 
 
 # ---- prompts
