@@ -45,7 +45,8 @@ def model(request):
     shape = {"layers": 1, "sharing": "none"} if request.param == "vanilla" else {"layers": 3, "sharing": "cycle"}
     lm = small_lm(request.param, **TINY, **shape)
     # The balance loss is one of the micro-batch as a whole, not a sum over tokens.
-    lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, balance_loss_weight=0.0))
+    if lm.depth.routed:
+        lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, balance_loss_weight=0.0))
     return lm, random_params(lm), jax.jit(lambda p, b, n: gradients(lm, p, b, n), static_argnums=2)
 
 
