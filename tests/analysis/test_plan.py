@@ -172,6 +172,48 @@ def test_collectives_are_read_off_a_program():
     assert summary(found)["all-reduce over tensor"] == {"count": 3, "bytes": 384.0}
 
 
+OVERLAPPED = """HloModule jit_step, is_scheduled=true
+
+%cond.clone (p: (s32[], f32[4])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(4)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.7), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%begin (p: bf16[2,8]) -> bf16[16,8] {
+  %ag.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[2,8], bf16[16,8]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[2,8]) -> f32[4] {
+  %ag.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+}
+
+%other (p: bf16[2,8]) -> f32[4] {
+  %ag.3 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="1"}
+}
+
+%body.sunk (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f1 = bf16[16,8] fusion(%p), kind=kCustom, calls=%begin
+  %f2 = f32[4] fusion(%f1), kind=kCustom, calls=%beside
+  %f3 = f32[4] fusion(%f1), kind=kCustom, calls=%other
+}
+
+ENTRY %main (p0: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]) while(%t), condition=%cond.clone, body=%body.sunk, metadata={op_name="jit(step)/while"}
+}
+"""
+
+
+def test_pieces_of_an_overlapped_gather_are_one_and_a_counted_loop_is_multiplied():
+    """As XLA for TPUs writes them: no trip count beside the loop, and a gather in every fusion it runs beside."""
+    found = read_collectives(OVERLAPPED, {"fsdp": 8})
+    assert [(c.kind, c.chain, c.times, c.in_loop) for c in found] == [
+        ("all-gather", "0", 4, True), ("all-gather", "1", 4, True)
+    ]  # fmt: skip
+    assert found[0].wire_bytes == 4 * 7 / 8 * 16 * 8 * 2
+
+
 def test_axes_follow_from_who_talks_to_whom():
     mesh = {"data": 2, "fsdp": 1, "tensor": 4}
     assert axes_of([(0, 4), (1, 5)], mesh) == ("data",)
