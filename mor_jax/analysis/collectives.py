@@ -113,7 +113,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if head and "=" not in line.split("(")[0]:
             lines = bodies.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
-        elif line.startswith("}"):
+        elif re.match(r"\}(\s|$)", line):  # "}}" is inside of a kernel's description, which runs over lines
             lines = None
         elif lines is not None:
             lines.append(line)

@@ -75,6 +75,19 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would():
     assert done.returncode == 2 and done.stderr.startswith("error: vanilla-8b does not fit v5e-8")
 
 
+def test_attention_is_that_of_the_devices_or_refused():
+    cfg = config("mor", "360m,nr=3", data=1, fsdp=8)
+    of = lambda impl: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=impl))
+    chosen = lambda place: plan(of("auto"), topology(place)).config.model.attention
+    assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "cudnn", "blocked"]
+    for search in (plan, suggest):
+        with pytest.raises(ConfigError, match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'cudnn'"):
+            search(of("splash"), topology("h100x8"))
+    # The kernel keeps no probabilities: a block that is being differentiated needs less.
+    memory = lambda impl: plan(of(impl), topology("v5e-8")).memory
+    assert memory("splash").working < memory("blocked").working
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_it_is_planned():
     done = command("configs/mor.py:1.7b,nr=3", "--topology=v5e-256")
     assert done.returncode == 2 and "64 rows a micro-batch cannot be divided" in done.stderr
@@ -200,13 +213,17 @@ OVERLAPPED = """HloModule jit_step, is_scheduled=true
 }
 
 ENTRY %main (p0: f32[4]) -> f32[4] {
+  %k = f32[4] custom-call(%p0), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+ "xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/kernel"}
   %w = (s32[], f32[4]) while(%t), condition=%cond.clone, body=%body.sunk, metadata={op_name="jit(step)/while"}
 }
 """
 
 
 def test_pieces_of_an_overlapped_gather_are_one_and_a_counted_loop_is_multiplied():
-    """As XLA for TPUs writes them: no trip count beside the loop, and a gather in every fusion it runs beside."""
+    """As XLA for TPUs writes them: no trip count beside the loop, a gather in every fusion it runs beside, and what a
+    kernel says of itself over several lines."""
     found = read_collectives(OVERLAPPED, {"fsdp": 8})
     assert [(c.kind, c.chain, c.times, c.in_loop) for c in found] == [
         ("all-gather", "0", 4, True), ("all-gather", "1", 4, True)
