@@ -79,9 +79,9 @@ def test_attention_is_that_of_the_devices_or_refused():
     cfg = config("mor", "360m,nr=3", data=1, fsdp=8)
     of = lambda impl: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=impl))
     chosen = lambda place: plan(of("auto"), topology(place)).config.model.attention
-    assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "cudnn", "blocked"]
+    assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "blocked", "blocked"]
     for search in (plan, suggest):
-        with pytest.raises(ConfigError, match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'cudnn'"):
+        with pytest.raises(ConfigError, match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'blocked'"):
             search(of("splash"), topology("h100x8"))
     # The kernel keeps no probabilities: a block that is being differentiated needs less.
     memory = lambda impl: plan(of(impl), topology("v5e-8")).memory
