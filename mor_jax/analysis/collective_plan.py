@@ -22,12 +22,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import jax
+
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
 from mor_jax.analysis.memory import FLOAT32, row_sizes
 from mor_jax.config import WITH_ROUTER, Config, MeshShape, mesh_shape
 from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
+
+# Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that of the forward pass.
+# Up to jax 0.10 it drops the barrier between them before it looks for equal instructions.
+MERGES_GATHERS = jax.__version_info__ < (0, 11)
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     """The plan of the module's docstring.
 
     Args:
-      regather: whether weights that are used once are gathered again for the backward pass. XLA for CPUs merges the
-        two gathers.
+      regather: whether weights that are used once are gathered again for the backward pass, as the step is written and
+        as accelerators run it. See `MERGES_GATHERS`.
     Raises:
       ConfigError: the mesh does not fit `devices`, or `vocab_size` is still 0.
     """

@@ -27,6 +27,18 @@ ENVIRONMENT = {
 }
 
 
+def quiet_without_tpu() -> None:
+    """Where libtpu is installed to compile with and there is no TPU: answer what it asks when JAX looks for devices, or
+    else it complains on stderr, and on a virtual machine of Google Cloud waits. To be called before JAX looks."""
+    if not (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")):
+        _answer()
+
+
+def _answer() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def libtpu_wanted() -> str:
     """The requirement of this jax, e.g. "libtpu==0.0.42.*"."""
     wanted = [r for r in importlib.metadata.requires("jax") or () if re.match(r"libtpu\b", r)]
@@ -57,8 +69,7 @@ def described_tpus(place: Topology) -> Sequence[Any]:
     Raises UserError: there is no libtpu for this jax, or it knows another number of such devices.
     """
     require_libtpu()
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _answer()
     from jax.experimental import topologies
 
     kind = place.name.partition("-")[0]

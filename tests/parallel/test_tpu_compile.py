@@ -99,6 +99,15 @@ def test_the_command_prints_the_plan_beside_the_compiler():
     assert slow.returncode == 2 and "the compiler did not end within 1 s" in slow.stderr
 
 
+@with_libtpu
+@pytest.mark.skipif(os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"), reason="this machine has a TPU")
+def test_commands_are_quiet_where_libtpu_is_there_and_no_tpu_is():
+    env = {k: v for k, v in without_answers().items() if k != "JAX_PLATFORMS"}
+    code = "from mor_jax.analysis.tpu_compiler import quiet_without_tpu as q; q(); import jax; print(jax.devices()[0].platform)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert (done.stdout, done.stderr) == ("cpu\n", "")
+
+
 def without_answers() -> dict[str, str]:
     """An environment that says nothing of TPUs: what libtpu would wait for minutes to find out."""
     return {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
