@@ -14,17 +14,20 @@ the partitioner's. Outside of the island, and on a mesh whose axes are all 1, th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from mor_jax.parallel.rules import Rules
 
 VIEWS = ("reshape", "transpose", "squeeze", "slice", "broadcast_in_dim", "convert_element_type")
 SEQUENCE = "sequence"
+ONE_PART = 8  # devices that one scatter spans: a machine of TPUs
 
 
 def forget_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -146,11 +149,33 @@ def _gather(axes: Any, dim: int, dtype: jnp.dtype, cut_dtype: jnp.dtype, x: jax.
 
 
 def _gather_bwd(axes: Any, dim: int, dtype: jnp.dtype, cut_dtype: jnp.dtype, _: None, g: jax.Array) -> tuple[jax.Array]:
-    total = jax.lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
+    total = _scatter(g.astype(jnp.float32), axes, dim)
     # Where micro-batches are added up in a loop, XLA for TPUs takes such a sum out of the loop: what is added up is
     # then the gradient of the whole weight, on every device. (And if the sum is cast before it is added, it fails:
     # docs/pods.md.) Behind the barrier each micro-batch scatters its own, and a device adds up its part alone.
     return (jax.lax.optimization_barrier(total).astype(cut_dtype),)
+
+
+def _scatter(x: jax.Array, axes: Any, dim: int) -> jax.Array:
+    """`psum_scatter` along `dim`, over many devices in two parts: among those at the same place of each run of
+    neighbours, then within each run. As many bytes are sent, and XLA for TPUs, which makes an all-reduce of one scatter
+    over more than one dimension of a slice (docs/pods.md), scatters."""
+    sizes = scatter_parts(jax.lax.axis_size(axes))
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+    if len(sizes) == 1:
+        return scatter(x)
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    x = scatter(x, axis_index_groups=places.T.tolist())
+    return scatter(x, axis_index_groups=places.tolist())
+
+
+def scatter_parts(devices: int) -> tuple[int, ...]:
+    """Numbers of devices that take part in each part of a scatter: all of up to 8; of more the two factors that are
+    nearest to each other, the larger first."""
+    if devices <= ONE_PART:
+        return (devices,)
+    inner = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
+    return (devices,) if inner == 1 else (devices // inner, inner)
 
 
 _gather.defvjp(lambda axes, dim, dtype, cut_dtype, x: (_gather(axes, dim, dtype, cut_dtype, x), None), _gather_bwd)

@@ -15,6 +15,7 @@ from small import small_lm
 
 from mor_jax.analysis.collectives import read_collectives
 from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
+from mor_jax.parallel import rows as rows_module
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.rows import gather_weight
 from mor_jax.parallel.rules import Rules
@@ -135,6 +136,24 @@ def gradient_of_a_gather() -> dict:
     return {"dtype": sums.dtype.name, "values": sorted(set(np.asarray(sums).ravel().tolist()))}
 
 
+def scatter_in_parts() -> list[float]:
+    """Largest difference of a scatter in two parts from one in one part, over four and over eight devices."""
+    found, x = [], np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
+    for n in (4, 8):
+        mesh = make_mesh(MeshConfig(8 // n, n, 1), jax.devices())
+        at = lambda parts, mesh=mesh: jax.jit(
+            jax.shard_map(
+                lambda x: rows_module._scatter(x[0], "fsdp", 1) + 0 * parts, mesh=mesh, check_vma=False,
+                in_specs=PartitionSpec(("data", "fsdp")), out_specs=PartitionSpec("data", "fsdp"),
+            )
+        )(x)  # fmt: skip
+        one = at(1)
+        rows_module.ONE_PART = 2
+        found.append(float(jnp.max(jnp.abs(at(2) - one))))
+        rows_module.ONE_PART = 8
+    return found
+
+
 def planned(kind: str, shape: tuple[int, ...]) -> dict:
     """A step that is compiled and not run: what the compiler says it needs of each device."""
     lm = model(kind, **PLANNED)
@@ -174,7 +193,7 @@ def main() -> None:
             here["state_differs"] = max(differences(state, one, survey=False))
             here["survey_differs"] = max(differences(state, one, survey=True), default=0.0)
             found[f"{kind} accumulated"] = here
-    found["gradient"] = gradient_of_a_gather()
+    found["gradient"], found["parts"] = gradient_of_a_gather(), scatter_in_parts()
     found["planned"] = [planned("mor", (1, 8, 1)), planned("mor", (2, 2, 2))]
     print("RESULT" + json.dumps(found))
 

@@ -19,7 +19,7 @@ from mor_jax.analysis.plan import parameter_bytes
 from mor_jax.config import Config, DepthConfig, MeshConfig, MeshShape, ModelConfig, TrainConfig, from_dict, mesh_shape
 from mor_jax.errors import ConfigError
 from mor_jax.parallel.mesh import arrange_slices, make_mesh
-from mor_jax.parallel.rows import forget_gathered, gather_weight
+from mor_jax.parallel.rows import forget_gathered, gather_weight, scatter_parts
 from mor_jax.parallel.rules import DEFAULT_RULES, Rules
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +134,13 @@ def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
 
 def test_the_gradient_of_a_weight_is_summed_in_float32_to_the_end(found):
     assert found["gradient"] == {"dtype": "float32", "values": [8 + 28 / 128]}
+
+
+def test_a_scatter_in_two_parts_is_one_scatter(found):
+    assert all(d < 1e-6 for d in found["parts"])  # float32, another order of eight terms
+    assert [scatter_parts(n) for n in (1, 8, 12, 13, 16, 32, 256)] == [
+        (1,), (8,), (4, 3), (13,), (4, 4), (8, 4), (16, 16)
+    ]  # fmt: skip
 
 
 def test_data_parallel_gathers_nothing(found):
