@@ -124,12 +124,13 @@ def test_collectives_are_those_of_the_table(found, name):
 
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
-    """Inside of the loop, so that what is added up is a device's part of the gradients."""
+    """Scatters lie inside of the loop, so that what is added up is a device's part of the gradients. (XLA for CPUs takes
+    gathers out of it, where they do not depend on the micro-batch; what is written is held here.)"""
     once = {"vanilla": "vanilla 1x2x2x2", "mor": "mor 2x2x2"}[name.split()[0]]
-    for kind in ("all-gather", "reduce-scatter"):
-        fsdp = lambda name, kind=kind: [c for c in traffic(found, name, kind) if c["axes"] == ["fsdp"]]
-        assert sum(c["times"] for c in fsdp(name)) == 2 * sum(c["times"] for c in fsdp(once))
-        assert all(c["loop"] and c["times"] == 2 for c in fsdp(name))
+    assert found[name]["written"]["fsdp"] == 2 * found[once]["written"]["fsdp"]
+    scatters = lambda name: [c for c in traffic(found, name, "reduce-scatter") if c["axes"] == ["fsdp"]]
+    assert sum(c["times"] for c in scatters(name)) == 2 * sum(c["times"] for c in scatters(once))
+    assert all(c["loop"] and c["times"] == 2 for c in scatters(name))
 
 
 def test_the_gradient_of_a_weight_is_summed_in_float32_to_the_end(found):
