@@ -25,6 +25,7 @@ from mor_jax.analysis.inspection import with_vocabulary
 from mor_jax.analysis.plan import plan, suggest
 from mor_jax.analysis.topologies import topology
 from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, from_dict
+from mor_jax.parallel.rows import scatter_parts
 from mor_jax.train.aot import compiled_reports
 
 # Wide enough that a shard of each matrix is whole rows of a TPU's tiles: narrower ones are sent otherwise.
@@ -83,7 +84,8 @@ def measure(cases: list[tuple[str, Config, str]], limit_s: float) -> Any:
             row["against the plan"] = against_the_plan(found, report)
             row["gathers"] = {
                 kind: (
-                    sum(p.count for p in found.collectives if p.kind == kind and p.axes == ("fsdp",)),
+                    sum(p.count for p in found.collectives if p.kind == kind and p.axes == ("fsdp",))
+                    * (len(scatter_parts(found.mesh.fsdp)) if kind == "reduce-scatter" else 1),
                     report["collectives"].get(f"{kind} over fsdp", {"count": 0})["count"],
                 )
                 for kind in ("all-gather", "reduce-scatter")

@@ -4,7 +4,7 @@ Per optimiser step and device, bytes as in `analysis/collectives.py`. n_a is the
 value in `model.dtype`. For every micro-batch:
 
 * over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as
-  all sums of gradients are; over more than eight devices in two parts). The tied core once, however often it is used; a block that is used once twice, since it is
+  all sums of gradients are). The tied core once, however often it is used; a block that is used once twice, since it is
   not kept for the backward pass. The table likewise, float32; twice under token-choice with several row sizes, whose
   prelude is differentiated apart.
 * over data (and sequence): the gradients that are left on each device, reduced.
@@ -30,7 +30,6 @@ from mor_jax.config import WITH_ROUTER, Config, MeshShape, mesh_shape
 from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
-from mor_jax.parallel.rows import scatter_parts
 
 # Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that of the forward pass.
 # Up to jax 0.10 it drops the barrier between them before it looks for equal instructions.
@@ -76,8 +75,7 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
         if n > 1 and number:
             share = {"all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
             dcn = "data" in axes and cfg.mesh.slices > 1
-            times = number * (len(scatter_parts(n)) if kind == "reduce-scatter" else 1)
-            found.append(Planned(what, kind, axes, times, number * values * size * share, dcn))
+            found.append(Planned(what, kind, axes, number, number * values * size * share, dcn))
 
     matrices = 4  # of a block: qkv, out, gate and up, down
     uses = 2 if regather else 1

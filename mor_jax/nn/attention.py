@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.kernels import splash
+from mor_jax.parallel.mesh import backend
 from mor_jax.parallel.rows import manual_axes, parts, whole
 
 MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
@@ -47,13 +48,6 @@ def attention(
         k_BxKxSxH, v_BxKxSxH = whole(k_BxKxSxH, axis=2, heads=1), whole(v_BxKxSxH, axis=2, heads=1)
         kv_pos_BxS, kv_seg_BxS = whole(kv_pos_BxS), whole(kv_seg_BxS)
     return _IMPLEMENTATIONS[impl](q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
-
-
-def backend() -> str:
-    """The platform that is being compiled for: "cpu", "gpu" or "tpu". The mesh's in scope, which may be of devices that
-    are only described, else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 def choose(impl: str, backend: str, dtype: str, head_dim: int) -> str:

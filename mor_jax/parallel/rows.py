@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from mor_jax.parallel.mesh import backend
 from mor_jax.parallel.rules import Rules
 
 VIEWS = ("reshape", "transpose", "squeeze", "slice", "broadcast_in_dim", "convert_element_type")
@@ -157,10 +158,12 @@ def _gather_bwd(axes: Any, dim: int, dtype: jnp.dtype, cut_dtype: jnp.dtype, _: 
 
 
 def _scatter(x: jax.Array, axes: Any, dim: int) -> jax.Array:
-    """`psum_scatter` along `dim`, over many devices in two parts: among those at the same place of each run of
-    neighbours, then within each run. As many bytes are sent, and XLA for TPUs, which makes an all-reduce of one scatter
-    over more than one dimension of a slice (docs/pods.md), scatters."""
-    sizes = scatter_parts(jax.lax.axis_size(axes))
+    """`psum_scatter` along `dim`; over many TPUs in two parts, among those at the same place of each run of neighbours
+    and then within each run. As many bytes are sent, and XLA for TPUs, which makes an all-reduce of one scatter over
+    more than one dimension of a slice (docs/pods.md), scatters. (Nodes of GPUs have no dimensions: the first part would
+    send everything between them.)"""
+    devices = jax.lax.axis_size(axes)
+    sizes = scatter_parts(devices) if backend() == "tpu" else (devices,)
     scatter = functools.partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
     if len(sizes) == 1:
         return scatter(x)
@@ -170,7 +173,7 @@ def _scatter(x: jax.Array, axes: Any, dim: int) -> jax.Array:
 
 
 def scatter_parts(devices: int) -> tuple[int, ...]:
-    """Numbers of devices that take part in each part of a scatter: all of up to 8; of more the two factors that are
+    """Numbers of TPUs that take part in each part of a scatter: all of up to 8; of more the two factors that are
     nearest to each other, the larger first."""
     if devices <= ONE_PART:
         return (devices,)

@@ -6,6 +6,7 @@ libtpu nor its compiler can be interrupted from Python.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -136,8 +137,9 @@ def _compiled_until_one_fails(cases: list[dict[str, Any]], limit_s: float) -> It
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, bufsize=0,
         )  # fmt: skip
         try:
-            child.stdin.write(json.dumps(cases).encode())
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it has ended already; its last words are read below
+                child.stdin.write(json.dumps(cases).encode())
+                child.stdin.close()
             for _ in cases:
                 ready, _, _ = select.select([child.stdout], [], [], limit_s)
                 if not ready:
