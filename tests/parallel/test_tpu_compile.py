@@ -87,7 +87,8 @@ def test_what_the_compiler_refuses_is_an_error_of_that_program_alone():
 
 @with_libtpu
 def test_the_command_prints_the_plan_beside_the_compiler():
-    flags = ["--config.model.width=256", "--config.model.layers=2", "--config.model.vocab_size=512"]
+    flags = ["--config.model.width=256", "--config.model.heads=4", "--config.model.kv_heads=4"]
+    flags += ["--config.model.layers=1", "--config.model.vocab_size=512", "--config.train.accum=1"]
     flags += ["--config.model.context=128", "--config.train.batch_size=8", "--config.mesh.fsdp=8"]
     line = [sys.executable, "-m", "launch.plan", "configs/vanilla.py:135m", "--topology=v5e-8", "--compile", *flags]
     done = subprocess.run([*line, "--json"], capture_output=True, text=True, cwd=ROOT, env=without_answers())
