@@ -48,6 +48,8 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
+        # XLA's compiler for TPUs, which needs no TPU: jax names the libtpu that is its own (137 MB).
+        "tpu-compile": ["jax[tpu]>=0.10.2"],
         "serve": [
             "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
             "python-multipart>=0.0.12",
@@ -58,6 +60,7 @@ setup(
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
             "hypothesis>=6.100",
+            "jax[tpu]>=0.10.2",  # libtpu: training steps are compiled for TPUs by the tests
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
             "nbclient>=0.10",

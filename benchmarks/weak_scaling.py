@@ -39,7 +39,7 @@ def row(kind: str, axis: str, n: int) -> str:
     import jax
 
     from mor_jax.analysis import units
-    from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
+    from mor_jax.analysis.collective_plan import MERGES_GATHERS, planned_collectives, total_bytes
     from mor_jax.analysis.collectives import read_collectives
     from mor_jax.train.aot import compile_step
 
@@ -47,7 +47,7 @@ def row(kind: str, axis: str, n: int) -> str:
     compiled, mesh = compile_step(cfg, jax.devices()[:n])
     found = read_collectives(compiled.as_text(), dict(mesh.shape))
     sent = sum(c.wire_bytes for c in found)
-    planned = total_bytes(planned_collectives(cfg, devices=n, regather=False))
+    planned = total_bytes(planned_collectives(cfg, devices=n, regather=not MERGES_GATHERS))
     kinds = ("all-gather", "reduce-scatter", "all-reduce")
     parts = " / ".join(units.size(sum(c.wire_bytes for c in found if c.kind == k)) for k in kinds)
     return f"| {axis if n > 1 else 'one device'} | {n} | {units.size(sent)} | {units.size(planned)} | {parts} |"

@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "context": 4096,
                 "dtype": "bfloat16",
                 "remat": "block",
-                "attention": "blocked",
+                "attention": "auto",  # splash on TPUs, blocked elsewhere
                 "loss_chunk": 512,
             },
             "depth": {"policy": "expert_choice", "aux_loss_weight": 0.016} if kind == "mor" else {},

@@ -48,7 +48,7 @@ def base(name: str, size: str, recursions: int) -> ConfigDict:
                 "context": 2048,
                 "dtype": "bfloat16",
                 "remat": "block",
-                "attention": "blocked",  # cudnn on NVIDIA GPUs
+                "attention": "auto",  # splash on TPUs, blocked elsewhere
                 "loss_chunk": 256,
             },
             "depth": {"policy": "fixed"},

@@ -16,6 +16,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mor_jax.analysis.tpu_compiler import quiet_without_tpu
 from mor_jax.config import Config, from_config_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
     logging.set_verbosity(logging.ERROR)
     sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" where it cannot show a letter
     use_compilation_cache()
+    quiet_without_tpu()
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1 and not arguments:

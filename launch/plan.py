@@ -23,6 +23,7 @@ from absl import flags
 from rich.console import Console
 
 from launch import cli
+from mor_jax.analysis.compiled import against_the_plan, compiled_tables
 from mor_jax.analysis.inspection import with_vocabulary
 from mor_jax.analysis.plan import overrides, plan, plan_tables, require_fit, suggest
 from mor_jax.analysis.topologies import topology
@@ -33,6 +34,7 @@ _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, e.g. v5e-8, v5e-256, v5e-256x4, h100x8.", required=True)
 _SUGGEST = flags.DEFINE_bool("suggest", False, "Plan the best mesh instead of the configuration's own.")
 _COMPILE = flags.DEFINE_bool("compile", False, "Also compile the step for these devices and print what it needs.")
+_LIMIT = flags.DEFINE_float("compile_limit", 3600.0, "--compile for TPUs: seconds it may take at most.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 
 
@@ -52,15 +54,14 @@ def main(_: list[str]) -> None:
     if _COMPILE.value:
         from mor_jax.train.aot import compiled_report
 
-        report["compiled"] = compiled_report(found.config, place)
+        report["compiled"] = compiled_report(found.config, place, _LIMIT.value)
+        report["compiled"]["against the plan"] = against_the_plan(found, report["compiled"])
     if _JSON.value:
         print(json.dumps(report, indent=1))
         return
-    for part in plan_tables(found):
+    for part in plan_tables(found) + (compiled_tables(found, report["compiled"]) if _COMPILE.value else []):
         Console(highlight=False).print(part)
     print(report["flags"])
-    if _COMPILE.value:
-        print(json.dumps(report["compiled"], indent=1))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
 
+# Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that of the forward pass.
+# Up to jax 0.10 it drops the barrier between them before it looks for equal instructions.
+MERGES_GATHERS = jax.__version_info__ < (0, 11)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -49,8 +53,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     """The plan of the module's docstring.
 
     Args:
-      regather: whether weights that are used once are gathered again for the backward pass. XLA for CPUs merges the
-        two gathers.
+      regather: whether weights that are used once are gathered again for the backward pass, as the step is written and
+        as accelerators run it. See `MERGES_GATHERS`.
     Raises:
       ConfigError: the mesh does not fit `devices`, or `vocab_size` is still 0.
     """

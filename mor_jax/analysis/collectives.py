@@ -3,6 +3,9 @@
 Read off the text of the compiled program (`jax.stages.Compiled.as_text()`). A collective inside a loop counts as often
 as the loop runs; of a conditional, the branch that moves the most bytes counts.
 
+XLA for TPUs overlaps a gather with the products around it: it writes the same gather into each of several fusions, the
+first of which starts it, the last of which ends it, and gives all of them one `chain_id`. Together they are one gather.
+
 Bytes are those a device sends over its links in a ring of n devices (all figures per device and per step):
 
     all-gather           (n - 1) / n of the gathered array
@@ -30,6 +33,8 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
 _CALLED = re.compile(r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_COUNTED = re.compile(r"^\s*ROOT .*\bcompare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Collective:
     times: int = 1  # runs a step
     in_loop: bool = False
     source: str = ""  # where in the traced program it comes from
+    chain: str = ""  # of the pieces of one collective, the same name
 
     @property
     def group_size(self) -> int:
@@ -67,7 +73,7 @@ def read_collectives(hlo: str, mesh_shape: Mapping[str, int] | None = None) -> l
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
     _walk(bodies, entry, 1, False, found)
-    found = [c for c in found if c.group_size > 1]
+    found = [c for c in _joined(found) if c.group_size > 1]
     if mesh_shape is None:
         return found
     return [replace(c, axes=axes_of(c.groups, mesh_shape)) for c in found]
@@ -107,7 +113,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if head and "=" not in line.split("(")[0]:
             lines = bodies.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
-        elif line.startswith("}"):
+        elif re.match(r"\}(\s|$)", line):  # "}}" is inside of a kernel's description, which runs over lines
             lines = None
         elif lines is not None:
             lines.append(line)
@@ -128,9 +134,34 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int, in_loop: bool, fo
             _heaviest(bodies, _CALLED.findall(line), times, in_loop, found)
             continue
         loop = " while(" in line
-        trips = _TRIPS.search(line)
+        runs = times * _trips(bodies, line) if loop else times
         for called in _CALLED.findall(line):
-            _walk(bodies, called, times * (int(trips.group(1)) if loop and trips else 1), in_loop or loop, found)
+            _walk(bodies, called, runs, in_loop or loop, found)
+
+
+def _trips(bodies: dict[str, list[str]], loop: str) -> int:
+    """How often a loop runs: as the compiler says, or else what its counter, from 0 by 1, is compared with; 1 where
+    that is not known."""
+    if known := _TRIPS.search(loop):
+        return int(known.group(1))
+    condition = _CONDITION.search(loop)
+    lines = bodies.get(condition.group(1), []) if condition else []
+    for bound in filter(None, map(_COUNTED.match, lines)):
+        for line in lines:
+            if number := re.match(rf"^\s*%?{re.escape(bound.group(1))} = [su]32\[\]\S* constant\((\d+)\)", line):
+                return int(number.group(1))
+    return 1
+
+
+def _joined(found: Iterable[Collective]) -> list[Collective]:
+    """Of the pieces of one collective, the first."""
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for c in found:
+        if not c.chain or (c.kind, c.chain) not in seen:
+            kept.append(c)
+        seen.add((c.kind, c.chain))
+    return kept
 
 
 def _heaviest(bodies: dict, branches: list[str], times: int, in_loop: bool, found: list[Collective]) -> None:
@@ -138,7 +169,7 @@ def _heaviest(bodies: dict, branches: list[str], times: int, in_loop: bool, foun
     for branch in branches:
         runs.append([])
         _walk(bodies, branch, times, in_loop, runs[-1])
-    found += max(runs, key=lambda run: sum(c.wire_bytes for c in run), default=[])
+    found += max(runs, key=lambda run: sum(c.wire_bytes for c in _joined(run)), default=[])
 
 
 def _collective(op: re.Match, line: str) -> Collective:
@@ -151,8 +182,9 @@ def _collective(op: re.Match, line: str) -> Collective:
         shapes, sizes = shapes[1:2], sizes[1:2]
     groups = _groups(line, kind)
     scale = len(groups[0]) if kind == "reduce-scatter" and groups else 1
-    name = re.search(r'op_name="([^"]*)"', line)
-    return Collective(kind, shapes, scale * sum(sizes), groups, source=name.group(1) if name else "")
+    name, chain = re.search(r'op_name="([^"]*)"', line), re.search(r'chain_id="([^"]*)"', line)
+    where = {"source": name.group(1) if name else "", "chain": chain.group(1) if chain else ""}
+    return Collective(kind, shapes, scale * sum(sizes), groups, **where)
 
 
 def _groups(line: str, kind: str) -> tuple[tuple[int, ...], ...]:

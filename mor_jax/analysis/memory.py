@@ -20,9 +20,9 @@ Under `model.qk_norm`, none keeps queries and keys before their norm as well, (N
 4 D: both norms' inputs and outputs. 3 F: gate, up, and what they make. (Norm and SwiGLU have backward passes of
 their own, which need no more.)
 Attention: N heads times the keys a query is computed against (half a row and half a block of 128 in `blocked`, the
-row in `xla`, none that are kept in `cudnn`) times the copies of each probability that stay: one float32 in `blocked`
-(and one of c bytes if c < 4), three in `xla`. A recursion step runs the tokens it has room for: all of them in the
-masked executor and under token-choice, whose largest compiled size holds whole rows.
+row in `xla`, none that are kept by the kernels of `cudnn` and `splash`) times the copies of each probability that stay:
+one float32 in `blocked` (and one of c bytes if c < 4), three in `xla`. A recursion step runs the tokens it has room for:
+all of them in the masked executor and under token-choice, whose largest compiled size holds whole rows.
 
 Where rows are cut along time, or later recursions look back at the keys of the first, a query sees more keys than that:
 those of the whole row up to its own end. Cut along time, gathered keys and values are kept instead of a part of them.
@@ -51,7 +51,7 @@ Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabula
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
@@ -134,9 +134,14 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
         fsdp and, along time, over sequence; heads and mlp width over tensor.
       remat: another policy than the configuration's.
       merged: as XLA for CPUs compiles it.
+
+    Attention "auto" is taken for "blocked"; `analysis.plan` knows the devices, and asks for what it would be there.
+
     Raises:
       ConfigError: `vocab_size` is still 0, or the mesh does not fit `devices`.
     """
+    if cfg.model.attention == "auto":
+        cfg = replace(cfg, model=replace(cfg.model, attention="blocked"))
     m, d, remat = cfg.model, cfg.depth, "none" if merged else remat or cfg.model.remat
     data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
@@ -229,8 +234,8 @@ def saved_bytes(
         "block": width,
     }[remat]
     copies = {
-        "none": {"blocked": FLOAT32 + (size if size < FLOAT32 else 0), "xla": 3 * FLOAT32, "cudnn": 0},
-        "dots": {"blocked": FLOAT32, "xla": FLOAT32, "cudnn": 0},
+        "none": {"blocked": FLOAT32 + (size if size < FLOAT32 else 0), "xla": 3 * FLOAT32},
+        "dots": {"blocked": FLOAT32, "xla": FLOAT32},
     }.get(remat, {}).get(model.attention, 0)  # fmt: skip
     return tokens * (values * size + _pairs(model, tokens, tensor, sequence, row) * copies)
 

@@ -29,6 +29,7 @@ from mor_jax.analysis.topologies import Topology
 from mor_jax.config import Config, MeshConfig, MeshShape, check, mesh_shape
 from mor_jax.errors import ConfigError
 from mor_jax.model.lm import LM
+from mor_jax.nn.attention import choose
 
 FILL = 0.92  # share of a device's memory that a plan may use: allocators lose the rest to fragmentation
 LEANER = ("none", "dots", "dots_no_batch", "block")  # rematerialisation, each needs less memory than the one before
@@ -97,11 +98,13 @@ class Plan:
 def plan(cfg: Config, topology: Topology) -> Plan:
     """The plan of a configuration as it is.
 
-    Raises ConfigError: its mesh does not fit the number of devices, or something in it does not divide.
+    Raises ConfigError: its mesh does not fit the number of devices, something in it does not divide, or its attention
+    cannot run on them.
     """
     if topology.slices > 1 and cfg.mesh.slices == 1:
         cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=topology.slices))
     check(cfg, devices=topology.devices)
+    cfg = with_attention(cfg, topology)
     mesh = mesh_shape(cfg.mesh, topology.devices)
     memory = training_memory(cfg, devices=topology.devices)
     state = parameter_bytes(cfg, mesh)
@@ -112,6 +115,13 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     seconds = true_training_flops(cfg, 1) / (topology.devices * peak * MFU)
     collectives = tuple(planned_collectives(cfg, devices=topology.devices))
     return Plan(cfg, topology, mesh, memory, collectives, seconds)
+
+
+def with_attention(cfg: Config, topology: Topology) -> Config:
+    """With the attention that the step would run there in place of "auto". Raises ConfigError for one that cannot."""
+    m = cfg.model
+    attention = choose(m.attention, topology.backend, m.dtype, m.dims[2])
+    return dataclasses.replace(cfg, model=dataclasses.replace(m, attention=attention))
 
 
 def parameter_bytes(cfg: Config, mesh: MeshShape) -> int:
@@ -135,7 +145,9 @@ def _shapes(lm: LM) -> tuple[Any, Any]:
 
 def suggest(cfg: Config, topology: Topology) -> Plan | None:
     """The plan of the mesh (and, where the batch forces it, number of micro-batches or rematerialisation) that spends
-    least time in collectives among those that fit; None when none does."""
+    least time in collectives among those that fit; None when none does. Raises ConfigError: its attention cannot run
+    there."""
+    cfg = with_attention(cfg, topology)
     for remat in LEANER[LEANER.index(cfg.model.remat) :]:
         model = dataclasses.replace(cfg.model, remat=remat)
         found = [p for p in _candidates(dataclasses.replace(cfg, model=model), topology) if p.fits]
@@ -206,7 +218,8 @@ def plan_tables(found: Plan) -> list[Table | Text]:
     head = Text.assemble(
         (found.config.name, "bold"), f"  on {t.name}: {t.devices} x {chip.kind}, {t.slices} slice(s)\n"
     )
-    head.append(f"mesh {mesh}, {found.config.train.accum} micro-batch(es), remat {found.config.model.remat}")
+    head.append(f"mesh {mesh}, {found.config.train.accum} micro-batch(es), remat {found.config.model.remat}, ")
+    head.append(f"attention {found.config.model.attention}")
     needs = Table("bytes a device", "", title=None, box=box.SIMPLE)
     for kind, n in found.bytes_by_kind().items():
         needs.add_row(kind, units.size(n))

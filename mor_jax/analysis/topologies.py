@@ -64,6 +64,11 @@ class Topology:
         return self.chip.kind.startswith("TPU")
 
     @property
+    def backend(self) -> str:
+        """What JAX calls such devices: "tpu", "gpu" or "cpu"."""
+        return "tpu" if self.is_tpu else "cpu" if self.chip.kind == "CPU" else "gpu"
+
+    @property
     def hosts_per_slice(self) -> int:
         """Machines, each a process. TPU slices of up to 8 chips (v4, v5p: 4) are one machine, larger ones have 4 chips
         a machine."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
-ATTENTION = ("blocked", "xla", "cudnn")
+ATTENTION = ("blocked", "xla", "cudnn", "splash", "auto")
 SCHEDULES = ("wsd", "cosine", "constant")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("shared", "own")
@@ -56,7 +56,8 @@ class ModelConfig:
     lora_rank: int = 0  # of an addition to the query and value projections; 0: none
     recursion_encoding: bool = False  # a learned factor, at first 1, on each dimension of the state it reads
     remat: str = "none"  # none | block | dots | dots_no_batch
-    attention: str = "blocked"  # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16)
+    # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16) | splash (TPUs) | auto (what suits the backend)
+    attention: str = "blocked"
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
 
     @property

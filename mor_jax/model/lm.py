@@ -197,8 +197,8 @@ class LM:
     def _gathered_block(self, params: dict) -> dict:
         """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
         axes = nn.logical_axes(self._leaves()["block"])
-        cast = lambda w: w.astype(self.model.dtype) if w.ndim > 1 else w
-        return jax.tree.map(lambda w, names: gather_weight(self.rules, cast(w), names), params, axes)
+        dtype = lambda w: self.model.dtype if w.ndim > 1 else w.dtype
+        return jax.tree.map(lambda w, names: gather_weight(self.rules, w, names, dtype(w)), params, axes)
 
     def blocks(
         self,
@@ -263,7 +263,7 @@ class LM:
     def gathered_core(self, params: dict) -> dict:
         """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses them R times."""
         axes = self.logical_axes()["core"]
-        gather = lambda w, names: gather_weight(self.rules, w.astype(self.model.dtype), names)
+        gather = lambda w, names: gather_weight(self.rules, w, names, self.model.dtype)
         return jax.tree.map(gather, params["core"], axes)
 
     # ---------------------------------------------------------------- the full forward pass

@@ -7,11 +7,17 @@ gathered recursion steps, a decode cache with unused entries) is expressed throu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
-from mor_jax.parallel.rows import join_rows, parts
+from mor_jax.kernels import splash
+from mor_jax.parallel.mesh import backend
+from mor_jax.parallel.rows import join_rows, manual_axes, parts
 
 MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
 
@@ -29,22 +35,53 @@ def attention(
     """Grouped-query attention output [B, K, G, T, H] in the dtype of q; softmax in float32.
 
     `impl`: "xla" for any arrays; "blocked" when the queries are those of the keys' tokens, or of some of them, both in
-    row order (training rows, gathered or not), so that no block of queries needs every key; "cudnn" on NVIDIA GPUs in
-    bfloat16, segments included as a mask.
+    row order (training rows, gathered or not), so that no block of queries needs every key; "splash" for the same on
+    TPUs; "cudnn" on NVIDIA GPUs in bfloat16, segments included as a mask; "auto" what suits the backend (`choose`).
 
     Where rows are cut along time over devices (`parallel/rows.py`), every argument is a part of its row: keys and
     values of the whole row are gathered, queries stay where they are.
+
+    Raises ConfigError: the implementation cannot run on this backend, with this dtype or head dimension.
     """
+    impl = choose(impl, backend(), q_BxKxGxTxH.dtype.name, q_BxKxGxTxH.shape[-1])
     if parts() > 1:
         k_BxKxSxH, v_BxKxSxH = join_rows(k_BxKxSxH, axis=2, heads=1), join_rows(v_BxKxSxH, axis=2, heads=1)
         kv_pos_BxS, kv_seg_BxS = join_rows(kv_pos_BxS), join_rows(kv_seg_BxS)
-    if impl == "xla":
-        return _masked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
-    if impl == "blocked":
-        return _blocked_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
-    if impl == "cudnn":
-        return _cudnn_attention(q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
-    raise ConfigError(f"No attention implementation {impl!r}.")
+    return _IMPLEMENTATIONS[impl](q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+
+
+def choose(impl: str, backend: str, dtype: str, head_dim: int) -> str:
+    """The implementation to run: "auto" becomes "splash" on TPUs and "blocked" elsewhere, any other stays. ("cudnn" is
+    only taken by name: it is given an array of queries by keys, for each head, as its mask.)
+
+    Raises ConfigError for one that cannot run on this backend, with this dtype or head dimension."""
+    if impl == "auto":
+        return "splash" if _refusal("splash", backend, dtype, head_dim) is None else "blocked"
+    if impl not in _IMPLEMENTATIONS:
+        raise ConfigError(f"No attention implementation {impl!r}. Valid: auto, {', '.join(_IMPLEMENTATIONS)}.")
+    if why := _refusal(impl, backend, dtype, head_dim):
+        other = choose("auto", backend, dtype, head_dim)
+        raise ConfigError(
+            f"config.model.attention = {impl!r} {why}. Use 'auto', which picks what the backend can run, here {other!r}."
+        )
+    return impl
+
+
+def chosen_for(model: ModelConfig) -> str:
+    """`choose` for a model on the devices in scope."""
+    return choose(model.attention, backend(), model.dtype, model.dims[2])
+
+
+def _refusal(impl: str, backend: str, dtype: str, head_dim: int) -> str | None:
+    if impl == "splash":
+        return splash.refusal(dtype, head_dim, backend)
+    if impl == "cudnn" and backend != "gpu":
+        return f"runs on NVIDIA GPUs, and this is a {backend.upper()}"
+    if impl == "cudnn" and dtype != "bfloat16":
+        return f"runs in bfloat16, not in {dtype}"
+    if impl == "cudnn" and (head_dim % 8 or head_dim > 128):
+        return f"takes heads of a multiple of 8 values up to 128, not of {head_dim}"
+    return None
 
 
 def visible(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:
@@ -99,3 +136,40 @@ def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str 
         implementation=implementation,
     )
     return o_BxTxNxH.swapaxes(1, 2).reshape(q.shape)
+
+
+def _splash_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, interpret: bool = False):
+    """By `kernels/splash.py`. The partitioner cannot cut a kernel, so every axis of the mesh is made manual: heads lie
+    over `tensor`, and the axes of rows are manual already or of size 1."""
+    own = q.shape[3] == k.shape[2]  # queries are the keys' own tokens
+    last_BxT = None if own else _last_seen(q_pos, kv_pos, q_seg, kv_seg)
+
+    def run(q, k, v, q_seg, kv_seg, last_BxT):
+        return splash.splash_attention(q, k, v, q_seg, kv_seg, last_BxT, interpret)
+
+    return _by_heads(run, (q, k, v), (q_seg, kv_seg, last_BxT))
+
+
+def _by_heads(run: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    others = set(mesh.axis_names) - manual_axes()
+    if not others:
+        return run(*heads, *rows)
+    cut = PartitionSpec(None, "tensor" if "tensor" in others else None)
+    specs = (*[cut] * len(heads), *[PartitionSpec()] * len(rows))
+    return jax.shard_map(run, in_specs=specs, out_specs=cut, axis_names=others, check_vma=False)(*heads, *rows)
+
+
+def _last_seen(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:
+    """Place of the last key that each query sees, [B, T] int32; -1 where it sees none."""
+    seen_BxTxS = visible(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+    place_S = jnp.arange(kv_pos_BxS.shape[1], dtype=jnp.int32)
+    return jnp.max(jnp.where(seen_BxTxS, place_S, -1), axis=-1)
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _masked_attention,
+    "blocked": _blocked_attention,
+    "cudnn": _cudnn_attention,
+    "splash": _splash_attention,
+}

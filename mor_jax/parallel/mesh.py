@@ -59,3 +59,10 @@ def arrange_slices(devices: Sequence[Any], shape: MeshShape, slices: int) -> np.
     return mesh_utils.create_hybrid_device_mesh(
         tuple(inner), tuple(outer), devices, process_is_granule=by == "process_index"
     )
+
+
+def backend() -> str:
+    """The platform that is being compiled for: "cpu", "gpu" or "tpu". The mesh's in scope, which may be of devices that
+    are only described, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()

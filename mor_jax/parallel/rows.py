@@ -14,17 +14,21 @@ the partitioner's. Outside of the island, and on a mesh whose axes are all 1, th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from mor_jax.parallel.mesh import backend
 from mor_jax.parallel.rules import Rules
 
 VIEWS = ("reshape", "transpose", "squeeze", "slice", "broadcast_in_dim", "convert_element_type")
 SEQUENCE = "sequence"
+ONE_PART = 8  # devices that one scatter spans: a machine of TPUs
 
 
 def forget_gathered(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -80,18 +84,25 @@ def over_rows(
     return wrapped
 
 
-def gather_weight(rules: Rules, w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+def gather_weight(
+    rules: Rules, w: jax.Array, names: tuple[str | None, ...], dtype: jnp.dtype | str | None = None
+) -> jax.Array:
     """A weight whole along the axes of the rows; along the others as it was. Outside the island, a constraint that
-    says the same."""
+    says the same.
+
+    `dtype`: what it is cast to before it travels (default: its own). Its gradient is summed over the devices in
+    float32 and reaches the weight as that sum, never rounded to `dtype` again.
+    """
+    dtype = jnp.dtype(dtype or w.dtype)
     manual = manual_axes()
     if not manual:
-        return rules.constrain(w, *names, drop=rules.axes("batch") + rules.axes("time"))
+        return rules.constrain(w.astype(dtype), *names, drop=rules.axes("batch") + rules.axes("time"))
     rest = rules.spec(names, drop=tuple(manual))
     for dim, name in enumerate(names):
         axes = tuple(a for a in rules.axes(name) if a in manual)
         if axes:
-            w = _all_gather(w, axes, dim, rest)
-    return w
+            w = _all_gather(w, axes, dim, rest, dtype)
+    return w.astype(dtype)
 
 
 def parts() -> int:
@@ -118,10 +129,10 @@ def own_part(x: jax.Array, axis: int = 1) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(SEQUENCE) * length, length, axis=axis)
 
 
-def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec) -> jax.Array:
-    """Gather along manual axes an array that lies like `rest` over the others. Those are made manual for it: the
-    partitioner would make the array whole along them, too, before a collective it has not made itself."""
-    gather = functools.partial(_gather, axes, dim)
+def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Gather along manual axes, as `dtype`, an array that lies like `rest` over the others. Those are made manual for
+    it: the partitioner would make the array whole along them, too, before a collective it has not made itself."""
+    gather = functools.partial(_gather, axes, dim, jnp.dtype(dtype or x.dtype), x.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     others = {a for entry in rest for a in ((entry,) if isinstance(entry, str) else entry or ())}
     others = {a for a in others if mesh.shape.get(a, 1) > 1}
@@ -131,19 +142,46 @@ def _all_gather(x: jax.Array, axes: Any, dim: int, rest: PartitionSpec) -> jax.A
     return jax.shard_map(gather, in_specs=spec, out_specs=spec, axis_names=others, check_vma=False)(x)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(axes: Any, dim: int, x: jax.Array) -> jax.Array:
-    """A gather whose gradient is summed in float32, whatever its dtype: bfloat16 would lose the digits of a sum over
-    hundreds of devices (and XLA for CPUs fails on such a sum)."""
-    return jax.lax.all_gather(x, axes, axis=dim, tiled=True)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gather(axes: Any, dim: int, dtype: jnp.dtype, cut_dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+    """A gather of an array of `cut_dtype`, sent as `dtype`. Its gradient is summed in float32, whatever the dtypes:
+    bfloat16 would lose the digits of a sum over hundreds of devices (and XLA for CPUs fails on such a sum)."""
+    return jax.lax.all_gather(x.astype(dtype), axes, axis=dim, tiled=True)
 
 
-def _gather_bwd(axes: Any, dim: int, _: None, g: jax.Array) -> tuple[jax.Array]:
-    total = jax.lax.psum_scatter(g.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
-    return (total.astype(g.dtype),)
+def _gather_bwd(axes: Any, dim: int, dtype: jnp.dtype, cut_dtype: jnp.dtype, _: None, g: jax.Array) -> tuple[jax.Array]:
+    total = _scatter(g.astype(jnp.float32), axes, dim)
+    # Where micro-batches are added up in a loop, XLA for TPUs takes such a sum out of the loop: what is added up is
+    # then the gradient of the whole weight, on every device. (And if the sum is cast before it is added, it fails:
+    # docs/pods.md.) Behind the barrier each micro-batch scatters its own, and a device adds up its part alone.
+    return (jax.lax.optimization_barrier(total).astype(cut_dtype),)
 
 
-_gather.defvjp(lambda axes, dim, x: (_gather(axes, dim, x), None), _gather_bwd)
+def _scatter(x: jax.Array, axes: Any, dim: int) -> jax.Array:
+    """`psum_scatter` along `dim`; over many TPUs in two parts, among those at the same place of each run of neighbours
+    and then within each run. As many bytes are sent, and XLA for TPUs, which makes an all-reduce of one scatter over
+    more than one dimension of a slice (docs/pods.md), scatters. (Nodes of GPUs have no dimensions: the first part would
+    send everything between them.)"""
+    devices = jax.lax.axis_size(axes)
+    sizes = scatter_parts(devices) if backend() == "tpu" else (devices,)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axes, scatter_dimension=dim, tiled=True)
+    if len(sizes) == 1:
+        return scatter(x)
+    places = np.arange(math.prod(sizes)).reshape(sizes)
+    x = scatter(x, axis_index_groups=places.T.tolist())
+    return scatter(x, axis_index_groups=places.tolist())
+
+
+def scatter_parts(devices: int) -> tuple[int, ...]:
+    """Numbers of TPUs that take part in each part of a scatter: all of up to 8; of more the two factors that are
+    nearest to each other, the larger first."""
+    if devices <= ONE_PART:
+        return (devices,)
+    inner = max(n for n in range(1, math.isqrt(devices) + 1) if devices % n == 0)
+    return (devices,) if inner == 1 else (devices // inner, inner)
+
+
+_gather.defvjp(lambda axes, dim, dtype, cut_dtype, x: (_gather(axes, dim, dtype, cut_dtype, x), None), _gather_bwd)
 
 
 def _is_names(leaf: Any) -> bool:

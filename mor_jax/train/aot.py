@@ -1,10 +1,21 @@
-"""The training step compiled ahead of time, for devices that may only be described: what a plan is held against."""
+"""The training step compiled ahead of time, for devices that may only be described: what a plan is held against.
+
+`compiled_reports` compiles for TPUs in a process of its own, which is ended when it takes longer than it may: neither
+libtpu nor its compiler can be interrupted from Python.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import faulthandler
+import json
 import os
-from collections.abc import Sequence
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +23,17 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from mor_jax.analysis.collectives import read_collectives, summary
-from mor_jax.analysis.topologies import Topology
-from mor_jax.config import Config
+from mor_jax.analysis.topologies import Topology, topology
+from mor_jax.analysis.tpu_compiler import ENVIRONMENT, described_tpus, require_libtpu
+from mor_jax.config import Config, from_dict
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state
 from mor_jax.train.step import make_train_step
+
+DESCRIBED_WITHIN = 120.0  # seconds to load libtpu and describe devices; it takes less than one where nothing is wrong
 
 
 def described_devices(place: Topology) -> Sequence[Any]:
@@ -28,15 +42,7 @@ def described_devices(place: Topology) -> Sequence[Any]:
     Raises UserError where there is none of these.
     """
     if place.is_tpu:
-        if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
-            raise UserError(f"compiling for {place.name} needs libtpu: pip install libtpu. No TPU is needed.")
-        from jax.experimental import topologies
-
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU here to ask about
-        kind = place.name.partition("-")[0]
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{place.grid}", num_slices=place.slices
-        ).devices  # fmt: skip
+        return described_tpus(place)
     if jax.device_count() != place.devices:
         raise UserError(
             f"{place.name} is {place.devices} devices and there are {jax.device_count()}. For simulated ones set "
@@ -45,8 +51,8 @@ def described_devices(place: Topology) -> Sequence[Any]:
     return jax.devices()
 
 
-def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compiled, jax.sharding.Mesh]:
-    """The training step of a configuration on these devices, compiled; nothing is allocated.
+def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
+    """The training step of a configuration for these devices, as it is written; nothing is allocated.
 
     Raises ConfigError: `vocab_size` is still 0, or the mesh does not fit the devices.
     """
@@ -60,18 +66,113 @@ def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compil
     state = abstract_state(lm, tx, mesh)
     step = jax.jit(make_train_step(lm, tx, cfg.train.accum), donate_argnums=0)
     with jax.set_mesh(mesh):
-        return step.lower(state, {"tokens": one, "segment_ids": one}).compile(), mesh
+        return step.lower(state, {"tokens": one, "segment_ids": one}), mesh
 
 
-def compiled_report(cfg: Config, place: Topology) -> dict[str, Any]:
-    """Bytes a device and collectives a step, as the compiler says; JSON-ready."""
-    compiled, mesh = compile_step(cfg, described_devices(place))
-    memory = compiled.memory_analysis()
+def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compiled, jax.sharding.Mesh]:
+    """`lower_step`, compiled."""
+    lowered, mesh = lower_step(cfg, devices)
+    with jax.set_mesh(mesh):
+        return lowered.compile(), mesh
+
+
+def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
+    """What the compiler says of a step; JSON-ready. Bytes of a device, collectives of an optimiser step in and out of
+    loops, seconds to trace and to compile (of the clock and of all processors), lines of the program."""
+    begun = time.perf_counter()
+    lowered, mesh = lower_step(cfg, devices)
+    traced, cpu = time.perf_counter(), time.process_time()
+    with jax.set_mesh(mesh):
+        compiled = lowered.compile()
+    done, cpu = time.perf_counter(), time.process_time() - cpu
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    found = read_collectives(text, dict(mesh.shape))
     return {
+        "seconds": {"trace": traced - begun, "compile": done - traced, "compile_cpu": cpu},
+        "lines": {"written": lowered.as_text().count("\n"), "compiled": text.count("\n")},
         "bytes": {
             "state and batch": memory.argument_size_in_bytes,
             "temporary": memory.temp_size_in_bytes,
             "total": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         },
-        "collectives": summary(read_collectives(compiled.as_text(), dict(mesh.shape))),
+        "collectives": summary(found),
+        "in loops": summary(c for c in found if c.in_loop),
     }
+
+
+def compiled_report(cfg: Config, place: Topology, limit_s: float = 3600.0) -> dict[str, Any]:
+    """`step_report` on a topology. For TPUs in a process of its own, `limit_s` seconds at most.
+
+    Raises UserError: there are no such devices, libtpu is missing or of another jax, or the compiler gave up, was
+    killed, or did not end in time.
+    """
+    if not place.is_tpu:
+        return step_report(cfg, described_devices(place))
+    (report,) = compiled_reports([(cfg, place)], limit_s)
+    if "error" in report:
+        raise UserError(f"{cfg.name} was not compiled for {place.name}: {report['error']}")
+    return report
+
+
+def compiled_reports(cases: Sequence[tuple[Config, Topology]], limit_s: float) -> Iterator[dict[str, Any]]:
+    """`step_report` of each configuration on each TPU topology, in order, or {"error": what went wrong}.
+
+    One process compiles them, one after another; it is started anew after one that took longer than `limit_s` seconds
+    or took the process with it. Raises UserError where libtpu is missing or of another jax.
+    """
+    require_libtpu()
+    left = [{"config": cfg.to_dict(), "topology": place.name} for cfg, place in cases]
+    while left:
+        for report in _compiled_until_one_fails(left, limit_s):
+            left = left[1:]
+            yield report
+
+
+def _compiled_until_one_fails(cases: list[dict[str, Any]], limit_s: float) -> Iterator[dict[str, Any]]:
+    # The cache would answer in place of the compiler; and no device of this machine has a part in it.
+    env = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "mor_jax.train.aot"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, bufsize=0,
+        )  # fmt: skip
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already; its last words are read below
+                child.stdin.write(json.dumps(cases).encode())
+                child.stdin.close()
+            for _ in cases:
+                ready, _, _ = select.select([child.stdout], [], [], limit_s)
+                if not ready:
+                    yield {"error": f"the compiler did not end within {limit_s:g} s."}
+                    return
+                line = child.stdout.readline()
+                if not line:
+                    child.wait()
+                    errors.seek(0)
+                    said = errors.read().decode(errors="replace").strip().splitlines()[-12:]
+                    yield {"error": f"the compiler ended with status {child.returncode}:\n" + "\n".join(said)}
+                    return
+                yield json.loads(line)
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+
+
+def main() -> None:
+    """Cases from the standard input, a line of JSON for each to the standard output; libtpu may print there, too."""
+    out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for case in json.load(sys.stdin):
+        try:
+            faulthandler.dump_traceback_later(DESCRIBED_WITHIN, exit=True)
+            devices = described_devices(topology(case["topology"]))
+            faulthandler.cancel_dump_traceback_later()
+            report = step_report(from_dict(case["config"]), devices)
+        except (UserError, jax.errors.JaxRuntimeError) as error:
+            report = {"error": str(error)}
+        print(json.dumps(report), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,7 @@ from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model.lm import LM
+from mor_jax.nn.attention import chosen_for
 from mor_jax.parallel.join import hosts
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.multihost import Hosts
@@ -86,6 +87,7 @@ def train(
         cfg = resolve(cfg, data)
         try:
             check(cfg, devices=mesh.size)
+            chosen_for(cfg.model)
         except ConfigError as e:
             e.everywhere = True
             raise
@@ -264,7 +266,7 @@ class _Run:
         if not s["step"]:
             self.bar.say(
                 f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
-                f"{s['input']:.1f} s, step {note}."
+                f"{s['input']:.1f} s, step {note}. Attention: {chosen_for(self.cfg.model)}."
             )
         # Compiling takes hosts unequally long, and the first collective waits for the others half a minute at most.
         self.compiled += 1

@@ -75,6 +75,19 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would():
     assert done.returncode == 2 and done.stderr.startswith("error: vanilla-8b does not fit v5e-8")
 
 
+def test_attention_is_that_of_the_devices_or_refused():
+    cfg = config("mor", "360m,nr=3", data=1, fsdp=8)
+    of = lambda impl: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=impl))
+    chosen = lambda place: plan(of("auto"), topology(place)).config.model.attention
+    assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "blocked", "blocked"]
+    for search in (plan, suggest):
+        with pytest.raises(ConfigError, match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'blocked'"):
+            search(of("splash"), topology("h100x8"))
+    # The kernel keeps no probabilities: a block that is being differentiated needs less.
+    memory = lambda impl: plan(of(impl), topology("v5e-8")).memory
+    assert memory("splash").working < memory("blocked").working
+
+
 def test_a_mesh_that_does_not_divide_is_refused_before_it_is_planned():
     done = command("configs/mor.py:1.7b,nr=3", "--topology=v5e-256")
     assert done.returncode == 2 and "64 rows a micro-batch cannot be divided" in done.stderr
@@ -170,6 +183,52 @@ def test_collectives_are_read_off_a_program():
     assert permute.wire_bytes == 16
     assert two.payload == 20 and two.groups == ((0, 1, 2, 3), (4, 5, 6, 7))  # four of 0, 4, 1, 5, 2, 6, 3, 7, two apart
     assert summary(found)["all-reduce over tensor"] == {"count": 3, "bytes": 384.0}
+
+
+OVERLAPPED = """HloModule jit_step, is_scheduled=true
+
+%cond.clone (p: (s32[], f32[4])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(4)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.7), direction=LT, metadata={op_name="while/cond/lt"}
+}
+
+%begin (p: bf16[2,8]) -> bf16[16,8] {
+  %ag.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[2,8], bf16[16,8]) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: bf16[2,8]) -> f32[4] {
+  %ag.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="0"}
+}
+
+%other (p: bf16[2,8]) -> f32[4] {
+  %ag.3 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p), replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="1"}
+}
+
+%body.sunk (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %f1 = bf16[16,8] fusion(%p), kind=kCustom, calls=%begin
+  %f2 = f32[4] fusion(%f1), kind=kCustom, calls=%beside
+  %f3 = f32[4] fusion(%f1), kind=kCustom, calls=%other
+}
+
+ENTRY %main (p0: f32[4]) -> f32[4] {
+  %k = f32[4] custom-call(%p0), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+ "xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(step)/kernel"}
+  %w = (s32[], f32[4]) while(%t), condition=%cond.clone, body=%body.sunk, metadata={op_name="jit(step)/while"}
+}
+"""
+
+
+def test_pieces_of_an_overlapped_gather_are_one_and_a_counted_loop_is_multiplied():
+    """As XLA for TPUs writes them: no trip count beside the loop, a gather in every fusion it runs beside, and what a
+    kernel says of itself over several lines."""
+    found = read_collectives(OVERLAPPED, {"fsdp": 8})
+    assert [(c.kind, c.chain, c.times, c.in_loop) for c in found] == [
+        ("all-gather", "0", 4, True), ("all-gather", "1", 4, True)
+    ]  # fmt: skip
+    assert found[0].wire_bytes == 4 * 7 / 8 * 16 * 8 * 2
 
 
 def test_axes_follow_from_who_talks_to_whom():

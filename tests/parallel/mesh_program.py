@@ -6,17 +6,21 @@ Eight devices have to be asked for before JAX starts, hence a process of its own
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from kinds import ALL_FEATURES
 from small import small_lm
 
 from mor_jax.analysis.collectives import read_collectives
 from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
+from mor_jax.parallel import rows as rows_module
 from mor_jax.parallel.mesh import make_mesh
+from mor_jax.parallel.rows import gather_weight
+from mor_jax.parallel.rules import Rules
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state, create_state
 from mor_jax.train.step import make_train_step
@@ -30,6 +34,8 @@ RELAXED = ROUTED | dict(norms="own", lora_rank=2, recursion_encoding=True)
 # And all features of the block at once.
 MORE = {"aux": ("mor", RELAXED), "random": ("random_shared", ROUTED), "features": ("mor", ROUTED | ALL_FEATURES)}
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]  # data, fsdp, tensor, sequence
+ACCUMULATED = {"vanilla": (1, 4, 1, 2), "mor": (2, 2, 2)}  # in two micro-batches, of four rows each
+SMALL = 768  # bytes, see test_mesh.py
 # Long enough for arrays to matter more than the compiler's odds and ends, wide enough for weights to matter at all.
 PLANNED = dict(width=256, heads=4, kv_heads=4, mlp_width=704, context=64, vocab_size=1024, loss_chunk=32)
 
@@ -56,7 +62,25 @@ def model(kind: str, **shape):
     return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01)) if kind == "token" else lm
 
 
-def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
+def written_gathers(jaxpr, times: int, found: dict[str, int]) -> None:
+    """Adds up the gathers that a traced program asks for, of `SMALL` bytes or more, by mesh axes."""
+    for eqn in jaxpr.eqns:
+        if (
+            eqn.primitive.name == "all_gather"
+            and eqn.outvars[0].aval.size * eqn.outvars[0].aval.dtype.itemsize >= SMALL
+        ):
+            names = eqn.params["axis_name"]
+            axes = "+".join([names] if isinstance(names, str) else names)
+            found[axes] = found.get(axes, 0) + times
+        inner = [j for v in eqn.params.values() for j in (v if isinstance(v, (tuple, list)) else [v])]
+        inner = [getattr(j, "jaxpr", j) for j in inner if hasattr(getattr(j, "jaxpr", j), "eqns")]
+        if eqn.primitive.name == "cond":  # one branch runs: of several row sizes, all ask for the same gathers
+            inner = inner[-1:]
+        for j in inner:
+            written_gathers(j, times * eqn.params["length"] if eqn.primitive.name == "scan" else times, found)
+
+
+def train(kind: str, shape: tuple[int, ...], buckets: int, accum: int = 1) -> tuple[dict, list]:
     lm = model(kind)
     lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, buckets=buckets))
     tx = optimizer_of(Config(depth=lm.depth, optim=OptimConfig(peak_lr=1e-2)), STEPS)
@@ -65,7 +89,10 @@ def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
         state = create_state(lm, tx, mesh, seed=0)
         rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
         placed = [{k: jax.device_put(v, rows) for k, v in b.items()} for b in packed_batches()]
-        step = jax.jit(make_train_step(lm, tx), donate_argnums=0).lower(state, placed[0]).compile()
+        step = jax.jit(make_train_step(lm, tx, accum), donate_argnums=0).trace(state, placed[0])
+        gathers: dict[str, int] = {}
+        written_gathers(step.jaxpr.jaxpr, 1, gathers)
+        step = step.lower().compile()
         on = sorted({len(x.sharding.device_set) for x in jax.tree.leaves(state)})
         kept = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree) if x.ndim > 1)
         local = {"params": kept(state.params), "opt_state": kept(state.opt_state)}
@@ -80,7 +107,53 @@ def train(kind: str, shape: tuple[int, ...], buckets: int) -> tuple[dict, list]:
         for c in read_collectives(step.as_text(), dict(mesh.shape))
     ]
     # The optimiser's first moments are sums of gradients: what is equal in them was equal in every step's gradient.
-    return dict(losses=losses, devices=on, local=local, traffic=traffic), jax.tree.map(np.asarray, state)
+    return dict(losses=losses, devices=on, local=local, traffic=traffic, written=gathers), jax.tree.map(
+        np.asarray, state
+    )
+
+
+def differences(state, one, survey: bool) -> list[float]:
+    """Largest difference of each leaf. The survey counts scores above probes: one that is on a probe but for rounding
+    counts here or there."""
+    return [
+        float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0))
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(one), strict=True)
+        if ("survey" in jax.tree_util.keystr(path)) == survey
+    ]
+
+
+def gradient_of_a_gather() -> dict:
+    """Of a float32 weight that travels as bfloat16, whose eight devices send cotangents 1 + i / 128: exact in
+    bfloat16, as their sum 8 + 28 / 128 is not."""
+    mesh, rules = make_mesh(MeshConfig(1, 8, 1), jax.devices()), Rules()
+    cotangent = lambda i, like: (1 + i.astype(jnp.float32) / 128).astype(like.dtype) * jnp.ones_like(like)
+
+    def island(w):
+        whole, pull = jax.vjp(lambda w: gather_weight(rules, w, ("embed", None), "bfloat16"), w)
+        return pull(cotangent(jax.lax.axis_index("fsdp"), whole))[0]
+
+    with jax.set_mesh(mesh):
+        cut = PartitionSpec("fsdp")
+        run = jax.shard_map(island, in_specs=cut, out_specs=cut, axis_names={"fsdp"}, check_vma=False)
+        sums = jax.jit(run)(jnp.zeros((16, 4), jnp.float32))
+    return {"dtype": sums.dtype.name, "values": sorted(set(np.asarray(sums).ravel().tolist()))}
+
+
+def scatter_in_parts() -> list[float]:
+    """Largest difference of a scatter in two parts from one in one part, over four and over eight devices."""
+    found, x = [], np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
+    for n in (4, 8):
+        mesh = make_mesh(MeshConfig(8 // n, n, 1), jax.devices())
+        at = lambda parts, mesh=mesh: jax.jit(
+            jax.shard_map(
+                lambda x: rows_module._scatter(x[0], "fsdp", 1) + 0 * parts, mesh=mesh, check_vma=False,
+                in_specs=PartitionSpec(("data", "fsdp")), out_specs=PartitionSpec("data", "fsdp"),
+            )
+        )(x)  # fmt: skip
+        one = at(1)
+        with mock.patch.object(rows_module, "ONE_PART", 2), mock.patch.object(rows_module, "backend", lambda: "tpu"):
+            found.append(float(jnp.max(jnp.abs(at(2) - one))))
+    return found
 
 
 def planned(kind: str, shape: tuple[int, ...]) -> dict:
@@ -113,15 +186,16 @@ def main() -> None:
         for shape in MESHES if kind in KINDS else MESHES[-1:]:
             # Any choice of compiled sizes gives the same numbers, so only one mesh pays for compiling two.
             here, state = train(kind, shape, 2 if shape == (2, 2, 2) else 1)
-            # The survey counts scores above probes: one that is on a probe but for rounding counts here or there.
-            differs = [
-                ("survey" in jax.tree_util.keystr(path), float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0)))
-                for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(one), strict=True)
-            ]
-            here["state_differs"] = max(d for survey, d in differs if not survey)
-            here["survey_differs"] = max((d for survey, d in differs if survey), default=0.0)
+            here["state_differs"] = max(differences(state, one, survey=False))
+            here["survey_differs"] = max(differences(state, one, survey=True), default=0.0)
             found[f"{kind} {'x'.join(map(str, shape))}"] = here
             print(kind, shape, file=sys.stderr, flush=True)
+        if kind in ACCUMULATED:
+            here, state = train(kind, ACCUMULATED[kind], 1, accum=2)
+            here["state_differs"] = max(differences(state, one, survey=False))
+            here["survey_differs"] = max(differences(state, one, survey=True), default=0.0)
+            found[f"{kind} accumulated"] = here
+    found["gradient"], found["parts"] = gradient_of_a_gather(), scatter_in_parts()
     found["planned"] = [planned("mor", (1, 8, 1)), planned("mor", (2, 2, 2))]
     print("RESULT" + json.dumps(found))
 
