@@ -29,6 +29,7 @@ from launch import cli
 from launch.jobs import LAUNCHERS, launcher_command, shell_line
 from mor_jax.analysis.sweep import to_table
 from mor_jax.errors import UserError
+from mor_jax.paths import as_path
 from mor_jax.train.sweep import collect, finished, jobs, run_job, run_sweep, write_results
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; created, or gone on with.", required=True)
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> None:
 
 def _launch(sweep, file: str, fields: dict) -> None:
     """Every run that is not finished, by the launcher."""
-    workdir, flag = Path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
+    workdir, flag = as_path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
     seeds = flag("seeds", [",".join(_SEEDS.value)] if _SEEDS.value else [])
     own = ["launch.sweep", file, f"--workdir={workdir}", *seeds, *flag("set", _SET.value)]
     name = lambda run: f"{Path(file.partition(':')[0]).stem}-{run}"

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from mor_jax.analysis.palette import GRID, INK, MUTED, SERIES
+from mor_jax.paths import write_bytes
 
 # Colours the figures draw with, and the CSS variables a page may give them. The fallback keeps a figure that stands
 # alone, e.g. in a notebook, as it is.
@@ -78,4 +79,6 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def save_png(figure: Figure, path: str | os.PathLike[str], dpi: int = 160) -> None:
     """The figure as a PNG on white."""
-    figure.savefig(path, format="png", dpi=dpi, facecolor="white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    write_bytes(path, buffer.getvalue())

@@ -22,6 +22,7 @@ INFERENCE = ("threshold", "auxiliary", "calibrated")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
 DEDUP = ("none", "holdout", "all")
+BAD_RECORDS = ("stop", "skip")
 
 # Which KV strategies each depth policy knows (model/kv.py says what they are); the first is its default ("" in a
 # config). Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token
@@ -154,16 +155,17 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "pystdlib"  # pystdlib | files | tfds
-    paths: tuple[str, ...] = ()  # files: globs; tfds: the directory of a prepared data set
+    paths: tuple[str, ...] = ()  # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
     text_key: str = "text"  # jsonl, parquet, tfds: the field that holds the text
+    bad_records: str = "stop"  # stop | skip, with a count: records of jsonl and parquet files without a text
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
     bpe_vocab: int = 4096  # bpe: vocabulary size, special tokens included
     holdout: float = 0.05  # share of documents held out for evaluation
     # Texts that occur more than once: none (keep all) | holdout (no held-out text in training) | all (one copy of each)
     dedup: str = "holdout"
-    cache_dir: str = ""  # prepared rows; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
+    cache_dir: str = ""  # prepared rows, also gs:// or s3://; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
     seed: int = 0  # of the global shuffle
 
 

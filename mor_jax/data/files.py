@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mor_jax.config import DataConfig
 from mor_jax.data.compression import READ_ERRORS, SUFFIXES, open_bytes
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
-from mor_jax.errors import DataError
+from mor_jax.errors import DataError, UserError
+from mor_jax.paths import SERVED, as_path, filesystem, is_local, reason, scheme_of
 
 TEXTS = (".txt", ".md", ".py")  # one document a file
 RECORDS = (".jsonl", ".parquet")  # one document a line or row
@@ -32,12 +35,14 @@ class Files:
     def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
         self.label = f"files {', '.join(cfg.paths)}"
         self._key = cfg.text_key
-        self._digest = digest
+        self._digest, self._skip = digest, cfg.bad_records == "skip"
+        self.skipped_records = 0  # of the last reading
         self._files = _find(cfg.paths)  # relative path -> path
         for path in self._files.values():
             _kind(path)
 
     def documents(self) -> Iterator[Document]:
+        self.skipped_records = 0
         for name, path in self._files.items():
             suffix, compression = _kind(path)
             try:
@@ -48,7 +53,11 @@ class Files:
                 else:
                     with open_bytes(path, compression) as f:
                         yield Document(name, _decode(f.read(), path))
-            except READ_ERRORS as e:
+            except UserError:
+                raise
+            except Exception as e:
+                if is_local(path) and not isinstance(e, READ_ERRORS):
+                    raise  # clients of object stores have their own kinds
                 what = f"{compression[1:]} data" if compression else "a file"
                 raise DataError(
                     f"{path}: cannot be read as {what} ({e}). If it is cut off or damaged, fetch it again; "
@@ -56,29 +65,32 @@ class Files:
                 ) from e
 
     def fingerprint(self) -> str:
-        return digest_of("files", self._key, *(part for n, p in self._files.items() for part in (n, self._digest(p))))
+        key = self._key if not self._skip else f"{self._key} skip"
+        return digest_of("files", key, *(part for n, p in self._files.items() for part in (n, self._digest(p))))
 
     def _jsonl(self, name: str, path: str, compression: str) -> Iterator[Document]:
         with open_bytes(path, compression) as f:
             for number, raw in enumerate(f, 1):
-                where = f"{path}, line {number}"
-                line = _decode(raw, where)
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise DataError(
-                        f"{where}: not valid JSON ({e}): {_short(line)}. A .jsonl file holds one JSON object a line."
-                    ) from e
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: expected a JSON object with a field {self._key!r}, got {_short(line)}.")
-                yield Document(f"{name}:{number}", _field(record, self._key, where))
+                if len(raw) < 64 and not raw.decode("utf-8", "ignore").removeprefix("\ufeff").strip():
+                    continue  # a blank line
+                text = self._or_skip(lambda: _text_of(raw, self._key, f"{path}, line {number}"))  # noqa: B023
+                if text is not None:
+                    yield Document(f"{name}:{number}", text)
+
+    def _or_skip(self, read: Callable[[], str]) -> str | None:
+        """What `read` gives; None, and a count, for a bad record where those are skipped."""
+        try:
+            return read()
+        except DataError as e:
+            if not self._skip:
+                raise DataError(f"{e} To leave such records out: --config.data.bad_records=skip.") from e
+            self.skipped_records += 1
+            return None
 
     def _parquet(self, name: str, path: str, compression: str) -> Iterator[Document]:
         pa, parquet = _import_pyarrow(path)
-        with tempfile.TemporaryFile() as whole:
-            source = path
+        with tempfile.TemporaryFile() as whole, contextlib.ExitStack() as stack:
+            source = path if is_local(path) else stack.enter_context(open_bytes(path, compression))
             if compression:  # parquet is read from its end, so it has to be seekable
                 with open_bytes(path, compression) as f:
                     shutil.copyfileobj(f, whole, 1 << 20)
@@ -92,9 +104,10 @@ class Files:
                     for batch in table.iter_batches(batch_size=256, columns=[self._key]):
                         for text in batch.column(0).to_pylist():
                             number += 1
-                            yield Document(
-                                f"{name}:{number}", _field({self._key: text}, self._key, f"{path}, row {number}")
-                            )
+                            where = f"{path}, row {number}"
+                            text = self._or_skip(lambda: _field({self._key: text}, self._key, where))  # noqa: B023
+                            if text is not None:
+                                yield Document(f"{name}:{number}", text)
             except pa.ArrowException as e:
                 raise DataError(f"{path}: not a readable parquet file ({e}). Fetch or write it again.") from e
 
@@ -104,6 +117,11 @@ def _find(patterns: tuple[str, ...]) -> dict[str, str]:
     paths: set[str] = set()
     roots = []
     for pattern in map(os.path.expanduser, patterns):
+        if not is_local(pattern):
+            found, root = _find_remote(pattern)
+            paths.update(found)
+            roots.append(root)
+            continue
         exact = os.path.abspath(pattern)
         if os.path.isfile(exact):  # even when its name has brackets in it
             found, root = [exact], os.path.dirname(exact)
@@ -116,8 +134,31 @@ def _find(patterns: tuple[str, ...]) -> dict[str, str]:
             raise DataError(f"config.data.paths: {exact} matches no file.{hint}")
         paths.update(found)
         roots.append(root)
-    common = os.path.commonpath(roots)
-    return dict(sorted((os.path.relpath(p, common).replace(os.sep, "/"), p) for p in paths))
+    common = sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*map(_parts, roots), strict=False)))
+    return dict(sorted(("/".join(_parts(p)[common:]), p) for p in paths))
+
+
+def _parts(path: str) -> list[str]:
+    """From the root down; the first says on which machine or in which store."""
+    return [scheme_of(path), *filter(None, (path.partition("://")[2] or path).replace(os.sep, "/").split("/"))]
+
+
+def _find_remote(pattern: str) -> tuple[list[str], str]:
+    """(addresses that match, directory part of the pattern up to its first wildcard)"""
+    if scheme_of(pattern) in SERVED:
+        pattern = str(as_path(pattern))  # its bucket can be reached
+    store = filesystem(pattern)
+    try:
+        if store.isfile(pattern):
+            return [pattern], os.path.dirname(pattern)
+        found = [store.unstrip_protocol(p) for p in store.glob(pattern) if not store.isdir(p)]
+        directory = not found and store.isdir(pattern)
+    except Exception as e:  # each client has its own kinds
+        raise DataError(f"config.data.paths: {pattern} cannot be listed ({reason(e)}).") from e
+    if not found:
+        hint = f" It is a directory: give a glob such as {pattern}/*.jsonl." if directory else ""
+        raise DataError(f"config.data.paths: {pattern} matches no file.{hint}")
+    return found, _fixed_directory(pattern)
 
 
 def _fixed_directory(pattern: str) -> str:
@@ -150,6 +191,20 @@ def _decode(raw: bytes, where: str) -> str:
             f"{where}: not UTF-8 text (byte 0x{raw[e.start]:02x} at offset {e.start}). Convert it, "
             "e.g. with iconv -f latin1 -t utf-8, or leave it out of config.data.paths."
         ) from e
+
+
+def _text_of(raw: bytes, key: str, where: str) -> str:
+    """The text in one line of a .jsonl file. Raises DataError naming `where`."""
+    line = _decode(raw, where)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(
+            f"{where}: not valid JSON ({e}): {_short(line)}. A .jsonl file holds one JSON object a line."
+        ) from e
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object with a field {key!r}, got {_short(line)}.")
+    return _field(record, key, where)
 
 
 def _field(record: dict, key: str, where: str) -> str:

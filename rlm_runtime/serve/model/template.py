@@ -145,7 +145,7 @@ def find_template(directory: str | os.PathLike[str], tokenizer_json: str = "{}")
     Looked for in `directory`/chat_template.jinja, then under "chat_template" in `directory`/tokenizer_config.json and
     in the tokenizer's own JSON. Raises UsageError: one that cannot be read, or is no Jinja.
     """
-    folder = Path(directory)
+    folder = directory if hasattr(directory, "is_file") else Path(directory)  # also one of an object store
     try:
         if (folder / "chat_template.jinja").is_file():
             return ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"))
