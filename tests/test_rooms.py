@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mor_jax"
 # From the top; rooms on one line do not import each other. `errors` and the package itself are the ground.
-ORDER = [["train"], ["inference"], ["analysis"], ["data"], ["model"], ["nn"], ["parallel"], ["config"], ["paths"], ["errors"]]
+ORDER = [
+    ["train"],
+    ["inference"],
+    ["analysis"],
+    ["data"],
+    ["model"],
+    ["nn"],
+    ["parallel"],
+    ["config"],
+    ["paths"],
+    ["errors"],
+]
 LEVEL = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

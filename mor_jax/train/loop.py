@@ -156,8 +156,11 @@ class _Run:
         if not path.exists():
             return None
         summary = json.loads(path.read_text())
+        meta = None
         with contextlib.suppress(CheckpointError):  # without any checkpoint there is nothing to compare with
-            self._same_data(load_meta(self.workdir / "checkpoints")[1])
+            meta = load_meta(self.workdir / "checkpoints")[1]
+        if meta:
+            self._same_data(meta)
         if self.steps > int(summary.get("steps") or self.steps):
             return None  # it was allowed more steps, else `claim` had refused them
         self.bar.say(
