@@ -1,5 +1,6 @@
 """What a machine has where only the wheel is: commands and configurations, from any folder, whatever lies there."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,7 +15,13 @@ STEPS = "--config.train.steps=1e1"  # read as 10
 def wheel(tmp_path_factory):
     """The wheel unpacked into a folder, as pip does; its dependencies are those of this environment."""
     directory = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", directory, ROOT]
+    source = directory / "source"  # a copy: a build leaves folders where it runs
+    source.mkdir()
+    for name in ("mor_jax", "rlm_runtime", "configs", "launch"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", directory, source]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:  # without setuptools here, pip fetches it
         done = subprocess.run([c for c in command if c != "--no-build-isolation"], capture_output=True, text=True)
@@ -78,9 +85,7 @@ def test_packages_of_the_same_names_are_in_nobodys_way(wheel, mor, tmp_path):
     done = call(wheel, tmp_path, mor, "inspect", "--config", "configs/mor.py:360m", module=False)
     assert done.returncode == 0, done.stderr
     done = call(wheel, tmp_path, mor, "inspect", "--config", "configs/own.py", module=False)
-    assert done.returncode == 0 and "2 layers" in done.stdout.replace("2 unrolled layers", "2 layers"), (
-        done.stdout + done.stderr
-    )
+    assert done.returncode == 0 and "[0 1]" in done.stdout, done.stdout + done.stderr  # its two layers
     done = call(
         wheel, tmp_path, mor, "sweep", "configs/ablations/sharing.py:tiny", "--workdir", "x", "--dry_run", module=False
     )
