@@ -73,7 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config configs/x.py` found where our own are, and whole numbers spelt as such: 1e3 is 1000."""
+    """The arguments with `--config configs/mor.py` found where our own are, and whole numbers spelt as such: 1e3 is 1000."""
     found, end = [], False
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
