@@ -96,8 +96,9 @@ def train(
     mesh, first = make_mesh(cfg.mesh), here.rank == 0
     tell = lambda line: say(line, shown=progress)
     with (
-        jax.set_mesh(mesh), debug.applied(), here.guard(), stop_signals(here) as stop,
-        hold(workdir, wait=wait, active=first, say=tell) as lock,
+        jax.set_mesh(mesh), debug.applied(), here.guard(),
+        hold(workdir, wait=wait, active=first, say=tell) as lock,  # before signals: one ends a process that waits
+        stop_signals(here) as stop,
     ):  # fmt: skip
         outbox = Outbox(workdir, (METRICS, GOODPUT) if first else ())
         goodput = Goodput(outbox.directory / GOODPUT if first else None)
