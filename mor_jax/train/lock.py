@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 from etils import epath
 
 from mor_jax.errors import UserError
-from mor_jax.paths import filesystem, is_local, reason
+from mor_jax.paths import filesystem, is_local, reason, write_bytes
 
 try:
     import fcntl
@@ -34,6 +34,7 @@ BEAT = 10.0  # seconds between two signs of life
 EXPIRES = 4.5  # beats without one after which the holder counts as gone
 SETTLE = 0.1  # beats after which a lease taken over is looked at again, since two may have taken it at once
 ENV = "MOR_JAX_LOCK_SECONDS"  # instead of BEAT
+WIDTH = 512  # bytes of the document
 SCHEDULERS = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
 WAIT = 600.0  # seconds a scheduled job waits by default: it may be started again before its last start has ended
 
@@ -131,7 +132,7 @@ class RunLock:
         None: it is ours."""
         take = self._try_file if is_local(self._path) else self._try_object
         holder = take(dead)
-        if holder is None and self._file is None and self._found:
+        if holder is None and self._file is None and (self._found or is_local(self._path)):
             time.sleep(SETTLE * self._period)
             content = self._read() or b""
             if _Holder(content).fields.get("id") != self._mine["id"]:
@@ -142,7 +143,8 @@ class RunLock:
         if not self._workdir.exists():
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._made = True
-        file = open(self._path, "a+b")  # noqa: SIM115 - kept open, which keeps the flock
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = open(descriptor, "r+b", buffering=0)  # noqa: SIM115 - kept open, which keeps the flock
         try:
             locked = _flock(file)
             file.seek(0)
@@ -213,15 +215,15 @@ class RunLock:
 
     def _write(self, content: bytes) -> None:
         if self._file is None:
-            self._path.write_bytes(content)
+            write_bytes(self._path, content)
             return
-        self._file.seek(0)  # in place: another file would not be locked
-        self._file.truncate()
+        # In place, since another file would not be locked; of one size and at once, so that nobody reads half of it.
+        self._file.seek(0)
         self._file.write(content)
-        self._file.flush()
+        self._file.truncate(len(content))
 
     def _document(self) -> bytes:
-        return json.dumps(self._mine).encode()
+        return json.dumps(self._mine).encode().ljust(WIDTH)
 
 
 @contextlib.contextmanager
