@@ -44,7 +44,7 @@ def serve(scheme: str) -> Iterator[Store]:
     if scheme == "gs":
         command = [_fake_gcs(), "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=memory",
                    f"-public-host=127.0.0.1:{port}", f"-external-url={url}", "-log-level=error"]  # fmt: skip
-        store = Store("gs", {"STORAGE_EMULATOR_HOST": url, "GOOGLE_CLOUD_PROJECT": "test",
+        store = Store("gs", {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_CLOUD_PROJECT": "test",
                         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"})  # fmt: skip
         body, kind = b'{"name": "bucket"}', {"Content-Type": "application/json"}
         new = urllib.request.Request(f"{url}/storage/v1/b?project=test", data=body, headers=kind, method="POST")

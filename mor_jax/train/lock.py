@@ -209,7 +209,10 @@ class RunLock:
 
     def _read(self) -> bytes | None:
         try:
-            return self._path.read_bytes()
+            if is_local(self._path):
+                return self._path.read_bytes()
+            # In one request: opening an object asks what it is first, and reading what has changed since is an error.
+            return filesystem(self._path).cat_file(os.fspath(self._path))
         except FileNotFoundError:
             return None
 
