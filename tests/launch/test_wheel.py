@@ -97,8 +97,11 @@ def test_train_evaluate_generate_report(wheel, mor, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("def depth(step):\n    return step + 1\n" * 200)
     small = [f"--config.data.paths={text}", "--config.data.source=files", "--config.train.batch_size=2", STEPS,
-             "--config.model.context=32", "--config.train.eval_every=0", "--config.train.checkpoint_every=0"]  # fmt: skip
-    done = call(wheel, tmp_path, "launch.train", "--config", "configs/quickstart.py", "--workdir", "run", *small)
+             "--config.model.context=32", "--config.data.tokenizer=bytes", "--config.model.layers=1", "--config.model.width=16",
+             "--config.model.heads=2", "--config.model.kv_heads=1", "--config.model.mlp_width=32", "--config.train.eval_every=0", "--config.train.checkpoint_every=0"]  # fmt: skip
+    done = call(
+        wheel, tmp_path, "launch.train", "--config", "configs/quickstart.py:vanilla", "--workdir", "run", *small
+    )
     assert done.returncode == 0, done.stderr
     done = call(wheel, tmp_path, mor, "evaluate", "--checkpoint", "run", "--out", "record.json", module=False)
     assert done.returncode == 0 and (tmp_path / "record.json").exists(), done.stderr
