@@ -43,7 +43,7 @@ from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
 from mor_jax.train.step import StagedStep
 from mor_jax.train.stop import Stop, stop_signals
-from mor_jax.train.workdir import claim, mesh_device, versions, write_json
+from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
@@ -135,7 +135,7 @@ class _Run:
     ):  # fmt: skip
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
         self.here, self.goodput, self.debug, self.lock, self.outbox = here, goodput, debug, lock, outbox
-        self.changed, self.other_data = changed, any(name.removeprefix("config.").startswith("data") for name in allow)
+        self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
         self.steps = accounting.training_steps(cfg)
         self.tx = optimizer_of(cfg, self.steps)

@@ -145,7 +145,7 @@ def finished(directory: epath.Path, cfg: Config) -> bool:
     changed = differences(saved.to_dict(), cfg.to_dict(), paths=True)
     if changed:
         raise ConfigError(
-            f"{directory} holds a run of another configuration ({'; '.join(changed.values())}). Give another --workdir."
+            f"{directory} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir."
         )
     return True
 

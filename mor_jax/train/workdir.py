@@ -59,7 +59,7 @@ def claim(workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[
     try:
         if path.exists():
             saved = from_dict(json.loads(path.read_text())).to_dict()
-            changed = differences(saved, cfg.to_dict())
+            changed = _changes(saved, cfg.to_dict())
             _refuse(workdir, {f: text for f, text in changed.items() if not _named(f, allowed)})
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, cfg.to_dict())
@@ -105,14 +105,25 @@ def _checked(allow: Iterable[str]) -> Iterator[str]:
         yield name
 
 
+def allows_other_data(allow: Iterable[str]) -> bool:
+    """Whether other rows may follow: by any field of `data` that decides which they are."""
+    names = {name.strip().removeprefix("config.") for name in allow}
+    return any(name.partition(".")[0] == "data" for name in names - {"data.seed", "data.cache_dir"})
+
+
 def _named(field: str, allowed: tuple[str, ...]) -> bool:
     return kind_of(field) != "never" and bool({field, field.partition(".")[0]} & set(allowed))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, paths: bool = False) -> dict[str, str]:
-    """{field: phrase} of what keeps a run of configuration `new` from going on as it is where one of `old` stopped.
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, paths: bool = False) -> list[str]:
+    """What keeps a run of configuration `new` from going on as it is where one of `old` stopped; a phrase for each field.
 
     paths: count data.paths, which else is left to a comparison of the content."""
+    return list(_changes(old, new, paths).values())
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], paths: bool = False) -> dict[str, str]:
+    """{field: phrase} of `differences`."""
     before, changed = dict(_flat(old)), {}
     for field, value in _flat(new):
         a, counts = before.get(field), kind_of(field) != "free" or (paths and field == "data.paths")

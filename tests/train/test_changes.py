@@ -142,5 +142,5 @@ def test_a_finished_run_of_another_corpus_is_not_taken_for_this_one(begun, tmp_p
     paths = (str(write_corpus(tmp_path / "corpus", seed=6)),)
     with pytest.raises(CheckpointError, match="corpus has changed"):
         train(config(data=begun[1] | {"paths": paths}), tmp_path / "run", progress=False)
-    assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}) == {}
+    assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}) == []
     assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}, paths=True)  # what sweeps go by
