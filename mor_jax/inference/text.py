@@ -57,7 +57,7 @@ def stream_text(
     """
     tokenizer, context = model.tokenizer, model.lm.model.context
     request = _request(model, prompt, max_tokens, sampling, seed, DepthWish(mean_depth, min_depth, max_depth))
-    ids, room = list(request.tokens), context - len(request.tokens)
+    ids, room = list(request.prompt), context - len(request.prompt)
     # One more, which says how deep the last one thought.
     request = dataclasses.replace(request, max_tokens=min(max_tokens + 1, room), prompt_depths=True)
     events: queue.SimpleQueue = queue.SimpleQueue()
