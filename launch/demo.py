@@ -9,7 +9,6 @@ there is not done again.
 """
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
@@ -21,6 +20,7 @@ from mor_jax.analysis.depth_map import depth_ansi, depth_legend_ansi, save_depth
 from mor_jax.config import from_config_dict
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
+from mor_jax.paths import as_path
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import train
 from mor_jax.train.present import present, read
@@ -36,7 +36,7 @@ PASSAGE = 1200  # characters of held-out text shown with their depths
 
 
 def main(_: list[str]) -> None:
-    console, root = Console(highlight=False), Path(_WORKDIR.value)
+    console, root = Console(highlight=False), as_path(_WORKDIR.value)
     runs = [root / kind for kind in KINDS]
     for kind, run in zip(KINDS, runs, strict=True):
         console.print(Rule(f"training {kind}"))

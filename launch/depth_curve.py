@@ -16,7 +16,6 @@ From a notebook:
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
@@ -26,6 +25,7 @@ from mor_jax.analysis.canvas import save_png
 from mor_jax.analysis.plots import depth_curve as draw
 from mor_jax.analysis.tables import depth_curve_table
 from mor_jax.errors import UserError
+from mor_jax.paths import as_path, write_text
 from mor_jax.train.curve import depth_curve
 from mor_jax.train.load import load_model
 
@@ -50,10 +50,9 @@ def main(_: list[str]) -> None:
     )  # fmt: skip
     Console().print(depth_curve_table(f"{loaded.config.name}, step {loaded.step}", record))
     # Not `with_suffix`: the name may have a dot of its own.
-    numbers, picture = Path(f"{_OUT.value}.json"), Path(f"{_OUT.value}.png")
+    numbers, picture = as_path(f"{_OUT.value}.json"), as_path(f"{_OUT.value}.png")
     try:
-        numbers.parent.mkdir(parents=True, exist_ok=True)
-        numbers.write_text(json.dumps({"step": loaded.step, **record}, indent=1) + "\n", encoding="utf-8")
+        write_text(numbers, json.dumps({"step": loaded.step, **record}, indent=1) + "\n")
         save_png(draw(record), picture)
     except OSError as e:
         raise UserError(f"cannot write {numbers} and {picture}: {e.strerror or e}.") from e

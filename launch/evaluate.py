@@ -15,7 +15,6 @@ From a notebook:
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 from rich.console import Console
@@ -43,7 +42,7 @@ def main(_: list[str]) -> None:
     record = score(loaded, tuple(_PATHS.value), text_key=_TEXT_KEY.value, rows=_ROWS.value, batch_size=_BATCH.value)
     Console().print(evaluation_table(f"{loaded.config.name}, step {loaded.step}", record))
     if _OUT.value:
-        Path(_OUT.value).write_text(json.dumps({"step": loaded.step, **record}, indent=1) + "\n", encoding="utf-8")
+        cli.write_out(_OUT.value, json.dumps({"step": loaded.step, **record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,14 @@ def python_command(arguments: Sequence[str], python: str = "python") -> list[str
     return [python, "-m", *arguments]
 
 
+def run_line(command: Sequence[str]) -> list[str]:
+    """A command line of `python_command` that runs ours, whatever package the working folder has under our names."""
+    python, _, module, *arguments = command
+    if not module.startswith("launch."):
+        return list(command)
+    return [python, str(HERE / "__main__.py"), module.removeprefix("launch."), *arguments]
+
+
 def shell_line(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """A command as one would type it."""
     return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items()), shlex.join(command)])

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from launch import cli
-from launch.jobs import local_environments, python_command, shell_line
+from launch.jobs import local_environments, python_command, run_line, shell_line
 from mor_jax.parallel.processes import free_port, lost_a_process, run_job
 
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Processes of the job.", lower_bound=1)
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         if _DRY.value:
             print("\n".join(shell_line(command, env) for env in envs))
             return
-        status = run_job(command, envs, grace=_GRACE.value)
+        status = run_job(run_line(command), envs, grace=_GRACE.value)
         if not lost_a_process(status) or start > _RESTARTS.value:
             sys.exit(status if status >= 0 else 128 - status)
         print(f"[job] lost a process (status {status}); start {start + 1} of {_RESTARTS.value + 1}", flush=True)

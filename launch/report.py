@@ -11,12 +11,11 @@ From a notebook:
     present(["runs/mor", "runs/vanilla"], "report.html")
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from launch import cli
 from mor_jax.errors import UserError
+from mor_jax.paths import as_path
 from mor_jax.train.present import present
 
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write.")
@@ -27,7 +26,7 @@ def main(runs: list[str]) -> None:
     if not runs:
         raise UserError("name at least one run directory, e.g. python -m launch.report runs/mor runs/vanilla.")
     try:
-        text = Path(_TEXT.value).read_text(encoding="utf-8") if _TEXT.value else None
+        text = as_path(_TEXT.value).read_text(encoding="utf-8") if _TEXT.value else None
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--text {_TEXT.value}: cannot be read as text ({e}).") from e
     print(f"wrote {present(runs, _OUT.value, text=text)}")

@@ -10,13 +10,13 @@ while it loads and warms up, and says when it is ready. See docs/serving.md.
 
 import sys
 import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from launch import cli
 from mor_jax.data.chat import ChatTemplate, find_template
+from mor_jax.data.progress import still
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as words
 from mor_jax.inference.engine.build import build_service
@@ -24,10 +24,12 @@ from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
 from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.paths import as_path
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
-from rlm_runtime.serve.access import host_names, read_keys
-from rlm_runtime.serve.model import ModelBackend, ModelSettings
+
+if TYPE_CHECKING:
+    from rlm_runtime.serve.model import ModelBackend
 
 _BEGAN = time.monotonic()
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; other than loopback needs keys.")
@@ -50,6 +52,8 @@ _SECONDS = flags.DEFINE_float("request_seconds", 600.0, "Longest life of a reque
 
 def main(argv: list[str]) -> None:
     try:
+        from rlm_runtime.serve.access import host_names, read_keys
+        from rlm_runtime.serve.model import ModelSettings
         from rlm_runtime.serve.model.host import run_server
     except ModuleNotFoundError as e:
         raise UserError(f'launch.serve needs the package {e.name}: pip install "mor-jax[serve]".') from None
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> None:
         raise UserError("give a checkpoint: python -m launch.serve runs/mor.")
     try:
         keys = tuple(read_keys(_KEYS.value, "--api_key_file")) if _KEYS.value else ()
-        template = ChatTemplate(Path(_TEMPLATE.value).read_text("utf-8")) if _TEMPLATE.value else None
+        template = ChatTemplate(as_path(_TEMPLATE.value).read_text("utf-8")) if _TEMPLATE.value else None
         settings = ModelSettings(
             api_keys=keys, allowed_hosts=host_names(_HOST.value, _HOSTS.value, keys), cors_origins=tuple(_ORIGINS.value),
             drain_seconds=_DRAIN.value, request_seconds=_SECONDS.value,
@@ -70,10 +74,13 @@ def main(argv: list[str]) -> None:
         raise UserError(str(e)) from e
 
 
-def backend(text: str, template: ChatTemplate | None = None) -> ModelBackend:
+def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     """One model of the server, loaded and warm. `text`: NAME=PATH or PATH."""
+    from rlm_runtime.serve.model import ModelBackend
+
     name, _, path = text.rpartition("=")
-    name = name or Path(path).resolve().name
+    path = as_path(path)
+    name = name or path.resolve().name
     began = time.monotonic()
     loaded = load_model(path)
     read = time.monotonic()
@@ -94,7 +101,8 @@ def make_service(loaded: Loaded) -> Any:
     else:
         engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value, speculate=_SPECULATE.value)
         service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
-    service.warm_up()
+    with still("compiling the programs of the engine", say):
+        service.warm_up()
     if _SPECULATE.value and _ENGINE.value == "batched" and loaded.lm.model.dtype != "float32":
         say(f"speculating in {loaded.lm.model.dtype}: tokens within its rounding of each other may change places")
     return service

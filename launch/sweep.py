@@ -26,9 +26,10 @@ from absl import flags
 from rich.console import Console
 
 from launch import cli
-from launch.jobs import LAUNCHERS, launcher_command, shell_line
+from launch.jobs import LAUNCHERS, launcher_command, run_line, shell_line
 from mor_jax.analysis.sweep import to_table
 from mor_jax.errors import UserError
+from mor_jax.paths import as_path
 from mor_jax.train.sweep import collect, finished, jobs, run_job, run_sweep, write_results
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep; created, or gone on with.", required=True)
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"the sweep has no run {_RUN.value!r}; --dry_run lists them.")
         run_job(found[0], _WORKDIR.value)
         return
-    alone = lambda name: [sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"]
+    alone = lambda name: run_line([sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"])
     slots = _DEVICES.value or [""] * _PARALLEL.value
     outcomes = run_sweep(
         sweep, _WORKDIR.value, fields=fields, command=alone if len(slots) > 1 or _DEVICES.value else None, slots=slots
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> None:
 
 def _launch(sweep, file: str, fields: dict) -> None:
     """Every run that is not finished, by the launcher."""
-    workdir, flag = Path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
+    workdir, flag = as_path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
     seeds = flag("seeds", [",".join(_SEEDS.value)] if _SEEDS.value else [])
     own = ["launch.sweep", file, f"--workdir={workdir}", *seeds, *flag("set", _SET.value)]
     name = lambda run: f"{Path(file.partition(':')[0]).stem}-{run}"

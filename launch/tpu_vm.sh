@@ -101,7 +101,7 @@ case "$action" in
     do_it git archive --format=tar.gz --output=build/mor_jax.tar.gz HEAD
     for node in $(nodes); do
       do_it gcloud compute tpus tpu-vm scp build/mor_jax.tar.gz "$node:mor_jax.tar.gz" "${where[@]}" --worker=all
-      ssh_all "$node" 'mkdir -p mor_jax && tar -xzf mor_jax.tar.gz -C mor_jax && cd mor_jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e ".[tpu]"'
+      ssh_all "$node" 'mkdir -p mor_jax && tar -xzf mor_jax.tar.gz -C mor_jax && cd mor_jax && python3 -m venv .venv && .venv/bin/pip install --quiet -e ".[tpu,gcs]"'
     done
     ;;
   run)

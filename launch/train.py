@@ -6,7 +6,10 @@
         --config.data.source=files --config.data.paths="('/data/*.jsonl.zst',)"
 
 The run directory receives config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end,
-summary.json. The same command on the same directory resumes. Ctrl-C or SIGTERM saves first and exits with 0.
+summary.json. It may be in an object store: --workdir gs://bucket/run or s3://bucket/run. The same command on the same
+directory resumes, with another mesh, other intervals, remat or attention if you like; what would change the numbers is
+refused unless --allow names it, and what the weights are cannot change. One process at a time works in a directory.
+Ctrl-C or SIGTERM saves first and exits with 0.
 
 On several hosts start the same command on each; TPU VMs, Slurm steps and indexed Kubernetes jobs are recognised, else set
 JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. A signal to one stops all after the same step;
@@ -30,6 +33,14 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; created, or resumed if it holds this run.", required=True
 )
+_WAIT = flags.DEFINE_float(
+    "wait",
+    None,
+    "Seconds to wait while another process works in the directory; default: 0, under Slurm or Kubernetes 600.",
+)
+_ALLOW = flags.DEFINE_list(
+    "allow", [], "Fields that may differ from those of the run that goes on, e.g. optim.peak_lr,train.steps."
+)
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
 _NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
 _NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
@@ -39,7 +50,7 @@ _NO_JIT = flags.DEFINE_bool("no_jit", False, "Compile nothing: operation by oper
 def main(_: list[str]) -> None:
     debug = Debug.parse(_PROFILE.value, nans=_NANS.value, scan=not _NO_SCAN.value, jit=not _NO_JIT.value)
     initialize()  # before anything asks how many devices there are
-    train(cli.read_config(_CONFIG), _WORKDIR.value, debug=debug)
+    train(cli.read_config(_CONFIG), _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value)
 
 
 if __name__ == "__main__":

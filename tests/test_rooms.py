@@ -20,6 +20,7 @@ ORDER = [
     ["kernels"],
     ["parallel"],
     ["config"],
+    ["paths"],
     ["errors"],
 ]
 LEVEL = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}

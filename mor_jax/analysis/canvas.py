@@ -7,12 +7,14 @@ import os
 import re
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from mor_jax.analysis.palette import GRID, INK, MUTED, SERIES
+from mor_jax.paths import write_bytes
 
 # Colours the figures draw with, and the CSS variables a page may give them. The fallback keeps a figure that stands
 # alone, e.g. in a notebook, as it is.
@@ -56,6 +58,7 @@ def to_svg(figure: Figure, name: str) -> str:
     Args:
       name: prefix of all ids, unique on the page.
     """
+    _show_lone_points(figure)
     buffer = io.StringIO()
     # A context: the settings are back to what they were for whoever else draws in this process.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -78,4 +81,17 @@ def to_svg(figure: Figure, name: str) -> str:
 
 def save_png(figure: Figure, path: str | os.PathLike[str], dpi: int = 160) -> None:
     """The figure as a PNG on white."""
-    figure.savefig(path, format="png", dpi=dpi, facecolor="white")
+    _show_lone_points(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+    write_bytes(path, buffer.getvalue())
+
+
+def _show_lone_points(figure: Figure) -> None:
+    """A line of one point has no length; it gets a marker, so that a run of one record shows."""
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            points = np.isfinite(np.asarray(line.get_ydata(orig=False), float))
+            if points.sum() == 1 and line.get_marker() in ("None", None, "", " "):
+                line.set_marker("o")
+                line.set_markersize(5)

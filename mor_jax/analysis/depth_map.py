@@ -7,6 +7,7 @@ the first router already let go.
 from __future__ import annotations
 
 import html
+import io
 import os
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from mor_jax.analysis import units
 from mor_jax.analysis.palette import MUTED, depth_colour
+from mor_jax.paths import write_bytes
 
 TAB = 4  # columns
 COLUMNS = 96  # characters a line of the picture
@@ -99,7 +101,9 @@ def save_depth_png(tokens: Sequence[str], depths: Sequence[int], max_depth: int,
         write(column, line + top, _drawable(text), colours[depth][1])
     if cut:
         write(0, top + lines, f"… {cut:,} more tokens", MUTED[0])
-    figure.savefig(path, format="png")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_bytes(path, buffer.getvalue())
 
 
 _BASE_STYLE = (

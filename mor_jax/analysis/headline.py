@@ -38,14 +38,14 @@ def headline(runs: Sequence[RunRecord]) -> Headline:
     scores = [tables.bits_per_byte(run) for run in runs]
     known = [s for s in scores if s is not None]
     base = baseline(runs)
-    sentences = [_versus(run, base) for run in runs if run is not base]
+    # Without a common text there is nothing to compare, only scores to name.
+    same_text = len({_validation(run) for run in runs if run.config}) < 2
+    sentences = [_versus(run, base) for run in runs if run is not base] if same_text else [_apart(runs, scores)]
     if not known:
         sentences = ["No run has been evaluated yet."]
     elif len(runs) == 1 and scores[0] is not None:
         sentences = [f"{runs[0].name} reaches {units.fixed(scores[0])} bits per byte after {runs[0].steps:,} steps."]
     sentences += _floor(runs, scores)
-    if len({_validation(run) for run in runs if run.config}) > 1:
-        sentences.append("The runs were evaluated on different text, so their scores do not compare.")
     unfinished = [run.name for run in runs if not run.finished]
     if unfinished:
         sentences.append(f"Not finished: {', '.join(unfinished)}; numbers are of the last record.")
@@ -55,7 +55,7 @@ def headline(runs: Sequence[RunRecord]) -> Headline:
             kind=describe(run),
             score=units.fixed(score),
             facts=_facts(run),
-            best=len(known) > 1 and score == min(known),
+            best=same_text and len(known) > 1 and score == min(known),
             unfinished=not run.finished,
         )
         for run, score in zip(runs, scores, strict=True)
@@ -95,6 +95,14 @@ def _versus(run: RunRecord, base: RunRecord) -> str:
     )
 
 
+def _apart(runs: Sequence[RunRecord], scores: Sequence[float | None]) -> str:
+    """The scores of runs that were evaluated on different text."""
+    named = [f"{run.name} {units.fixed(score)}" for run, score in zip(runs, scores, strict=True) if score is not None]
+    return (
+        f"The runs were evaluated on different text, so their scores do not compare: {', '.join(named)} bits per byte."
+    )
+
+
 def _budget(run: RunRecord, base: RunRecord) -> str:
     ours, theirs = tables.paper_training(run), tables.paper_training(base)
     if not ours or not theirs:
@@ -127,10 +135,12 @@ def _floor(runs: Sequence[RunRecord], scores: Sequence[float | None]) -> list[st
     pairs = [(r.name, s, f) for r, s, f in zip(runs, scores, floors, strict=True) if s is not None and f is not None]
     if not pairs:
         return []
-    floor = units.fixed(pairs[0][2])
-    losers = [name for name, score, f in pairs if score >= f]
+    floor = " and ".join(dict.fromkeys(units.fixed(f) for _, _, f in pairs))
+    losers = [
+        f"{name} did not beat a byte trigram model ({units.fixed(f)} bits per byte)" for name, s, f in pairs if s >= f
+    ]
     if losers:
-        return [f"Below the floor: {', '.join(losers)} did not beat a byte trigram model ({floor} bits per byte)."]
+        return [f"Worse than the least to expect: {', '.join(losers)}."]
     if len(pairs) < len(runs):
         subject = f"{', '.join(name for name, _, _ in pairs)} {'beats' if len(pairs) == 1 else 'beat'}"
     else:

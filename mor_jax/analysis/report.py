@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -23,6 +22,7 @@ from mor_jax.analysis.diff import side_by_side
 from mor_jax.analysis.headline import headline
 from mor_jax.analysis.runs import RunRecord
 from mor_jax.analysis.token_classes import ClassLine
+from mor_jax.paths import as_path, write_text
 
 DepthMap = tuple[Sequence[str], Sequence[int], int]  # tokens, depths, max depth
 
@@ -38,7 +38,7 @@ def write_report(
     decoded: Mapping[str, Sequence[int]] | None = None,
     curves: Mapping[str, Mapping[str, Any]] | None = None,
     title: str = "",
-) -> Path:
+) -> epath.Path:
     """Write the page and return its path; missing directories are made.
 
     Args:
@@ -58,13 +58,8 @@ def write_report(
         runs, depth_maps=depth_maps, samples=samples, commands=commands, classes=classes, decoded=decoded,
         curves=curves, title=title,
     )  # fmt: skip
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside and moved: a reader who reloads never sees half a page.
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=out.parent, suffix=".tmp", delete=False) as file:
-        file.write(page)
-    Path(file.name).replace(out)
-    out.chmod(0o644)
+    out = as_path(out)
+    write_text(out, page)  # whole: a reader who reloads never sees half a page
     return out
 
 

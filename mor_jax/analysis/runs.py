@@ -15,18 +15,20 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Self
+
+from etils import epath
 
 from mor_jax.config import Config, from_dict
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.paths import as_path
 
 
 @dataclass(frozen=True)
 class RunRecord:
     """What is known of one run. Records are ordered by step, one of a kind for each step."""
 
-    path: Path
+    path: epath.Path
     name: str
     config_dict: Mapping[str, Any]  # as written; {} when missing
     config: Config | None  # None when missing or of another version
@@ -42,7 +44,7 @@ class RunRecord:
         Raises:
           UserError: the directory does not exist or holds neither a configuration nor metrics.
         """
-        path = Path(path)
+        path = as_path(path)
         if not path.is_dir():
             raise UserError(f"{path} is not a directory. Give the directory a training run wrote (its workdir).")
         if not any((path / f).is_file() for f in ("config.json", "metrics.jsonl")):
@@ -133,7 +135,7 @@ def _by_step(records: list[Mapping[str, Any]], kind: str) -> tuple[Mapping[str, 
     return tuple(found[step] for step in sorted(found))
 
 
-def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+def _read_json(path: epath.Path, notes: list[str]) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -145,9 +147,9 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _read_lines(path: Path, notes: list[str]) -> list[Mapping[str, Any]]:
+def _read_lines(path: epath.Path, notes: list[str]) -> list[Mapping[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
     except OSError:
         notes.append(f"{path.name} is missing.")
         return []

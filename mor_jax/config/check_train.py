@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mor_jax.config.config import Config
-from mor_jax.config.fields import BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig
+from mor_jax.config.fields import BAD_RECORDS, BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig
 from mor_jax.config.refusals import nearest_multiples, one_of, positive
 from mor_jax.errors import ConfigError
 
@@ -13,6 +13,7 @@ from mor_jax.errors import ConfigError
 def check_data(d: DataConfig) -> None:
     where = "config.data"
     one_of(f"{where}.source", d.source, SOURCES)
+    one_of(f"{where}.bad_records", d.bad_records, BAD_RECORDS)
     if d.source == "files" and not d.paths:
         raise ConfigError(
             f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\"."

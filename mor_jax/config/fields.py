@@ -15,6 +15,7 @@ SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
 FORMATS = ("text", "chat")
 DEDUP = ("none", "holdout", "all")
+BAD_RECORDS = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,20 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "pystdlib"  # pystdlib | files | tfds
-    paths: tuple[str, ...] = ()  # files: globs; tfds: the directory of a prepared data set
+    paths: tuple[str, ...] = ()  # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
     format: str = "text"  # text | chat (each record a list of messages with role and content)
     text_key: str = ""  # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
     chat_template: str = ""  # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
     train_roles: tuple[str, ...] = ("assistant",)  # chat: roles whose messages have a loss
+    bad_records: str = "stop"  # stop | skip, with a count: records of jsonl and parquet files without a text
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
     bpe_vocab: int = 4096  # bpe: vocabulary size, special tokens included
     holdout: float = 0.05  # share of documents held out for evaluation
     # Texts that occur more than once: none (keep all) | holdout (no held-out text in training) | all (one copy of each)
     dedup: str = "holdout"
-    cache_dir: str = ""  # prepared rows; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
+    cache_dir: str = ""  # prepared rows, also gs:// or s3://; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
     seed: int = 0  # of the global shuffle
 
     @property

@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import DataError
+from mor_jax.paths import as_path
 
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n\\n' }}{% endfor %}"
@@ -241,7 +242,7 @@ def find_template(directory: str | os.PathLike[str], tokenizer_json: str = "{}")
     Looked for in `directory`/chat_template.jinja, then under "chat_template" in `directory`/tokenizer_config.json and
     in the tokenizer's own JSON. Raises DataError: one that cannot be read, or is no Jinja.
     """
-    folder = Path(directory)
+    folder = as_path(directory)
     try:
         if (folder / FILE).is_file():
             return ChatTemplate((folder / FILE).read_text(encoding="utf-8"))
@@ -278,12 +279,12 @@ def build_template(name: str, tokenizer: Tokenizer, directory: str | os.PathLike
         return ChatTemplate(CHATML)
     if name:
         try:
-            return ChatTemplate(Path(name).expanduser().read_text(encoding="utf-8"))
+            return ChatTemplate(as_path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"{where} is neither plain, chatml nor a file that can be read ({e}).") from e
     if not directory:
         return ChatTemplate()
-    folder = Path(directory).expanduser()
+    folder = as_path(directory)
     return find_template(folder.parent if folder.is_file() else folder, tokenizer.to_json())
 
 

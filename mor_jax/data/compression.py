@@ -9,6 +9,7 @@ import zlib
 from typing import BinaryIO
 
 from mor_jax.errors import DataError
+from mor_jax.paths import filesystem, is_local
 
 SUFFIXES = (".gz", ".xz", ".zst")
 
@@ -18,13 +19,17 @@ READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 def open_bytes(path: str, compression: str) -> BinaryIO:
     """`path` opened for reading, decompressed. `compression`: one of SUFFIXES, or "" for none."""
-    if compression == ".gz":
-        return gzip.open(path, "rb")
-    if compression == ".xz":
-        return lzma.open(path, "rb")
     if compression == ".zst":
         return io.BufferedReader(_ZstdReader(path), 1 << 17)
-    return open(path, "rb")
+    if compression not in (".gz", ".xz"):
+        return open_file(path)
+    source = path if is_local(path) else open_file(path)
+    return gzip.open(source, "rb") if compression == ".gz" else lzma.open(source, "rb")
+
+
+def open_file(path: str) -> BinaryIO:
+    """`path`, of this machine or an object store, opened for reading as it is."""
+    return open(path, "rb") if is_local(path) else filesystem(path).open(path, "rb")
 
 
 class _ZstdReader(io.RawIOBase):
@@ -36,7 +41,7 @@ class _ZstdReader(io.RawIOBase):
 
     def __init__(self, path: str):
         self._zstandard = _import_zstandard(path)
-        self._file = open(path, "rb")  # noqa: SIM115 - closed in close()
+        self._file = open_file(path)
         self._frame = None  # decompressor of the frame being read
         self._ready = b""  # decompressed, not yet handed out
 

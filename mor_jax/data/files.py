@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec
 
 from mor_jax.config import DataConfig
 from mor_jax.data.chat import conversation_text
 from mor_jax.data.compression import READ_ERRORS, SUFFIXES, open_bytes
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
-from mor_jax.errors import DataError
+from mor_jax.errors import DataError, UserError
+from mor_jax.paths import SERVED, as_path, filesystem, is_local, reason, scheme_of
 
+P = ParamSpec("P")
 TEXTS = (".txt", ".md", ".py")  # one document a file
 RECORDS = (".jsonl", ".parquet")  # one document a line or row
 
@@ -33,12 +38,14 @@ class Files:
     def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
         self.label = f"files {', '.join(cfg.paths)}"
         self._key, self._chat = cfg.key, cfg.format == "chat"
-        self._digest = digest
+        self._digest, self._skip = digest, cfg.bad_records == "skip"
+        self.skipped_records = 0  # of the last reading
         self._files = _find(cfg.paths)  # relative path -> path
         for path in self._files.values():
             _kind(path)
 
     def documents(self) -> Iterator[Document]:
+        self.skipped_records = 0
         for name, path in self._files.items():
             suffix, compression = _kind(path)
             try:
@@ -49,7 +56,11 @@ class Files:
                 else:
                     with open_bytes(path, compression) as f:
                         yield Document(name, _decode(f.read(), path))
-            except READ_ERRORS as e:
+            except UserError:
+                raise
+            except Exception as e:
+                if is_local(path) and not isinstance(e, READ_ERRORS):
+                    raise  # clients of object stores have their own kinds
                 what = f"{compression[1:]} data" if compression else "a file"
                 raise DataError(
                     f"{path}: cannot be read as {what} ({e}). If it is cut off or damaged, fetch it again; "
@@ -57,12 +68,8 @@ class Files:
                 ) from e
 
     def fingerprint(self) -> str:
-        return digest_of(
-            "files", *self._what(), *(part for n, p in self._files.items() for part in (n, self._digest(p)))
-        )
-
-    def _what(self) -> tuple[str, ...]:
-        return (self._key, "chat") if self._chat else (self._key,)
+        parts = (self._key, *(["skip"] if self._skip else []), *(["chat"] if self._chat else []))
+        return digest_of("files", *parts, *(part for n, p in self._files.items() for part in (n, self._digest(p))))
 
     def _field(self, record: dict, where: str) -> str:
         """The text of a record; of a conversation, its messages as JSON."""
@@ -78,24 +85,29 @@ class Files:
     def _jsonl(self, name: str, path: str, compression: str) -> Iterator[Document]:
         with open_bytes(path, compression) as f:
             for number, raw in enumerate(f, 1):
-                where = f"{path}, line {number}"
-                line = _decode(raw, where)
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise DataError(
-                        f"{where}: not valid JSON ({e}): {_short(line)}. A .jsonl file holds one JSON object a line."
-                    ) from e
-                if not isinstance(record, dict):
-                    raise DataError(f"{where}: expected a JSON object with a field {self._key!r}, got {_short(line)}.")
-                yield Document(f"{name}:{number}", self._field(record, where))
+                if len(raw) < 64 and not raw.decode("utf-8", "ignore").removeprefix("\ufeff").strip():
+                    continue  # a blank line
+                text = self._or_skip(self._line, raw, f"{path}, line {number}")
+                if text is not None:
+                    yield Document(f"{name}:{number}", text)
+
+    def _line(self, raw: bytes, where: str) -> str:
+        return self._field(_record(raw, self._key, where), where)
+
+    def _or_skip(self, read: Callable[P, str], /, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        """What `read` gives; None, and a count, for a bad record where those are skipped."""
+        try:
+            return read(*args, **kwargs)
+        except DataError as e:
+            if not self._skip:
+                raise DataError(f"{e} To leave such records out: --config.data.bad_records=skip.") from e
+            self.skipped_records += 1
+            return None
 
     def _parquet(self, name: str, path: str, compression: str) -> Iterator[Document]:
         pa, parquet = _import_pyarrow(path)
-        with tempfile.TemporaryFile() as whole:
-            source = path
+        with tempfile.TemporaryFile() as whole, contextlib.ExitStack() as stack:
+            source = path if is_local(path) else stack.enter_context(open_bytes(path, compression))
             if compression:  # parquet is read from its end, so it has to be seekable
                 with open_bytes(path, compression) as f:
                     shutil.copyfileobj(f, whole, 1 << 20)
@@ -110,7 +122,9 @@ class Files:
                         for text in batch.column(0).to_pylist():
                             number += 1
                             where = f"{path}, row {number}"
-                            yield Document(f"{name}:{number}", self._field({self._key: text}, where))
+                            text = self._or_skip(self._field, {self._key: text}, where)
+                            if text is not None:
+                                yield Document(f"{name}:{number}", text)
             except pa.ArrowException as e:
                 raise DataError(f"{path}: not a readable parquet file ({e}). Fetch or write it again.") from e
 
@@ -120,6 +134,11 @@ def _find(patterns: tuple[str, ...]) -> dict[str, str]:
     paths: set[str] = set()
     roots = []
     for pattern in map(os.path.expanduser, patterns):
+        if not is_local(pattern):
+            found, root = _find_remote(pattern)
+            paths.update(found)
+            roots.append(root)
+            continue
         exact = os.path.abspath(pattern)
         if os.path.isfile(exact):  # even when its name has brackets in it
             found, root = [exact], os.path.dirname(exact)
@@ -132,8 +151,31 @@ def _find(patterns: tuple[str, ...]) -> dict[str, str]:
             raise DataError(f"config.data.paths: {exact} matches no file.{hint}")
         paths.update(found)
         roots.append(root)
-    common = os.path.commonpath(roots)
-    return dict(sorted((os.path.relpath(p, common).replace(os.sep, "/"), p) for p in paths))
+    common = sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*map(_parts, roots), strict=False)))
+    return dict(sorted(("/".join(_parts(p)[common:]), p) for p in paths))
+
+
+def _parts(path: str) -> list[str]:
+    """From the root down; the first says on which machine or in which store."""
+    return [scheme_of(path), *filter(None, (path.partition("://")[2] or path).replace(os.sep, "/").split("/"))]
+
+
+def _find_remote(pattern: str) -> tuple[list[str], str]:
+    """(addresses that match, directory part of the pattern up to its first wildcard)"""
+    if scheme_of(pattern) in SERVED:
+        pattern = str(as_path(pattern))  # its bucket can be reached
+    store = filesystem(pattern)
+    try:
+        if store.isfile(pattern):
+            return [pattern], os.path.dirname(pattern)
+        found = [store.unstrip_protocol(p) for p in store.glob(pattern) if not store.isdir(p)]
+        directory = not found and store.isdir(pattern)
+    except Exception as e:  # each client has its own kinds
+        raise DataError(f"config.data.paths: {pattern} cannot be listed ({reason(e)}).") from e
+    if not found:
+        hint = f" It is a directory: give a glob such as {pattern}/*.jsonl." if directory else ""
+        raise DataError(f"config.data.paths: {pattern} matches no file.{hint}")
+    return found, _fixed_directory(pattern)
 
 
 def _fixed_directory(pattern: str) -> str:
@@ -166,6 +208,20 @@ def _decode(raw: bytes, where: str) -> str:
             f"{where}: not UTF-8 text (byte 0x{raw[e.start]:02x} at offset {e.start}). Convert it, "
             "e.g. with iconv -f latin1 -t utf-8, or leave it out of config.data.paths."
         ) from e
+
+
+def _record(raw: bytes, key: str, where: str) -> dict:
+    """One line of a .jsonl file. Raises DataError naming `where`."""
+    line = _decode(raw, where)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise DataError(
+            f"{where}: not valid JSON ({e}): {_short(line)}. A .jsonl file holds one JSON object a line."
+        ) from e
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected a JSON object with a field {key!r}, got {_short(line)}.")
+    return record
 
 
 def _missing(key: str, present, where: str) -> str:

@@ -8,8 +8,11 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
-from mor_jax.errors import DataError
+from mor_jax.data.compression import open_file
+from mor_jax.errors import DataError, UserError
+from mor_jax.paths import filesystem, is_local, reason
 
 SMALL = 1 << 20  # bytes; hashing less than this costs about as much as looking it up
 SETTLED_NS = 2_000_000_000  # a file changed more recently than this may change again within one clock tick
@@ -27,11 +30,13 @@ def hash_file(path: str) -> str:
     """128-bit hex blake2b of a file's bytes. Raises DataError naming a file that cannot be read."""
     h = hashlib.blake2b(digest_size=16)
     try:
-        with open(path, "rb") as f:
+        with open_file(path) as f:
             while chunk := f.read(1 << 20):
                 h.update(chunk)
-    except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror or e}). Check that it exists and its permissions.") from e
+    except UserError:
+        raise
+    except Exception as e:  # clients of object stores have their own kinds
+        raise DataError(f"{path}: cannot be read ({reason(e)}). Check that it exists and its permissions.") from e
     return h.hexdigest()
 
 
@@ -50,7 +55,7 @@ class HashMemo:
             self._known = known if isinstance(known, dict) else {}
 
     def __call__(self, path: str) -> str:
-        key = os.path.abspath(path)
+        key = os.path.abspath(path) if is_local(path) else path
         before = _state(key)
         if before is None or before[0] < SMALL:
             return hash_file(path)
@@ -58,7 +63,7 @@ class HashMemo:
         if isinstance(known, list) and known[:-1] == before:
             return known[-1]
         digest = hash_file(path)
-        if _state(key) == before and time.time_ns() - before[1] > SETTLED_NS:
+        if _state(key) == before and _settled(before[1]):
             self._known[key] = [*before, digest]
             self._save()
         return digest
@@ -71,7 +76,19 @@ class HashMemo:
             os.replace(draft, self._path)
 
 
-def _state(path: str) -> list[int] | None:
+def _settled(version: int | str) -> bool:
+    """Whether a version tells any two contents apart: a time of change does after a while, an object's tag always."""
+    return isinstance(version, str) or time.time_ns() - version > SETTLED_NS
+
+
+def _state(path: str) -> list[Any] | None:
+    """What changes when the content does: size, time of change or tag, and inode. None: it cannot be seen."""
+    if not is_local(path):
+        with contextlib.suppress(Exception):
+            info = filesystem(path).info(path)
+            tags = [info[name] for name in ("ETag", "etag", "generation", "md5Hash") if info.get(name)]
+            return [info["size"], str(tags[0]), 0] if tags else None
+        return None
     try:
         s = os.stat(path)
     except OSError:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from mor_jax.config import DataConfig
 from mor_jax.data.builder import Rows, write_rows
@@ -39,6 +40,7 @@ from mor_jax.data.sources import open_source
 from mor_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import ConfigError, DataError
+from mor_jax.paths import as_path, is_local
 
 FORMAT = 2  # of the cache; raise it when any step here changes what is written
 BPE_SAMPLE_BYTES = 256 << 20  # of text the BPE is trained on; more changes few merges
@@ -50,10 +52,11 @@ MANIFEST = "prepared.json"
 class PreparedData:
     """Rows of both splits, read on demand.
 
-    stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int, "duplicates": int,
-    "crossing": int, "dropped": int} with, for each split, documents, tokens (bos and eos included), bytes (UTF-8 text)
-    and rows; the last three as in `holdout.Plan`. Of conversations also, for each split, trained (tokens with a loss) and
-    skipped (conversations of which no weighted message fits a row). `note` says what is unusual about the split; else it is empty.
+    stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int,
+    "skipped_records": int, "duplicates": int, "crossing": int, "dropped": int} with, for each split, documents, tokens
+    (bos and eos included), bytes (UTF-8 text) and rows; the last three as in `holdout.Plan`. Of conversations also, for
+    each split, trained (tokens with a loss) and skipped (conversations of which no weighted message fits a row). `note`
+    says what is unusual about the split; else it is empty.
     """
 
     train: Rows
@@ -80,7 +83,7 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
         raise ConfigError(
             f"config.model.context = {context}: a row needs at least 2 tokens to predict one from another."
         )
-    root = cache_root(cfg)
+    root, shared = cache_root(cfg), shared_root(cfg)
     memo = HashMemo(root / "hashes.json")
     source = open_source(cfg, memo)
     # A BPE is known by what it will be trained on; that is the rest of the fingerprint.
@@ -96,8 +99,10 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
                 say, "another process is preparing the same data; waiting for it ...", shown=progress
             )
             with exclusive(root / f"{fingerprint}.lock", wait):
-                if not final.exists():
+                if not (final.exists() or (shared and _fetch(shared / fingerprint, final, progress))):
                     _write(final, source, corpus, tokenizer, cfg, context, progress)
+                    if shared:
+                        _publish(final, shared / fingerprint, progress)
         except OSError as e:
             raise DataError(
                 f"{e.filename or root}: the prepared data cannot be written ({e.strerror or e}). "
@@ -107,9 +112,49 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """Where prepared data lives: config.data.cache_dir, else $MOR_JAX_CACHE, else ~/.cache/mor_jax; then data/."""
-    root = cfg.cache_dir or os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax"
+    """Where prepared data is read from: config.data.cache_dir, else $MOR_JAX_CACHE, else ~/.cache/mor_jax; then data/.
+
+    Rows are read from this machine's files only. Where one of those is in an object store it is passed over here, and
+    `shared_root` is where what is prepared goes to, and comes from on the next machine."""
+    given = (cfg.cache_dir, os.environ.get("MOR_JAX_CACHE"), "~/.cache/mor_jax")
+    root = next(place for place in given if place and is_local(place))
     return Path(root).expanduser().absolute() / "data"
+
+
+def shared_root(cfg: DataConfig) -> epath.Path | None:
+    """The directory of an object store that machines share prepared data through, if the configuration names one."""
+    root = cfg.cache_dir or os.environ.get("MOR_JAX_CACHE") or ""
+    return None if is_local(root) else as_path(root) / "data"
+
+
+def _fetch(source: epath.Path, final: Path, shown: bool) -> bool:
+    """Copy a complete cache entry of an object store here; False if there is none."""
+    try:
+        manifest = json.loads((source / MANIFEST).read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as e:
+        raise DataError(f"{source / MANIFEST}: damaged data cache ({e!r}). Delete {source} and run again.") from e
+    work = final.with_name(f"{final.name}.fetched")
+    shutil.rmtree(work, ignore_errors=True)
+    with progress(f"fetching the prepared data from {source}", sum(manifest["files"].values()), shown=shown) as advance:
+        for name, size in manifest["files"].items():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_bytes((source / name).read_bytes())
+            advance(size)
+    (work / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    os.rename(work, final)
+    return True
+
+
+def _publish(final: Path, target: epath.Path, shown: bool) -> None:
+    """Copy a complete cache entry into an object store, its manifest last: without it there is none."""
+    manifest = json.loads((final / MANIFEST).read_text())
+    with progress(f"copying the prepared data to {target}", sum(manifest["files"].values()), shown=shown) as advance:
+        for name, size in manifest["files"].items():
+            (target / name).write_bytes((final / name).read_bytes())
+            advance(size)
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
 def load_prepared(directory: Path) -> PreparedData:
@@ -187,6 +232,9 @@ def _write(
         template.save(out)
     stats |= {"note": plan.note, "source": source.label, "skipped_files": getattr(source, "skipped", 0)}
     stats |= {"duplicates": plan.duplicates, "crossing": plan.crossing, "dropped": plan.dropped}
+    stats["skipped_records"] = getattr(source, "skipped_records", 0)
+    if stats["skipped_records"]:
+        say(f"{source.label}: {stats['skipped_records']:,} records without a text were skipped.", shown=shown)
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
     manifest = {"fingerprint": final.name, "context": context, "stats": stats, "files": files}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -40,6 +41,26 @@ def progress(
     with rich.progress.Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None if total is None else total / scale)
         yield lambda amount: bar.advance(task, amount / scale)
+
+
+@contextlib.contextmanager
+def still(what: str, tell: Callable[[str], None], *, first: float = 3.0) -> Iterator[None]:
+    """Long work without progress of its own: `tell` gets "what ..." after `first` seconds, then its time now and then."""
+    done, began = threading.Event(), time.monotonic()
+
+    def talk() -> None:
+        wait = first
+        while not done.wait(wait):
+            tell(f"{what} ... {time.monotonic() - began:.0f} s")
+            wait = max(2 * first, min(4 * wait, 60.0))
+
+    thread = threading.Thread(target=talk, name="still", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 class _Lines:

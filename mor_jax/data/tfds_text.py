@@ -11,6 +11,7 @@ from mor_jax.data.chat import conversation_text
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
 from mor_jax.errors import DataError
+from mor_jax.paths import is_local
 
 READ_AT_ONCE = 64  # records
 
@@ -84,6 +85,11 @@ def _open(cfg: DataConfig) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     directory = os.path.expanduser(cfg.paths[0]) if cfg.paths else None
+    if directory and not is_local(directory):
+        raise DataError(
+            f"{directory}: the records of a TFDS data set (array_record) can be read from this machine's files only. Copy "
+            "or mount it here; jsonl and parquet files are read from object stores by config.data.source=files."
+        )
     if cfg.name:
         try:
             builder = tfds.builder(cfg.name, **({"data_dir": directory} if directory else {}))

@@ -14,6 +14,7 @@ from mor_jax.data.chat import CHATML_TOKENS
 from mor_jax.data.documents import Document
 from mor_jax.data.vocabulary import BYTES_FORMAT, FILE, ByteTokenizer, StreamDecoder, Tokenizer
 from mor_jax.errors import DataError
+from mor_jax.paths import as_path, reason
 
 __all__ = [
     "BpeTokenizer",
@@ -35,7 +36,7 @@ def build_tokenizer(cfg: DataConfig, documents: Iterable[Document] = ()) -> Toke
     if cfg.tokenizer == "bpe":
         specials = CHATML_TOKENS if cfg.format == "chat" and cfg.chat_template == "chatml" else ()
         return train_bpe((document.text for document in documents), cfg.bpe_vocab, specials)
-    if not os.path.exists(os.path.expanduser(cfg.tokenizer)):
+    if not as_path(cfg.tokenizer).exists():
         raise DataError(
             f"config.data.tokenizer = {cfg.tokenizer!r} is neither bytes, bpe nor an existing tokenizer.json."
         )
@@ -47,15 +48,14 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Begin and end of a document are found by their usual names (`bpe.BOS_NAMES`, `bpe.EOS_NAMES`).
     Raises DataError naming the file when it is missing, broken, or has no such tokens."""
-    path = os.path.expanduser(os.fspath(path))
-    if os.path.isdir(path):
-        path = os.path.join(path, FILE)
+    path = as_path(path)
+    if path.is_dir():
+        path = path / FILE
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
+        text = path.read_text(encoding="utf-8")
         config = json.loads(text)
     except OSError as e:
-        raise DataError(f"{path}: cannot be read ({e.strerror or e}).") from e
+        raise DataError(f"{path}: cannot be read ({reason(e)}).") from e
     except ValueError as e:  # JSONDecodeError and UnicodeDecodeError both are
         raise DataError(f"{path}: not a tokenizer.json ({e}). Fetch or write it again.") from e
     if isinstance(config, dict) and config.get("format") == BYTES_FORMAT:
@@ -64,4 +64,4 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         hf = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception
         raise DataError(f"{path}: not a tokenizer.json that the tokenizers library can load ({e}).") from e
-    return BpeTokenizer(hf, path)
+    return BpeTokenizer(hf, str(path))

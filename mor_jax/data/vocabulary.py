@@ -8,12 +8,13 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from mor_jax.data.documents import valid_text
 from mor_jax.data.hashing import digest_of
+from mor_jax.paths import as_path, write_text
 
 FILE = "tokenizer.json"
 BYTES_FORMAT = "mor_jax.bytes"  # how a saved ByteTokenizer names itself
@@ -82,13 +83,10 @@ class Tokenizer(abc.ABC):
         """Hex digest of `to_json`."""
         return digest_of(self.to_json())
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> epath.Path:
         """Write `directory`/tokenizer.json, which `load_tokenizer` reads; returns its path."""
-        path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f"{FILE}.{os.getpid()}.tmp")
-        draft.write_text(self.to_json(), encoding="utf-8")
-        os.replace(draft, path)
+        path = as_path(directory) / FILE
+        write_text(path, self.to_json())
         return path
 
 

@@ -14,11 +14,13 @@ TOP_P_CAP = 1024  # top-p looks among this many most likely tokens; sorting a 49
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: greedy. top_k 0: off. top_p 1: off. Static under jit."""
+    """temperature 0: greedy. top_k 0: off. top_p 1: off. min_p 0: off, else a share of the likeliest token's
+    probability below which none is drawn. Static under jit."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -27,6 +29,8 @@ class Sampling:
             raise UserError(f"top_k must be 0 (off) or more, got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be in [0, 1], got {self.min_p}.")
 
 
 def sample(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
@@ -39,6 +43,9 @@ def sample(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     vocab = logits_BxV.shape[-1]
     scaled = logits_BxV / sampling.temperature
+    if sampling.min_p:
+        likely = scaled >= jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(sampling.min_p)
+        scaled = jnp.where(likely, scaled, -jnp.inf)
     if not sampling.top_k and sampling.top_p == 1:
         return jax.vmap(jax.random.categorical)(keys_B, scaled).astype(jnp.int32)
     candidates = min(sampling.top_k or TOP_P_CAP, vocab)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
@@ -55,21 +56,10 @@ def stream_text(
       UserError: the prompt does not fit the context, or the model cannot have such depths.
     """
     tokenizer, context = model.tokenizer, model.lm.model.context
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    if len(ids) >= context:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, the model's context is {context}, which must also hold what is "
-            f"generated. Shorten the prompt to at most {context - 1} tokens, or train with a larger config.model.context."
-        )
-    if max_tokens < 1:
-        raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
-    room = context - len(ids)
-    s = sampling or Sampling(0.8)
-    request = Request(
-        tuple(ids), min(max_tokens + 1, room),  # one more, which says how deep the last one thought
-        Drawing(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=seed),
-        stop_tokens=frozenset([tokenizer.eos]), prompt_depths=True, depth=DepthWish(mean_depth, min_depth, max_depth),
-    )  # fmt: skip
+    request = _request(model, prompt, max_tokens, sampling, seed, DepthWish(mean_depth, min_depth, max_depth))
+    ids, room = list(request.prompt), context - len(request.prompt)
+    # One more, which says how deep the last one thought.
+    request = dataclasses.replace(request, max_tokens=min(max_tokens + 1, room), prompt_depths=True)
     events: queue.SimpleQueue = queue.SimpleQueue()
     if (running := service) is None:
         a_token_a_tick = dataclasses.replace(ONE, boundary_every=model.lm.program.recursions)
@@ -83,6 +73,86 @@ def stream_text(
             running.close()
     if max_tokens > room:
         print(f"[stopped: the context of {context} tokens is full]", file=sys.stderr)
+
+
+class Completion(NamedTuple):
+    """What one prompt was continued with. `finish`: "stop" (end of the document, or a stop string) or "length"."""
+
+    prompt: str
+    index: int  # among the n of its prompt
+    text: str
+    finish: str
+
+
+def complete(
+    model: Model, prompts: Sequence[str], *, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 200,
+    sampling: Sampling | None = None, seed: int = 0, mean_depth: float | None = None, min_depth: int | None = None,
+    max_depth: int | None = None, lanes: int = 16,
+) -> list[Completion]:  # fmt: skip
+    """Continue all prompts in one batch: n times each, in the order of the prompts.
+
+    Args:
+      n: continuations of a prompt; the i-th draws with seed + i, so each is what it would be alone.
+      stop: strings at the first of which a text ends, without it.
+      lanes: sequences decoded at once.
+      Others: as in `stream_text`.
+    Raises:
+      UserError: as `stream_text`; nothing has been generated then.
+    """
+    if n < 1:
+        raise UserError(f"n must be at least 1, got {n}.")
+    if any(not text for text in stop):
+        raise UserError("a stop string must not be empty.")
+    wish = DepthWish(mean_depth, min_depth, max_depth)
+    wanted = [(p, i) for p in prompts for i in range(n)]
+    requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
+    service = build_service(
+        model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests))
+    )
+    with contextlib.closing(service):
+        events: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in requests]
+        tickets = [service.submit(r, q.put) for r, q in zip(requests, events, strict=True)]
+        return [
+            Completion(prompt, i, *_finished(model.tokenizer, q, ticket, stop))
+            for (prompt, i), q, ticket in zip(wanted, events, tickets, strict=True)
+        ]
+
+
+def _finished(tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequence[str]) -> tuple[str, str]:
+    """(text, why it ended) of one request, when it has."""
+    decoder, text = tokenizer.stream(), ""
+    while True:
+        for event in events.get():
+            if isinstance(event, Token) and not event.stopped:
+                text += decoder.push(event.id)
+                at = [place for place in map(text.find, stop) if place >= 0]
+                if at:
+                    ticket.finish()
+                    return text[: min(at)], "stop"
+            elif isinstance(event, Finished):
+                if event.error is not None:
+                    raise RuntimeError(f"generation failed: {event.error}")
+                return text + decoder.flush(), event.reason
+
+
+def _request(
+    model: Model, prompt: str, max_tokens: int, sampling: Sampling | None, seed: int, wish: DepthWish
+) -> Request:
+    """Raises UserError."""
+    tokenizer, context = model.tokenizer, model.lm.model.context
+    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    if len(ids) >= context:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model's context is {context}, which must also hold what is "
+            f"generated. Shorten the prompt to at most {context - 1} tokens, or train with a larger config.model.context."
+        )
+    if max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
+    s = sampling or Sampling(0.8)
+    drawing = Drawing(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed)
+    return Request(
+        tuple(ids), min(max_tokens, context - len(ids)), drawing, stop_tokens=frozenset([tokenizer.eos]), depth=wish
+    )
 
 
 def _pieces(tokenizer, ids: list[int], most: int, events: queue.SimpleQueue) -> Iterator[Piece]:

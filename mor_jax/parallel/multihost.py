@@ -4,7 +4,7 @@ JAX's coordination service does the work: `jax.distributed` starts it, its key-v
 process writes a heartbeat there; process 0 reads all of them and, when one falls silent or a process reports an error
 of its own, writes the *verdict*, a sentence with the name of the process. Everyone who reads it prints it and leaves
 with status LOST. So a lost host costs `timeout` seconds and is named, where a collective would wait without end
-(spec/jax_stack.md section 7, item 9) and JAX's own heartbeat would abort without saying whose it missed.
+and JAX's own heartbeat would abort without saying whose it missed.
 
 Process 0 is watched too: where its store does not answer, it is the one that is lost.
 """

@@ -6,7 +6,7 @@ digest of every array. Nothing is believed on the way back: the document carries
 are computed again from the restored arrays, so a flipped bit or a missing file is an error with a name and never
 a strange loss curve. Digests do not depend on the sharding, so any mesh may read what another one wrote.
 
-Orbax facts this relies on are in spec/jax_stack.md section 3; what it designs away, in section 7, items 4 to 8.
+On object stores a step is finished when its `commit_success.txt` is there, as Orbax does it: they have no rename.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mor_jax.errors import CheckpointError
+from mor_jax.paths import as_path, is_local, move, scheme_of
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
@@ -63,7 +64,7 @@ class Checkpointer:
     All processes of a multi-process run make the same calls; process 0 does the renames.
 
     Args:
-      directory: created if missing; a local path or one Orbax understands (gs://...).
+      directory: created if missing; a path of this machine, gs:// or s3://.
       keep: newest checkpoints kept; older ones are deleted once a newer one is durable.
       async_save: write in the background. The arrays are copied to the host before `save` returns, so the
         caller may donate them.
@@ -78,7 +79,7 @@ class Checkpointer:
         self._pending: int | None = None  # the step being written
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            if _is_local(self._directory) and not os.access(self._directory, os.W_OK | os.X_OK):
+            if is_local(self._directory) and not os.access(self._directory, os.W_OK | os.X_OK):
                 raise PermissionError("the file system is read-only or the permissions forbid it")
         except OSError as e:
             reason = "it is not a directory" if isinstance(e, FileExistsError) else _reason(e)
@@ -97,7 +98,7 @@ class Checkpointer:
         self.wait()
         body = {"meta": json.loads(json.dumps(meta)), "leaves": _table(state)}
         ocp = _orbax()
-        if not self._directory.exists():
+        if is_local(self._directory) and not self._directory.exists():
             _LOG.warning("%s has vanished, and the checkpoints in it; it is made anew.", self._directory)
         try:
             manager = self._manager = self._manager or self._open()
@@ -236,7 +237,7 @@ class Checkpointer:
             if target.exists():
                 target = self._directory / f"{step}.damaged-{time.time_ns()}"
             try:
-                source.rename(target)
+                move(source, target)
             except OSError as e:
                 raise CheckpointError(
                     f"cannot move the damaged {source} aside: {_reason(e)}. Do it and start again."
@@ -480,7 +481,7 @@ def _steps(directory: epath.Path) -> list[int]:
         found = [p for p in directory.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name and p.is_dir()]
     except OSError:
         return []
-    if not _is_local(directory):  # object stores have no atomic rename; Orbax marks the finished ones
+    if not is_local(directory):  # object stores have no atomic rename; Orbax marks the finished ones
         found = [p for p in found if (p / "commit_success.txt").exists()]
     return sorted(int(p.name) for p in found)
 
@@ -513,12 +514,8 @@ def _remove(path: epath.Path) -> bool:
 
 
 def _absolute(path: os.PathLike | str) -> epath.Path:
-    path = epath.Path(path)
-    return epath.Path(os.path.abspath(os.path.expanduser(path))) if _is_local(path) else path
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+    path = as_path(path)
+    return epath.Path(os.path.abspath(path)) if is_local(path) else path
 
 
 def _join(steps: list[int]) -> str:
@@ -561,4 +558,46 @@ def _orbax() -> Any:
             previous(unraisable)
 
     sys.unraisablehook = hook
+    _serve_s3()
+    if host := os.environ.get("STORAGE_EMULATOR_HOST"):  # what the other clients go by
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}")
     return ocp
+
+
+def _serve_s3() -> None:
+    """Teach Orbax that s3:// is an object store like gs://, which it knows: files under their final names and a commit
+    file at the end, arrays through TensorStore's own driver.
+
+    Orbax 0.12 has no public way. Where its private names are others, saving to s3:// fails and says so; all else works.
+    """
+    try:
+        from orbax.checkpoint._src.path import gcs_utils
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        plain, normal = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+        prefixes, _ = gcs_utils._GCS_PATH_PREFIX, tensorstore_utils._use_gcs_driver
+    except (ImportError, AttributeError) as e:
+        _LOG.warning("this version of Orbax cannot be taught s3:// (%s); use gs:// or the tested set of packages.", e)
+        return
+    ours = "s3://"
+    gcs_utils._GCS_PATH_PREFIX = (*prefixes, ours)
+    gcs_utils.get_kvstore_for_gcs = lambda path: _s3_store(path) if path.startswith(ours) else plain(path)
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", ours))
+    tensorstore_utils._normalize_path = lambda path: (
+        normal(path).replace("s3:/", ours) if scheme_of(path) else normal(path)
+    )
+
+
+def _s3_store(path: str) -> dict[str, Any]:
+    """TensorStore's specification of an s3:// directory, with what the environment says of region, endpoint and keys."""
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    store: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        store |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    elif region:
+        store["aws_region"] = region
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else TensorStore looks for profiles and machine roles
+        store["aws_credentials"] = {"type": "environment"}
+    return store

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 from mor_jax.analysis.accounting import training_steps
 from mor_jax.config import Config, check
@@ -17,8 +17,10 @@ from mor_jax.model.convert import check_fit, convert, overlay, source_table
 from mor_jax.model.lm import LM
 from mor_jax.model.relax import check_relaxation
 from mor_jax.parallel.mesh import make_mesh
+from mor_jax.paths import as_path, steps_in
 from mor_jax.train.checkpoint import Checkpointer
 from mor_jax.train.load import load_model
+from mor_jax.train.lock import hold
 from mor_jax.train.loop import resolve
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import create_state
@@ -59,8 +61,8 @@ def convert_checkpoint(
       ConfigError: the shapes do not fit, or there are too few source layers.
       CheckpointError: the source cannot be read, its tokenizer is another one, or `workdir` holds a run already.
     """
-    workdir = Path(workdir)
-    if (workdir / "config.json").exists() or any((workdir / "checkpoints").glob("[0-9]*")):
+    workdir = as_path(workdir)
+    if (workdir / "config.json").exists() or steps_in(workdir / "checkpoints"):
         raise CheckpointError(f"{workdir} already holds a run; give another --workdir.")
     mesh = make_mesh(cfg.mesh)
     loaded = load_model(source, step, mesh=mesh)
@@ -71,7 +73,7 @@ def convert_checkpoint(
     check_fit(old, cfg.model)
     check_relaxation(old, cfg.model, relaxation)
     table = source_table(old, cfg.model, method, seed=seed)  # before the corpus is prepared: a mistake costs no time
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), hold(workdir):
         data = prepare(cfg.data, cfg.model.context, progress=progress)
         if data.tokenizer.fingerprint() != loaded.tokenizer.fingerprint():
             raise CheckpointError(
@@ -110,8 +112,8 @@ def _placed(params: dict[str, Any], lm: LM, mesh: jax.sharding.Mesh) -> dict[str
     return jax.device_put(params, lm.rules.shardings(mesh, lm.logical_axes()))
 
 
-def _tokenizer_file(source: str | os.PathLike[str]) -> Path:
-    path = Path(source)
+def _tokenizer_file(source: str | os.PathLike[str]) -> epath.Path:
+    path = as_path(source)
     for folder in (path, path.parent):
         if (folder / "tokenizer.json").exists():
             return folder / "tokenizer.json"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from mor_jax.analysis.runs import RunRecord
@@ -17,6 +19,7 @@ from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
+from mor_jax.paths import as_path
 from mor_jax.train.checkpoint import load_meta, restore_params
 
 
@@ -32,18 +35,18 @@ class Loaded(NamedTuple):
     mesh: Mesh
 
 
-def checkpoint_directory(path: str | Path) -> Path:
+def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
     """The directory that holds the step directories, given it or the run directory above it."""
-    path = Path(path)
+    path = as_path(path)
     inner = path / "checkpoints"
     return inner if inner.is_dir() else path
 
 
-def load_model(path: str | Path, step: int | None = None, *, mesh: Mesh | None = None) -> Loaded:
+def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: Mesh | None = None) -> Loaded:
     """Model, weights and tokenizer of a checkpoint.
 
     Args:
-      path: a run directory, or its checkpoints/.
+      path: a run directory, or its checkpoints/; on this machine, gs:// or s3://.
       step: the newest by default.
       mesh: where the weights go; default: all devices, weights whole on each.
     Raises:
@@ -67,7 +70,7 @@ def load_model(path: str | Path, step: int | None = None, *, mesh: Mesh | None =
     return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh)
 
 
-def describe(path: str | Path, step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:
+def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:
     """(configuration, measured share of tokens that run recursion r = 1..R) of a checkpoint, no array read.
 
     The shares are those of the newest causal evaluation in the run directory; None when nothing is routed, or nothing

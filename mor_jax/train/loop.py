@@ -7,12 +7,12 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 
 from mor_jax.analysis import accounting
@@ -20,26 +20,31 @@ from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 from mor_jax.config import Config, check
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
+from mor_jax.data.progress import say, still
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model.lm import LM
 from mor_jax.nn.attention import chosen_for
 from mor_jax.parallel.join import hosts
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.multihost import Hosts
-from mor_jax.train.checkpoint import Checkpointer
+from mor_jax.paths import as_path, reason, write_text
+from mor_jax.train.checkpoint import Checkpointer, load_meta
 from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
 from mor_jax.train.goodput import Goodput, stragglers
+from mor_jax.train.lock import RunLock, hold
+from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
+from mor_jax.train.outbox import Outbox
 from mor_jax.train.progress import Progress
 from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
 from mor_jax.train.step import StagedStep
 from mor_jax.train.stop import Stop, stop_signals
-from mor_jax.train.workdir import claim, mesh_device, versions, write_json
+from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
@@ -61,26 +66,43 @@ def resolve(cfg: Config, data: PreparedData) -> Config:
 
 
 def train(
-    cfg: Config, workdir: str | os.PathLike[str], *, progress: bool = True, debug: Debug | None = None
+    cfg: Config,
+    workdir: str | os.PathLike[str],
+    *,
+    progress: bool = True,
+    debug: Debug | None = None,
+    wait: float | None = None,
+    allow: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train, or go on with, the run in `workdir`.
+    """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with gs:// or s3://.
 
     The directory then holds config.json, tokenizer.json, metrics.jsonl, goodput.json, tensorboard/, program/,
     checkpoints/<step>/ and, once finished, summary.json (which is returned). A run that was stopped resumes from its
     last good checkpoint with the same rows and the same numbers, on any mesh and any number of hosts that divide the
     batch. SIGTERM, SIGUSR1 and the first SIGINT save and return early, with {"finished": False}.
 
+    Args:
+      wait: seconds to wait for another process that works in `workdir`; None: see `train.lock.hold`.
+      allow: fields that may differ from those of the run in `workdir`, see `train.workdir`.
+
     In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
     directory that all see; a signal to any of them stops all after the same step.
 
     Raises:
       ConfigError, DataError, CheckpointError: see their messages.
+      InUse: another process works in `workdir`.
       TrainingError: a bad step that config.train's policies do not pass over.
     """
-    workdir, here, debug = Path(workdir), hosts(), debug or Debug()
-    mesh = make_mesh(cfg.mesh)
-    goodput = Goodput(workdir / GOODPUT if here.rank == 0 else None)
-    with jax.set_mesh(mesh), debug.applied(), here.guard(), stop_signals(here) as stop:
+    workdir, here, debug = as_path(workdir), hosts(), debug or Debug()
+    mesh, first = make_mesh(cfg.mesh), here.rank == 0
+    tell = lambda line: say(line, shown=progress)
+    with (
+        jax.set_mesh(mesh), debug.applied(), here.guard(),
+        hold(workdir, wait=wait, active=first, say=tell) as lock,  # before signals: one ends a process that waits
+        stop_signals(here) as stop,
+    ):  # fmt: skip
+        outbox = Outbox(workdir, (METRICS, GOODPUT) if first else ())
+        goodput = Goodput(outbox.directory / GOODPUT if first else None)
         here.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
         here.same("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
@@ -92,26 +114,30 @@ def train(
             e.everywhere = True
             raise
         here.same("the configuration", json.dumps(cfg.to_dict()), "Start all processes with the same command.")
-        claim(workdir, cfg, data)
+        changed = claim(workdir, cfg, data, allow)
         here.barrier("the run directory is claimed")
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
         here.same("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
-        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug)
+        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug, lock, outbox, changed, allow)
         try:
             done = run.finished() or run.go(stop)
         finally:
             run.bar.close()  # else a terminal that saw an error would stay without its cursor
+            with contextlib.suppress(OSError):  # what a checkpoint knows of has been uploaded before it
+                outbox.close()
         here.barrier("the end")
         return done
 
 
 class _Run:
     def __init__(
-        self, cfg: Config, workdir: Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool, here: Hosts,
-        goodput: Goodput, debug: Debug,
+        self, cfg: Config, workdir: epath.Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool,
+        here: Hosts, goodput: Goodput, debug: Debug, lock: RunLock | None, outbox: Outbox, changed: Sequence[str],
+        allow: Sequence[str],
     ):  # fmt: skip
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
-        self.here, self.goodput, self.debug = here, goodput, debug
+        self.here, self.goodput, self.debug, self.lock, self.outbox = here, goodput, debug, lock, outbox
+        self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
         self.steps = accounting.training_steps(cfg)
         self.tx = optimizer_of(cfg, self.steps)
@@ -132,16 +158,26 @@ class _Run:
         path = self.workdir / "summary.json"
         if not path.exists():
             return None
+        summary = json.loads(path.read_text())
+        meta = None
+        with contextlib.suppress(CheckpointError):  # without any checkpoint there is nothing to compare with
+            meta = load_meta(self.workdir / "checkpoints")[1]
+        if meta:
+            self._same_data(meta)
+        if self.steps > int(summary.get("steps") or self.steps):
+            return None  # it was allowed more steps, else `claim` had refused them
         self.bar.say(
             f"{self.workdir} is finished: all {self.steps} steps are done. Give another --workdir to train anew."
         )
-        return json.loads(path.read_text())
+        return summary
 
     def go(self, stop: Stop) -> dict[str, Any]:
         cfg = self.cfg
         with Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints:
             state, first = self._start()
             self.metrics = self._writer(first)
+            if self.changed:
+                self.metrics.write("event", first, {"event": "changed", "fields": list(self.changed)})
             try:
                 if self.owes_evaluation:
                     self._evaluate(first, state)
@@ -160,7 +196,7 @@ class _Run:
                 self.goodput.write()
 
     def _writer(self, step: int) -> MetricWriter:
-        return MetricWriter(self.workdir, resume_step=step, active=self.here.rank == 0)
+        return MetricWriter(self.outbox.directory, resume_step=step, active=self.here.rank == 0)
 
     def _start(self) -> tuple[TrainState, int]:
         """Resume if there is something to resume, else initialise."""
@@ -196,10 +232,10 @@ class _Run:
                 f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
                 "with another one. Put the old one back, or give another --workdir."
             )
-        if meta["data"] != self.meta["data"]:
+        if meta["data"] != self.meta["data"] and not self.other_data:
             raise CheckpointError(
                 f"the corpus has changed since {self.workdir} was started, so the run cannot go on with the same rows. "
-                "Restore the corpus, or give another --workdir."
+                "Restore the corpus, give another --workdir, or --allow=data.paths to go on with the new rows."
             )
 
     def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
@@ -209,7 +245,7 @@ class _Run:
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
-        tracer = Tracer(self.debug.profile_steps, self.workdir / "profile")
+        tracer = Tracer(self.debug.profile_steps, self.outbox.directory / "profile")
         self.clock = clock = Clock()
         pending, step = None, first
         try:
@@ -229,8 +265,11 @@ class _Run:
                 pending = (step, metrics, limit)
                 goodput.step(step)
                 if written := tracer.after(step, metrics):
-                    self.bar.say(f"The trace is in {written}.")
+                    self.bar.say(f"The trace is in {self.workdir / written.relative_to(self.outbox.directory)}.")
                 self.checkpoints.check()
+                if self.lock:
+                    self.lock.check()
+                self.outbox.push_sometimes()
                 last = step == self.steps
                 stopping = stop.after_this_step() and not last
                 due = lambda every: bool(every) and step % every == 0  # noqa: B023
@@ -259,9 +298,9 @@ class _Run:
         """The step as a program; where the time until the first step went, on the terminal."""
         self.goodput.enter("compile")
         self.here.report(phase="compiling")
-        program, note = compile_step(
-            step_fn, arguments, self.debug, self.workdir / "program" if self.here.rank == 0 else None
-        )
+        program_directory = self.outbox.directory / "program" if self.here.rank == 0 else None
+        with still("compiling the training step", self.bar.say):
+            program, note = compile_step(step_fn, arguments, self.debug, program_directory)
         s = self.goodput.seconds()
         if not s["step"]:
             self.bar.say(
@@ -335,6 +374,8 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, **more: Any) -> None:
         with self.goodput.during("save"):
+            self.goodput.write()
+            self._push()
             self.checkpoints.save(step, state, {**self.meta, "step": step, "faults": self.faults.state(), **more})
         whole = self.checkpoints.steps()
         if whole:
@@ -350,6 +391,7 @@ class _Run:
         """Everything durable, then the summary."""
         self.checkpoints.wait()
         record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
+        self._push()
         cfg = self.cfg
         summary = {
             "finished": True,
@@ -380,9 +422,20 @@ class _Run:
             rows = min(SAMPLE_ROWS, len(self.data.validation))
             text = "".join(self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows))
             text = text[:SAMPLE_TEXT]
-            (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
+            write_text(self.workdir / "sample.txt", text)
             write_json(self.workdir / "summary.json", summary)
         return summary
+
+    def _push(self) -> None:
+        """What the run has written down goes to where it lives: no checkpoint knows of a step that the curve does not."""
+        try:
+            self.metrics.flush()
+            self.outbox.push()
+        except OSError as e:
+            raise CheckpointError(
+                f"the records of {self.workdir} could not be written: {reason(e)}. They are in {self.outbox.directory}; "
+                "the same command goes on from the last checkpoint."
+            ) from e
 
     def _trigram(self) -> float | None:
         """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained model must beat."""

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+FILE = "metrics.jsonl"
+
 
 class MetricWriter:
     """Appends records; on resume, records of steps that will be run again are dropped first.
@@ -21,7 +23,7 @@ class MetricWriter:
         self._file = self._board = None
         if not active:
             return
-        path = workdir / "metrics.jsonl"
+        path = workdir / FILE
         if path.exists():
             _forget_after(path, resume_step)
         self._file = path.open("a", encoding="utf-8", buffering=1)
@@ -39,6 +41,12 @@ class MetricWriter:
         for name, value in values.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """What was written can be read."""
+        if self._file is not None:
+            self._file.flush()
+            self._board.flush()
 
     def close(self) -> None:
         """Flush everything."""

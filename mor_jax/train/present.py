@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mor_jax.analysis.report import write_report
 from mor_jax.analysis.runs import RunRecord
@@ -23,6 +24,7 @@ from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import stream_text
 from mor_jax.model.lm import CAUSAL, LM
 from mor_jax.model.loss import next_token_targets
+from mor_jax.paths import as_path
 from mor_jax.train.load import Loaded, load_model
 
 FALLBACK_TEXT = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total / len(values)\n"
@@ -83,16 +85,18 @@ def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int 
     return "".join(piece.text for piece in pieces), [piece.depth for piece in pieces]
 
 
-def curve_of(run: str | Path) -> dict[str, Any] | None:
+def curve_of(run: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `launch.depth_curve --out RUN/depth_curve` left in a run directory, if it did."""
     try:
-        curve = json.loads((Path(run) / CURVE).read_text(encoding="utf-8"))
+        curve = json.loads((as_path(run) / CURVE).read_text(encoding="utf-8"))
         return curve if {"as_configured", "dial", "cap"} <= curve.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = None, table: bool = True) -> Path:
+def present(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, text: str | None = None, table: bool = True
+) -> epath.Path:
     """Print the comparison table and write the page.
 
     Args:
@@ -103,7 +107,7 @@ def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = N
     """
     records = _distinct([RunRecord.load(path) for path in runs])
     if text is None:
-        kept = [path for run in runs if (path := Path(run) / "sample.txt").exists()]
+        kept = [path for run in runs if (path := as_path(run) / "sample.txt").exists()]
         text = kept[0].read_text(encoding="utf-8") if kept else FALLBACK_TEXT
     maps, samples, classes, decoded, curves = {}, {}, {}, {}, {}
     code = looks_like_code(text)
@@ -123,9 +127,8 @@ def present(runs: Sequence[str | Path], out: str | Path, *, text: str | None = N
             curves[record.name] = curve
     if table:
         print_table(records)
-    out = Path(out)
+    out = as_path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         return write_report(
             records, out, depth_maps=maps, samples=samples, classes=classes, decoded=decoded, curves=curves
         )

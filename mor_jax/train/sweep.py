@@ -16,12 +16,14 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from mor_jax.analysis import sweep as results
 from mor_jax.analysis.canvas import save_png
@@ -29,6 +31,7 @@ from mor_jax.analysis.runs import RunRecord, number
 from mor_jax.analysis.sweep import Outcome, Point, Sweep
 from mor_jax.config import Config, from_config_dict, from_dict, switched
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.paths import as_path, is_local, write_text
 from mor_jax.train.faults import TrainingError
 from mor_jax.train.loop import train
 from mor_jax.train.workdir import differences
@@ -102,7 +105,7 @@ def run_sweep(
     Raises:
       UserError: a run failed for another reason than divergence, or the sweep was stopped; finished runs are kept.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     # Counting devices would take hold of them, and they are for the other processes.
     todo = jobs(sweep, fields=fields, devices=1 if command else jax.device_count())
     waiting = [job for job in todo if not finished(workdir / job.name, job.config)]
@@ -124,15 +127,15 @@ def run_sweep(
 
 def run_job(job: Job, workdir: str | os.PathLike[str], *, progress: bool = True) -> bool:
     """Train one run to its end; False if it was stopped before. Divergence is an end."""
-    directory = Path(workdir) / job.name
+    directory = as_path(workdir) / job.name
     try:
         return bool(train(job.config, directory, progress=progress).get("finished"))
     except TrainingError as e:
-        (directory / DIVERGED).write_text(json.dumps({"error": str(e)}) + "\n", encoding="utf-8")
+        write_text(directory / DIVERGED, json.dumps({"error": str(e)}) + "\n")
         return True
 
 
-def finished(directory: Path, cfg: Config) -> bool:
+def finished(directory: epath.Path, cfg: Config) -> bool:
     """Whether `directory` holds this very run, ended. Raises ConfigError if it holds another one."""
     if not any((directory / name).exists() for name in ("summary.json", DIVERGED)):
         return False
@@ -142,7 +145,7 @@ def finished(directory: Path, cfg: Config) -> bool:
         raise ConfigError(f"{directory}/config.json cannot be read ({e}); delete the directory to run it anew.") from e
     if not cfg.model.vocab_size:  # left to the tokenizer, which the run has asked
         cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=saved.model.vocab_size))
-    changed = differences(saved.to_dict(), cfg.to_dict())
+    changed = differences(saved.to_dict(), cfg.to_dict(), paths=True)
     if changed:
         raise ConfigError(
             f"{directory} holds a run of another configuration ({'; '.join(changed)}). Give another --workdir."
@@ -154,7 +157,7 @@ def collect(todo: Sequence[Job], workdir: str | os.PathLike[str]) -> list[Outcom
     """The outcome of every job that has ended."""
     found = []
     for job in todo:
-        directory = Path(workdir) / job.name
+        directory = as_path(workdir) / job.name
         if (directory / "summary.json").exists():
             found.append(Outcome(job.point, job.seed, numbers(directory)))
         elif (directory / DIVERGED).exists():
@@ -186,13 +189,13 @@ def numbers(directory: str | os.PathLike[str]) -> dict[str, float | None]:
     }
 
 
-def write_results(sweep: Sweep, outcomes: Sequence[Outcome], workdir: Path) -> None:
+def write_results(sweep: Sweep, outcomes: Sequence[Outcome], workdir: epath.Path) -> None:
     """sweep.json, sweep.csv, sweep.md and sweep.png of the runs there are."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "sweep.json").write_text(json.dumps(results.to_json(sweep, outcomes), indent=1) + "\n", "utf-8")
-        (workdir / "sweep.csv").write_text(results.to_csv(sweep, outcomes), "utf-8")
-        (workdir / "sweep.md").write_text(results.to_markdown(sweep, outcomes), "utf-8")
+        write_text(workdir / "sweep.json", json.dumps(results.to_json(sweep, outcomes), indent=1) + "\n")
+        write_text(workdir / "sweep.csv", results.to_csv(sweep, outcomes))
+        write_text(workdir / "sweep.md", results.to_markdown(sweep, outcomes))
         if any(not o.failure for o in outcomes):
             save_png(results.plot(sweep, outcomes), workdir / "sweep.png")
     except OSError as e:
@@ -204,19 +207,21 @@ def write_results(sweep: Sweep, outcomes: Sequence[Outcome], workdir: Path) -> N
 
 def _in_processes(
     waiting: Sequence[Job],
-    workdir: Path,
+    workdir: epath.Path,
     command: Callable[[str], Sequence[str]],
     slots: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
     """One process a job, one in each slot at a time; stops them all, saved, when told to stop."""
     queue, free, running = list(waiting), list(slots), {}
+    # A process can write to a file of this machine only.
+    logs = Path(workdir) / "logs" if is_local(workdir) else Path(tempfile.mkdtemp(prefix="mor_jax_logs_"))
     broken: list[str] = []
     with _stop_signal() as stop:
         while running or (queue and not broken and not stop):
             while queue and free and not broken and not stop:
                 job, slot = queue.pop(0), free.pop(0)
-                log = workdir / "logs" / f"{job.name.replace('/', '-')}.txt"
+                log = logs / f"{job.name.replace('/', '-')}.txt"
                 log.parent.mkdir(parents=True, exist_ok=True)
                 env = os.environ | ({name: slot for name in ONE_DEVICE} if slot else {})
                 with log.open("w") as out:
@@ -239,7 +244,7 @@ def _in_processes(
                     process.send_signal(signal.SIGTERM)
             time.sleep(0.05)
     if broken:
-        raise UserError(f"{broken[0]} (logs in {workdir / 'logs'})")
+        raise UserError(f"{broken[0]} (logs in {logs})")
     if stop:
         raise UserError("stopped; the same command goes on from here.")
 

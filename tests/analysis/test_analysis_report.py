@@ -1,6 +1,7 @@
 """The page, its table and its sentences, from made-up runs."""
 
 import io
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -265,3 +266,38 @@ def test_depth_colours_are_readable_and_ordered():
 )
 def test_units(text, expected):
     assert text.replace("\u00a0", " ") == expected
+
+
+def test_a_model_above_the_trigram_model_is_not_said_to_be_below(make_run, tmp_path):
+    weak = RunRecord.load(make_run(tmp_path / "w", "weak", gain=-2.0))
+    said = " ".join(headline([weak]).sentences)
+    assert "weak did not beat a byte trigram model" in said and "elow" not in said
+
+
+def test_scores_on_different_text_are_named_and_not_compared(runs, tmp_path):
+    shutil.copytree(runs[1].path, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["holdout"] = 0.3
+    path.write_text(json.dumps(config))
+    found = headline([runs[0], RunRecord.load(tmp_path / "other")])
+    said = " ".join(found.sentences)
+    assert "do not compare" in said and "bits per byte" in said
+    assert "better" not in said and "worse" not in said and not any(card.best for card in found.cards)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_curve_of_one_record_shows(runs, tmp_path, last):
+    """The line of a run that has just begun is a dot; one of two records is a line."""
+    directory = tmp_path / "begun"
+    shutil.copytree(runs[1].path, directory)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = sorted({r["step"] for r in lines if r["kind"] == "train"})[:last]
+    kept = [r for r in lines if r["kind"] == "train" and r["step"] in steps]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
+    for plot in plots.all_plots([RunRecord.load(directory)]):
+        canvas.to_svg(plot.figure, "x")
+        for axes in plot.figure.axes:
+            for line in axes.get_lines():
+                finite = np.isfinite(np.asarray(line.get_ydata(), float)).sum()
+                assert finite != 1 or line.get_marker() not in ("None", "", None), plot.key

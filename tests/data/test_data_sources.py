@@ -298,3 +298,31 @@ def test_tfds_damaged_shard(tfds_home, tmp_path):
 
 def test_no_source_reaches_for_tensorflow():
     assert "tensorflow" not in sys.modules
+
+
+BAD_LINES = {
+    "null": b'{"text": null}', "no field": b'{"other": 1}', "a number": b'{"text": 3}', "a list": b"[1]",
+    "cut off": b'{"text": "a', "latin-1": b'{"text": "\xe9"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_records_stop_the_reading_or_are_skipped_with_a_count(tmp_path, name):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' + BAD_LINES[name] + b'\n\n{"text": "two"}\n')
+    said = message(lambda: read(files(path)))
+    assert f"{path}, line 2" in said and "--config.data.bad_records=skip" in said
+    source = files(path, bad_records="skip")
+    for _ in range(2):  # each reading counts anew
+        assert [(d.id, d.text) for d in source.documents()] == [("a.jsonl:1", "one"), ("a.jsonl:4", "two")]
+        assert source.skipped_records == 1
+
+
+def test_null_rows_of_parquet_are_skipped_with_a_count(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    source = files(tmp_path / "a.parquet", bad_records="skip")
+    assert [d.text for d in source.documents()] == ["one", "two"] and source.skipped_records == 1
+    assert "row 2" in message(lambda: read(files(tmp_path / "a.parquet")))

@@ -14,8 +14,8 @@ from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.generate import Generation
-from mor_jax.inference.sampler import Sampling
-from mor_jax.inference.text import stream_text
+from mor_jax.inference.sampler import Sampling, sample
+from mor_jax.inference.text import complete, stream_text
 from mor_jax.parallel.mesh import make_mesh
 
 
@@ -99,3 +99,39 @@ def test_a_relaxed_model():
     tokens, depths = plain(model, "ab", 5)
     assert "".join(p.text for p in pieces) == tokenizer.decode([*tokenizer.encode("ab"), *tokens])
     assert [p.depth for p in pieces][: len(depths)] == depths
+
+
+def test_completions_in_one_batch_are_what_each_is_alone(model):
+    prompts, sampling = ["def f(", "x = ", "return"], Sampling(0.9, min_p=0.02)
+    found = complete(model, prompts, n=2, max_tokens=12, sampling=sampling, seed=5)
+    assert [(c.prompt, c.index) for c in found] == [(p, i) for p in prompts for i in range(2)]
+    for c in found:
+        [alone] = complete(model, [c.prompt], max_tokens=12, sampling=sampling, seed=5 + c.index)
+        assert (alone.text, alone.finish) == (c.text, c.finish)
+    pieces = list(stream_text(model, prompts[0], max_tokens=12, sampling=sampling, seed=5))
+    assert "".join(p.text for p in pieces if not p.in_prompt) == found[0].text
+
+
+def test_a_stop_string_ends_a_text_before_itself(model):
+    greedy = Sampling(0.0)
+    [whole] = complete(model, ["def f("], max_tokens=20, sampling=greedy)
+    assert len(whole.text) > 8
+    stop = whole.text[4:7]
+    [cut] = complete(model, ["def f("], max_tokens=20, sampling=greedy, stop=["never seen", stop])
+    assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish == "stop"
+
+
+def test_min_p_leaves_out_the_unlikely():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    keys = jax.random.split(jax.random.key(0), 400)
+    for min_p, kept in ((0.0, {0, 1, 2, 3}), (0.2, {0, 1, 2}), (0.5, {0, 1}), (1.0, {0})):
+        draws = sample(jnp.repeat(logits, 400, 0), keys, Sampling(1.0, min_p=min_p))
+        assert set(np.asarray(draws).tolist()) == kept
+    with pytest.raises(UserError, match="min_p"):
+        Sampling(min_p=1.5)
+
+
+@pytest.mark.parametrize(("fields", "said"), [({"n": 0}, "n must"), ({"stop": [""]}, "stop string")])
+def test_what_complete_refuses(model, fields, said):
+    with pytest.raises(UserError, match=said):
+        complete(model, ["x"], **fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import secrets
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.model.shapes import Shape
 
 PROMPT = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists; no list may be empty."
+MAX_IGNORED, MAX_NAME = 50, 64  # names of unknown fields that a reply lists, and characters of each
 LARGE = 16 << 10  # bytes of a body that is parsed and encoded beside the event loop
 
 
@@ -60,7 +62,9 @@ class Endpoint:
 
         def understand() -> Plan:
             asked = parsed(self.shape.request, body)
-            return self.shape.plan(asked, find(self.shelf, asked.model), self.settings)
+            plan = self.shape.plan(asked, find(self.shelf, asked.model), self.settings)
+            unknown = tuple(sorted(name[:MAX_NAME] for name in asked.model_extra or ()))
+            return dataclasses.replace(plan, ignored=unknown[:MAX_IGNORED]) if unknown else plan
 
         # A grammar takes a while to compile, too.
         beside = len(body) > LARGE or b'"guided_' in body or b'"response_format"' in body

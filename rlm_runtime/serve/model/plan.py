@@ -47,6 +47,7 @@ class Plan:
     echo: bool = False
     scoring_only: bool = False
     prompts: list[list[int]] = field(default_factory=list)
+    ignored: tuple[str, ...] = ()  # fields of the request that are not known here
 
 
 def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> Plan:

@@ -122,7 +122,7 @@ class Run:
             mor=RunNotes(
                 mean_depth=round(sum(d * t for d, t in ran) / total, 4) if total else None,
                 queued_seconds=round(max((e.queued_s for e in ends), default=0.0), 6),
-                preempted=sum(e.preempted for e in ends),
+                preempted=sum(e.preempted for e in ends), ignored=list(self.plan.ignored),
             ),
         )  # fmt: skip
 

@@ -151,11 +151,13 @@ class CachedTokens(Out):
 
 
 class RunNotes(Out):
-    """How the engine went about it: `mean_depth` is over computed prompt tokens and drawn tokens."""
+    """How the engine went about it: `mean_depth` is over computed prompt tokens and drawn tokens; `ignored` are the
+    fields of the request that this server does not know."""
 
     mean_depth: float | None
     queued_seconds: float
     preempted: int
+    ignored: list[str] = Field(default_factory=list)
 
 
 class ModelUsage(Out):
