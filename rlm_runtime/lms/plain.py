@@ -60,6 +60,18 @@ def read_tool_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...
     return (ToolCall(id="call_0", name=value["tool"], arguments=arguments if isinstance(arguments, dict) else {}),)
 
 
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages for a model without a system role: what the system said begins the first user message."""
+    said = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
+    rest = [m for m in messages if m.role != "system"]
+    if not said:
+        return rest
+    if rest and rest[0].role == "user":
+        joined = f"{said}\n\n{rest[0].content}" if rest[0].content else said
+        return [rest[0].model_copy(update={"content": joined}), *rest[1:]]
+    return [Message(role="user", content=said), *rest]
+
+
 def _ask(messages: Sequence[Message], text: str) -> list[Message]:
     """Append `text` to the last message if it is the user's, else as a user message of its own."""
     *rest, last = messages or [Message(role="user")]
