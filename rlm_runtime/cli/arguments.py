@@ -32,7 +32,11 @@ Models can also come from the environment: RLM_ROOT, RLM_SUB; keys from OPENAI_A
 
 --set takes any field of Budget (turns, sub_calls, input_tokens, output_tokens, usd, seconds, depth,
 consecutive_errors), of Limits (cell_seconds, memory, scratch, output_chars, ...), and concurrency, compact_at,
-window. Numbers may be written 8k, 10M, 2GiB; none takes a limit away."""
+window. Numbers may be written 8k, 10M, 2GiB; none takes a limit away.
+
+--root-opt and --sub-opt take api_key_env (the variable that holds the endpoint's key), temperature, top_p, seed,
+max_tokens, reasoning_effort, headers.NAME, query.NAME, extra_body.NAME, stream, timeout, concurrency, max_retries,
+requests_per_minute, ... A key goes only to the endpoint it was given for: --sub-base-url needs a key of its own."""
 
 SERVE = """\
 examples:
@@ -115,8 +119,16 @@ def _models(p: argparse.ArgumentParser) -> None:
         "--root", metavar="MODEL", help="the model that writes the code, such as openai:gpt-5 (or RLM_ROOT)"
     )
     group.add_argument("--sub", metavar="MODEL", help="the model that reads the pieces (RLM_SUB; default: the root)")
-    group.add_argument("--base-url", metavar="URL", help="the endpoint, up to /v1 (or OPENAI_BASE_URL)")
-    group.add_argument("--sub-base-url", metavar="URL", help="another endpoint for the sub-model")
+    group.add_argument("--base-url", metavar="URL", help="the root's endpoint, up to /v1 (or OPENAI_BASE_URL)")
+    group.add_argument(
+        "--sub-base-url",
+        metavar="URL",
+        help="the sub-model's endpoint (default: the root's, for a model of the same provider)",
+    )
+    for name, whose in (("--root-opt", "root"), ("--sub-opt", "sub-model")):
+        text = f"an option of the {whose}: temperature=0.2, api_key_env=MY_KEY, query.api-version=2024-10-21 (below)"
+        group.add_argument(name, metavar="NAME=VALUE", action="append", default=[], help=text)
+    group.add_argument("--models", metavar="FILE.toml", help="models with options under names of your own (RLM_MODELS)")
     group.add_argument("--price", metavar="IN,OUT", help="dollars a million tokens, where the price table has none")
     group.add_argument("--sub-price", metavar="IN,OUT", help="the same of the sub-model (default: --price)")
     group.add_argument("--window", metavar="TOKENS", type=_count, help="the models' context window, if it is not known")

@@ -99,7 +99,7 @@ def tell(args: argparse.Namespace, result: Any) -> int:
         codes.complain(note)
     if not args.quiet:
         usage = result.usage
-        cost = f" · ${result.cost_usd:.4f}" if result.cost_usd is not None else ""
+        cost = f" · ${result.cost_usd:.4f}" if result.cost_usd is not None else " · cost unknown (--price IN,OUT)"
         line = (
             f"{result.turns} turns · {result.sub_calls} sub-calls · {live.short(usage.input_tokens)} in, "
             f"{live.short(usage.output_tokens)} out{cost} · {result.seconds:.1f} s"

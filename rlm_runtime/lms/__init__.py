@@ -37,12 +37,13 @@ def register(provider: str) -> Callable[[F], F]:
       UsageError: the name is taken by something else, or cannot stand before a colon.
     """
 
+    if not provider or ":" in provider:
+        raise UsageError(
+            f"{provider!r} cannot be the name of a provider: it stands before a colon."
+        )
+
     def note(factory: F) -> F:
         held = PROVIDERS.get(provider)
-        if not provider or ":" in provider:
-            raise UsageError(
-                f"{provider!r} cannot be the name of a provider: it stands before a colon."
-            )
         if held is not None and _path(held) != _path(factory):
             raise UsageError(
                 f"the provider {provider!r} is {_path(held)} already; choose another name."

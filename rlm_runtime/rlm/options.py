@@ -145,5 +145,6 @@ def check_prices(options: Options) -> None:
         if lm.price(1000, 1000) is None:
             raise UsageError(
                 f"budget.usd: the price of {lm.name!r} is unknown, so a dollar limit cannot be held. "
-                "Give the model a price, or limit tokens instead (input_tokens, output_tokens)."
+                "Name the price (--price IN,OUT or --sub-price; in Python price=(IN, OUT); dollars a million tokens), or "
+                "limit tokens instead (input_tokens, output_tokens)."
             )
