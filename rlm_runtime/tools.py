@@ -25,6 +25,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from rlm_runtime.errors import RlmError, UsageError
+from rlm_runtime.lms import redact
 from rlm_runtime.lms.base import ToolSpec
 from rlm_runtime.repl.base import ToolInfo
 
@@ -89,7 +90,7 @@ class Tool:
                 if inspect.isawaitable(result):
                     result = await result
         except (Exception, SystemExit) as e:
-            raise ToolError(f"{self.name}: {type(e).__name__}: {_short(str(e))}") from e
+            raise ToolError(f"{self.name}: {type(e).__name__}: {_short(redact.foreign(str(e)))}") from e
         try:
             return to_jsonable_python(result)
         except (PydanticSerializationError, UnicodeDecodeError, RecursionError, ValueError) as e:

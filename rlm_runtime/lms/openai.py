@@ -150,6 +150,7 @@ class Reading:
         self.endpoint, self.stops, self.delivery = endpoint, stops, delivery
         self.finish: str | None = None
         self.begun = False  # there was a choice
+        self.refused = False  # the text is the model's refusal
         self.model = ""
         self.usage: dict[str, Any] = {}
         self._calls = _Calls()
@@ -185,7 +186,7 @@ class Reading:
         text, calls = self.stops.text, self._calls.made()
         if plain_tools and (found := plain.read_tool_calls(text, plain_tools)):
             text, calls = "", found
-        finish = (self.finish or "stop").lower()
+        finish = "content_filter" if self.refused else (self.finish or "stop").lower()
         finish = FINISH.get(finish, finish)
         if calls and finish == "stop":
             finish = "tool_calls"
@@ -227,7 +228,7 @@ class Reading:
     def _part(self, part: dict[str, Any], whole: bool) -> None:
         text = content_text(part.get("content"))
         if not text and isinstance(part.get("refusal"), str):
-            text, self.finish = part["refusal"], "content_filter"
+            text, self.refused = part["refusal"], True
         self.deliver(self.stops.push(text))
         self._thoughts += [v for v in (part.get("reasoning_content"), part.get("reasoning")) if isinstance(v, str)][:1]
         for name in (*REASONING, "extra_content"):

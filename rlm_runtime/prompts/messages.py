@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rlm_runtime.prompts.system import fitting_chars
 from rlm_runtime.repl.base import CellResult
 
 SHOWN_VARIABLES = 16  # a report stays in the history for good: 40 of them double what a run of 50 turns sends
@@ -194,3 +195,12 @@ def sub_user(prompt: Any, question: str | None = None) -> str:
     """A prompt, and a question about it where there is one, as one message."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     return f"{question.strip()}\n\n{text}" if question and question.strip() else text
+
+
+def prompt_was_cut(model: str, read: int, sent: int, window: int) -> str:
+    """Told once to every node, and to the user: an endpoint that reads only part of a long prompt."""
+    return (
+        f"Note: the endpoint of {model} read only {read:,} of at least {sent:,} tokens of a prompt: it cuts long prompts "
+        f"without an error, so its answers to long prompts may be wrong. Keep each prompt under {fitting_chars(window):,} "
+        "characters from now on; longer ones are refused. Ask again where it matters."
+    )

@@ -54,6 +54,7 @@ async def _summary(node: Node) -> str:
     """Ask for it; where even that is too long for the model, without the middle of the conversation."""
     messages = list(node.history.messages)
     request = Message(role="user", content=prompts.compaction())
+    text, empty = "", False  # an empty summary is asked for once more
     for attempt in range(SHORTENINGS):
         try:
             reply = await node.call([*messages, request], estimate=node.lm.count_tokens([*messages, request]))
@@ -64,6 +65,9 @@ async def _summary(node: Node) -> str:
                 raise
             messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]  # whole exchanges
             continue
-        text = parsing.parse(reply).kept.strip() or reply.text.strip()
-        return text or "(no summary was given)"
-    raise AssertionError("unreachable")
+        kept_text = parsing.parse(reply).kept
+        text = reply.text.strip() if kept_text == parsing.EMPTY else kept_text.strip()
+        if text or empty:
+            break
+        empty = True
+    return text or "(no summary was given)"  # the whole conversation is still in `history`

@@ -61,6 +61,7 @@ class Node:
         self.last_text = ""
         self.interrupted = False  # a cell was running when the loop was stopped
         self._asked_for_none = False
+        self._noted = 0  # how many of the tree's notes this node was told
 
     @property
     def is_root(self) -> bool:
@@ -136,6 +137,9 @@ class Node:
             self.history.say(problem)
         self.history.say(prompts.nudged(n.text for n in parsed.nudges))
         if ending is None:
+            for note in self.tree.notes[self._noted :]:
+                self.history.say(note)
+            self._noted = len(self.tree.notes)
             if left := self.tree.ledger.running_low():
                 self.history.say(prompts.remaining(left))
             self.history.say(prompts.turn(self.turn + 1, self.tree.ledger.budget.turns))

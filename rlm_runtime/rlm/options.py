@@ -14,6 +14,7 @@ from rlm_runtime.budget import Budget
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import LM, Sampling
 from rlm_runtime.repl.base import Environment, Limits
+from rlm_runtime.rlm.replies import Windows
 from rlm_runtime.tools import Tool
 
 MakeEnvironment = Callable[[Limits], Environment]
@@ -51,6 +52,7 @@ class Options:
     sub_sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     sub_rounds: int = 5
     schema_retries: int = 2
+    windows: Windows = field(default_factory=Windows, compare=False)
 
     def node_lm(self, depth: int) -> LM:
         """The model that leads an RLM node at this depth."""
@@ -66,7 +68,9 @@ class Options:
         raise UsageError(f"unknown model {name!r}; allowed: {allowed}. Leave `model` out for the default.")
 
     def window_of(self, lm: LM) -> int | None:
-        return lm.window or self.window
+        """Tokens the model holds: what it says, else what the user says; less where its endpoint cut a prompt."""
+        known = [w for w in (getattr(lm, "window", None) or self.window, self.windows.of(lm)) if w]
+        return min(known, default=None)
 
     def limits_for(self, lm: LM) -> Limits:
         """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small window."""

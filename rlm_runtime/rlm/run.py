@@ -21,6 +21,7 @@ from rlm_runtime import __version__, prompts
 from rlm_runtime.budget import Ledger
 from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, Cancelled, RlmError
+from rlm_runtime.lms import redact
 from rlm_runtime.repl.base import Environment
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.loop import Node
@@ -215,7 +216,7 @@ class Run:
         if not isinstance(error, Exception):
             raise error
         if not isinstance(error, RlmError):
-            wrapped = RlmError(f"the run failed: {type(error).__name__}: {error}")
+            wrapped = RlmError(redact.foreign(f"the run failed: {type(error).__name__}: {error}"))
             wrapped.__cause__ = error
             error = wrapped
         return node.salvaged(ERROR, str(error), cause=error)
@@ -285,7 +286,7 @@ class Run:
         )
         writer.write(end)
         writer.close()
-        notes = []
+        notes = list(tree.notes)
         if writer.error is not None:
             notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
         elif writer.dropped:

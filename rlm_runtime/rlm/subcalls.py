@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlm_runtime import prompts
 from rlm_runtime.errors import LMError, RlmError, UsageError
-from rlm_runtime.lms.base import LM, Message, Reply, ToolCall
+from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, with_ids
 from rlm_runtime.repl.base import Outcome, Request
-from rlm_runtime.rlm import schemas
+from rlm_runtime.rlm import replies, schemas
 from rlm_runtime.rlm.tree import Meter, in_order, why_not
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool, ToolError
@@ -149,7 +149,8 @@ class SubCalls:
         options = self.tree.options
         tools = {n: t for n, t in options.sub_tools.items() if not t.is_value}
         specs = [t.spec() for t in tools.values()]
-        rounds, retries, made = 0, 0, 0
+        rounds, retries, made, blanks = 0, 0, 0, 0
+        sampling = options.sub_sampling
         while True:
             offered = specs if rounds < options.sub_rounds else []
             reply = await self.tree.ask(
@@ -158,19 +159,28 @@ class SubCalls:
                 depth=depth,
                 meter=meter,
                 calls=1,
-                sampling=options.sub_sampling,
+                sampling=sampling,
                 tools=offered,
                 schema=shape.schema if shape is not None else None,
             )
             if reply.tool_calls and offered:
                 rounds += 1
-                told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(reply.tool_calls, 1)]
+                said = _assistant(reply)
+                told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(said.tool_calls, 1)]
                 made += len(told)
                 results = await in_order(self._sub_tool, told, options.concurrency)
-                messages = [*messages, _assistant(reply), *results]
+                messages = [*messages, said, *results]
                 continue
             if not reply.text.strip() and reply.tool_calls:
                 raise LMError(f"{lm.name} kept calling tools after {rounds} rounds.", kind="protocol", model=lm.name)
+            blank = replies.no_answer(lm, reply, reply.text)
+            if blank is not None:
+                blanks += 1
+                again = replies.another_try(blank, sampling, blanks)
+                if again is None:
+                    raise blank
+                sampling = again
+                continue
             if shape is None:
                 return reply.text
             value, problem = shape.parse(reply.text)
@@ -223,7 +233,7 @@ async def _outcome(call: Awaitable[Any]) -> Outcome:
 
 
 def _assistant(reply: Reply) -> Message:
-    return Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls)
+    return Message(role="assistant", content=reply.text, tool_calls=with_ids(reply.tool_calls), extra=reply.extra)
 
 
 def as_text(value: Any) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 from rlm_runtime.errors import LMError, RlmError, SandboxError, UsageError
 from rlm_runtime.lms.base import LM, Message, Sampling, Usage
+from rlm_runtime.rlm.replies import no_answer
 from rlm_runtime.tasks import get, parse_length
 from rlm_runtime.tasks.base import Example, Task, Tokens, text_of
 from rlm_runtime.tasks.results import Row, Summary, append_row, read_rows, summarize, table, write_summaries
@@ -302,6 +303,9 @@ class _Runners:
         if await asyncio.to_thread(self.root.count_tokens, messages) > room:
             return over
         reply = await self.root.complete(messages, sampling=self.sampling)
+        blank = no_answer(self.root, reply, reply.text)
+        if blank is not None:
+            raise blank
         usage = reply.usage if reply.usage.calls else reply.usage.model_copy(update={"calls": 1})
         return {"answer": reply.text, "stop_reason": reply.finish_reason, **_usage(usage)}
 

@@ -1,0 +1,92 @@
+"""Replies that are no answer, and endpoints that read less than they were sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlm_runtime.errors import LMError
+from rlm_runtime.lms.base import LM, Message, Reply, Sampling, Usage
+
+EMPTY_RETRIES = 2  # of a call whose reply was empty, or cut before its first word
+GROWTH = 4  # how much more a call may generate after it was cut before its first word
+CHECKED_CHARS = 6_000  # shorter prompts fit every window
+COUNTED_CHARS = 1 << 20  # of a text whose words are counted; the rest is taken to be alike
+
+
+def no_answer(lm: LM, reply: Reply, text: str) -> LMError | None:
+    """Why `text`, the reply without what the model thought, is no answer; None: it is one."""
+    began = f" It began: {text.strip()[:200]}" if text.strip() else ""
+    if reply.finish_reason == "content_filter":
+        message, kind = (
+            f"the reply was refused or held back by a content filter.{began}",
+            "content_filter",
+        )
+    elif text.strip() or reply.tool_calls:
+        return None
+    elif reply.finish_reason == "length":
+        message = (
+            f"the reply was cut before its first word, after {reply.usage.output_tokens:,} tokens of thinking. "
+            "Raise max_tokens, lower reasoning_effort, or ask for less at once."
+        )
+        kind = "truncated"
+    else:
+        message, kind = "the reply was empty.", "empty"
+    return LMError(f"{lm.name}: {message}", kind=kind, model=lm.name)
+
+
+def another_try(error: LMError, sampling: Sampling, tries: int) -> Sampling | None:
+    """The sampling to ask again with after `tries` such replies; None: asking again does not help."""
+    if tries > EMPTY_RETRIES or error.kind == "content_filter":
+        return None
+    if error.kind == "empty":
+        return sampling
+    if sampling.max_tokens is None or tries > 1:
+        return None  # the endpoint's own limit: asked again it would be the same
+    return sampling.model_copy(update={"max_tokens": GROWTH * sampling.max_tokens})
+
+
+class Windows:
+    """What the endpoints of one `RLM` turned out to read of a prompt, where that is less than was sent.
+
+    Some servers cut a prompt that is longer than their window and answer what is left. It shows in their count of the
+    prompt's tokens: no tokenizer needs fewer tokens than a text has words.
+    """
+
+    def __init__(self) -> None:
+        self._most: dict[
+            int, int
+        ] = {}  # by id of the model: the largest prompt its endpoint ever counted
+        self._cut: dict[int, int] = {}
+
+    def of(self, lm: LM) -> int | None:
+        """Tokens this model's endpoint reads; None: nothing was ever cut."""
+        return self._cut.get(id(lm))
+
+    def watch(self, lm: LM, messages: Sequence[Message], usage: Usage) -> bool:
+        """Note what the endpoint counted; True where a prompt was cut, the first time only."""
+        counted = usage.input_tokens
+        if usage.estimated or not counted:
+            return False
+        most = self._most[id(lm)] = max(counted, self._most.get(id(lm), 0))
+        if id(lm) in self._cut:
+            self._cut[id(lm)] = most  # never less than it was seen to read
+            return False
+        chars = sum(len(m.content) for m in messages)
+        if chars < CHECKED_CHARS or counted * 6 > chars:
+            return False
+        # Servers that leave out what they had in their cache have counted as much before.
+        if most >= least_tokens(messages) // 2:
+            return False
+        self._cut[id(lm)] = most
+        return True
+
+
+def least_tokens(messages: Sequence[Message]) -> int:
+    """Tokens of a prompt, from below: one for each word, and for scripts without spaces one for ten UTF-8 bytes."""
+    total = 0.0
+    for message in messages:
+        text = message.content[:COUNTED_CHARS]
+        beyond_ascii = 0 if text.isascii() else len(text.encode("utf-8", "replace")) - len(text)
+        count = max(len(text.split()), beyond_ascii // 5)
+        total += count * len(message.content) / max(1, len(text))
+    return int(total)
