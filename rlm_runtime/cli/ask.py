@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlm_runtime.cli import codes, contexts, live, models, values
+from rlm_runtime import live
+from rlm_runtime.cli import codes, contexts, models, values
 from rlm_runtime.errors import RlmError, UsageError
+from rlm_runtime.terminal import clean
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +92,7 @@ def tell(args: argparse.Namespace, result: Any) -> int:
         out(json.dumps(whole, ensure_ascii=False))
     elif answer is not None:
         text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, indent=2)
-        out(codes.clean(text) if sys.stdout.isatty() else text)
+        out(clean(text) if sys.stdout.isatty() else text)
     code = code_of(result)
     if code != codes.OK:
         what = "no answer" if answer is None else "the answer is partial"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from rlm_runtime.lms import plain
-from rlm_runtime.lms.base import Message, Reply, ToolCall, ToolSpec, Usage, with_ids
+from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, ToolSpec, Usage, with_ids
 from rlm_runtime.lms.chat import Call, ChatLM
 from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
 from rlm_runtime.lms.stops import StopCutter
@@ -72,7 +72,7 @@ class OpenAILM(ChatLM):
             messages = plain.without_system(messages)
         body["messages"] = [as_openai(m, reasoning="reasoning" not in self.adapted) for m in messages]
         if tools:
-            body["tools"] = [_tool(t) for t in tools]
+            body["tools"] = [openai_tool(t) for t in tools]
         if sampling.max_tokens is not None:
             body[self._limit_field] = sampling.max_tokens
         chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
@@ -122,25 +122,27 @@ class OpenAILM(ChatLM):
             reading.whole(await response.json())
         reading.deliver(reading.stops.flush())
         reply = reading.reply(plain_tools=call.tools if "tools" not in body else ())
-        usage = self._usage(reading, call.messages)
+        usage = usage_of(self, reading.usage, call.messages, reading.spoken(), self._tokenizer)
         return reply.model_copy(update={"usage": usage, "model": reading.model or self.model})
 
-    def _usage(self, reading: Reading, messages: Sequence[Message]) -> Usage:
-        raw = reading.usage
-        spent, made = natural(raw.get("prompt_tokens")), natural(raw.get("completion_tokens"))
-        estimated = spent is None or made is None
-        if spent is None:
-            spent = self.count_tokens(messages)
-        if made is None:
-            made = self._tokenizer(reading.spoken())
-        cached = natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0
-        cached = min(cached, spent)
-        cost, told = self.price(spent, made, cached), raw.get("cost")
-        if cost is None and isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < float("inf"):
-            cost = float(told)  # some routers say what they charge
-        return Usage(
-            calls=1, input_tokens=spent, output_tokens=made, cached_tokens=cached, cost_usd=cost, estimated=estimated
-        )
+
+def usage_of(
+    lm: LM, raw: dict[str, Any], messages: Sequence[Message], spoken: str, tokenizer: Callable[[str], int]
+) -> Usage:
+    """The usage an endpoint sent, with estimates for what it left out: of the prompt, and of `spoken`."""
+    spent, made = natural(raw.get("prompt_tokens")), natural(raw.get("completion_tokens"))
+    estimated = spent is None or made is None
+    if spent is None:
+        spent = lm.count_tokens(messages)
+    if made is None:
+        made = tokenizer(spoken)
+    cached = min(natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0, spent)
+    cost, told = lm.price(spent, made, cached), raw.get("cost")
+    if cost is None and isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < float("inf"):
+        cost = float(told)  # some routers say what they charge
+    return Usage(
+        calls=1, input_tokens=spent, output_tokens=made, cached_tokens=cached, cost_usd=cost, estimated=estimated
+    )
 
 
 class Reading:
@@ -382,7 +384,8 @@ def as_openai(message: Message, *, reasoning: bool = True) -> dict[str, Any]:
     return {**more, "role": message.role, "content": message.content or None, "tool_calls": calls}
 
 
-def _tool(tool: ToolSpec) -> dict[str, Any]:
+def openai_tool(tool: ToolSpec) -> dict[str, Any]:
+    """A tool in the shape of the OpenAI API."""
     function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     return {"type": "function", "function": function}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from rlm_runtime.rlm.results import RLMResult
 from rlm_runtime.rlm.run import CancelEvent, Place, Run
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tools, toolbox
+from rlm_runtime.trajectory import AnyEvent
 
 if TYPE_CHECKING:
     from rlm_runtime.session import Session
@@ -49,7 +50,9 @@ class RLM:
         `sub_tools` one that says what they are for.
       compact_at: share of the root model's window at which its history is replaced by a summary; `window`: tokens of
         the window, for models that do not say.
-      on_event: called with every event of the trajectory as it happens.
+      on_event: called with every event of the trajectory as it happens; or an object whose `for_run(run_id)` gives
+        such a function for each run.
+      verbose: show progress on standard error: turns, code, outputs, tokens.
       sampling: a `Sampling` or a dict, for all calls; root_sampling, sub_sampling: instead of it, for nodes that lead
         and for plain calls.
       sub_rounds: rounds of tool calls a sub-LM may take before it must answer.
@@ -81,6 +84,7 @@ class RLM:
         compact_at: float = 0.85,
         window: int | None = None,
         on_event: Callable[[Any], None] | None = None,
+        verbose: bool = False,
         sampling: Sampling | Mapping[str, Any] | None = None,
         root_sampling: Sampling | Mapping[str, Any] | None = None,
         sub_sampling: Sampling | Mapping[str, Any] | None = None,
@@ -95,7 +99,7 @@ class RLM:
             raise UsageError(f"prompt_variant: expected one of {', '.join(VARIANTS)}, got {prompt_variant!r}.")
         if isinstance(compact_at, bool) or not isinstance(compact_at, int | float) or not 0.1 <= compact_at <= 1:
             raise UsageError(f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}.")
-        if on_event is not None and not callable(on_event):
+        if on_event is not None and not callable(on_event) and not hasattr(on_event, "for_run"):
             raise UsageError(f"on_event: expected a function of one event, got {on_event!r}.")
         name, make = _environment(environment, dict(environment_options or {}))
         root_lm = options.check_lm(root, "root")
@@ -121,6 +125,7 @@ class RLM:
             compact_at=compact_at,
             window=None if window is None else check_int("window", window, 256),
             on_event=on_event,
+            verbose=bool(verbose),
             root_sampling=options.check_model(
                 "root_sampling", Sampling, sampling if root_sampling is None else root_sampling
             ),
@@ -179,6 +184,26 @@ class RLM:
         """Begin a completion in the running event loop: `run.cancel()`, `await run.result()`."""
         shape = Shape.of(output) if output is not None else None
         return Run(self._options, context_of(prompt, question), question, shape, cancel=cancel)
+
+    async def stream(
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
+    ) -> AsyncIterator[AnyEvent]:
+        """The events of a completion as they happen; the last one, a `RunEnd`, holds the answer.
+
+        Raises what `completion` raises, at the end. Leaving the loop early ends the run once the iterator is closed
+        (`contextlib.aclosing` does it at once)."""
+        run = self.start(prompt, question, output=output, cancel=cancel)
+        try:
+            async for event in run.events():
+                yield event
+            await run.result()
+        finally:
+            await run.end()
 
     # -- many completions -----------------------------------------------------------------------------------------------
     def session(self) -> Session:

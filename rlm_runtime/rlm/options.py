@@ -14,7 +14,7 @@ from rlm_runtime.budget import Budget
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import LM, Sampling
 from rlm_runtime.repl.base import Environment, Limits
-from rlm_runtime.rlm.replies import Windows
+from rlm_runtime.rlm.replies import WINDOWS, Windows
 from rlm_runtime.tools import Tool
 
 MakeEnvironment = Callable[[Limits], Environment]
@@ -52,7 +52,8 @@ class Options:
     sub_sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     sub_rounds: int = 5
     schema_retries: int = 2
-    windows: Windows = field(default_factory=Windows, compare=False)
+    verbose: bool = False
+    windows: Windows = WINDOWS
 
     def node_lm(self, depth: int) -> LM:
         """The model that leads an RLM node at this depth."""

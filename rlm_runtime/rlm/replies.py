@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import LM, Message, Reply, Sampling, Usage
@@ -46,30 +47,34 @@ def another_try(error: LMError, sampling: Sampling, tries: int) -> Sampling | No
 
 
 class Windows:
-    """What the endpoints of one `RLM` turned out to read of a prompt, where that is less than was sent.
+    """What endpoints turned out to read of a prompt, where that is less than was sent.
 
     Some servers cut a prompt that is longer than their window and answer what is left. It shows in their count of the
     prompt's tokens: no tokenizer needs fewer tokens than a text has words.
     """
 
     def __init__(self) -> None:
-        self._most: dict[
-            int, int
-        ] = {}  # by id of the model: the largest prompt its endpoint ever counted
-        self._cut: dict[int, int] = {}
+        self._most: WeakKeyDictionary[LM, int] = WeakKeyDictionary()  # the largest prompt an endpoint ever counted
+        self._cut: WeakKeyDictionary[LM, int] = WeakKeyDictionary()
 
     def of(self, lm: LM) -> int | None:
         """Tokens this model's endpoint reads; None: nothing was ever cut."""
-        return self._cut.get(id(lm))
+        try:
+            return self._cut.get(lm)
+        except TypeError:  # a model that cannot be hashed
+            return None
 
     def watch(self, lm: LM, messages: Sequence[Message], usage: Usage) -> bool:
         """Note what the endpoint counted; True where a prompt was cut, the first time only."""
         counted = usage.input_tokens
         if usage.estimated or not counted:
             return False
-        most = self._most[id(lm)] = max(counted, self._most.get(id(lm), 0))
-        if id(lm) in self._cut:
-            self._cut[id(lm)] = most  # never less than it was seen to read
+        try:
+            most = self._most[lm] = max(counted, self._most.get(lm, 0))
+        except TypeError:  # neither hashed nor held weakly
+            return False
+        if lm in self._cut:
+            self._cut[lm] = most  # never less than it was seen to read
             return False
         chars = sum(len(m.content) for m in messages)
         if chars < CHECKED_CHARS or counted * 6 > chars:
@@ -77,8 +82,11 @@ class Windows:
         # Servers that leave out what they had in their cache have counted as much before.
         if most >= least_tokens(messages) // 2:
             return False
-        self._cut[id(lm)] = most
+        self._cut[lm] = most
         return True
+
+
+WINDOWS = Windows()  # of this process: what one run learns of a model, the next one knows
 
 
 def least_tokens(messages: Sequence[Message]) -> int:

@@ -7,9 +7,10 @@ end of its trajectory, and has a result.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +31,7 @@ from rlm_runtime.rlm.options import Options
 from rlm_runtime.rlm.results import CANCELLED, ERROR, Ending, RLMResult, at_limit
 from rlm_runtime.rlm.tree import END_SECONDS, Meter, Tree, finish
 from rlm_runtime.structured import Shape
-from rlm_runtime.trajectory import ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
+from rlm_runtime.trajectory import AnyEvent, ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
 
 CANCEL_SECONDS = 20.0  # longest that a cancelled conversation may take to end
 POLL_SECONDS = 0.05
@@ -103,16 +104,43 @@ class Run:
         attribute is the RLMResult with usage and trajectory."""
         return await asyncio.shield(self._task)
 
+    def events(self) -> AsyncIterator[AnyEvent]:
+        """The run's events from this call on, as they happen; the iterator ends with the run. Breaking off does not end
+        the run."""
+        queue: asyncio.Queue[AnyEvent | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: AnyEvent | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self._writer.listen(put)
+        self._task.add_done_callback(lambda _: put(None))
+
+        async def drain() -> AsyncIterator[AnyEvent]:
+            try:
+                while (event := await queue.get()) is not None:
+                    yield event
+            finally:
+                self._writer.unlisten(put)
+
+        return drain()
+
+    async def end(self) -> None:
+        """Cancel, if it still runs, and wait (bounded) for the end. Never raises what the run raised."""
+        if not self._task.done():
+            self.cancel()
+            await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
+        if self._task.done() and not self._task.cancelled():
+            self._task.exception()  # seen, so that nobody warns about it
+
     async def to_the_end(self) -> RLMResult:
         """As `result`, but cancelling the caller cancels the run, waits (bounded) until it has ended, and raises
         CancelledError with the partial result as its attribute `result`."""
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError as e:
-            self.cancel()
-            await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
-            if self._task.done() and not self._task.cancelled():
-                self._task.exception()  # seen: the caller gets the cancellation instead
+            await self.end()
             e.result = self._result
             raise
 
@@ -238,7 +266,14 @@ class Run:
         folder = None
         if options.log_dir is not None:
             folder = place.folder if place is not None and place.folder else run_folder(options.log_dir, self.id)
-        writer = TrajectoryWriter(folder, options.on_event, append=place is not None and place.folder is not None)
+        on_event = options.on_event
+        if hasattr(on_event, "for_run"):
+            on_event = on_event.for_run(self.id)
+        writer = TrajectoryWriter(folder, on_event, append=place is not None and place.folder is not None)
+        if options.verbose:
+            from rlm_runtime.live import Lines
+
+            writer.listen(Lines())
         if place is not None:
             place.folder = folder
         return writer

@@ -46,7 +46,7 @@ class TrajectoryWriter:
         memory_bytes: int = 64 << 20,
     ):
         self.folder = Path(folder) if folder is not None else None
-        self.on_event = on_event
+        self._listeners: list[Callable[[AnyEvent], None]] = [on_event] if on_event is not None else []
         self.error: OSError | None = None  # why recording stopped; None while it works
         self.dropped = 0  # events that are not in the record
         self._started = time.monotonic()
@@ -98,13 +98,21 @@ class TrajectoryWriter:
                 self._keep(line, stamped)
             else:
                 self._append(line)
-        if self.on_event is not None:
+        for listener in tuple(self._listeners):
             try:
-                self.on_event(stamped)
+                listener(stamped)
             except Exception as error:
-                self.on_event = None  # one warning, then silence: it would fail for every event
+                self.unlisten(listener)  # one warning, then silence: it would fail for every event
                 warnings.warn(f"on_event raised {error!r}; it is not called again in this run.", stacklevel=2)
         return stamped
+
+    def listen(self, listener: Callable[[AnyEvent], None]) -> None:
+        """Call `listener` with every event from now on, as `on_event`."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[AnyEvent], None]) -> None:
+        with contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
 
     def _keep(self, line: bytes, event: Event) -> None:
         if len(line) > self._memory_left and event.type != "run_end":  # type: ignore[attr-defined]

@@ -511,7 +511,7 @@ def test_the_live_screen_shows_turns_calls_and_costs():
     """Its parts, on a console that records; the events of a real run come in `recorded`."""
     from rich.console import Console
 
-    from rlm_runtime.cli.live import Screen
+    from rlm_runtime.live import Screen
     from rlm_runtime.lms.base import Message, Usage
     from rlm_runtime.repl.base import CellResult
     from rlm_runtime.trajectory import CellEnd, CellStart, NodeEnd, NodeStart, Replied, RunStart

@@ -20,7 +20,14 @@ OPENAI, ANTHROPIC = "sk-openai-0123456789", "sk-ant-0123456789"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    for name in ("OPENAI_BASE_URL", "ANTHROPIC_BASE_URL", "RLM_ROOT", "RLM_SUB", "RLM_PRICES", "RLM_MODELS"):
+    for name in (
+        "OPENAI_BASE_URL",
+        "ANTHROPIC_BASE_URL",
+        "RLM_ROOT",
+        "RLM_SUB",
+        "RLM_PRICES",
+        "RLM_MODELS",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", OPENAI)
     monkeypatch.setenv("ANTHROPIC_API_KEY", ANTHROPIC)
@@ -43,7 +50,9 @@ def url(lm):
 def key(lm):
     """The key the model would send, as its endpoint holds it."""
     headers = lm.endpoint._headers
-    return headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
+    return (
+        headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
+    )
 
 
 X, Y = "http://127.0.0.1:7001/v1", "http://127.0.0.1:7002/v1"
@@ -106,7 +115,16 @@ def test_no_key_of_the_root_reaches_the_sub_models_endpoint_in_a_run(servers, tm
     one._reply = done("llm_query('read this')")
     (tmp_path / "book.txt").write_text(TEXT)
     command = Command(tmp_path)
-    args = ["--root", "openai:a", "--base-url", one.url, "--sub", "openai:b", "--sub-base-url", two.url]
+    args = [
+        "--root",
+        "openai:a",
+        "--base-url",
+        one.url,
+        "--sub",
+        "openai:b",
+        "--sub-base-url",
+        two.url,
+    ]
     code, _, err = command(
         "ask", "what?", "-c", "book.txt", *args, "--root-opt", "headers.X-Tenant=secret-tenant"
     )
@@ -129,10 +147,22 @@ def test_options_of_each_model_reach_its_requests(servers):
     for lm in (root, sub):
         asyncio.run(lm.complete([Message(role="user", content="x")]))
     first, second = one.requests[0], two.requests[0]
-    assert {"temperature": 0.2, "reasoning_effort": "low", "max_tokens": 8000}.items() <= first.body.items()
+    assert {
+        "temperature": 0.2,
+        "reasoning_effort": "low",
+        "max_tokens": 8000,
+    }.items() <= first.body.items()
     assert first.path.endswith("?api-version=2024-10-21") and "stream" not in first.body
-    assert second.body["top_k"] == 20 and second.body["mode"] == "fast" and second.headers["x-a"] == "b"
-    assert "temperature" not in second.body and "?" not in second.path and sub.endpoint.max_retries == 1
+    assert (
+        second.body["top_k"] == 20
+        and second.body["mode"] == "fast"
+        and second.headers["x-a"] == "b"
+    )
+    assert (
+        "temperature" not in second.body
+        and "?" not in second.path
+        and sub.endpoint.max_retries == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -180,8 +210,14 @@ def test_models_of_a_file(tmp_path, monkeypatch):
     root, sub = pair("--models", str(path), "--root", "big")
     assert sub is root
     monkeypatch.setenv("RLM_MODELS", str(path))
-    root, sub = pair("--root", "big", "--base-url", Y, "--sub", "mine")  # another endpoint: the entry's key stays behind
-    assert (url(root), key(root)) == (Y, None) and isinstance(sub, ScriptedLM) and not root.endpoint._query
+    root, sub = pair(
+        "--root", "big", "--base-url", Y, "--sub", "mine"
+    )  # another endpoint: the entry's key stays behind
+    assert (
+        (url(root), key(root)) == (Y, None)
+        and isinstance(sub, ScriptedLM)
+        and not root.endpoint._query
+    )
     root, sub = pair("--root", "big", "--sub-base-url", Y)
     assert (key(root), url(sub), key(sub)) == ("big-key-1234", Y, None)
     found = load_models(path)

@@ -23,7 +23,9 @@ HAND_IN = cell("answer['content'] = out\nanswer['ready'] = True")
 
 
 def http(server, **options):
-    return OpenAILM("m", **{"base_url": server.url, "api_key": "key-000001", "backoff": 0.001, **options})
+    return OpenAILM(
+        "m", **{"base_url": server.url, "api_key": "key-000001", "backoff": 0.001, **options}
+    )
 
 
 def run(sub, *, root=(ASK, HAND_IN), context="some text", **options):
@@ -39,6 +41,7 @@ REFUSAL = Raw(
     "text/event-stream",
 )
 
+
 @pytest.mark.parametrize(
     ("first", "asked"),
     [
@@ -46,7 +49,12 @@ REFUSAL = Raw(
         (Say("  \n "), 2),
         (Say(None, reasoning="I should"), 2),
         (Raw(b'{"choices": []}'), 2),
-        (Raw(json.dumps({"choices": [{"error": {"code": 502, "message": "upstream"}}]}).encode()), 2),
+        (
+            Raw(
+                json.dumps({"choices": [{"error": {"code": 502, "message": "upstream"}}]}).encode()
+            ),
+            2,
+        ),
     ],
     ids=["empty", "blank", "thought only", "no choices", "error in the choice"],
 )
@@ -61,12 +69,24 @@ def test_an_empty_reply_is_asked_for_again(first, asked):
     [
         (Say(""), "empty", "empty", 3),
         (Say("", finish="content_filter"), "content_filter", "content filter", 1),
-        (Say("As I was say", finish="content_filter"), "content_filter", "It began: As I was say", 1),
+        (
+            Say("As I was say", finish="content_filter"),
+            "content_filter",
+            "It began: As I was say",
+            1,
+        ),
         (REFUSAL, "content_filter", "It began: I cannot help", 1),
         (Say("", reasoning="let me see " * 50, finish="length"), "truncated", "max_tokens", 1),
         (Raw(b'{"choices": []}'), "empty", "without any choice", 2),
     ],
-    ids=["empty", "filtered", "filtered in the middle", "refused", "cut while thinking", "no choices"],
+    ids=[
+        "empty",
+        "filtered",
+        "filtered in the middle",
+        "refused",
+        "cut while thinking",
+        "no choices",
+    ],
 )
 def test_a_reply_that_stays_empty_is_a_typed_error(reply, kind, words, asked):
     with FakeServer(reply) as server:
@@ -103,7 +123,9 @@ def test_an_exception_of_a_foreign_model_shows_no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("ACME_API_KEY", "acme0secret0value")
 
     def broken(messages):
-        raise RuntimeError("401 for Bearer abcdefghijkl, key acme0secret0value, sk-proj-abcdefghijkl")
+        raise RuntimeError(
+            "401 for Bearer abcdefghijkl, key acme0secret0value, sk-proj-abcdefghijkl"
+        )
 
     result = run(ScriptedLM(broken), log_dir=tmp_path)
     written = "".join(p.read_text() for p in tmp_path.rglob("events.jsonl"))
@@ -131,8 +153,12 @@ def test_tool_results_find_their_call_whatever_the_ids():
 # Windows
 
 
-LONG = cell("try:\n    out = llm_query(context)\nexcept CallError as e:\n    out = f'{e.kind}: {e}'\nprint(out)")
-PROSE = "The quick brown fox jumps over the lazy dog and rests. " * 1000  # 55,000 characters, 11,000 words
+LONG = cell(
+    "try:\n    out = llm_query(context)\nexcept CallError as e:\n    out = f'{e.kind}: {e}'\nprint(out)"
+)
+PROSE = (
+    "The quick brown fox jumps over the lazy dog and rests. " * 1000
+)  # 55,000 characters, 11,000 words
 
 
 @pytest.mark.parametrize("how", ["of the model", "of the RLM"])
@@ -142,7 +168,12 @@ def test_a_window_is_enforced_for_sub_calls(how):
         options = {} if how == "of the model" else {"window": 4096}
         answer = run(sub, root=(LONG, HAND_IN), context=PROSE, **options).answer
         fits = f"{prompts.fitting_chars(4096):,} characters"
-        assert answer.startswith("context_overflow: ") and "4,096" in answer and fits in answer and server.count == 0
+        assert (
+            answer.startswith("context_overflow: ")
+            and "4,096" in answer
+            and fits in answer
+            and server.count == 0
+        )
         small = cell(f"out = llm_query(context[:{prompts.fitting_chars(4096)}])")
         assert run(sub, root=(small, HAND_IN), context=PROSE, **options).answer == "an answer"
 
@@ -152,7 +183,9 @@ def truncating(window):
 
     def reply(body):
         words = sum(len((m.get("content") or "").split()) for m in body["messages"])
-        return Say("an answer", usage={"prompt_tokens": min(window, 2 * words), "completion_tokens": 2})
+        return Say(
+            "an answer", usage={"prompt_tokens": min(window, 2 * words), "completion_tokens": 2}
+        )
 
     return reply
 
@@ -183,7 +216,10 @@ def test_the_next_system_prompt_of_the_same_rlm_knows(tmp_path):
         rlm.completion(PROSE, "what?")
         rlm.completion(PROSE, "what?")
         said = root.messages[-1][0].content
-        assert f"about {prompts.fitting_chars(2048):,} characters fit" in said and "for sure" not in said
+        assert (
+            f"about {prompts.fitting_chars(2048):,} characters fit" in said
+            and "for sure" not in said
+        )
 
 
 def watch(counts_and_texts):
@@ -198,13 +234,18 @@ def watch(counts_and_texts):
 def test_what_is_no_cut_is_not_taken_for_one():
     spaces = "x" + " " * 50_000
     assert watch([(40, spaces), (11_500, PROSE)]) == ([False, False], None)
-    cached = [(13_000, PROSE), (7, PROSE)]  # the second time only what was not in the server's cache
+    cached = [
+        (13_000, PROSE),
+        (7, PROSE),
+    ]  # the second time only what was not in the server's cache
     assert watch(cached) == ([False, False], None)
     assert watch([(3, "short " * 900)]) == ([False], None)
     assert watch([(2048, PROSE), (2048, PROSE), (4096, PROSE)]) == ([True, False, False], 4096)
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=50), st.integers(1, 200))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=50), st.integers(1, 200)
+)
 def test_no_tokenizer_needs_fewer_tokens_than_the_least(words, times):
     """Held to the bytes: even a token of ten bytes a piece needs as many for scripts without spaces."""
     text = " ".join(words) * times
@@ -234,4 +275,7 @@ def test_an_empty_summary_is_asked_for_once_more():
     node = Node()
     assert asyncio.run(compaction._summary(node)) == "The summary."
     node.replies = ["", "", "never asked for"]
-    assert asyncio.run(compaction._summary(node)) == "(no summary was given)" and len(node.replies) == 1
+    assert (
+        asyncio.run(compaction._summary(node)) == "(no summary was given)"
+        and len(node.replies) == 1
+    )
