@@ -55,14 +55,20 @@ setup(
             "uvicorn>=0.30",
         ],
         "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
+        "prices": ["genai-prices>=0.2"],  # a price table that is kept up to date
+        "mcp": ["mcp>=2.0"],  # tools of MCP servers
+        "otel": ["opentelemetry-api>=1.27"],  # runs as traces
         "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "dev": [
+            "genai-prices>=0.2",
             "hypothesis>=6.100",
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
+            "mcp>=2.0",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
+            "opentelemetry-sdk>=1.27",  # spans in memory
             "psutil>=5.9",  # tests that look for processes and descriptors left behind
             "pyarrow>=17",
             "pytest>=8.2",

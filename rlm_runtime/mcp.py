@@ -75,8 +75,11 @@ class MCPTools:
             listed = ready.result(self._timeout)
         except Exception as e:
             self.__exit__()
-            why = "no answer" if isinstance(e, TimeoutError) else _innermost(e)
-            raise UsageError(f"the MCP server {_shown(self._server)} cannot be used: {why}") from e
+            cause = _innermost(e)
+            why = "no answer" if isinstance(e, TimeoutError) else f"{type(cause).__name__}: {cause}"
+            raise UsageError(
+                f"the MCP server {_shown(self._server)} cannot be used: {why}"
+            ) from cause
         wanted = [t.name for t in listed] if self._names is None else list(self._names)
         by_name = {t.name: t for t in listed}
         for name in wanted:
@@ -218,7 +221,7 @@ def _part(content: Any) -> Any:
     return text if isinstance(text, str) else json.loads(content.model_dump_json(exclude_none=True))
 
 
-def _innermost(error: BaseException) -> str:
+def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return f"{type(error).__name__}: {error}"
+    return error

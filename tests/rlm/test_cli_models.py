@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be(tmp_path, text, words):
 
 
 def test_an_unknown_price_names_the_option(tmp_path):
-    with pytest.raises(UsageError, match="--price IN,OUT.*price="):
+    with pytest.raises(UsageError, match=r"--price IN,OUT.*price="):
         RLM(resolve("openai:unheard-of"), budget={"usd": 1.0})
     (tmp_path / "book.txt").write_text(TEXT)
     with FakeServer(done("'x'")) as server:

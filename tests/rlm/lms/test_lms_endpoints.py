@@ -82,7 +82,7 @@ def test_a_key_that_was_kept_back_is_named_when_the_endpoint_wants_one(monkeypat
     monkeypatch.setenv(
         "OPENAI_BASE_URL", "http://127.0.0.1:9/v1"
     )  # the key is this server's now, not OpenAI's
-    with pytest.raises(UsageError, match="belongs to http://127.0.0.1:9/v1"):
+    with pytest.raises(UsageError, match=r"belongs to http://127\.0\.0\.1:9/v1"):
         OpenAILM("m", base_url="https://api.openai.com/v1")
 
 
