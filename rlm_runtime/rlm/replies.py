@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 from rlm_runtime.errors import LMError
+from rlm_runtime.lms import tokens
 from rlm_runtime.lms.base import LM, Message, Reply, Sampling, Usage
 
 EMPTY_RETRIES = 2  # of a call whose reply was empty, or cut before its first word
 GROWTH = 4  # how much more a call may generate after it was cut before its first word
 CHECKED_CHARS = 6_000  # shorter prompts fit every window
+SMALLEST_WINDOW = 256  # tokens; a smaller count of a long prompt is no count
 COUNTED_CHARS = 1 << 20  # of a text whose words are counted; the rest is taken to be alike
 
 
@@ -67,7 +69,7 @@ class Windows:
     def watch(self, lm: LM, messages: Sequence[Message], usage: Usage) -> bool:
         """Note what the endpoint counted; True where a prompt was cut, the first time only."""
         counted = usage.input_tokens
-        if usage.estimated or not counted:
+        if usage.estimated or counted < SMALLEST_WINDOW:
             return False
         try:
             most = self._most[lm] = max(counted, self._most.get(lm, 0))
@@ -79,14 +81,20 @@ class Windows:
         chars = sum(len(m.content) for m in messages)
         if chars < CHECKED_CHARS or counted * 6 > chars:
             return False
-        # Servers that leave out what they had in their cache have counted as much before.
-        if most >= least_tokens(messages) // 2:
+        # Servers that leave out what they had in their cache have counted as much before, or count the newest messages.
+        if most >= least_tokens(messages) // 2 or counted <= _most_of_newest(messages):
             return False
         self._cut[lm] = most
         return True
 
 
 WINDOWS = Windows()  # of this process: what one run learns of a model, the next one knows
+
+
+def _most_of_newest(messages: Sequence[Message]) -> int:
+    """Tokens, from above, of what was said after the last reply; 0 for a prompt without replies."""
+    said = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    return tokens.count(messages[said[-1] + 1 :]) + SMALLEST_WINDOW if said else 0
 
 
 def least_tokens(messages: Sequence[Message]) -> int:

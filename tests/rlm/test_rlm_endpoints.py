@@ -241,6 +241,22 @@ def test_what_is_no_cut_is_not_taken_for_one():
     assert watch(cached) == ([False, False], None)
     assert watch([(3, "short " * 900)]) == ([False], None)
     assert watch([(2048, PROSE), (2048, PROSE), (4096, PROSE)]) == ([True, False, False], 4096)
+    assert watch([(10, PROSE), (10, PROSE)]) == ([False, False], None)  # stubs and proxies that send any number
+
+
+def test_a_conversation_that_is_cut_is_told_from_one_whose_beginning_was_in_the_cache():
+    def turn(counted, newest):
+        windows, lm = Windows(), ScriptedLM([])
+        talk = [
+            Message(role="user", content=PROSE),
+            Message(role="assistant", content="yes"),
+            Message(role="user", content=newest),
+        ]
+        return windows.watch(lm, talk, Usage(calls=1, input_tokens=counted, output_tokens=1))
+
+    assert turn(2048, "short")  # far more than the newest message has, far less than all
+    assert not turn(900, PROSE[:2500])  # what the newest message may have
+    assert not turn(13_000, "short")
 
 
 @given(
