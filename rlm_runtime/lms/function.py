@@ -47,9 +47,8 @@ class FunctionLM:
         self._function, self._options = function, options
         self._table = prices.Table(self.name, given=price, window=window)
         self._tokenizer = tokenizer or tokens.estimate
-        self._errors = Endpoint(
-            self.name, "http://function.invalid", {}
-        )  # words for what is no completion
+        self._errors = Endpoint(self.name, "http://function", {})  # words for what is no completion
+        self._errors.base_url = "the function"
 
     def __repr__(self) -> str:
         return f"FunctionLM({self.name!r})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -28,15 +29,10 @@ _FORMS = (  # of keys that are not ours: an endpoint's message may quote any
 
 
 class Redactor:
-    """Replaces given secrets, also percent-encoded, and whatever looks like a key."""
+    """Replaces given secrets, also as URLs and JSON escape them, and whatever looks like a key."""
 
     def __init__(self, secrets: Iterable[str | None] = ()):
-        forms = {
-            f
-            for s in secrets
-            if s and len(s) >= SHORTEST
-            for f in (s, quote(s, safe=""), quote_plus(s))
-        }
+        forms = {f for s in secrets if s and len(s) >= SHORTEST for f in _spellings(s)}
         self._secrets = tuple(sorted(forms, key=len, reverse=True))
 
     def __call__(self, text: str) -> str:
@@ -45,6 +41,11 @@ class Redactor:
         for form, put in _FORMS:
             text = form.sub(put, text)
         return text
+
+
+def _spellings(secret: str) -> set[str]:
+    escaped = json.dumps(secret)[1:-1]
+    return {secret, quote(secret, safe=""), quote_plus(secret), escaped, escaped.replace("/", "\\/")}
 
 
 def is_secret_name(name: str) -> bool:

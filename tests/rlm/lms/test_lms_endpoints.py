@@ -107,7 +107,7 @@ def everything_shown(error):
 
 
 SECRETS = st.text(
-    st.sampled_from("abcXYZ019+/=&%-_ é".replace(" ", "").replace("é", "")), min_size=8, max_size=60
+    st.sampled_from("abcXYZ019+/=&%-_"), min_size=8, max_size=60
 )
 
 
@@ -119,7 +119,7 @@ def test_no_failure_shows_a_key_wherever_the_endpoint_puts_it(stream):
     replies = [
         *(Fail(s, f"key {secret}, tenant {tenant}, {query}") for s in (400, 401, 403, 404, 429, 500)),
         *(Fail(s, body=long.encode()) for s in (400, 500)), Fail(400, body=f"see /?key={quoted}".encode()),
-        Raw(long.encode()), Raw(json.dumps({"choices": 4, "echo": long}).encode()),
+        Raw(long.encode()), Raw(json.dumps(long).replace("/", "\\/").encode()), Raw(json.dumps({"choices": 4, "echo": long}).encode()),
         Raw(f"data: {long}\n\n".encode(), "text/event-stream"), Raw(f"HTTP/9 {secret} {tenant}\r\n\r\n".encode(), whole=True),
         Raw(json.dumps({"error": {"message": secret, "code": 400}}).encode()), Cut(pieces=-1),
         Cut(error={"message": f"{secret} {tenant}", "code": 500}),
