@@ -3,8 +3,8 @@
     with MCPTools(["uvx", "mcp-server-time"]) as tools:
         RLM("openai:gpt-5-mini", tools=tools).completion("", "What time is it in Lima?")
 
-The server is not confined: it runs with your rights, or elsewhere. It gets the arguments that a model chose, and none
-of this process' environment but PATH, HOME and the like.
+The server is not confined: it runs with your rights, or elsewhere. It gets the arguments that a
+model chose, and none of this process' environment but PATH, HOME and the like.
 """
 
 from __future__ import annotations
@@ -34,16 +34,19 @@ JOIN_SECONDS = 15.0
 
 
 class MCPTools:
-    """The tools of one MCP server, as a context manager (`with` or `async with`) that gives a list of `Tool`.
+    """The tools of one MCP server, as a context manager (`with` or `async with`) that gives a list
+    of `Tool`.
 
     Args:
-      server: a command as a list of words, the URL of a server that speaks streamable HTTP, the usual configuration
-        object (`{"command": ..., "args": [...], "env": {...}}` or `{"url": ...}`), or whatever `mcp.Client` takes.
+      server: a command as a list of words, the URL of a server that speaks streamable HTTP, the
+        usual configuration object (`{"command": ..., "args": [...], "env": {...}}` or `{"url":
+        ...}`), or whatever `mcp.Client` takes.
       names: which of its tools; default: all.
       prefix: put before the tools' names, for servers whose names clash.
       timeout: seconds for the start, and for one call.
 
-    The connection has a thread of its own, so the tools work in synchronous and asynchronous runs alike.
+    The connection has a thread of its own, so the tools work in synchronous and asynchronous runs
+    alike.
     Raises:
       UsageError: the package is missing, the server cannot be started or reached, it lacks a name.
     """
@@ -101,7 +104,7 @@ class MCPTools:
     async def __aexit__(self, *exc: object) -> None:
         await asyncio.to_thread(self.__exit__)
 
-    # -- the connection -----------------------------------------------------------------------------------------------
+    # -- the connection ----------------------------------------------------------------------------
     def _main(self, ready: Future[list[Any]]) -> None:
         async def serve() -> None:
             from mcp import Client
@@ -172,7 +175,8 @@ def _shown(server: Any) -> str:
 
 
 def _signature(schema: Mapping[str, Any]) -> inspect.Signature:
-    """The arguments as Python shows them: required ones first; names that Python cannot write go into `more`."""
+    """The arguments as Python shows them: required ones first; names that Python cannot write go
+    into `more`."""
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     required = [n for n in schema.get("required") or () if n in properties]
@@ -202,7 +206,8 @@ def _identifier(name: str) -> str:
 
 
 def _value(result: Any) -> Any:
-    """A tool's result as JSON: its structured content, else its text. Raises RlmError for an error of the tool."""
+    """A tool's result as JSON: its structured content, else its text. Raises RlmError for an error
+    of the tool."""
     parts = [_part(c) for c in result.content]
     texts = [p for p in parts if isinstance(p, str)]
     if result.is_error:

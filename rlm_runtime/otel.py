@@ -2,8 +2,9 @@
 
     RLM(..., on_event=OTelExporter())
 
-One trace a run: a span for the run, for each model call (with the `gen_ai` attributes of the semantic conventions), each
-cell, each child RLM and each tool. Spans hold no text of the context, of prompts or of replies unless `content=True`.
+One trace a run: a span for the run, for each model call (with the `gen_ai` attributes of the
+semantic conventions), each cell, each child RLM and each tool. Spans hold no text of the context,
+of prompts or of replies unless `content=True`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class OTelExporter:
     """For `RLM(on_event=...)`: makes spans of the events of every run.
 
     Args:
-      tracer_provider: default: the global one, which your application has set up (exporter, sampling, resource).
+      tracer_provider: default: the global one, which your application has set up (exporter,
+        sampling, resource).
       content: also record code, outputs, prompts and replies, cut at 10,000 characters.
     Raises:
       UsageError: the package opentelemetry-api is missing.
@@ -53,7 +55,8 @@ class OTelExporter:
         self._content = content
 
     def for_run(self, run: str) -> _Trace:
-        """The listener of one run. Its spans are children of the span that is current where the run begins."""
+        """The listener of one run. Its spans are children of the span that is current where the run
+        begins."""
         return _Trace(self._tracer, run, self._content)
 
 

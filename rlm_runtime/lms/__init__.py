@@ -1,7 +1,8 @@
 """Language models behind one protocol (`lms/base.py`), by name: `resolve("openai:gpt-5-mini")`.
 
-A new provider is one file with a class whose first argument is what follows the colon, and its name: a line in
-`PROVIDERS`, or `@register("name")` above the class, or an entry point of the group `rlm_runtime.lms` in a package.
+A new provider is one file with a class whose first argument is what follows the colon, and its
+name: a line in `PROVIDERS`, or `@register("name")` above the class, or an entry point of the group
+`rlm_runtime.lms` in a package.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ PROVIDERS: dict[str, str | Factory] = {  # "module:name" is imported when first 
 
 
 def register(provider: str) -> Callable[[F], F]:
-    """Makes a class (or function) the provider of this name: `resolve("provider:MODEL")` calls it with MODEL.
+    """Makes a class (or function) the provider of this name: `resolve("provider:MODEL")` calls it
+    with MODEL.
 
         @register("mistral")
         class MistralLM(OpenAILM): ...
@@ -55,14 +57,16 @@ def register(provider: str) -> Callable[[F], F]:
 
 
 def resolve(spec: str | LM, **options: Any) -> LM:
-    """The model `spec` names: "openai:MODEL" (any compatible endpoint, with base_url=), "anthropic:MODEL",
-    "checkpoint:PATH", or a registered provider's; a model itself is returned as it is.
+    """The model `spec` names: "openai:MODEL" (any compatible endpoint, with base_url=),
+    "anthropic:MODEL", "checkpoint:PATH", or a registered provider's; a model itself is returned as
+    it is.
 
     Args:
-      options: of the provider's class (`lms.chat.ChatLM` has those of all endpoints); those that are None are left to
-        its defaults.
+      options: of the provider's class (`lms.chat.ChatLM` has those of all endpoints); those that
+        are None are left to its defaults.
     Raises:
-      UsageError: an unknown provider or option (the valid ones are named), a missing key, no such checkpoint.
+      UsageError: an unknown provider or option (the valid ones are named), a missing key, no such
+        checkpoint.
     """
     options = {k: v for k, v in options.items() if v is not None}
     if not isinstance(spec, str):
@@ -108,7 +112,8 @@ def factory_of(spec: str) -> Factory:
 
 
 def options_of(factory: Factory) -> set[str] | None:
-    """Keyword arguments of a provider; those it passes on to its bases and its endpoint included. None: it takes any."""
+    """Keyword arguments of a provider; those it passes on to its bases and its endpoint included.
+    None: it takes any."""
     from rlm_runtime.lms.chat import ChatLM
 
     if not inspect.isclass(factory):

@@ -1,7 +1,8 @@
-"""What every model behind HTTP shares: its options, its key, the retry loop, and adapting to what an endpoint refuses.
+"""What every model behind HTTP shares: its options, its key, the retry loop, and adapting to what
+an endpoint refuses.
 
-A provider is a subclass that says where it lives (class variables), how a request looks (`body`), how a reply is read
-(`read`), and what to leave out when the endpoint refuses a request (`adapt`).
+A provider is a subclass that says where it lives (class variables), how a request looks (`body`),
+how a reply is read (`read`), and what to leave out when the endpoint refuses a request (`adapt`).
 """
 
 from __future__ import annotations
@@ -51,21 +52,25 @@ class ChatLM:
     Args:
       model: as the endpoint calls it.
       base_url: of the endpoint; default: the provider's variable, else the provider's own.
-      api_key: of this endpoint. api_key_env: the variable that holds it. Default: the provider's variable, but only
-        where `base_url` has the origin of the provider's URL variable, or of the provider's own endpoint without one:
-        a key is never sent to an endpoint that it was not given for.
+      api_key: of this endpoint. api_key_env: the variable that holds it. Default: the provider's
+        variable, but only where `base_url` has the origin of the provider's URL variable, or of the
+        provider's own endpoint without one: a key is never sent to an endpoint that it was not
+        given for.
       headers, query: sent with every request (`query={"api-version": "2024-10-21"}`).
       extra_body: fields for every request ({"top_k": 20}); `Sampling.extra` goes on top.
       temperature, top_p, seed, max_tokens: of a reply, where the sampling of a call does not say.
-      reasoning_effort: one of none, minimal, low, medium, high, xhigh, max; what exists depends on the model.
-      stream: ask for a stream even where nobody watches it, so that a proxy sees a connection in use.
+      reasoning_effort: one of none, minimal, low, medium, high, xhigh, max; what exists depends on
+        the model.
+      stream: ask for a stream even where nobody watches it, so that a proxy sees a connection in
+        use.
       window: tokens the model holds; default: of the price table, else unknown.
       price: see `prices.price_of`.
       tokenizer: exact number of tokens of a text; default: the estimate of `tokens`.
-      **http: timeout, connect_timeout, read_timeout, max_retries, backoff, backoff_cap, concurrency,
-        requests_per_minute, tokens_per_minute: see `http.Endpoint`.
+      **http: timeout, connect_timeout, read_timeout, max_retries, backoff, backoff_cap,
+        concurrency, requests_per_minute, tokens_per_minute: see `http.Endpoint`.
     Raises:
-      UsageError: no key for the provider's own endpoint, a URL that is none, an option out of range.
+      UsageError: no key for the provider's own endpoint, a URL that is none, an option out of
+        range.
     """
 
     provider: ClassVar[str]  # the part of `name` before the colon
@@ -145,7 +150,7 @@ class ChatLM:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r}, base_url={show(self.endpoint.base_url)!r})"
 
-    # -- of a provider ------------------------------------------------------------------------------------------------
+    # -- of a provider -----------------------------------------------------------------------------
     def auth(self, key: str | None) -> dict[str, str]:
         """The headers that carry the key."""
         return {"Authorization": f"Bearer {key}"} if key else {}
@@ -165,13 +170,14 @@ class ChatLM:
         raise NotImplementedError
 
     def adapt(self, error: EndpointError, body: dict[str, Any], call: Call) -> str | None:
-        """Note in `adapted` (or in `call`) what to leave out after this refusal, and name it; None: nothing helps."""
+        """Note in `adapted` (or in `call`) what to leave out after this refusal, and name it; None:
+        nothing helps."""
         return None
 
     def worked(self, call: Call) -> None:
         """Called after a reply, to keep what was only supposed."""
 
-    # -- the LM protocol ----------------------------------------------------------------------------------------------
+    # -- the LM protocol ---------------------------------------------------------------------------
     @property
     def window(self) -> int | None:
         """Tokens the model holds, prompt and reply; None: unknown."""
@@ -227,7 +233,8 @@ class ChatLM:
             return reply
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """With a tokenizer its count and a frame for each message, else the upper estimate of `tokens`."""
+        """With a tokenizer its count and a frame for each message, else the upper estimate of
+        `tokens`."""
         return tokens.count(messages, self._tokenizer)
 
     def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
@@ -242,7 +249,7 @@ class ChatLM:
         """Close the connections of the running event loop; the model stays usable."""
         await self.endpoint.aclose()
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
     def is_official(self, url: str) -> bool:
         return same_origin(url, self.official)
 

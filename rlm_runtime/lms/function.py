@@ -19,14 +19,16 @@ class FunctionLM:
     """A model that is a function of the messages, `async` or not.
 
     Args:
-      function: called with the messages as `[{"role": ..., "content": ...}, ...]` and, where a call has them, the
-        keyword arguments of the OpenAI API: `temperature`, `top_p`, `max_tokens`, `seed`, `stop`, `tools`,
-        `response_format`. It returns the reply's text, a `Reply`, or a chat completion of the OpenAI API: a mapping, or
-        an object with `model_dump()`. One that is not async runs in a thread.
+      function: called with the messages as `[{"role": ..., "content": ...}, ...]` and, where a call
+        has them, the keyword arguments of the OpenAI API: `temperature`, `top_p`, `max_tokens`,
+        `seed`, `stop`, `tools`, `response_format`. It returns the reply's text, a `Reply`, or a
+        chat completion of the OpenAI API: a mapping, or an object with `model_dump()`. One that is
+        not async runs in a thread.
       name: for trajectories and prices, "provider:model".
       window: tokens the model holds; price, tokenizer: as of `lms.chat.ChatLM`.
       options: further keyword arguments for every call.
-    What the function raises ends the call as an LMError without a retry: client libraries have their own.
+    What the function raises ends the call as an LMError without a retry: client libraries have
+    their own.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class FunctionLM:
         """What the function returns, as a reply.
 
         Raises:
-          LMError: it returned what is none of the forms. What the function itself raises is raised as it is.
+          LMError: it returned what is none of the forms. What the function itself raises is raised
+            as it is.
         """
         given = sampling.model_dump(
             include={"temperature", "top_p", "max_tokens", "seed"}, exclude_none=True

@@ -11,7 +11,8 @@
     class = "my_package.my_module:MyLM"
     path = "weights/"
 
-`model` is what `lms.resolve` takes, `class` names a class (or function) to call; the rest are its keyword arguments.
+`model` is what `lms.resolve` takes, `class` names a class (or function) to call; the rest are its
+keyword arguments.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
     """The entries of a file by their names.
 
     Raises:
-      UsageError: no such file, no TOML, an entry without `model` or `class`; the message never shows a value.
+      UsageError: no such file, no TOML, an entry without `model` or `class`; the message never
+        shows a value.
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,11 +73,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
 def make(name: str, entry: Entry, **more: Any) -> LM:
     """The model of one entry; options in `more` that are not None go before the entry's.
 
-    With a `base_url` of another origin in `more`, the entry's key, headers and query stay behind: they belong to the
-    entry's endpoint.
+    With a `base_url` of another origin in `more`, the entry's key, headers and query stay behind:
+    they belong to the entry's endpoint.
 
     Raises:
-      UsageError: an unknown model or option, a missing key, a class that cannot be imported or made.
+      UsageError: an unknown model or option, a missing key, a class that cannot be imported or
+        made.
     """
     given = {k: v for k, v in more.items() if v is not None}
     if "base_url" in given and not same_origin(given["base_url"], entry.get("base_url", "")):
@@ -93,7 +96,8 @@ def make(name: str, entry: Entry, **more: Any) -> LM:
 
 
 def load_models(path: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, LM]:
-    """The models of a file by their names, all or those in `names`: `RLM(models["big"], models["small"])`.
+    """The models of a file by their names, all or those in `names`: `RLM(models["big"],
+    models["small"])`.
 
     Raises:
       UsageError: see `read` and `make`; a name that the file lacks.

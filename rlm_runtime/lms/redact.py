@@ -45,7 +45,13 @@ class Redactor:
 
 def _spellings(secret: str) -> set[str]:
     escaped = json.dumps(secret)[1:-1]
-    return {secret, quote(secret, safe=""), quote_plus(secret), escaped, escaped.replace("/", "\\/")}
+    return {
+        secret,
+        quote(secret, safe=""),
+        quote_plus(secret),
+        escaped,
+        escaped.replace("/", "\\/"),
+    }
 
 
 def is_secret_name(name: str) -> bool:
@@ -54,6 +60,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def foreign(text: str) -> str:
-    """The message of code that is not ours (an LM or tool of the user's), without the keys of this environment."""
+    """The message of code that is not ours (an LM or tool of the user's), without the keys of this
+    environment."""
     held = (v for n, v in os.environ.items() if len(v) >= 8 and is_secret_name(n))
     return Redactor(held)(text)

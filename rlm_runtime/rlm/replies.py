@@ -38,7 +38,8 @@ def no_answer(lm: LM, reply: Reply, text: str) -> LMError | None:
 
 
 def another_try(error: LMError, sampling: Sampling, tries: int) -> Sampling | None:
-    """The sampling to ask again with after `tries` such replies; None: asking again does not help."""
+    """The sampling to ask again with after `tries` such replies; None: asking again does not
+    help."""
     if tries > EMPTY_RETRIES or error.kind == "content_filter":
         return None
     if error.kind == "empty":
@@ -51,12 +52,14 @@ def another_try(error: LMError, sampling: Sampling, tries: int) -> Sampling | No
 class Windows:
     """What endpoints turned out to read of a prompt, where that is less than was sent.
 
-    Some servers cut a prompt that is longer than their window and answer what is left. It shows in their count of the
-    prompt's tokens: no tokenizer needs fewer tokens than a text has words.
+    Some servers cut a prompt that is longer than their window and answer what is left. It shows in
+    their count of the prompt's tokens: no tokenizer needs fewer tokens than a text has words.
     """
 
     def __init__(self) -> None:
-        self._most: WeakKeyDictionary[LM, int] = WeakKeyDictionary()  # the largest prompt an endpoint ever counted
+        self._most: WeakKeyDictionary[LM, int] = (
+            WeakKeyDictionary()
+        )  # the largest prompt an endpoint ever counted
         self._cut: WeakKeyDictionary[LM, int] = WeakKeyDictionary()
 
     def of(self, lm: LM) -> int | None:
@@ -98,7 +101,8 @@ def _most_of_newest(messages: Sequence[Message]) -> int:
 
 
 def least_tokens(messages: Sequence[Message]) -> int:
-    """Tokens of a prompt, from below: one for each word, and for scripts without spaces one for ten UTF-8 bytes."""
+    """Tokens of a prompt, from below: one for each word, and for scripts without spaces one for ten
+    UTF-8 bytes."""
     total = 0.0
     for message in messages:
         text = message.content[:COUNTED_CHARS]

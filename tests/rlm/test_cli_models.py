@@ -289,3 +289,23 @@ def test_a_new_provider_is_one_file(tmp_path, monkeypatch):
         register("openai")(acme_lm.AcmeLM)
     with pytest.raises(UsageError, match="colon"):
         register("a:b")
+
+
+def test_a_provider_of_an_installed_package_is_found_by_its_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "beta_lm.py").write_text(
+        "from rlm_runtime.lms.scripted import ScriptedLM\n\n\n"
+        "def beta(model, *, temperature=None):\n"
+        "    return ScriptedLM([f'{model} at {temperature}'], name=f'beta:{model}')\n"
+    )
+    (tmp_path / "beta_lm-1.0.dist-info").mkdir()
+    (tmp_path / "beta_lm-1.0.dist-info" / "METADATA").write_text("Name: beta-lm\nVersion: 1.0\n")
+    entry = "[rlm_runtime.lms]\nbeta = beta_lm:beta\n"
+    (tmp_path / "beta_lm-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("rlm_runtime.lms.PROVIDERS", dict(PROVIDERS))
+    root, sub = pair("--root", "beta:m", "--root-opt", "temperature=0.5")
+    assert root is sub and root.name == "beta:m"
+    said = asyncio.run(root.complete([Message(role="user", content="x")])).text
+    assert said == "m at 0.5"
+    with pytest.raises(UsageError, match="It takes temperature"):
+        resolve("beta:m", zzz=1)

@@ -133,6 +133,30 @@ def test_an_exception_of_a_foreign_model_shows_no_key(monkeypatch, tmp_path):
     assert not any(s in written for s in ("acme0secret0value", "abcdefghijkl"))
 
 
+def test_an_error_of_a_tool_shows_no_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACME_API_KEY", "acme0secret0value")
+
+    def search(q: str) -> str:
+        raise RuntimeError("GET https://h/search?key=acme0secret0value failed")
+
+    root = (cell("try:\n    out = search('x')\nexcept Exception as e:\n    out = str(e)"), HAND_IN)
+    result = run(ScriptedLM([]), root=root, tools=[search], log_dir=tmp_path)
+    written = "".join(p.read_text() for p in tmp_path.rglob("events.jsonl"))
+    assert "failed" in result.answer and "acme0secret0value" not in written
+
+
+def test_the_model_alone_scores_nothing_for_an_empty_reply(tmp_path):
+    from rlm_runtime.tasks.evaluate import evaluate
+
+    options = {"samples": 1, "out": tmp_path, "show": False}
+    found = evaluate(
+        ["s_niah"], ["1k"], ["base"], root=ScriptedLM(["", "x"], repeat_last=True), **options
+    )
+    assert [(r.status, r.score) for r in found.rows] == [("error", None)] and "empty" in found.rows[
+        0
+    ].error
+
+
 def test_tool_results_find_their_call_whatever_the_ids():
     from rlm_runtime.lms.base import ToolCall
 
@@ -241,7 +265,10 @@ def test_what_is_no_cut_is_not_taken_for_one():
     assert watch(cached) == ([False, False], None)
     assert watch([(3, "short " * 900)]) == ([False], None)
     assert watch([(2048, PROSE), (2048, PROSE), (4096, PROSE)]) == ([True, False, False], 4096)
-    assert watch([(10, PROSE), (10, PROSE)]) == ([False, False], None)  # stubs and proxies that send any number
+    assert watch([(10, PROSE), (10, PROSE)]) == (
+        [False, False],
+        None,
+    )  # stubs and proxies that send any number
 
 
 def test_a_conversation_that_is_cut_is_told_from_one_whose_beginning_was_in_the_cache():

@@ -106,9 +106,7 @@ def everything_shown(error):
     return "\n".join(texts)
 
 
-SECRETS = st.text(
-    st.sampled_from("abcXYZ019+/=&%-_"), min_size=8, max_size=60
-)
+SECRETS = st.text(st.sampled_from("abcXYZ019+/=&%-_"), min_size=8, max_size=60)
 
 
 @pytest.mark.parametrize("stream", [False, True])
