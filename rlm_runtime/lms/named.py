@@ -49,7 +49,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
-        raise UsageError(f"models file {path}: {e.strerror or e}.") from None
+        hint = " A model itself is named with --root or --sub." if ":" in str(path) else ""
+        raise UsageError(f"models file {path}: {e.strerror or e}.{hint}") from None
     except ValueError as e:
         raise UsageError(f"models file {path} is not TOML: {e}.") from None
     for name, entry in found.items():

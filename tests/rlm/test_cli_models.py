@@ -241,6 +241,8 @@ def test_a_file_that_cannot_be(tmp_path, text, words):
         load_models(path)
     with pytest.raises(UsageError, match="No such file"):
         load_models(tmp_path / "none.toml")
+    with pytest.raises(UsageError, match="named with --root"):  # --model is short for --models
+        pair("--model", "openai:m", "--root", "openai:m")
 
 
 # Prices
