@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import keyword
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
+from rlm_runtime.replies import model_json
 from rlm_runtime.parsing import nudges
 from rlm_runtime.parsing.python import Effort, is_code, outside_strings, parses, repaired, words
 
@@ -92,8 +93,9 @@ def unfenced(code: str) -> str:
 
 def _read(text: str, effort: Effort) -> tuple[Any, bool]:
     """Arguments that came as text: JSON, JSON in JSON, broken JSON with a code string in it, or just code."""
+    value: Any = None
     for _ in range(3):
-        value = loads(text)
+        value = loads(text, effort)
         if not isinstance(value, str):
             break
         text = value
@@ -107,12 +109,10 @@ def _read(text: str, effort: Effort) -> tuple[Any, bool]:
     return ({} if code is None else {"code": code}), False
 
 
-def loads(text: str) -> Any:
-    """JSON with raw newlines in strings allowed; None where it is none."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
+def loads(text: str, effort: Effort) -> Any:
+    """The JSON value that a text is; None where it is none."""
+    found = model_json.loads(text, effort)
+    return None if found is None else found[0]
 
 
 CODE_STRING = re.compile(
@@ -177,11 +177,9 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     """(name, arguments) of the call spelled out in `text`, the inside of a tool-call tag."""
     bare = unfenced(text).strip()
     if bare[:1] in ("{", "["):
-        value = loads(bare)
-        if value is None:
-            value = raw_value(bare)
-        if value is not None:
-            return from_json(value)
+        decoded = model_json.loads(bare, effort) or model_json.raw_decode(bare, 0, effort)
+        if decoded is not None:
+            return from_json(decoded[0])
         name = re.search(r"""["'](?:name|tool)["']\s*+:\s*+["'](\w{1,80})["']""", bare)
         return [(name[1] if name else "python", bare)]
     first, _, rest = bare.partition("\n")
@@ -214,7 +212,7 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
 
 def _parameters(text: str, at: int = 0) -> tuple[dict[str, str], int]:
     """The parameters from `at` to the next call that has a name of its own, and where they end."""
-    found = {m[1].strip(): m[2] for m in PAIR.finditer(text, at)}
+    found = {m[1].strip(): m[2] for m in islice(PAIR.finditer(text, at), 64)}
     while len(found) < 64 and (opening := PARAMETER.search(text, at)):
         if NAMED.search(text, at, opening.start()):
             break
@@ -233,19 +231,3 @@ def parameter_end(text: str, start: int) -> int:
     if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()])):
         return first.start()
     return outside.start()
-
-
-def raw_value(text: str, start: int = 0) -> Any:
-    """The JSON value that starts at `start`, whatever follows it; None where there is none."""
-    found = raw_decode(text, start)
-    return None if found is None else found[0]
-
-
-_DECODER = json.JSONDecoder(strict=False)
-
-
-def raw_decode(text: str, start: int) -> tuple[Any, int] | None:
-    try:
-        return _DECODER.raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
