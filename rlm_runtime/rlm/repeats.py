@@ -20,7 +20,8 @@ class Repeats:
         self.count = 0
         self.why = ""
         self._cut = 0  # replies in a row
-        self._turns: deque[str] = deque(maxlen=REMEMBERED)
+        self._cells: deque[str] = deque(maxlen=REMEMBERED)  # of the last turns with cells
+        self._words = ("", 0)  # of the replies without any, and how many came in a row
 
     def turn(self, parsed: Parsed, report: Sequence[CellResult]) -> list[Nudge]:
         """Enter a turn; what the model is to be told where it is the second of its kind or a later one."""
@@ -30,8 +31,12 @@ class Repeats:
             self.why = f"{self._cut} replies in a row were cut off while the model was still thinking."
             return [still_thinking(self._cut)] if self._cut > 1 else []
         mark = _mark(parsed, report)
-        self._turns.append(mark)
-        self.count = self._turns.count(mark)
+        if report:
+            self._cells.append(mark)
+            self._words, self.count = ("", 0), self._cells.count(mark)
+        else:  # words count in a row only; a cell may be gone back to
+            self.count = self._words[1] + 1 if mark == self._words[0] else 1
+            self._words = (mark, self.count)
         what = "cells with the same output" if report else "reply without a cell"
         self.why = f"the model repeated the same {what} ({self.count} times)."
         if self.count < 2:
