@@ -191,12 +191,15 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     parameter = PARAMETER.search(text)
     if parameter is not None and not NAMED.search(text, 0, parameter.start()):  # the call's name stands in its tag
         at = len(text)
-    while len(named) < 64 and (opening := NAMED.search(text, at)):
-        parameters, at = _parameters(text, opening.end())
-        named.append((opening[1], parameters or text[opening.end() :]))
+    opening = NAMED.search(text, at)
+    while len(named) < 64 and effort.left > 0 and opening is not None:
+        parameters, at = _parameters(text, effort, opening.end())
+        following = NAMED.search(text, at)
+        named.append((opening[1], parameters or text[opening.end() : following.start() if following else None]))
+        opening = following
     if named:
         return named
-    parameters, _ = _parameters(text)
+    parameters, _ = _parameters(text, effort)
     if parameters:
         name = re.match(r"\s*+([\w.:-]{1,80})", text)
         return [(name[1] if name else "python", parameters)]
@@ -210,14 +213,20 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     return [("python", text.strip("\n"))] if is_code(unfenced(bare), effort) else []
 
 
-def _parameters(text: str, at: int = 0) -> tuple[dict[str, str], int]:
+def _parameters(text: str, effort: Effort, at: int = 0) -> tuple[dict[str, str], int]:
     """The parameters from `at` to the next call that has a name of its own, and where they end."""
-    found = {m[1].strip(): m[2] for m in islice(PAIR.finditer(text, at), 64)}
-    while len(found) < 64 and (opening := PARAMETER.search(text, at)):
-        if NAMED.search(text, at, opening.start()):
+    found: dict[str, str] = {}
+    if text.find("<arg_key>", at) >= 0:
+        found = {m[1].strip(): m[2] for m in islice(PAIR.finditer(text, at), 64)}
+        effort.spend(len(text) - at)
+    while len(found) < 64 and effort.left > 0:
+        opening = PARAMETER.search(text, at)
+        effort.spend((opening.end() if opening else len(text)) - at)
+        if opening is None or NAMED.search(text, at, opening.start()):
             break
         start = opening.end()
         at = parameter_end(text, start)
+        effort.spend(at - start)
         found[opening[1]] = text[start:at]
     return {name: value.removeprefix("\n").removesuffix("\n") for name, value in found.items()}, at
 

@@ -103,6 +103,9 @@ class Scanner:
                 if not reset and not any(p.kind == "thinking" for p in parts):  # opened by the chat template
                     parts = [Part("thinking", 0, at, self.text[: opening.start()])]
                     prose, reset = at, True
+                elif parts and parts[-1].kind == "thinking":  # closed once more, with words alone in between
+                    parts.append(Part("thinking", prose, at, self.text[prose : opening.start()]))
+                    prose = at
                 continue
             block = self._block(opening)
             if block is None:

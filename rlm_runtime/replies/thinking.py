@@ -29,7 +29,6 @@ _BARE_FINAL = re.compile(r"assistant(?:<\|channel\|>)?final")
 SPECIAL = re.compile(
     r"<\|[a-z_▁ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:end|start)_of_turn>|<end_code>|\[/?INST\]|<\|(?:start|end)_header_id\|>"
 )
-_LAST = re.compile(rf"(?:{SPECIAL.pattern})\s*+\Z")
 _FIRST = re.compile(rf"\A(?:\s*+(?:{SPECIAL.pattern}))++")
 _QUOTES = ("`", '"', "'")
 _FENCE = re.compile(r"^[ \t]*+(`{3,16}+|~{3,16}+)([^\n`]*+)$", re.M)
@@ -182,10 +181,18 @@ def _inside(fences: list[tuple[int, int]], at: int, stop: int | None = None) -> 
 
 
 def without_last_tokens(text: str) -> str:
-    """Without the special tokens a reply ends with."""
-    end = len(text)
-    while found := _LAST.search(text, max(0, end - 80), end):
-        end = found.start()
-        while end and text[end - 1].isspace():
-            end -= 1
-    return text[:end]
+    """Without the special tokens a reply ends with, and the blanks around them."""
+    end = _last_printed(text, len(text))
+    first = True
+    while end:
+        start = max(text.rfind("<", max(0, end - 80), end), text.rfind("[", max(0, end - 80), end))
+        if start < 0 or not SPECIAL.fullmatch(text, start, end):
+            break
+        end, first = _last_printed(text, start), False
+    return text if first else text[:end]
+
+
+def _last_printed(text: str, end: int) -> int:
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end
