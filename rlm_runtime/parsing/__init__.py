@@ -23,7 +23,7 @@ __all__ = ["MAX_CELLS", "Nudge", "Parsed", "is_plan", "parse"]
 
 MAX_CELLS = 64  # of one reply
 MAX_CHARS = 400_000  # of one reply without its thinking; what follows is discarded
-STRAY = re.compile(r"\A\s*+</(?:code|repl|python|execute)>")  # behind a fence that it should have closed
+STRAY = re.compile(r"\A\s*+</(?:end_code|code|repl|python|execute)>")  # behind a fence that it should have closed
 EMPTY = (
     "(empty reply)"  # stands in the history for a reply with nothing to keep: some endpoints refuse an empty message
 )
