@@ -23,7 +23,7 @@ class LMError(RlmError):
     """A language-model call that failed for good, after retries.
 
     `kind`: auth | not_found | rate_limit | timeout | connection | bad_request | context_overflow | server | protocol
-    | empty (a reply without an answer: cut off while thinking, or nothing at all).
+    | empty (a reply without text) | truncated (cut before its first word, while thinking).
     """
 
     def __init__(self, message: str, *, kind: str = "server", status: int | None = None, model: str | None = None):

@@ -13,8 +13,8 @@ from functools import cache, cached_property, lru_cache
 from itertools import islice
 from typing import Any
 
-from rlm_runtime.replies import model_json
 from rlm_runtime.errors import UsageError
+from rlm_runtime.replies import model_json
 from rlm_runtime.replies.thinking import clean
 
 SHOWN = 200  # characters of a wrong value in a message

@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from rlm_runtime.replies import thinking
 from rlm_runtime.lms.base import Reply
 from rlm_runtime.parsing import calls, finals, imitation, nudges
 from rlm_runtime.parsing.finals import is_plan
@@ -18,6 +17,7 @@ from rlm_runtime.parsing.nudges import Nudge
 from rlm_runtime.parsing.python import SHELL, SPECIAL, Effort, is_code, parses, repaired, without_prompts
 from rlm_runtime.parsing.scan import DATA, OTHER, PYTHON, Part, Scanner
 from rlm_runtime.parsing.scan import SHELL as SHELL_WORDS
+from rlm_runtime.replies import thinking
 
 __all__ = ["MAX_CELLS", "Nudge", "Parsed", "is_plan", "parse"]
 
@@ -285,7 +285,9 @@ class _Reading:
             self.told.append(nudges.placeholder())
             return None, False
         prose = "".join(self.kept).strip()
-        given, value = finals.in_json(prose, self.effort) if prose.startswith(("{", "`", "~")) and not self.cut else (False, None)
+        given, value = (
+            finals.in_json(prose, self.effort) if prose.startswith(("{", "`", "~")) and not self.cut else (False, None)
+        )
         if given:
             self.told = [n for n in self.told if n.reason != "unknown_tool"]
             return finals.as_text(value), True

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from rlm_runtime.replies import model_json
 from rlm_runtime.parsing import nudges
 from rlm_runtime.parsing.python import Effort, is_code, outside_strings, parses, repaired, words
+from rlm_runtime.replies import model_json
 
 RUNNERS = words(
     "python repl code py exec execute run ipython jupyter interpreter code_interpreter python_repl python_interpreter "
@@ -170,7 +170,6 @@ PARAMETER_END = re.compile(
 )
 PAIR = re.compile(r"<arg_key>(.{1,80}?)</arg_key>\s*+<arg_value>(.*?)(?:</arg_value>|\Z)", re.S)
 NAMED = re.compile(r"""<(?:antml:)?(?:invoke|function|tool)(?:[ ]name=["']?|=)([\w.:-]{1,80})["']?[ ]*+>""")
-SIMPLE = re.compile(r"<(name|tool_name|code|arguments|parameters|python|input)>(.*?)(?:</\1>|\Z)", re.S)
 
 
 def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
@@ -203,13 +202,6 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     if parameters:
         name = re.match(r"\s*+([\w.:-]{1,80})", text)
         return [(name[1] if name else "python", parameters)]
-    simple = {m[1]: m[2] for m in SIMPLE.finditer(text)}
-    name = simple.pop("name", None) or simple.pop("tool_name", None)
-    if simple:
-        value = next(iter(simple.values()))
-        return [(name or "python", value)]
-    if re.fullmatch(r"[\w.]{1,80}", first) and rest.strip() and not first.startswith("print"):
-        return [(first, rest)]
     return [("python", text.strip("\n"))] if is_code(unfenced(bare), effort) else []
 
 
@@ -225,18 +217,19 @@ def _parameters(text: str, effort: Effort, at: int = 0) -> tuple[dict[str, str],
         if opening is None or NAMED.search(text, at, opening.start()):
             break
         start = opening.end()
-        at = parameter_end(text, start)
-        effort.spend(at - start)
+        at = parameter_end(text, start, effort)
         found[opening[1]] = text[start:at]
     return {name: value.removeprefix("\n").removesuffix("\n") for name, value in found.items()}, at
 
 
-def parameter_end(text: str, start: int) -> int:
+def parameter_end(text: str, start: int, effort: Effort) -> int:
     """Where the value that starts at `start` ends; a closing tag inside a string of the code is not the end."""
     first = PARAMETER_END.search(text, start)
-    if first is None:
-        return len(text)
+    if first is None or effort.left <= 0:
+        effort.spend((first.start() if first else len(text)) - start)
+        return first.start() if first else len(text)
     outside = outside_strings(text, start, len(text), PARAMETER_END.finditer(text, start))
-    if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()])):
+    effort.spend((outside.start() if outside else len(text)) - start)
+    if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()], effort)):
         return first.start()
     return outside.start()

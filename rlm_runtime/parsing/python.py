@@ -190,9 +190,7 @@ def _quoted_final(code: str, effort: Effort) -> str:
         words = code[call.end() :].rstrip(" \t\n;.")
         if words.endswith(")") and not parses(f"({words}", effort):
             code = f"{code[: call.start()]}FINAL({words[:-1].strip()!r})"
-    return RAW_CONTENT.sub(
-        lambda m: m[1] + (m[2] if parses(f"({m[2]})", effort) else repr(m[2].strip())), code
-    )
+    return RAW_CONTENT.sub(lambda m: m[1] + (m[2] if parses(f"({m[2]})", effort) else repr(m[2].strip())), code)
 
 
 REPAIRS: tuple[Callable[[str], str], ...] = (

@@ -9,10 +9,10 @@ from functools import cache
 from itertools import islice
 from typing import Any, Literal
 
-from rlm_runtime.replies import model_json
 from rlm_runtime.parsing import calls
 from rlm_runtime.parsing.imitation import MARK
 from rlm_runtime.parsing.python import Effort, is_code, line_share, outside_strings, parses, words
+from rlm_runtime.replies import model_json
 from rlm_runtime.replies.thinking import CLOSE, HEADER, MESSAGE_END, OPEN, RECEIVER, closing_tag, without_last_tokens
 
 PYTHON = words("repl python py python2 python3 py3 ipython ipython3 python-repl pycon tool_code python_repl pyrepl")
@@ -58,7 +58,9 @@ OPENING = re.compile(
     |^Action[ ]?:[ \t]*+(?P<react>[\w.]{1,80})[ \t]*+\nAction[ ]Input[ ]?:[ \t]*+\n?
     |(?P<mistral>\[TOOL_CALLS\][ ]*+)
     |(?P<json>^[ \t]*+(?=[\[{][\[{\s]{0,20}+"(?:name|tool|tool_name|function|tool_calls|type|id|action|recipient_name|arguments|parameters|code)"))
-    """.replace("OPEN", OPEN.pattern).replace("CLOSE", CLOSE.pattern).replace("HEADER", HEADER.pattern),
+    """.replace("OPEN", OPEN.pattern)
+    .replace("CLOSE", CLOSE.pattern)
+    .replace("HEADER", HEADER.pattern),
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
 INNER = re.compile(r"^[ \t]*+`{3,16}(?:repl|python3?|py)[ \t]*+$", re.M | re.I)
@@ -139,7 +141,7 @@ class Scanner:
             return self._thinking(start, end, _literal(closing_tag(opening["think"])))
         if opening["channel"]:
             to = RECEIVER.search(f"{opening['role'] or ''} {opening['rest']}")
-            return self._channel(start, end, opening["channel"].lower(), to[1] if to else None)
+            return self._until(start, end, TOKEN_END, to[1]) if to else None
         if opening["deepseek"]:
             return self._until(start, end, DEEPSEEK_END, opening["deepseek"])
         if opening["react"]:
@@ -161,15 +163,6 @@ class Scanner:
                 return None  # a mention of the tag in a sentence
             return Part("thinking", start, len(self.text), self.text[body:], closed=False)
         return Part("thinking", start, close.end(), self.text[body : close.start()])
-
-    def _channel(self, start: int, body: int, channel: str, receiver: str | None) -> Part | None:
-        if receiver is not None:  # gpt-oss calls Python in its analysis, too
-            return self._until(start, body, TOKEN_END, receiver)
-        if channel == "analysis":
-            close = self._next(TOKEN_END, body)
-            stop = close.start() if close else len(self.text)
-            return Part("thinking", start, stop, self.text[body:stop], closed=close is not None)
-        return None
 
     def _token(self, start: int, body: int, listed: bool) -> Part:
         if listed:
@@ -234,8 +227,7 @@ class Scanner:
             parameter = calls.PARAMETER.search(self.text, at, min(len(self.text), at + 200))
             if parameter is None or not self.effort.spend(1000):
                 break
-            at = calls.parameter_end(self.text, parameter.end())
-            self.effort.spend(at - parameter.end())
+            at = calls.parameter_end(self.text, parameter.end(), self.effort)
         close = self._next(closing, at)
         stop, end = (close.start(), close.end()) if close else (len(self.text), len(self.text))
         return Part("call", start, end, self.text[body:stop], name, closed=close is not None)

@@ -127,9 +127,7 @@ class Node:
             await self.environment.reset_answer()
         usable = bool(cells)
         if not usable and parsed.final is not None and ending is None:
-            ending, problem = await self._accept_text(
-                parsed.kept if parsed.whole_json else parsed.final, parsed.final
-            )
+            ending, problem = await self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
             usable = ending is not None
         nudges = (*parsed.nudges, *self._repeats.turn(parsed, report))
         for nudge in nudges if ending is None else ():

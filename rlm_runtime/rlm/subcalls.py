@@ -248,11 +248,9 @@ def _empty(lm: LM, reply: Reply, found: Cleaned, rounds: int) -> LMError:
     if reply.tool_calls:
         return LMError(f"{lm.name} kept calling tools after {rounds} rounds.", kind="protocol", model=lm.name)
     if reply.finish_reason == "length":
-        why = "was cut off while thinking; ask for less at once, or allow longer replies (max_tokens)"
-    elif found.thinking or found.open:
-        why = "held only thinking; ask for the answer alone, or ask again"
-    else:
-        why = "was empty"
+        why = "was cut before its first word, while thinking; ask for less at once, or raise max_tokens"
+        return LMError(f"{lm.name}: the reply {why}.", kind="truncated", model=lm.name)
+    why = "held only thinking" if found.thinking or found.open else "was empty"
     return LMError(f"{lm.name}: the reply {why}.", kind="empty", model=lm.name)
 
 

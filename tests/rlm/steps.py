@@ -16,7 +16,11 @@ from re import _constants as sre
 from re import _parser
 
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 50_000))
-INSIDE = {"category_digit": str.isdecimal, "category_space": str.isspace, "category_word": lambda c: c.isalnum() or c == "_"}
+INSIDE = {
+    "category_digit": str.isdecimal,
+    "category_space": str.isspace,
+    "category_word": lambda c: c.isalnum() or c == "_",
+}
 
 
 class Work:

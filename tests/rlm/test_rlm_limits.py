@@ -27,7 +27,11 @@ def test_sub_calls():
 
 def test_sub_calls_are_shared_with_children():
     def lead(messages):
-        return done("[isinstance(r, str) for r in llm_batch(list('abcdefghij'))].count(True)") if len(messages) > 1 else "y"
+        return (
+            done("[isinstance(r, str) for r in llm_batch(list('abcdefghij'))].count(True)")
+            if len(messages) > 1
+            else "y"
+        )
 
     sub = ScriptedLM(lead, latency=0.001)
     code = "rs = rlm_batch(['a'] * 8)\ntotal = sum(r for r in rs if isinstance(r, int))"

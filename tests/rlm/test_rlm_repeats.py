@@ -19,7 +19,11 @@ def test_replies_that_are_all_cut_while_thinking(name):
     assert (result.stop_reason, result.turns, result.partial) == ("budget:repeats", 5, True)
     assert "5 replies in a row were cut off while the model was still thinking" in result.error
     assert result.answer == "my best guess"
-    assert "times in a row" not in told(root, 1) and "2 times in a row" in told(root, 2) and "3 times in a row" in told(root, 3)
+    assert (
+        "times in a row" not in told(root, 1)
+        and "2 times in a row" in told(root, 2)
+        and "3 times in a row" in told(root, 3)
+    )
 
 
 def test_the_same_cell_with_the_same_output():
@@ -27,7 +31,9 @@ def test_the_same_cell_with_the_same_output():
     result = rlm(root).completion("text")
     assert (result.stop_reason, result.turns) == ("budget:repeats", 5)
     assert "repeated the same cells with the same output (5 times)" in result.error
-    assert "same code" not in told(root, 1) and "for the 2nd time" in told(root, 2) and "for the 4th time" in told(root, 4)
+    assert (
+        "same code" not in told(root, 1) and "for the 2nd time" in told(root, 2) and "for the 4th time" in told(root, 4)
+    )
     assert [e.reason for e in result.events if e.type == "nudged"] == ["repeats"] * 4
 
 

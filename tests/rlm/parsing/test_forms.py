@@ -167,6 +167,12 @@ def test_thought_action_observation():
     assert read(f'Action: repl\nAction Input: {{"code": {json.dumps(CODE)}}}').cells == (CODE,)
 
 
+def test_a_call_of_pairs_of_keys_and_values():
+    """GLM."""
+    said = f"<tool_call>python\n<arg_key>code</arg_key>\n<arg_value>{CODE}</arg_value>\n</tool_call>"
+    assert read(said).cells == (CODE,)
+
+
 def test_an_unclosed_tag():
     assert read(f"<execute>\n{TICKS}").cells == (TICKS,)
     assert read("I look at <code> tags\nand so on.").cells == ()
