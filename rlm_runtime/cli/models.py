@@ -31,9 +31,9 @@ def named(args: argparse.Namespace, root: str, sub: str | None) -> tuple[Any, An
     path = args.models or os.environ.get("RLM_MODELS")
     table = read(path) if path else {}
     common = {"window": args.window, "timeout": args.timeout}
-    first = _given(
-        {"base_url": args.base_url, "price": values.price(args.price), **common}
-    ) | values.model_options(args.root_opt, "--root-opt")
+    first = _given({"base_url": args.base_url, "price": values.price(args.price), **common}) | values.model_options(
+        args.root_opt, "--root-opt"
+    )
     second = _given(
         {"base_url": args.sub_base_url, "price": values.price(args.sub_price or args.price), **common}
     ) | values.model_options(args.sub_opt, "--sub-opt")

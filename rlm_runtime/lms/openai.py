@@ -18,6 +18,7 @@ from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, ToolSpec, Usage, 
 from rlm_runtime.lms.chat import Call, ChatLM
 from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
 from rlm_runtime.lms.stops import StopCutter
+from rlm_runtime.replies import model_json
 
 log = logging.getLogger("rlm_runtime.lms")
 
@@ -409,11 +410,8 @@ def content_text(content: Any) -> str:
 
 def parsed(arguments: str) -> dict[str, Any] | str:
     """A tool call's arguments: the object, or the text where it is none."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
+    found = model_json.loads(arguments or "{}")
+    return found[0] if found is not None and isinstance(found[0], dict) else arguments
 
 
 def as_json(arguments: dict[str, Any] | str) -> str:

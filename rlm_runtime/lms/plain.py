@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlm_runtime.lms.base import Message, ToolCall, ToolSpec
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import clean
 
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 
@@ -48,12 +50,10 @@ def as_text(message: Message) -> Message:
 
 def read_tool_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...]:
     """The call a reply to `with_tools` makes; empty where the reply is anything else."""
-    stripped = text.strip()
-    fenced = _FENCE.match(stripped)
-    try:
-        value = json.loads(fenced[1] if fenced else stripped)
-    except (ValueError, RecursionError):
-        return ()
+    bare = clean(text).text.strip()
+    fenced = _FENCE.match(bare)
+    found = model_json.loads(fenced[1] if fenced else bare)
+    value = found[0] if found is not None else None
     if not isinstance(value, dict) or value.get("tool") not in [t.name for t in tools]:
         return ()
     arguments = value.get("arguments", {})

@@ -131,6 +131,13 @@ def empty_answer() -> str:
     )
 
 
+def plan_not_answer() -> str:
+    return (
+        "What you handed in says what you are about to do; that is not the answer, so it was not taken. Do it now: look at "
+        "`context` with Python in a ```repl block. If it is the answer, hand it in once more."
+    )
+
+
 def answer_refused(problem: str, shape: str | None = None) -> str:
     """The answer does not fit the schema; `problem` names the field."""
     form = f"\n{shape}" if shape else ""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import Message
+from rlm_runtime.replies.reader import read
+from rlm_runtime.replies.thinking import clean
 from rlm_runtime.trajectory import Compacted
 
 if TYPE_CHECKING:
@@ -65,8 +67,7 @@ async def _summary(node: Node) -> str:
                 raise
             messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]  # whole exchanges
             continue
-        kept_text = parsing.parse(reply).kept
-        text = reply.text.strip() if kept_text == parsing.EMPTY else kept_text.strip()
+        text = (await read(len(reply.text), clean, reply.text)).text.strip() or reply.text.strip()
         if text or empty:
             break
         empty = True

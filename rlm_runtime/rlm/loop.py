@@ -17,8 +17,10 @@ from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
 from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
+from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.rlm import compaction
 from rlm_runtime.rlm.history import History
+from rlm_runtime.rlm.repeats import Repeats
 from rlm_runtime.rlm.results import ANSWERED, ERROR, TURNS, Ending, at_limit
 from rlm_runtime.rlm.subcalls import Spawn, SubCalls
 from rlm_runtime.rlm.tree import Meter, Tree
@@ -60,7 +62,8 @@ class Node:
         self.best: Any = None
         self.last_text = ""
         self.interrupted = False  # a cell was running when the loop was stopped
-        self._asked_for_none = False
+        self._asked_for_none = self._asked_for_plan = False
+        self._repeats = Repeats()
         self._noted = 0  # how many of the tree's notes this node was told
 
     @property
@@ -91,6 +94,8 @@ class Node:
                 ending = await self._turn()
                 if ending is not None:
                     return ending
+                if self._repeats.count >= (self.tree.ledger.budget.repeats or self._repeats.count + 1):
+                    return await self.last_call(at_limit("repeats"), self._repeats.why)
                 most = self.tree.ledger.budget.consecutive_errors
                 if most is not None and self.errors >= most:
                     why = f"{self.errors} failed cells or unusable replies in a row."
@@ -99,7 +104,7 @@ class Node:
             self.tree.note_budget(self.id, self.turns, refused=e.limit)
             return await self.last_call(at_limit(e.limit), str(e))
         except RlmError as e:  # the model or the sandbox failed for good
-            return self._failed(e)
+            return await self._failed(e)
 
     async def _turn(self) -> Ending | None:
         """One reply and its cells. Raises BudgetExceeded, LMError, SandboxError."""
@@ -107,7 +112,7 @@ class Node:
         self.turn += 1
         self.turns += 1
         self.cell = 0
-        parsed = parsing.parse(reply, tools=self.tools)
+        parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         report: list[CellResult] = []
         problem = None
@@ -116,16 +121,17 @@ class Node:
         for self.cell, code in enumerate(cells, 1):
             result = await self._cell(code)
             report.append(result)
-            ending, problem = self._finished(result)
+            ending, problem = await self._finished(result)
             if ending is not None or problem is not None or result.status != "ok":
                 break
         if problem is not None:
             await self.environment.reset_answer()
         usable = bool(cells)
         if not usable and parsed.final is not None and ending is None:
-            ending, problem = self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
+            ending, problem = await self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
             usable = ending is not None
-        for nudge in parsed.nudges if ending is None else ():
+        nudges = (*parsed.nudges, *self._repeats.turn(parsed, report))
+        for nudge in nudges if ending is None else ():
             self.tree.emit(Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text))
         if report:
             self.history.say(prompts.cell_report(report, skipped=len(cells) - len(report)))
@@ -135,7 +141,7 @@ class Node:
             self.errors += 1
         if problem is not None:
             self.history.say(problem)
-        self.history.say(prompts.nudged(n.text for n in parsed.nudges))
+        self.history.say(prompts.nudged(n.text for n in nudges))
         if ending is None:
             for note in self.tree.notes[self._noted :]:
                 self.history.say(note)
@@ -160,29 +166,45 @@ class Node:
         if result.answer.content is not None:
             self.best = result.answer.content
 
-    def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
+    async def _parsed(self, reply: Reply) -> parsing.Parsed:
+        size = len(reply.text) + sum(size_of(call.arguments) for call in reply.tool_calls)
+        return await read(size, parsing.parse, reply, tools=self.tools)
+
+    async def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
         """The ending where the answer is ready and good, or what to tell the model where it is not."""
         if not result.answer.ready:
             return None, None
-        return self._accept(result.answer.content)
+        return await self._accept(result.answer.content)
 
-    def _accept(self, content: Any) -> tuple[Ending | None, str | None]:
+    async def _accept(self, content: Any) -> tuple[Ending | None, str | None]:
+        if self._is_plan(content):
+            return None, prompts.plan_not_answer()
         if self.shape is None:
             if content is None and not self._asked_for_none:
                 self._asked_for_none = True  # once: a model that means it says so again
                 return None, prompts.empty_answer()
             return Ending(ANSWERED, answer=content, text=_text(content)), None
-        value, problem = self.shape.check(content)
+        value, problem = await read(size_of(content), self.shape.check, content)
         if problem is not None:
             return None, self._refused(problem)
         return Ending(ANSWERED, answer=value, text=_text(content)), None
 
-    def _accept_text(self, *readings: str) -> tuple[Ending | None, str | None]:
+    def _is_plan(self, content: Any) -> bool:
+        """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
+        it says so again."""
+        if self.turn > 1 or self._asked_for_plan or not parsing.is_plan(content):
+            return False
+        self._asked_for_plan = True
+        return True
+
+    async def _accept_text(self, *readings: str) -> tuple[Ending | None, str | None]:
         """An answer given as text outside a cell; with a shape, the first reading that fits it."""
+        if self._is_plan(readings[-1]):
+            return None, prompts.plan_not_answer()
         if self.shape is None:
             return Ending(ANSWERED, answer=readings[-1], text=readings[-1]), None
         for text in readings:
-            value, problem = self.shape.read(text)
+            value, problem = await read(len(text), self.shape.read, text)
             if problem is None:
                 return Ending(ANSWERED, answer=value, text=text), None
         return None, self._refused(problem)
@@ -271,13 +293,13 @@ class Node:
                     self.history.say(problem)
         except (RlmError, TimeoutError) as e:
             trouble = str(e) or f"the last call took more than {seconds:g} s."
-        return self.salvaged(reason, why if trouble is None else f"{why} {trouble}")
+        return await self.salvaged(reason, why if trouble is None else f"{why} {trouble}")
 
     async def _last_reply(self, reason: str, why: str) -> tuple[Ending | None, str]:
         self.turn += 1
         self.cell = 0
         reply = await self._ask(self.turn, last=True)
-        parsed = parsing.parse(reply, tools=self.tools)
+        parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
         if parsed.cells or found == parsing.EMPTY:
@@ -293,25 +315,26 @@ class Node:
             return None, "The last reply held no answer."
         if self.shape is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why), ""
-        value, problem = self.shape.read(found)
+        value, problem = await read(size_of(found), self.shape.read, found)
         if problem is None:
             return Ending(reason, answer=value, text=_text(found), partial=True, error=why), ""
         return None, self.shape.complaint(problem)
 
-    def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
+    async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
         """The best there is without asking: what `answer` held, else the last reply."""
         found = self.best if self.best is not None else (self.last_text or None)
         if self.shape is None or found is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
-        value, problem = self.shape.read(found)
+        value, problem = await read(size_of(found), self.shape.read, found)
         if problem is not None:
             why = f"{why} No answer fitted the schema: {problem}"
         return Ending(reason, answer=value, text=_text(found), partial=True, error=why, cause=cause)
 
-    def _failed(self, error: RlmError) -> Ending:
+    async def _failed(self, error: RlmError) -> Ending:
         """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
         kind = error.kind if isinstance(error, LMError) else type(error).__name__
-        return replace(self.salvaged(ERROR, str(error), cause=None if self.best is not None else error), kind=kind)
+        salvaged = await self.salvaged(ERROR, str(error), cause=None if self.best is not None else error)
+        return replace(salvaged, kind=kind)
 
     async def look_again(self) -> Ending | None:
         """After an interrupted cell: the answer it may have finished, or at least its content in `best`. Bounded in
@@ -323,7 +346,7 @@ class Node:
             async with asyncio.timeout(SALVAGE_SECONDS):
                 result = await self.environment.run("pass", _refuse)
                 self._look(result)
-                return self._finished(result)[0]
+                return (await self._finished(result))[0]
         return None
 
 

@@ -14,7 +14,7 @@ from rlm_runtime.budget import Budget
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import LM, Sampling
 from rlm_runtime.repl.base import Environment, Limits
-from rlm_runtime.rlm.replies import WINDOWS, Windows
+from rlm_runtime.rlm.blanks import WINDOWS, Windows
 from rlm_runtime.tools import Tool
 
 MakeEnvironment = Callable[[Limits], Environment]

@@ -237,7 +237,7 @@ class Run:
                 found = await node.look_again() if work.done() else None
             except asyncio.CancelledError:
                 found = None
-            return found or node.salvaged(CANCELLED, "the run was cancelled.")
+            return found or await node.salvaged(CANCELLED, "the run was cancelled.")
         error = work.exception()
         if error is None:
             return work.result()
@@ -247,7 +247,7 @@ class Run:
             wrapped = RlmError(redact.foreign(f"the run failed: {type(error).__name__}: {error}"))
             wrapped.__cause__ = error
             error = wrapped
-        return node.salvaged(ERROR, str(error), cause=error)
+        return await node.salvaged(ERROR, str(error), cause=error)
 
     async def _clean_up(self, tree: Tree) -> None:
         await tree.close()

@@ -14,7 +14,7 @@ from rlm_runtime.errors import BudgetExceeded, Cancelled, LMError, RlmError
 from rlm_runtime.lms import redact
 from rlm_runtime.lms.base import LM, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.repl.base import Environment
-from rlm_runtime.rlm import replies
+from rlm_runtime.rlm import blanks
 from rlm_runtime.rlm.options import Options
 from rlm_runtime.trajectory import AnyEvent, BudgetNote, TrajectoryWriter
 
@@ -60,7 +60,7 @@ class Tree:
 
     def _note_cut(self, lm: LM, read: int, messages: Sequence[Message]) -> None:
         window = self.options.window_of(lm) or read
-        note = prompts.prompt_was_cut(lm.name, read, replies.least_tokens(messages), window)
+        note = prompts.prompt_was_cut(lm.name, read, blanks.least_tokens(messages), window)
         log.warning("%s", note)
         self.notes.append(note)
 
@@ -88,9 +88,7 @@ class Tree:
             budget, window = self.ledger.budget, self.options.window_of(lm)
             wanted = sampling.max_tokens
             if estimate is None and (
-                budget.input_tokens is not None
-                or budget.usd is not None
-                or (window and (wanted is not None or calls))
+                budget.input_tokens is not None or budget.usd is not None or (window and (wanted is not None or calls))
             ):
                 estimate = lm.count_tokens(messages)
             if calls and window and estimate >= window:

@@ -26,7 +26,7 @@ from typing import Any
 
 from rlm_runtime.errors import LMError, RlmError, SandboxError, UsageError
 from rlm_runtime.lms.base import LM, Message, Sampling, Usage
-from rlm_runtime.rlm.replies import no_answer
+from rlm_runtime.rlm.blanks import no_answer
 from rlm_runtime.tasks import get, parse_length
 from rlm_runtime.tasks.base import Example, Task, Tokens, text_of
 from rlm_runtime.tasks.results import Row, Summary, append_row, read_rows, summarize, table, write_summaries

@@ -50,9 +50,7 @@ def url(lm):
 def key(lm):
     """The key the model would send, as its endpoint holds it."""
     headers = lm.endpoint._headers
-    return (
-        headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
-    )
+    return headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
 
 
 X, Y = "http://127.0.0.1:7001/v1", "http://127.0.0.1:7002/v1"
@@ -125,9 +123,7 @@ def test_no_key_of_the_root_reaches_the_sub_models_endpoint_in_a_run(servers, tm
         "--sub-base-url",
         two.url,
     ]
-    code, _, err = command(
-        "ask", "what?", "-c", "book.txt", *args, "--root-opt", "headers.X-Tenant=secret-tenant"
-    )
+    code, _, err = command("ask", "what?", "-c", "book.txt", *args, "--root-opt", "headers.X-Tenant=secret-tenant")
     assert code == 0, err
     assert one.requests[0].headers["authorization"] == "Bearer sk-test" and two.count == 1
     assert not {"authorization", "x-api-key", "x-tenant"} & two.requests[0].headers.keys()
@@ -153,16 +149,8 @@ def test_options_of_each_model_reach_its_requests(servers):
         "max_tokens": 8000,
     }.items() <= first.body.items()
     assert first.path.endswith("?api-version=2024-10-21") and "stream" not in first.body
-    assert (
-        second.body["top_k"] == 20
-        and second.body["mode"] == "fast"
-        and second.headers["x-a"] == "b"
-    )
-    assert (
-        "temperature" not in second.body
-        and "?" not in second.path
-        and sub.endpoint.max_retries == 1
-    )
+    assert second.body["top_k"] == 20 and second.body["mode"] == "fast" and second.headers["x-a"] == "b"
+    assert "temperature" not in second.body and "?" not in second.path and sub.endpoint.max_retries == 1
 
 
 @pytest.mark.parametrize(
@@ -213,11 +201,7 @@ def test_models_of_a_file(tmp_path, monkeypatch):
     root, sub = pair(
         "--root", "big", "--base-url", Y, "--sub", "mine"
     )  # another endpoint: the entry's key stays behind
-    assert (
-        (url(root), key(root)) == (Y, None)
-        and isinstance(sub, ScriptedLM)
-        and not root.endpoint._query
-    )
+    assert (url(root), key(root)) == (Y, None) and isinstance(sub, ScriptedLM) and not root.endpoint._query
     root, sub = pair("--root", "big", "--sub-base-url", Y)
     assert (key(root), url(sub), key(sub)) == ("big-key-1234", Y, None)
     found = load_models(path)

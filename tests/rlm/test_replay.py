@@ -181,7 +181,7 @@ def test_cells_of_a_last_call_ask_in_vain_again(tmp_path):
 
 def test_history_after_compaction_is_bound_again(tmp_path):
     steps = iter(
-        [cell("x = 'long ' * 400\nprint(x)")] * 6
+        [cell(f"x = 'long ' * {400 + i}\nprint(x)") for i in range(6)]
         + [cell("print(len(history), [m['role'] for m in history])"), done("1")]
     )
 

@@ -116,7 +116,10 @@ def helpers(calls: Calls) -> dict:
         return calls.ask(what, len(listed), prompts=listed, batch=True, **fields) if listed else []
 
     def llm_query(prompt, model=None, *, schema=None):
-        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`. Raises CallError."""
+        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`. Raises CallError.
+        A list of texts is many prompts, as with llm_batch."""
+        if type(prompt) in (list, tuple) and prompt and all(isinstance(p, str) for p in prompt):
+            return llm_batch(prompt, model, schema=schema)
         prompts = [jsonable.plain(prompt, "llm_query: the prompt")]
         return one("llm_query", method="llm", prompts=prompts, **_options(model=model, schema=schema))
 

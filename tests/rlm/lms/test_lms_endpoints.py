@@ -48,9 +48,7 @@ def sent_keys(server):
 
 
 @pytest.mark.parametrize(("kind", "variable"), [(OpenAILM, "OPENAI"), (AnthropicLM, "ANTHROPIC")])
-def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(
-    kind, variable, monkeypatch
-):
+def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(kind, variable, monkeypatch):
     monkeypatch.setenv(f"{variable}_API_KEY", KEY)
     with FakeServer("ok") as home, FakeServer("ok") as other:
         complete(kind("m", base_url=other.url))  # the key is the official endpoint's
@@ -60,9 +58,7 @@ def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(
         complete(kind("m", base_url=home.url + "/"))
         assert len(sent_keys(home)) == 2 and all(KEY in v for v in sent_keys(home))
         complete(kind("m", base_url=other.url))
-        complete(
-            kind("m", base_url=home.url.replace("127.0.0.1", "localhost"))
-        )  # another name is another host
+        complete(kind("m", base_url=home.url.replace("127.0.0.1", "localhost")))  # another name is another host
         assert sent_keys(other) == [] and len(sent_keys(home)) == 2
 
 
@@ -79,9 +75,7 @@ def test_a_key_that_was_kept_back_is_named_when_the_endpoint_wants_one(monkeypat
         assert complete(OpenAILM("m", base_url=server.url, api_key_env="MY_KEY")).text == "ok"
     with pytest.raises(UsageError, match="NOT_SET"):
         OpenAILM("m", base_url="http://h/v1", api_key_env="NOT_SET")
-    monkeypatch.setenv(
-        "OPENAI_BASE_URL", "http://127.0.0.1:9/v1"
-    )  # the key is this server's now, not OpenAI's
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # the key is this server's now, not OpenAI's
     with pytest.raises(UsageError, match=r"belongs to http://127\.0\.0\.1:9/v1"):
         OpenAILM("m", base_url="https://api.openai.com/v1")
 
@@ -172,10 +166,7 @@ def test_options_of_a_model_reach_its_requests_and_a_call_may_differ():
         complete(lm)
         complete(lm, sampling=Sampling(temperature=0.0, max_tokens=3))
     first, second = server.requests
-    assert (
-        first.path == "/v1/chat/completions?api-version=2024-10-21"
-        and first.headers["x-title"] == "test"
-    )
+    assert first.path == "/v1/chat/completions?api-version=2024-10-21" and first.headers["x-title"] == "test"
     wanted = {
         "temperature": 0.25,
         "top_p": 0.5,
@@ -200,15 +191,8 @@ def test_thinking_of_a_claude_model():
         )
         complete(lm, schema={"type": "object", "properties": {}})
         body = server.requests[0].body
-    assert (
-        body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
-        and body["max_tokens"] == 2148
-    )
-    assert (
-        "temperature" not in body
-        and "tool_choice" not in body
-        and "JSON schema" in str(body["messages"])
-    )
+    assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048} and body["max_tokens"] == 2148
+    assert "temperature" not in body and "tool_choice" not in body and "JSON schema" in str(body["messages"])
 
 
 @pytest.mark.parametrize(
@@ -230,10 +214,7 @@ def test_a_call_that_nobody_watches_is_a_stream_all_the_same():
         assert complete(make(server)).text == "whole"
         assert [r.body["stream"] for r in server.requests] == [True, True]
     with FakeServer("ok") as server:
-        assert (
-            complete(make(server, stream=False)).text == "ok"
-            and "stream" not in server.requests[0].body
-        )
+        assert complete(make(server, stream=False)).text == "ok" and "stream" not in server.requests[0].body
     with FakeServer("ok") as server:
         complete(AnthropicLM("m", base_url=server.origin, api_key=KEY))
         assert server.requests[0].body["stream"] is True
@@ -289,9 +270,7 @@ def test_a_missing_system_role_is_remembered(status, message):
         lm = make(server)
         assert complete(lm).text == "ok" and server.count == 2
         assert complete(lm).text == "ok" and server.count == 3
-        assert server.requests[-1].body["messages"] == [
-            {"role": "user", "content": "Be brief.\n\nhi"}
-        ]
+        assert server.requests[-1].body["messages"] == [{"role": "user", "content": "Be brief.\n\nhi"}]
         talk = [HI[0], Message(role="assistant", content="a"), Message(role="user", content="b")]
         complete(lm, talk)
         assert [m["role"] for m in server.requests[-1].body["messages"]] == [
@@ -313,9 +292,7 @@ def test_another_refusal_that_speaks_of_a_system_keeps_the_role():
 
 
 def deltas(*parts):
-    chunks = [
-        {"choices": [{"delta": {"tool_calls": part}, "finish_reason": None}]} for part in parts
-    ]
+    chunks = [{"choices": [{"delta": {"tool_calls": part}, "finish_reason": None}]} for part in parts]
     chunks.append({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
     return Raw(
         "".join(f"data: {json.dumps(c)}\n\n" for c in chunks).encode() + b"data: [DONE]\n\n",
@@ -377,9 +354,7 @@ def test_whole_calls_stay_apart(ids):
         Raw(json.dumps({"choices": [{"message": message, "finish_reason": "tool_calls"}]}).encode())
     ) as server:
         found = complete(make(server, stream=False), tools=[SEARCH]).tool_calls
-    assert [c.arguments for c in found] == [{"q": "a"}, {"q": "b"}] and len(
-        {c.id for c in found}
-    ) == 2
+    assert [c.arguments for c in found] == [{"q": "a"}, {"q": "b"}] and len({c.id for c in found}) == 2
     assert ids[0] != "x" or found[0].id == "x"
 
 
@@ -442,9 +417,7 @@ def test_signatures_and_reasoning_go_back_with_the_call_they_belong_to():
     with FakeServer([raw, "done"]) as server:
         lm = make(server)
         reply = complete(lm, tools=[SEARCH])
-        said = Message(
-            role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra
-        )
+        said = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra)
         results = [Message(role="tool", content="r", tool_call_id=c.id) for c in reply.tool_calls]
         complete(lm, [*HI, said, *results], tools=[SEARCH])
     back = server.requests[1].body["messages"][2]
@@ -452,10 +425,7 @@ def test_signatures_and_reasoning_go_back_with_the_call_they_belong_to():
     assert back["reasoning_details"] == [{"text": "d1"}, {"text": "d2"}]
     first, second = back["tool_calls"]
     assert first["extra_content"] == google and "extra_content" not in second
-    assert (
-        second["function"]["thought_signature"] == "s2"
-        and "thought_signature" not in first["function"]
-    )
+    assert second["function"]["thought_signature"] == "s2" and "thought_signature" not in first["function"]
     assert [c["id"] for c in back["tool_calls"]] == ["x", "y"]
 
 
@@ -467,11 +437,7 @@ def test_reasoning_goes_back_only_with_calls_and_not_where_it_is_refused(caplog)
 
     def reply(body):
         refused = any("reasoning_content" in m for m in body["messages"])
-        return (
-            Fail(422, "Extra inputs are not permitted: messages.2.reasoning_content")
-            if refused
-            else "ok"
-        )
+        return Fail(422, "Extra inputs are not permitted: messages.2.reasoning_content") if refused else "ok"
 
     with FakeServer(reply) as server, caplog.at_level(logging.WARNING):
         lm = make(server)
@@ -485,9 +451,7 @@ def test_claude_gets_its_thinking_back_with_the_call(stream):
     with FakeServer([say, "done"]) as server:
         lm = AnthropicLM("m", base_url=server.origin, api_key=KEY, stream=stream)
         reply = complete(lm, tools=[SEARCH])
-        said = Message(
-            role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra
-        )
+        said = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra)
         results = [Message(role="tool", content="r", tool_call_id=c.id) for c in reply.tool_calls]
         complete(lm, [*HI, said, *results], tools=[SEARCH])
     back = server.requests[1].body["messages"][1]["content"]
@@ -510,9 +474,5 @@ def test_claude_calls_under_one_index_and_id_stay_apart():
         )
     text += event("message_delta", delta={"stop_reason": "tool_use"}) + event("message_stop")
     with FakeServer(Raw(text.encode(), "text/event-stream")) as server:
-        calls = complete(
-            AnthropicLM("m", base_url=server.origin, api_key=KEY), tools=[SEARCH]
-        ).tool_calls
-    assert [c.arguments for c in calls] == [{"q": "a"}, {"q": "b"}] and len(
-        {c.id for c in calls}
-    ) == 2
+        calls = complete(AnthropicLM("m", base_url=server.origin, api_key=KEY), tools=[SEARCH]).tool_calls
+    assert [c.arguments for c in calls] == [{"q": "a"}, {"q": "b"}] and len({c.id for c in calls}) == 2

@@ -57,9 +57,7 @@ class Windows:
     """
 
     def __init__(self) -> None:
-        self._most: WeakKeyDictionary[LM, int] = (
-            WeakKeyDictionary()
-        )  # the largest prompt an endpoint ever counted
+        self._most: WeakKeyDictionary[LM, int] = WeakKeyDictionary()  # the largest prompt an endpoint ever counted
         self._cut: WeakKeyDictionary[LM, int] = WeakKeyDictionary()
 
     def of(self, lm: LM) -> int | None:
