@@ -42,6 +42,7 @@ class ContextLoaded(Event):
     blob: str | None = None  # file under blobs/
     path: str | None = None  # a file or folder context, not copied
     preview: str = ""
+    reading: dict[str, Any] = Field(default_factory=dict)  # encoding, patterns, names of several files
 
 
 class SandboxUp(Event):
