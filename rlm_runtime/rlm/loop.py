@@ -19,7 +19,7 @@ from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
 from rlm_runtime.rlm import compaction
 from rlm_runtime.rlm.history import History
-from rlm_runtime.rlm.results import ANSWERED, ERROR, TURNS, Ending, at_limit
+from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
 from rlm_runtime.rlm.subcalls import Spawn, SubCalls
 from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
@@ -72,8 +72,11 @@ class Node:
         began = time.monotonic()
         if warm := getattr(self.lm, "warm", None):
             warm()  # the model's client is imported while the worker starts
-        report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
-        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
+        tools = tuple(t.info() for t in self.tools.values())
+        report, fields = await asyncio.gather(  # the record hashes a long text, and may store it
+            self.environment.start(context, tools), asyncio.to_thread(self.tree.writer.context_fields, context)
+        )
+        self.tree.emit(ContextLoaded(node=self.id, **fields))
         seconds = round(time.monotonic() - began, 6)
         limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
         up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}
@@ -237,7 +240,8 @@ class Node:
         """Enter a reply into history and record."""
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
-        self.last_text = parsed.kept if parsed.kept != parsing.EMPTY else self.last_text
+        if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
+            self.last_text = parsed.kept
         self.tree.emit(
             Replied(
                 node=self.id,
@@ -295,8 +299,9 @@ class Node:
         return None, self.shape.complaint(problem)
 
     def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
-        """The best there is without asking: what `answer` held, else the last reply."""
-        found = self.best if self.best is not None else (self.last_text or None)
+        """The best there is without asking: what `answer` held, else the last reply in prose. A run that was cancelled
+        was not asked to come to an end, so what it said last is no answer."""
+        found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
         if self.shape is None or found is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
         value, problem = self.shape.read(found)
