@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import Message
 from rlm_runtime.trajectory import Compacted
@@ -64,6 +64,8 @@ async def _summary(node: Node) -> str:
                 raise
             messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]  # whole exchanges
             continue
+        from rlm_runtime import parsing
+
         text = parsing.parse(reply).kept.strip() or reply.text.strip()
         return text or "(no summary was given)"
     raise AssertionError("unreachable")

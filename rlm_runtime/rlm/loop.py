@@ -10,9 +10,9 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
 from rlm_runtime.lms.base import LM, Message, Reply
@@ -26,6 +26,11 @@ from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
 from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nudged, Replied, SandboxUp
 
+if TYPE_CHECKING:
+    from rlm_runtime import parsing
+
+WARM_SECONDS = 0.05  # after the first request, which is on its way by then
+SPAWN_SECONDS = 0.02  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
 
@@ -70,8 +75,8 @@ class Node:
     async def start(self, context: Context) -> None:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
-        if warm := getattr(self.lm, "warm", None):
-            warm()  # the model's client is imported while the worker starts
+        if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
+            asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
         tools = tuple(t.info() for t in self.tools.values())
         report, fields = await asyncio.gather(  # the record hashes a long text, and may store it
             self.environment.start(context, tools), asyncio.to_thread(self.tree.writer.context_fields, context)
@@ -109,6 +114,7 @@ class Node:
         self.turn += 1
         self.turns += 1
         self.cell = 0
+        parsing = _parsing()
         parsed = parsing.parse(reply, tools=self.tools)
         self._answered(reply, parsed)
         report: list[CellResult] = []
@@ -226,6 +232,9 @@ class Node:
         if self.is_root and not last:  # room for this turn's report and the last call's own words
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self._began = time.monotonic()
+        if self.turn == 0:
+            loop = asyncio.get_running_loop()
+            loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing)
         return await self.tree.ask(
             self.lm,
             messages,
@@ -238,6 +247,7 @@ class Node:
 
     def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
         """Enter a reply into history and record."""
+        parsing = _parsing()
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
         if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
@@ -277,6 +287,7 @@ class Node:
         self.turn += 1
         self.cell = 0
         reply = await self._ask(self.turn, last=True)
+        parsing = _parsing()
         parsed = parsing.parse(reply, tools=self.tools)
         self._answered(reply, parsed)
         found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
@@ -326,6 +337,13 @@ class Node:
                 self._look(result)
                 return self._finished(result)[0]
         return None
+
+
+def _parsing() -> Any:
+    """The parser of replies, imported while the first one is awaited."""
+    from rlm_runtime import parsing
+
+    return parsing
 
 
 async def _refuse(request: Request) -> list[Outcome]:
