@@ -33,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         if contexts.is_piped(args.context):
             context = dataclasses.replace(context, keep=context.kind == "file")
-        for note in context.notes:
-            codes.complain(note)
         return asyncio.run(_ask(args, root, sub, context, schema, log_dir, options))
 
 
@@ -65,6 +63,8 @@ async def _ask(
 
     try:
         rlm = RLM(root, sub, log_dir=log_dir, on_event=screen, **options)
+        for note in context.notes:
+            codes.complain(note)
         with screen or contextlib.nullcontext():
             run = rlm.start(context, args.question, output=schema)
             running.append(run)
