@@ -66,8 +66,8 @@ setup(
             "starlette>=0.40",
             "uvicorn>=0.30",
         ],
-        "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
-        "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
+        "notebooks": [*JAX, "jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
+        "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "documents": DOCUMENTS,
         "dev": [
             *JAX,
@@ -90,6 +90,6 @@ setup(
             "uvicorn>=0.30",
             "zstandard>=0.23",
         ],
-        "torch-peer": ["torch>=2.4", "transformers>=4.46"],  # benchmarks only
+        "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
     },
 )

@@ -29,7 +29,7 @@ from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nud
 if TYPE_CHECKING:
     from rlm_runtime import parsing
 
-WARM_SECONDS = 0.05  # after the first request, which is on its way by then
+WARM_SECONDS = 0.25  # after the first request, which is on its way by then; models take longer to reply
 SPAWN_SECONDS = 0.02  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
