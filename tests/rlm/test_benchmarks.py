@@ -80,7 +80,7 @@ def test_every_target_and_every_row_reads_a_figure_that_its_case_yields():
     figures = {name: case.read(ran) for name, case in names.items()}
     for case, figure, label, shown in rlm_overhead.ROWS:
         assert shown(figures[case][figure]) and label
-    figures["rlms:first_call"] = figures["first_call"]
+    figures["rlms:first_call"] = {"to_first_call": 1.0}
     assert len(rlm_overhead.verdicts(figures, rlm_cases.Sizes())) == len(rlm_overhead.TARGETS)
 
 
