@@ -181,7 +181,7 @@ def samples(path: Path, size: int, whole: int) -> list[Piece]:
     """All of a file of at most `whole` bytes, else ten samples. Raises OSError."""
     with open(path, "rb") as file:
         if size <= max(whole, SAMPLE):
-            return [Piece(0, file.read(max(whole, SAMPLE) + 1), True)]
+            return [Piece(0, file.read(size + 1), True)]
         pieces = []
         for at in [(size - SAMPLE) * i // 9 for i in range(10)]:
             file.seek(at)
