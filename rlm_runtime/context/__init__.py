@@ -34,8 +34,8 @@ from rlm_runtime.context.files import (
     store,
     without_mark,
 )
-from rlm_runtime.context.survey import Reading, Survey, find, survey
-from rlm_runtime.errors import ContextError
+from rlm_runtime.context.survey import UNREADABLE, Reading, Survey, find, survey
+from rlm_runtime.errors import ContextError, UsageError
 
 Kind = Literal["str", "bytes", "list", "dict", "messages", "file", "folder"]
 
@@ -101,17 +101,19 @@ class Context:
         UsageError for a pattern that is none.
         """
         reading = Reading(encoding and _codec(encoding), _patterns(include), _patterns(exclude), gitignore)
+        if isinstance(x, os.PathLike):
+            return cls._of_paths([Path(x)], reading)
+        if isinstance(x, (list, tuple)) and x and all(isinstance(e, os.PathLike) for e in x):
+            return cls._of_paths([Path(e) for e in x], reading)
+        if reading != Reading():
+            raise UsageError("context: encoding, include, exclude and gitignore say how the files of a Path are read.")
         if isinstance(x, Context):
             return x
         if isinstance(x, str):
             return cls._checked("str", x)
         if isinstance(x, (bytes, bytearray, memoryview)):
             return cls._checked("bytes", bytes(x))
-        if isinstance(x, os.PathLike):
-            return cls._of_path(Path(x), reading)
         if isinstance(x, (list, tuple)):
-            if x and all(isinstance(e, os.PathLike) for e in x):
-                return cls._of_paths([Path(e) for e in x], reading)
             return cls._checked("list", [values.plain(e) for e in x])
         if isinstance(x, Mapping):
             return cls._checked("dict", dict(x))
@@ -176,9 +178,7 @@ class Context:
         size = regular_size(path)
         if size == 0:
             raise ContextError(f"context: the file {path} is empty; there is nothing to answer from.")
-        with open(path, "rb") as file:
-            kind = extract.kind_of(path.name, file.read(8))
-        if kind is not None:
+        if (kind := _document(path)) is not None:
             of = extract.KINDS[kind]
             about = f"the text of {of.what}, {describe.quoted(path.name, 200)}; {of.form}"
             return cls("str", value=extract.text_of(path, kind), about=about)
@@ -206,12 +206,16 @@ class Context:
 
     @classmethod
     def _of_paths(cls, paths: list[Path], reading: Reading) -> Context:
+        for path in paths:
+            status_of(path)
+        if (reading.include or reading.exclude) and not any(path.expanduser().is_dir() for path in paths):
+            raise UsageError("context: include and exclude choose among the files of a folder; no folder was given.")
         if len(paths) == 1:
             return cls._of_path(paths[0], reading)
         files: dict[str, Path] = {}
         found = Survey()
+        named: set[Path] = set()  # documents: errors, where they cannot be read
         for path in paths:
-            status_of(path)
             label = path.name or str(path)
             if path.expanduser().is_dir():
                 root = path.expanduser().resolve()
@@ -219,17 +223,35 @@ class Context:
                 if not inside:
                     cls._of_folder(path, reading)  # says why
             else:
-                part = cls._of_file(path, reading.encoding or "utf-8")
-                if part.compression:
-                    raise ContextError(f"context: {path} is compressed; among several files only plain text is taken.")
-                inside = [(label, path.expanduser().absolute())]
+                whole = path.expanduser().absolute()
+                if _document(whole) is not None:
+                    named.add(whole)
+                else:
+                    cls._one_of_several(path, reading)
+                inside = [(label, whole)]
             for name, each in inside:
                 if name in files and files[name] != each:  # two of one name: tell them apart by their whole path
                     name = str(each)
                 files[name] = each
         context = cls("folder", files=tuple(files.items()), reading=reading)
         context.survey.ignored.update(found.ignored)
+        context.survey.truncated |= found.truncated
+        for skipped in context.survey.skipped:
+            if skipped.path in named:
+                raise ContextError(f"context: {skipped.why}")
         return context._with_texts("the files hold")
+
+    @classmethod
+    def _one_of_several(cls, path: Path, reading: Reading) -> None:
+        """A file that was named must be a text: UTF-8, or in the encoding that is given."""
+        try:
+            part = cls._of_file(path)
+        except ContextError:
+            if reading.encoding is None:
+                raise
+            part = cls._of_file(path, reading.encoding)
+        if part.compression:
+            raise ContextError(f"context: {path} is compressed; among several files only plain text is taken.")
 
     # -- what it is
 
@@ -335,7 +357,12 @@ class Context:
             "encodings": {e.name: e.encoding for e in found.entries if e.encoding != "utf-8"},
         }
         texts = tuple(Path(path) for (_, path), e in zip(named, found.entries, strict=True) if e.text is not None)
-        paths = (self.path, *texts) if self.files is None else tuple(dict.fromkeys(Path(p) for _, p in args["files"]))
+        if self.files is None:
+            paths = (self.path, *texts)
+        else:
+            readable = [entry.path for entry in found.entries if entry.text is None]
+            readable += [skipped.path for skipped in found.skipped if skipped.what != UNREADABLE]
+            paths = (*dict.fromkeys(readable), *texts)
         largest = max((e.bytes for e in found.entries if e.bytes <= lazy_bytes), default=0)
         return Payload("folder", self.path, self.bytes, args, paths, memory=(64 << 20) + 8 * largest)
 
@@ -461,6 +488,13 @@ class Context:
     def preview(self, limit: int = 1400) -> str:
         """The beginning and the end, quoted as Python literals: nothing in it can pass for the runtime's own words."""
         return describe.preview(self, limit)
+
+
+def _document(path: Path) -> str | None:
+    """The kind of document a file is. Raises ContextError."""
+    regular_size(path)
+    with open(path, "rb") as file:
+        return extract.kind_of(path.name, file.read(8))
 
 
 def _codec(encoding: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WHOLE = 1 << 20  # bytes: smaller files are decoded whole, of larger ones ten samples are
 GUESSES = 20  # files whose encoding is guessed at; a guess takes tens of milliseconds
+UNREADABLE = "unreadable"
 NAMED = 8  # files that a sentence names
 DOCUMENT_SECONDS = 300.0  # for the documents of one folder together
 DOCUMENT_BYTES = 256 << 20  # of their text together
@@ -116,7 +117,7 @@ def survey(named: Iterable[tuple[str, Path]], reading: Reading, found: Survey | 
                 continue
             encoding, skipped = _look(name, path, pieces, reading, guess=guesses > 0)
         except OSError as error:
-            found.skipped.append(Skipped(name, path, "unreadable", f"cannot be read ({error.strerror})"))
+            found.skipped.append(Skipped(name, path, UNREADABLE, f"cannot be read ({error.strerror})"))
             continue
         if skipped is not None:
             guesses -= skipped.what == "not UTF-8"

@@ -165,6 +165,25 @@ def test_include_and_exclude(tree, tmp_path):
         Context.of(tree, include=["!"])
 
 
+def test_options_that_would_do_nothing_are_refused(tree):
+    for options in ({"include": ["*.py"]}, {"exclude": ["*.py"]}):
+        with pytest.raises(UsageError, match="no folder was given"):
+            Context.of(tree / "a.py", **options)
+    for options in ({"encoding": "latin-1"}, {"gitignore": False}, {"include": "*"}):
+        with pytest.raises(UsageError, match="of a Path"):
+            Context.of("a text", **options)
+
+
+def test_named_files_are_in_utf8_or_in_the_encoding_that_is_given(mixed, tmp_path):
+    paths = [mixed / "utf8.txt", mixed / "latin.txt"]
+    with pytest.raises(ContextError, match=r"latin.txt is not UTF-8"):
+        Context.of(paths)
+    assert dict(loaded(Context.of(paths, encoding="latin-1"), tmp_path)) == {"utf8.txt": "naïve", "latin.txt": FRENCH}
+    assert (
+        loaded(Context.of([mixed / "utf8.txt", mixed / "wide.txt"], encoding="utf-16"), tmp_path)["wide.txt"] == "wide"
+    )
+
+
 def test_patterns_agree_with_git(tree):
     git = subprocess.run(["git", "--version"], capture_output=True, check=False)
     if git.returncode:
@@ -313,6 +332,8 @@ def test_a_broken_document_is_an_error_alone_and_left_out_in_a_folder(tmp_path):
         Context.of(root / "broken.pdf")
     with pytest.raises(ContextError, match="OCR"):
         Context.of(root / "empty.pdf")
+    with pytest.raises(ContextError, match=r"broken.pdf is a PDF document, not text"):
+        Context.of([root / "broken.pdf", root / "good.txt"])
     folder = loaded(Context.folder(root), tmp_path)
     assert list(folder) == ["good.txt"] and "could not be extracted" in folder.skipped["broken.pdf"]
 
