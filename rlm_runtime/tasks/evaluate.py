@@ -260,6 +260,8 @@ class _Runners:
         self.model = self.root.name if self.sub is self.root else f"{self.root.name}+{self.sub.name}"
         self._depths, self._options, self._given_tips = depths, options, options.pop("tips", None)
         self._rlms: dict[tuple[str, str], RLM] = {}
+        if self._given_tips and not any(mode.endswith("+tips") for mode in modes):
+            raise UsageError("tips were given, but no mode uses them; add one such as rlm+tips.")
         for mode in depths:  # a wrong option shows before anything is run
             if mode != "base":
                 self._make(mode, self._given_tips)

@@ -189,7 +189,7 @@ def test_cancelling_keeps_what_is_done(tmp_path):
     ("options", "words"),
     [
         ({"modes": ["bass"]}, "unknown mode 'bass'"), ({"lengths": ["8x"]}, "length '8x'"), ({"lengths": [20]}, "too short"),
-        ({"samples": 0}, "at least 1"), ({"modes": []}, "at least one"), ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
+        ({"samples": 0}, "at least 1"), ({"modes": ["rlm+tip"]}, "as in rlm+tips"), ({"rlm": {"tips": "x"}}, "no mode uses them"), ({"modes": []}, "at least one"), ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
         ({"rlm": {"budget": {"dollars": 3}}}, "budget.dollars"), ({"root": "openia:x"}, "unknown model"),
         ({"sampling": {"heat": 1}}, "sampling.heat"),
     ],
