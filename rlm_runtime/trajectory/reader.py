@@ -75,7 +75,9 @@ def decode(line: bytes) -> tuple[AnyEvent, str | None]:
             place = place[key]
         del place[last]
     try:
-        return event_adapter().validate_python(value), "unknown fields left out: " + ", ".join(".".join(map(str, e[1:])) for e in extra)
+        return event_adapter().validate_python(value), "unknown fields left out: " + ", ".join(
+            ".".join(map(str, e[1:])) for e in extra
+        )
     except ValidationError as error:
         raise ValueError(f"no known event ({error.error_count()} problems)") from None
 
