@@ -120,7 +120,7 @@ async def areplay(
         blobs=trajectory.path.parent / "blobs",  # type: ignore[union-attr]
         moved=Path(context) if context is not None else None,
         ignore=frozenset(ignore),
-        make=environment if callable(environment) else _maker(environment),
+        make=environment if callable(environment) else _maker(environment, record.settings),
         on_cell=on_cell,
         warnings=list(trajectory.warnings),
     )
@@ -138,10 +138,12 @@ async def areplay(
     )
 
 
-def _maker(kind: str) -> Callable[[Limits], Environment]:
+def _maker(kind: str, settings: dict[str, Any]) -> Callable[[Limits], Environment]:
     from rlm_runtime import repl
 
-    return lambda limits: repl.make(kind, limits)
+    packages = settings.get("packages") or ()
+    named = tuple(name for name in packages if isinstance(name, str)) if isinstance(packages, list) else ()
+    return lambda limits: repl.make(kind, limits, packages=named)
 
 
 Place = tuple[int, str, int, int]  # completion of the session, node, turn, cell
@@ -256,7 +258,9 @@ class _Replay:
 
     def _context(self, event: ContextLoaded) -> Context:
         if self.moved is not None and event.node == "0" and event.name == "context":
-            context = Context.of(self.moved)
+            context = Context.from_record(
+                {**event.model_dump(), "blob": None, "path": str(self.moved), "sha256": None}, None
+            )
             if event.sha256 is not None and context.sha256 != event.sha256:
                 raise ContextError(f"context: {self.moved} is not what the recorded run read (its hash differs).")
             return context

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from rlm_runtime.cli.codes import TABLE
@@ -76,6 +77,17 @@ Score, cost, calls and time by length, with confidence intervals, as a table, a 
 command again and it goes on where it stopped."""
 
 
+USAGE = {
+    "ask": "QUESTION [--context PATH ...] --root MODEL [--sub MODEL] [options]",
+    "serve": "--root MODEL [--sub MODEL] [--model NAME=ROOT[,SUB] ...] [options]",
+    "view": "[FILE|DIR] [--export FILE.html] [options]",
+    "replay": "FILE|DIR [--context PATH] [options]",
+    "eval": "--task TASK [--lengths N,N] [--modes M,M] --root MODEL [options]",
+    "tasks": "[NAME] [--length N] [--seed N] [--out DIR]",
+    "sandbox": "[--environment NAME] [--allow-missing LAYER] [--json]",
+}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, max_help_position=32, **kwargs)
@@ -98,6 +110,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; wrong ones end the process with the usage of their command."""
+    args, unknown = top.parse_known_args(argv)
+    if unknown:
+        getattr(args, "parser", top).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def _allow(group: Any) -> None:
     text = "go on without this layer of the sandbox, e.g. landlock (see rlm sandbox)"
     group.add_argument("--allow-missing", metavar="LAYER", action="append", default=[], help=text)
@@ -108,9 +128,12 @@ ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 
 def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
     epilog = f"{epilog}\n\n{TABLE}" if epilog else TABLE
-    return commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
+    usage = f"rlm {name} {USAGE[name]}\n       rlm {name} --help lists the options"
+    p = commands.add_parser(
+        name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
     )
+    p.set_defaults(parser=p)
+    return p
 
 
 def _models(p: argparse.ArgumentParser) -> None:
@@ -157,8 +180,38 @@ def _run(p: argparse.ArgumentParser) -> None:
         help="functions of this file, for the REPL; they run in this process, unconfined",
     )
     group.add_argument("--system-prompt", metavar="FILE", help="instead of the built-in system prompt")
+    group.add_argument(
+        "--tips", metavar="FILE", help="advice on contexts of this kind, for the root; apart from the system prompt"
+    )
+    group.add_argument(
+        "--packages",
+        metavar="NAME,NAME",
+        action="append",
+        default=[],
+        help="installed packages that the code may import, such as numpy,pandas",
+    )
     group.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
     _allow(group)
+
+
+def _files(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("how files are read")
+    group.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of the file; in a folder, of the files that are not UTF-8 (left out without)",
+    )
+    group.add_argument(
+        "--include",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="of a folder only these files: '*.py', 'docs/**'",
+    )
+    group.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="of a folder not these")
+    group.add_argument(
+        "--no-gitignore", action="store_true", help="of a folder also what its .gitignore files leave out"
+    )
 
 
 def _ask(p: argparse.ArgumentParser) -> None:
@@ -171,6 +224,7 @@ def _ask(p: argparse.ArgumentParser) -> None:
         action="extend",
         help="files or a folder; - is standard input, which is read by itself when piped",
     )
+    _files(p)
     _models(p)
     _run(p)
     out = p.add_argument_group("output")
@@ -265,7 +319,10 @@ def _eval(p: argparse.ArgumentParser) -> None:
     p.add_argument("--task", metavar="NAME", action="append", required=True, help="see rlm tasks; may be given again")
     p.add_argument("--lengths", metavar="N,N", default="8k,32k,128k", help="tokens, such as 8k,128k,1M,10M")
     p.add_argument(
-        "--modes", metavar="M,M", default="base,repl,rlm", help="base: the model alone; repl: no sub-calls; rlm"
+        "--modes",
+        metavar="M,M",
+        default="base,repl,rlm",
+        help="base: the model alone; repl: no sub-calls; rlm; rlm+tips: with the task's tips, or --tips",
     )
     p.add_argument("--samples", metavar="N", type=_count, default=10, help="of each task and length (10)")
     p.add_argument("--seed", metavar="N", type=int, default=42, help="of the samples (42)")

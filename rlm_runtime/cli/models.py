@@ -114,20 +114,22 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "sub_calls": args.budget_calls,
     }
     budget = {**_given(flags), **budget}
-    if args.system_prompt:
-        try:
-            options["system_prompt"] = Path(args.system_prompt).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--system-prompt {args.system_prompt}: {getattr(error, 'strerror', None) or error}."
-            ) from None
+    for name in ("system_prompt", "tips"):
+        path = getattr(args, name)
+        if path is not None:
+            options[name] = values.text(path, "--" + name.replace("_", "-"))
+    environment: dict[str, Any] = {}
+    if args.allow_missing:
+        environment["policy"] = policy(args.allow_missing)
+    if packages := [name.strip() for names in args.packages for name in names.split(",") if name.strip()]:
+        environment["packages"] = tuple(dict.fromkeys(packages))
     return {
         "max_depth": args.max_depth,
         "budget": check_model("budget", Budget, budget),
         "limits": check_model("limits", Limits, limits),
         "environment": args.environment,
         "tools": values.tools(args.tools),
-        **({"environment_options": {"policy": policy(args.allow_missing)}} if args.allow_missing else {}),
+        **({"environment_options": environment} if environment else {}),
         **options,
     }
 

@@ -104,6 +104,14 @@ def price(text: str | None) -> tuple[float, ...] | None:
     return values
 
 
+def text(path: str, option: str) -> str:
+    """The text of a file that an option names. Raises UsageError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
 def schema(path: str | None) -> dict[str, Any] | None:
     """A JSON schema from a file. Raises UsageError."""
     if path is None:

@@ -18,10 +18,14 @@ NO_QUESTION = (
 
 
 # -- the task -----------------------------------------------------------------------------------------------------------
-def first_user(question: str | None, context: str, *, budget: Mapping[str, Any] | None = None) -> str:
-    """The task: the question, what the context is (`Context.describe`), what the run may use."""
+def first_user(
+    question: str | None, context: str, *, budget: Mapping[str, Any] | None = None, tips: str | None = None
+) -> str:
+    """The task: the question, what the context is (`Context.describe`), the user's tips, what the run may use."""
     parts = [f"Question: {question.strip()}" if question and question.strip() else NO_QUESTION]
     parts.append(f"`context` in the REPL:\n{_fenced(context)}")
+    if tips and tips.strip():
+        parts.append(f"Tips from the user, for contexts of this kind:\n{tips.strip()}")
     if budget and (listed := _listed(budget)):
         parts.append(f"This run may use: {listed}.")
     return "\n\n".join(parts)

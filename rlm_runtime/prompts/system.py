@@ -22,7 +22,8 @@ class Helpers:
     """What exists in this node's REPL, and its bounds.
 
     `sub_calls`: llm_query and llm_batch; `children`: rlm_query starts a worker with its own REPL. `sub_window`: tokens
-    the sub-model can hold (None: unknown). `models`: names `llm_query(model=...)` takes.
+    the sub-model can hold (None: unknown). `models`: names `llm_query(model=...)` takes. `packages`: installed packages that cells may
+    import.
     """
 
     sub_calls: bool = True
@@ -33,6 +34,7 @@ class Helpers:
     output_chars: int = 20_000
     cell_seconds: float = 120.0
     tools: tuple[ToolInfo, ...] = ()
+    packages: tuple[str, ...] = ()
 
     @property
     def prompt_chars(self) -> int:
@@ -182,9 +184,15 @@ def _limits(helpers: Helpers) -> str:
         "counts, samples and short results, never the whole context.\n"
         f"- A block may run for {helpers.cell_seconds:g} seconds{calls}. One that runs on is stopped, and its variables may "
         "be lost.\n"
-        "- Python with its standard library. No network, no shell, no package installation.\n"
+        f"- Python with its standard library{_packages(helpers)}. No network, no shell, no package installation.\n"
         "- The number of turns is limited; each message says which one it is."
     )
+
+
+def _packages(helpers: Helpers) -> str:
+    if not helpers.packages:
+        return ""
+    return f" and these installed packages: {', '.join(helpers.packages)}; no others can be imported"
 
 
 def _work(helpers: Helpers) -> str:

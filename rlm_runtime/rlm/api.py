@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,8 @@ class RLM:
       log_dir: where runs leave their trajectories, a folder each; None: in memory, up to a bound.
       system_prompt: instead of the built-in one, for the root; `{repl}`, `{limits}`, `{finish}` in it stand for the
         sections that describe this REPL.
+      tips: a text, or several, on how contexts of this kind are best worked. The root gets them with its first task,
+        apart from the system prompt, so that they can be switched and measured (`rlm eval --modes rlm,rlm+tips`).
       prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name.
       sub_system_prompt: a system message before the prompt of every plain sub-LM call; default: none, or with
         `sub_tools` one that says what they are for.
@@ -80,6 +84,7 @@ class RLM:
         log_dir: Path | str | None = None,
         system_prompt: str | None = None,
         prompt_variant: str | None = None,
+        tips: str | Sequence[str] | None = None,
         sub_system_prompt: str | None = None,
         compact_at: float = 0.85,
         window: int | None = None,
@@ -101,7 +106,8 @@ class RLM:
             raise UsageError(f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}.")
         if on_event is not None and not callable(on_event) and not hasattr(on_event, "for_run"):
             raise UsageError(f"on_event: expected a function of one event, got {on_event!r}.")
-        name, make = _environment(environment, dict(environment_options or {}))
+        environment_options = dict(environment_options or {})
+        name, make = _environment(environment, environment_options)
         root_lm = options.check_lm(root, "root")
         sub_lm = root_lm if sub is None or sub == root else options.check_lm(sub, "sub")
         self._options = options.Options(
@@ -121,6 +127,8 @@ class RLM:
             log_dir=Path(log_dir) if log_dir is not None else None,
             system_prompt=system_prompt,
             prompt_variant=prompt_variant,
+            tips=options.check_tips(tips),
+            packages=tuple(environment_options.get("packages", ())),
             sub_system_prompt=sub_system_prompt,
             compact_at=compact_at,
             window=None if window is None else check_int("window", window, 256),
@@ -148,7 +156,8 @@ class RLM:
         output: Any = None,
         cancel: CancelEvent | None = None,
     ) -> RLMResult:
-        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, or the Path of a file or folder.
+        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, a DataFrame, the Path of a file or
+        folder, a list of Paths, or a `Context`.
 
         `output`: a pydantic model, a type or a JSON schema that the answer must fit. Setting `cancel` ends the run with
         what it has, and so does a first Ctrl-C. Raises UsageError and ContextError for wrong arguments, and LMError or
@@ -171,7 +180,9 @@ class RLM:
     ) -> RLMResult:
         """As `completion`. Cancelling the task ends the run, its calls and workers, and raises CancelledError, whose
         attribute `result` is the partial result."""
-        return await self.start(prompt, question, output=output, cancel=cancel).to_the_end()
+        shape = Shape.of(output) if output is not None else None
+        context = await acontext_of(prompt, question)
+        return await Run(self._options, context, question, shape, cancel=cancel).to_the_end()
 
     def start(
         self,
@@ -246,7 +257,17 @@ class RLM:
 def context_of(prompt: Any, question: str | None) -> Context:
     if question is not None and not isinstance(question, str):
         raise UsageError(f"question: expected a text, got {type(question).__name__}.")
-    return prompt if isinstance(prompt, Context) else Context.of(prompt)
+    return Context.of(prompt)
+
+
+async def acontext_of(prompt: Any, question: str | None) -> Context:
+    """As `context_of`; what reads files does so in a thread, as a document or a large folder takes seconds."""
+    of_paths = isinstance(prompt, os.PathLike) or (
+        isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], os.PathLike)
+    )
+    if of_paths and (question is None or isinstance(question, str)):
+        return await asyncio.to_thread(Context.of, prompt)
+    return context_of(prompt, question)
 
 
 def _values(by_depth: Mapping[int, Any] | Sequence[Any] | None) -> list[Any]:

@@ -10,9 +10,9 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
 from rlm_runtime.lms.base import LM, Message, Reply
@@ -21,13 +21,18 @@ from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.rlm import compaction
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.repeats import Repeats
-from rlm_runtime.rlm.results import ANSWERED, ERROR, TURNS, Ending, at_limit
+from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
 from rlm_runtime.rlm.subcalls import Spawn, SubCalls
 from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
 from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nudged, Replied, SandboxUp
 
+if TYPE_CHECKING:
+    from rlm_runtime import parsing
+
+WARM_SECONDS = 0.25  # after the first request, which is on its way by then; models take longer to reply
+SPAWN_SECONDS = 0.02  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
 
@@ -74,10 +79,13 @@ class Node:
     async def start(self, context: Context) -> None:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
-        if warm := getattr(self.lm, "warm", None):
-            warm()  # the model's client is imported while the worker starts
-        report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
-        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
+        if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
+            asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
+        tools = tuple(t.info() for t in self.tools.values())
+        report, fields = await asyncio.gather(  # the record hashes a long text, and may store it
+            self.environment.start(context, tools), asyncio.to_thread(self.tree.writer.context_fields, context)
+        )
+        self.tree.emit(ContextLoaded(node=self.id, **fields))
         seconds = round(time.monotonic() - began, 6)
         limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
         up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}
@@ -168,7 +176,7 @@ class Node:
 
     async def _parsed(self, reply: Reply) -> parsing.Parsed:
         size = len(reply.text) + sum(size_of(call.arguments) for call in reply.tool_calls)
-        return await read(size, parsing.parse, reply, tools=self.tools)
+        return await read(size, _parsing().parse, reply, tools=self.tools)
 
     async def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
         """The ending where the answer is ready and good, or what to tell the model where it is not."""
@@ -192,7 +200,7 @@ class Node:
     def _is_plan(self, content: Any) -> bool:
         """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
         it says so again."""
-        if self.turn > 1 or self._asked_for_plan or not parsing.is_plan(content):
+        if self.turn > 1 or self._asked_for_plan or not _parsing().is_plan(content):
             return False
         self._asked_for_plan = True
         return True
@@ -249,6 +257,9 @@ class Node:
         if self.is_root and not last:  # room for this turn's report and the last call's own words
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self._began = time.monotonic()
+        if self.turn == 0:
+            loop = asyncio.get_running_loop()
+            loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing)
         return await self.tree.ask(
             self.lm,
             messages,
@@ -261,9 +272,11 @@ class Node:
 
     def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
         """Enter a reply into history and record."""
+        parsing = _parsing()
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
-        self.last_text = parsed.kept if parsed.kept != parsing.EMPTY else self.last_text
+        if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
+            self.last_text = parsed.kept
         self.tree.emit(
             Replied(
                 node=self.id,
@@ -299,6 +312,7 @@ class Node:
         self.turn += 1
         self.cell = 0
         reply = await self._ask(self.turn, last=True)
+        parsing = _parsing()
         parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
@@ -321,8 +335,9 @@ class Node:
         return None, self.shape.complaint(problem)
 
     async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
-        """The best there is without asking: what `answer` held, else the last reply."""
-        found = self.best if self.best is not None else (self.last_text or None)
+        """The best there is without asking: what `answer` held, else the last reply in prose. A run that was cancelled
+        was not asked to come to an end, so what it said last is no answer."""
+        found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
         if self.shape is None or found is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
         value, problem = await read(size_of(found), self.shape.read, found)
@@ -348,6 +363,13 @@ class Node:
                 self._look(result)
                 return (await self._finished(result))[0]
         return None
+
+
+def _parsing() -> Any:
+    """The parser of replies, imported while the first one is awaited."""
+    from rlm_runtime import parsing
+
+    return parsing
 
 
 async def _refuse(request: Request) -> list[Outcome]:

@@ -44,6 +44,8 @@ class Options:
     log_dir: Path | None = None
     system_prompt: str | None = None
     prompt_variant: str | None = None
+    tips: str | None = None
+    packages: tuple[str, ...] = ()  # that cells may import, for the prompt
     sub_system_prompt: str | None = None
     compact_at: float = 0.85
     window: int | None = None
@@ -140,6 +142,16 @@ def check_by_depth(value: Mapping[int, Any] | Sequence[Any] | None) -> dict[int,
         for depth, lm in pairs
         if lm is not None
     }
+
+
+def check_tips(tips: str | Sequence[str] | None) -> str | None:
+    """Tips as one text; several become a list. Raises UsageError."""
+    if tips is None:
+        return None
+    lines = [tips] if isinstance(tips, str) else list(tips)
+    if not all(isinstance(line, str) and line.strip() for line in lines):
+        raise UsageError(f"tips: expected a text, or a list of texts, got {tips!r}.")
+    return "\n".join(line.strip() if isinstance(tips, str) else f"- {line.strip()}" for line in lines) or None
 
 
 def check_prices(options: Options) -> None:

@@ -227,7 +227,8 @@ class Run:
         name = f"context_{place.completions}"
         await node.environment.rebind_context(self._context, name)
         await node.environment.reset_answer()
-        node.tree.emit(ContextLoaded(node=node.id, **self._writer.context_fields(self._context, name)))
+        fields = await asyncio.to_thread(self._writer.context_fields, self._context, name)
+        node.tree.emit(ContextLoaded(node=node.id, **fields))
         open_task(node, self._context, name)
 
     async def _ending(self, node: Node, work: asyncio.Task[Ending]) -> Ending:
@@ -290,6 +291,8 @@ class Run:
             "tools": sorted(options.tools),
             "sub_tools": sorted(options.sub_tools),
             "tool_values": {n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value},
+            "tips": options.tips,
+            "packages": list(options.packages),
             "models": {str(d): m.name for d, m in options.by_depth.items()},
             "output": self._shape.schema if self._shape is not None else None,
         }
@@ -321,7 +324,9 @@ class Run:
         )
         writer.write(end)
         writer.close()
-        notes = list(tree.notes)
+        notes = [*self._context.notes, *tree.notes]
+        if self._context.keep and writer.folder is not None and self._context.sha256 is None:
+            notes.append("The piped text is too long to be kept with the trajectory; replay needs it as --context.")
         if writer.error is not None:
             notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
         elif writer.dropped:

@@ -51,8 +51,8 @@ class Command:
 
     def start(self, *args, env=None, **options):
         command = [sys.executable, "-m", "rlm_runtime", *map(str, args)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=self.env(**(env or {})), cwd=self.home, text=True, **{**pipes, **options})
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=self.env(**(env or {})), cwd=self.home, **{**pipes, **options})
 
     def __call__(self, *args, text=None, env=None):
         stdin = subprocess.PIPE if text is not None else subprocess.DEVNULL
