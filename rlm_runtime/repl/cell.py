@@ -51,7 +51,6 @@ class Cell:
         self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self.interrupted = 0.0  # when the first interrupt was sent
         self.reason = ""
-        self.overfull = False  # its files were the reason
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
         self._tasks: set[asyncio.Task] = set()
@@ -178,7 +177,6 @@ class Cell:
         elif process.threads() > self._policy.threads:
             self.kill(f"it had more than {self._policy.threads} threads")
         elif now >= self._next_look and (wrong := self.wrong_with_files()):
-            self.overfull = True
             self.kill(f"it had {wrong}")
         elif self.interrupted:
             self.interrupt(self.reason)

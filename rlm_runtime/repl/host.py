@@ -7,6 +7,7 @@ import asyncio
 import keyword
 import os
 import secrets
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ HELPERS = frozenset(
 )
 BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
+OTHER_TEMP = ("/var/tmp", "/tmp", "/dev/shm")  # for the work folder, where the context contains the usual place
 START_TRIES = 3  # of a worker that is killed while it starts
 
 
@@ -99,7 +101,6 @@ class HostedEnvironment:
         self._writing: asyncio.Future | None = None  # of a context, in a thread
         self._cleaning: asyncio.Future | None = None  # an old work folder is being removed
         self._nuisance = _Nuisance()
-        self._overfull = False  # the work folder has to be emptied
         self._reply: tuple[str, asyncio.Future] | None = None  # (id, future) of a load under way
         self._ready: asyncio.Future | None = None
 
@@ -180,12 +181,17 @@ class HostedEnvironment:
         if os.name != "posix" or not hasattr(os, "pidfd_open"):
             raise SandboxError(f"environment={self.kind!r} needs Linux 5.3 or newer.")
         mine = self._belongings
-        if mine.folder is None:
-            try:
-                await asyncio.to_thread(sweep, self._temp_dir)
-                mine.folder = WorkDir(self._temp_dir)
-            except OSError as error:
-                raise SandboxError(f"The REPL's work folder cannot be made: {error}") from None
+        try:
+            if mine.folder is None:
+                mine.folder = await self._make_folder()
+            else:
+                try:
+                    mine.folder.renew()
+                except OSError:  # no room, perhaps, as long as the last worker's files are there
+                    await self._cleaned()
+                    mine.folder.renew()
+        except OSError as error:
+            raise SandboxError(f"The REPL's work folder cannot be made: {error}") from None
         mine.hold_spawner()
         payloads = asyncio.ensure_future(self._make_payloads(mine.folder))
         if not self.overlap:
@@ -200,6 +206,20 @@ class HostedEnvironment:
             await self._load(name)
         self._to_bind, self._reset_answer = dict(self._bound), False
         self._raw = {}
+
+    async def _make_folder(self) -> WorkDir:
+        """The work folder, outside of every folder the worker may read. Raises OSError, ContextError."""
+        first = self._temp_dir or tempfile.gettempdir()
+        for parent in (first,) if self._temp_dir else (first, *OTHER_TEMP):
+            if around := [context for context in self._contexts.values() if _contains(context, parent)]:
+                continue
+            try:
+                await asyncio.to_thread(sweep, parent)
+                return WorkDir(parent)
+            except OSError:
+                if parent == first:
+                    raise
+        raise _around(around[0], first)
 
     async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
         """Start the process, greet it, wait until it has locked itself in, and look whether it has."""
@@ -230,11 +250,13 @@ class HostedEnvironment:
                 )
                 kind = _Killed if done and process.popen.returncode < 0 else SandboxError
                 raise kind(f"The REPL's worker {how}. {self._explain(stderr)}")
-            layers = self._ready.result()
+            layers, problem = self._ready.result()
             if process.worker_pid:
                 layers = sandbox.seen_from_outside(process.worker_pid, layers)
             layers = self._outer_layers(process) | layers
-            self.report = sandbox.report(self.kind, layers, self.policy, self.required)
+            self.report = sandbox.report(self.kind, layers, self.policy, self.required, self.report)
+            if problem is not None:
+                raise SandboxError(f"The REPL's work folder {self._belongings.folder.scratch}: {problem}")
         finally:
             self._ready = None
         process.take_raw()
@@ -326,10 +348,9 @@ class HostedEnvironment:
             self._belongings.kill_outside()
             await process.close()
             self._belongings.process = None
-            if self._overfull:
-                self._overfull = False
+            if not self._closed:  # the next worker meets nothing that a cell has made
                 await self._cleaned()
-                old = self._belongings.folder.new_scratch()
+                old = self._belongings.folder.set_aside()
                 self._cleaning = asyncio.ensure_future(asyncio.to_thread(remove, old))
             for killer in self._belongings.take_killers():
                 await asyncio.to_thread(killer.wait)
@@ -384,7 +405,8 @@ class HostedEnvironment:
             named = message.get("cell" if kind == "request" else "id")
             return cell is not None and named == cell.id and cell.on_message(message, size)
         if kind == "ready" and self._ready is not None and not self._ready.done():
-            self._ready.set_result(_layers(message.get("layers")))
+            problem = message.get("problem")
+            self._ready.set_result((_layers(message.get("layers")), None if problem is None else str(problem)[:500]))
             return True
         if kind == "loaded" and self._reply is not None and message.get("id") == self._reply[0]:
             error = message.get("error")
@@ -447,7 +469,6 @@ class HostedEnvironment:
     async def _after(self, cell: Cell) -> None:
         self._cell = None
         await cell.finish()
-        self._overfull = self._overfull or cell.overfull
 
     async def _result(self, cell: Cell) -> CellResult:
         end, times, raw = cell.outcome.result(), cell.times(), cell.process.take_raw()
@@ -455,7 +476,6 @@ class HostedEnvironment:
         if end.fields is not None:
             fields = end.fields | (_interrupted(end.fields, cell.reason) if cell.interrupted else {})
             if (wrong := cell.wrong_with_files()) is not None:  # made after the last look
-                self._overfull = True
                 lost = self._loss(f"The cell left {wrong}.")
                 await self._drop_worker()
         else:
@@ -480,8 +500,8 @@ class HostedEnvironment:
         """One sentence for the model."""
         again = " and ".join(f"`{name}`" for name in [*self._contexts, *self._bound][:6])
         return (
-            f"{why} The REPL was started anew: all variables, functions and imports of earlier cells are gone; {again} and "
-            "the helpers are there again as at the start."
+            f"{why} The REPL was started anew: all variables, functions, imports and files of earlier cells are gone; "
+            f"{again} and the helpers are there again as at the start."
         )
 
     # -- other operations
@@ -502,6 +522,8 @@ class HostedEnvironment:
         async with self._lock:
             await self._ensure()
             folder = self._belongings.folder
+            if _contains(context, folder.root):
+                raise _around(context, folder.root.parent)
             payload = await self._payload(name, context, folder)
             if payload.mode == "folder":
                 payload = await asyncio.to_thread(linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
@@ -558,6 +580,22 @@ def _check_name(name: str, what: str, but: tuple[str, ...] = ()) -> None:
         raise UsageError(f"The name of {what} in the REPL must be a Python identifier, not {name!r}.")
     if (name in HELPERS or name == "context") and name not in but:
         raise UsageError(f"{name!r} is a name of the REPL's own; give {what} another one.")
+
+
+def _contains(context: Context, place: Path | str) -> bool:
+    """Whether a context is a folder in which this place lies."""
+    return context.kind == "folder" and context.path is not None and _real(place).is_relative_to(context.path)
+
+
+def _around(context: Context, place: Path | str) -> ContextError:
+    return ContextError(
+        f"context: the folder {context.path} contains {place}, where the REPL keeps its own files. Give a folder that "
+        "does not contain it, or set TMPDIR to a folder outside."
+    )
+
+
+def _real(path: Path | str) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:

@@ -25,14 +25,19 @@ class WorkDir:
     `said`: memory the worker shares with us, where the beginning of what a cell prints can be found after its death."""
 
     def __init__(self, parent: str | None = None):
-        parent = parent or tempfile.gettempdir()
+        parent = os.path.realpath(parent or tempfile.gettempdir())  # as the kernel names what lies in it
         self.root = Path(parent) / f"{PREFIX}-{os.getuid()}-{_me()}-{secrets.token_hex(8)}"
         self.root.mkdir(mode=0o700)
         self.scratch, self.inbox, self.canary = self.root / "scratch", self.root / "inbox", self.root / "canary"
-        self.scratch.mkdir(mode=0o700)
+        self.said = self.root / "said"
         self.inbox.mkdir(mode=0o700)
         self.canary.write_text("the worker must not be able to read this\n")
-        self.said = self.root / "said"
+        self.renew()
+
+    def renew(self) -> None:
+        """What a worker may write in, made anew: no cell has touched it. Raises OSError."""
+        self.scratch.mkdir(mode=0o700, exist_ok=True)
+        self.said.unlink(missing_ok=True)
         self.said.write_bytes(bytes(2 * MIRROR))
 
     def last_words(self) -> dict[str, str]:
@@ -48,11 +53,11 @@ class WorkDir:
             words[name] = part[8 : 8 + size].decode("utf-8", "replace")
         return words
 
-    def new_scratch(self) -> Path:
-        """An empty work folder; the path of the old one, which is still to be removed (that can take a while)."""
+    def set_aside(self) -> Path:
+        """Where the work folder of a worker that is gone lies now, to be removed (that can take a while)."""
         old = self.root / f"old-{secrets.token_hex(4)}"
-        os.rename(self.scratch, old)
-        self.scratch.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):
+            os.rename(self.scratch, old)
         return old
 
     def remove(self) -> None:

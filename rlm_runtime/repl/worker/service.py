@@ -125,9 +125,10 @@ def main(arguments: list[str]) -> None:
     hello["packages"] = spec["packages"] = _packages(hello["packages"])
     mirrors = _mirrors(hello["mirror"])
     layers = confine.confine(spec)
+    problem = confine.enter(spec["scratch"])
     service = Service(channel, hello, mirrors)
     for name in [name for name in sys.modules if name == "worker" or name.startswith("worker.")]:
         _loaded[name] = sys.modules.pop(name)  # kept alive, and out of the way of a cell's own names
     channel.read_for_ever(service.handle)
-    channel.send({"t": "ready", "layers": layers, "pid": os.getpid()})
+    channel.send({"t": "ready", "layers": layers, "problem": problem, "pid": os.getpid()})
     service.work()

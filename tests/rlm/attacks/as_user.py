@@ -14,10 +14,11 @@ from rlm.attacks import (
     test_processes,
     test_protocol,
     test_resources,
+    test_restart,
     test_secrets,
     test_text,
 )
-from rlm.attacks.arena import SMALL, TIMED, Arena
+from rlm.attacks.arena import SMALL, TIMED, X86, Arena
 
 CHOSEN = {"bytes", "list of lists", "many files", "file without a name", "file without a name or descriptor", "reserved by number",
           "ten thousand", "fork bomb", "past the streams", "pass", "everything caught", "power of powers", "signals blocked", "null",
@@ -33,16 +34,18 @@ GROUPS = (
         + test_protocol.WASTE
         + test_left_behind.LEFT,
     ),
+    ({"memory": 1 << 30}, test_restart.RESTARTS if X86 else []),
     (TIMED, test_loops.LOOPS + test_crashes.CRASHES + test_crashes.HARMLESS),
 )
 
 
 def main() -> None:
     failed, count = {}, 0
+    os.environ["LD_LIBRARY_PATH"] = "/no/such/folder:"  # as `export LD_LIBRARY_PATH=/x:$LD_LIBRARY_PATH` makes it
     for limits, attacks in GROUPS:
         with Arena(**limits) as arena:
             for what in attacks:
-                if limits and what.name not in CHOSEN:
+                if limits in (SMALL, TIMED) and what.name not in CHOSEN:
                     continue
                 count += 1
                 try:
