@@ -27,7 +27,7 @@ class End:
     """How a cell ended: with a message of the worker, or with the worker."""
 
     fields: dict[str, Any] | None = None
-    broken: str | None = None  # the worker could not even begin it
+    broken: bool = False  # the worker could not even begin it
     died: str | None = None  # how; "killed" by us
 
 
@@ -77,7 +77,7 @@ class Cell:
         elif kind == "broken":
             if self._last:  # it has begun, or it could not have asked for anything: it is not to be run again
                 raise wire.Bad("a cell that had begun")
-            self.outcome.set_result(End(broken=wire.cut(str(message.get("message")), 500)))
+            self.outcome.set_result(End(broken=True))  # its reasons are a worker's, not to be told in our words
         else:
             return self._on_request(message, size)
         return True

@@ -44,11 +44,16 @@ HELPERS = frozenset(
 BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
 OTHER_TEMP = ("/var/tmp", "/tmp", "/dev/shm")  # for the work folder, where the context contains the usual place
+THREAD_ENDS = 20  # hundredths of a second for a thread that has been joined to be gone
 START_TRIES = 3  # of a worker that is killed while it starts
 
 
 class _Killed(SandboxError):
     """A worker was killed by a signal while it started: by chance or by somebody, so another try is worth it."""
+
+
+class _NotLoaded(Exception):
+    """A worker in which cells have run did not take a context: its fault, until a fresh one says the same."""
 
 
 class _Nuisance:
@@ -97,6 +102,8 @@ class HostedEnvironment:
         self._cells = 0  # run so far, over all workers
         self._raw: dict[str, str] = {}
         self._lost: str | None = None  # a loss the model has not been told of
+        self._used = False  # a cell has run in this worker
+        self._threads = 0  # of a worker at rest
         self._cell: Cell | None = None
         self._writing: asyncio.Future | None = None  # of a context, in a thread
         self._cleaning: asyncio.Future | None = None  # an old work folder is being removed
@@ -202,8 +209,10 @@ class HostedEnvironment:
         finally:
             payloads.cancel()
             await asyncio.wait([payloads])  # its error was raised by what waited for it
+        self._used = False
         for name in self._contexts:
             await self._load(name)
+        self._threads = self._process.threads()
         self._to_bind, self._reset_answer = dict(self._bound), False
         self._raw = {}
 
@@ -301,7 +310,11 @@ class HostedEnvironment:
             raise ContextError(f"The context cannot be read: {error}") from None
 
     async def _load(self, name: str) -> None:
-        """Have the worker bind a context. A file travels as an open descriptor where it can."""
+        """Have the worker bind a context. A file travels as an open descriptor where it can.
+
+        What a worker says of a context counts only before its first cell: afterwards it may be a thread of an earlier
+        cell that answers, or one may have left no descriptor to take. Raises _NotLoaded then, whatever was said.
+        """
         payload, process = self._payloads[name], self._process
         fd = None
         if payload.mode != "folder" and process._socket is not None:
@@ -315,7 +328,8 @@ class HostedEnvironment:
         }  # fmt: skip
         future = asyncio.get_running_loop().create_future()
         self._reply = load["id"], future
-        seconds = self.limits.start_seconds + payload.bytes / 1e7
+        patience = self.limits.start_seconds / (3 if self._used else 1)  # a used one can be replaced
+        seconds = patience + payload.bytes / 1e7
         self._nuisance = _Nuisance()
         try:
             process.go()
@@ -324,15 +338,16 @@ class HostedEnvironment:
             done, _ = await asyncio.wait({future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._reply = None
-            if self._cells:
+            if self._used:
                 process.stop()
+        if self._used and (future not in done or future.result() is not None):
+            raise _NotLoaded
         if future not in done:
             how = f"ended ({process.how_it_ended()})" if done else f"was not done within {seconds:.0f} s"
             killed = bool(done) and process.popen.returncode < 0 and not process.killed
-            self._lost = self._loss("The worker ended while it loaded a context.") if self._cells else None
             await self._drop_worker()
-            kind = _Killed if killed else ContextError
-            raise kind(f"The worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
+            kind = _Killed if killed else SandboxError
+            raise kind(f"The REPL's worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
         if future.result() is not None:
             raise ContextError(f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}")
 
@@ -341,6 +356,35 @@ class HostedEnvironment:
         if files is None:
             return dict(payload.args)
         return payload.args | {"files": [[name, self._inside(Path(path))] for name, path in files]}
+
+    async def _replace(self, why: str) -> None:
+        """Another worker in the place of one that is there; the model is told."""
+        self._lost = self._loss(why)
+        await self._drop_worker()
+        await self._ensure()
+
+    async def _load_later(self, name: str) -> None:
+        """Bind a context in a worker that may have run cells: in another one where those have left it unfit."""
+        if self._used and await self._left_threads():
+            return await self._replace("An earlier cell had left threads running.")
+        self._process.allow_memory(_need(self._payloads[name]))
+        try:
+            await self._load(name)
+        except _NotLoaded:
+            await self._replace("An earlier cell had left the REPL unable to take another text.")
+
+    async def _left_threads(self) -> bool:
+        """Whether a thread of an earlier cell is there to take or answer what the host says to the worker."""
+        process = self._process
+        try:
+            process.go()
+            for _ in range(THREAD_ENDS):
+                if process.threads() <= self._threads:
+                    return False
+                await asyncio.sleep(0.01)
+            return True
+        finally:
+            process.stop()
 
     async def _drop_worker(self) -> None:
         process, self._process = self._process, None
@@ -429,12 +473,9 @@ class HostedEnvironment:
         async with self._lock:
             await self._ensure()
             cell = await self._run(code, handler)
-            broken = cell.outcome.result().broken
-            if broken is not None:
+            if cell.outcome.result().broken:
                 # An earlier cell has left the interpreter unable to begin another one; this one has not run at all.
-                self._lost = self._loss(f"An earlier cell had broken the interpreter ({broken}).")
-                await self._drop_worker()
-                await self._ensure()
+                await self._replace("An earlier cell had broken the interpreter.")
                 cell = await self._run(code, handler)
             return await self._result(cell)
 
@@ -450,6 +491,7 @@ class HostedEnvironment:
         process.take_raw()
         self._cell, self._nuisance = cell, _Nuisance()
         self._cells += 1
+        self._used = True
         try:
             process.go()
             process.allow_cpu(self.limits.cell_seconds + self.limits.grace_seconds + 5)
@@ -529,9 +571,8 @@ class HostedEnvironment:
                 payload = await asyncio.to_thread(linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
             before = self._contexts.get(name), self._payloads.get(name)
             self._contexts[name], self._payloads[name] = context, payload
-            self._process.allow_memory(_need(payload))
             try:
-                await self._load(name)
+                await self._load_later(name)
             except BaseException:
                 for table, old in zip((self._contexts, self._payloads), before, strict=True):
                     if old is None:
@@ -607,8 +648,8 @@ def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
 
 def _ended(end: End, reason: str) -> tuple[str, str, str]:
     """Error, status and a sentence for a cell that took its worker with it."""
-    if end.broken is not None:
-        return "WorkerBroken", "crashed", f"The interpreter could not begin the cell ({end.broken})."
+    if end.broken:
+        return "WorkerBroken", "crashed", "The interpreter could not begin the cell."
     if end.died == "killed":
         return "CellKilled", "killed", f"The cell was killed: {reason}."
     return "WorkerDied", "crashed", f"The cell ended the worker process ({end.died})."

@@ -72,7 +72,7 @@ class Channel:
                 if not line:
                     continue
                 message = jsonable.loads(line.decode("ascii"))
-                return message, (self._fds.pop(0) if message.get("fd") else None)
+                return message, (self._fds.pop(0) if message.get("fd") and self._fds else None)
             self._searched = len(self._buffer)
             data, ancillary, _, _ = self._with_spare(self._receive, CHUNK, self._ancillary)
             if not data:

@@ -69,6 +69,8 @@ class Service:
         try:
             self._repl.interpreter.restore()
             with_text = _loaded["worker.text"].load
+            if message["fd"] and fd is None:
+                raise OSError("no descriptor is left to open it with")
             value = with_text(message["mode"], message["path"] if fd is None else fd, message["args"])
             self._repl.bind(message["name"], value)
             self._repl.interpreter.note_modules()
