@@ -49,6 +49,7 @@ def confine(spec: dict) -> dict[str, str]:
     _die_with_host(spec)
     layer("landlock", lambda: landlock.restrict(rules))
     truncate = "active" in layers["landlock"] and landlock.abi() >= 3
+    _stand_ins()
     layer("seccomp", lambda: seccomp.confine(tuple(spec["protocol"]), spec["socket"], truncate))
     checks = {"landlock": lambda: _try_files(*forbidden), "seccomp": _try_calls, "limits": _try_limits}
     for name, check in checks.items():
@@ -95,6 +96,28 @@ def _address_space() -> int:
         return 64 << 20
 
 
+# -- what the filter refuses and Python's library asks for
+
+
+def _stand_ins() -> None:
+    """`os.uname` without the name of the machine, and a `realpath` that takes a link it may not read for a folder."""
+    system, _node, *rest = os.uname()
+    uname = os.uname_result((system, "rlm", *rest))
+    os.uname = sys.modules["posix"].uname = lambda: uname
+    real = os.path.realpath
+
+    def realpath(filename, *, strict=False):
+        """As `os.path.realpath`; links are not followed in this REPL."""
+        try:
+            return real(filename, strict=strict)
+        except PermissionError:
+            if strict:
+                raise
+            return os.path.abspath(filename)
+
+    os.path.realpath = realpath
+
+
 # -- limits
 
 
@@ -110,6 +133,8 @@ def _limits(spec: dict, before: int) -> str:
     for name in ("RLIMIT_MSGQUEUE", "RLIMIT_MEMLOCK", "RLIMIT_RTPRIO", "RLIMIT_NICE"):
         if hasattr(resource, name):
             _limit(getattr(resource, name), 0)
+    if hasattr(resource, "RLIMIT_SIGPENDING"):  # signals that wait take memory of the kernel
+        _limit(resource.RLIMIT_SIGPENDING, 256)
     if spec.get("processes") is not None:
         _limit(resource.RLIMIT_NPROC, spec["processes"])
     return (

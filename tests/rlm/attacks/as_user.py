@@ -17,6 +17,7 @@ from rlm.attacks import (
     test_restart,
     test_secrets,
     test_text,
+    test_visible,
 )
 from rlm.attacks.arena import SMALL, TIMED, X86, Arena
 
@@ -25,7 +26,7 @@ CHOSEN = {"bytes", "list of lists", "many files", "file without a name", "file w
           "abort", "exit 0", "kill", "close everything", "garbage", "a gigabyte without an end", "nesting", "quoted backslashes",
           "markup", "alarm with a handler", "stopped", "the main thread ends"}  # fmt: skip
 GROUPS = (
-    ({}, test_secrets.PROBES + test_network.PROBES + test_processes.PROBES + test_text.TEXTS),
+    ({}, test_secrets.PROBES + test_network.PROBES + test_processes.PROBES + test_text.TEXTS + test_visible.ALL),
     (
         SMALL,
         test_resources.MEMORY
