@@ -13,7 +13,7 @@ from rlm_runtime.repl import wire
 from rlm_runtime.repl.base import Handler, Limits, Outcome, Request
 from rlm_runtime.repl.process import Process
 from rlm_runtime.repl.sandbox import SandboxPolicy
-from rlm_runtime.repl.workdir import WorkDir, measure, unlinked
+from rlm_runtime.repl.workdir import Watch, WorkDir
 
 OUTSTANDING = 256  # request frames under way at once; further ones wait unread
 WATCH = 0.1  # seconds between looks at a running cell
@@ -46,7 +46,7 @@ class Cell:
     ):
         self.id = secrets.token_hex(16)
         self.process, self._handler, self._limits, self._policy = process, handler, limits, policy
-        self._folder, self._tools, self._kill_outside = folder, tools, kill_outside
+        self._tools, self._kill_outside = tools, kill_outside
         self.started, self._cpu = time.monotonic(), process.cpu()
         self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
         self.interrupted = 0.0  # when the first interrupt was sent
@@ -56,7 +56,8 @@ class Cell:
         self._tasks: set[asyncio.Task] = set()
         self._waiting = self._held = 0  # requests under way, their bytes
         self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those under way began
-        self._next_look = 0.0
+        self._files = Watch(folder.scratch, limits.scratch, policy.files)
+        self._next_look = self._urgent_look = 0.0
 
     # -- what it asks for
 
@@ -161,23 +162,23 @@ class Cell:
         """Until it has ended: its time, its files, its threads."""
         while not self.outcome.done():
             await asyncio.wait({self.outcome}, timeout=self._pause(time.monotonic()))
-            if not self.outcome.done():
-                self._look(time.monotonic())
+            if self.outcome.done():
+                break
+            self._look(time.monotonic())
+            await self._look_at_files()
 
     def _pause(self, now: float) -> float:
-        if self.interrupted:
-            return AGAIN
-        left = self._limits.cell_seconds - (now - self.started - self.waited(now))
-        return max(min(WATCH, left), 0.005)
+        left = AGAIN if self.interrupted else self._limits.cell_seconds - (now - self.started - self.waited(now))
+        return max(min(WATCH, left, self._files.glance()), 0.005)
 
     def _look(self, now: float) -> None:
         limits, process = self._limits, self.process
+        if self.outcome.done():
+            return
         if self.interrupted and now - self.interrupted > limits.grace_seconds:
             self.kill(f"{self.reason}, and did not stop when it was interrupted")
         elif process.threads() > self._policy.threads:
             self.kill(f"it had more than {self._policy.threads} threads")
-        elif now >= self._next_look and (wrong := self.wrong_with_files()):
-            self.kill(f"it had {wrong}")
         elif self.interrupted:
             self.interrupt(self.reason)
         elif now - self.started - self.waited(now) > limits.cell_seconds:
@@ -185,16 +186,34 @@ class Cell:
         elif process.cpu() - self._cpu > limits.cell_seconds:
             self.interrupt(f"it used more than {limits.cell_seconds:g} s of CPU time")
 
-    def wrong_with_files(self) -> str | None:
+    async def _look_at_files(self) -> None:
+        """From time to time; at once where the disk has filled up by what is allowed, and with the worker held then."""
+        now = time.monotonic()
+        urgent = not self._files.glance() and now >= self._urgent_look
+        if self.outcome.done() or not (urgent or now >= self._next_look):
+            return
+        look, held = asyncio.ensure_future(self.wrong_with_files()), False
+        try:
+            while not look.done():
+                if not held and not self._files.glance():
+                    held = True
+                    self.process.stop()
+                await asyncio.wait({look}, timeout=self._pause(time.monotonic()))
+                self._look(time.monotonic())
+            if look.result() is not None and not self.outcome.done():
+                self.kill(f"it had {look.result()}")
+        finally:
+            look.cancel()
+            if held and not self.outcome.done():
+                self.process.go()
+
+    async def wrong_with_files(self) -> str | None:
         """What is too much in its work folder, or held without a name there."""
-        now, allowed = time.monotonic(), self._limits.scratch
-        wrong = measure(self._folder.scratch, allowed, self._policy.files)
-        if (
-            wrong is None
-            and unlinked(self.process.worker_pid or self.process.pid, self._folder.scratch, allowed) > allowed
-        ):
-            wrong = f"more than {allowed >> 20} MiB in files without a name"
-        self._next_look = time.monotonic() + 10 * (time.monotonic() - now)  # looking takes a tenth of the time at most
+        began = time.monotonic()
+        wrong = await asyncio.to_thread(self._files.look, self.process.worker_pid or self.process.pid)
+        now = time.monotonic()
+        self._urgent_look = now + (now - began)  # somebody else may be filling the disk
+        self._next_look = now + 10 * (now - began)  # looking takes a tenth of the time at most
         return wrong
 
     # -- its end

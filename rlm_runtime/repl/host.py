@@ -517,7 +517,7 @@ class HostedEnvironment:
         lost, self._lost = self._lost, None
         if end.fields is not None:
             fields = end.fields | (_interrupted(end.fields, cell.reason) if cell.interrupted else {})
-            if (wrong := cell.wrong_with_files()) is not None:  # made after the last look
+            if (wrong := await cell.wrong_with_files()) is not None:  # made after the last look
                 lost = self._loss(f"The cell left {wrong}.")
                 await self._drop_worker()
         else:
