@@ -8,6 +8,7 @@ import keyword
 import os
 import secrets
 import tempfile
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -297,15 +298,18 @@ class HostedEnvironment:
                 self._payloads[name] = await self._payload(name, context, folder)
 
     async def _payload(self, name: str, context: Context, folder: WorkDir):
-        place = folder.inbox / f"{name}-{secrets.token_hex(4)}"
+        place, stop = folder.inbox / f"{name}-{secrets.token_hex(4)}", threading.Event()
 
         def make():
             place.mkdir(mode=0o700)
-            return context.payload(place)
+            return context.payload(place, unpacked=self.limits.unpacked, stop=stop.is_set)
 
         self._writing = asyncio.ensure_future(asyncio.to_thread(make))
         try:
             return await asyncio.shield(self._writing)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
         except OSError as error:
             raise ContextError(f"The context cannot be read: {error}") from None
 
