@@ -87,12 +87,21 @@ def replay(
     context: Path | str | None = None,
     ignore: Collection[Cause] = (),
     environment: str | Callable[[Limits], Environment] = "local",
+    limits: Limits | None = None,
     children: bool = True,
     on_cell: Callable[[CellStart, bool], None] | None = None,
 ) -> ReplayReport:
     """Replay the run at `path` (a folder or its events file); see `areplay`."""
     return asyncio.run(
-        areplay(path, context=context, ignore=ignore, environment=environment, children=children, on_cell=on_cell)
+        areplay(
+            path,
+            context=context,
+            ignore=ignore,
+            environment=environment,
+            limits=limits,
+            children=children,
+            on_cell=on_cell,
+        )
     )
 
 
@@ -102,11 +111,13 @@ async def areplay(
     context: Path | str | None = None,
     ignore: Collection[Cause] = (),
     environment: str | Callable[[Limits], Environment] = "local",
+    limits: Limits | None = None,
     children: bool = True,
     on_cell: Callable[[CellStart, bool], None] | None = None,
 ) -> ReplayReport:
-    """Replay a run. `context` is where a context file lies now, if it has been moved; `children=False` takes the
-    recorded outcome of child RLMs without running their cells; `on_cell` is told each cell and whether it was the same.
+    """Replay a run. `context` is where a context file lies now, if it has been moved; `limits` bounds each REPL, and
+    what the record says may only lower it; `children=False` takes the recorded outcome of child RLMs without running
+    their cells; `on_cell` is told each cell and whether it was the same.
 
     Raises UsageError (no trajectory there, or nothing in it to replay), ContextError (the context is gone or has
     changed), SandboxError (no worker).
@@ -122,6 +133,7 @@ async def areplay(
         ignore=frozenset(ignore),
         make=environment if callable(environment) else _maker(environment),
         on_cell=on_cell,
+        limits=limits or Limits(),
         warnings=list(trajectory.warnings),
     )
     for node in sorted(record.nodes, key=lambda n: (n != "0", n)):
@@ -200,6 +212,7 @@ class _Replay:
     ignore: frozenset[Cause]
     make: Callable[[Limits], Environment]
     on_cell: Callable[[CellStart, bool], None] | None
+    limits: Limits
     warnings: list[str]
     differences: list[Difference] = field(default_factory=list)
     cells: int = 0
@@ -247,12 +260,24 @@ class _Replay:
     def _limits(self, events: list[tuple[int, AnyEvent]]) -> Limits:
         own = next((e.limits for _, e in events if isinstance(e, SandboxUp) and e.limits), None)
         try:
-            return Limits(**(own or self.record.settings.get("limits") or {}))
+            recorded = Limits(**(own or self.record.settings.get("limits") or {}))
         except ValidationError as error:
             self.warnings.append(
                 f"the recorded limits are not used: {error.error_count()} of them are unknown or wrong"
             )
-            return Limits()
+            return self.limits
+        return self.limits.model_copy(update=dict(self._lowered(recorded)))
+
+    def _lowered(self, recorded: Limits) -> Iterator[tuple[str, float]]:
+        """The recorded limits that are below those of this replay: a record is somebody's file and grants nothing."""
+        for name, allowed in self.limits:
+            value = getattr(recorded, name)
+            if 0 < value <= allowed:
+                yield name, value
+            elif (note := f"the recorded limit {name}={value:g} is not used: this replay allows {allowed:g}") not in (
+                self.warnings
+            ):
+                self.warnings.append(note)
 
     def _context(self, event: ContextLoaded) -> Context:
         if self.moved is not None and event.node == "0" and event.name == "context":

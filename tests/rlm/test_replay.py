@@ -6,10 +6,12 @@ import pytest
 
 from rlm.fake_environment import FakeEnvironment
 from rlm.loop_helpers import cell, done, rlm
+from rlm_runtime.cli import main
 from rlm_runtime.errors import ContextError, UsageError
 from rlm_runtime.lms.scripted import ScriptedLM
+from rlm_runtime.repl.base import Limits
 from rlm_runtime.replay import replay
-from rlm_runtime.trajectory import EVENTS, CellEnd, CellStart, NodeEnd, NodeStart, encode, read
+from rlm_runtime.trajectory import EVENTS, CellEnd, CellStart, NodeEnd, NodeStart, SandboxUp, encode, read
 
 TEXT = "The magic number for quiet-otter is: 7481234.\n" * 50
 
@@ -286,3 +288,42 @@ def test_in_the_real_sandbox(tmp_path):
     assert {d.cause for d in report.differences} <= {"addresses", "numbers"}, [d.line() for d in report.differences]
     assert any(d.cause == "numbers" and d.turn == 8 for d in report.differences)
     assert replay(folder, ignore=("addresses", "numbers")).ok
+
+
+def test_a_record_may_lower_the_limits_of_a_replay_and_never_raise_them(tmp_path):
+    folder = recorded(tmp_path, [cell("print(1)"), done("1")])
+    wild = {
+        "memory": 1 << 50,
+        "scratch": 1 << 50,
+        "cell_seconds": 1e9,
+        "frame": -1,
+        "requests": 0,
+        "output_chars": 1000,
+    }
+
+    def change(event):
+        if isinstance(event, SandboxUp):
+            return event.model_copy(update={"limits": event.limits | wild})
+        return event
+
+    rewrite(folder, change)
+    used = []
+
+    def environment(limits):
+        used.append(limits)
+        return FakeEnvironment(limits)
+
+    report = again(folder, environment=environment)
+    assert used == [Limits(output_chars=1000)]
+    for name in ("memory", "scratch", "cell_seconds", "frame", "requests"):
+        assert sum(f"limit {name}=" in warning for warning in report.warnings) == 1
+    mine = Limits(memory=1 << 51, cell_seconds=5.0)
+    again(folder, environment=environment, limits=mine)
+    assert used[1] == mine.model_copy(update={"output_chars": 1000, "memory": 1 << 50})
+
+
+def test_the_command_line_raises_the_limits_of_a_replay_by_name(tmp_path, capsys):
+    folder = recorded(tmp_path, [cell("print(1)"), done("1")], environment="local")
+    assert main(["replay", str(folder), "--set", "memory=3000000000"]) == 0
+    assert main(["replay", str(folder), "--set", "usd=1"]) == 2
+    assert "usd" in capsys.readouterr().err
