@@ -37,6 +37,7 @@ from rlm_runtime.trajectory import (
     SandboxUp,
     read,
 )
+from rlm_runtime.trajectory.writer import shorten
 
 Cause = Literal["addresses", "numbers", "other"]
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,16}\b")
@@ -234,6 +235,10 @@ class _Replay:
                 match event:
                     case RunStart():
                         history.begin(completion)
+                    case ContextLoaded() if event.blob is None and event.path is None and event.node != "0":
+                        self.warnings.append(f"node {event.node}: its context was too large to record; it was not run")
+                        self.nodes_done -= 1
+                        return
                     case ContextLoaded() if not started:
                         await environment.start(self._context(event), tools)
                         started = True
@@ -367,6 +372,8 @@ class _Answers:
 
     async def _outcome(self, request: Request, key: tuple[str, str, str | None]) -> Outcome:
         if not self._waiting[key]:
+            key = (key[0], shorten(key[1]), key[2])
+        if not self._waiting[key]:
             if self._none:  # the cells of a last call ask in vain; only then is nothing recorded
                 from rlm_runtime.rlm.loop import _refuse
 
@@ -412,7 +419,15 @@ class _History:
         return self.archive
 
 
-def _compared(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, str]]:
+def _compared(old: CellResult, new: CellResult) -> list[tuple[str, str, str]]:
+    """What differs between a recorded result, whose long texts may be cut, and one of now."""
+    found = list(_differences(old, new))
+    if found:
+        found = list(_differences(old, CellResult.model_validate(shorten(to_jsonable_python(new, fallback=repr)))))
+    return found
+
+
+def _differences(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, str]]:
     """What differs between two results, each side as text. How long a cell took is not compared."""
     for name in ("status", "stdout", "stderr"):
         if getattr(old, name) != getattr(new, name):

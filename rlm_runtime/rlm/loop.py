@@ -73,7 +73,7 @@ class Node:
         if warm := getattr(self.lm, "warm", None):
             warm()  # the model's client is imported while the worker starts
         report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
-        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
+        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context, whole=self.is_root)))
         seconds = round(time.monotonic() - began, 6)
         limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
         up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}

@@ -285,11 +285,7 @@ class Run:
         )
         writer.write(end)
         writer.close()
-        notes = []
-        if writer.error is not None:
-            notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
-        elif writer.dropped:
-            notes.append(f"{writer.dropped} events did not fit in memory; pass log_dir=... to record all of them.")
+        notes = [] if writer.note is None else [writer.note]
         return RLMResult(
             answer=ending.answer,
             stop_reason=ending.reason,
