@@ -18,6 +18,7 @@ from rlm_runtime.repl.workdir import Watch, WorkDir
 OUTSTANDING = 256  # request frames under way at once; further ones wait unread
 WATCH = 0.1  # seconds between looks at a running cell
 AGAIN = 0.25  # seconds between two interrupts
+UNANSWERED = 2.0  # seconds after which a worker that is not heard is taken to run
 PATIENCE = 5.0  # seconds for calls that were cancelled to end
 ONE_FOR_ALL = 1000  # a batch of more calls is refused with one outcome
 
@@ -55,7 +56,9 @@ class Cell:
         self._asked = 0  # calls made: a batch counts its prompts
         self._tasks: set[asyncio.Task] = set()
         self._waiting = self._held = 0  # requests under way, their bytes
-        self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those under way began
+        self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those not in it began
+        self._main_waits = True  # the cell's main thread waits while calls are under way, as far as is known
+        self._asked_main = self._asked_again = 0.0  # when the worker was asked, first and last; 0: it has answered
         self._files = Watch(folder.scratch, limits.scratch, policy.files)
         self._next_look = self._urgent_look = 0.0
 
@@ -75,6 +78,11 @@ class Cell:
         kind = message["t"]
         if kind == "done":
             self.outcome.set_result(End(fields=wire.done_of(message, self._limits.output_chars)))
+        elif kind == "waits":
+            if not self._asked_main:
+                return False
+            self._asked_main = 0.0
+            self._note_main(message.get("waits") is True)
         elif kind == "broken":
             if self._last:  # it has begun, or it could not have asked for anything: it is not to be run again
                 raise wire.Bad("a cell that had begun")
@@ -99,7 +107,7 @@ class Cell:
             self._refuse(number, calls, f"there is no tool {request.name!r}")
         else:
             if not self._waiting:
-                self._since = time.monotonic()
+                self._since, self._main_waits = time.monotonic(), True
             self._waiting += 1
             self._held += size
             task = asyncio.get_running_loop().create_task(self._serve(number, request, size))
@@ -123,10 +131,10 @@ class Cell:
             self._refuse(number, calls, f"the cell was interrupted: {self.reason or 'it is over'}")
             raise
         finally:
+            if self._waiting == 1:
+                self._note_main(True)
             self._waiting -= 1
             self._held -= size
-            if not self._waiting:
-                self._waited += time.monotonic() - self._since
             self.process.resume_reading()
 
     def _refuse(self, number: int, calls: int, why: str) -> None:
@@ -146,8 +154,22 @@ class Cell:
     # -- its clocks
 
     def waited(self, now: float) -> float:
-        """Seconds it spent waiting for calls."""
-        return self._waited + (now - self._since if self._waiting else 0.0)
+        """Seconds it spent waiting for calls: one open in a thread is no wait where the main thread goes on."""
+        return self._waited + (now - self._since if self._waiting and self._main_waits else 0.0)
+
+    def _note_main(self, waits: bool) -> None:
+        now = time.monotonic()
+        if self._waiting and self._main_waits:
+            self._waited += now - self._since
+        self._since, self._main_waits = now, waits
+
+    def _ask_main(self, now: float) -> None:
+        """Ask the worker whether its main thread waits, too. One that does not answer, though it could, does not."""
+        if not self._asked_main or now - self._asked_again > UNANSWERED / 4:
+            self._asked_main, self._asked_again = self._asked_main or now, now
+            self.process.send({"t": "look", "id": self.id})
+        if now - self._asked_main > (UNANSWERED if self.has_room() else self._limits.cell_seconds):
+            self._note_main(False)
 
     def times(self) -> dict[str, float]:
         now = time.monotonic()
@@ -175,6 +197,8 @@ class Cell:
         limits, process = self._limits, self.process
         if self.outcome.done():
             return
+        if self._waiting and now - self._since > WATCH:
+            self._ask_main(now)
         if self.interrupted and now - self.interrupted > limits.grace_seconds:
             self.kill(f"{self.reason}, and did not stop when it was interrupted")
         elif process.threads() > self._policy.threads:

@@ -449,7 +449,7 @@ class HostedEnvironment:
     def _on_message(self, message: dict[str, Any], size: int) -> bool:
         """False for what belongs to an earlier cell, is a repetition, or answers what nobody asked. Raises Bad."""
         kind, cell = message.get("t"), self._cell
-        if kind in ("done", "broken", "request"):
+        if kind in ("done", "broken", "request", "waits"):
             named = message.get("cell" if kind == "request" else "id")
             return cell is not None and named == cell.id and cell.on_message(message, size)
         if kind == "ready" and self._ready is not None and not self._ready.done():

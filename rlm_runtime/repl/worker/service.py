@@ -30,6 +30,9 @@ class Service:
         kind = message["t"]
         if kind == "reply":
             self._calls.reply(message)
+        elif kind == "look":
+            if message["id"] == self._running:
+                self._channel.write_now({"t": "waits", "id": message["id"], "waits": self._calls.main_waits()})
         elif kind == "interrupt":
             if message["id"] == self._running:
                 interrupts.interrupt(message["why"])
