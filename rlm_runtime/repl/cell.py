@@ -50,7 +50,7 @@ class Cell:
         self._tools, self._kill_outside = tools, kill_outside
         self.started, self._cpu = time.monotonic(), process.cpu()
         self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        self.interrupted = 0.0  # when the first interrupt was sent
+        self.interrupted = self._again = 0.0  # when the first interrupt was sent; when the next one is
         self.reason = ""
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
@@ -190,7 +190,10 @@ class Cell:
             await self._look_at_files()
 
     def _pause(self, now: float) -> float:
-        left = AGAIN if self.interrupted else self._limits.cell_seconds - (now - self.started - self.waited(now))
+        if self.interrupted:
+            left = self._again - now
+        else:
+            left = self._limits.cell_seconds - (now - self.started - self.waited(now))
         return max(min(WATCH, left, self._files.glance()), 0.005)
 
     def _look(self, now: float) -> None:
@@ -204,7 +207,8 @@ class Cell:
         elif process.threads() > self._policy.threads:
             self.kill(f"it had more than {self._policy.threads} threads")
         elif self.interrupted:
-            self.interrupt(self.reason)
+            if now >= self._again:
+                self.interrupt(self.reason)
         elif now - self.started - self.waited(now) > limits.cell_seconds:
             self.interrupt(f"it ran for more than {limits.cell_seconds:g} s (waiting for calls not counted)")
         elif process.cpu() - self._cpu > limits.cell_seconds:
@@ -244,6 +248,7 @@ class Cell:
 
     def interrupt(self, reason: str) -> None:
         """Ask it to stop; calls under way are cancelled."""
+        self._again = time.monotonic() + AGAIN
         if not self.interrupted:
             self.interrupted, self.reason = time.monotonic(), reason
         for task in self._tasks:
