@@ -221,7 +221,7 @@ class HostedEnvironment:
         """The work folder, outside of every folder the worker may read. Raises OSError, ContextError."""
         first = self._temp_dir or tempfile.gettempdir()
         for parent in (first,) if self._temp_dir else (first, *OTHER_TEMP):
-            if around := [context for context in self._contexts.values() if _contains(context, parent)]:
+            if any(_contains(context, parent) for context in self._contexts.values()):
                 continue
             try:
                 await asyncio.to_thread(sweep, parent)
@@ -229,7 +229,7 @@ class HostedEnvironment:
             except OSError:
                 if parent == first:
                     raise
-        raise _around(around[0], first)
+        raise _around(next(c for c in self._contexts.values() if _contains(c, first)), first)
 
     async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
         """Start the process, greet it, wait until it has locked itself in, and look whether it has."""
