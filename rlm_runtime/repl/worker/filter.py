@@ -40,7 +40,7 @@ FREE = """
     epoll_wait epoll_pwait epoll_pwait2 pipe pipe2 eventfd2 getpid gettid getppid getuid geteuid getgid getegid
     getresuid getresgid getgroups getpgrp getpgid getsid getrandom getcpu rt_sigprocmask rt_sigreturn
     rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall getrlimit membarrier umask fstatfs
-    copy_file_range sendfile fadvise64 wait4 waitid get_mempolicy close dup
+    copy_file_range sendfile fadvise64 wait4 waitid get_mempolicy capget close dup
 """.split()  # noqa: SIM905
 OWN = ("getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler")  # of this process, of no other
 UNKNOWN = ("clone3", "openat2", "close_range")  # answered with ENOSYS: libc and Python then take the older call

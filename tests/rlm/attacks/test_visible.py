@@ -45,7 +45,6 @@ NUMBERS = {
     "link by folder": "sc(267, -100, b'/proc/self/exe', ctypes.create_string_buffer(99), 99)",
     "room of a disk": "sc(137, b'/', ctypes.create_string_buffer(200))",
     "state of the machine": "sc(99, ctypes.create_string_buffer(200))",
-    "capabilities of a process": "sc(125, struct.pack('II', 0x20080522, 1), ctypes.create_string_buffer(24))",
     "thread list of a process": "sc(274, 1, ctypes.create_string_buffer(8), ctypes.create_string_buffer(8))",
     "scheduling of a process": "sc(145, 1)",
     "scheduling parameters of a process": "sc(143, 1, ctypes.create_string_buffer(8))",
