@@ -312,6 +312,13 @@ def _replay(p: argparse.ArgumentParser) -> None:
         help="differences that are none: memory addresses; digits, as of clocks",
     )
     p.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
+    p.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a limit of the REPL; the recorded ones may only be lower (cell_seconds, memory, scratch, ...)",
+    )
     p.add_argument("--json", action="store_true", help="the comparison as JSON")
 
 

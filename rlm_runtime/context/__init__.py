@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ from rlm_runtime.errors import ContextError, UsageError
 Kind = Literal["str", "bytes", "list", "dict", "messages", "file", "folder"]
 
 HASH_LIMIT = 256 << 20  # larger files are not hashed, and a copy of a piped text is not kept
-UNPACKED_LIMIT = 16 << 30  # a compressed text may not grow beyond
+UNPACKED_LIMIT = 4 << 30  # bytes a compressed text may take unpacked, where nobody says otherwise
 BYTES_PER_TOKEN = 4  # the usual rule of thumb for English; a description says "about"
 
 
@@ -317,16 +317,25 @@ class Context:
 
     # -- handing it over
 
-    def payload(self, folder: Path, lazy_bytes: int = LAZY_BYTES) -> Payload:
+    def payload(
+        self,
+        folder: Path,
+        lazy_bytes: int = LAZY_BYTES,
+        *,
+        unpacked: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Payload:
         """Write what has to be written into the run's private folder, once, and say how to load it.
 
-        A plain file or folder is not copied. Raises ContextError where a file has become unreadable or no longer
-        holds text.
+        A plain file or folder is not copied; a compressed one is unpacked to at most `unpacked` bytes. Once `stop()`
+        is true, writing ends. Raises ContextError where a file has become unreadable, no longer holds text, or is
+        larger, and where it was stopped.
         """
         if self.kind == "folder":
             return self._folder_payload(folder, lazy_bytes)
         if self.kind == "file":
-            return self._file_payload(folder, lazy_bytes)
+            limit = UNPACKED_LIMIT if unpacked is None else unpacked
+            return self._file_payload(folder, lazy_bytes, limit, stop)
         target = fresh(folder, "context")
         with open(target, "xb", opener=private) as out:
             for piece in self._pieces():
@@ -366,18 +375,18 @@ class Context:
         largest = max((e.bytes for e in found.entries if e.bytes <= lazy_bytes), default=0)
         return Payload("folder", self.path, self.bytes, args, paths, memory=(64 << 20) + 8 * largest)
 
-    def _file_payload(self, folder: Path, lazy_bytes: int) -> Payload:
+    def _file_payload(self, folder: Path, lazy_bytes: int, limit: int, stop: Callable[[], bool]) -> Payload:
         size, path, args = regular_size(self.path), self.path, {"name": self.path.name}
         if self.compression or (self.encoding != "utf-8" and size > lazy_bytes):
             path = fresh(folder, "context")  # the lazy text reads plain UTF-8 only
-            size = self._unpack(path)
+            size = self._unpack(path, limit, stop)
         elif self.encoding != "utf-8":
             args["encoding"] = self.encoding
         if size > lazy_bytes:
             return Payload("mmap", path, size, args, (path,), memory=64 << 20)
         return Payload("text", path, size, args, (path,), memory=8 * size)
 
-    def _unpack(self, target: Path) -> int:
+    def _unpack(self, target: Path, limit: int, stop: Callable[[], bool]) -> int:
         """The file as plain UTF-8; returns its size."""
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
         written = 0
@@ -386,8 +395,13 @@ class Context:
                 while piece := source.read(values.PIECE):
                     text = decoder.decode(piece)
                     written += out.write((without_mark(text) if written == 0 else text).encode("utf-8"))
-                    if written > UNPACKED_LIMIT:
-                        raise ContextError(f"context: {self.path} unpacks to more than {UNPACKED_LIMIT:,} bytes.")
+                    if written > limit:
+                        raise ContextError(
+                            f"context: {self.path} unpacks to more than {limit:,} bytes. Allow more with "
+                            "Limits(unpacked=...), or unpack it and give the plain file, which is not copied."
+                        )
+                    if stop():
+                        raise ContextError(f"context: unpacking {self.path} was stopped.")
                 out.write(decoder.decode(b"", True).encode("utf-8"))
         except (UnicodeDecodeError, EOFError, OSError, *damage()) as error:
             target.unlink(missing_ok=True)

@@ -21,11 +21,14 @@ BARE = 8 << 20  # bytes of one frame outside of strings
 DIGITS = 1_100  # in a row
 FEW = 1_000  # strings that are looked for one by one
 VARIABLES, NAME, DESCRIPTION = 220, 200, 300
+MORE_VARIABLES = "more variables; SHOW_VARS() lists all"
 MESSAGE, TRACEBACK = 4_000, 10_000
 
 _not_brackets = bytes(set(range(256)) - set(b"[]{}"))
 _step = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 _digits = bytes.maketrans(b"123456789", b"000000000")
+# What a variable is, in words that stand among the runtime's own: a type's name and a size, and no sentence.
+_described = re.compile(r"[\w.]+(, [\d,]+ (items|characters|bytes))?|array of shape \([\d, ]*\), \S{1,40}")
 # One that stands alone, before pairs are told from it: an emoji is a pair.
 _surrogate = re.compile(rb"\\u[dD][89a-fA-F]")
 _pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -217,7 +220,12 @@ def _variables(value: Any) -> dict[str, str]:
         raise Bad("not a list of variables")
     if not all(isinstance(v, str) for v in value.values()):
         raise Bad("not a list of variables")
-    return {cut(k, NAME): cut(v, DESCRIPTION) for k, v in value.items()}
+    found = {
+        k[:NAME]: v if len(v) <= DESCRIPTION and _described.fullmatch(v) else "object"
+        for k, v in value.items()
+        if k.isidentifier()
+    }
+    return found | ({"...": MORE_VARIABLES} if "..." in value else {})
 
 
 def _text(message: dict[str, Any], key: str) -> str:

@@ -82,9 +82,9 @@ class Node:
         if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
             asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
         tools = tuple(t.info() for t in self.tools.values())
-        report, fields = await asyncio.gather(  # the record hashes a long text, and may store it
-            self.environment.start(context, tools), asyncio.to_thread(self.tree.writer.context_fields, context)
-        )
+        record = asyncio.to_thread(self.tree.writer.context_fields, context, whole=self.is_root)
+        # The record hashes a long text, and may store it.
+        report, fields = await asyncio.gather(self.environment.start(context, tools), record)
         self.tree.emit(ContextLoaded(node=self.id, **fields))
         seconds = round(time.monotonic() - began, 6)
         limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike

@@ -327,10 +327,8 @@ class Run:
         notes = [*self._context.notes, *tree.notes]
         if self._context.keep and writer.folder is not None and self._context.sha256 is None:
             notes.append("The piped text is too long to be kept with the trajectory; replay needs it as --context.")
-        if writer.error is not None:
-            notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
-        elif writer.dropped:
-            notes.append(f"{writer.dropped} events did not fit in memory; pass log_dir=... to record all of them.")
+        if writer.note is not None:
+            notes.append(writer.note)
         return RLMResult(
             answer=ending.answer,
             stop_reason=ending.reason,

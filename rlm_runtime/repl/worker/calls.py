@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
+from sys import _current_frames
 
 from . import interrupts, jsonable
 from .channel import Channel, TooLarge
 
+WAITING = ("worker", "threading", "queue", "selectors", "concurrent", "asyncio")  # whose functions wait for others
+_main = get_ident()
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
@@ -73,6 +76,14 @@ class Calls:
         if waiter is not None and message["cell"] == self._cell:
             waiter.outcomes = message["outcomes"]
             waiter.done.release()
+
+    def main_waits(self) -> bool:
+        """Whether the main thread waits: for a call itself, or for a thread or a task, which may wait for one."""
+        frame = _current_frames().get(_main)
+        if frame is None:
+            return False
+        name = frame.f_globals.get("__name__")
+        return type(name) is str and name.split(".")[0] in WAITING
 
     def ask(self, what: str, count: int, **fields) -> list:
         """As many outcomes as `count`: values and CallErrors."""

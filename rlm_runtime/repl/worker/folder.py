@@ -147,8 +147,21 @@ class Folder(Mapping):
 
 
 def inside(path: str, root: str) -> bool:
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path, strict=True)
+    except PermissionError:  # no link can be read in the sandbox, and nothing outside of the folder opened
+        return _opens(path)
+    except OSError:
+        return False
     return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _opens(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def _glob_regex(pattern: str) -> str:
