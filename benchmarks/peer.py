@@ -21,7 +21,7 @@ from mor_jax.errors import UserError
 
 SCRIPT = Path(__file__).parent / "peers" / "torch_train_step.py"
 INSTALL = (
-    'PyTorch and transformers are not installed here: pip install "mor-jax[torch-peer]", or give another Python that '
+    'PyTorch and transformers are not installed here: pip install ".[torch-peer]", or give another Python that '
     "has them with --peer /path/to/python."
 )
 

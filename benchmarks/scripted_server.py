@@ -29,9 +29,21 @@ def _http(status: int, body: Any) -> bytes:
     return head.encode() + data
 
 
-def _reply(text: str) -> bytes:
+PIECE = 16  # characters of a streamed piece: about four tokens
+
+
+def _reply(text: str) -> dict[bool, bytes]:
+    """The response by whether a stream is asked for."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return _http(200, {**COMPLETION, "choices": [choice], "usage": USAGE})
+    whole = _http(200, {**COMPLETION, "choices": [choice], "usage": USAGE})
+    chunk = {**COMPLETION, "object": "chat.completion.chunk"}
+    deltas: list[dict[str, Any]] = [{"content": text[i : i + PIECE]} for i in range(0, len(text), PIECE)]
+    choices: list[list[dict[str, Any]]] = [[{"index": 0, "delta": d, "finish_reason": None}] for d in deltas]
+    choices.append([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+    events = [*({**chunk, "choices": c} for c in choices), {**chunk, "choices": [], "usage": USAGE}]
+    body = "".join(f"data: {json.dumps(e)}\n\n" for e in events) + "data: [DONE]\n\n"
+    head = f"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\ncontent-length: {len(body.encode())}\r\n\r\n"
+    return {False: whole, True: (head + body).encode()}
 
 
 class Model:
@@ -50,7 +62,7 @@ class Model:
         if asked.get("model") != "sub":
             self.root_times.append(now)
             self.root_bytes.append(len(body))
-            return self.replies[min(len(self.root_times), len(self.replies)) - 1]
+            return self.replies[min(len(self.root_times), len(self.replies)) - 1][bool(asked.get("stream"))]
         self.sub_calls += 1
         self.sub_bytes += len(body)
         self.active += 1
@@ -58,7 +70,7 @@ class Model:
         try:
             if self.latency:
                 await asyncio.sleep(self.latency)
-            return await self._trouble(asked) or self.sub
+            return await self._trouble(asked) or self.sub[bool(asked.get("stream"))]
         except ConnectionAbortedError:
             return None
         finally:

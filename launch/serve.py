@@ -56,7 +56,9 @@ def main(argv: list[str]) -> None:
         from rlm_runtime.serve.model import ModelSettings
         from rlm_runtime.serve.model.host import run_server
     except ModuleNotFoundError as e:
-        raise UserError(f'launch.serve needs the package {e.name}: pip install "mor-jax[serve]".') from None
+        raise UserError(
+            f'launch.serve needs the package {e.name}: in a checkout of this project, pip install ".[serve]".'
+        ) from None
     if not argv:
         raise UserError("give a checkpoint: python -m launch.serve runs/mor.")
     try:

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
         SandboxError,
         UsageError,
     )
-    from rlm_runtime.lms import resolve
+    from rlm_runtime.lms import register, resolve
     from rlm_runtime.lms.base import LM, Message, Reply, Sampling, Usage
+    from rlm_runtime.lms.function import FunctionLM
+    from rlm_runtime.lms.named import load_models
+    from rlm_runtime.mcp import MCPTools
     from rlm_runtime.repl.base import Limits
     from rlm_runtime.rlm import RLM, RLMResult, Run
     from rlm_runtime.session import Session
@@ -37,7 +40,10 @@ _WHERE = {
     "tools": ("Tool",),
     "context": ("Context",),
     "repl.base": ("Limits",),
-    "lms": ("resolve",),
+    "lms": ("register", "resolve"),
+    "lms.function": ("FunctionLM",),
+    "lms.named": ("load_models",),
+    "mcp": ("MCPTools",),
     "lms.base": ("LM", "Message", "Reply", "Sampling", "Usage"),
     "errors": ("BudgetExceeded", "Cancelled", "ContextError", "LMError", "RlmError", "SandboxError", "UsageError"),
 }
@@ -52,8 +58,10 @@ __all__ = [
     "Cancelled",
     "Context",
     "ContextError",
+    "FunctionLM",
     "LMError",
     "Limits",
+    "MCPTools",
     "Message",
     "RLMResult",
     "Reply",
@@ -65,6 +73,8 @@ __all__ = [
     "Tool",
     "Usage",
     "UsageError",
+    "load_models",
+    "register",
     "resolve",
 ]
 

@@ -7,7 +7,7 @@ A call that would pass a limit only because of what others have in flight waits 
 use less than they reserved. It is refused when the limit is really used up. A reply is cut short (its `max_tokens`
 lowered) only when nothing else is in flight and less than it asked for is left.
 
-Scope of the limits: `turns` and `consecutive_errors` hold for each RLM node, the root and every child RLM alike;
+Scope of the limits: `turns`, `consecutive_errors` and `repeats` hold for each RLM node, the root and every child RLM alike;
 everything else is one sum over the tree.
 """
 
@@ -47,6 +47,9 @@ class Budget(Frozen):
     seconds: float | None = Field(None, gt=0)  # wall time; running calls and cells are cancelled when it is over
     depth: int | None = Field(None, ge=0)  # calls that would make a node deeper than this are refused (the root is 0)
     consecutive_errors: int | None = Field(None, ge=1)  # failed cells or unusable replies in a row, for each RLM node
+    # Turns that brought nothing, for each RLM node: replies in a row that were cut while thinking, or how often the same
+    # cells with the same output came back among the last turns. The model is told from the second on.
+    repeats: int | None = Field(5, ge=2)
 
     reply_tokens: int = Field(8192, ge=1)  # reserved for a reply whose sampling sets no max_tokens, under a limit
     last_call_seconds: float = Field(30.0, gt=0)  # what the last call may take once `seconds` are over

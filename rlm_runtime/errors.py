@@ -22,7 +22,8 @@ class SandboxError(RlmError):
 class LMError(RlmError):
     """A language-model call that failed for good, after retries.
 
-    `kind`: auth | not_found | rate_limit | timeout | connection | bad_request | context_overflow | server | protocol.
+    `kind`: auth | not_found | rate_limit | timeout | connection | bad_request | context_overflow | server | protocol |
+    empty (a reply without text) | truncated (cut before its first word, while thinking) | content_filter.
     """
 
     def __init__(self, message: str, *, kind: str = "server", status: int | None = None, model: str | None = None):

@@ -37,6 +37,7 @@ from rlm_runtime.trajectory import (
     SandboxUp,
     read,
 )
+from rlm_runtime.trajectory.writer import shorten
 
 Cause = Literal["addresses", "numbers", "other"]
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,16}\b")
@@ -87,12 +88,21 @@ def replay(
     context: Path | str | None = None,
     ignore: Collection[Cause] = (),
     environment: str | Callable[[Limits], Environment] = "local",
+    limits: Limits | None = None,
     children: bool = True,
     on_cell: Callable[[CellStart, bool], None] | None = None,
 ) -> ReplayReport:
     """Replay the run at `path` (a folder or its events file); see `areplay`."""
     return asyncio.run(
-        areplay(path, context=context, ignore=ignore, environment=environment, children=children, on_cell=on_cell)
+        areplay(
+            path,
+            context=context,
+            ignore=ignore,
+            environment=environment,
+            limits=limits,
+            children=children,
+            on_cell=on_cell,
+        )
     )
 
 
@@ -102,11 +112,13 @@ async def areplay(
     context: Path | str | None = None,
     ignore: Collection[Cause] = (),
     environment: str | Callable[[Limits], Environment] = "local",
+    limits: Limits | None = None,
     children: bool = True,
     on_cell: Callable[[CellStart, bool], None] | None = None,
 ) -> ReplayReport:
-    """Replay a run. `context` is where a context file lies now, if it has been moved; `children=False` takes the
-    recorded outcome of child RLMs without running their cells; `on_cell` is told each cell and whether it was the same.
+    """Replay a run. `context` is where a context file lies now, if it has been moved; `limits` bounds each REPL, and
+    what the record says may only lower it; `children=False` takes the recorded outcome of child RLMs without running
+    their cells; `on_cell` is told each cell and whether it was the same.
 
     Raises UsageError (no trajectory there, or nothing in it to replay), ContextError (the context is gone or has
     changed), SandboxError (no worker).
@@ -120,8 +132,9 @@ async def areplay(
         blobs=trajectory.path.parent / "blobs",  # type: ignore[union-attr]
         moved=Path(context) if context is not None else None,
         ignore=frozenset(ignore),
-        make=environment if callable(environment) else _maker(environment),
+        make=environment if callable(environment) else _maker(environment, record.settings),
         on_cell=on_cell,
+        limits=limits or Limits(),
         warnings=list(trajectory.warnings),
     )
     for node in sorted(record.nodes, key=lambda n: (n != "0", n)):
@@ -138,10 +151,12 @@ async def areplay(
     )
 
 
-def _maker(kind: str) -> Callable[[Limits], Environment]:
+def _maker(kind: str, settings: dict[str, Any]) -> Callable[[Limits], Environment]:
     from rlm_runtime import repl
 
-    return lambda limits: repl.make(kind, limits)
+    packages = settings.get("packages") or ()
+    named = tuple(name for name in packages if isinstance(name, str)) if isinstance(packages, list) else ()
+    return lambda limits: repl.make(kind, limits, packages=named)
 
 
 Place = tuple[int, str, int, int]  # completion of the session, node, turn, cell
@@ -200,6 +215,7 @@ class _Replay:
     ignore: frozenset[Cause]
     make: Callable[[Limits], Environment]
     on_cell: Callable[[CellStart, bool], None] | None
+    limits: Limits
     warnings: list[str]
     differences: list[Difference] = field(default_factory=list)
     cells: int = 0
@@ -221,6 +237,10 @@ class _Replay:
                 match event:
                     case RunStart():
                         history.begin(completion)
+                    case ContextLoaded() if event.blob is None and event.path is None and event.node != "0":
+                        self.warnings.append(f"node {event.node}: its context was too large to record; it was not run")
+                        self.nodes_done -= 1
+                        return
                     case ContextLoaded() if not started:
                         await environment.start(self._context(event), tools)
                         started = True
@@ -247,16 +267,30 @@ class _Replay:
     def _limits(self, events: list[tuple[int, AnyEvent]]) -> Limits:
         own = next((e.limits for _, e in events if isinstance(e, SandboxUp) and e.limits), None)
         try:
-            return Limits(**(own or self.record.settings.get("limits") or {}))
+            recorded = Limits(**(own or self.record.settings.get("limits") or {}))
         except ValidationError as error:
             self.warnings.append(
                 f"the recorded limits are not used: {error.error_count()} of them are unknown or wrong"
             )
-            return Limits()
+            return self.limits
+        return self.limits.model_copy(update=dict(self._lowered(recorded)))
+
+    def _lowered(self, recorded: Limits) -> Iterator[tuple[str, float]]:
+        """The recorded limits that are below those of this replay: a record is somebody's file and grants nothing."""
+        for name, allowed in self.limits:
+            value = getattr(recorded, name)
+            if 0 < value <= allowed:
+                yield name, value
+            elif (note := f"the recorded limit {name}={value:g} is not used: this replay allows {allowed:g}") not in (
+                self.warnings
+            ):
+                self.warnings.append(note)
 
     def _context(self, event: ContextLoaded) -> Context:
         if self.moved is not None and event.node == "0" and event.name == "context":
-            context = Context.of(self.moved)
+            context = Context.from_record(
+                {**event.model_dump(), "blob": None, "path": str(self.moved), "sha256": None}, None
+            )
             if event.sha256 is not None and context.sha256 != event.sha256:
                 raise ContextError(f"context: {self.moved} is not what the recorded run read (its hash differs).")
             return context
@@ -342,6 +376,8 @@ class _Answers:
 
     async def _outcome(self, request: Request, key: tuple[str, str, str | None]) -> Outcome:
         if not self._waiting[key]:
+            key = (key[0], shorten(key[1]), key[2])
+        if not self._waiting[key]:
             if self._none:  # the cells of a last call ask in vain; only then is nothing recorded
                 from rlm_runtime.rlm.loop import _refuse
 
@@ -387,7 +423,15 @@ class _History:
         return self.archive
 
 
-def _compared(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, str]]:
+def _compared(old: CellResult, new: CellResult) -> list[tuple[str, str, str]]:
+    """What differs between a recorded result, whose long texts may be cut, and one of now."""
+    found = list(_differences(old, new))
+    if found:
+        found = list(_differences(old, CellResult.model_validate(shorten(to_jsonable_python(new, fallback=repr)))))
+    return found
+
+
+def _differences(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, str]]:
     """What differs between two results, each side as text. How long a cell took is not compared."""
     for name in ("status", "stdout", "stderr"):
         if getattr(old, name) != getattr(new, name):

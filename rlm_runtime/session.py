@@ -9,7 +9,7 @@ from typing import Any
 
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import Usage
-from rlm_runtime.rlm.api import context_of
+from rlm_runtime.rlm.api import acontext_of
 from rlm_runtime.rlm.blocking import LoopThread
 from rlm_runtime.rlm.options import Options
 from rlm_runtime.rlm.results import RLMResult
@@ -86,7 +86,8 @@ class Session:
     async def _run(
         self, prompt: Any, question: str | None, output: Any, cancel: CancelEvent | None, *, interruptible: bool
     ) -> RLMResult:
-        shape, context = Shape.of(output) if output is not None else None, context_of(prompt, question)
+        shape = Shape.of(output) if output is not None else None
+        context = await acontext_of(prompt, question)
         async with self._lock():
             if self._closed:
                 raise UsageError("this session is closed; open another with RLM.session().")

@@ -14,11 +14,13 @@ from itertools import islice
 from typing import Any
 
 from rlm_runtime.errors import UsageError
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import clean
 
 SHOWN = 200  # characters of a wrong value in a message
 MESSAGES = 3  # errors told at once
+TOLD_ONE_BY_ONE = 1_000  # errors of a value; each costs a description
 SCHEMA_CHARS = 100_000
-SCANNED = 64  # places in a reply where JSON may begin that are tried
 
 
 class Shape:
@@ -47,18 +49,25 @@ class Shape:
         """Hold a JSON value to the shape. A text of JSON is read as JSON and a number in a text as a number, but only
         where the value as it is does not fit."""
         told: list[str] = []
-        for candidate, telling in self._readings(value):
-            found, problems = self._check(candidate)
-            if not problems:
-                return found, None
-            if telling or not told:
-                told = problems
+        try:
+            _work.begin(value)
+            for candidate, telling in self._readings(value):
+                found, problems = self._check(candidate)
+                if not problems:
+                    return found, None
+                if telling or not told:
+                    told = problems
+        except TooMuch:
+            return None, TOO_LONG
+        except (TypeError, ValueError, RecursionError):
+            return None, f"{_shown(value)} is no JSON value"
         more = f"; and {len(told) - MESSAGES} more" if len(told) > MESSAGES else ""
         return None, "; ".join(told[:MESSAGES]) + more
 
     def parse(self, text: str) -> tuple[Any, str | None]:
         """The value in a model's reply: JSON alone or among words, in a fence, or the bare text."""
-        whole = _loads(text.strip())
+        text = clean(text).text
+        whole = model_json.loads(text) if text.lstrip()[:1] == '"' else None
         if whole is not None and isinstance(whole[0], str):
             found, problem = self.check(whole[0])
             if problem is None:
@@ -88,13 +97,55 @@ class Shape:
         """What the value may mean, as it is first; True with the one whose problems say most."""
         yield value, False
         if isinstance(value, str):
-            parsed = parse_json_reply(value)
+            parsed = _work.json_in(value)
             if parsed is not None:
                 yield parsed[0], True
                 yield _loosened(parsed[0], self.schema, self.schema), True
             value = LEAD.sub("", value.strip()).strip(" \t\n`*\"'").removesuffix(".")
             yield value, False
         yield _loosened(value, self.schema, self.schema), not isinstance(value, str)
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+STEPS = 4_000  # for one value, besides two for each of its characters: a keyword applied, a place looked at
+TOO_LONG = "it takes too long to check against this schema; make either simpler"
+
+
+class TooMuch(Exception):
+    """A value costs more steps than it may."""
+
+
+class _Work(threading.local):
+    """The steps left for the value that this thread judges, and the JSON found in its texts so far."""
+
+    left = STEPS
+
+    def begin(self, value: Any) -> None:
+        """Raises TypeError, ValueError, RecursionError for what is no JSON value."""
+        chars = len(value) if isinstance(value, str) else len(json.dumps(value, allow_nan=False))
+        self.left = STEPS + 2 * chars
+        self._effort = model_json.Effort.for_json(chars)
+        self._found: dict[str, tuple[Any] | None] = {}
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise TooMuch
+
+    def json_in(self, text: str) -> tuple[Any] | None:
+        """`model_json.in_reply`, once for each text: references may lead to the same one a thousand times."""
+        self.spend(1)
+        if text not in self._found:
+            self._found[text] = model_json.in_reply(text, self._effort)
+        return self._found[text]
+
+
+_work = _Work()
+
+
+def parse_json_reply(text: str) -> tuple[Any] | None:
+    """The JSON value in a reply, in a tuple of one (the value may be null); None where there is none."""
+    return model_json.in_reply(clean(text).text)
 
 
 LEAD = re.compile(r"(?:the )?(?:final )?(?:answer|result)(?: is)?[ *]*+[:=]?[ ]*+", re.I)
@@ -118,6 +169,8 @@ def _type_check(form: Any) -> tuple[dict[str, Any], Callable[[Any], tuple[Any, l
             # As JSON: dates come as texts, tuples as lists; but "3" is no int, and 1 no bool, unless loosened on purpose.
             return adapter.validate_json(json.dumps(value, allow_nan=False), strict=True), []
         except ValidationError as e:
+            if e.error_count() > TOLD_ONE_BY_ONE:
+                return None, [f"{e.error_count():,} places in it do not have the type that is wanted there"]
             return None, [_pydantic_problem(error) for error in e.errors(include_url=False)]
         except (TypeError, ValueError, RecursionError):
             return None, [f"{_shown(value)} is no JSON value"]
@@ -180,33 +233,25 @@ def _compiled(schema_text: str) -> Callable[[Any], tuple[Any, list[str]]]:
 
     def check(value: Any) -> tuple[Any, list[str]]:
         try:
-            _steps.left = STEPS + 2 * len(json.dumps(value, allow_nan=False))
             errors = sorted(islice(validator.iter_errors(value), 100), key=lambda e: [str(p) for p in e.absolute_path])
         except (TypeError, ValueError):
             return None, [f"{_shown(value)} is no JSON value"]
         except RecursionError:
             return None, ["it is nested too deeply"]
-        except _TooMuch:
-            return None, ["it takes too long to check against this schema; make either simpler"]
         return (None, [_schema_problem(e) for e in errors]) if errors else (value, [])
 
-    _steps.left = STEPS
+    _work.left = 10 * STEPS
     try:
         for reference in ["#", *_found(schema, "$ref")]:
             validator.evolve(schema={"$ref": reference}).is_valid(None)
     except referencing.exceptions.Unresolvable as e:
         raise UsageError(f"output: the schema refers to {'#' + e.ref.removeprefix('#')!r}, which is not in it.") from e
-    except (RecursionError, _TooMuch) as e:
+    except (RecursionError, TooMuch) as e:
         raise UsageError(f"output: the schema's reference {reference!r} leads back to itself.") from e
     return check
 
 
-STEPS = 20_000  # keywords applied to a value before the check is given up, besides two for each of its characters
-_steps = threading.local()
-
-
-class _TooMuch(Exception):
-    pass
+WALKING = ("additionalProperties", "propertyNames", "uniqueItems", "const", "enum", "items", "contains")
 
 
 @cache
@@ -215,15 +260,21 @@ def _bounded(draft: Any) -> Any:
     import jsonschema
 
     keywords = {**draft.VALIDATORS, "pattern": _pattern, "uniqueItems": _unique_items}
-    return jsonschema.validators.extend(draft, {name: _counted(f) for name, f in keywords.items()})
+    return jsonschema.validators.extend(draft, {name: _counted(name, f) for name, f in keywords.items()})
 
 
-def _counted(keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+def _counted(name: str, keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+    """`keyword` with its steps counted: what it walks over in schema and value, and the text of its errors."""
+    base = 8 if name == "$ref" else 1
+
     def counted(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
-        _steps.left -= 1
-        if _steps.left < 0:
-            raise _TooMuch
-        yield from keyword(validator, wanted, instance, schema) or ()
+        walked = len(wanted) if isinstance(wanted, list | dict) else 0
+        if name in WALKING and isinstance(instance, list | dict):
+            walked += len(instance)
+        _work.spend(base + (walked if name == "enum" else walked // 8))
+        for error in keyword(validator, wanted, instance, schema) or ():
+            _work.spend(1 + len(error.message) // 64)
+            yield error
 
     return counted
 
@@ -374,6 +425,7 @@ def _loosened(value: Any, schema: Any, root: Mapping[str, Any], depth: int = 0) 
     and the other way round nothing: a text stays a text where a text may stand."""
     if depth > 50 or not isinstance(schema, dict):
         return value
+    _work.spend(1)
     schema = _resolved(schema, root)
     options = schema.get("anyOf") or schema.get("oneOf")
     if isinstance(options, list):
@@ -416,7 +468,7 @@ def _from_text(text: str, kinds: set[str], schema: dict[str, Any], root: Mapping
     if "null" in kinds and bare.lower() in ("null", "none", ""):
         return None
     if kinds & {"object", "array"}:
-        parsed = parse_json_reply(text)
+        parsed = _work.json_in(text)
         if parsed is not None and isinstance(
             parsed[0], dict if "object" in kinds and "array" not in kinds else dict | list
         ):
@@ -450,6 +502,7 @@ def _resolved(schema: dict[str, Any], root: Mapping[str, Any]) -> dict[str, Any]
         reference = schema.get("$ref")
         if not isinstance(reference, str) or not reference.startswith("#/"):
             return schema
+        _work.spend(1 + len(reference) // 64)
         node: Any = root
         for step in reference[2:].split("/"):
             step = step.replace("~1", "/").replace("~0", "~")
@@ -458,85 +511,3 @@ def _resolved(schema: dict[str, Any], root: Mapping[str, Any]) -> dict[str, Any]
             return schema
         schema = node
     return schema
-
-
-# -- JSON in replies --------------------------------------------------------------------------------------------------------------
-FENCE = re.compile(r"^[ \t]*+(`{3,16}|~{3,16})[ \t]*+(?:json|jsonc|json5)?[ \t]*+\n", re.M | re.I)
-THINKING = re.compile(r"\A\s*+<(think|thinking|reasoning)>")
-START = re.compile(r"[{\[]")
-
-
-def parse_json_reply(text: str) -> tuple[Any] | None:
-    """The JSON value in a reply, in a tuple of one (the value may be null); None where there is none.
-
-    Tried in turn: the whole reply, the last fence that holds JSON, the largest object or array among the words.
-    """
-    text = _without_thinking(text).strip()
-    whole = _loads(text)
-    if whole is not None:
-        return whole
-    for opening in list(FENCE.finditer(text))[-SCANNED:][::-1]:
-        end = text.find(opening[1], opening.end())
-        inside = _loads(text[opening.end() : end if end >= 0 else len(text)].strip())
-        if inside is not None:
-            return inside
-    return _largest(text)
-
-
-def _without_thinking(text: str) -> str:
-    opening = THINKING.match(text)
-    end = text.find(f"</{opening[1]}>") if opening else text.find("</think>")
-    if end >= 0 and (opening or not text[:end].rstrip().endswith('"')):
-        return text[text.index(">", end) + 1 :]
-    return text
-
-
-def _loads(text: str) -> tuple[Any] | None:
-    try:
-        return (json.loads(text, strict=False, parse_constant=_no_constant),)
-    except (ValueError, RecursionError):
-        pass
-    repaired = re.sub(r",(?=\s*+[}\]])", "", text.translate(_QUOTES)) if len(text) < 1_000_000 else text
-    if repaired != text and text[:1] in "{[":
-        try:
-            return (json.loads(repaired, strict=False, parse_constant=_no_constant),)
-        except (ValueError, RecursionError):
-            pass
-    return _python_literal(text)
-
-
-def _python_literal(text: str) -> tuple[Any] | None:
-    """{'a': True, 'b': None}: a dict or list as Python prints it."""
-    if text[:1] not in ("{", "[") or len(text) > 100_000:
-        return None
-    import ast
-
-    try:
-        value = ast.literal_eval(text)
-        return (json.loads(json.dumps(value)),) if isinstance(value, dict | list) else None
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
-
-
-_QUOTES = str.maketrans({"“": '"', "”": '"'})
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _largest(text: str) -> tuple[Any] | None:
-    """The longest object or array that starts somewhere in the text; later ones win ties. Linear: few starts are tried."""
-    decoder = json.JSONDecoder(strict=False, parse_constant=_no_constant)
-    best: tuple[int, Any] | None = None
-    at, failures = 0, 0
-    while failures < SCANNED and (start := START.search(text, at)):
-        try:
-            value, end = decoder.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
-            at, failures = start.end(), failures + 1
-            continue
-        if best is None or end - start.start() >= best[0]:
-            best = (end - start.start(), value)
-        at = end
-    return None if best is None else (best[1],)

@@ -17,7 +17,7 @@ import re
 import threading
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from rlm_runtime.errors import RlmError, UsageError
+from rlm_runtime.lms import redact
 from rlm_runtime.lms.base import ToolSpec
 from rlm_runtime.repl.base import ToolInfo
 
@@ -63,6 +64,7 @@ class Tool:
     description: str | None = None  # None: signature and docstring
     value: Any = None
     is_value: bool = False
+    parameters: dict[str, Any] | None = None  # JSON schema of the arguments; None: of the signature
     _adapters: dict[str, TypeAdapter | None] = field(default_factory=dict, repr=False, compare=False)
 
     def info(self) -> ToolInfo:
@@ -71,7 +73,7 @@ class Tool:
 
     def spec(self) -> ToolSpec:
         """The tool as a model with native tool calls sees it."""
-        return ToolSpec(name=self.name, description=self._about(), parameters=self._schema)
+        return ToolSpec(name=self.name, description=self._about(), parameters=self.parameters or self._schema)
 
     async def call(self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Call the function with JSON arguments; its JSON result. Raises ToolError.
@@ -89,7 +91,7 @@ class Tool:
                 if inspect.isawaitable(result):
                     result = await result
         except (Exception, SystemExit) as e:
-            raise ToolError(f"{self.name}: {type(e).__name__}: {_short(str(e))}") from e
+            raise ToolError(f"{self.name}: {type(e).__name__}: {_short(redact.foreign(str(e)))}") from e
         try:
             return to_jsonable_python(result)
         except (PydanticSerializationError, UnicodeDecodeError, RecursionError, ValueError) as e:
@@ -220,9 +222,7 @@ def toolbox(tools: Tools | None, where: str = "tools") -> dict[str, Tool]:
 
 def _tool(name: Any, thing: Any, where: str) -> Tool:
     if isinstance(thing, Tool):
-        tool = (
-            thing if name == thing.name else Tool(name, thing.function, thing.description, thing.value, thing.is_value)
-        )
+        tool = thing if name == thing.name else replace(thing, name=name)
         _check_name(tool.name, where)
         if not tool.is_value and not callable(tool.function):
             raise UsageError(f"{where}: {tool.name!r} has neither a function nor is_value=True.")

@@ -29,8 +29,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RUNTIME = ROOT / "rlm_runtime"
 # `rlm`, `session` and `tools` are one room: the loop, what it keeps between runs, what it hands to cells.
 RUNTIME_ORDER = [
-    ["cli", "__main__"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools"],
-    ["prompts", "parsing", "structured"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"], ["errors"],
+    ["cli", "__main__"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools", "mcp"],
+    ["prompts", "parsing", "structured", "live", "otel"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"],
+    ["replies"], ["errors", "terminal"],
 ]  # fmt: skip
 RUNTIME_LEVEL = {room: -i for i, rooms in enumerate(RUNTIME_ORDER) for room in rooms}
 RUNTIME_FILES = sorted(RUNTIME.rglob("*.py"))

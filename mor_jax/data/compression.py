@@ -76,5 +76,7 @@ def _import_zstandard(path: str):
     try:
         import zstandard
     except ImportError as e:
-        raise DataError(f'{path}: reading .zst needs the zstandard package: pip install "mor-jax[data]"') from e
+        raise DataError(
+            f"{path}: reading .zst needs the zstandard package: pip install zstandard (it is in the extra data)"
+        ) from e
     return zstandard

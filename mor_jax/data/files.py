@@ -238,5 +238,7 @@ def _import_pyarrow(path: str):
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise DataError(f'{path}: reading .parquet needs the pyarrow package: pip install "mor-jax[data]"') from e
+        raise DataError(
+            f"{path}: reading .parquet needs the pyarrow package: pip install pyarrow (it is in the extra data)"
+        ) from e
     return pyarrow, pyarrow.parquet

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from rlm_runtime.cli import codes
-from rlm_runtime.cli.arguments import parser
-from rlm_runtime.errors import RlmError
+from rlm_runtime.cli.arguments import parsed, parser
+from rlm_runtime.errors import RlmError, UsageError
 
 # Loaded when asked for: `rlm --help` must not wait for what it does not need.
 COMMANDS = {
@@ -25,7 +25,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see `codes`)."""
     top = parser()
-    args = top.parse_args(argv)
+    args = parsed(top, argv)
     if args.version:
         print(_version())
         return codes.OK
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         return codes.OK
     except RlmError as error:
+        if isinstance(error, UsageError):
+            codes.tell(args.parser.format_usage().rstrip())
         codes.complain(" ".join([str(error), *getattr(error, "__notes__", ())]))
         return codes.code_of(error)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from rlm_runtime.cli.codes import TABLE
@@ -32,7 +33,11 @@ Models can also come from the environment: RLM_ROOT, RLM_SUB; keys from OPENAI_A
 
 --set takes any field of Budget (turns, sub_calls, input_tokens, output_tokens, usd, seconds, depth,
 consecutive_errors), of Limits (cell_seconds, memory, scratch, output_chars, ...), and concurrency, compact_at,
-window. Numbers may be written 8k, 10M, 2GiB; none takes a limit away."""
+window. Numbers may be written 8k, 10M, 2GiB; none takes a limit away.
+
+--root-opt and --sub-opt take api_key_env (the variable that holds the endpoint's key), temperature, top_p, seed,
+max_tokens, reasoning_effort, headers.NAME, query.NAME, extra_body.NAME, stream, timeout, concurrency, max_retries,
+requests_per_minute, ... A key goes only to the endpoint it was given for: --sub-base-url needs a key of its own."""
 
 SERVE = """\
 examples:
@@ -72,6 +77,17 @@ Score, cost, calls and time by length, with confidence intervals, as a table, a 
 command again and it goes on where it stopped."""
 
 
+USAGE = {
+    "ask": "QUESTION [--context PATH ...] --root MODEL [--sub MODEL] [options]",
+    "serve": "--root MODEL [--sub MODEL] [--model NAME=ROOT[,SUB] ...] [options]",
+    "view": "[FILE|DIR] [--export FILE.html] [options]",
+    "replay": "FILE|DIR [--context PATH] [options]",
+    "eval": "--task TASK [--lengths N,N] [--modes M,M] --root MODEL [options]",
+    "tasks": "[NAME] [--length N] [--seed N] [--out DIR]",
+    "sandbox": "[--environment NAME] [--allow-missing LAYER] [--json]",
+}
+
+
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, max_help_position=32, **kwargs)
@@ -94,6 +110,14 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(top: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; wrong ones end the process with the usage of their command."""
+    args, unknown = top.parse_known_args(argv)
+    if unknown:
+        getattr(args, "parser", top).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def _allow(group: Any) -> None:
     text = "go on without this layer of the sandbox, e.g. landlock (see rlm sandbox)"
     group.add_argument("--allow-missing", metavar="LAYER", action="append", default=[], help=text)
@@ -104,9 +128,12 @@ ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 
 def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
     epilog = f"{epilog}\n\n{TABLE}" if epilog else TABLE
-    return commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
+    usage = f"rlm {name} {USAGE[name]}\n       rlm {name} --help lists the options"
+    p = commands.add_parser(
+        name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
     )
+    p.set_defaults(parser=p)
+    return p
 
 
 def _models(p: argparse.ArgumentParser) -> None:
@@ -115,8 +142,16 @@ def _models(p: argparse.ArgumentParser) -> None:
         "--root", metavar="MODEL", help="the model that writes the code, such as openai:gpt-5 (or RLM_ROOT)"
     )
     group.add_argument("--sub", metavar="MODEL", help="the model that reads the pieces (RLM_SUB; default: the root)")
-    group.add_argument("--base-url", metavar="URL", help="the endpoint, up to /v1 (or OPENAI_BASE_URL)")
-    group.add_argument("--sub-base-url", metavar="URL", help="another endpoint for the sub-model")
+    group.add_argument("--base-url", metavar="URL", help="the root's endpoint, up to /v1 (or OPENAI_BASE_URL)")
+    group.add_argument(
+        "--sub-base-url",
+        metavar="URL",
+        help="the sub-model's endpoint (default: the root's, for a model of the same provider)",
+    )
+    for name, whose in (("--root-opt", "root"), ("--sub-opt", "sub-model")):
+        text = f"an option of the {whose}: temperature=0.2, api_key_env=MY_KEY, query.api-version=2024-10-21 (below)"
+        group.add_argument(name, metavar="NAME=VALUE", action="append", default=[], help=text)
+    group.add_argument("--models", metavar="FILE.toml", help="models with options under names of your own (RLM_MODELS)")
     group.add_argument("--price", metavar="IN,OUT", help="dollars a million tokens, where the price table has none")
     group.add_argument("--sub-price", metavar="IN,OUT", help="the same of the sub-model (default: --price)")
     group.add_argument("--window", metavar="TOKENS", type=_count, help="the models' context window, if it is not known")
@@ -145,8 +180,38 @@ def _run(p: argparse.ArgumentParser) -> None:
         help="functions of this file, for the REPL; they run in this process, unconfined",
     )
     group.add_argument("--system-prompt", metavar="FILE", help="instead of the built-in system prompt")
+    group.add_argument(
+        "--tips", metavar="FILE", help="advice on contexts of this kind, for the root; apart from the system prompt"
+    )
+    group.add_argument(
+        "--packages",
+        metavar="NAME,NAME",
+        action="append",
+        default=[],
+        help="installed packages that the code may import, such as numpy,pandas",
+    )
     group.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
     _allow(group)
+
+
+def _files(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("how files are read")
+    group.add_argument(
+        "--encoding",
+        metavar="NAME",
+        help="of the file; in a folder, of the files that are not UTF-8 (left out without)",
+    )
+    group.add_argument(
+        "--include",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="of a folder only these files: '*.py', 'docs/**'",
+    )
+    group.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="of a folder not these")
+    group.add_argument(
+        "--no-gitignore", action="store_true", help="of a folder also what its .gitignore files leave out"
+    )
 
 
 def _ask(p: argparse.ArgumentParser) -> None:
@@ -159,6 +224,7 @@ def _ask(p: argparse.ArgumentParser) -> None:
         action="extend",
         help="files or a folder; - is standard input, which is read by itself when piped",
     )
+    _files(p)
     _models(p)
     _run(p)
     out = p.add_argument_group("output")
@@ -246,6 +312,13 @@ def _replay(p: argparse.ArgumentParser) -> None:
         help="differences that are none: memory addresses; digits, as of clocks",
     )
     p.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
+    p.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a limit of the REPL; the recorded ones may only be lower (cell_seconds, memory, scratch, ...)",
+    )
     p.add_argument("--json", action="store_true", help="the comparison as JSON")
 
 
@@ -253,7 +326,10 @@ def _eval(p: argparse.ArgumentParser) -> None:
     p.add_argument("--task", metavar="NAME", action="append", required=True, help="see rlm tasks; may be given again")
     p.add_argument("--lengths", metavar="N,N", default="8k,32k,128k", help="tokens, such as 8k,128k,1M,10M")
     p.add_argument(
-        "--modes", metavar="M,M", default="base,repl,rlm", help="base: the model alone; repl: no sub-calls; rlm"
+        "--modes",
+        metavar="M,M",
+        default="base,repl,rlm",
+        help="base: the model alone; repl: no sub-calls; rlm; rlm+tips: with the task's tips, or --tips",
     )
     p.add_argument("--samples", metavar="N", type=_count, default=10, help="of each task and length (10)")
     p.add_argument("--seed", metavar="N", type=int, default=42, help="of the samples (42)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlm_runtime.cli import codes, contexts, live, models, values
+from rlm_runtime import live
+from rlm_runtime.cli import codes, contexts, models, values
 from rlm_runtime.errors import RlmError, UsageError
+from rlm_runtime.terminal import clean
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,7 +29,12 @@ def run(args: argparse.Namespace) -> int:
     root, sub = models.pair(args)
     log_dir = None if args.no_log else models.log_folder(args.log, default=True)
     with contexts.opened(args.context) as source:
-        context = Context.of(source[0] if len(source) == 1 else source)
+        context = Context.of(
+            source[0] if len(source) == 1 else source, encoding=args.encoding, include=args.include,
+            exclude=args.exclude, gitignore=not args.no_gitignore,
+        )  # fmt: skip
+        if contexts.is_piped(args.context):
+            context = dataclasses.replace(context, keep=context.kind == "file")
         return asyncio.run(_ask(args, root, sub, context, schema, log_dir, options))
 
 
@@ -57,6 +65,8 @@ async def _ask(
 
     try:
         rlm = RLM(root, sub, log_dir=log_dir, on_event=screen, **options)
+        for note in context.notes:
+            codes.complain(note)
         with screen or contextlib.nullcontext():
             run = rlm.start(context, args.question, output=schema)
             running.append(run)
@@ -73,11 +83,11 @@ async def _ask(
             loop.remove_signal_handler(number)
         for lm in {id(m): m for m in (root, sub)}.values():
             await lm.aclose()
-    return tell(args, result)
+    return tell(args, result, len(context.notes))
 
 
-def tell(args: argparse.Namespace, result: Any) -> int:
-    """Print a result; the exit code it means."""
+def tell(args: argparse.Namespace, result: Any, shown: int = 0) -> int:
+    """Print a result, without the first `shown` notes; the exit code it means."""
     answer = result.answer.model_dump(mode="json") if hasattr(result.answer, "model_dump") else result.answer
     if args.json:
         whole = {
@@ -90,16 +100,16 @@ def tell(args: argparse.Namespace, result: Any) -> int:
         out(json.dumps(whole, ensure_ascii=False))
     elif answer is not None:
         text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, indent=2)
-        out(codes.clean(text) if sys.stdout.isatty() else text)
+        out(clean(text) if sys.stdout.isatty() else text)
     code = code_of(result)
     if code != codes.OK:
         what = "no answer" if answer is None else "the answer is partial"
         codes.complain(f"{what} ({result.stop_reason}): {result.error or 'a limit was reached'}")
-    for note in result.notes:
+    for note in result.notes[shown:]:
         codes.complain(note)
     if not args.quiet:
         usage = result.usage
-        cost = f" · ${result.cost_usd:.4f}" if result.cost_usd is not None else ""
+        cost = f" · ${result.cost_usd:.4f}" if result.cost_usd is not None else " · cost unknown (--price IN,OUT)"
         line = (
             f"{result.turns} turns · {result.sub_calls} sub-calls · {live.short(usage.input_tokens)} in, "
             f"{live.short(usage.output_tokens)} out{cost} · {result.seconds:.1f} s"

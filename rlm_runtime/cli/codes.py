@@ -7,6 +7,7 @@ import re
 import sys
 
 from rlm_runtime.errors import BudgetExceeded, Cancelled, ContextError, LMError, SandboxError, UsageError
+from rlm_runtime.terminal import clean
 
 OK, FAILED, USAGE, PARTIAL, ENDPOINT, SANDBOX, CANCELLED = 0, 1, 2, 3, 4, 5, 130
 
@@ -46,8 +47,3 @@ def tell(text: str) -> None:
 def one_line(text: str, limit: int = 2_000) -> str:
     line = re.sub(r"\s*\n\s*", " ", clean(text)).strip()
     return line if len(line) <= limit else line[:limit] + " ..."
-
-
-def clean(text: str) -> str:
-    """Text from a model, a file or the network, made harmless for a terminal: no escape codes, no bidi overrides."""
-    return "".join(c if c.isprintable() or c == "\n" else "    " if c == "\t" else "�" for c in text)

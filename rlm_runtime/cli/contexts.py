@@ -28,6 +28,11 @@ def opened(paths: list[str] | None) -> Iterator[list[Path]]:
         yield [_stdin(Path(scratch)) if p == "-" else Path(p) for p in paths]
 
 
+def is_piped(paths: list[str] | None) -> bool:
+    """Whether the context is standard input alone."""
+    return not paths or paths == ["-"]
+
+
 def _stdin(home: Path) -> Path:
     """Standard input in a file, so that any size can be read as lazily as a file."""
     path = home / "stdin.txt"

@@ -21,17 +21,83 @@ def pair(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def named(args: argparse.Namespace, root: str, sub: str | None) -> tuple[Any, Any]:
-    from rlm_runtime.lms import resolve
+    """Root and sub-model of these names. Raises UsageError.
 
+    What the command line says of an endpoint (URL, key, headers, query) is the root's; the sub-model shares it only
+    where it is asked at the same endpoint. Entries of the models file stand for themselves.
+    """
+    from rlm_runtime.lms.named import read
+
+    path = args.models or os.environ.get("RLM_MODELS")
+    table = read(path) if path else {}
     common = {"window": args.window, "timeout": args.timeout}
-    root_options = {"base_url": args.base_url, "price": values.price(args.price), **common}
-    sub_options = {
-        "base_url": args.sub_base_url or args.base_url, "price": values.price(args.sub_price or args.price), **common
-    }  # fmt: skip
-    first = resolve(root, **_given(root_options))
-    if (sub is None or sub == root) and _given(sub_options) == _given(root_options):
-        return first, first
-    return first, resolve(sub or root, **_given(sub_options))
+    first = _given({"base_url": args.base_url, "price": values.price(args.price), **common}) | values.model_options(
+        args.root_opt, "--root-opt"
+    )
+    second = _given(
+        {"base_url": args.sub_base_url, "price": values.price(args.sub_price or args.price), **common}
+    ) | values.model_options(args.sub_opt, "--sub-opt")
+    same_name = sub is None or sub == root
+    shares = sub is None or (sub not in table and _provider(sub) == _provider(root, table))
+    at_root = shares and "base_url" not in second
+    _give_key(root, table, first, None if at_root else (sub or root, second))
+    if same_name and not (args.sub_base_url or args.sub_opt or args.sub_price):
+        lm = _make(root, table, first)
+        return lm, lm
+    if shares:
+        second = {**_endpoint(first, second.get("base_url")), **second}
+    return _make(root, table, first), _make(sub or root, table, second)
+
+
+def _endpoint(options: dict[str, Any], url: str | None) -> dict[str, Any]:
+    """What of these options a model asked at `url` (None: at the same endpoint) may share."""
+    from rlm_runtime.lms.http import same_origin
+    from rlm_runtime.lms.named import OF_ENDPOINT
+
+    if url is not None and not (options.get("base_url") and same_origin(url, options["base_url"])):
+        return {}
+    return {k: v for k, v in options.items() if k in OF_ENDPOINT}
+
+
+def _give_key(
+    root: str,
+    table: dict[str, Any],
+    options: dict[str, Any],
+    other: tuple[str, dict[str, Any]] | None,
+) -> None:
+    """The key of the environment belongs to --base-url where no other endpoint can claim it: neither the one in the
+    provider's URL variable, nor the provider's own, asked for the `other` model."""
+    from rlm_runtime.lms import factory_of
+    from rlm_runtime.lms.http import same_origin
+
+    url = options.get("base_url")
+    if url is None or root in table or "api_key" in options or "api_key_env" in options:
+        return
+    made = factory_of(root)
+    variable, official = (getattr(made, name, None) for name in ("key_variable", "official"))
+    if not variable or not os.environ.get(variable) or os.environ.get(made.url_variable):
+        return
+    if other is not None and _provider(other[0], table) == _provider(root):
+        claimed = other[1].get("base_url") or table.get(other[0], {}).get("base_url") or official
+        if same_origin(claimed, official):
+            return
+    options["api_key_env"] = variable
+
+
+def _provider(name: str, table: dict[str, Any] | None = None) -> str:
+    entry = (table or {}).get(name)
+    return (entry.get("model", "") if entry else name).partition(":")[0]
+
+
+def _make(name: str, table: dict[str, Any], options: dict[str, Any]) -> Any:
+    from rlm_runtime.lms import resolve
+    from rlm_runtime.lms.named import make
+
+    if name in table:
+        return make(name, table[name], **options)
+    if table and ":" not in name:
+        raise UsageError(f"unknown model {name!r}: the models file has {', '.join(table)}.")
+    return resolve(name, **options)
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -48,20 +114,22 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         "sub_calls": args.budget_calls,
     }
     budget = {**_given(flags), **budget}
-    if args.system_prompt:
-        try:
-            options["system_prompt"] = Path(args.system_prompt).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--system-prompt {args.system_prompt}: {getattr(error, 'strerror', None) or error}."
-            ) from None
+    for name in ("system_prompt", "tips"):
+        path = getattr(args, name)
+        if path is not None:
+            options[name] = values.text(path, "--" + name.replace("_", "-"))
+    environment: dict[str, Any] = {}
+    if args.allow_missing:
+        environment["policy"] = policy(args.allow_missing)
+    if packages := [name.strip() for names in args.packages for name in names.split(",") if name.strip()]:
+        environment["packages"] = tuple(dict.fromkeys(packages))
     return {
         "max_depth": args.max_depth,
         "budget": check_model("budget", Budget, budget),
         "limits": check_model("limits", Limits, limits),
         "environment": args.environment,
         "tools": values.tools(args.tools),
-        **({"environment_options": {"policy": policy(args.allow_missing)}} if args.allow_missing else {}),
+        **({"environment_options": environment} if environment else {}),
         **options,
     }
 

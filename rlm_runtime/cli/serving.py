@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
         from rlm_runtime.serve.engine import ServedModel
         from rlm_runtime.serve.server import bind, serve
     except ModuleNotFoundError as error:
-        raise UsageError(f'rlm serve needs the package {error.name}: pip install "mor-jax[serve]".') from None
+        raise UsageError(
+            f'rlm serve needs the package {error.name}: in a checkout of this project, pip install ".[serve]".'
+        ) from None
 
     keys = _keys(args)
     loopback = is_loopback(args.host)

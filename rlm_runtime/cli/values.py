@@ -50,6 +50,47 @@ def settings(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], dict
     return groups[0][1], groups[1][1], groups[2][1]
 
 
+TEXTS = ("api_key", "api_key_env", "base_url", "reasoning_effort", "provider")
+MAPPINGS = ("headers", "query", "extra_body")
+
+
+def model_options(pairs: Iterable[str], flag: str) -> dict[str, Any]:
+    """`--root-opt name=value` as keyword arguments of a model. Raises UsageError, which never shows a value."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        name, dot, key = name.strip().partition(".")
+        name = name.replace("-", "_")
+        if not (equals and name) or (dot and not (key and name in MAPPINGS)):
+            mappings = ", ".join(f"{m}.NAME" for m in MAPPINGS)
+            raise UsageError(f"{flag} {pair.partition('=')[0]}: expected NAME=VALUE; with a dot only {mappings}.")
+        if dot:
+            value = _plain_value(text) if name == "extra_body" else text
+            found[name] = {**found.get(name, {}), key: value}
+        elif name == "price":
+            found[name] = price(text)
+        elif name in MAPPINGS:
+            value = _plain_value(text)
+            if not isinstance(value, dict):
+                raise UsageError(f"{flag} {name}: expected a JSON object, or {name}.NAME=VALUE.")
+            found[name] = {**found.get(name, {}), **value}
+        else:
+            found[name] = text if name in TEXTS else _plain_value(text)
+    return found
+
+
+def _plain_value(text: str) -> Any:
+    """JSON where it is, else a number such as 8k, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return number(text)
+    except ValueError:
+        return None if text.strip().lower() == "none" else text
+
+
 def price(text: str | None) -> tuple[float, ...] | None:
     """IN,OUT or IN,OUT,CACHED: dollars a million tokens. Raises UsageError."""
     if text is None:
@@ -61,6 +102,14 @@ def price(text: str | None) -> tuple[float, ...] | None:
     except ValueError:
         raise UsageError(f"--price {text}: expected IN,OUT in dollars a million tokens, such as 0.25,2.") from None
     return values
+
+
+def text(path: str, option: str) -> str:
+    """The text of a file that an option names. Raises UsageError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{option} {path}: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def schema(path: str | None) -> dict[str, Any] | None:

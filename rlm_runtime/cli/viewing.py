@@ -34,14 +34,26 @@ def view(args: argparse.Namespace) -> int:
 
 
 def replay(args: argparse.Namespace) -> int:
+    from rlm_runtime.cli import values
+    from rlm_runtime.errors import UsageError
+    from rlm_runtime.repl.base import Limits
     from rlm_runtime.replay import replay as run_again
+    from rlm_runtime.rlm.options import check_model
 
     def on_cell(cell: Any, same: bool) -> None:
         if not same and not args.json:
             codes.complain(f"node {cell.node}, turn {cell.turn}, cell {cell.cell} differs")
 
+    budget, limits, options = values.settings(args.set)
+    if budget or options:
+        raise UsageError(f"--set {next(iter(budget or options))}: a replay has only the limits of a REPL.")
     report = run_again(
-        args.path, context=args.context, ignore=args.ignore, environment=args.environment, on_cell=on_cell
+        args.path,
+        context=args.context,
+        ignore=args.ignore,
+        environment=args.environment,
+        limits=check_model("limits", Limits, limits),
+        on_cell=on_cell,
     )
     if args.json:
         print(report.model_dump_json())

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rlm_runtime.context.files import LAZY_BYTES, MAX_FILES, SAMPLE, decoded, last_text, opened, without_mark
+from rlm_runtime.context.files import LAZY_BYTES, SAMPLE, decoded, last_text, opened, without_mark
 
 if TYPE_CHECKING:
     from rlm_runtime.context import Context
@@ -68,7 +68,8 @@ def bytes_facts(context: Context, name: str) -> list[str]:
 
 
 def text_facts(context: Context, name: str) -> list[str]:
-    return [f"Type: str. {size(context)}, {context.value.count(chr(10)) + 1:,} lines."]
+    source = f"It is {context.about}. " if context.about else ""
+    return [f"Type: str. {source}{size(context)}, {context.value.count(chr(10)) + 1:,} lines."]
 
 
 def list_facts(context: Context, name: str) -> list[str]:
@@ -108,9 +109,8 @@ def file_facts(context: Context, name: str) -> list[str]:
     if context.compression:
         packed = context.path.stat().st_size
         return [f"Type: text of the file {label}, {packed:,} bytes with {context.compression}; unpacked in the REPL."]
-    if context.bytes <= LAZY_BYTES:
-        lines = context._small_text.count("\n") + 1
-        return [f"Type: str, the text of the file {label}. {size(context)}, {lines:,} lines."]
+    if context.measure is not None:
+        return [f"Type: str, the text of the file {label}. {size(context)}, {context.measure.lines:,} lines."]
     with open(context.path, "rb") as file:
         sample = file.read(1 << 20)
     lines = round(sample.count(b"\n") * context.bytes / len(sample))
@@ -123,16 +123,21 @@ def file_facts(context: Context, name: str) -> list[str]:
 
 
 def folder_facts(context: Context, name: str) -> list[str]:
-    files = context.listing
+    found, files = context.survey, context.listing
     endings = Counter(os.path.splitext(path)[1] or "no ending" for path, _, _ in files)
     what = "folder" if context.files is None else "set of files"
-    left = " (and more, left out)" if len(files) >= MAX_FILES else ""
     facts = [
-        f"Type: Folder, a mapping of path to text, from a {what}: {len(files):,} files{left}, {context.bytes:,} bytes, "
+        f"Type: Folder, a mapping of path to text, from a {what}: {len(files):,} files, {context.bytes:,} bytes, "
         f"about {context.tokens:,} tokens ({counted(endings)}).",
-        f"{name}['path'] reads a file as str (a long one as a lazy text with the methods of str); also "
-        f"{name}.glob('**/*.py'), {name}.grep(pattern), {name}.size(path), {name}.walk().",
+        f"{name}['path'] reads a file as str (one of more than {LAZY_BYTES >> 20} MiB as a lazy text with the methods of "
+        f"str); also {name}.glob('**/*.py'), {name}.grep(pattern), {name}.size(path), {name}.walk().",
+        *found.left_out(),
     ]
+    if found.skipped:
+        facts.append(
+            f"{name}.skipped holds the names of files left out, and why; {name}.bytes(path) gives their bytes, "
+            f"{name}.text(path, encoding=...) decodes them."
+        )
     tops: Counter[str] = Counter()
     for path, _, size in files:
         if "/" in path:

@@ -6,14 +6,16 @@ import codecs
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from rlm_runtime.errors import ContextError
 
-LAZY_BYTES = 8 << 20  # larger files are read lazily in the worker; smaller ones become a true str there
+LAZY_BYTES = 256 << 20  # larger files are read lazily in the worker; smaller ones become a true str there
 SAMPLE = 64 << 10  # bytes looked at, at a place
 MAX_FILES = 200_000  # of a folder
+PIECE = 1 << 20  # bytes decoded at a time
 HIDDEN = {".git", ".hg", ".svn"}  # a version control's own files are not part of a folder's context
 
 MAGIC = {
@@ -32,6 +34,7 @@ MAGIC = {
     b"RIFF": "a RIFF file (WAV, AVI, WebP)",
 }
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "lzma", b"BZh": "bz2"}
+MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # how UTF-16 and UTF-32 texts begin
 
 
 def status_of(path: Path) -> os.stat_result:
@@ -62,7 +65,17 @@ def compression_of(path: Path) -> str | None:
             head = file.read(8)
     except OSError as error:
         raise ContextError(f"context: {path} cannot be read: {error.strerror}.") from None
+    return packed(head)
+
+
+def packed(head: bytes) -> str | None:
+    """How a file that begins like this is compressed."""
     return next((how for magic, how in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def known(head: bytes) -> str | None:
+    """What a binary file that begins like this is."""
+    return next((what for magic, what in MAGIC.items() if head.startswith(magic)), None)
 
 
 def opened(path: Path, compression: str | None) -> IO[bytes]:
@@ -82,61 +95,161 @@ def damage() -> tuple[type[Exception], ...]:
     return lzma.LZMAError, zlib.error
 
 
-def check_text(path: Path, size: int, encoding: str, compression: str | None) -> None:
-    """Small files are decoded whole; of large ones both ends and eight places between are looked at."""
-    wide = encoding.replace("-", "_").startswith(("utf_16", "utf_32"))
+# Encodings a sample can tell apart; cp1252 stands for its relatives, whose texts differ in a few letters.
+GUESSABLE = [
+    "utf_8",
+    "cp1252",
+    "cp1251",
+    "koi8_r",
+    "cp1253",
+    "cp1255",
+    "cp1256",
+    "cp932",
+    "euc_jp",
+    "gb18030",
+    "big5",
+    "cp949",
+]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of a file from offset `at`; `last`: they end where the file does."""
+
+    at: int
+    data: bytes
+    last: bool
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Of a text that was decoded whole."""
+
+    chars: int
+    lines: int
+
+
+def check_text(path: Path, size: int, encoding: str, compression: str | None) -> Measure | None:
+    """Raises ContextError where the file is no text in this encoding. Files up to LAZY_BYTES are decoded whole, piece by
+    piece, and measured; of larger ones both ends and eight places between are looked at."""
     try:
         with opened(path, compression) as file:
             if compression:
-                samples = [(0, file.read(SAMPLE), False)]
-                if not samples[0][1]:
+                head = file.read(SAMPLE)
+                if not head:
                     raise ContextError(f"context: {path} unpacks to an empty text.")
-            elif size <= LAZY_BYTES or wide:
-                samples = [(0, file.read(LAZY_BYTES), size <= LAZY_BYTES)]
-            else:
-                samples = []
-                for i in range(10):
-                    at = (size - SAMPLE) * i // 9
-                    file.seek(at)
-                    samples.append((at, file.read(SAMPLE), False))
+                _complain(path, head, not_text([Piece(0, head, False)], encoding), encoding)
+                return None
+            if size <= LAZY_BYTES:
+                return _measure(path, file, encoding)
     except (OSError, EOFError, *damage()) as error:
         raise ContextError(f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    for at, data, whole in samples:
-        if not wide and b"\0" in data:
-            offset = at + data.index(b"\0")
-            raise ContextError(_binary(path, samples[0][1], f"a NUL byte at offset {offset:,}"))
-        bad = _undecodable(data, encoding, first=at == 0, whole=whole)
+    pieces = samples(path, size, whole=0)
+    _complain(path, pieces[0].data, not_text(pieces, encoding), encoding)
+    return None
+
+
+def _measure(path: Path, file: IO[bytes], encoding: str) -> Measure:
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    at = chars = lines = 0
+    head, last = b"", False
+    while not last:
+        data = file.read(PIECE)
+        head, last = head or data, len(data) < PIECE
+        kept = len(decoder.getstate()[0])  # bytes of a character that the piece before has cut
+        try:
+            text = decoder.decode(data, last)
+        except UnicodeDecodeError as error:
+            bad = at - kept + error.start
+            _complain(path, head, _not_of(error.object[error.start], bad, encoding), encoding)
+            raise
+        if "\0" in text:
+            nul = data.find(b"\0") if not _wide(encoding) else -1
+            where = f" at offset {at + nul:,}" if nul >= 0 else ""
+            _complain(path, head, f"a NUL byte{where}", encoding)
+        chars += len(text)
+        lines += text.count("\n")
+        at += len(data)
+    return Measure(chars - bool(_starts_with_mark(head, encoding)), lines + 1)
+
+
+def _starts_with_mark(head: bytes, encoding: str) -> bool:
+    return decoded(head[:4], encoding).startswith("\ufeff")
+
+
+def samples(path: Path, size: int, whole: int) -> list[Piece]:
+    """All of a file of at most `whole` bytes, else ten samples. Raises OSError."""
+    with open(path, "rb") as file:
+        if size <= max(whole, SAMPLE):
+            return [Piece(0, file.read(size + 1), True)]
+        pieces = []
+        for at in [(size - SAMPLE) * i // 9 for i in range(10)]:
+            file.seek(at)
+            pieces.append(Piece(at, file.read(SAMPLE), at + SAMPLE >= size))
+        return pieces
+
+
+def not_text(pieces: list[Piece], encoding: str) -> str | None:
+    """Where the pieces of a file are no text in this encoding: what was found, else None."""
+    for piece in pieces:
+        if _wide(encoding) and piece.at:  # in the middle, nothing says which byte of a character comes first
+            continue
+        if not _wide(encoding) and b"\0" in piece.data:
+            return f"a NUL byte at offset {piece.at + piece.data.index(0):,}"
+        bad = _undecodable(piece, encoding)
         if bad is not None:
-            raise ContextError(
-                _binary(path, samples[0][1], f"byte 0x{data[bad]:02x} at offset {at + bad:,} is not {encoding}")
-            )
+            return _not_of(piece.data[bad], piece.at + bad, encoding)
+    return None
 
 
-def _undecodable(data: bytes, encoding: str, first: bool, whole: bool) -> int | None:
+def _not_of(byte: int, offset: int, encoding: str) -> str:
+    return f"byte 0x{byte:02x} at offset {offset:,} is not {encoding}"
+
+
+def _wide(encoding: str) -> bool:
+    return encoding.replace("-", "_").startswith(("utf_16", "utf_32"))
+
+
+def _undecodable(piece: Piece, encoding: str) -> int | None:
     """Offset of the first byte that is no text, a character cut by the borders of a sample aside."""
-    skip = 0
-    if not first and encoding == "utf-8":
+    data, skip = piece.data, 0
+    if piece.at and encoding == "utf-8":
         while skip < min(3, len(data)) and data[skip] & 0xC0 == 0x80:
             skip += 1
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     try:
-        decoder.decode(data[skip:], whole)
+        decoder.decode(data[skip:], piece.last)
     except UnicodeDecodeError as error:
         return min(skip + error.start, len(data) - 1)
+    except UnicodeError:
+        return 0
     return None
 
 
-def _binary(path: Path, head: bytes, found: str) -> str:
-    known = next((what for magic, what in MAGIC.items() if head.startswith(magic)), None)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return (
-            f"context: {path} is not UTF-8: {found}; it looks like UTF-16. "
-            f"Use Context.file({str(path)!r}, encoding='utf-16')."
-        )
-    what = f"is {known}, not text" if known else "is not UTF-8 text"
-    return (
-        f"context: {path} {what}: {found}. Extract its text first, name its encoding with "
-        f"Context.file(path, encoding='latin-1'), or pass the bytes themselves with Context.of(path.read_bytes())."
+def looks_like(head: bytes) -> str | None:
+    """A guess at the encoding, to be named and never to be followed."""
+    if head.startswith(MARKS):
+        return "utf-32" if head[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else "utf-16"
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return None
+    if len(head) < 40:  # too little to tell
+        return None
+    best = from_bytes(head[: SAMPLE // 4], cp_isolation=GUESSABLE).best()
+    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding.replace("_", "-")
+
+
+def _complain(path: Path, head: bytes, found: str | None, encoding: str) -> None:
+    if found is None:
+        return
+    what = f"is {kind}, not text" if (kind := known(head)) else f"is not {encoding.upper()} text"
+    hint = "" if kind or (b"\0" in head and not head.startswith(MARKS)) else looks_like(head)
+    guess = f" It may be {hint}: a guess, so nothing is decoded by it." if hint else ""
+    raise ContextError(
+        f"context: {path} {what}: {found}.{guess} Name its encoding with --encoding {hint or 'latin-1'} or "
+        f"Context.file(path, encoding={hint or 'latin-1'!r}), extract its text first, or pass the bytes themselves with "
+        "Context.of(path.read_bytes())."
     )
 
 
@@ -160,18 +273,6 @@ def last_text(file: IO[bytes], size: int, count: int, encoding: str) -> str:
 
 def without_mark(text: str) -> str:
     return text.removeprefix("\ufeff")
-
-
-def files_under(root: Path) -> Iterator[Path]:
-    """As `repl/worker/folder.py` lists them: regular files, links only where they stay inside."""
-    for here, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in HIDDEN and not os.path.islink(os.path.join(here, f)))
-        for name in sorted(files):
-            path = Path(here, name)
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                continue
-            if path.is_file():
-                yield path
 
 
 # -- writing files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,3 +62,49 @@ def nodes(data: bytes) -> int:
 def encoded(text: str) -> Iterator[bytes]:
     for i in range(0, len(text), PIECE):
         yield text[i : i + PIECE].encode("utf-8", "surrogatepass")
+
+
+TABLE_BYTES = 256 << 20  # of a table as text
+
+
+def is_table(x: Any) -> bool:
+    """A DataFrame of pandas, polars, ... or a pyarrow Table: what Arrow's stream interface can read."""
+    return hasattr(x, "__arrow_c_stream__") or (
+        type(x).__module__.partition(".")[0] == "pandas" and hasattr(x, "columns")
+    )
+
+
+def table(x: Any) -> tuple[str, str]:
+    """A table as JSON lines, and what that is. Raises ContextError where pyarrow is missing or the table is too big."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise ContextError(
+            f"context: a {type(x).__name__} is read with the package pyarrow: pip install pyarrow. Or pass text or rows, "
+            "such as df.to_csv() or df.to_dict('records')."
+        ) from None
+    try:
+        if hasattr(x, "__arrow_c_stream__"):
+            found = pyarrow.RecordBatchReader.from_stream(x)
+        else:
+            found = pyarrow.Table.from_pandas(x).to_reader()
+        columns = ", ".join(f"{field.name[:80]!r}: {field.type}" for field in list(found.schema)[:24])
+        lines, rows, room = [], 0, TABLE_BYTES
+        for batch in found:
+            for start in range(0, batch.num_rows, 1000):
+                text = "".join(
+                    json.dumps(row, ensure_ascii=False, default=str) + "\n"
+                    for row in batch.slice(start, 1000).to_pylist()
+                )
+                lines.append(text)
+                rows, room = rows + text.count("\n"), room - len(text)
+                if room < 0:
+                    raise ContextError(
+                        f"context: the table takes more than {TABLE_BYTES >> 20} MiB as text. Write it to a file "
+                        "(df.to_csv(path)) and pass its Path."
+                    )
+    except (pyarrow.ArrowException, TypeError, ValueError) as error:
+        raise ContextError(f"context: the {type(x).__name__} cannot be read as a table: {error}.") from None
+    if not rows:
+        raise ContextError("context: an empty table was given; there is nothing to answer from.")
+    return "".join(lines), f"a table of {rows:,} rows as JSON lines, a row an object on a line ({columns})"

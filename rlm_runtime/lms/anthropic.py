@@ -9,146 +9,97 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rlm_runtime.errors import UsageError
-from rlm_runtime.lms import plain, prices, tokens
-from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolCall, ToolSpec, Usage
-from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response, check_key, check_url, show, warm
+from rlm_runtime.lms import plain
+from rlm_runtime.lms.base import Message, Reply, ToolCall, ToolSpec, Usage, with_ids
+from rlm_runtime.lms.chat import Call, ChatLM
+from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
 from rlm_runtime.lms.openai import as_dict, natural, parsed
 
 log = logging.getLogger("rlm_runtime.lms")
 
-OFFICIAL = "https://api.anthropic.com"
 VERSION = "2023-06-01"
 MARK = {"type": "ephemeral"}
 CACHE_WRITE = 1.25  # price of a prompt token written to the cache, relative to a plain one
+MAX_TOKENS = 8192  # the API wants a number
 REPLY_TOOL = "reply"  # structured replies are the arguments of a tool the model must call
 FINISH = {"max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls",
           "refusal": "content_filter"}  # fmt: skip
-_ONE_OF = re.compile(r"\b(temperature|top_p)\b")
+# Tokens a model may think for each `reasoning_effort`; the API wants 1024 at least. They come on top of `max_tokens`.
+THINKING = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16_384, "xhigh": 24_576, "max": 32_768}
+_ONE_OF = re.compile(r"\b(temperature|top_p|thinking|stream)\b")
 
 
-class AnthropicLM:
+class AnthropicLM(ChatLM):
     """A Claude model.
 
-    Args:
-      model: "claude-sonnet-4-5", ...
-      api_key: default: ANTHROPIC_API_KEY.
-      base_url: without /v1; default: ANTHROPIC_BASE_URL, else Anthropic's own.
-      max_tokens: of a reply, where the sampling does not say; the API wants a number.
+    Args: those of `ChatLM` (`base_url` is without /v1), and
       cache: mark the stable prefix for prompt caching.
-      window, price, extra_body, headers, tokenizer, **http: as of `OpenAILM`.
-    `Sampling.seed` is ignored: the API has none.
-    Raises:
-      UsageError: no key, a URL that is none, an option out of range.
+    `Sampling.seed` is ignored: the API has none. A `reasoning_effort` becomes a budget of tokens for thinking, with which
+    the API takes neither a temperature nor a tool that must be called: a schema is then asked for in words.
     """
 
-    def __init__(
-        self, model: str, *, api_key: str | None = None, base_url: str | None = None, max_tokens: int = 8192,
-        cache: bool = True, window: int | None = None, price: Any = None, extra_body: dict[str, Any] | None = None,
-        headers: dict[str, str] | None = None, tokenizer: Callable[[str], int] | None = None, **http: Any,
-    ):  # fmt: skip
-        self.model, self.name = model, f"anthropic:{model}"
-        url = check_url(self.name, base_url or os.environ.get("ANTHROPIC_BASE_URL") or OFFICIAL)
-        key = check_key(self.name, api_key if api_key is not None else os.environ.get("ANTHROPIC_API_KEY"))
-        if url == OFFICIAL and not key:
-            raise UsageError(f"{self.name}: no API key. Set ANTHROPIC_API_KEY or pass api_key=.")
-        if max_tokens < 1:
-            raise UsageError(f"{self.name}: max_tokens must be at least 1, got {max_tokens}.")
-        self.endpoint = Endpoint(
-            self.name, url.removesuffix("/v1"),
-            {"anthropic-version": VERSION, **({"x-api-key": key} if key else {}), **(headers or {})},
-            secrets=(key or "", *(headers or {}).values()), hint="Is base_url right?", **http,
-        )  # fmt: skip
-        known = prices.known(self.name)
-        self.window = window if window is not None else (known.window if known else None)
-        self._price = prices.price_of(self.name, price)
-        self._max_tokens, self._cache = max_tokens, cache
-        self._extra, self._tokenizer = dict(extra_body or {}), tokenizer or tokens.estimate
-        self.adapted: set[str] = set()  # sampling fields this model turned out not to take
+    provider = "anthropic"
+    official = "https://api.anthropic.com"
+    key_variable = "ANTHROPIC_API_KEY"
+    url_variable = "ANTHROPIC_BASE_URL"
+    path = "/v1/messages"
 
-    def __repr__(self) -> str:
-        return f"AnthropicLM({self.model!r}, base_url={show(self.endpoint.base_url)!r})"
+    def __init__(self, model: str, *, cache: bool = True, **options: Any):
+        super().__init__(model, **options)
+        self._cache = cache
 
-    async def complete(
-        self, messages: Sequence[Message], *, sampling: Sampling = DEFAULT_SAMPLING, tools: Sequence[ToolSpec] = (),
-        schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> Reply:  # fmt: skip
-        """One reply; streamed when `on_text` is given.
+    def root_of(self, url: str) -> str:
+        return url.removesuffix("/v1")
 
-        Raises:
-          LMError: see `LMError.kind`.
-        """
-        delivery = Delivery(on_text)
-        expected = self.count_tokens(messages) + (sampling.max_tokens or self._max_tokens)
-        while True:
-            body, as_reply = self._body(messages, sampling, tools, schema, on_text is not None)
-            read = lambda response, body=body, as_reply=as_reply: self._read(response, messages, delivery, as_reply)
-            try:
-                reply = await self.endpoint.post("/v1/messages", body, read, delivery=delivery, tokens=expected)
-            except EndpointError as e:
-                # Newer models take only one of temperature and top_p, thinking ones neither.
-                refused = [f for f in _ONE_OF.findall(str(e)) if f in body]
-                if delivery.chars or e.kind != "bad_request" or not refused:
-                    raise
-                field = "top_p" if "top_p" in refused else refused[0]
-                log.warning("%s does not take %s; it is left out from now on. (%s)", self.name, field, e)
-                self.adapted.add(field)
-                continue
-            self.endpoint.tokens.give_back(expected - reply.usage.input_tokens - reply.usage.output_tokens)
-            return reply
+    def auth(self, key: str | None) -> dict[str, str]:
+        return {"anthropic-version": VERSION, **({"x-api-key": key} if key else {})}
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """With a tokenizer its count and a frame for each message, else the upper estimate of `tokens`."""
-        return tokens.count(messages, self._tokenizer)
+    def adapt(self, error: EndpointError, body: dict[str, Any], call: Call) -> str | None:
+        # Newer models take only one of temperature and top_p, thinking ones neither.
+        refused = [f for f in _ONE_OF.findall(str(error)) if f in body]
+        if error.kind != "bad_request" or not refused:
+            return None
+        field = "top_p" if "top_p" in refused else refused[0]
+        log.warning("%s does not take %s; it is left out from now on. (%s)", self.name, field, error)
+        self.adapted.add(field)
+        return field
 
-    def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
-        return self._price.dollars(input_tokens, output_tokens, cached_tokens) if self._price else None
-
-    def warm(self) -> None:
-        """Optional: begin, in the background, what the first call would have to wait for."""
-        warm()
-
-    async def aclose(self) -> None:
-        """Close the connections of the running event loop; the model stays usable."""
-        await self.endpoint.aclose()
-
-    def _body(
-        self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[ToolSpec],
-        schema: dict[str, Any] | None, stream: bool,
-    ) -> tuple[dict[str, Any], bool]:  # fmt: skip
-        """The request, and whether the reply comes as arguments of the reply tool."""
-        by_tool = schema is not None and not tools and schema.get("type") == "object"
+    def body(self, call: Call) -> dict[str, Any]:
+        messages, sampling, schema = call.messages, call.sampling, call.schema
+        budget = THINKING.get(self._effort or "none") if "thinking" not in self.adapted else None
+        by_tool = _by_tool(call) and budget is None
         if schema is not None and not by_tool:
             messages = plain.with_schema(messages, schema)
-        body: dict[str, Any] = {"model": self.model, "max_tokens": sampling.max_tokens or self._max_tokens}
+        body: dict[str, Any] = {"model": self.model, "max_tokens": (sampling.max_tokens or MAX_TOKENS) + (budget or 0)}
         system = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
         if system:
             body["system"] = [{"type": "text", "text": system, **({"cache_control": MARK} if self._cache else {})}]
         body["messages"] = turns([m for m in messages if m.role != "system"])
         if self._cache and (system or len(body["messages"]) > 1):
             body["messages"][-1]["content"][-1]["cache_control"] = MARK
-        specs = [ToolSpec(name=REPLY_TOOL, description="Give your reply.", parameters=schema)] if by_tool else tools
+        specs: Sequence[ToolSpec] = call.tools
+        if by_tool:
+            specs = [ToolSpec(name=REPLY_TOOL, description="Give your reply.", parameters=schema)]
+            body["tool_choice"] = {"type": "tool", "name": REPLY_TOOL}
         if specs:
             body["tools"] = [
                 {"name": t.name, "description": t.description, "input_schema": t.parameters} for t in specs
             ]
-        if by_tool:
-            body["tool_choice"] = {"type": "tool", "name": REPLY_TOOL}
-        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if budget is None else {}
+        if budget is not None:
+            body["thinking"] = {"type": "enabled", "budget_tokens": budget}
         chosen["stop_sequences"] = [s for s in sampling.stop if s.strip()] or None  # the API wants more than spaces
         body |= {k: v for k, v in chosen.items() if v is not None and k not in self.adapted}
-        if stream:
+        if self.streams:
             body["stream"] = True
-        return body | self._extra | sampling.extra, by_tool
+        return body | self._extra | sampling.extra
 
-    async def _read(
-        self, response: Response, messages: Sequence[Message], delivery: Delivery, as_reply: bool
-    ) -> Reply:  # fmt: skip
+    async def read(self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery) -> Reply:
+        as_reply = "tool_choice" in body and _by_tool(call)
         reading = _Reading(self.endpoint, delivery, as_reply)
         if response.content_type == "text/event-stream":
             async for name, event in response.events():
@@ -166,9 +117,13 @@ class AnthropicLM:
         if finish == "tool_calls" and not calls:
             finish = "stop"
         return Reply(
-            text=text, tool_calls=calls, usage=self._usage(reading, messages), model=reading.model or self.model,
+            text=text,
+            tool_calls=calls,
+            usage=self._usage(reading, call.messages),
+            model=reading.model or self.model,
             finish_reason=finish,
-        )  # fmt: skip
+            extra={"thinking": reading.thinking()} if calls and reading.thinking() else {},
+        )
 
     def _usage(self, reading: _Reading, messages: Sequence[Message]) -> Usage:
         raw = reading.usage
@@ -181,23 +136,29 @@ class AnthropicLM:
             made = self._tokenizer(reading.spoken())
         cost = self.price(spent, made, min(cached, spent))
         if cost is not None and written and fresh is not None:
-            cost += self._price.dollars(written, 0) * (CACHE_WRITE - 1)
+            cost += (self.price(written, 0) or 0.0) * (CACHE_WRITE - 1)
         return Usage(
             calls=1, input_tokens=spent, output_tokens=made, cached_tokens=min(cached, spent), cost_usd=cost,
             estimated=estimated,
         )  # fmt: skip
 
 
+def _by_tool(call: Call) -> bool:
+    """Whether a schema can be asked for as the arguments of a tool."""
+    return call.schema is not None and not call.tools and call.schema.get("type") == "object"
+
+
 class _Reading:
-    """A reply as it comes in: whole, or event by event. Thinking blocks are passed over."""
+    """A reply as it comes in: whole, or event by event. Thinking is no text; it goes back with the tool calls."""
 
     def __init__(self, endpoint: Endpoint, delivery: Delivery, as_reply: bool):
         self.endpoint, self.delivery, self._as_reply = endpoint, delivery, as_reply
         self.stop, self.model, self.ended = "", "", False
         self.usage: dict[str, Any] = {}
         self.texts: list[str] = []
-        self._thoughts: list[str] = []
-        self._calls: dict[Any, dict[str, Any]] = {}
+        self._blocks: dict[str, dict[str, Any]] = {}  # the block that an index means now
+        self._thoughts: list[dict[str, Any]] = []
+        self._calls: list[dict[str, Any]] = []
 
     def whole(self, value: dict[str, Any]) -> None:
         if value.get("type") == "error":
@@ -225,13 +186,16 @@ class _Reading:
             self.ended = True
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        return tuple(
-            ToolCall(id=c["id"], name=c["name"], arguments=parsed(c["json"]) if c["json"] else c["input"])
-            for c in self._calls.values()
-        )
+        return with_ids([ToolCall(id=c["id"], name=c["name"], arguments=_arguments(c)) for c in self._calls])
+
+    def thinking(self) -> list[dict[str, Any]]:
+        """Thinking blocks as the API wants them back; those without a signature it refuses."""
+        whole = [{k: "".join(v) if isinstance(v, list) else v for k, v in b.items()} for b in self._thoughts]
+        return [b for b in whole if b.get("signature") or b.get("data")]
 
     def spoken(self) -> str:
-        return "".join([*self.texts, *self._thoughts, *(c["json"] for c in self._calls.values())])
+        thoughts = (piece for b in self._thoughts for piece in b.get("thinking", ()))
+        return "".join([*self.texts, *thoughts, *(piece for c in self._calls for piece in c["json"])])
 
     def _head(self, message: dict[str, Any]) -> None:
         self.usage |= {k: v for k, v in as_dict(message.get("usage")).items() if v is not None}
@@ -239,22 +203,34 @@ class _Reading:
         self.model = str(message.get("model") or self.model)
 
     def _block(self, index: Any, block: dict[str, Any]) -> None:
-        if block.get("type") == "tool_use":
-            name, given = str(block.get("name") or ""), as_dict(block.get("input"))
-            self._calls[str(index)] = {"id": str(block.get("id") or ""), "name": name, "input": given, "json": ""}
-        elif block.get("type") == "text":
+        kind = block.get("type")
+        if kind == "tool_use":
+            held = {"id": str(block.get("id") or ""), "name": str(block.get("name") or ""), "json": []}
+            self._calls.append(held | {"input": as_dict(block.get("input"))})
+            self._blocks[str(index)] = self._calls[-1]
+        elif kind == "thinking":
+            text, signature = (block[k] if isinstance(block.get(k), str) else "" for k in ("thinking", "signature"))
+            self._thoughts.append({"type": kind, "thinking": [text], "signature": [signature]})
+            self._blocks[str(index)] = self._thoughts[-1]
+        elif kind == "redacted_thinking":
+            self._thoughts.append({"type": kind, "data": str(block.get("data") or "")})
+        elif kind == "text":
             self._text(block.get("text"))
 
     def _delta(self, index: Any, delta: dict[str, Any]) -> None:
-        if delta.get("type") == "text_delta":
-            self._text(delta.get("text"))
-        elif delta.get("type") == "input_json_delta" and str(index) in self._calls:
-            piece = delta.get("partial_json")
-            self._calls[str(index)]["json"] += piece if isinstance(piece, str) else ""
-            if self._as_reply and isinstance(piece, str):
+        kind, held = delta.get("type"), self._blocks.get(str(index), {})
+        field = {"input_json_delta": "partial_json", "thinking_delta": "thinking", "signature_delta": "signature"}
+        piece = delta.get(field.get(str(kind), "text"))
+        if not isinstance(piece, str):
+            return
+        if kind == "text_delta":
+            self._text(piece)
+        elif kind == "input_json_delta" and "json" in held:
+            held["json"].append(piece)
+            if self._as_reply:
                 self.delivery(piece)
-        elif delta.get("type") == "thinking_delta" and isinstance(delta.get("thinking"), str):
-            self._thoughts.append(delta["thinking"])
+        elif kind in ("thinking_delta", "signature_delta") and "thinking" in held:
+            held[field[kind]].append(piece)
 
     def _text(self, text: Any) -> None:
         if isinstance(text, str) and text:
@@ -289,10 +265,15 @@ def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return out
 
 
+def _arguments(call: dict[str, Any]) -> dict[str, Any] | str:
+    return parsed("".join(call["json"])) if any(call["json"]) else call["input"]
+
+
 def _blocks(message: Message) -> list[dict[str, Any]]:
     if message.role == "tool":
         return [{"type": "tool_result", "tool_use_id": message.tool_call_id or "", "content": message.content}]
-    blocks: list[dict[str, Any]] = []
+    thinking = message.extra.get("thinking") if message.tool_calls else None
+    blocks: list[dict[str, Any]] = [dict(b) for b in thinking] if isinstance(thinking, list) else []
     if message.content.strip() or not message.tool_calls:
         blocks.append({"type": "text", "text": message.content if message.content.strip() else "(empty)"})
     for call in message.tool_calls:

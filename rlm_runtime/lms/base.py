@@ -1,10 +1,11 @@
 """What every language model looks like to the runtime: messages in, one reply out, usage counted.
 
-A new kind of LM is one file in this room with a class that has these members, and one line in `lms/__init__.py`.
+A new kind of LM is one file with a class that has these members, and its name: `lms.register`.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -12,15 +13,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """Validators are built when a class is first used: building all of them would double the time an import takes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ToolCall(Frozen):
-    """A call the model asks for. `arguments` is the parsed JSON object, or the raw text where it did not parse."""
+    """A call the model asks for. `arguments` is the parsed JSON object, or the raw text where it did not parse.
+
+    `extra` is what else the endpoint sent with the call (a `thought_signature`); it goes back with it.
+    """
 
     id: str
     name: str
     arguments: dict[str, Any] | str
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 class ToolSpec(Frozen):
@@ -36,6 +43,7 @@ class Message(Frozen):
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant message
     tool_call_id: str | None = None  # of a tool message
+    extra: dict[str, Any] = Field(default_factory=dict)  # `Reply.extra` of the reply this message repeats
 
 
 class Usage(Frozen):
@@ -66,6 +74,7 @@ class Reply(Frozen):
     usage: Usage = Usage()
     finish_reason: str = "stop"  # stop | length | tool_calls | content_filter
     model: str = ""
+    extra: dict[str, Any] = Field(default_factory=dict)  # reasoning that must go back with the tool calls
 
 
 class Sampling(Frozen):
@@ -80,6 +89,16 @@ class Sampling(Frozen):
 
 
 DEFAULT_SAMPLING = Sampling()
+
+
+def with_ids(calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
+    """The calls, each under an id of its own: results find their call by it. Missing and repeated ids are replaced."""
+    out: dict[str, ToolCall] = {}
+    for call in calls:
+        # Nine letters and digits: what the strictest of the known endpoints takes.
+        id = call.id if call.id and call.id not in out else secrets.token_hex(5)[:9]
+        out[id] = call if id == call.id else call.model_copy(update={"id": id})
+    return tuple(out.values())
 
 
 @runtime_checkable

@@ -83,7 +83,7 @@ class CheckpointLM:
         schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
     ) -> Reply:  # fmt: skip
         """One reply. Tools and a schema are asked for in words. A schema also constrains what can be drawn, where the
-        package for that (`mor-jax[serve]`) is installed, can enforce it, and no tool might be called instead.
+        package for that (the extra `serve`) is installed, can enforce it, and no tool might be called instead.
 
         Raises:
           LMError: context_overflow, with both numbers; bad_request for a sampling that is none.
@@ -292,7 +292,7 @@ def _load(path: str, step: int | None) -> Any:
     except ImportError as e:
         raise UsageError(
             f"checkpoint:{path} needs jax and mor_jax, and {e.name or 'one of them'} cannot be imported here ({e}). "
-            "Install this project whole, or use an endpoint (openai:MODEL with base_url)."
+            'In a checkout of this project, pip install ".[jax]"; or use an endpoint (openai:MODEL with base_url).'
         ) from e
     try:
         return load_model(path, step)

@@ -21,13 +21,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms import sse
 from rlm_runtime.lms.limits import Bucket, Gate, Pause
+from rlm_runtime.lms.redact import Redactor
 
 if TYPE_CHECKING:
     import aiohttp
@@ -45,13 +46,19 @@ _OVERFLOW = re.compile(
     r"|input is too long|max_model_len|input length .{0,40}exceeds?|longer than the (model|maximum)",
     re.IGNORECASE,
 )
-_KEY = re.compile(r"\b(sk|pk|key|gsk|xai)-[A-Za-z0-9_*-]{8,}")
 
 
-def warm() -> None:
-    """Import the client in a thread, for a caller about to wait for something else. Returns at once."""
-    if "aiohttp" not in sys.modules:
-        threading.Thread(target=importlib.import_module, args=("aiohttp",), name="rlm-import").start()
+def warm(also: Callable[[], object] | None = None) -> None:
+    """Import the client, and do what `also` does, in a thread, for a caller about to wait for something else."""
+    if "aiohttp" in sys.modules and also is None:
+        return
+
+    def work() -> None:
+        importlib.import_module("aiohttp")
+        if also is not None:
+            also()
+
+    threading.Thread(target=work, name="rlm-import").start()
 
 
 class EndpointError(LMError):
@@ -100,7 +107,7 @@ class Response:
         except (ValueError, RecursionError):
             value = None
         if not isinstance(value, dict):
-            raise self._endpoint.protocol(f"answered with no JSON object: {_start(raw)}")
+            raise self._endpoint.protocol(f"answered with no JSON object: {self._endpoint.start(raw)}")
         return value
 
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
@@ -115,7 +122,8 @@ class Response:
             except (ValueError, RecursionError):
                 value = None
             if not isinstance(value, dict):
-                raise self._endpoint.protocol(f"streamed what is no JSON object: {_start(event.data.encode())}")
+                shown = self._endpoint.start(event.data.encode())
+                raise self._endpoint.protocol(f"streamed what is no JSON object: {shown}")
             yield event.event, value
         with contextlib.suppress(TimeoutError):  # then the connection is closed instead of kept
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -136,13 +144,16 @@ class Endpoint:
 
     Args:
       name: of the model, for messages: "openai:gpt-5-mini".
+      headers, query: sent with every request. They go to this endpoint alone: redirects are not followed.
+      secrets: what must not show in any message.
       timeout: seconds for a call with all its retries; not counted is waiting for the limits below.
       connect_timeout, read_timeout: seconds for a connection, and for silence while a reply is read (None: `timeout`).
       max_retries: after the first try.
       backoff, backoff_cap: the k-th retry waits a random time up to min(cap, backoff * 2**k) seconds ("full jitter"),
         or as long as the endpoint's Retry-After says.
       concurrency, requests_per_minute, tokens_per_minute: limits over all callers; None: none.
-      hint: a sentence added when the endpoint cannot be reached.
+      hint: a sentence added when the endpoint cannot be reached; auth_hint: when it refuses the key.
+      refused: messages that mean the request itself is refused, whatever the status; not retried.
     Raises:
       UsageError: a URL that is none, an option out of range.
     """
@@ -152,6 +163,7 @@ class Endpoint:
         timeout: float = 600.0, connect_timeout: float = 10.0, read_timeout: float | None = None, max_retries: int = 4,
         backoff: float = 0.25, backoff_cap: float = 20.0, concurrency: int | None = 256,
         requests_per_minute: float | None = None, tokens_per_minute: float | None = None, hint: str = "",
+        auth_hint: str = "", query: Mapping[str, str] | None = None, refused: re.Pattern[str] | None = None,
     ):  # fmt: skip
         for label, value, least in (
             ("timeout", timeout, 0), ("connect_timeout", connect_timeout, 0), ("read_timeout", read_timeout, 0),
@@ -168,7 +180,10 @@ class Endpoint:
             Bucket(tokens_per_minute),
         )
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
-        self._secrets = tuple(sorted(filter(None, secrets), key=len, reverse=True))
+        self._query = "?" + urlencode(query) if query else ""
+        self._auth_hint, self._refused = auth_hint, refused
+        proxy = proxy_for(self.base_url)
+        self.redact = Redactor([*secrets, *_passwords(self.base_url), *(_passwords(proxy) if proxy else ())])
         self._connect, self._read = connect_timeout, read_timeout or timeout
         self._backoff, self._cap, self._hint = backoff, backoff_cap, hint
         self._pause = Pause()
@@ -188,7 +203,7 @@ class Endpoint:
           EndpointError: refused, unreachable, too slow, or not understood.
         """
         raw = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates become "?"
-        url, delivery = self.base_url + path, delivery or Delivery(None)
+        url, delivery = self.base_url + path + self._query, delivery or Delivery(None)
         loop = asyncio.get_running_loop()
         error: EndpointError | None = None
         left, tries = self.timeout, 0  # waiting for our own limits costs none of it
@@ -210,7 +225,8 @@ class Endpoint:
                     if not limit.expired():
                         raise
                     before = f" The try before: {error}" if error else ""
-                    message = f"no answer from {show(url)} within the timeout of {self.timeout:g} s.{before}"
+                    where = show(self.base_url)
+                    message = f"no answer from {where} within the timeout of {self.timeout:g} s.{before}"
                     error = self.error(message, "timeout")
             self.tokens.give_back(tokens)
             left -= loop.time() - began
@@ -238,37 +254,47 @@ class Endpoint:
                     return await read(Response(response, self))
                 raise self.refusal(response.status, await _beginning(response), response.headers)
         except aiohttp.ClientSSLError as e:
-            raise self.error(f"no secure connection to {where}: {e}", "connection") from e
+            error = self.error(f"no secure connection to {where}: {e}", "connection")
         except aiohttp.ClientConnectorError as e:
             why = _reason(e.os_error)
-            raise self.error(f"cannot reach {where}: {why}. {self._hint}".strip(), "connection", retry=True) from e
-        except aiohttp.ConnectionTimeoutError as e:
+            error = self.error(f"cannot reach {where}: {why}. {self._hint}".strip(), "connection", retry=True)
+        except aiohttp.ConnectionTimeoutError:
             message = f"cannot reach {where}: no connection within {self._connect:g} s. {self._hint}".strip()
-            raise self.error(message, "connection", retry=True) from e
-        except aiohttp.ServerTimeoutError as e:
-            raise self.error(f"{where} was silent for {self._read:g} s.", "timeout", retry=True) from e
+            error = self.error(message, "connection", retry=True)
+        except aiohttp.ServerTimeoutError:
+            error = self.error(f"{where} was silent for {self._read:g} s.", "timeout", retry=True)
         except (aiohttp.ClientError, OSError) as e:  # reset, cut in the middle of a body, no HTTP at all
             refused = isinstance(e, aiohttp.ClientResponseError | aiohttp.InvalidURL)
             why = self.redact(str(e)).split("\n")[0] or type(e).__name__
             kind = "protocol" if refused else "connection"
-            raise self.error(f"{where} broke off: {why}.", kind, retry=not refused) from e
+            error = self.error(f"{where} broke off: {why}.", kind, retry=not refused)
+        # Raised out here, without the client's exception behind it: that holds the request, and so the key.
+        raise error
 
     def refusal(self, status: int, body: bytes, headers: Any = None) -> EndpointError:
         """The error an answer other than 200 means."""
-        message, code, param = _explained(body)
+        message, code, param = self._explained(body)
         overflow = (
             400 <= status <= 500 and status != 429 and (code == "context_length_exceeded" or _OVERFLOW.search(message))
         )
+        refused = self._refused is not None and self._refused.search(message) is not None
         if 300 <= status < 400:
-            target = (headers or {}).get("Location", "elsewhere")
+            target = show((headers or {}).get("Location", "elsewhere"))
             message, kind = f"redirects to {target}; give that as the base URL", "not_found"
         elif overflow or status == 413:
             kind = "context_overflow"
+        elif code == "content_filter":
+            kind = "content_filter"
+        elif status >= 500 and refused:
+            kind = "bad_request"
         elif 400 <= status < 500:
             kind = KINDS.get(status, "bad_request")
         else:
             kind = "server" if status >= 500 else "protocol"
-        retry = status in RETRIED and not overflow and code not in ("insufficient_quota", "billing_hard_limit_reached")
+        final = overflow or refused or code in ("insufficient_quota", "billing_hard_limit_reached", "content_filter")
+        retry = status in RETRIED and not final
+        if kind == "auth" and self._auth_hint:
+            message = f"{message.rstrip('.')}. {self._auth_hint}"
         return self.error(
             f"{show(self.base_url)} answered {status}: {message}", kind, status=status, retry=retry, code=code, param=param,
             retry_after=retry_after(headers or {}),
@@ -286,10 +312,29 @@ class Endpoint:
             f"the stream from {show(self.base_url)} ended before the reply did.", "connection", retry=True
         )
 
-    def redact(self, text: str) -> str:
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return _KEY.sub(r"\1-***", text)
+    def empty(self) -> EndpointError:
+        """The error of an answer without a single choice: some gateways send it when the model behind them failed."""
+        return self.error(f"{show(self.base_url)} sent a reply without any choice.", "empty", retry=True)
+
+    def start(self, raw: bytes) -> str:
+        """The beginning of a body for a message, on one line. Redacted before it is cut: half a key is one too."""
+        text = " ".join(self.redact(raw[:LARGEST_ERROR].decode("utf-8", "replace")).split())
+        return (text[:200] + "...") if len(text) > 200 else text or "(nothing)"
+
+    def _explained(self, body: bytes) -> tuple[str, str | None, str | None]:
+        """(message, code, parameter) of an error body, whatever its shape."""
+        try:
+            value = json.loads(body.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            value = None
+        error = value.get("error", value) if isinstance(value, dict) else None
+        if isinstance(error, str):
+            return error, None, None
+        if isinstance(error, dict):
+            message = next((error[k] for k in ("message", "detail", "error") if isinstance(error.get(k), str)), None)
+            code = next((error[k] for k in ("code", "type") if isinstance(error.get(k), str)), None)
+            return message or self.start(body), code, error["param"] if isinstance(error.get("param"), str) else None
+        return self.start(body), None, None
 
     def _final(self, error: EndpointError, tries: int, delivery: Delivery, delay: float) -> EndpointError:
         message = str(error).rstrip()
@@ -299,11 +344,9 @@ class Endpoint:
             message += f" Gave up after {tries} {'try' if tries == 1 else 'tries'}."
         elif error.retry:
             message += f" Not tried again: the wait of {delay:.0f} s would pass the timeout of {self.timeout:g} s."
-        final = EndpointError(
+        return EndpointError(
             message, kind=error.kind, status=error.status, model=error.model, code=error.code, param=error.param
         )
-        final.__cause__ = error.__cause__
-        return final
 
     async def _client(self) -> tuple[aiohttp.ClientSession, str | None]:
         """The running loop's client, and the proxy the environment names for this URL."""
@@ -397,8 +440,27 @@ def check_key(name: str, key: str | None) -> str | None:
 
 def show(url: str) -> str:
     """The URL without a user name and password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def same_origin(one: str, other: str) -> bool:
+    """Whether two URLs name the same scheme, host and port: what may receive the same key."""
+    a, b = (urlsplit(url.strip()) for url in (one, other))
+    default = {"http": 80, "https": 443}
+    try:
+        ports = [p.port or default.get(p.scheme) for p in (a, b)]
+    except ValueError:
+        return False
+    return a.scheme == b.scheme and a.hostname == b.hostname and ports[0] == ports[1]
+
+
+def _passwords(url: str) -> list[str]:
+    password = urlsplit(url).password or ""
+    return [password, unquote(password)]
 
 
 def proxy_for(url: str) -> str | None:
@@ -428,26 +490,3 @@ def retry_after(headers: Any) -> float | None:
 
 def _seconds(value: float) -> float | None:
     return max(0.0, value) if value < float("inf") else None
-
-
-def _explained(body: bytes) -> tuple[str, str | None, str | None]:
-    """(message, code, parameter) of an error body, whatever its shape."""
-    text = body.decode("utf-8", "replace").strip()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    error = value.get("error", value) if isinstance(value, dict) else None
-    if isinstance(error, str):
-        return error, None, None
-    if isinstance(error, dict):
-        message = next((error[k] for k in ("message", "detail", "error") if isinstance(error.get(k), str)), None)
-        code = next((error[k] for k in ("code", "type") if isinstance(error.get(k), str)), None)
-        return message or _start(body), code, error["param"] if isinstance(error.get("param"), str) else None
-    return _start(body), None, None
-
-
-def _start(raw: bytes) -> str:
-    """The beginning of a body for a message, on one line."""
-    text = " ".join(raw[:400].decode("utf-8", "replace").split())
-    return (text[:200] + "...") if len(text) > 200 else text or "(nothing)"

@@ -9,251 +9,218 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, ClassVar
 
-from rlm_runtime.errors import UsageError
-from rlm_runtime.lms import plain, prices, tokens
-from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolCall, ToolSpec, Usage
-from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response, check_key, check_url, show, warm
+from rlm_runtime.lms import plain
+from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, ToolSpec, Usage, with_ids
+from rlm_runtime.lms.chat import Call, ChatLM
+from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
 from rlm_runtime.lms.stops import StopCutter
+from rlm_runtime.replies import model_json
 
 log = logging.getLogger("rlm_runtime.lms")
 
-OFFICIAL = "https://api.openai.com/v1"
-DROPPABLE = ("temperature", "top_p", "seed", "stop", "stream_options")  # refused by some models or servers
-FINISH = {"function_call": "tool_calls", "max_tokens": "length", "eos": "stop", "end_turn": "stop"}
+# Fields that some models or servers refuse; `stream` last, since `stream_options` go with it.
+DROPPABLE = ("temperature", "top_p", "seed", "stop", "reasoning_effort", "stream_options", "stream")
+FINISH = {
+    "function_call": "tool_calls", "max_tokens": "length", "model_length": "length", "eos": "stop",
+    "end_turn": "stop", "safety": "content_filter", "recitation": "content_filter", "blocklist": "content_filter",
+    "prohibited_content": "content_filter", "spii": "content_filter", "refusal": "content_filter",
+}  # fmt: skip
+REASONING = ("reasoning_content", "reasoning", "reasoning_details")  # go back with the tool calls they led to
+NO_SYSTEM_ROLE = re.compile(
+    r"system[ _-]?(role|messages?|prompts?|instructions?)\b.{0,40}\b(not|un)\W?\s?(support|allow|enabl|permit|accept)"
+    r"|\b(not|un)\W?\s?(support\w*|allow\w*|accept\w*)\b.{0,40}\bsystem\b.{0,3}\s?(role|message|prompt|instruction)"
+    r"|role.{0,40}does not support.{0,4}system|developer instruction is not enabled|roles must alternate"
+    r"|only user.{0,40}roles? (are|is) (supported|allowed)|(invalid|unknown|unsupported) role:? .?system",
+    re.IGNORECASE,
+)
 
 
-class OpenAILM:
+class OpenAILM(ChatLM):
     """A chat model behind an OpenAI-compatible endpoint.
 
-    Args:
-      model: as the endpoint calls it.
-      base_url: up to and including /v1; default: OPENAI_BASE_URL, else OpenAI's own.
-      api_key: default: OPENAI_API_KEY. Local servers mostly need none.
-      window: tokens the model holds; default: of the table in `prices`, else unknown.
-      price: see `prices.price_of`.
-      extra_body: fields for every request ({"reasoning_effort": "low"}); `Sampling.extra` goes on top.
-      headers: more HTTP headers.
-      tokenizer: exact number of tokens of a text; default: the estimate of `tokens`.
-      provider: the part of `name` before the colon.
-      **http: timeout, connect_timeout, read_timeout, max_retries, backoff, backoff_cap, concurrency,
-        requests_per_minute, tokens_per_minute: see `http.Endpoint`.
-    Raises:
-      UsageError: no key for OpenAI's own endpoint, a URL that is none, an option out of range.
+    Args: those of `ChatLM`; `provider` is the part of `name` before the colon.
     """
 
-    def __init__(
-        self, model: str, *, base_url: str | None = None, api_key: str | None = None, window: int | None = None,
-        price: Any = None, extra_body: dict[str, Any] | None = None, headers: dict[str, str] | None = None,
-        tokenizer: Callable[[str], int] | None = None, provider: str = "openai", **http: Any,
-    ):  # fmt: skip
-        self.model, self.name = model, f"{provider}:{model}"
-        base_url = check_url(self.name, base_url or os.environ.get("OPENAI_BASE_URL") or OFFICIAL)
-        key = check_key(self.name, api_key if api_key is not None else os.environ.get("OPENAI_API_KEY"))
-        official = urlsplit(base_url).hostname == "api.openai.com"
-        if official and not key:
-            raise UsageError(
-                f"{self.name}: no API key. Set OPENAI_API_KEY or pass api_key=; for a server of your own pass base_url= "
-                "or set OPENAI_BASE_URL."
-            )
-        self.endpoint = Endpoint(
-            self.name, base_url, {**({"Authorization": f"Bearer {key}"} if key else {}), **(headers or {})},
-            secrets=(key or "", *(headers or {}).values()), hint="Is the server running, and base_url right?", **http,
-        )  # fmt: skip
-        known = prices.known(self.name)
-        self.window = window if window is not None else (known.window if known else None)
-        self._price = prices.price_of(self.name, price)
-        self._extra, self._tokenizer = dict(extra_body or {}), tokenizer or tokens.estimate
-        self._limit_field = "max_completion_tokens" if official else "max_tokens"
-        self.adapted: set[str] = set()  # fields this endpoint turned out not to take
-        self._plain_schemas: set[str] = set()  # schemas it refused
+    provider = "openai"
+    official = "https://api.openai.com/v1"
+    key_variable = "OPENAI_API_KEY"
+    url_variable = "OPENAI_BASE_URL"
+    path = "/chat/completions"
+    refused: ClassVar[re.Pattern[str]] = NO_SYSTEM_ROLE  # llama.cpp answers 500
 
-    def __repr__(self) -> str:
-        return f"OpenAILM({self.model!r}, base_url={show(self.endpoint.base_url)!r})"
+    def __init__(self, model: str, *, provider: str | None = None, **options: Any):
+        self.provider = provider or type(self).provider
+        super().__init__(model, **options)
+        self._limit_field = "max_completion_tokens" if self.is_official(self.endpoint.base_url) else "max_tokens"
+        self._plain_schemas: set[str] = set()  # schemas the endpoint refused
 
-    async def complete(
-        self, messages: Sequence[Message], *, sampling: Sampling = DEFAULT_SAMPLING, tools: Sequence[ToolSpec] = (),
-        schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> Reply:  # fmt: skip
-        """One reply; streamed when `on_text` is given.
-
-        Raises:
-          LMError: see `LMError.kind`.
-        """
-        delivery = Delivery(on_text)
-        expected = self.count_tokens(messages) + (sampling.max_tokens or 0)
-        suspected = False  # that a refusal which names nothing means response_format
-        while True:
-            body = self._body(messages, sampling, tools, schema, on_text is not None, suspected)
-            read = lambda response, body=body: self._read(response, body, messages, sampling, tools, delivery)
-            try:
-                reply = await self.endpoint.post("/chat/completions", body, read, delivery=delivery, tokens=expected)
-            except EndpointError as e:
-                if delivery.chars or e.status not in (400, 422, 501) or e.kind == "context_overflow":
-                    raise
-                if field := _culprit(e, body):
-                    self._adapt(field, e, schema)
-                elif "response_format" in body:
-                    suspected = True
-                else:
-                    raise
-                continue
-            if suspected:
-                self.adapted.add("response_format")
-            self.endpoint.tokens.give_back(expected - reply.usage.input_tokens - reply.usage.output_tokens)
-            return reply
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """With a tokenizer its count and a frame for each message, else the upper estimate of `tokens`."""
-        return tokens.count(messages, self._tokenizer)
-
-    def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
-        return self._price.dollars(input_tokens, output_tokens, cached_tokens) if self._price else None
-
-    def warm(self) -> None:
-        """Optional: begin, in the background, what the first call would have to wait for."""
-        warm()
-
-    async def aclose(self) -> None:
-        """Close the connections of the running event loop; the model stays usable."""
-        await self.endpoint.aclose()
-
-    def _body(
-        self, messages: Sequence[Message], sampling: Sampling, tools: Sequence[ToolSpec],
-        schema: dict[str, Any] | None, stream: bool, no_format: bool,
-    ) -> dict[str, Any]:  # fmt: skip
+    def body(self, call: Call) -> dict[str, Any]:
+        messages, sampling, tools, schema = call.messages, call.sampling, call.tools, call.schema
         body: dict[str, Any] = {"model": self.model}
         if tools and "tools" in self.adapted:
             messages, tools = plain.with_tools(messages, tools), ()
         if schema is not None:
-            if no_format or "response_format" in self.adapted or _key(schema) in self._plain_schemas:
+            if call.no_format or "response_format" in self.adapted or _key(schema) in self._plain_schemas:
                 messages = plain.with_schema(messages, schema)
             else:
                 wanted = {"name": "reply", "schema": schema, "strict": strict(schema)}
                 body["response_format"] = {"type": "json_schema", "json_schema": wanted}
-        body["messages"] = [_message(m) for m in messages]
+        if "system" in self.adapted:
+            messages = plain.without_system(messages)
+        body["messages"] = [as_openai(m, reasoning="reasoning" not in self.adapted) for m in messages]
         if tools:
-            body["tools"] = [
-                {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.parameters}}
-                for t in tools
-            ]  # fmt: skip
+            body["tools"] = [openai_tool(t) for t in tools]
         if sampling.max_tokens is not None:
             body[self._limit_field] = sampling.max_tokens
         chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         chosen["stop"] = list(sampling.stop) or None
-        if stream:
+        chosen["reasoning_effort"] = self._effort
+        if self.streams:
             body["stream"] = True
             chosen["stream_options"] = {"include_usage": True}
         body |= {k: v for k, v in chosen.items() if v is not None and k not in self.adapted}
         return body | self._extra | sampling.extra
 
-    def _adapt(self, field: str, error: EndpointError, schema: dict[str, Any] | None) -> None:
-        """Remember that the endpoint does not take `field`."""
+    def adapt(self, error: EndpointError, body: dict[str, Any], call: Call) -> str | None:
+        if error.kind != "bad_request" and error.status != 501:
+            return None
+        field = _culprit(error, body)
+        if field is None:
+            if error.status not in (400, 422, 501) or "response_format" not in body or call.no_format:
+                return None
+            call.no_format = True
+            return "response_format"
         if field == "response_format" and _about_the_schema(error):
-            self._plain_schemas.add(_key(schema))
-            return
+            self._plain_schemas.add(_key(call.schema))
+            return field
         if field in ("max_tokens", "max_completion_tokens"):
             self._limit_field = "max_completion_tokens" if field == "max_tokens" else "max_tokens"
-        elif field in ("temperature", "top_p", "seed"):
+        elif field in ("temperature", "top_p", "seed", "reasoning_effort"):
             log.warning("%s does not take %s; it is left out from now on. (%s)", self.name, field, error)
         self.adapted.add(field)
+        return field
 
-    async def _read(
-        self, response: Response, body: dict[str, Any], messages: Sequence[Message], sampling: Sampling,
-        tools: Sequence[ToolSpec], delivery: Delivery,
-    ) -> Reply:  # fmt: skip
-        here = sampling.stop if "stop" in self.adapted else ()
-        reading = _Reading(self.endpoint, StopCutter(here), delivery)
+    def worked(self, call: Call) -> None:
+        if call.no_format:
+            self.adapted.add("response_format")
+
+    async def read(self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery) -> Reply:
+        here = call.sampling.stop if "stop" in self.adapted else ()
+        reading = Reading(self.endpoint, StopCutter(here), delivery)
         asked = body.get("stream") and response.content_type != "application/json"
         if asked or response.content_type == "text/event-stream":
             async for _, chunk in response.events():
                 reading.chunk(chunk)
             if reading.finish is None and not response.done:
                 raise self.endpoint.cut()
+            if not reading.begun:
+                raise self.endpoint.empty()
         else:
             reading.whole(await response.json())
         reading.deliver(reading.stops.flush())
-        text, calls = reading.stops.text, reading.tool_calls()
-        if tools and "tools" not in body and (plain_calls := plain.read_tool_calls(text, tools)):
-            text, calls = "", plain_calls
-        finish = FINISH.get(reading.finish or "stop", reading.finish or "stop")
-        if calls and finish == "stop":
-            finish = "tool_calls"
-        return Reply(
-            text=text, tool_calls=calls, usage=self._usage(reading, messages), model=reading.model or self.model,
-            finish_reason=finish if finish in ("stop", "length", "tool_calls", "content_filter") else "stop",
-        )  # fmt: skip
-
-    def _usage(self, reading: _Reading, messages: Sequence[Message]) -> Usage:
-        raw = reading.usage
-        spent, made = natural(raw.get("prompt_tokens")), natural(raw.get("completion_tokens"))
-        estimated = spent is None or made is None
-        if spent is None:
-            spent = self.count_tokens(messages)
-        if made is None:
-            made = self._tokenizer(reading.spoken())
-        cached = natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0
-        cached = min(cached, spent)
-        cost, told = self.price(spent, made, cached), raw.get("cost")
-        if cost is None and isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < float("inf"):
-            cost = float(told)  # some routers say what they charge
-        return Usage(
-            calls=1, input_tokens=spent, output_tokens=made, cached_tokens=cached, cost_usd=cost, estimated=estimated
-        )
+        reply = reading.reply(plain_tools=call.tools if "tools" not in body else ())
+        usage = usage_of(self, reading.usage, call.messages, reading.spoken(), self._tokenizer)
+        return reply.model_copy(update={"usage": usage, "model": reading.model or self.model})
 
 
-class _Reading:
+def usage_of(
+    lm: LM, raw: dict[str, Any], messages: Sequence[Message], spoken: str, tokenizer: Callable[[str], int]
+) -> Usage:
+    """The usage an endpoint sent, with estimates for what it left out: of the prompt, and of `spoken`."""
+    spent, made = natural(raw.get("prompt_tokens")), natural(raw.get("completion_tokens"))
+    estimated = spent is None or made is None
+    if spent is None:
+        spent = lm.count_tokens(messages)
+    if made is None:
+        made = tokenizer(spoken)
+    cached = min(natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0, spent)
+    cost, told = lm.price(spent, made, cached), raw.get("cost")
+    if cost is None and isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < float("inf"):
+        cost = float(told)  # some routers say what they charge
+    return Usage(
+        calls=1, input_tokens=spent, output_tokens=made, cached_tokens=cached, cost_usd=cost, estimated=estimated
+    )
+
+
+class Reading:
     """A reply as it comes in, whole or in chunks. Nothing about the shapes is taken on trust."""
 
     def __init__(self, endpoint: Endpoint, stops: StopCutter, delivery: Delivery):
         self.endpoint, self.stops, self.delivery = endpoint, stops, delivery
         self.finish: str | None = None
-        self.model, self.usage = "", {}
-        self._calls: dict[Any, dict[str, str]] = {}
+        self.begun = False  # there was a choice
+        self.refused = False  # the text is the model's refusal
+        self.model = ""
+        self.usage: dict[str, Any] = {}
+        self._calls = _Calls()
         self._thoughts: list[str] = []
+        self._extra: dict[str, list[Any]] = {}  # reasoning in the endpoint's own fields, in pieces
 
     def whole(self, value: dict[str, Any]) -> None:
         self._head(value)
         choice = self._choice(value)
         if choice is None:
-            raise self.endpoint.protocol(f"sent a reply without choices: {json.dumps(value)[:200]}")
+            if value.get("choices") == []:
+                raise self.endpoint.empty()
+            shown = self.endpoint.start(json.dumps(value).encode())
+            raise self.endpoint.protocol(f"sent a reply without choices: {shown}")
         self.finish = _string(choice.get("finish_reason")) or "stop"
-        self._part(as_dict(choice.get("message")))
+        self._part(as_dict(choice.get("message")), whole=True)
+        self._failed(choice)
 
     def chunk(self, value: dict[str, Any]) -> None:
         self._head(value)
         choice = self._choice(value)
         if choice is not None:
-            self._part(as_dict(choice.get("delta") or choice.get("message")))
+            self.begun = True
+            self._part(as_dict(choice.get("delta") or choice.get("message")), whole=not choice.get("delta"))
             self.finish = _string(choice.get("finish_reason")) or self.finish
+            self._failed(choice)
 
     def deliver(self, text: str) -> None:
         self.delivery(text)
 
-    def spoken(self) -> str:
-        """All text the model produced, for an estimate of its tokens."""
-        calls = (c["name"] + c["arguments"] for c in self._calls.values())
-        return "".join([self.stops.text, *self._thoughts, *calls])
-
-    def tool_calls(self) -> tuple[ToolCall, ...]:
-        return tuple(
-            ToolCall(id=c["id"] or f"call_{i}", name=c["name"], arguments=parsed(c["arguments"]))
-            for i, c in enumerate(self._calls.values())
+    def reply(self, plain_tools: Sequence[ToolSpec] = ()) -> Reply:
+        """What came in, without usage. `plain_tools`: tools that were asked for in words."""
+        text, calls = self.stops.text, self._calls.made()
+        if plain_tools and (found := plain.read_tool_calls(text, plain_tools)):
+            text, calls = "", found
+        finish = "content_filter" if self.refused else (self.finish or "stop").lower()
+        finish = FINISH.get(finish, finish)
+        if calls and finish == "stop":
+            finish = "tool_calls"
+        return Reply(
+            text=text,
+            tool_calls=calls,
+            finish_reason=finish if finish in ("stop", "length", "tool_calls", "content_filter") else "stop",
+            extra={name: _joined(pieces) for name, pieces in self._extra.items()} if calls else {},
         )
 
+    def spoken(self) -> str:
+        """All text the model produced, for an estimate of its tokens."""
+        return "".join([self.stops.text, *self._thoughts, *self._calls.spoken()])
+
     def _head(self, value: dict[str, Any]) -> None:
-        error = value.get("error")
-        if error:  # with status 200: routers, and servers that fail in the middle of a stream
-            code = as_dict(error).get("code")
-            status = code if isinstance(code, int) and 400 <= code < 600 else 500
-            raise self.endpoint.refusal(status, json.dumps({"error": error}).encode())
+        if value.get("error"):  # with status 200: routers, and servers that fail in the middle of a stream
+            raise self._refusal(value["error"])
         self.usage = as_dict(value.get("usage")) or self.usage
         self.model = _string(value.get("model")) or self.model
+
+    def _failed(self, choice: dict[str, Any]) -> None:
+        """Raises the error that a choice holds: routers pass on so that the model behind them failed."""
+        if choice.get("error"):
+            raise self._refusal(choice["error"])
+        if self.finish == "error":
+            raise self.endpoint.refusal(502, b'{"error": {"message": "the choice ended in an error"}}')
+
+    def _refusal(self, error: Any) -> EndpointError:
+        code = as_dict(error).get("code")
+        status = code if isinstance(code, int) and 400 <= code < 600 else 500
+        return self.endpoint.refusal(status, json.dumps({"error": error}).encode())
 
     @staticmethod
     def _choice(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -261,26 +228,96 @@ class _Reading:
         first = choices[0] if isinstance(choices, list) and choices else None
         return first if isinstance(first, dict) else None
 
-    def _part(self, part: dict[str, Any]) -> None:
+    def _part(self, part: dict[str, Any], whole: bool) -> None:
         text = content_text(part.get("content"))
         if not text and isinstance(part.get("refusal"), str):
-            text, self.finish = part["refusal"], "content_filter"
+            text, self.refused = part["refusal"], True
         self.deliver(self.stops.push(text))
         self._thoughts += [v for v in (part.get("reasoning_content"), part.get("reasoning")) if isinstance(v, str)][:1]
+        for name in (*REASONING, "extra_content"):
+            if part.get(name):
+                self._extra.setdefault(name, []).append(part[name])
         calls = part.get("tool_calls")
-        for position, call in enumerate(calls if isinstance(calls, list) else ()):
-            self._call(as_dict(call), position)
+        self._calls.part(calls if isinstance(calls, list) else [], whole)
 
-    def _call(self, call: dict[str, Any], position: int) -> None:
-        function = as_dict(call.get("function"))
-        index = call.get("index")
-        if not isinstance(index, int):  # servers that leave it out send a call whole, or name it by id
-            index = call.get("id") if isinstance(call.get("id"), str) else position
-        held = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
-        held["id"] = held["id"] or _string(call.get("id")) or ""
-        held["name"] = held["name"] or _string(function.get("name")) or ""
-        arguments = function.get("arguments")
-        held["arguments"] += arguments if isinstance(arguments, str) else json.dumps(arguments) if arguments else ""
+
+class _Calls:
+    """Tool calls out of messages and deltas.
+
+    Servers disagree on how a delta names the call that it continues: by `index`, by `id`, or not at all; some send
+    every call whole under index 0, with an empty id, or with one id for all. A piece begins another call where it
+    brings another id or name, or a second object of arguments behind a finished one.
+    """
+
+    CHECKS = 256  # of whether arguments are finished, for a stream that is made to need many
+
+    def __init__(self) -> None:
+        self._all: list[_Pieces] = []
+        self._at: dict[Any, _Pieces] = {}
+        self._checks = 0
+
+    def part(self, calls: list[Any], whole: bool) -> None:
+        begun: list[_Pieces] = []  # in this delta
+        for position, call in enumerate(map(as_dict, calls)):
+            function = as_dict(call.get("function"))
+            id, name = _string(call.get("id")) or "", _string(function.get("name")) or ""
+            arguments = function.get("arguments")
+            if not isinstance(arguments, str):
+                arguments = json.dumps(arguments) if arguments else ""
+            key = call.get("index")
+            if not isinstance(key, int) or isinstance(key, bool):
+                key = id or (position if name or not self._all else None)
+            held = self._all[-1] if key is None else self._at.get(key)
+            if (
+                whole
+                or held is None
+                or (name and any(held is b for b in begun))
+                or self._is_another(held, id, name, arguments)
+            ):
+                held = _Pieces()
+                self._all.append(held)
+            if name or whole:
+                begun.append(held)
+            self._at[key] = held
+            held.id, held.name = held.id or id, held.name or name
+            held.arguments.append(arguments)
+            held.keep(call, function)
+
+    def _is_another(self, held: _Pieces, id: str, name: str, arguments: str) -> bool:
+        if id and held.id and id != held.id:
+            return True
+        if not name or not held.name:
+            return False
+        if name != held.name:
+            return True
+        if not arguments.lstrip().startswith("{") or self._checks >= self.CHECKS:
+            return False
+        self._checks += 1
+        return isinstance(parsed("".join(held.arguments) or "-"), dict)
+
+    def made(self) -> tuple[ToolCall, ...]:
+        return with_ids(
+            [ToolCall(id=c.id, name=c.name, arguments=parsed("".join(c.arguments)), extra=c.extra) for c in self._all]
+        )
+
+    def spoken(self) -> list[str]:
+        return [c.name + "".join(c.arguments) for c in self._all]
+
+
+class _Pieces:
+    """One tool call as it comes in."""
+
+    def __init__(self) -> None:
+        self.id = self.name = ""
+        self.arguments: list[str] = []
+        self.extra: dict[str, Any] = {}
+
+    def keep(self, call: dict[str, Any], function: dict[str, Any]) -> None:
+        """Fields beyond the standard ones go back with the call, where they were."""
+        self.extra |= {k: v for k, v in call.items() if k not in ("id", "index", "type", "function") and v is not None}
+        more = {k: v for k, v in function.items() if k not in ("name", "arguments") and v is not None}
+        if more:
+            self.extra["function"] = as_dict(self.extra.get("function")) | more
 
 
 _UNSUPPORTED = re.compile(
@@ -289,6 +326,7 @@ _UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 _FORMAT = re.compile(r"response_format|json_schema|json schema|structured output|guided|grammar", re.IGNORECASE)
+_REASONING = re.compile(r"\breasoning(_content|_details)?\b(?!_effort)", re.IGNORECASE)
 _TOOLS = re.compile(r"\btools?\b|function call|tool[_-]choice", re.IGNORECASE)
 
 
@@ -297,13 +335,17 @@ def _culprit(error: EndpointError, body: dict[str, Any]) -> str | None:
     message, named = str(error), (error.param or "").partition(".")[0]
     if "response_format" in body and (named == "response_format" or _FORMAT.search(message)):
         return "response_format"
+    if any(m["role"] == "system" for m in body["messages"]) and NO_SYSTEM_ROLE.search(message):
+        return "system"
     if not _UNSUPPORTED.search(message) and error.code not in ("unsupported_parameter", "unsupported_value"):
         return None
     optional = [f for f in (*DROPPABLE, "max_tokens", "max_completion_tokens") if f in body]
+    if _REASONING.search(message) and any(f in m for m in body["messages"] for f in REASONING):
+        return "reasoning"
     if named in optional:
         return named
     for field in optional:
-        if re.search(rf"\b{field}\b", message):
+        if re.search(r"(?i)\bstream(ing|ed)?\b" if field == "stream" else rf"\b{field}\b", message):
             return field
     return "tools" if "tools" in body and (named in ("tools", "tool_choice") or _TOOLS.search(message)) else None
 
@@ -328,16 +370,34 @@ def strict(schema: Any) -> bool:
     return all(strict(v) for v in schema.values())
 
 
-def _message(message: Message) -> dict[str, Any]:
+def as_openai(message: Message, *, reasoning: bool = True) -> dict[str, Any]:
+    """A message in the shape of the OpenAI API. `reasoning`: with the fields its tool calls came with."""
     if message.role == "tool":
         return {"role": "tool", "tool_call_id": message.tool_call_id or "", "content": message.content}
     if not message.tool_calls:
         return {"role": message.role, "content": message.content}
-    calls = [
-        {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": as_json(c.arguments)}}
-        for c in message.tool_calls
-    ]
-    return {"role": message.role, "content": message.content or None, "tool_calls": calls}
+    calls = []
+    for c in message.tool_calls:
+        function = {"name": c.name, "arguments": as_json(c.arguments)}
+        call = {"id": c.id, "type": "function", **c.extra, "function": as_dict(c.extra.get("function")) | function}
+        calls.append(call)
+    more = message.extra if reasoning else {n: v for n, v in message.extra.items() if n not in REASONING}
+    return {**more, "role": message.role, "content": message.content or None, "tool_calls": calls}
+
+
+def openai_tool(tool: ToolSpec) -> dict[str, Any]:
+    """A tool in the shape of the OpenAI API."""
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+def _joined(pieces: list[Any]) -> Any:
+    """The pieces of a streamed field put together again."""
+    if all(isinstance(p, str) for p in pieces):
+        return "".join(pieces)
+    if all(isinstance(p, list) for p in pieces):
+        return [item for piece in pieces for item in piece]
+    return pieces[-1]
 
 
 def content_text(content: Any) -> str:
@@ -350,11 +410,8 @@ def content_text(content: Any) -> str:
 
 def parsed(arguments: str) -> dict[str, Any] | str:
     """A tool call's arguments: the object, or the text where it is none."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
+    found = model_json.loads(arguments or "{}")
+    return found[0] if found is not None and isinstance(found[0], dict) else arguments
 
 
 def as_json(arguments: dict[str, Any] | str) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlm_runtime.lms.base import Message, ToolCall, ToolSpec
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import clean
 
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\Z", re.DOTALL)
 
@@ -48,16 +50,26 @@ def as_text(message: Message) -> Message:
 
 def read_tool_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...]:
     """The call a reply to `with_tools` makes; empty where the reply is anything else."""
-    stripped = text.strip()
-    fenced = _FENCE.match(stripped)
-    try:
-        value = json.loads(fenced[1] if fenced else stripped)
-    except (ValueError, RecursionError):
-        return ()
+    bare = clean(text).text.strip()
+    fenced = _FENCE.match(bare)
+    found = model_json.loads(fenced[1] if fenced else bare)
+    value = found[0] if found is not None else None
     if not isinstance(value, dict) or value.get("tool") not in [t.name for t in tools]:
         return ()
     arguments = value.get("arguments", {})
     return (ToolCall(id="call_0", name=value["tool"], arguments=arguments if isinstance(arguments, dict) else {}),)
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages for a model without a system role: what the system said begins the first user message."""
+    said = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
+    rest = [m for m in messages if m.role != "system"]
+    if not said:
+        return rest
+    if rest and rest[0].role == "user":
+        joined = f"{said}\n\n{rest[0].content}" if rest[0].content else said
+        return [rest[0].model_copy(update={"content": joined}), *rest[1:]]
+    return [Message(role="user", content=said), *rest]
 
 
 def _ask(messages: Sequence[Message], text: str) -> list[Message]:

@@ -1,5 +1,8 @@
 """What well-known models cost and hold. Prices change: pass `price=`, or name a JSON file in RLM_PRICES.
 
+Without either, the table of the package `genai-prices` is asked where it is installed (`mor-jax[prices]`), then the
+small one below.
+
 The file: {"openai:gpt-5-mini": {"input": 0.25, "output": 2.0, "cached": 0.025}, ...}, dollars per million tokens. A
 key without a provider ("my-model") holds for every provider.
 """
@@ -11,8 +14,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from rlm_runtime.errors import UsageError
 
@@ -30,9 +37,23 @@ class Price(NamedTuple):
         return (fresh * self.input + cached_tokens * cached + output_tokens * self.output) / 1e6
 
 
+class Tiered:
+    """A price of `genai-prices`, whose rates may depend on the length of the prompt."""
+
+    def __init__(self, model: Any, provider: Any):
+        self._model, self._provider = model, provider
+
+    def dollars(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float:
+        from genai_prices import Usage
+
+        cached = min(cached_tokens, input_tokens)
+        usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached)
+        return float(self._model.calc_price(usage, self._provider).total_price)
+
+
 class Known(NamedTuple):
-    price: Price
-    window: int  # tokens, prompt and reply
+    price: Price | Tiered
+    window: int | None  # tokens, prompt and reply
 
 
 # List prices for standard processing and context windows as published by the vendors in November 2025.
@@ -55,16 +76,88 @@ KNOWN: dict[str, Known] = {
     "anthropic:claude-haiku-4-5": Known(Price(1.0, 5.0, 0.1), 200_000),
     "anthropic:claude-3-5-haiku": Known(Price(0.8, 4.0, 0.08), 200_000),
 }
+OFFICIAL = {"openai": "api.openai.com", "anthropic": "api.anthropic.com"}  # hosts of vendors that genai-prices lists
 _DATE = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8}|latest)$")  # a snapshot costs what the model costs
 
 
-def known(name: str) -> Known | None:
-    """What is known of "provider:model"; None: nothing."""
-    return KNOWN.get(name) or KNOWN.get(_DATE.sub("", name))
+def known(name: str, url: str | None = None) -> Known | None:
+    """What is known of "provider:model"; None: nothing. `url`: of the endpoint, which may be another vendor's."""
+    ours = KNOWN.get(name) or KNOWN.get(_DATE.sub("", name))
+    theirs = market(name, url)
+    return theirs._replace(window=theirs.window or (ours.window if ours else None)) if theirs else ours
 
 
-def price_of(name: str, given: Any = None) -> Price | None:
-    """The price of "provider:model": `given`, else the file RLM_PRICES names, else the table; None: unknown.
+def market(name: str, url: str | None = None) -> Known | None:
+    """As `known`, by the table of `genai-prices`; None also where that is not installed.
+
+    A model at another vendor's URL has that vendor's price; at a URL that is no vendor's, its price is not known."""
+    try:
+        from genai_prices import data_snapshot
+    except ImportError:
+        return None
+    provider, _, model = name.partition(":")
+    official = OFFICIAL.get(provider)
+    if official is None or not model:
+        return None
+    here = url is None or urlsplit(url).hostname == official
+    try:
+        snapshot = data_snapshot.get_snapshot()
+        vendor, found = snapshot.find_provider_model(model, None, provider if here else None, None if here else url)
+        price = _flat(found) or Tiered(found, vendor)
+        if not price.dollars(1000, 1000) > 0:  # listed, but without a price of tokens
+            return None
+    except (LookupError, ValueError, TypeError, AttributeError):  # unlisted, or a table of another shape
+        return None
+    return Known(price, found.context_window)
+
+
+def _flat(model: Any) -> Price | None:
+    """The rates of a model of `genai-prices` that do not depend on the prompt's length; None: they do."""
+    rates = model.get_prices(datetime.now(UTC))
+    found = [getattr(rates, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok")]
+    if not all(isinstance(rate, Decimal) for rate in found[:2]) or not isinstance(found[2], Decimal | None):
+        return None
+    return Price(*(None if rate is None else float(rate) for rate in found))
+
+
+class Table:
+    """Price and window of one model: what the caller gave, else what is known, which is looked up when first needed
+    (importing the table of `genai-prices` takes longer than starting a worker).
+
+    Raises:
+      UsageError: see `given_price`.
+    """
+
+    def __init__(self, name: str, url: str | None = None, *, given: Any = None, window: int | None = None):
+        self._name, self._url, self._price, self._window = name, url, given_price(name, given), window
+
+    @cached_property
+    def _known(self) -> Known | None:
+        return known(self._name, self._url)
+
+    @property
+    def price(self) -> Price | Tiered | None:
+        return self._price or (self._known.price if self._known else None)
+
+    @property
+    def window(self) -> int | None:
+        return self._window or (self._known.window if self._known else None)
+
+    def warm(self) -> None:
+        """Look it up now."""
+        _ = self._known
+
+
+def price_of(name: str, given: Any = None) -> Price | Tiered | None:
+    """The price of "provider:model": as `given_price`, else as `known`; None: unknown."""
+    found = given_price(name, given)
+    if found is None and (listed := known(name)):
+        return listed.price
+    return found
+
+
+def given_price(name: str, given: Any = None) -> Price | None:
+    """The price the user names: `given`, else the entry of the file RLM_PRICES; None: neither.
 
     Args:
       given: a `Price`, (input, output) or (input, output, cached), a mapping with these keys, or the path of a JSON
@@ -80,8 +173,7 @@ def price_of(name: str, given: Any = None) -> Price | None:
         for key in (name, _DATE.sub("", name), name.partition(":")[2]):
             if key in table:
                 return table[key]
-    found = known(name)
-    return found.price if found else None
+    return None
 
 
 def load(path: str | os.PathLike) -> dict[str, Price]:

@@ -12,14 +12,18 @@ from dataclasses import dataclass, replace
 
 from rlm_runtime.lms.base import Reply
 from rlm_runtime.parsing import calls, finals, imitation, nudges
+from rlm_runtime.parsing.finals import is_plan
 from rlm_runtime.parsing.nudges import Nudge
 from rlm_runtime.parsing.python import SHELL, SPECIAL, Effort, is_code, parses, repaired, without_prompts
 from rlm_runtime.parsing.scan import DATA, OTHER, PYTHON, Part, Scanner
 from rlm_runtime.parsing.scan import SHELL as SHELL_WORDS
+from rlm_runtime.replies import thinking
 
-__all__ = ["MAX_CELLS", "Nudge", "Parsed", "parse"]
+__all__ = ["MAX_CELLS", "Nudge", "Parsed", "is_plan", "parse"]
 
 MAX_CELLS = 64  # of one reply
+MAX_CHARS = 400_000  # of one reply without its thinking; what follows is discarded
+STRAY = re.compile(r"\A\s*+</(?:end_code|code|repl|python|execute)>")  # behind a fence that it should have closed
 EMPTY = (
     "(empty reply)"  # stands in the history for a reply with nothing to keep: some endpoints refuse an empty message
 )
@@ -42,13 +46,14 @@ class Parsed:
     final: str | None = None
     nudges: tuple[Nudge, ...] = ()
     whole_json: bool = False
+    cut_thinking: bool = False  # the length limit fell into the thinking, and nothing else came
 
 
 def parse(reply: Reply, *, tools: Collection[str] = ()) -> Parsed:
     """Read a reply. `tools` are the user's functions in the REPL, which a model may also call as tools. Never raises."""
-    text = reply.text.replace("\r\n", "\n")
+    found = thinking.harmony(reply.text.replace("\r\n", "\n"))
     cut = reply.finish_reason == "length"
-    reading = _Reading(text, cut, Effort(len(text)), tools)
+    reading = _Reading(found, cut, tools)
     reading.read()
     for call in reply.tool_calls[:MAX_CELLS]:
         reading.native(call.name, call.arguments)
@@ -70,17 +75,32 @@ class _Cell:
 class _Reading:
     """One reply on its way to a `Parsed`: parts in order, cells, what is kept, what the model must be told."""
 
-    def __init__(self, text: str, cut: bool, effort: Effort, tools: Collection[str]):
-        self.text, self.cut, self.effort, self.tools = text, cut, effort, tools
+    def __init__(self, found: thinking.Cleaned, cut: bool, tools: Collection[str]):
+        self.text, self.cut, self.tools = found.text, cut, tools
         self.cells: list[_Cell] = []
         self.kept: list[str] = []
-        self.thinking: list[str] = []
+        self.thinking: list[str] = [found.thinking]
         self.told: list[Nudge] = []
         self.finals: list[finals.Found] = []
         self.discarded = 0
         self.cut_inside = False  # the length limit fell into a cell or into the thinking
-        self.thought_open = False
+        self.thought_open = found.open
         self.seen: list[str] = []  # what else was found, for the nudge
+        self._shorten()
+        self.effort = Effort(len(self.text))
+
+    def _shorten(self) -> None:
+        """To MAX_CHARS behind its thinking, which may be longer than that by far."""
+        if len(self.text) <= MAX_CHARS:
+            return
+        close = thinking.CLOSE.search(self.text)
+        if close is not None:
+            self.thinking.append(thinking.OPEN.sub("", self.text[: close.start()], count=1).strip())
+            self.text = self.text[close.end() :]
+        if len(self.text) > MAX_CHARS:
+            self.discarded += len(self.text) - MAX_CHARS
+            self.text = self.text[:MAX_CHARS]
+            self.told.append(nudges.too_long(MAX_CHARS))
 
     def read(self) -> None:
         parts = Scanner(self.text, self.effort, self.cut).parts()
@@ -116,7 +136,7 @@ class _Reading:
         """A block that is no code, right behind a cell, where its output would stand."""
         if not self.cells or part.kind != "fence" or self._to_run(part) or part.name in OTHER | SHELL_WORDS:
             return False
-        if part.name == "json" and calls.from_json(calls.loads(part.text)):
+        if part.name == "json" and calls.from_json(calls.loads(part.text, self.effort)):
             return False
         if part.name in ("output", "stdout", "stderr", "out", "result", "results"):
             return True
@@ -131,6 +151,8 @@ class _Reading:
         self.told.append(nudges.imitation(line.strip()[:60], len(self.cells), dropped))
 
     def _prose(self, prose: str, blocks: bool) -> None:
+        if self.cells:
+            prose = STRAY.sub("", prose)
         self.kept.append(re.sub(r"\n{3,}", "\n\n", SPECIAL.sub("", prose)))
         for found in finals.in_prose(prose, self.effort, cells=blocks):
             if found.kind == "cell":
@@ -144,7 +166,7 @@ class _Reading:
         if part.kind == "call":
             return self._call(part)
         if part.kind == "fence" and not self._to_run(part):
-            if part.name in DATA | {""} and (found := calls.from_json(calls.loads(part.text))):
+            if part.name in DATA | {""} and (found := calls.from_json(calls.loads(part.text, self.effort))):
                 return self._made(found)
             self.kept.append(source)
             if part.name in SHELL_WORDS:
@@ -234,9 +256,11 @@ class _Reading:
         parsed = Parsed(
             cells, kept, self.discarded, "\n\n".join(t for t in self.thinking if t), final, whole_json=whole_json
         )
-        if not cells and final is None and not self.told:
+        nothing = not cells and final is None and not self.told
+        if nothing:
             self.told.append(self._nothing(kept))
-        return replace(parsed, nudges=tuple(dict.fromkeys(self.told)))
+        cut_thinking = nothing and self.cut and self.thought_open
+        return replace(parsed, nudges=tuple(dict.fromkeys(self.told)), cut_thinking=cut_thinking)
 
     def _spaced(self) -> list[str]:
         """Kept pieces, with a line break where a rewritten block would otherwise stand inside a line."""
@@ -261,7 +285,9 @@ class _Reading:
             self.told.append(nudges.placeholder())
             return None, False
         prose = "".join(self.kept).strip()
-        given, value = finals.in_json(prose) if prose.startswith(("{", "`", "~")) and not self.cut else (False, None)
+        given, value = (
+            finals.in_json(prose, self.effort) if prose.startswith(("{", "`", "~")) and not self.cut else (False, None)
+        )
         if given:
             self.told = [n for n in self.told if n.reason != "unknown_tool"]
             return finals.as_text(value), True
@@ -273,6 +299,7 @@ class _Reading:
 
     def _nothing(self, kept: str) -> Nudge:
         if self.cut:
+            self.thought_open = self.thought_open or kept == EMPTY  # an endpoint may keep the thinking to itself
             return nudges.cut_thinking() if self.thought_open else nudges.cut_prose()
         if kept == EMPTY:
             if not any(self.thinking):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import keyword
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from rlm_runtime.parsing import nudges
 from rlm_runtime.parsing.python import Effort, is_code, outside_strings, parses, repaired, words
+from rlm_runtime.replies import model_json
 
 RUNNERS = words(
     "python repl code py exec execute run ipython jupyter interpreter code_interpreter python_repl python_interpreter "
@@ -92,8 +93,9 @@ def unfenced(code: str) -> str:
 
 def _read(text: str, effort: Effort) -> tuple[Any, bool]:
     """Arguments that came as text: JSON, JSON in JSON, broken JSON with a code string in it, or just code."""
+    value: Any = None
     for _ in range(3):
-        value = loads(text)
+        value = loads(text, effort)
         if not isinstance(value, str):
             break
         text = value
@@ -107,12 +109,10 @@ def _read(text: str, effort: Effort) -> tuple[Any, bool]:
     return ({} if code is None else {"code": code}), False
 
 
-def loads(text: str) -> Any:
-    """JSON with raw newlines in strings allowed; None where it is none."""
-    try:
-        return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return None
+def loads(text: str, effort: Effort) -> Any:
+    """The JSON value that a text is; None where it is none."""
+    found = model_json.loads(text, effort)
+    return None if found is None else found[0]
 
 
 CODE_STRING = re.compile(
@@ -170,18 +170,15 @@ PARAMETER_END = re.compile(
 )
 PAIR = re.compile(r"<arg_key>(.{1,80}?)</arg_key>\s*+<arg_value>(.*?)(?:</arg_value>|\Z)", re.S)
 NAMED = re.compile(r"""<(?:antml:)?(?:invoke|function|tool)(?:[ ]name=["']?|=)([\w.:-]{1,80})["']?[ ]*+>""")
-SIMPLE = re.compile(r"<(name|tool_name|code|arguments|parameters|python|input)>(.*?)(?:</\1>|\Z)", re.S)
 
 
 def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     """(name, arguments) of the call spelled out in `text`, the inside of a tool-call tag."""
     bare = unfenced(text).strip()
     if bare[:1] in ("{", "["):
-        value = loads(bare)
-        if value is None:
-            value = raw_value(bare)
-        if value is not None:
-            return from_json(value)
+        decoded = model_json.loads(bare, effort) or model_json.raw_decode(bare, 0, effort)
+        if decoded is not None:
+            return from_json(decoded[0])
         name = re.search(r"""["'](?:name|tool)["']\s*+:\s*+["'](\w{1,80})["']""", bare)
         return [(name[1] if name else "python", bare)]
     first, _, rest = bare.partition("\n")
@@ -193,59 +190,46 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     parameter = PARAMETER.search(text)
     if parameter is not None and not NAMED.search(text, 0, parameter.start()):  # the call's name stands in its tag
         at = len(text)
-    while len(named) < 64 and (opening := NAMED.search(text, at)):
-        parameters, at = _parameters(text, opening.end())
-        named.append((opening[1], parameters or text[opening.end() :]))
+    opening = NAMED.search(text, at)
+    while len(named) < 64 and effort.left > 0 and opening is not None:
+        parameters, at = _parameters(text, effort, opening.end())
+        following = NAMED.search(text, at)
+        named.append((opening[1], parameters or text[opening.end() : following.start() if following else None]))
+        opening = following
     if named:
         return named
-    parameters, _ = _parameters(text)
+    parameters, _ = _parameters(text, effort)
     if parameters:
         name = re.match(r"\s*+([\w.:-]{1,80})", text)
         return [(name[1] if name else "python", parameters)]
-    simple = {m[1]: m[2] for m in SIMPLE.finditer(text)}
-    name = simple.pop("name", None) or simple.pop("tool_name", None)
-    if simple:
-        value = next(iter(simple.values()))
-        return [(name or "python", value)]
-    if re.fullmatch(r"[\w.]{1,80}", first) and rest.strip() and not first.startswith("print"):
-        return [(first, rest)]
     return [("python", text.strip("\n"))] if is_code(unfenced(bare), effort) else []
 
 
-def _parameters(text: str, at: int = 0) -> tuple[dict[str, str], int]:
+def _parameters(text: str, effort: Effort, at: int = 0) -> tuple[dict[str, str], int]:
     """The parameters from `at` to the next call that has a name of its own, and where they end."""
-    found = {m[1].strip(): m[2] for m in PAIR.finditer(text, at)}
-    while len(found) < 64 and (opening := PARAMETER.search(text, at)):
-        if NAMED.search(text, at, opening.start()):
+    found: dict[str, str] = {}
+    if text.find("<arg_key>", at) >= 0:
+        found = {m[1].strip(): m[2] for m in islice(PAIR.finditer(text, at), 64)}
+        effort.spend(len(text) - at)
+    while len(found) < 64 and effort.left > 0:
+        opening = PARAMETER.search(text, at)
+        effort.spend((opening.end() if opening else len(text)) - at)
+        if opening is None or NAMED.search(text, at, opening.start()):
             break
         start = opening.end()
-        at = parameter_end(text, start)
+        at = parameter_end(text, start, effort)
         found[opening[1]] = text[start:at]
     return {name: value.removeprefix("\n").removesuffix("\n") for name, value in found.items()}, at
 
 
-def parameter_end(text: str, start: int) -> int:
+def parameter_end(text: str, start: int, effort: Effort) -> int:
     """Where the value that starts at `start` ends; a closing tag inside a string of the code is not the end."""
     first = PARAMETER_END.search(text, start)
-    if first is None:
-        return len(text)
+    if first is None or effort.left <= 0:
+        effort.spend((first.start() if first else len(text)) - start)
+        return first.start() if first else len(text)
     outside = outside_strings(text, start, len(text), PARAMETER_END.finditer(text, start))
-    if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()])):
+    effort.spend((outside.start() if outside else len(text)) - start)
+    if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()], effort)):
         return first.start()
     return outside.start()
-
-
-def raw_value(text: str, start: int = 0) -> Any:
-    """The JSON value that starts at `start`, whatever follows it; None where there is none."""
-    found = raw_decode(text, start)
-    return None if found is None else found[0]
-
-
-_DECODER = json.JSONDecoder(strict=False)
-
-
-def raw_decode(text: str, start: int) -> tuple[Any, int] | None:
-    try:
-        return _DECODER.raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None

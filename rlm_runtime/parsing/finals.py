@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlm_runtime.parsing import calls
-from rlm_runtime.parsing.python import BLANKS, QUOTES, Effort, is_code, parses, tree, words
+from rlm_runtime.parsing.python import BLANKS, LARGE, QUOTES, Effort, is_code, parses, tree, words
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,21 @@ PLACEHOLDER = re.compile(
     |(?<=<)[^<>\n]{1,60}|answer[ _]here|final[ _]answer|variable[_ ]name|var(?:iable)?|x)?["'>\]})]*+""",
     re.VERBOSE | re.IGNORECASE,
 )
+
+
+PLANNED = re.compile(
+    r"""\W{0,4}+(?:(?:first|next|now|ok(?:ay)?|sure|certainly)\b[,.!:]?[ ]++)*+
+    (?:(?:I|we)(?:[ ](?:will|shall|need[ ]to|should|must|have[ ]to|(?:am|are)[ ]going[ ]to|want[ ]to|would[ ](?:first|start|begin))
+        |['’]ll|['’](?:m|re)[ ]going[ ]to)
+    |let(?:['’]s|[ ]me|[ ]us)|to[ ](?:answer|find|solve|do|determine)\b[^\n]{0,200}?[,][ ](?:I|we)\b
+    |I[ ](?:don['’]t|do[ ]not)[ ]have[ ](?:enough|the|any)[ ](?:information|context|data))\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def is_plan(answer: Any) -> bool:
+    """Whether an answer only says what its author is about to do."""
+    return isinstance(answer, str) and PLANNED.match(answer.strip()[:400]) is not None
 
 
 def in_prose(prose: str, effort: Effort, cells: bool) -> list[Found]:
@@ -80,13 +95,13 @@ def _final(prose: str, opening: re.Match[str], effort: Effort, cells: bool) -> t
         return Found(start, "placeholder", inner), end
     if kind == "open":
         return Found(start, "open", inner.strip("\"'`")), end
-    return _argument(start, inner, opening["var"] is not None, cells), end
+    return _argument(start, inner, opening["var"] is not None, cells, effort), end
 
 
-def _argument(start: int, inner: str, variable: bool, cells: bool) -> Found:
+def _argument(start: int, inner: str, variable: bool, cells: bool, effort: Effort) -> Found:
     """What the argument stands for: a string is the answer, an expression is left to the REPL, words are the answer."""
     for spelled in (inner, inner.translate(QUOTES)):
-        module = tree(f"({spelled}\n)")
+        module = tree(f"({spelled}\n)") if effort.spend(len(spelled)) else None
         if module is not None and len(module.body) == 1 and isinstance(module.body[0], ast.Expr):
             value = module.body[0].value
             break
@@ -130,7 +145,7 @@ def _bare(text: str) -> str:
 
 def _argument_end(prose: str, body: int, effort: Effort) -> int | None:
     """The parenthesis that closes the one before `body`: by the grammar where it is Python, else by counting."""
-    counted = _balanced(prose, body, effort, quotes=False)
+    counted = _balanced(prose, body, effort, "")
     line_end = re.compile(r"\)[ \t.*_`;]*+$", re.M)
     if counted is not None and not line_end.match(prose, counted):
         # "FINAL(1) first, 2) second)": where the line goes on to one parenthesis too many, that one closes it
@@ -139,7 +154,7 @@ def _argument_end(prose: str, body: int, effort: Effort) -> int | None:
             return last.start()
     if counted is not None and parses(f"({prose[body:counted]}\n)", effort):
         return counted
-    lexed = _balanced(prose, body, effort, quotes=True)
+    lexed = _balanced(prose, body, effort, "\"'")
     if lexed is not None and lexed != counted and parses(f"({prose[body:lexed]}\n)", effort):
         return lexed
     if counted is not None:
@@ -157,17 +172,24 @@ def _last(pattern: re.Pattern[str], text: str, start: int) -> re.Match[str] | No
     return next(iter(deque(pattern.finditer(text, start), maxlen=1)), None)
 
 
-MARKS = re.compile(r"[()]")
-MARKS_AND_STRINGS = re.compile(r"""[()]|"(?:[^"\\]|\\.)*?"|'(?:[^'\\]|\\.)*?\'""", re.S)
+_DOUBLE, _SINGLE = r'"(?:[^"\\]++|\\.)*+("|)', r"'(?:[^'\\]++|\\.)*+('|)"
+MARKS = {  # parentheses and strings; of a string that never ends the group is empty
+    quotes: re.compile("|".join(["[()]", *strings]), re.S)
+    for quotes, strings in {"": (), '"': [_DOUBLE], "'": [_SINGLE], "\"'": [_DOUBLE, _SINGLE]}.items()
+}
 
 
-def _balanced(prose: str, body: int, effort: Effort, quotes: bool) -> int | None:
-    depth = 1
-    stop = len(prose) if effort.spend(0) else min(len(prose), body + 2000)
-    for mark in (MARKS_AND_STRINGS if quotes else MARKS).finditer(prose, body, stop):
+def _balanced(prose: str, body: int, effort: Effort, quotes: str) -> int | None:
+    """Where the parenthesis is closed. `quotes` are the marks of strings, inside of which none counts."""
+    depth, at = 1, body
+    stop = len(prose) if effort.left > 0 else min(len(prose), body + 2000)
+    while mark := MARKS[quotes].search(prose, at, stop):
+        at = mark.end()
+        if mark[0] not in "()" and not any(mark.groups()):  # an apostrophe: no later one can end a string either
+            quotes, at = quotes.replace(mark[0][0], ""), mark.start() + 1
         depth += {"(": 1, ")": -1}.get(mark[0], 0)
         if depth == 0:
-            effort.spend(mark.end() - body)
+            effort.spend(at - body)
             return mark.start()
     effort.spend(stop - body)
     return None
@@ -193,17 +215,17 @@ def _statement(prose: str, start: int, effort: Effort) -> tuple[str, int] | None
     """The shortest run of whole lines from `start` on that is Python; the value in quotes where it is plain words."""
     end = start
     for _ in range(60):
-        end = prose.find("\n", end)
-        end = len(prose) if end < 0 else end
+        end = _line_end(prose, end)
+        if not effort.spend(end - start):
+            break
         code = prose[start:end].strip(" \t`").translate(BLANKS)
-        for spelled in (code, code.translate(QUOTES)):
+        for spelled in dict.fromkeys((code, code.translate(QUOTES))):
             if effort.left > 0 and parses(spelled, effort):
                 return re.sub(r"^answer[ \t]*+=[ \t]*+(.*)$", r"answer.update(\1)", spelled, flags=re.S), end
         if end == len(prose):
             break
         end += 1
-    end = prose.find("\n", start)
-    end = len(prose) if end < 0 else end
+    end = _line_end(prose, start)
     content = re.match(r"""answer\[["']content["']\]\s*+=\s*+(.+)""", prose[start:end])
     return (f'answer["content"] = {_bare(content[1].strip(" `"))!r}', end) if content else None
 
@@ -212,9 +234,9 @@ ANSWER_KEYS = ("answer", "final_answer", "final")
 BESIDE = words("reasoning thought thoughts explanation rationale confidence ready type status notes evidence")
 
 
-def in_json(text: str) -> tuple[bool, Any]:
+def in_json(text: str, effort: Effort) -> tuple[bool, Any]:
     """(True, the answer) where the whole reply is a JSON object that hands one in; (False, None) else."""
-    value = calls.loads(calls.unfenced(text).strip())
+    value = calls.loads(calls.unfenced(text), effort)
     if not isinstance(value, dict):
         return False, None
     if isinstance(value.get("answer"), dict) and set(value) == {"answer"} and "content" in value["answer"]:
@@ -234,4 +256,4 @@ def as_text(value: Any) -> str:
 def bare_code(text: str, effort: Effort) -> str | None:
     """The whole reply as a cell, where it is Python without a fence."""
     text = text.strip("\n")
-    return text if len(text) < 100_000 and parses(text, effort) and is_code(text, effort) else None
+    return text if len(text) < LARGE and parses(text, effort) and is_code(text, effort) else None

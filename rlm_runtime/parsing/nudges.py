@@ -44,6 +44,24 @@ def cut_thinking() -> Nudge:
     )
 
 
+def still_thinking(times: int) -> Nudge:
+    return Nudge(
+        "still_thinking",
+        f"This happened {times} times in a row: your reply was used up by thinking, nothing came after it, and nothing was "
+        f"run. Do not plan the whole task. Leave the thinking out and reply with this block or one like it:\n{EXAMPLE}",
+    )
+
+
+def the_same_again(times: int, *, ran: bool) -> Nudge:
+    what = "the same code with the same output" if ran else "the same reply, without code that could be run"
+    return Nudge(
+        "repeats",
+        f"You sent {what}, now for the {times}{'nd' if times == 2 else 'rd' if times == 3 else 'th'} time. Once more will "
+        "bring nothing new, and the run is stopped if it goes on like this. Take another step: print something else, change "
+        f"the code, or hand in the best answer you have:\n{FINISH}",
+    )
+
+
 def cut_cell() -> Nudge:
     return Nudge(
         "cut",
@@ -136,6 +154,10 @@ def placeholder() -> Nudge:
         "You handed in a placeholder instead of an answer. Compute the answer in the REPL and hand in the value:\n"
         + FINISH,
     )
+
+
+def too_long(limit: int) -> Nudge:
+    return Nudge("too_long", f"A reply may hold {limit:,} characters; the rest was dropped. Write one step per reply.")
 
 
 def too_many(limit: int) -> Nudge:

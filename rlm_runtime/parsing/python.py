@@ -7,25 +7,25 @@ import html
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-LARGE = 200_000  # characters above which a text is taken on trust: a syntax tree costs some 500 times its source
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import SPECIAL, without_last_tokens
+
+LARGE = 40_000  # characters above which a text is taken on trust: a syntax tree takes 2 us and 500 bytes for each
+MOST = 120_000  # characters of all syntax trees of a reply, however long it is
 
 
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-class Effort:
+class Effort(model_json.Effort):
     """Characters of work left for one reply, so that a hostile one costs linear time: past it, plain guesses decide."""
 
     def __init__(self, length: int):
-        self.left = 8 * length + 100_000
+        super().__init__(min(8 * length + 4_000, MOST))
         self.known: dict[str, bool] = {}  # judged already
-
-    def spend(self, chars: int) -> bool:
-        self.left -= chars
-        return self.left >= 0
 
 
 def tree(code: str) -> ast.Module | None:
@@ -144,19 +144,6 @@ def outside_strings(text: str, start: int, end: int, places: Iterator[re.Match[s
     return commented
 
 
-SPECIAL = re.compile(
-    r"<\|[a-z_▁ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:end|start)_of_turn>|\[/?INST\]|<\|(?:start|end)_header_id\|>"
-)
-LAST_TOKEN = re.compile(rf"\n*+(?:{SPECIAL.pattern})\s*+\Z")
-
-
-def without_last_tokens(text: str) -> str:
-    """Without the special tokens a reply ends with."""
-    while found := LAST_TOKEN.search(text, max(0, len(text) - 80)):
-        text = text[: found.start()]
-    return text
-
-
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "‘": "'", "’": "'", "‚": "'", "′": "'", "″": '"'})
 BLANKS = str.maketrans({"\u00a0": " ", "\u200b": None, "\u200c": None, "\u200d": None, "\ufeff": None, "\u2060": None})
 PROMPT = re.compile(r"^[ \t]*+>>>(?: |$)", re.M)
@@ -196,17 +183,17 @@ FINAL_LINE = re.compile(r"^[ \t]*+FINAL(?:_VAR)?\(", re.M)
 RAW_CONTENT = re.compile(r"""^([ \t]*+answer\[["']content["']\][ \t]*+=[ \t]*+)([^\n]++)$""", re.M)
 
 
-def _quoted_final(code: str) -> str:
+def _quoted_final(code: str, effort: Effort) -> str:
     """FINAL(plain words) and answer["content"] = plain words, with the quotes the model left out."""
     call = FINAL_LINE.search(code)
     if call:
         words = code[call.end() :].rstrip(" \t\n;.")
-        if words.endswith(")") and not parses(f"({words}"):
+        if words.endswith(")") and not parses(f"({words}", effort):
             code = f"{code[: call.start()]}FINAL({words[:-1].strip()!r})"
-    return RAW_CONTENT.sub(lambda m: m[1] + (m[2] if parses(f"({m[2]})") else repr(m[2].strip())), code)
+    return RAW_CONTENT.sub(lambda m: m[1] + (m[2] if parses(f"({m[2]})", effort) else repr(m[2].strip())), code)
 
 
-REPAIRS = (
+REPAIRS: tuple[Callable[[str], str], ...] = (
     _dedent,
     lambda code: without_prompts(code)[0] if PROMPT.search(code) else code,
     html.unescape,
@@ -215,7 +202,6 @@ REPAIRS = (
     lambda code: code.translate(BLANKS),
     lambda code: code.translate(QUOTES),
     _without_magic,
-    _quoted_final,
 )
 
 
@@ -225,7 +211,7 @@ def repaired(code: str, effort: Effort) -> str:
     if parses(code, effort):
         return code
     current = code
-    for repair in REPAIRS:
+    for repair in (*REPAIRS, lambda code: _quoted_final(code, effort)):
         changed = repair(current)
         if changed == current:
             continue

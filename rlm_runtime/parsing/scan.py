@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from rlm_runtime.parsing import calls
 from rlm_runtime.parsing.imitation import MARK
-from rlm_runtime.parsing.python import Effort, is_code, line_share, outside_strings, parses, without_last_tokens, words
+from rlm_runtime.parsing.python import Effort, is_code, line_share, outside_strings, parses, words
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import CLOSE, HEADER, MESSAGE_END, OPEN, RECEIVER, closing_tag, without_last_tokens
 
 PYTHON = words("repl python py python2 python3 py3 ipython ipython3 python-repl pycon tool_code python_repl pyrepl")
 SHELL = words("bash sh shell zsh console terminal cmd powershell ps1 fish shell-session")
@@ -44,38 +46,44 @@ OPENING = re.compile(
     (?P<fence>^(?P<indent>[ \t]*+)(?P<marks>`{3,16}(?!`)|~{3,16}(?!~))(?P<info>[^\n`]*+)$)
     |(?P<inline>(?<!`)```(?:repl|python3?|py)[ ]++(?P<line>[^`\n]++)```)
     |(?P<beside>(?<!`)```(?P<word>repl|python3?|py|ipython)[ \t]*+$)
-    |(?<!`)<(?P<think>think|thinking|reasoning|thought|scratchpad)>
-    |(?P<unthink></(?:think|thinking|reasoning)>)
+    |(?<!`)(?P<think>OPEN)
+    |(?P<unthink>CLOSE)
     |<(?P<call>tool_call|toolcall|function_call|tool_use)>
     |<(?P<invoke>(?:antml:)?invoke)[ ]name=["']?(?P<invoked>[\w.:-]{1,80})["']?[ ]*+>
     |<function=(?P<function>[\w.:-]{1,80})>
     |(?<!`)<(?P<tag>code|python|py|execute|exec|repl|execute_python|run_python|tool_code|ipython|execute_ipython|python_code)>
     |(?P<token><\|python_tag\|>)
-    |<\|channel\|>(?P<channel>\w{1,20})(?P<header>[^<\n]{0,80}(?:<\|constrain\|>[^<\n]{0,20})?)<\|message\|>
+    |HEADER
     |<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<deepseek>[\w.]{1,80})(?:<｜tool▁sep｜>|[ \t]*+\n)
     |^Action[ ]?:[ \t]*+(?P<react>[\w.]{1,80})[ \t]*+\nAction[ ]Input[ ]?:[ \t]*+\n?
     |(?P<mistral>\[TOOL_CALLS\][ ]*+)
     |(?P<json>^[ \t]*+(?=[\[{][\[{\s]{0,20}+"(?:name|tool|tool_name|function|tool_calls|type|id|action|recipient_name|arguments|parameters|code)"))
-    """,
+    """.replace("OPEN", OPEN.pattern)
+    .replace("CLOSE", CLOSE.pattern)
+    .replace("HEADER", HEADER.pattern),
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
 INNER = re.compile(r"^[ \t]*+`{3,16}(?:repl|python3?|py)[ \t]*+$", re.M | re.I)
-THINKING_END = re.compile(r"</(?:think|thinking|reasoning)>", re.I)
 BRACE = re.compile(r"\s*+(?=[\[{])")
 REACT_END = re.compile(r"^(?:Observation|Thought|Action|Final Answer)[ ]?:", re.M | re.I)
 DEEPSEEK_END = re.compile(r"<｜tool▁call▁end｜>")
-TOKEN_END = re.compile(r"<\|(?:eom_id|eot_id|im_end|end|call|return|start|channel|endoftext)\|>")
+TOKEN_END = re.compile(rf"{MESSAGE_END.pattern}|<\|(?:eom_id|eot_id|im_end|endoftext)\|>")
 
 
 @cache
 def _closing(char: str, count: int) -> re.Pattern[str]:
     """A line of marks alone; the special token that ends a reply may stand behind them."""
-    return re.compile(rf"^[ \t]*+{char}{{{count},16}}(?!{char})[ \t]*+(?=$|<[|｜]|</s>|<end_of_turn>)", re.M)
+    ends = r"$|<[|｜]|</s>|<end_of_turn>|</?end_code>|</(?:code|repl|python|execute)>"
+    return re.compile(rf"^[ \t]*+{char}{{{count},16}}(?!{char})[ \t]*+(?={ends})", re.M)
 
 
 @cache
+def _literal(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text), re.I)
+
+
 def _tag_end(tag: str) -> re.Pattern[str]:
-    return re.compile(rf"</{re.escape(tag)}>", re.I)
+    return _literal(f"</{tag.lower()}>")  # one pattern for all spellings: a reply may hold thousands
 
 
 @dataclass
@@ -97,6 +105,9 @@ class Scanner:
                 if not reset and not any(p.kind == "thinking" for p in parts):  # opened by the chat template
                     parts = [Part("thinking", 0, at, self.text[: opening.start()])]
                     prose, reset = at, True
+                elif parts and parts[-1].kind == "thinking":  # closed once more, with words alone in between
+                    parts.append(Part("thinking", prose, at, self.text[prose : opening.start()]))
+                    prose = at
                 continue
             block = self._block(opening)
             if block is None:
@@ -127,9 +138,10 @@ class Scanner:
         if opening["inline"]:
             return Part("fence", start, end, opening["line"], "python")
         if opening["think"]:
-            return self._thinking(start, end, _tag_end(opening["think"]))
+            return self._thinking(start, end, _literal(closing_tag(opening["think"])))
         if opening["channel"]:
-            return self._channel(start, end, opening["channel"].lower(), opening["header"])
+            to = RECEIVER.search(f"{opening['role'] or ''} {opening['rest']}")
+            return self._until(start, end, TOKEN_END, to[1]) if to else None
         if opening["deepseek"]:
             return self._until(start, end, DEEPSEEK_END, opening["deepseek"])
         if opening["react"]:
@@ -151,14 +163,6 @@ class Scanner:
                 return None  # a mention of the tag in a sentence
             return Part("thinking", start, len(self.text), self.text[body:], closed=False)
         return Part("thinking", start, close.end(), self.text[body : close.start()])
-
-    def _channel(self, start: int, body: int, channel: str, header: str) -> Part | None:
-        if channel == "analysis":
-            close = self._next(TOKEN_END, body)
-            stop = close.start() if close else len(self.text)
-            return Part("thinking", start, stop, self.text[body:stop], closed=close is not None)
-        to = re.search(r"to=([\w.]{1,80})", header)
-        return self._until(start, body, TOKEN_END, to[1]) if to else None
 
     def _token(self, start: int, body: int, listed: bool) -> Part:
         if listed:
@@ -182,11 +186,7 @@ class Scanner:
         return Part("call", start, end, self.text[body:stop], name, closed=close is not None)
 
     def _decode(self, at: int) -> tuple[Any, int] | None:
-        if self.effort.left <= 0:
-            return None
-        decoded = calls.raw_decode(self.text, at)
-        self.effort.spend((decoded[1] if decoded else len(self.text)) - at)
-        return decoded
+        return model_json.raw_decode(self.text, at, self.effort)
 
     def _json(self, start: int, body: int) -> Part | None:
         decoded = self._decode(body)
@@ -227,8 +227,7 @@ class Scanner:
             parameter = calls.PARAMETER.search(self.text, at, min(len(self.text), at + 200))
             if parameter is None or not self.effort.spend(1000):
                 break
-            at = calls.parameter_end(self.text, parameter.end())
-            self.effort.spend(at - parameter.end())
+            at = calls.parameter_end(self.text, parameter.end(), self.effort)
         close = self._next(closing, at)
         stop, end = (close.start(), close.end()) if close else (len(self.text), len(self.text))
         return Part("call", start, end, self.text[body:stop], name, closed=close is not None)
@@ -289,7 +288,7 @@ class Scanner:
         if bare != fence.text and parses(bare, self.effort):
             return replace(fence, text=bare)
         code = self.text[body : fence.end]
-        for pattern in (MARK, THINKING_END):
+        for pattern in (MARK, CLOSE):
             mark = outside_strings(code, 0, len(code), pattern.finditer(code))
             if mark is not None and mark.start() and parses(outdented(code[: mark.start()], indent), self.effort):
                 text = outdented(code[: mark.start()].rstrip("\n"), indent)

@@ -16,12 +16,14 @@ from rlm_runtime.prompts.messages import (
     last_call,
     next_context,
     nudged,
+    plan_not_answer,
+    prompt_was_cut,
     remaining,
     sub_system,
     sub_user,
     turn,
 )
-from rlm_runtime.prompts.system import VARIANTS, Helpers, system, variant_for
+from rlm_runtime.prompts.system import VARIANTS, Helpers, fitting_chars, system, variant_for
 from rlm_runtime.prompts.tools import describe_function, describe_tools
 
 VERSION = "1"  # recorded in trajectories; raised when a text changes what models do
@@ -40,9 +42,12 @@ __all__ = [
     "describe_tools",
     "empty_answer",
     "first_user",
+    "fitting_chars",
     "last_call",
     "next_context",
     "nudged",
+    "plan_not_answer",
+    "prompt_was_cut",
     "remaining",
     "sub_system",
     "sub_user",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rlm_runtime.prompts.system import fitting_chars
 from rlm_runtime.repl.base import CellResult
 
 SHOWN_VARIABLES = 16  # a report stays in the history for good: 40 of them double what a run of 50 turns sends
@@ -17,10 +18,14 @@ NO_QUESTION = (
 
 
 # -- the task -----------------------------------------------------------------------------------------------------------
-def first_user(question: str | None, context: str, *, budget: Mapping[str, Any] | None = None) -> str:
-    """The task: the question, what the context is (`Context.describe`), what the run may use."""
+def first_user(
+    question: str | None, context: str, *, budget: Mapping[str, Any] | None = None, tips: str | None = None
+) -> str:
+    """The task: the question, what the context is (`Context.describe`), the user's tips, what the run may use."""
     parts = [f"Question: {question.strip()}" if question and question.strip() else NO_QUESTION]
     parts.append(f"`context` in the REPL:\n{_fenced(context)}")
+    if tips and tips.strip():
+        parts.append(f"Tips from the user, for contexts of this kind:\n{tips.strip()}")
     if budget and (listed := _listed(budget)):
         parts.append(f"This run may use: {listed}.")
     return "\n\n".join(parts)
@@ -130,6 +135,13 @@ def empty_answer() -> str:
     )
 
 
+def plan_not_answer() -> str:
+    return (
+        "What you handed in says what you are about to do; that is not the answer, so it was not taken. Do it now: look at "
+        "`context` with Python in a ```repl block. If it is the answer, hand it in once more."
+    )
+
+
 def answer_refused(problem: str, shape: str | None = None) -> str:
     """The answer does not fit the schema; `problem` names the field."""
     form = f"\n{shape}" if shape else ""
@@ -194,3 +206,12 @@ def sub_user(prompt: Any, question: str | None = None) -> str:
     """A prompt, and a question about it where there is one, as one message."""
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     return f"{question.strip()}\n\n{text}" if question and question.strip() else text
+
+
+def prompt_was_cut(model: str, read: int, sent: int, window: int) -> str:
+    """Told once to every node, and to the user: an endpoint that reads only part of a long prompt."""
+    return (
+        f"Note: the endpoint of {model} read only {read:,} of at least {sent:,} tokens of a prompt: it cuts long prompts "
+        f"without an error, so its answers to long prompts may be wrong. Keep each prompt under {fitting_chars(window):,} "
+        "characters from now on; longer ones are refused. Ask again where it matters."
+    )

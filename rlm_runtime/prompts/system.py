@@ -14,6 +14,7 @@ from rlm_runtime.repl.base import ToolInfo
 VARIANTS = ("default", "small", "qwen-coder")
 Variant = Literal["default", "small", "qwen-coder"]
 CHARS_PER_TOKEN = 3  # on the safe side: English prose has about 4, code and other languages fewer
+UNKNOWN_WINDOW = 16_000  # tokens, taken for a sub-model that does not say: some servers cut longer prompts silently
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Helpers:
     """What exists in this node's REPL, and its bounds.
 
     `sub_calls`: llm_query and llm_batch; `children`: rlm_query starts a worker with its own REPL. `sub_window`: tokens
-    the sub-model can hold (None: unknown). `models`: names `llm_query(model=...)` takes.
+    the sub-model can hold (None: unknown). `models`: names `llm_query(model=...)` takes. `packages`: installed packages that cells may
+    import.
     """
 
     sub_calls: bool = True
@@ -32,17 +34,22 @@ class Helpers:
     output_chars: int = 20_000
     cell_seconds: float = 120.0
     tools: tuple[ToolInfo, ...] = ()
+    packages: tuple[str, ...] = ()
 
     @property
     def prompt_chars(self) -> int:
         """What fits into one sub-call beside a reply, in characters."""
-        window = self.sub_window or 128_000
-        return _rounded(CHARS_PER_TOKEN * 0.8 * window)
+        return fitting_chars(self.sub_window or UNKNOWN_WINDOW)
 
     @property
     def chunk_chars(self) -> int:
         """What reads well in one sub-call: models lose details of prompts that fill their window."""
         return min(_rounded(self.prompt_chars / 2), 200_000)
+
+
+def fitting_chars(window: int) -> int:
+    """Characters of a prompt that fit a window of so many tokens beside a reply."""
+    return _rounded(CHARS_PER_TOKEN * 0.8 * window)
 
 
 def system(
@@ -133,6 +140,7 @@ Do not write the output yourself. It comes in the next message. Variables stay b
 def _repl(helpers: Helpers) -> str:
     lines = ["# What is in the REPL", "", "- `context`: the data. The first message says what it is and how large."]
     if helpers.sub_calls:
+        unknown = " for sure (how much more is not known)"
         models = (
             f" `model` is one of {', '.join(map(repr, helpers.models))}; leave it out for the default."
             if helpers.models
@@ -141,7 +149,7 @@ def _repl(helpers: Helpers) -> str:
         lines += [
             f"- `llm_query(prompt, *, {'model=None, ' if helpers.models else ''}schema=None) -> str`: one call of a "
             f"language model. It sees the prompt and nothing else: no context, no variables, no earlier calls. Up to "
-            f"about {helpers.prompt_chars:,} characters fit. With a JSON schema as `schema` the parsed value comes back."
+            f"about {helpers.prompt_chars:,} characters fit{'' if helpers.sub_window else unknown}. With a JSON schema as `schema` the parsed value comes back."
             + models,
             f"- `llm_batch(prompts, ...) -> list`: the same for a list of prompts, up to {helpers.concurrency} at a time, "
             "results in order. Always use it for more than one prompt: a loop over `llm_query` takes as many times longer.",
@@ -176,9 +184,15 @@ def _limits(helpers: Helpers) -> str:
         "counts, samples and short results, never the whole context.\n"
         f"- A block may run for {helpers.cell_seconds:g} seconds{calls}. One that runs on is stopped, and its variables may "
         "be lost.\n"
-        "- Python with its standard library. No network, no shell, no package installation.\n"
+        f"- Python with its standard library{_packages(helpers)}. No network, no shell, no package installation.\n"
         "- The number of turns is limited; each message says which one it is."
     )
+
+
+def _packages(helpers: Helpers) -> str:
+    if not helpers.packages:
+        return ""
+    return f" and these installed packages: {', '.join(helpers.packages)}; no others can be imported"
 
 
 def _work(helpers: Helpers) -> str:

@@ -19,6 +19,7 @@ class Limits(Frozen):
     start_seconds: float = 30.0
     memory: int = 2 << 30  # address space on top of what the context needs
     scratch: int = 256 << 20  # all files in the work folder together
+    unpacked: int = 4 << 30  # a compressed context on disk, unpacked, beside the work folder
     output_chars: int = 20_000  # of stdout and of stderr handed to the root, head and tail
     kept_chars: int = 5_000_000  # of a cell's output kept in the REPL for the model to look at later
     frame: int = 64 << 20  # one message from the worker

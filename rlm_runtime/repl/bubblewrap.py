@@ -32,9 +32,9 @@ class BubblewrapEnvironment(HostedEnvironment):
                 "environment='bubblewrap' needs the program bwrap, which is not on PATH. Install it (apt-get install "
                 "bubblewrap, or dnf install bubblewrap), or use environment='local', which needs no program."
             )
-        front = [bwrap, *self.arguments(folder), "--"]
+        front = [os.path.abspath(bwrap), *self.arguments(folder), "--"]
         python = python_argv(os.path.realpath(sys.executable))
-        return Launch(lambda fd: [*front, *python, str(fd)], sandbox.environment(str(folder.scratch)), None)
+        return Launch(lambda fd: [*front, *python, str(fd)], sandbox.environment(str(folder.scratch)))
 
     def arguments(self, folder: WorkDir) -> list[str]:
         """Options of bwrap: nothing but the system's libraries, Python, and this worker's own folders is there."""
@@ -54,7 +54,7 @@ class BubblewrapEnvironment(HostedEnvironment):
                 args += ["--ro-bind", path, path]
         for path in (folder.scratch, folder.said):
             args += ["--bind", str(path), str(path)]
-        return [*args, "--chdir", str(folder.scratch)]
+        return [*args, "--chdir", "/"]
 
     def _outer_layers(self, process: Process) -> dict[str, str]:
         """Whether the worker really is in namespaces of its own."""

@@ -13,11 +13,12 @@ from rlm_runtime.repl import wire
 from rlm_runtime.repl.base import Handler, Limits, Outcome, Request
 from rlm_runtime.repl.process import Process
 from rlm_runtime.repl.sandbox import SandboxPolicy
-from rlm_runtime.repl.workdir import WorkDir, measure, unlinked
+from rlm_runtime.repl.workdir import Watch, WorkDir
 
 OUTSTANDING = 256  # request frames under way at once; further ones wait unread
 WATCH = 0.1  # seconds between looks at a running cell
 AGAIN = 0.25  # seconds between two interrupts
+UNANSWERED = 2.0  # seconds after which a worker that is not heard is taken to run
 PATIENCE = 5.0  # seconds for calls that were cancelled to end
 ONE_FOR_ALL = 1000  # a batch of more calls is refused with one outcome
 
@@ -27,7 +28,7 @@ class End:
     """How a cell ended: with a message of the worker, or with the worker."""
 
     fields: dict[str, Any] | None = None
-    broken: str | None = None  # the worker could not even begin it
+    broken: bool = False  # the worker could not even begin it
     died: str | None = None  # how; "killed" by us
 
 
@@ -46,18 +47,20 @@ class Cell:
     ):
         self.id = secrets.token_hex(16)
         self.process, self._handler, self._limits, self._policy = process, handler, limits, policy
-        self._folder, self._tools, self._kill_outside = folder, tools, kill_outside
+        self._tools, self._kill_outside = tools, kill_outside
         self.started, self._cpu = time.monotonic(), process.cpu()
         self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        self.interrupted = 0.0  # when the first interrupt was sent
+        self.interrupted = self._again = 0.0  # when the first interrupt was sent; when the next one is
         self.reason = ""
-        self.overfull = False  # its files were the reason
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
         self._tasks: set[asyncio.Task] = set()
         self._waiting = self._held = 0  # requests under way, their bytes
-        self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those under way began
-        self._next_look = 0.0
+        self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those not in it began
+        self._main_waits = True  # the cell's main thread waits while calls are under way, as far as is known
+        self._asked_main = self._asked_again = 0.0  # when the worker was asked, first and last; 0: it has answered
+        self._files = Watch(folder.scratch, limits.scratch, policy.files)
+        self._next_look = self._urgent_look = 0.0
 
     # -- what it asks for
 
@@ -75,10 +78,15 @@ class Cell:
         kind = message["t"]
         if kind == "done":
             self.outcome.set_result(End(fields=wire.done_of(message, self._limits.output_chars)))
+        elif kind == "waits":
+            if not self._asked_main:
+                return False
+            self._asked_main = 0.0
+            self._note_main(message.get("waits") is True)
         elif kind == "broken":
             if self._last:  # it has begun, or it could not have asked for anything: it is not to be run again
                 raise wire.Bad("a cell that had begun")
-            self.outcome.set_result(End(broken=wire.cut(str(message.get("message")), 500)))
+            self.outcome.set_result(End(broken=True))  # its reasons are a worker's, not to be told in our words
         else:
             return self._on_request(message, size)
         return True
@@ -99,7 +107,7 @@ class Cell:
             self._refuse(number, calls, f"there is no tool {request.name!r}")
         else:
             if not self._waiting:
-                self._since = time.monotonic()
+                self._since, self._main_waits = time.monotonic(), True
             self._waiting += 1
             self._held += size
             task = asyncio.get_running_loop().create_task(self._serve(number, request, size))
@@ -123,10 +131,10 @@ class Cell:
             self._refuse(number, calls, f"the cell was interrupted: {self.reason or 'it is over'}")
             raise
         finally:
+            if self._waiting == 1:
+                self._note_main(True)
             self._waiting -= 1
             self._held -= size
-            if not self._waiting:
-                self._waited += time.monotonic() - self._since
             self.process.resume_reading()
 
     def _refuse(self, number: int, calls: int, why: str) -> None:
@@ -146,8 +154,22 @@ class Cell:
     # -- its clocks
 
     def waited(self, now: float) -> float:
-        """Seconds it spent waiting for calls."""
-        return self._waited + (now - self._since if self._waiting else 0.0)
+        """Seconds it spent waiting for calls: one open in a thread is no wait where the main thread goes on."""
+        return self._waited + (now - self._since if self._waiting and self._main_waits else 0.0)
+
+    def _note_main(self, waits: bool) -> None:
+        now = time.monotonic()
+        if self._waiting and self._main_waits:
+            self._waited += now - self._since
+        self._since, self._main_waits = now, waits
+
+    def _ask_main(self, now: float) -> None:
+        """Ask the worker whether its main thread waits, too. One that does not answer, though it could, does not."""
+        if not self._asked_main or now - self._asked_again > UNANSWERED / 4:
+            self._asked_main, self._asked_again = self._asked_main or now, now
+            self.process.send({"t": "look", "id": self.id})
+        if now - self._asked_main > (UNANSWERED if self.has_room() else self._limits.cell_seconds):
+            self._note_main(False)
 
     def times(self) -> dict[str, float]:
         now = time.monotonic()
@@ -162,47 +184,71 @@ class Cell:
         """Until it has ended: its time, its files, its threads."""
         while not self.outcome.done():
             await asyncio.wait({self.outcome}, timeout=self._pause(time.monotonic()))
-            if not self.outcome.done():
-                self._look(time.monotonic())
+            if self.outcome.done():
+                break
+            self._look(time.monotonic())
+            await self._look_at_files()
 
     def _pause(self, now: float) -> float:
         if self.interrupted:
-            return AGAIN
-        left = self._limits.cell_seconds - (now - self.started - self.waited(now))
-        return max(min(WATCH, left), 0.005)
+            left = self._again - now
+        else:
+            left = self._limits.cell_seconds - (now - self.started - self.waited(now))
+        return max(min(WATCH, left, self._files.glance()), 0.005)
 
     def _look(self, now: float) -> None:
         limits, process = self._limits, self.process
+        if self.outcome.done():
+            return
+        if self._waiting and now - self._since > WATCH:
+            self._ask_main(now)
         if self.interrupted and now - self.interrupted > limits.grace_seconds:
             self.kill(f"{self.reason}, and did not stop when it was interrupted")
         elif process.threads() > self._policy.threads:
             self.kill(f"it had more than {self._policy.threads} threads")
-        elif now >= self._next_look and (wrong := self.wrong_with_files()):
-            self.overfull = True
-            self.kill(f"it had {wrong}")
         elif self.interrupted:
-            self.interrupt(self.reason)
+            if now >= self._again:
+                self.interrupt(self.reason)
         elif now - self.started - self.waited(now) > limits.cell_seconds:
             self.interrupt(f"it ran for more than {limits.cell_seconds:g} s (waiting for calls not counted)")
         elif process.cpu() - self._cpu > limits.cell_seconds:
             self.interrupt(f"it used more than {limits.cell_seconds:g} s of CPU time")
 
-    def wrong_with_files(self) -> str | None:
+    async def _look_at_files(self) -> None:
+        """From time to time; at once where the disk has filled up by what is allowed, and with the worker held then."""
+        now = time.monotonic()
+        urgent = not self._files.glance() and now >= self._urgent_look
+        if self.outcome.done() or not (urgent or now >= self._next_look):
+            return
+        look, held = asyncio.ensure_future(self.wrong_with_files()), False
+        try:
+            while not look.done():
+                if not held and not self._files.glance():
+                    held = True
+                    self.process.stop()
+                await asyncio.wait({look}, timeout=self._pause(time.monotonic()))
+                self._look(time.monotonic())
+            if look.result() is not None and not self.outcome.done():
+                self.kill(f"it had {look.result()}")
+        finally:
+            look.cancel()
+            if held and not self.outcome.done():
+                self.process.go()
+
+    async def wrong_with_files(self) -> str | None:
         """What is too much in its work folder, or held without a name there."""
-        now, allowed = time.monotonic(), self._limits.scratch
-        wrong = measure(self._folder.scratch, allowed, self._policy.files)
-        if (
-            wrong is None
-            and unlinked(self.process.worker_pid or self.process.pid, self._folder.scratch, allowed) > allowed
-        ):
-            wrong = f"more than {allowed >> 20} MiB in files without a name"
-        self._next_look = time.monotonic() + 10 * (time.monotonic() - now)  # looking takes a tenth of the time at most
+        began = time.monotonic()
+        wrong = await asyncio.to_thread(self._files.look, self.process.worker_pid or self.process.pid)
+        now = time.monotonic()
+        self._urgent_look = now + (now - began)  # somebody else may be filling the disk
+        self._next_look = now + 10 * (now - began)  # looking takes a tenth of the time at most
         return wrong
 
     # -- its end
 
     def interrupt(self, reason: str) -> None:
         """Ask it to stop; calls under way are cancelled."""
+        self._again = time.monotonic() + AGAIN
         if not self.interrupted:
             self.interrupted, self.reason = time.monotonic(), reason
         for task in self._tasks:

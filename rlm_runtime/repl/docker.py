@@ -66,16 +66,17 @@ class DockerEnvironment(HostedEnvironment):
                 "(https://docs.docker.com/engine/install/), or use environment='local', which needs no container."
             )
         self._name = f"rlm-{secrets.token_hex(8)}"
-        argv = [docker, *self.arguments(folder)]
-        names = [n for n in os.environ if n in CLIENT_NEEDS or n.startswith("DOCKER_")]
-        return Launch(lambda _: argv, {n: os.environ[n] for n in names}, str(folder.root), stdio=True, group=False)
+        argv = [os.path.abspath(docker), *self.arguments(folder)]
+        env = {n: os.environ[n] for n in os.environ if n in CLIENT_NEEDS or n.startswith("DOCKER_")}
+        env["PATH"] = sandbox.fixed_folders(env.get("PATH", ""))
+        return Launch(lambda _: argv, env, stdio=True, group=False)
 
     def arguments(self, folder: WorkDir) -> list[str]:
         """Of the docker command."""
         limits, owner = self.limits, f"{os.getuid()}:{os.getgid()}"
         memory = limits.memory + OVERHEAD + sum(p.memory for p in self._payloads.values())
         tmpfs = f"{ROOT}/scratch:rw,nosuid,nodev,noexec,size={limits.scratch},nr_inodes={self.policy.files}"
-        args = [
+        args = [  # it starts in the scratch, which is as new as the container
             "run", "--rm", "--interactive", "--name", self._name, "--network", "none", "--ipc", "none", "--read-only",
             "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", str(self.policy.threads),
             "--memory", str(memory), "--memory-swap", str(memory), "--log-driver", "none", "--user", owner,

@@ -7,6 +7,8 @@ import asyncio
 import keyword
 import os
 import secrets
+import tempfile
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -42,11 +44,17 @@ HELPERS = frozenset(
 )
 BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
+OTHER_TEMP = ("/var/tmp", "/tmp", "/dev/shm")  # for the work folder, where the context contains the usual place
+THREAD_ENDS = 20  # hundredths of a second for a thread that has been joined to be gone
 START_TRIES = 3  # of a worker that is killed while it starts
 
 
 class _Killed(SandboxError):
     """A worker was killed by a signal while it started: by chance or by somebody, so another try is worth it."""
+
+
+class _NotLoaded(Exception):
+    """A worker in which cells have run did not take a context: its fault, until a fresh one says the same."""
 
 
 class _Nuisance:
@@ -95,11 +103,12 @@ class HostedEnvironment:
         self._cells = 0  # run so far, over all workers
         self._raw: dict[str, str] = {}
         self._lost: str | None = None  # a loss the model has not been told of
+        self._used = False  # a cell has run in this worker
+        self._threads = 0  # of a worker at rest
         self._cell: Cell | None = None
         self._writing: asyncio.Future | None = None  # of a context, in a thread
         self._cleaning: asyncio.Future | None = None  # an old work folder is being removed
         self._nuisance = _Nuisance()
-        self._overfull = False  # the work folder has to be emptied
         self._reply: tuple[str, asyncio.Future] | None = None  # (id, future) of a load under way
         self._ready: asyncio.Future | None = None
 
@@ -180,12 +189,17 @@ class HostedEnvironment:
         if os.name != "posix" or not hasattr(os, "pidfd_open"):
             raise SandboxError(f"environment={self.kind!r} needs Linux 5.3 or newer.")
         mine = self._belongings
-        if mine.folder is None:
-            try:
-                await asyncio.to_thread(sweep, self._temp_dir)
-                mine.folder = WorkDir(self._temp_dir)
-            except OSError as error:
-                raise SandboxError(f"The REPL's work folder cannot be made: {error}") from None
+        try:
+            if mine.folder is None:
+                mine.folder = await self._make_folder()
+            else:
+                try:
+                    mine.folder.renew()
+                except OSError:  # no room, perhaps, as long as the last worker's files are there
+                    await self._cleaned()
+                    mine.folder.renew()
+        except OSError as error:
+            raise SandboxError(f"The REPL's work folder cannot be made: {error}") from None
         mine.hold_spawner()
         payloads = asyncio.ensure_future(self._make_payloads(mine.folder))
         if not self.overlap:
@@ -196,10 +210,26 @@ class HostedEnvironment:
         finally:
             payloads.cancel()
             await asyncio.wait([payloads])  # its error was raised by what waited for it
+        self._used = False
         for name in self._contexts:
             await self._load(name)
+        self._threads = self._process.threads()
         self._to_bind, self._reset_answer = dict(self._bound), False
         self._raw = {}
+
+    async def _make_folder(self) -> WorkDir:
+        """The work folder, outside of every folder the worker may read. Raises OSError, ContextError."""
+        first = self._temp_dir or tempfile.gettempdir()
+        for parent in (first,) if self._temp_dir else (first, *OTHER_TEMP):
+            if any(_contains(context, parent) for context in self._contexts.values()):
+                continue
+            try:
+                await asyncio.to_thread(sweep, parent)
+                return WorkDir(parent)
+            except OSError:
+                if parent == first:
+                    raise
+        raise _around(next(c for c in self._contexts.values() if _contains(c, first)), first)
 
     async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
         """Start the process, greet it, wait until it has locked itself in, and look whether it has."""
@@ -230,11 +260,13 @@ class HostedEnvironment:
                 )
                 kind = _Killed if done and process.popen.returncode < 0 else SandboxError
                 raise kind(f"The REPL's worker {how}. {self._explain(stderr)}")
-            layers = self._ready.result()
+            layers, problem = self._ready.result()
             if process.worker_pid:
                 layers = sandbox.seen_from_outside(process.worker_pid, layers)
             layers = self._outer_layers(process) | layers
-            self.report = sandbox.report(self.kind, layers, self.policy, self.required)
+            self.report = sandbox.report(self.kind, layers, self.policy, self.required, self.report)
+            if problem is not None:
+                raise SandboxError(f"The REPL's work folder {self._belongings.folder.scratch}: {problem}")
         finally:
             self._ready = None
         process.take_raw()
@@ -266,20 +298,27 @@ class HostedEnvironment:
                 self._payloads[name] = await self._payload(name, context, folder)
 
     async def _payload(self, name: str, context: Context, folder: WorkDir):
-        place = folder.inbox / f"{name}-{secrets.token_hex(4)}"
+        place, stop = folder.inbox / f"{name}-{secrets.token_hex(4)}", threading.Event()
 
         def make():
             place.mkdir(mode=0o700)
-            return context.payload(place)
+            return context.payload(place, unpacked=self.limits.unpacked, stop=stop.is_set)
 
         self._writing = asyncio.ensure_future(asyncio.to_thread(make))
         try:
             return await asyncio.shield(self._writing)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
         except OSError as error:
             raise ContextError(f"The context cannot be read: {error}") from None
 
     async def _load(self, name: str) -> None:
-        """Have the worker bind a context. A file travels as an open descriptor where it can."""
+        """Have the worker bind a context. A file travels as an open descriptor where it can.
+
+        What a worker says of a context counts only before its first cell: afterwards it may be a thread of an earlier
+        cell that answers, or one may have left no descriptor to take. Raises _NotLoaded then, whatever was said.
+        """
         payload, process = self._payloads[name], self._process
         fd = None
         if payload.mode != "folder" and process._socket is not None:
@@ -293,7 +332,8 @@ class HostedEnvironment:
         }  # fmt: skip
         future = asyncio.get_running_loop().create_future()
         self._reply = load["id"], future
-        seconds = self.limits.start_seconds + payload.bytes / 1e7
+        patience = self.limits.start_seconds / (3 if self._used else 1)  # a used one can be replaced
+        seconds = patience + payload.bytes / 1e7
         self._nuisance = _Nuisance()
         try:
             process.go()
@@ -302,15 +342,16 @@ class HostedEnvironment:
             done, _ = await asyncio.wait({future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._reply = None
-            if self._cells:
+            if self._used:
                 process.stop()
+        if self._used and (future not in done or future.result() is not None):
+            raise _NotLoaded
         if future not in done:
             how = f"ended ({process.how_it_ended()})" if done else f"was not done within {seconds:.0f} s"
             killed = bool(done) and process.popen.returncode < 0 and not process.killed
-            self._lost = self._loss("The worker ended while it loaded a context.") if self._cells else None
             await self._drop_worker()
-            kind = _Killed if killed else ContextError
-            raise kind(f"The worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
+            kind = _Killed if killed else SandboxError
+            raise kind(f"The REPL's worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
         if future.result() is not None:
             raise ContextError(f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}")
 
@@ -320,16 +361,44 @@ class HostedEnvironment:
             return dict(payload.args)
         return payload.args | {"files": [[name, self._inside(Path(path))] for name, path in files]}
 
+    async def _replace(self, why: str) -> None:
+        """Another worker in the place of one that is there; the model is told."""
+        self._lost = self._loss(why)
+        await self._drop_worker()
+        await self._ensure()
+
+    async def _load_later(self, name: str) -> None:
+        """Bind a context in a worker that may have run cells: in another one where those have left it unfit."""
+        if self._used and await self._left_threads():
+            return await self._replace("An earlier cell had left threads running.")
+        self._process.allow_memory(_need(self._payloads[name]))
+        try:
+            await self._load(name)
+        except _NotLoaded:
+            await self._replace("An earlier cell had left the REPL unable to take another text.")
+
+    async def _left_threads(self) -> bool:
+        """Whether a thread of an earlier cell is there to take or answer what the host says to the worker."""
+        process = self._process
+        try:
+            process.go()
+            for _ in range(THREAD_ENDS):
+                if process.threads() <= self._threads:
+                    return False
+                await asyncio.sleep(0.01)
+            return True
+        finally:
+            process.stop()
+
     async def _drop_worker(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             self._belongings.kill_outside()
             await process.close()
             self._belongings.process = None
-            if self._overfull:
-                self._overfull = False
+            if not self._closed:  # the next worker meets nothing that a cell has made
                 await self._cleaned()
-                old = self._belongings.folder.new_scratch()
+                old = self._belongings.folder.set_aside()
                 self._cleaning = asyncio.ensure_future(asyncio.to_thread(remove, old))
             for killer in self._belongings.take_killers():
                 await asyncio.to_thread(killer.wait)
@@ -380,11 +449,12 @@ class HostedEnvironment:
     def _on_message(self, message: dict[str, Any], size: int) -> bool:
         """False for what belongs to an earlier cell, is a repetition, or answers what nobody asked. Raises Bad."""
         kind, cell = message.get("t"), self._cell
-        if kind in ("done", "broken", "request"):
+        if kind in ("done", "broken", "request", "waits"):
             named = message.get("cell" if kind == "request" else "id")
             return cell is not None and named == cell.id and cell.on_message(message, size)
         if kind == "ready" and self._ready is not None and not self._ready.done():
-            self._ready.set_result(_layers(message.get("layers")))
+            problem = message.get("problem")
+            self._ready.set_result((_layers(message.get("layers")), None if problem is None else str(problem)[:500]))
             return True
         if kind == "loaded" and self._reply is not None and message.get("id") == self._reply[0]:
             error = message.get("error")
@@ -407,12 +477,9 @@ class HostedEnvironment:
         async with self._lock:
             await self._ensure()
             cell = await self._run(code, handler)
-            broken = cell.outcome.result().broken
-            if broken is not None:
+            if cell.outcome.result().broken:
                 # An earlier cell has left the interpreter unable to begin another one; this one has not run at all.
-                self._lost = self._loss(f"An earlier cell had broken the interpreter ({broken}).")
-                await self._drop_worker()
-                await self._ensure()
+                await self._replace("An earlier cell had broken the interpreter.")
                 cell = await self._run(code, handler)
             return await self._result(cell)
 
@@ -428,6 +495,7 @@ class HostedEnvironment:
         process.take_raw()
         self._cell, self._nuisance = cell, _Nuisance()
         self._cells += 1
+        self._used = True
         try:
             process.go()
             process.allow_cpu(self.limits.cell_seconds + self.limits.grace_seconds + 5)
@@ -447,15 +515,13 @@ class HostedEnvironment:
     async def _after(self, cell: Cell) -> None:
         self._cell = None
         await cell.finish()
-        self._overfull = self._overfull or cell.overfull
 
     async def _result(self, cell: Cell) -> CellResult:
         end, times, raw = cell.outcome.result(), cell.times(), cell.process.take_raw()
         lost, self._lost = self._lost, None
         if end.fields is not None:
             fields = end.fields | (_interrupted(end.fields, cell.reason) if cell.interrupted else {})
-            if (wrong := cell.wrong_with_files()) is not None:  # made after the last look
-                self._overfull = True
+            if (wrong := await cell.wrong_with_files()) is not None:  # made after the last look
                 lost = self._loss(f"The cell left {wrong}.")
                 await self._drop_worker()
         else:
@@ -480,8 +546,8 @@ class HostedEnvironment:
         """One sentence for the model."""
         again = " and ".join(f"`{name}`" for name in [*self._contexts, *self._bound][:6])
         return (
-            f"{why} The REPL was started anew: all variables, functions and imports of earlier cells are gone; {again} and "
-            "the helpers are there again as at the start."
+            f"{why} The REPL was started anew: all variables, functions, imports and files of earlier cells are gone; "
+            f"{again} and the helpers are there again as at the start."
         )
 
     # -- other operations
@@ -502,14 +568,15 @@ class HostedEnvironment:
         async with self._lock:
             await self._ensure()
             folder = self._belongings.folder
+            if _contains(context, folder.root):
+                raise _around(context, folder.root.parent)
             payload = await self._payload(name, context, folder)
             if payload.mode == "folder":
                 payload = await asyncio.to_thread(linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
             before = self._contexts.get(name), self._payloads.get(name)
             self._contexts[name], self._payloads[name] = context, payload
-            self._process.allow_memory(_need(payload))
             try:
-                await self._load(name)
+                await self._load_later(name)
             except BaseException:
                 for table, old in zip((self._contexts, self._payloads), before, strict=True):
                     if old is None:
@@ -560,6 +627,22 @@ def _check_name(name: str, what: str, but: tuple[str, ...] = ()) -> None:
         raise UsageError(f"{name!r} is a name of the REPL's own; give {what} another one.")
 
 
+def _contains(context: Context, place: Path | str) -> bool:
+    """Whether a context is a folder in which this place lies."""
+    return context.kind == "folder" and context.path is not None and _real(place).is_relative_to(context.path)
+
+
+def _around(context: Context, place: Path | str) -> ContextError:
+    return ContextError(
+        f"context: the folder {context.path} contains {place}, where the REPL keeps its own files. Give a folder that "
+        "does not contain it, or set TMPDIR to a folder outside."
+    )
+
+
+def _real(path: Path | str) -> Path:
+    return Path(os.path.realpath(path))
+
+
 def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
     """What becomes of a result whose cell was interrupted and stopped."""
     trace = fields["error"].traceback if fields["error"] is not None else ""
@@ -569,8 +652,8 @@ def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
 
 def _ended(end: End, reason: str) -> tuple[str, str, str]:
     """Error, status and a sentence for a cell that took its worker with it."""
-    if end.broken is not None:
-        return "WorkerBroken", "crashed", f"The interpreter could not begin the cell ({end.broken})."
+    if end.broken:
+        return "WorkerBroken", "crashed", "The interpreter could not begin the cell."
     if end.died == "killed":
         return "CellKilled", "killed", f"The cell was killed: {reason}."
     return "WorkerDied", "crashed", f"The cell ended the worker process ({end.died})."

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rlm_runtime.context import Payload
 from rlm_runtime.errors import ContextError
-from rlm_runtime.repl.worker.folder import files_under
 
 FOLDER_COPY = 256 << 20  # bytes that may be copied where files cannot be linked
 
@@ -17,12 +16,8 @@ FOLDER_COPY = 256 << 20  # bytes that may be copied where files cannot be linked
 def linked_into(payload: Payload, place: Path) -> Payload:
     """A folder payload with its files linked, or copied, to where a running worker may read. Raises ContextError."""
     place.mkdir(mode=0o700)
-    named = payload.args.get("files")
-    if named is None:
-        root = str(payload.path)
-        named = [(os.path.relpath(path, root), path) for path in files_under(root)]
     copied, files = 0, []
-    for i, (name, path) in enumerate(named):
+    for i, (name, path) in enumerate(payload.args["files"]):
         target = place / str(i)
         try:
             os.link(path, target, follow_symlinks=False)

@@ -13,7 +13,7 @@ from rlm_runtime.repl.workdir import WorkDir
 
 def python_argv(executable: str | None = None) -> list[str]:
     """Python without site packages, user settings and PYTHON* variables."""
-    return [executable or sys.executable, "-I", "-S", "-X", "utf8", str(WORKER / "main.py")]
+    return [executable or os.path.abspath(sys.executable), "-I", "-S", "-X", "utf8", str(WORKER / "main.py")]
 
 
 class LocalEnvironment(HostedEnvironment):
@@ -25,7 +25,7 @@ class LocalEnvironment(HostedEnvironment):
     def _launch(self, folder: WorkDir) -> Launch:
         self.parent = os.getpid() if not self.wrapper else None
         env = sandbox.environment(str(folder.scratch))
-        return Launch(lambda fd: [*self.wrapper, *python_argv(), str(fd)], env, str(folder.scratch))
+        return Launch(lambda fd: [*self.wrapper, *python_argv(), str(fd)], env)
 
 
 class UnconfinedEnvironment(LocalEnvironment):

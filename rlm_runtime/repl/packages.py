@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlm_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Allowed:
 
 def resolve(names: Iterable[str]) -> Allowed:
     """The named distributions and those they need, as far as they are installed. Raises UsageError for one that is not."""
+    from importlib import metadata  # takes a while, and most runs name no package
+
     todo = [(name, True) for name in names]
     seen: set[str] = set()
     sites: dict[str, None] = {}

@@ -87,7 +87,7 @@ class Process:
                     stack.callback(_close, fd)
                 return ends
 
-            options = dict(env=launch.env, cwd=launch.cwd, close_fds=True, start_new_session=True)
+            options = dict(env=launch.env, cwd="/", close_fds=True, start_new_session=True)
             stderr_r, stderr_w = pipe()
             if launch.stdio:
                 in_r, in_w = pipe()
@@ -379,10 +379,21 @@ class Process:
 
 
 class Launch:
-    """How a worker is started. `argv(fd)`: the command, given the number of the channel's descriptor (None: stdio)."""
+    """How a worker is started. `argv(fd)`: the command, given the number of the channel's descriptor (None: stdio).
 
-    def __init__(self, argv, env: dict[str, str], cwd: str | None, *, stdio: bool = False, group: bool = True):
-        self.argv, self.env, self.cwd, self.stdio, self.group = argv, env, cwd, stdio, group
+    It starts in `/`: nothing that the loader or the interpreter looks for in the current folder is a cell's. The worker
+    goes to its work folder once it has locked itself in.
+    """
+
+    def __init__(
+        self,
+        argv: Callable[[int | None], list[str]],
+        env: dict[str, str],
+        *,
+        stdio: bool = False,
+        group: bool = True,
+    ):
+        self.argv, self.env, self.stdio, self.group = argv, env, stdio, group
 
 
 def _close(fd: int) -> None:

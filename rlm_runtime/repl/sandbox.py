@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 
 from rlm_runtime.errors import SandboxError, UsageError
@@ -44,17 +45,40 @@ class SandboxPolicy(Frozen):
 
 def environment(scratch: str) -> dict[str, str]:
     """All the environment variables a worker gets."""
-    passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    passed = {name: folders for name in PASSED_ON if (folders := fixed_folders(os.environ.get(name, "")))}
     return ENVIRONMENT | passed | {"HOME": scratch, "TMPDIR": scratch}
 
 
-def report(kind: str, layers: Mapping[str, str], policy: SandboxPolicy, required: tuple[str, ...]) -> SandboxReport:
-    """The report of a worker. Raises SandboxError for a required layer that is not active."""
+def fixed_folders(value: str) -> str:
+    """A search path without the entries that mean another folder to another process.
+
+    The loader reads an empty or relative entry as the current folder, and `;` as a separator too. Links are followed
+    here, since /proc/self/cwd is absolute as well.
+    """
+    entries = [entry for entry in re.split("[:;]", value) if os.path.isabs(entry) and os.path.isdir(entry)]
+    return ":".join(dict.fromkeys(os.path.realpath(entry) for entry in entries))
+
+
+def report(
+    kind: str,
+    layers: Mapping[str, str],
+    policy: SandboxPolicy,
+    required: tuple[str, ...],
+    before: SandboxReport | None = None,
+) -> SandboxReport:
+    """The report of a worker; `before`: of the one in whose place it was started. Raises SandboxError for a required
+    layer that is not active."""
     missing = tuple(name for name in required if not layers.get(name, "missing").startswith(("active", "scrubbed")))
     refused = [name for name in missing if name not in policy.allow_missing]
     if refused:
         about = LAYERS | OUTER
         why = "\n".join(f"  {name} ({about[name]}): {layers.get(name, 'missing: not reported')}" for name in refused)
+        if before is not None:  # cells have run: what they did, or a full disk, is no reason to go without a sandbox
+            raise SandboxError(
+                f"A worker of the REPL was started anew and could not be locked in as the one before it:\n{why}\n"
+                "No code was run in it. These layers were active when the run began, so this system has them: start "
+                "the run again."
+            )
         names = ", ".join(repr(name) for name in (*policy.allow_missing, *refused))
         raise SandboxError(
             f"The sandbox of the REPL is not complete, so no code was run:\n{why}\n"

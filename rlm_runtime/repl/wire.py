@@ -16,18 +16,22 @@ from pydantic import ValidationError
 from rlm_runtime.repl.base import Answer, CellError, Request
 
 DEPTH = 100
-VALUES = 2_000_000  # commas and brackets of one frame, and strings
+VALUES = 200_000  # commas, colons and brackets of one frame: what the decoder makes in some 50 ms
+BARE = 8 << 20  # bytes of one frame outside of strings
 DIGITS = 1_100  # in a row
+FEW = 1_000  # strings that are looked for one by one
 VARIABLES, NAME, DESCRIPTION = 220, 200, 300
+MORE_VARIABLES = "more variables; SHOW_VARS() lists all"
 MESSAGE, TRACEBACK = 4_000, 10_000
 
-_strings = re.compile(
-    rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL
-)  # an unclosed one ends the text, also with a backslash there: never quadratic
 _not_brackets = bytes(set(range(256)) - set(b"[]{}"))
 _step = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 _digits = bytes.maketrans(b"123456789", b"000000000")
+# What a variable is, in words that stand among the runtime's own: a type's name and a size, and no sentence.
+_described = re.compile(r"[\w.]+(, [\d,]+ (items|characters|bytes))?|array of shape \([\d, ]*\), \S{1,40}")
+# One that stands alone, before pairs are told from it: an emoji is a pair.
 _surrogate = re.compile(rb"\\u[dD][89a-fA-F]")
+_pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
 class Bad(ValueError):
@@ -78,10 +82,10 @@ def encode(message: dict[str, Any]) -> bytes:
 
 def decode(line: bytes) -> dict[str, Any]:
     """The object of a line; every string in it is valid Unicode. Raises Bad."""
-    if line.count(b'"') - line.count(b'\\"') > 4 * VALUES:  # before they are looked at one by one
-        raise Bad(f"more than {VALUES:,} strings")
-    bare = _strings.sub(b"", line)
-    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > VALUES:
+    bare = outside_strings(line)
+    if len(bare) > BARE:
+        raise Bad(f"more than {BARE >> 20} MiB outside of strings")
+    if sum(map(bare.count, (b",", b":", b"[", b"{"))) > VALUES:
         raise Bad(f"more than {VALUES:,} values")
     brackets = bare.translate(None, _not_brackets)
     if max(itertools.accumulate(map(_step.__getitem__, brackets)), default=0) > DEPTH:
@@ -94,7 +98,26 @@ def decode(line: bytes) -> dict[str, Any]:
         raise Bad(f"not JSON: {str(error)[:100]}") from None
     if not isinstance(message, dict):
         raise Bad("not an object")
-    return clean(message) if _surrogate.search(line) else message
+    alone = _surrogate.search(line) and _surrogate.search(_pair.sub(b"", line))
+    return clean(message) if alone else message
+
+
+def outside_strings(line: bytes) -> bytes:
+    """The line without its strings. Where it is no JSON, right up to the place at which a decoder stops. Raises Bad."""
+    if b"\\" in line:
+        line = line.replace(b"\\\\", b"").replace(b'\\"', b"")
+    quotes = line.count(b'"')
+    if quotes > 2 * VALUES:
+        raise Bad(f"more than {VALUES:,} strings")
+    if quotes > FEW:
+        return b"".join(line.split(b'"')[::2])
+    parts, at = [], 0
+    while at >= 0:  # a long string is passed over, not copied
+        start = line.find(b'"', at)
+        parts.append(line[at:] if start < 0 else line[at:start])
+        end = line.find(b'"', start + 1) if start >= 0 else -1
+        at = end + 1 if end >= 0 else -1
+    return b"".join(parts)
 
 
 def _constant(name: str):
@@ -197,7 +220,12 @@ def _variables(value: Any) -> dict[str, str]:
         raise Bad("not a list of variables")
     if not all(isinstance(v, str) for v in value.values()):
         raise Bad("not a list of variables")
-    return {cut(k, NAME): cut(v, DESCRIPTION) for k, v in value.items()}
+    found = {
+        k[:NAME]: v if len(v) <= DESCRIPTION and _described.fullmatch(v) else "object"
+        for k, v in value.items()
+        if k.isidentifier()
+    }
+    return found | ({"...": MORE_VARIABLES} if "..." in value else {})
 
 
 def _text(message: dict[str, Any], key: str) -> str:

@@ -25,14 +25,19 @@ class WorkDir:
     `said`: memory the worker shares with us, where the beginning of what a cell prints can be found after its death."""
 
     def __init__(self, parent: str | None = None):
-        parent = parent or tempfile.gettempdir()
+        parent = os.path.realpath(parent or tempfile.gettempdir())  # as the kernel names what lies in it
         self.root = Path(parent) / f"{PREFIX}-{os.getuid()}-{_me()}-{secrets.token_hex(8)}"
         self.root.mkdir(mode=0o700)
         self.scratch, self.inbox, self.canary = self.root / "scratch", self.root / "inbox", self.root / "canary"
-        self.scratch.mkdir(mode=0o700)
+        self.said = self.root / "said"
         self.inbox.mkdir(mode=0o700)
         self.canary.write_text("the worker must not be able to read this\n")
-        self.said = self.root / "said"
+        self.renew()
+
+    def renew(self) -> None:
+        """What a worker may write in, made anew: no cell has touched it. Raises OSError."""
+        self.scratch.mkdir(mode=0o700, exist_ok=True)
+        self.said.unlink(missing_ok=True)
         self.said.write_bytes(bytes(2 * MIRROR))
 
     def last_words(self) -> dict[str, str]:
@@ -48,11 +53,11 @@ class WorkDir:
             words[name] = part[8 : 8 + size].decode("utf-8", "replace")
         return words
 
-    def new_scratch(self) -> Path:
-        """An empty work folder; the path of the old one, which is still to be removed (that can take a while)."""
+    def set_aside(self) -> Path:
+        """Where the work folder of a worker that is gone lies now, to be removed (that can take a while)."""
         old = self.root / f"old-{secrets.token_hex(4)}"
-        os.rename(self.scratch, old)
-        self.scratch.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):
+            os.rename(self.scratch, old)
         return old
 
     def remove(self) -> None:
@@ -148,8 +153,51 @@ def _is_folder(name: str, where: int) -> bool:
         return False
 
 
+class Watch:
+    """The files of a worker against their bound. A look at all of them takes its time; how much the disk has filled up
+    since the last one takes none, and says when the next one cannot wait."""
+
+    FASTEST = 4 << 30  # bytes a second that a worker may write
+
+    def __init__(self, folder: Path, allowed: int, files: int):
+        self._folder, self._allowed, self._files = folder, allowed, files
+        self._known = self._grown = 0  # bytes at the last look, and what the disk has filled up since
+        self._free = self._free_now()
+
+    def _free_now(self) -> int:
+        try:
+            disk = os.statvfs(self._folder)
+        except OSError:
+            return 0
+        return disk.f_bfree * disk.f_frsize
+
+    def glance(self) -> float:
+        """Seconds in which the bound cannot be passed; 0 where it may have been, by this worker or anybody else."""
+        free = self._free_now()
+        self._grown += max(self._free - free, 0)  # what others have freed meanwhile is not the worker's
+        self._free = free
+        return max(self._allowed - self._known - self._grown, 0) / self.FASTEST
+
+    def look(self, pid: int) -> str | None:
+        """What is wrong with the files: too many bytes on disk, named or not, too many files, too deep."""
+        self._grown, self._free = 0, self._free_now()
+        named, wrong = _measured(self._folder, self._allowed, self._files)
+        if wrong is not None:
+            return wrong
+        nameless = unlinked(pid, self._folder, self._allowed)
+        self._known = named + nameless
+        if self._known > self._allowed:
+            return f"more than {self._allowed >> 20} MiB in the work folder and in files without a name"
+        return None
+
+
 def measure(folder: Path, bytes_allowed: int, files_allowed: int) -> str | None:
     """What is wrong with a work folder: too many bytes on disk, too many files, too deep; None if nothing is."""
+    return _measured(folder, bytes_allowed, files_allowed)[1]
+
+
+def _measured(folder: Path, bytes_allowed: int, files_allowed: int) -> tuple[int, str | None]:
+    """Bytes on disk, and what is wrong."""
     total, count = 0, 0
     level = [os.fspath(folder)]
     for _ in range(DEPTH):
@@ -160,24 +208,24 @@ def measure(folder: Path, bytes_allowed: int, files_allowed: int) -> str | None:
                     for entry in entries:
                         count += 1
                         if count > files_allowed:
-                            return f"more than {files_allowed:,} files in the work folder"
+                            return total, f"more than {files_allowed:,} files in the work folder"
                         try:
                             status = entry.stat(follow_symlinks=False)
                         except OSError:
                             continue  # just removed
                         total += status.st_blocks * 512
                         if total > bytes_allowed:
-                            return f"more than {bytes_allowed >> 20} MiB in the work folder"
+                            return total, f"more than {bytes_allowed >> 20} MiB in the work folder"
                         if stat.S_ISDIR(status.st_mode):
                             below.append(entry.path)
             except FileNotFoundError:
                 continue
             except OSError as error:
-                return f"a folder in the work folder that cannot be read ({error.strerror})"
+                return total, f"a folder in the work folder that cannot be read ({error.strerror})"
         if not below:
-            return None
+            return total, None
         level = below
-    return f"folders nested deeper than {DEPTH} in the work folder"
+    return total, f"folders nested deeper than {DEPTH} in the work folder"
 
 
 def unlinked(pid: int, scratch: Path, allowed: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from rlm_runtime.rlm.results import RLMResult
 from rlm_runtime.rlm.run import CancelEvent, Place, Run
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tools, toolbox
+from rlm_runtime.trajectory import AnyEvent
 
 if TYPE_CHECKING:
     from rlm_runtime.session import Session
@@ -44,12 +47,16 @@ class RLM:
       log_dir: where runs leave their trajectories, a folder each; None: in memory, up to a bound.
       system_prompt: instead of the built-in one, for the root; `{repl}`, `{limits}`, `{finish}` in it stand for the
         sections that describe this REPL.
+      tips: a text, or several, on how contexts of this kind are best worked. The root gets them with its first task,
+        apart from the system prompt, so that they can be switched and measured (`rlm eval --modes rlm,rlm+tips`).
       prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name.
       sub_system_prompt: a system message before the prompt of every plain sub-LM call; default: none, or with
         `sub_tools` one that says what they are for.
       compact_at: share of the root model's window at which its history is replaced by a summary; `window`: tokens of
         the window, for models that do not say.
-      on_event: called with every event of the trajectory as it happens.
+      on_event: called with every event of the trajectory as it happens; or an object whose `for_run(run_id)` gives
+        such a function for each run.
+      verbose: show progress on standard error: turns, code, outputs, tokens.
       sampling: a `Sampling` or a dict, for all calls; root_sampling, sub_sampling: instead of it, for nodes that lead
         and for plain calls.
       sub_rounds: rounds of tool calls a sub-LM may take before it must answer.
@@ -77,10 +84,12 @@ class RLM:
         log_dir: Path | str | None = None,
         system_prompt: str | None = None,
         prompt_variant: str | None = None,
+        tips: str | Sequence[str] | None = None,
         sub_system_prompt: str | None = None,
         compact_at: float = 0.85,
         window: int | None = None,
         on_event: Callable[[Any], None] | None = None,
+        verbose: bool = False,
         sampling: Sampling | Mapping[str, Any] | None = None,
         root_sampling: Sampling | Mapping[str, Any] | None = None,
         sub_sampling: Sampling | Mapping[str, Any] | None = None,
@@ -95,9 +104,10 @@ class RLM:
             raise UsageError(f"prompt_variant: expected one of {', '.join(VARIANTS)}, got {prompt_variant!r}.")
         if isinstance(compact_at, bool) or not isinstance(compact_at, int | float) or not 0.1 <= compact_at <= 1:
             raise UsageError(f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}.")
-        if on_event is not None and not callable(on_event):
+        if on_event is not None and not callable(on_event) and not hasattr(on_event, "for_run"):
             raise UsageError(f"on_event: expected a function of one event, got {on_event!r}.")
-        name, make = _environment(environment, dict(environment_options or {}))
+        environment_options = dict(environment_options or {})
+        name, make = _environment(environment, environment_options)
         root_lm = options.check_lm(root, "root")
         sub_lm = root_lm if sub is None or sub == root else options.check_lm(sub, "sub")
         self._options = options.Options(
@@ -117,10 +127,13 @@ class RLM:
             log_dir=Path(log_dir) if log_dir is not None else None,
             system_prompt=system_prompt,
             prompt_variant=prompt_variant,
+            tips=options.check_tips(tips),
+            packages=tuple(environment_options.get("packages", ())),
             sub_system_prompt=sub_system_prompt,
             compact_at=compact_at,
             window=None if window is None else check_int("window", window, 256),
             on_event=on_event,
+            verbose=bool(verbose),
             root_sampling=options.check_model(
                 "root_sampling", Sampling, sampling if root_sampling is None else root_sampling
             ),
@@ -143,7 +156,8 @@ class RLM:
         output: Any = None,
         cancel: CancelEvent | None = None,
     ) -> RLMResult:
-        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, or the Path of a file or folder.
+        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, a DataFrame, the Path of a file or
+        folder, a list of Paths, or a `Context`.
 
         `output`: a pydantic model, a type or a JSON schema that the answer must fit. Setting `cancel` ends the run with
         what it has, and so does a first Ctrl-C. Raises UsageError and ContextError for wrong arguments, and LMError or
@@ -166,7 +180,9 @@ class RLM:
     ) -> RLMResult:
         """As `completion`. Cancelling the task ends the run, its calls and workers, and raises CancelledError, whose
         attribute `result` is the partial result."""
-        return await self.start(prompt, question, output=output, cancel=cancel).to_the_end()
+        shape = Shape.of(output) if output is not None else None
+        context = await acontext_of(prompt, question)
+        return await Run(self._options, context, question, shape, cancel=cancel).to_the_end()
 
     def start(
         self,
@@ -179,6 +195,26 @@ class RLM:
         """Begin a completion in the running event loop: `run.cancel()`, `await run.result()`."""
         shape = Shape.of(output) if output is not None else None
         return Run(self._options, context_of(prompt, question), question, shape, cancel=cancel)
+
+    async def stream(
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
+    ) -> AsyncIterator[AnyEvent]:
+        """The events of a completion as they happen; the last one, a `RunEnd`, holds the answer.
+
+        Raises what `completion` raises, at the end. Leaving the loop early ends the run once the iterator is closed
+        (`contextlib.aclosing` does it at once)."""
+        run = self.start(prompt, question, output=output, cancel=cancel)
+        try:
+            async for event in run.events():
+                yield event
+            await run.result()
+        finally:
+            await run.end()
 
     # -- many completions -----------------------------------------------------------------------------------------------
     def session(self) -> Session:
@@ -221,7 +257,17 @@ class RLM:
 def context_of(prompt: Any, question: str | None) -> Context:
     if question is not None and not isinstance(question, str):
         raise UsageError(f"question: expected a text, got {type(question).__name__}.")
-    return prompt if isinstance(prompt, Context) else Context.of(prompt)
+    return Context.of(prompt)
+
+
+async def acontext_of(prompt: Any, question: str | None) -> Context:
+    """As `context_of`; what reads files does so in a thread, as a document or a large folder takes seconds."""
+    of_paths = isinstance(prompt, os.PathLike) or (
+        isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], os.PathLike)
+    )
+    if of_paths and (question is None or isinstance(question, str)):
+        return await asyncio.to_thread(Context.of, prompt)
+    return context_of(prompt, question)
 
 
 def _values(by_depth: Mapping[int, Any] | Sequence[Any] | None) -> list[Any]:

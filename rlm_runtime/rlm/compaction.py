@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import Message
+from rlm_runtime.replies.reader import read
+from rlm_runtime.replies.thinking import clean
 from rlm_runtime.trajectory import Compacted
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ async def _summary(node: Node) -> str:
     """Ask for it; where even that is too long for the model, without the middle of the conversation."""
     messages = list(node.history.messages)
     request = Message(role="user", content=prompts.compaction())
+    text, empty = "", False  # an empty summary is asked for once more
     for attempt in range(SHORTENINGS):
         try:
             reply = await node.call([*messages, request], estimate=node.lm.count_tokens([*messages, request]))
@@ -64,6 +67,8 @@ async def _summary(node: Node) -> str:
                 raise
             messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]  # whole exchanges
             continue
-        text = parsing.parse(reply).kept.strip() or reply.text.strip()
-        return text or "(no summary was given)"
-    raise AssertionError("unreachable")
+        text = (await read(len(reply.text), clean, reply.text)).text.strip() or reply.text.strip()
+        if text or empty:
+            break
+        empty = True
+    return text or "(no summary was given)"  # the whole conversation is still in `history`

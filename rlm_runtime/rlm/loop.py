@@ -10,22 +10,29 @@ import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlm_runtime import parsing, prompts
+from rlm_runtime import prompts
 from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
 from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
+from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.rlm import compaction
 from rlm_runtime.rlm.history import History
-from rlm_runtime.rlm.results import ANSWERED, ERROR, TURNS, Ending, at_limit
+from rlm_runtime.rlm.repeats import Repeats
+from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
 from rlm_runtime.rlm.subcalls import Spawn, SubCalls
 from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
 from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nudged, Replied, SandboxUp
 
+if TYPE_CHECKING:
+    from rlm_runtime import parsing
+
+WARM_SECONDS = 0.25  # after the first request, which is on its way by then; models take longer to reply
+SPAWN_SECONDS = 0.02  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
 
@@ -60,7 +67,9 @@ class Node:
         self.best: Any = None
         self.last_text = ""
         self.interrupted = False  # a cell was running when the loop was stopped
-        self._asked_for_none = False
+        self._asked_for_none = self._asked_for_plan = False
+        self._repeats = Repeats()
+        self._noted = 0  # how many of the tree's notes this node was told
 
     @property
     def is_root(self) -> bool:
@@ -70,10 +79,13 @@ class Node:
     async def start(self, context: Context) -> None:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
-        if warm := getattr(self.lm, "warm", None):
-            warm()  # the model's client is imported while the worker starts
-        report = await self.environment.start(context, tuple(t.info() for t in self.tools.values()))
-        self.tree.emit(ContextLoaded(node=self.id, **self.tree.writer.context_fields(context)))
+        if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
+            asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
+        tools = tuple(t.info() for t in self.tools.values())
+        record = asyncio.to_thread(self.tree.writer.context_fields, context, whole=self.is_root)
+        # The record hashes a long text, and may store it.
+        report, fields = await asyncio.gather(self.environment.start(context, tools), record)
+        self.tree.emit(ContextLoaded(node=self.id, **fields))
         seconds = round(time.monotonic() - began, 6)
         limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
         up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}
@@ -90,6 +102,8 @@ class Node:
                 ending = await self._turn()
                 if ending is not None:
                     return ending
+                if self._repeats.count >= (self.tree.ledger.budget.repeats or self._repeats.count + 1):
+                    return await self.last_call(at_limit("repeats"), self._repeats.why)
                 most = self.tree.ledger.budget.consecutive_errors
                 if most is not None and self.errors >= most:
                     why = f"{self.errors} failed cells or unusable replies in a row."
@@ -98,7 +112,7 @@ class Node:
             self.tree.note_budget(self.id, self.turns, refused=e.limit)
             return await self.last_call(at_limit(e.limit), str(e))
         except RlmError as e:  # the model or the sandbox failed for good
-            return self._failed(e)
+            return await self._failed(e)
 
     async def _turn(self) -> Ending | None:
         """One reply and its cells. Raises BudgetExceeded, LMError, SandboxError."""
@@ -106,7 +120,7 @@ class Node:
         self.turn += 1
         self.turns += 1
         self.cell = 0
-        parsed = parsing.parse(reply, tools=self.tools)
+        parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         report: list[CellResult] = []
         problem = None
@@ -115,16 +129,17 @@ class Node:
         for self.cell, code in enumerate(cells, 1):
             result = await self._cell(code)
             report.append(result)
-            ending, problem = self._finished(result)
+            ending, problem = await self._finished(result)
             if ending is not None or problem is not None or result.status != "ok":
                 break
         if problem is not None:
             await self.environment.reset_answer()
         usable = bool(cells)
         if not usable and parsed.final is not None and ending is None:
-            ending, problem = self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
+            ending, problem = await self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
             usable = ending is not None
-        for nudge in parsed.nudges if ending is None else ():
+        nudges = (*parsed.nudges, *self._repeats.turn(parsed, report))
+        for nudge in nudges if ending is None else ():
             self.tree.emit(Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text))
         if report:
             self.history.say(prompts.cell_report(report, skipped=len(cells) - len(report)))
@@ -134,8 +149,11 @@ class Node:
             self.errors += 1
         if problem is not None:
             self.history.say(problem)
-        self.history.say(prompts.nudged(n.text for n in parsed.nudges))
+        self.history.say(prompts.nudged(n.text for n in nudges))
         if ending is None:
+            for note in self.tree.notes[self._noted :]:
+                self.history.say(note)
+            self._noted = len(self.tree.notes)
             if left := self.tree.ledger.running_low():
                 self.history.say(prompts.remaining(left))
             self.history.say(prompts.turn(self.turn + 1, self.tree.ledger.budget.turns))
@@ -156,29 +174,45 @@ class Node:
         if result.answer.content is not None:
             self.best = result.answer.content
 
-    def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
+    async def _parsed(self, reply: Reply) -> parsing.Parsed:
+        size = len(reply.text) + sum(size_of(call.arguments) for call in reply.tool_calls)
+        return await read(size, _parsing().parse, reply, tools=self.tools)
+
+    async def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
         """The ending where the answer is ready and good, or what to tell the model where it is not."""
         if not result.answer.ready:
             return None, None
-        return self._accept(result.answer.content)
+        return await self._accept(result.answer.content)
 
-    def _accept(self, content: Any) -> tuple[Ending | None, str | None]:
+    async def _accept(self, content: Any) -> tuple[Ending | None, str | None]:
+        if self._is_plan(content):
+            return None, prompts.plan_not_answer()
         if self.shape is None:
             if content is None and not self._asked_for_none:
                 self._asked_for_none = True  # once: a model that means it says so again
                 return None, prompts.empty_answer()
             return Ending(ANSWERED, answer=content, text=_text(content)), None
-        value, problem = self.shape.check(content)
+        value, problem = await read(size_of(content), self.shape.check, content)
         if problem is not None:
             return None, self._refused(problem)
         return Ending(ANSWERED, answer=value, text=_text(content)), None
 
-    def _accept_text(self, *readings: str) -> tuple[Ending | None, str | None]:
+    def _is_plan(self, content: Any) -> bool:
+        """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
+        it says so again."""
+        if self.turn > 1 or self._asked_for_plan or not _parsing().is_plan(content):
+            return False
+        self._asked_for_plan = True
+        return True
+
+    async def _accept_text(self, *readings: str) -> tuple[Ending | None, str | None]:
         """An answer given as text outside a cell; with a shape, the first reading that fits it."""
+        if self._is_plan(readings[-1]):
+            return None, prompts.plan_not_answer()
         if self.shape is None:
             return Ending(ANSWERED, answer=readings[-1], text=readings[-1]), None
         for text in readings:
-            value, problem = self.shape.read(text)
+            value, problem = await read(len(text), self.shape.read, text)
             if problem is None:
                 return Ending(ANSWERED, answer=value, text=text), None
         return None, self._refused(problem)
@@ -223,6 +257,9 @@ class Node:
         if self.is_root and not last:  # room for this turn's report and the last call's own words
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self._began = time.monotonic()
+        if self.turn == 0:
+            loop = asyncio.get_running_loop()
+            loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing)
         return await self.tree.ask(
             self.lm,
             messages,
@@ -235,9 +272,11 @@ class Node:
 
     def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
         """Enter a reply into history and record."""
+        parsing = _parsing()
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
-        self.last_text = parsed.kept if parsed.kept != parsing.EMPTY else self.last_text
+        if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
+            self.last_text = parsed.kept
         self.tree.emit(
             Replied(
                 node=self.id,
@@ -267,13 +306,14 @@ class Node:
                     self.history.say(problem)
         except (RlmError, TimeoutError) as e:
             trouble = str(e) or f"the last call took more than {seconds:g} s."
-        return self.salvaged(reason, why if trouble is None else f"{why} {trouble}")
+        return await self.salvaged(reason, why if trouble is None else f"{why} {trouble}")
 
     async def _last_reply(self, reason: str, why: str) -> tuple[Ending | None, str]:
         self.turn += 1
         self.cell = 0
         reply = await self._ask(self.turn, last=True)
-        parsed = parsing.parse(reply, tools=self.tools)
+        parsing = _parsing()
+        parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
         if parsed.cells or found == parsing.EMPTY:
@@ -289,25 +329,27 @@ class Node:
             return None, "The last reply held no answer."
         if self.shape is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why), ""
-        value, problem = self.shape.read(found)
+        value, problem = await read(size_of(found), self.shape.read, found)
         if problem is None:
             return Ending(reason, answer=value, text=_text(found), partial=True, error=why), ""
         return None, self.shape.complaint(problem)
 
-    def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
-        """The best there is without asking: what `answer` held, else the last reply."""
-        found = self.best if self.best is not None else (self.last_text or None)
+    async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
+        """The best there is without asking: what `answer` held, else the last reply in prose. A run that was cancelled
+        was not asked to come to an end, so what it said last is no answer."""
+        found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
         if self.shape is None or found is None:
             return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
-        value, problem = self.shape.read(found)
+        value, problem = await read(size_of(found), self.shape.read, found)
         if problem is not None:
             why = f"{why} No answer fitted the schema: {problem}"
         return Ending(reason, answer=value, text=_text(found), partial=True, error=why, cause=cause)
 
-    def _failed(self, error: RlmError) -> Ending:
+    async def _failed(self, error: RlmError) -> Ending:
         """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
         kind = error.kind if isinstance(error, LMError) else type(error).__name__
-        return replace(self.salvaged(ERROR, str(error), cause=None if self.best is not None else error), kind=kind)
+        salvaged = await self.salvaged(ERROR, str(error), cause=None if self.best is not None else error)
+        return replace(salvaged, kind=kind)
 
     async def look_again(self) -> Ending | None:
         """After an interrupted cell: the answer it may have finished, or at least its content in `best`. Bounded in
@@ -319,8 +361,15 @@ class Node:
             async with asyncio.timeout(SALVAGE_SECONDS):
                 result = await self.environment.run("pass", _refuse)
                 self._look(result)
-                return self._finished(result)[0]
+                return (await self._finished(result))[0]
         return None
+
+
+def _parsing() -> Any:
+    """The parser of replies, imported while the first one is awaited."""
+    from rlm_runtime import parsing
+
+    return parsing
 
 
 async def _refuse(request: Request) -> list[Outcome]:

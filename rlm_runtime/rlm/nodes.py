@@ -30,6 +30,7 @@ def system_prompt(node: Node) -> str:
         output_chars=limits.output_chars,
         cell_seconds=limits.cell_seconds,
         tools=tuple(t.info() for t in node.tools.values()),
+        packages=options.packages,
     )
     return prompts.system(
         helpers,
@@ -42,10 +43,10 @@ def system_prompt(node: Node) -> str:
 def open_task(node: Node, context: Context, name: str = "context") -> None:
     """Put the task before the model: with the system prompt in a new history, or as a session's next task."""
     about = context.describe(min(2000, node.tree.options.limits_for(node.lm).output_chars // 4))
-    budget = node.tree.options.budget
+    budget, tips = node.tree.options.budget, node.tree.options.tips if node.is_root else None
     if not node.history.messages:
         node.history = History(system_prompt(node))
-        task = prompts.first_user(node.question, about, budget=budget.model_dump(exclude={"turns"}))
+        task = prompts.first_user(node.question, about, budget=budget.model_dump(exclude={"turns"}), tips=tips)
     else:
         task = prompts.next_context(node.question, about, name)
         if node.shape is not None:  # the system prompt is the first task's

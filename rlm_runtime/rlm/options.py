@@ -14,6 +14,7 @@ from rlm_runtime.budget import Budget
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import LM, Sampling
 from rlm_runtime.repl.base import Environment, Limits
+from rlm_runtime.rlm.blanks import WINDOWS, Windows
 from rlm_runtime.tools import Tool
 
 MakeEnvironment = Callable[[Limits], Environment]
@@ -43,6 +44,8 @@ class Options:
     log_dir: Path | None = None
     system_prompt: str | None = None
     prompt_variant: str | None = None
+    tips: str | None = None
+    packages: tuple[str, ...] = ()  # that cells may import, for the prompt
     sub_system_prompt: str | None = None
     compact_at: float = 0.85
     window: int | None = None
@@ -51,6 +54,8 @@ class Options:
     sub_sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
     sub_rounds: int = 5
     schema_retries: int = 2
+    verbose: bool = False
+    windows: Windows = WINDOWS
 
     def node_lm(self, depth: int) -> LM:
         """The model that leads an RLM node at this depth."""
@@ -66,7 +71,9 @@ class Options:
         raise UsageError(f"unknown model {name!r}; allowed: {allowed}. Leave `model` out for the default.")
 
     def window_of(self, lm: LM) -> int | None:
-        return lm.window or self.window
+        """Tokens the model holds: what it says, else what the user says; less where its endpoint cut a prompt."""
+        known = [w for w in (getattr(lm, "window", None) or self.window, self.windows.of(lm)) if w]
+        return min(known, default=None)
 
     def limits_for(self, lm: LM) -> Limits:
         """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small window."""
@@ -137,6 +144,16 @@ def check_by_depth(value: Mapping[int, Any] | Sequence[Any] | None) -> dict[int,
     }
 
 
+def check_tips(tips: str | Sequence[str] | None) -> str | None:
+    """Tips as one text; several become a list. Raises UsageError."""
+    if tips is None:
+        return None
+    lines = [tips] if isinstance(tips, str) else list(tips)
+    if not all(isinstance(line, str) and line.strip() for line in lines):
+        raise UsageError(f"tips: expected a text, or a list of texts, got {tips!r}.")
+    return "\n".join(line.strip() if isinstance(tips, str) else f"- {line.strip()}" for line in lines) or None
+
+
 def check_prices(options: Options) -> None:
     """A dollar limit over a model of unknown price could not be held. Raises UsageError."""
     if options.budget.usd is None:
@@ -145,5 +162,6 @@ def check_prices(options: Options) -> None:
         if lm.price(1000, 1000) is None:
             raise UsageError(
                 f"budget.usd: the price of {lm.name!r} is unknown, so a dollar limit cannot be held. "
-                "Give the model a price, or limit tokens instead (input_tokens, output_tokens)."
+                "Name the price (--price IN,OUT or --sub-price; in Python price=(IN, OUT); dollars a million tokens), or "
+                "limit tokens instead (input_tokens, output_tokens)."
             )

@@ -7,9 +7,10 @@ end of its trajectory, and has a result.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlm_runtime import __version__, prompts
 from rlm_runtime.budget import Ledger
 from rlm_runtime.context import Context
 from rlm_runtime.errors import BudgetExceeded, Cancelled, RlmError
+from rlm_runtime.lms import redact
 from rlm_runtime.repl.base import Environment
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.loop import Node
@@ -29,7 +31,7 @@ from rlm_runtime.rlm.options import Options
 from rlm_runtime.rlm.results import CANCELLED, ERROR, Ending, RLMResult, at_limit
 from rlm_runtime.rlm.tree import END_SECONDS, Meter, Tree, finish
 from rlm_runtime.structured import Shape
-from rlm_runtime.trajectory import ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
+from rlm_runtime.trajectory import AnyEvent, ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
 
 CANCEL_SECONDS = 20.0  # longest that a cancelled conversation may take to end
 POLL_SECONDS = 0.05
@@ -102,16 +104,43 @@ class Run:
         attribute is the RLMResult with usage and trajectory."""
         return await asyncio.shield(self._task)
 
+    def events(self) -> AsyncIterator[AnyEvent]:
+        """The run's events from this call on, as they happen; the iterator ends with the run. Breaking off does not end
+        the run."""
+        queue: asyncio.Queue[AnyEvent | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(event: AnyEvent | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        self._writer.listen(put)
+        self._task.add_done_callback(lambda _: put(None))
+
+        async def drain() -> AsyncIterator[AnyEvent]:
+            try:
+                while (event := await queue.get()) is not None:
+                    yield event
+            finally:
+                self._writer.unlisten(put)
+
+        return drain()
+
+    async def end(self) -> None:
+        """Cancel, if it still runs, and wait (bounded) for the end. Never raises what the run raised."""
+        if not self._task.done():
+            self.cancel()
+            await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
+        if self._task.done() and not self._task.cancelled():
+            self._task.exception()  # seen, so that nobody warns about it
+
     async def to_the_end(self) -> RLMResult:
         """As `result`, but cancelling the caller cancels the run, waits (bounded) until it has ended, and raises
         CancelledError with the partial result as its attribute `result`."""
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError as e:
-            self.cancel()
-            await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
-            if self._task.done() and not self._task.cancelled():
-                self._task.exception()  # seen: the caller gets the cancellation instead
+            await self.end()
             e.result = self._result
             raise
 
@@ -198,7 +227,8 @@ class Run:
         name = f"context_{place.completions}"
         await node.environment.rebind_context(self._context, name)
         await node.environment.reset_answer()
-        node.tree.emit(ContextLoaded(node=node.id, **self._writer.context_fields(self._context, name)))
+        fields = await asyncio.to_thread(self._writer.context_fields, self._context, name)
+        node.tree.emit(ContextLoaded(node=node.id, **fields))
         open_task(node, self._context, name)
 
     async def _ending(self, node: Node, work: asyncio.Task[Ending]) -> Ending:
@@ -208,17 +238,17 @@ class Run:
                 found = await node.look_again() if work.done() else None
             except asyncio.CancelledError:
                 found = None
-            return found or node.salvaged(CANCELLED, "the run was cancelled.")
+            return found or await node.salvaged(CANCELLED, "the run was cancelled.")
         error = work.exception()
         if error is None:
             return work.result()
         if not isinstance(error, Exception):
             raise error
         if not isinstance(error, RlmError):
-            wrapped = RlmError(f"the run failed: {type(error).__name__}: {error}")
+            wrapped = RlmError(redact.foreign(f"the run failed: {type(error).__name__}: {error}"))
             wrapped.__cause__ = error
             error = wrapped
-        return node.salvaged(ERROR, str(error), cause=error)
+        return await node.salvaged(ERROR, str(error), cause=error)
 
     async def _clean_up(self, tree: Tree) -> None:
         await tree.close()
@@ -237,7 +267,14 @@ class Run:
         folder = None
         if options.log_dir is not None:
             folder = place.folder if place is not None and place.folder else run_folder(options.log_dir, self.id)
-        writer = TrajectoryWriter(folder, options.on_event, append=place is not None and place.folder is not None)
+        on_event = options.on_event
+        if hasattr(on_event, "for_run"):
+            on_event = on_event.for_run(self.id)
+        writer = TrajectoryWriter(folder, on_event, append=place is not None and place.folder is not None)
+        if options.verbose:
+            from rlm_runtime.live import Lines
+
+            writer.listen(Lines())
         if place is not None:
             place.folder = folder
         return writer
@@ -254,6 +291,8 @@ class Run:
             "tools": sorted(options.tools),
             "sub_tools": sorted(options.sub_tools),
             "tool_values": {n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value},
+            "tips": options.tips,
+            "packages": list(options.packages),
             "models": {str(d): m.name for d, m in options.by_depth.items()},
             "output": self._shape.schema if self._shape is not None else None,
         }
@@ -285,11 +324,11 @@ class Run:
         )
         writer.write(end)
         writer.close()
-        notes = []
-        if writer.error is not None:
-            notes.append(f"The trajectory is incomplete ({writer.error}); {writer.dropped} events were not recorded.")
-        elif writer.dropped:
-            notes.append(f"{writer.dropped} events did not fit in memory; pass log_dir=... to record all of them.")
+        notes = [*self._context.notes, *tree.notes]
+        if self._context.keep and writer.folder is not None and self._context.sha256 is None:
+            notes.append("The piped text is too long to be kept with the trajectory; replay needs it as --context.")
+        if writer.note is not None:
+            notes.append(writer.note)
         return RLMResult(
             answer=ending.answer,
             stop_reason=ending.reason,

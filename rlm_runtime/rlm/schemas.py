@@ -12,8 +12,8 @@ from typing import Any
 from rlm_runtime.errors import UsageError
 from rlm_runtime.structured import Shape
 
-LONGEST = 100_000  # characters
-EXPANDED = 5_000  # subschemas, each counted as often as it is referred to
+LONGEST = 50_000  # characters
+EXPANDED = 5_000  # subschemas, and one for eight keys or items of them, each counted as often as it is referred to
 NAMES = ("properties", "$defs", "definitions", "dependentSchemas")  # whose keys are names, not keywords
 DATA = ("enum", "const", "default", "examples", "required", "dependentRequired")
 REFUSED = ("pattern", "patternProperties", "$dynamicRef", "$recursiveRef", "$id", "$anchor", "$dynamicAnchor")
@@ -28,14 +28,15 @@ def shape_of(schema: dict[str, Any]) -> Shape:
 
 
 def _weigh(node: Any, root: dict[str, Any], open_refs: tuple[str, ...], left: list[int]) -> None:
+    if not isinstance(node, list | dict):
+        return
+    left[0] -= 1 + len(node) // 8
+    if left[0] < 0 or len(open_refs) > 50:
+        raise UsageError("schema: too many subschemas; make it flatter.")
     if isinstance(node, list):
         for item in node:
             _weigh(item, root, open_refs, left)
-    if not isinstance(node, dict):
         return
-    left[0] -= 1
-    if left[0] < 0 or len(open_refs) > 50:
-        raise UsageError("schema: too many subschemas; make it flatter.")
     for key, value in node.items():
         if key in REFUSED:
             raise UsageError(f"schema: {key!r} is not supported in sub-calls; check the value in Python instead.")
@@ -44,6 +45,7 @@ def _weigh(node: Any, root: dict[str, Any], open_refs: tuple[str, ...], left: li
                 raise UsageError(
                     f"schema: {value!r} refers to itself; recursive schemas are not supported in sub-calls."
                 )
+            left[0] -= len(value) // 64 if isinstance(value, str) else 0
             _weigh(_resolve(value, root), root, (*open_refs, value), left)
         elif key in ("$defs", "definitions"):
             continue  # counted where they are referred to

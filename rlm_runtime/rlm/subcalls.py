@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlm_runtime import prompts
 from rlm_runtime.errors import LMError, RlmError, UsageError
-from rlm_runtime.lms.base import LM, Message, Reply, ToolCall
+from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, with_ids
 from rlm_runtime.repl.base import Outcome, Request
-from rlm_runtime.rlm import schemas
+from rlm_runtime.replies.reader import read, size_of
+from rlm_runtime.replies.thinking import clean
+from rlm_runtime.rlm import blanks, schemas
 from rlm_runtime.rlm.tree import Meter, in_order, why_not
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool, ToolError
@@ -40,11 +43,42 @@ class SubCalls:
         with self.tree.request():
             if request.method == "tool":
                 return [await self._tool(self.next_id(), request)]
-            shape = _shape_or_error(request.schema_)
+            shape = await _shape_or_error(request.schema_)
             calls = [(self.next_id(), prompt, request, shape) for prompt in request.prompts]
             child = request.method == "rlm" and self.node.depth + 1 < self.tree.options.max_depth
             width = self.tree.options.max_repls if child else self.tree.options.concurrency
-            return await in_order(self._child if child else self._plain, calls, width)
+            if child or self._draws():
+                return await in_order(self._child if child else self._plain, calls, width)
+            return await self._once_each(calls, width)
+
+    def _draws(self) -> bool:
+        """Whether equal prompts are meant to give different replies: a temperature was asked for."""
+        return bool(self.tree.options.sub_sampling.temperature)
+
+    async def _once_each(self, calls: list[tuple[Any, ...]], width: int) -> list[Outcome]:
+        """Equal prompts of a batch are asked once; the others are recorded with the outcome of the first."""
+        if len(calls) == 1:
+            return [await self._plain(*calls[0])]
+        keys = [as_text(prompt) for _, prompt, _, _ in calls]
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        asked = list(first.values())
+        found = dict(zip(asked, await in_order(self._plain, [calls[i] for i in asked], width), strict=True))
+        for i, (id, prompt, request, _) in enumerate(calls):
+            if i not in found:
+                found[i] = await self._again(id, prompt, request, found[first[keys[i]]])
+                if i % 64 == 0:
+                    await asyncio.sleep(0)
+        return [found[i] for i in range(len(calls))]
+
+    async def _again(self, id: str, prompt: Any, request: Request, outcome: Outcome) -> Outcome:
+        async def work() -> Outcome:
+            return outcome
+
+        question = request.question if request.method == "rlm" else None
+        lm_name = request.model or self.tree.options.call_lm(self.node.depth + 1).name
+        return await self._recorded(id, "lm", lm_name, prompt, question, Meter(), work)
 
     # -- one call -----------------------------------------------------------------------------------------------------
     async def _plain(self, id: str, prompt: Any, request: Request, shape: Shape | UsageError | None) -> Outcome:
@@ -149,7 +183,8 @@ class SubCalls:
         options = self.tree.options
         tools = {n: t for n, t in options.sub_tools.items() if not t.is_value}
         specs = [t.spec() for t in tools.values()]
-        rounds, retries, made = 0, 0, 0
+        rounds, retries, made, tries = 0, 0, 0, 0
+        sampling = options.sub_sampling
         while True:
             offered = specs if rounds < options.sub_rounds else []
             reply = await self.tree.ask(
@@ -158,28 +193,39 @@ class SubCalls:
                 depth=depth,
                 meter=meter,
                 calls=1,
-                sampling=options.sub_sampling,
+                sampling=sampling,
                 tools=offered,
                 schema=shape.schema if shape is not None else None,
             )
             if reply.tool_calls and offered:
                 rounds += 1
-                told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(reply.tool_calls, 1)]
+                said = _assistant(reply)
+                told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(said.tool_calls, 1)]
                 made += len(told)
                 results = await in_order(self._sub_tool, told, options.concurrency)
-                messages = [*messages, _assistant(reply), *results]
+                messages = [*messages, said, *results]
                 continue
-            if not reply.text.strip() and reply.tool_calls:
+            found = await read(len(reply.text), clean, reply.text)
+            if not found.text.strip() and reply.tool_calls:
                 raise LMError(f"{lm.name} kept calling tools after {rounds} rounds.", kind="protocol", model=lm.name)
+            blank = blanks.no_answer(lm, reply, found.text)
+            if blank is not None:
+                tries += 1
+                again = blanks.another_try(blank, sampling, tries)
+                if again is None:
+                    raise blank
+                sampling = again
+                continue
             if shape is None:
-                return reply.text
-            value, problem = shape.parse(reply.text)
+                return found.text
+            value, problem = await read(len(found.text), shape.parse, found.text)
             if problem is None:
                 return value
             if retries >= options.schema_retries:
                 raise SchemaError(f"no reply fitted the schema in {retries + 1} tries: {problem}")
             retries += 1
-            messages = [*messages, _assistant(reply), Message(role="user", content=shape.complaint(problem))]
+            said = Message(role="assistant", content=found.text)
+            messages = [*messages, said, Message(role="user", content=shape.complaint(problem))]
 
     def _opened(self, messages: list[Message]) -> list[Message]:
         """With a system message where one is wanted and the prompt does not bring its own."""
@@ -207,10 +253,10 @@ class SchemaError(RlmError):
     kind = "schema"
 
 
-def _shape_or_error(schema: dict[str, Any] | None) -> Shape | UsageError | None:
+async def _shape_or_error(schema: dict[str, Any] | None) -> Shape | UsageError | None:
     """Made once for a batch; an error is then the outcome of each of its calls."""
     try:
-        return schemas.shape_of(schema) if schema is not None else None
+        return await read(4 * size_of(schema), schemas.shape_of, schema) if schema is not None else None
     except UsageError as e:
         return e
 
@@ -223,7 +269,7 @@ async def _outcome(call: Awaitable[Any]) -> Outcome:
 
 
 def _assistant(reply: Reply) -> Message:
-    return Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls)
+    return Message(role="assistant", content=reply.text, tool_calls=with_ids(reply.tool_calls), extra=reply.extra)
 
 
 def as_text(value: Any) -> str:

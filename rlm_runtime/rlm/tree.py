@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from rlm_runtime import prompts
 from rlm_runtime.budget import Ledger
 from rlm_runtime.errors import BudgetExceeded, Cancelled, LMError, RlmError
+from rlm_runtime.lms import redact
 from rlm_runtime.lms.base import LM, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.repl.base import Environment
+from rlm_runtime.rlm import blanks
 from rlm_runtime.rlm.options import Options
 from rlm_runtime.trajectory import AnyEvent, BudgetNote, TrajectoryWriter
 
 T = TypeVar("T")
+log = logging.getLogger("rlm_runtime")
 END_SECONDS = 15.0  # longest wait for what is being closed; past it the run ends all the same
 
 
@@ -40,6 +45,7 @@ class Tree:
     def __init__(self, options: Options, ledger: Ledger, writer: TrajectoryWriter):
         self.options, self.ledger, self.writer = options, ledger, writer
         self.stopped: RlmError | None = None  # why no more sub-calls are made
+        self.notes: list[str] = []  # what every node is told, and the user: an endpoint that cuts prompts
         self._slots = asyncio.Semaphore(options.concurrency)
         # One bound for each depth: a child that waits for its own children never holds what they wait for.
         self._repls: dict[int, asyncio.Semaphore] = {}
@@ -51,6 +57,12 @@ class Tree:
 
     def note_budget(self, node: str, turns: int, refused: str | None = None) -> None:
         self.emit(BudgetNote(node=node, used={"turns": turns, **self.ledger.snapshot()}, refused=refused))
+
+    def _note_cut(self, lm: LM, read: int, messages: Sequence[Message]) -> None:
+        window = self.options.window_of(lm) or read
+        note = prompts.prompt_was_cut(lm.name, read, blanks.least_tokens(messages), window)
+        log.warning("%s", note)
+        self.notes.append(note)
 
     async def ask(
         self,
@@ -73,14 +85,21 @@ class Tree:
         async with self._slots:
             if self.stopped is not None and not last:
                 raise self.stopped
-            budget = self.ledger.budget
+            budget, window = self.ledger.budget, self.options.window_of(lm)
             wanted = sampling.max_tokens
             if estimate is None and (
-                budget.input_tokens is not None or budget.usd is not None or (lm.window and wanted is not None)
+                budget.input_tokens is not None or budget.usd is not None or (window and (wanted is not None or calls))
             ):
                 estimate = lm.count_tokens(messages)
-            if lm.window and wanted is not None and estimate is not None:
-                wanted = max(1, min(wanted, lm.window - estimate))
+            if calls and window and estimate >= window:
+                raise LMError(
+                    f"{lm.name}: the prompt has about {estimate:,} tokens; the model holds {window:,}, its reply "
+                    f"included. Send pieces of at most {prompts.fitting_chars(window):,} characters.",
+                    kind="context_overflow",
+                    model=lm.name,
+                )
+            if window and wanted is not None and estimate is not None:
+                wanted = max(1, min(wanted, window - estimate))
             reservation = await self.ledger.reserve(
                 calls=calls, input_tokens=estimate or 0, max_tokens=wanted, price=lm.price, last=last
             )
@@ -91,8 +110,11 @@ class Tree:
             except LMError:
                 raise
             except Exception as e:  # an LM is anything with the right methods: its bugs end a call, not the host
-                raise LMError(f"{lm.name}: {type(e).__name__}: {e}", kind="protocol", model=lm.name) from e
+                said = redact.foreign(f"{type(e).__name__}: {e}")
+                raise LMError(f"{lm.name}: {said}", kind="protocol", model=lm.name) from e
             else:
+                if self.options.windows.watch(lm, messages, reply.usage):
+                    self._note_cut(lm, reply.usage.input_tokens, messages)
                 usage = reply.usage
                 if not usage.input_tokens and not usage.output_tokens:  # an endpoint that does not count
                     answer = Message(role="assistant", content=reply.text)

@@ -188,7 +188,7 @@ def _gather(files: dict[str, Path], messages: list[dict[str, Any]], folder: Path
         files = {**files, name: path}
     for path in files.values():
         _text(path)
-    return Context("folder", files=tuple(files.items()))
+    return Context.several(files)
 
 
 def _text(path: Path) -> Context:

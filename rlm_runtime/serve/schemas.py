@@ -120,6 +120,7 @@ class BudgetOptions(Wire):
     usd: Annotated[float, Field(gt=0, le=1e9)] | None = None
     seconds: Annotated[float, Field(gt=0, le=1e9)] | None = None
     consecutive_errors: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    repeats: Annotated[int, Field(ge=2, le=10_000)] | None = None
 
 
 class RlmOptions(Wire):

@@ -70,6 +70,7 @@ class Task:
     about = ""
     per_context = 1  # questions asked about one context
     bounded = False  # there is a largest length
+    tips = ""  # how contexts of this kind are best worked: what the mode rlm+tips adds
     reply_tokens = 128  # left of the length for the reply, as RULER does
 
     def example(

@@ -46,6 +46,11 @@ class CodeQA(Task):
     """Knobs: `root`: the folder (default: the standard library, tests left out); `tests`: tests and the rest as well."""
 
     name = "codeqa"
+    tips = (
+        "The context holds Python files, each after a line with its path. Split it into files, parse each with the module "
+        "ast, and answer from the syntax trees: ast.walk finds calls, definitions and imports that a search for text "
+        "confuses. No model call is needed."
+    )
     per_context = 10
     bounded = True
 

@@ -22,13 +22,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlm_runtime.errors import LMError, RlmError, SandboxError, UsageError
 from rlm_runtime.lms.base import LM, Message, Sampling, Usage
+from rlm_runtime.rlm.blanks import no_answer
 from rlm_runtime.tasks import get, parse_length
 from rlm_runtime.tasks.base import Example, Task, Tokens, text_of
 from rlm_runtime.tasks.results import Row, Summary, append_row, read_rows, summarize, table, write_summaries
+
+if TYPE_CHECKING:
+    from rlm_runtime.rlm import RLM
 
 BASE_LIMIT = 2_000_000  # tokens: more is not sent to a model whose window nobody knows
 SHOWN = 2000  # characters of a reply, question or answer kept in a row
@@ -71,7 +75,8 @@ def evaluate(
       tasks: names as in `tasks.TASKS`, with knobs ("s_niah:values=4"), or Task objects.
       lengths: in tokens; "8k" and "1M" are taken.
       modes: base: the model is given the whole context in its prompt (not asked where its window is too small); repl: an
-        RLM without sub-calls; rlm: with sub-calls, `rlm["max_depth"]` deep (1); rlm2, rlm3, ...: that deep.
+        RLM without sub-calls; rlm: with sub-calls, `rlm["max_depth"]` deep (1); rlm2, rlm3, ...: that deep; with +tips
+        (repl+tips, rlm+tips, rlm2+tips): the root is given `rlm["tips"]`, or else the tips the task carries.
       root, sub: models or their names.
       rlm: further arguments of `RLM`: budget, limits, environment, tools, log_dir, ...
       sampling: of every call.
@@ -114,7 +119,7 @@ async def aevaluate(
         if not keep_contexts:
             stack.callback(shutil.rmtree, contexts, ignore_errors=True)
         jobs = [_Job(t, n, i, m) for t in chosen for n in sizes for i in range(samples) for m in names]
-        wanted = {(*_name(job, seed), runners.model, runners.settings(job.mode)): job for job in jobs}
+        wanted = {(*_name(job, seed), runners.model, runners.settings(job.mode, job.task)): job for job in jobs}
         known = {k: r for k, r in read_rows(out / "results.jsonl").items() if k in wanted and r.status != "error"}
         todo = [job for key, job in wanted.items() if key not in known]
         progress = stack.enter_context(_progress(show, len(wanted), len(known)))
@@ -235,48 +240,72 @@ class _Runners:
 
     def __init__(self, root: LM | str, sub: LM | str | None, modes: list[str], options: dict[str, Any], sampling: Any):
         from rlm_runtime.lms import resolve
-        from rlm_runtime.rlm import RLM
         from rlm_runtime.rlm.options import check_model
 
         depths: dict[str, int] = {}
         most = options.pop("max_depth", 1)
         for mode in modes:
-            match = re.fullmatch(r"base|repl|rlm([1-9]\d?)?", mode)
+            match = re.fullmatch(r"base|(repl|rlm([1-9]\d?)?)(\+tips)?", mode)
             if not match:
                 raise UsageError(
-                    f"unknown mode {mode!r}; expected base, repl, rlm, or rlm2, rlm3, ... for deeper trees."
+                    f"unknown mode {mode!r}; expected base, repl, rlm, or rlm2, rlm3, ... for deeper trees; all but base "
+                    "also with tips, as in rlm+tips."
                 )
-            depths[mode] = 0 if mode in ("base", "repl") else int(match[1] or most)
-        if "rlm" in depths and depths["rlm"] < 1:
+            depths[mode] = 0 if mode.startswith(("base", "repl")) else int(match[2] or most)
+        if min((depths[m] for m in depths if m.startswith("rlm")), default=1) < 1:
             raise UsageError("mode rlm has sub-calls: max_depth is at least 1 (mode repl is the one without).")
         self.root = resolve(root)
         self.sub = self.root if sub is None or sub == root else resolve(sub)
         self._opened = [lm for given, lm in ((root, self.root), (sub, self.sub)) if isinstance(given, str)]
         self.sampling = check_model("sampling", Sampling, sampling)
         self.model = self.root.name if self.sub is self.root else f"{self.root.name}+{self.sub.name}"
-        self._settings = {
-            m: _hash([d, _plain(options) if m != "base" else "", self.sampling.model_dump()]) for m, d in depths.items()
-        }
-        self._rlm = {
-            m: RLM(self.root, self.sub, max_depth=d, sampling=self.sampling, **options)
-            for m, d in depths.items()
-            if m != "base"
-        }
+        self._depths, self._options, self._given_tips = depths, options, options.pop("tips", None)
+        self._rlms: dict[tuple[str, str], RLM] = {}
+        if self._given_tips and not any(mode.endswith("+tips") for mode in modes):
+            raise UsageError("tips were given, but no mode uses them; add one such as rlm+tips.")
+        for mode in depths:  # a wrong option shows before anything is run
+            if mode != "base":
+                self._make(mode, self._given_tips)
 
-    def settings(self, mode: str) -> str:
-        return self._settings[mode]
+    def _tips(self, mode: str, task: Task) -> str | None:
+        """Raises UsageError where the mode asks for tips and there are none."""
+        if not mode.endswith("+tips"):
+            return None
+        tips = self._given_tips or task.tips
+        if not tips:
+            raise UsageError(f"mode {mode}: the task {task.name} carries no tips; give some with --tips FILE.")
+        return tips
+
+    def _rlm(self, mode: str, task: Task) -> RLM:
+        key = mode, task.name
+        if key not in self._rlms:
+            self._rlms[key] = self._make(mode, self._tips(mode, task))
+        return self._rlms[key]
+
+    def _make(self, mode: str, tips: Any) -> RLM:
+        from rlm_runtime.rlm import RLM
+
+        return RLM(
+            self.root, self.sub, max_depth=self._depths[mode], sampling=self.sampling, tips=tips, **self._options
+        )
+
+    def settings(self, mode: str, task: Task) -> str:
+        """What decides the outcome besides models, task and seed, in a few letters."""
+        parts = [self._depths[mode], _plain(self._options) if mode != "base" else "", self.sampling.model_dump()]
+        tips = self._tips(mode, task)
+        return _hash([*parts, tips] if tips else parts)
 
     async def row(self, job: _Job, example: Example, seed: int) -> Row:
         """Run and score. Raises only what would befall every other run too."""
         task, length, mode, index, _ = _name(job, seed)
         fields = {
             "task": task, "length": length, "mode": mode, "index": index, "seed": seed, "model": self.model,
-            "settings": self.settings(mode), "context_bytes": example.context.stat().st_size,
+            "settings": self.settings(mode, job.task), "context_bytes": example.context.stat().st_size,
             "question": example.question[:SHOWN], "expected": text_of(example.answer)[:SHOWN],
         }  # fmt: skip
         began = time.monotonic()
         try:
-            found = await (self._base(job.task, example) if mode == "base" else self._run(mode, example))
+            found = await (self._base(job.task, example) if mode == "base" else self._run(job, example))
         except (LMError, SandboxError) as error:
             if isinstance(error, SandboxError) or error.kind in HOPELESS:
                 raise
@@ -302,11 +331,14 @@ class _Runners:
         if await asyncio.to_thread(self.root.count_tokens, messages) > room:
             return over
         reply = await self.root.complete(messages, sampling=self.sampling)
+        blank = no_answer(self.root, reply, reply.text)
+        if blank is not None:
+            raise blank
         usage = reply.usage if reply.usage.calls else reply.usage.model_copy(update={"calls": 1})
         return {"answer": reply.text, "stop_reason": reply.finish_reason, **_usage(usage)}
 
-    async def _run(self, mode: str, example: Example) -> dict[str, Any]:
-        result = await self._rlm[mode].acompletion(example.context, example.question)
+    async def _run(self, job: _Job, example: Example) -> dict[str, Any]:
+        result = await self._rlm(job.mode, job.task).acompletion(example.context, example.question)
         if result.stop_reason == "error" and result.answer is None:
             return {"status": "error", "error": (result.error or "the run failed")[:SHOWN], **_result(result)}
         return {"answer": result.answer, **_result(result)}

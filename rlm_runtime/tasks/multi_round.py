@@ -25,6 +25,11 @@ class MultiRound(Task):
     """Knobs: `needles` (2..8): how often the same request is made; `sentences`: of a reply, about."""
 
     name = "multi_round"
+    tips = (
+        "The context is a conversation. Split it into turns by the lines that name the speaker, find the user's requests "
+        "with exactly the wording asked about, and number them in order. Slice the reply out of the context; never retype "
+        "it: each character counts, as does the prefix."
+    )
     reply_tokens = 512
 
     def __init__(self, *, needles: int = 2, sentences: int = 8):

@@ -75,6 +75,12 @@ class Oolong(Task):
     one group only."""
 
     name = "oolong"
+    tips = (
+        "Each line is one item with a date, a user and a text; parse date and user with Python. The label is written only "
+        "in a labelled version: else send the lines to sub-calls in numbered groups of about a hundred, ask for one label "
+        "a number from the list in the question, and check that each number came back. Count and compare in Python, over "
+        "the items that the question's dates and users leave."
+    )
     per_context = 25
     reply_tokens = 250
 

@@ -51,6 +51,11 @@ ACROSS: dict[int, tuple[Part, Part]] = {
 
 class OolongPairs(Oolong):
     name = "oolong_pairs"
+    tips = (
+        "First label each line by its meaning, in numbered groups of about a hundred a sub-call, and check that each number "
+        "came back. Then, in Python, group the labels by user and test the condition for each pair of users (itertools."
+        "combinations). Do not ask a model for pairs. There can be thousands: build the answer in a variable."
+    )
     per_context = 20  # the queries, in their order, about each window
     reply_tokens = 2048
 

@@ -30,6 +30,11 @@ class SNiah(Task):
     words | numbers | uuids."""
 
     name = "s_niah"
+    tips = (
+        "The facts asked for are single sentences of one fixed form, scattered in text that has nothing to do with them. "
+        "Print one, write a regular expression for the form, collect all matches, and keep those of the keys in the "
+        "question. There may be several values for a key. No model call is needed."
+    )
 
     def __init__(
         self, *, haystack: str = "noise", keys: int = 1, values: int = 1, queries: int = 1, key_type: str = "words",

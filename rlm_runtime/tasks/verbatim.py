@@ -24,6 +24,10 @@ class Verbatim(Task):
     `target_length` of a block and `fragment_length`, in characters."""
 
     name = "verbatim"
+    tips = (
+        "Find the marks in front of and behind the block that is asked for, and take the slice between them from the "
+        "context. Hand in that slice, not a copy you wrote: spaces and punctuation count."
+    )
     reply_tokens = 256
 
     def __init__(self, *, content: str = "all", target_length: int = 500, fragment_length: int = 20):

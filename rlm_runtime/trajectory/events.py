@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -13,7 +14,7 @@ VERSION = 1
 
 
 class Event(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
     t: float = 0.0  # seconds since the run began; set by the writer
     node: str = "0"
 
@@ -42,6 +43,7 @@ class ContextLoaded(Event):
     blob: str | None = None  # file under blobs/
     path: str | None = None  # a file or folder context, not copied
     preview: str = ""
+    reading: dict[str, Any] = Field(default_factory=dict)  # encoding, patterns, names of several files
 
 
 class SandboxUp(Event):
@@ -149,4 +151,14 @@ AnyEvent = Annotated[
     | Compacted | BudgetNote | RunEnd,
     Field(discriminator="type"),
 ]  # fmt: skip
-parse_event = TypeAdapter(AnyEvent).validate_json
+
+
+@functools.cache
+def event_adapter() -> TypeAdapter[AnyEvent]:
+    """Built when a record is first read; a run only writes."""
+    return TypeAdapter(AnyEvent)
+
+
+def parse_event(line: str | bytes) -> AnyEvent:
+    """One line of a record. Raises pydantic.ValidationError."""
+    return event_adapter().validate_json(line)

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from rlm_runtime.errors import UsageError
-from rlm_runtime.trajectory.events import AnyEvent, RunEnd, RunStart, parse_event
+from rlm_runtime.trajectory.events import AnyEvent, RunEnd, RunStart, event_adapter, parse_event
 
 EVENTS = "events.jsonl"
-_validate: Callable[[Any], AnyEvent] = TypeAdapter(AnyEvent).validate_python
 
 
 class Trajectory(list[AnyEvent]):
@@ -62,7 +61,7 @@ def decode(line: bytes) -> tuple[AnyEvent, str | None]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     try:
-        return _validate(value), None
+        return event_adapter().validate_python(value), None
     except ValidationError as error:
         extra = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
         if len(extra) != error.error_count():
@@ -76,7 +75,9 @@ def decode(line: bytes) -> tuple[AnyEvent, str | None]:
             place = place[key]
         del place[last]
     try:
-        return _validate(value), "unknown fields left out: " + ", ".join(".".join(map(str, e[1:])) for e in extra)
+        return event_adapter().validate_python(value), "unknown fields left out: " + ", ".join(
+            ".".join(map(str, e[1:])) for e in extra
+        )
     except ValidationError as error:
         raise ValueError(f"no known event ({error.error_count()} problems)") from None
 

@@ -23,17 +23,21 @@ from typing import Any
 
 from rlm_runtime.context import Context
 from rlm_runtime.errors import UsageError
-from rlm_runtime.trajectory.events import AnyEvent, Event
+from rlm_runtime.trajectory.events import AnyEvent, RunEnd, RunStart
 from rlm_runtime.trajectory.reader import EVENTS, Trajectory, decode
 
+LOG_BYTES = 256 << 20  # a record may take beside its contexts and its last answer
+SHARE = 4  # an event takes at most this part of what is left; else its long texts are cut
+TEXT = 8_000  # characters of a text that is cut
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 class TrajectoryWriter:
     """Stamps events with the time since the run began, appends them to `<folder>/events.jsonl`, calls `on_event`.
 
-    With `folder=None` the lines are kept in memory (`events`) up to `memory_bytes`; what comes later is counted in
-    `dropped`, except the end of the run. Safe to call from many threads. `append=True` continues a folder that already
+    The record takes at most `disk_bytes`, or, with `folder=None`, `memory_bytes` of memory (`events`): a large event is
+    recorded with its long texts cut, counted in `shortened`; one that does not fit even so is counted in `dropped`. The
+    beginning and the end of the run are always recorded. Safe to call from many threads. `append=True` continues a folder that already
     holds a run (a session's next completion). Raises UsageError where the folder cannot be made or already holds a run.
     """
 
@@ -44,15 +48,16 @@ class TrajectoryWriter:
         *,
         append: bool = False,
         memory_bytes: int = 64 << 20,
+        disk_bytes: int = LOG_BYTES,
     ):
         self.folder = Path(folder) if folder is not None else None
-        self.on_event = on_event
+        self._listeners: list[Callable[[AnyEvent], None]] = [on_event] if on_event is not None else []
         self.error: OSError | None = None  # why recording stopped; None while it works
-        self.dropped = 0  # events that are not in the record
+        self.dropped = self.shortened = 0  # events that are not in the record, or not whole
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._lines: list[bytes] = []
-        self._memory_left = memory_bytes
+        self._left = memory_bytes if self.folder is None else disk_bytes
         self._descriptor = -1
         if self.folder is not None:
             self._open(self.folder, append)
@@ -62,6 +67,7 @@ class TrajectoryWriter:
         try:
             create_folder(folder)
             self._descriptor = os.open(folder / EVENTS, flags, 0o600)
+            self._left -= os.fstat(self._descriptor).st_size
         except OSError as error:
             if isinstance(error, FileExistsError) and (folder / EVENTS).exists():
                 raise UsageError(f"{folder / EVENTS} already holds a run; name another folder for this one.") from None
@@ -94,24 +100,35 @@ class TrajectoryWriter:
         stamped = event.model_copy(update={"t": round(time.monotonic() - self._started, 6)})
         line = encode(stamped) + b"\n"
         with self._lock:
-            if self.folder is None:
-                self._keep(line, stamped)
-            else:
-                self._append(line)
-        if self.on_event is not None:
+            self._record(line, stamped)
+        for listener in tuple(self._listeners):
             try:
-                self.on_event(stamped)
+                listener(stamped)
             except Exception as error:
-                self.on_event = None  # one warning, then silence: it would fail for every event
+                self.unlisten(listener)  # one warning, then silence: it would fail for every event
                 warnings.warn(f"on_event raised {error!r}; it is not called again in this run.", stacklevel=2)
         return stamped
 
-    def _keep(self, line: bytes, event: Event) -> None:
-        if len(line) > self._memory_left and event.type != "run_end":  # type: ignore[attr-defined]
-            self.dropped += 1
-            return
-        self._memory_left -= len(line)
-        self._lines.append(line)
+    def listen(self, listener: Callable[[AnyEvent], None]) -> None:
+        """Call `listener` with every event from now on, as `on_event`."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[AnyEvent], None]) -> None:
+        with contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
+
+    def _record(self, line: bytes, event: AnyEvent) -> None:
+        if len(line) > self._left // SHARE and not isinstance(event, RunStart | RunEnd):
+            line = encode_short(event) + b"\n"
+            if len(line) > self._left // SHARE:
+                self.dropped += 1
+                return
+            self.shortened += 1
+        self._left -= len(line)
+        if self.folder is None:
+            self._lines.append(line)
+        else:
+            self._append(line)
 
     def _append(self, line: bytes) -> None:
         if self._descriptor < 0:
@@ -141,16 +158,36 @@ class TrajectoryWriter:
             self.error = error
             return None
 
-    def context_fields(self, context: Context, name: str = "context") -> dict[str, Any]:
-        """The fields of a `ContextLoaded` event, the context stored as a blob; without it where the disk is full."""
+    def context_fields(self, context: Context, name: str = "context", *, whole: bool = True) -> dict[str, Any]:
+        """The fields of a `ContextLoaded` event, the context stored as a blob; without it where the disk is full, or
+        where it is not to be stored `whole` in any case and is too large for what is left of the record."""
+        blobs, size = self.blobs, context.bytes
+        if not whole and blobs is not None:
+            with self._lock:
+                if size is None or size > self._left // SHARE:
+                    blobs = None
+                    self.shortened += 1
+                else:
+                    self._left -= size
         try:
-            return context.record(self.blobs, name)
+            return context.record(blobs, name)
         except OSError as error:
             self.error = self.error or error
         try:
             return context.record(None, name)
         except OSError:  # a file that is gone by now
             return {"name": name, "kind": context.kind, "path": None if context.path is None else str(context.path)}
+
+    @property
+    def note(self) -> str | None:
+        """What the record does not hold, as a sentence for the user; None where it holds everything."""
+        if self.error is not None:
+            return f"The trajectory is incomplete ({self.error}); {self.dropped} events were not recorded."
+        if self.dropped or self.shortened:
+            lost = f"{self.dropped} events were not recorded, {self.shortened} with their long texts cut"
+            more = "; pass log_dir=... to record more of them" if self.folder is None else ""
+            return f"The trajectory has reached what it may take: {lost}{more}."
+        return None
 
     def _close(self) -> None:
         if self._descriptor >= 0:
@@ -177,6 +214,25 @@ def encode(event: AnyEvent) -> bytes:
         return event.model_dump_json().encode()
     except Exception:
         return json.dumps(_plain(event.model_dump(mode="python")), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def encode_short(event: AnyEvent) -> bytes:
+    """The same with every long text cut."""
+    return json.dumps(shorten(_plain(event.model_dump(mode="python"))), allow_nan=False).encode("ascii")
+
+
+def shorten(value: Any) -> Any:
+    """A JSON value whose texts keep their beginning and end, and the hash of the whole."""
+    if isinstance(value, dict):
+        return {shorten(k): shorten(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [shorten(v) for v in value]
+    if not isinstance(value, str) or len(value) <= TEXT:
+        return value
+    digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
+    half = TEXT // 2
+    note = f"[... {len(value) - 2 * half:,} characters were not recorded; sha256 of all: {digest} ...]"
+    return f"{value[:half]}\n{note}\n{value[-half:]}"
 
 
 def _plain(value: Any, depth: int = 0) -> Any:

@@ -224,7 +224,7 @@ class Detail {
 
   sandboxView(event, open = true) {
     if (!event) return null;
-    const rows = Object.entries(event.layers || {}).map(([k, v]) => el("tr", {}, el("th", { scope: "row" }, oneLine(k)), el("td", { class: /^(active|on|yes)/.test(v) ? "" : "bad-text" }, oneLine(v, 200))));
+    const rows = Object.entries(event.layers || {}).map(([k, v]) => el("tr", {}, el("th", { scope: "row" }, oneLine(k)), el("td", { class: isActive(v) ? "" : "bad-text" }, oneLine(v, 200))));
     return this.section("Sandbox", `${oneLine(event.environment)}, up in ${seconds(event.start_seconds)}`, el("table", { class: "plain" }, rows), open);
   }
 }

@@ -69,7 +69,7 @@ function headOf(model, now) {
       el("p", { class: "outcome" }, stopPill(end ? end.stop_reason : now.live ? "live" : "unfinished"), " ",
         el("span", { class: end?.error && !answer ? "bad-text" : "" }, oneLine(answer || end?.error || (end ? "no answer" : now.live ? "no answer yet" : "the record ends before the run did"), 400))),
       el("div", { class: "layers" }, el("span", { class: "k" }, sandbox ? `sandbox ${oneLine(sandbox.environment, 30)}` : "sandbox not recorded"),
-        layers.map(([k, v]) => el("span", { class: "layer " + (/^(active|on|yes)/.test(v) ? "good" : "bad"), title: visible(v).slice(0, 300) }, oneLine(k, 30))))),
+        layers.map(([k, v]) => el("span", { class: "layer " + (isActive(v) ? "good" : "bad"), title: visible(v).slice(0, 300) }, oneLine(k, 30))))),
     el("div", { class: "facts-grid" },
       fact("root", run.root), fact("sub", run.sub), fact("context", size ? short(size) + (context.chars ? " chars" : " bytes") : context?.kind),
       fact("turns", turns + (session ? ` in ${model.roots.length} completions` : "")), fact("sub-calls", count(model.nodes.size - model.roots.length)),

@@ -39,7 +39,9 @@ def make_app(path: Path | str, host: str = "127.0.0.1") -> Starlette:
         from starlette.responses import Response
         from starlette.routing import Route
     except ImportError as error:
-        raise UsageError("The viewer needs starlette and uvicorn: pip install 'mor-jax[serve]'.") from error
+        raise UsageError(
+            "The viewer needs starlette and uvicorn: in a checkout of this project, pip install '.[serve]'."
+        ) from error
     library = Library(path)
     pages = {"/": "page.html"} | {f"/{name}": name for name in (assets.STYLE, *assets.SCRIPTS)}
 
@@ -135,7 +137,9 @@ def _server(path: Path | str, host: str, port: int) -> tuple[Any, socket.socket,
     try:
         import uvicorn
     except ImportError as error:
-        raise UsageError("The viewer needs starlette and uvicorn: pip install 'mor-jax[serve]'.") from error
+        raise UsageError(
+            "The viewer needs starlette and uvicorn: in a checkout of this project, pip install '.[serve]'."
+        ) from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

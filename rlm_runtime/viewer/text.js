@@ -13,6 +13,9 @@ function el(tag, attributes, ...children) {
   return node;
 }
 
+/** Whether a layer of the sandbox is as it should be: the worker says "active (...)", of its variables "scrubbed". */
+const isActive = (state) => /^(active|scrubbed|on|yes)\b/.test(state);
+
 const byId = (id) => document.getElementById(id);
 
 // Characters that would hide, reorder or imitate: control codes (ANSI escapes), bidi overrides, zero widths, lone halves.

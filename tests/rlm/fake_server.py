@@ -202,7 +202,8 @@ class _Connection(asyncio.Protocol):
             server.active -= 1
 
     async def answer(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> None:
-        wire = ANTHROPIC if path.endswith("/messages") else OPENAI if path.endswith("/chat/completions") else None
+        place = path.partition("?")[0]
+        wire = ANTHROPIC if place.endswith("/messages") else OPENAI if place.endswith("/chat/completions") else None
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         if wire is None:
             return self.send(404, {"error": {"message": f"no such path: {path}", "type": "not_found_error"}})

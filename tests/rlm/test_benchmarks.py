@@ -67,6 +67,9 @@ def test_targets_are_judged_by_the_medians_and_only_where_their_cases_were_measu
     figures = {"first_call": {"to_first_call": 0.39}, "turns_many": {"per_turn": 0.0101}}
     judged = {v["what"]: v["reached"] for v in rlm_overhead.verdicts(figures, sizes)}
     assert judged == {"a turn, at many turns": False, "first root call of a new process, sandbox on": True}
+    figures["rlms:first_call"] = {"to_first_call": 0.77}
+    beside = [v for v in rlm_overhead.verdicts(figures, sizes) if "rlms" in v["what"]]
+    assert [v["reached"] for v in beside] == [False] and 0.5 < beside[0]["value"] < 0.51
 
 
 def test_every_target_and_every_row_reads_a_figure_that_its_case_yields():
@@ -77,6 +80,7 @@ def test_every_target_and_every_row_reads_a_figure_that_its_case_yields():
     figures = {name: case.read(ran) for name, case in names.items()}
     for case, figure, label, shown in rlm_overhead.ROWS:
         assert shown(figures[case][figure]) and label
+    figures["rlms:first_call"] = {"to_first_call": 1.0}
     assert len(rlm_overhead.verdicts(figures, rlm_cases.Sizes())) == len(rlm_overhead.TARGETS)
 
 

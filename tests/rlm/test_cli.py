@@ -51,8 +51,8 @@ class Command:
 
     def start(self, *args, env=None, **options):
         command = [sys.executable, "-m", "rlm_runtime", *map(str, args)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=self.env(**(env or {})), cwd=self.home, text=True, **{**pipes, **options})
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, env=self.env(**(env or {})), cwd=self.home, **{**pipes, **options})
 
     def __call__(self, *args, text=None, env=None):
         stdin = subprocess.PIPE if text is not None else subprocess.DEVNULL
@@ -511,7 +511,7 @@ def test_the_live_screen_shows_turns_calls_and_costs():
     """Its parts, on a console that records; the events of a real run come in `recorded`."""
     from rich.console import Console
 
-    from rlm_runtime.cli.live import Screen
+    from rlm_runtime.live import Screen
     from rlm_runtime.lms.base import Message, Usage
     from rlm_runtime.repl.base import CellResult
     from rlm_runtime.trajectory import CellEnd, CellStart, NodeEnd, NodeStart, Replied, RunStart

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlm_runtime.context import Context, files
+from rlm_runtime.context import UNPACKED_LIMIT, Context, files
 from rlm_runtime.errors import ContextError
 from rlm_runtime.lms.base import Message
+from rlm_runtime.repl.base import Limits
 from rlm_runtime.repl.worker import text as worker_text
 from rlm_runtime.repl.worker import textsearch
-from rlm_runtime.repl.worker.folder import files_under
 from rlm_runtime.trajectory import ContextLoaded
 
 json_values = st.recursive(
@@ -234,6 +234,29 @@ def test_a_bomb_is_refused_and_cleaned_up(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["bomb.gz"]
 
 
+def test_unpacking_has_a_limit_that_can_be_raised_and_is_named(tmp_path):
+    (tmp_path / "log.gz").write_bytes(gzip.compress(b"line\n" * (1 << 20)))
+    context = Context.of(tmp_path / "log.gz")
+    with pytest.raises(ContextError, match=r"more than 1,048,576 bytes.*unpacked="):
+        context.payload(tmp_path, unpacked=1 << 20)
+    assert context.payload(tmp_path, unpacked=5 << 20).bytes == 5 << 20
+    assert Limits().unpacked == UNPACKED_LIMIT
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_unpacking_ends_with_the_piece_in_which_it_is_stopped(pack, tmp_path):
+    (tmp_path / "log.packed").write_bytes(pack(b"line\n" * (4 << 20)))
+    asked = []
+
+    def stop():
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(ContextError, match="stopped"):
+        Context.of(tmp_path / "log.packed").payload(tmp_path, stop=stop)
+    assert len(asked) == 3 and [p.name for p in tmp_path.iterdir()] == ["log.packed"]
+
+
 def test_a_gigabyte_file_costs_the_host_nothing(tmp_path):
     path = tmp_path / "huge.txt"
     with open(path, "wb") as file:
@@ -312,7 +335,8 @@ def test_a_folder(tmp_path):
     assert "context_2.grep" in context.describe(name="context_2")
     folder = loaded(context, tmp_path)
     assert folder["part1/4.txt"] == "file 4\n" and len(folder) == 60
-    assert [str(p) for _, p, _ in context.listing] == sorted(files_under(str(root)))
+    inside = [p for p in root.rglob("*") if p.is_file() and not p.is_symlink()]
+    assert [p for _, p, _ in context.listing] == sorted(inside)
     assert Context.from_record(context.record(None), None).listing == context.listing
 
 

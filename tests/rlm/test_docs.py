@@ -1,5 +1,6 @@
 """Every snippet and command of docs/rlm.md runs as printed, against a model server on this machine."""
 
+import json
 import os
 import re
 import subprocess
@@ -16,11 +17,15 @@ BLOCKS = re.findall(r"^```(\w+)( \w+)?\n(.*?)^```$", PAGE.read_text(encoding="ut
 PYTHON = [code for language, kind, code in BLOCKS if language == "python" and not kind]
 CLIENT = [code for language, kind, code in BLOCKS if language == "python" and kind]
 SHELL = [code for language, _, code in BLOCKS if language == "bash"]
-COMMANDS = [b for b in SHELL if "rlm serve" not in b and "rlm eval" not in b]
+COMMANDS = [b for b in SHELL if "rlm serve" not in b]
 SERVERS = [line for b in SHELL for line in b.splitlines() if line.startswith("rlm serve")]
 
 
 def reply(body):
+    if number := re.search(r"magic number for (\S+) mentioned", text := str(body["messages"])):  # rlm eval
+        if body["messages"][0]["role"] != "system":
+            return re.search(rf"for {number[1]} is: (\d+)", text)[1]
+        return done(f"context.split('for {number[1]} is: ')[1].split('.')[0]")
     text = body["messages"][-1]["content"]
     if "oldest person" in str(body["messages"]):
         return done("{'name': 'Ada', 'age': 90}")
@@ -41,12 +46,14 @@ def place(tmp_path, server):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "monday.md").write_text("tea")
     (tmp_path / "notes" / "tuesday.md").write_text("coffee")
+    (tmp_path / "notes" / "drafts").mkdir()
+    (tmp_path / "notes" / "drafts" / "wednesday.md").write_text("water")
     command = Command(tmp_path)
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "rlm").write_text(f'#!/bin/sh\nexec {sys.executable} -m rlm_runtime "$@"\n')
     (tools / "rlm").chmod(0o755)
-    (tools / "pip").write_text("#!/bin/sh\n")
+    (tools / "pip").write_text("#!/bin/sh\necho installed\n")  # what it is told is held by the tests at the end
     (tools / "pip").chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     command.environment = command.env(OPENAI_BASE_URL=server.url, PATH=path)
@@ -86,3 +93,55 @@ def test_servers_and_the_client(place, line):
         assert "8080" in CLIENT[0]
         out = run(place, [sys.executable, "-c", CLIENT[0].replace("http://127.0.0.1:8080/v1", url)])
         assert out.startswith("An answer.")
+
+
+ROOT = PAGE.parents[1]
+INSTALLS = {
+    (path.relative_to(ROOT).as_posix(), line.strip())
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md")))
+    for line in re.findall(r"pip install [^`\n#;)]+", path.read_text(encoding="utf-8"))
+}
+OTHERS = {"rlms dspy", '"lm-eval[api]"'}  # named as what they are: other projects, for comparison or beside ours
+
+
+def extras():
+    """The extras that setup.py declares."""
+    code = "import setuptools, json\nsetuptools.setup = lambda **k: print(json.dumps(sorted(k['extras_require'])))\n"
+    run = [
+        sys.executable,
+        "-c",
+        f"{code}exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {{'__file__': 'setup.py'}})",
+    ]
+    return set(json.loads(subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
+
+
+def test_no_command_installs_a_name_that_is_not_ours_from_an_index():
+    assert len(INSTALLS) >= 4
+    known = extras()
+    for path, line in INSTALLS:
+        what = line.removeprefix("pip install ").removeprefix("-e ").strip()
+        if what in OTHERS:
+            continue
+        found = re.fullmatch(r"""\.|["']\.\[([\w,-]+)\]["']""", what)
+        assert found, f"{path}: {line}"
+        assert set(filter(None, (found[1] or "").split(","))) <= known, f"{path}: {line}"
+
+
+def test_no_message_does_either():
+    for folder in ("rlm_runtime", "mor_jax", "launch", "benchmarks", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert "mor-jax[" not in path.read_text(encoding="utf-8"), path
+
+
+def test_the_runtime_needs_no_jax(place):
+    """Where nothing of the model library can be imported, a run, the list of tasks and the sandbox work all the same."""
+    missing = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "ml_collections", "tensorflow_datasets", "array_record",
+               "tokenizers", "absl", "numpy", "scipy", "yaml")  # fmt: skip
+    (place.home / "sitecustomize.py").write_text(f"import sys\nfor n in {missing}:\n    sys.modules[n] = None\n")
+    place.environment["PYTHONPATH"] = f"{place.home}{os.pathsep}{place.environment['PYTHONPATH']}"
+    run(place, [sys.executable, "-c", "import sys; assert sys.modules['jax'] is None"])
+    ask = "rlm ask 'Who?' -c book.txt --root openai:gpt-5-mini && rlm tasks s_niah --length 2k && rlm sandbox"
+    assert run(place, ["bash", "-euo", "pipefail"], ask).startswith("An answer.")
+    command = ["rlm", "ask", "q", "-c", "book.txt", "--root", "checkpoint:x"]
+    failed = subprocess.run(command, cwd=place.home, env=place.environment, capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 2 and 'pip install ".[jax]"' in failed.stderr

@@ -6,10 +6,22 @@ import pytest
 
 from rlm.fake_environment import FakeEnvironment
 from rlm.loop_helpers import cell, done, rlm
+from rlm_runtime.cli import main
 from rlm_runtime.errors import ContextError, UsageError
 from rlm_runtime.lms.scripted import ScriptedLM
+from rlm_runtime.repl.base import Limits
 from rlm_runtime.replay import replay
-from rlm_runtime.trajectory import EVENTS, CellEnd, CellStart, NodeEnd, NodeStart, encode, read
+from rlm_runtime.trajectory import (
+    EVENTS,
+    CellEnd,
+    CellStart,
+    NodeEnd,
+    NodeStart,
+    SandboxUp,
+    TrajectoryWriter,
+    encode,
+    read,
+)
 
 TEXT = "The magic number for quiet-otter is: 7481234.\n" * 50
 
@@ -181,7 +193,7 @@ def test_cells_of_a_last_call_ask_in_vain_again(tmp_path):
 
 def test_history_after_compaction_is_bound_again(tmp_path):
     steps = iter(
-        [cell("x = 'long ' * 400\nprint(x)")] * 6
+        [cell(f"x = 'long ' * {400 + i}\nprint(x)") for i in range(6)]
         + [cell("print(len(history), [m['role'] for m in history])"), done("1")]
     )
 
@@ -286,3 +298,61 @@ def test_in_the_real_sandbox(tmp_path):
     assert {d.cause for d in report.differences} <= {"addresses", "numbers"}, [d.line() for d in report.differences]
     assert any(d.cause == "numbers" and d.turn == 8 for d in report.differences)
     assert replay(folder, ignore=("addresses", "numbers")).ok
+
+
+def test_a_record_may_lower_the_limits_of_a_replay_and_never_raise_them(tmp_path):
+    folder = recorded(tmp_path, [cell("print(1)"), done("1")])
+    wild = {
+        "memory": 1 << 50,
+        "scratch": 1 << 50,
+        "cell_seconds": 1e9,
+        "frame": -1,
+        "requests": 0,
+        "output_chars": 1000,
+    }
+
+    def change(event):
+        if isinstance(event, SandboxUp):
+            return event.model_copy(update={"limits": event.limits | wild})
+        return event
+
+    rewrite(folder, change)
+    used = []
+
+    def environment(limits):
+        used.append(limits)
+        return FakeEnvironment(limits)
+
+    report = again(folder, environment=environment)
+    assert used == [Limits(output_chars=1000)]
+    for name in ("memory", "scratch", "cell_seconds", "frame", "requests"):
+        assert sum(f"limit {name}=" in warning for warning in report.warnings) == 1
+    mine = Limits(memory=1 << 51, cell_seconds=5.0)
+    again(folder, environment=environment, limits=mine)
+    assert used[1] == mine.model_copy(update={"output_chars": 1000, "memory": 1 << 50})
+
+
+def test_the_command_line_raises_the_limits_of_a_replay_by_name(tmp_path, capsys):
+    folder = recorded(tmp_path, [cell("print(1)"), done("1")], environment="local")
+    assert main(["replay", str(folder), "--set", "memory=3000000000"]) == 0
+    assert main(["replay", str(folder), "--set", "usd=1"]) == 2
+    assert "usd" in capsys.readouterr().err
+
+
+def test_a_record_whose_long_texts_were_cut_replays_the_same(tmp_path, monkeypatch):
+    """Prompts are found by what is left of them, and results compared with what is left of theirs."""
+    monkeypatch.setattr(
+        TrajectoryWriter.__init__, "__kwdefaults__", {"append": False, "memory_bytes": 1, "disk_bytes": 400_000}
+    )
+    script = [
+        cell("big = 'x' * 300_000\nprint(llm_query('count ' + big))\nanswer['content'] = big"),
+        cell("print(llm_query('count' + big + 'y'), rlm_query('z' * 300_000, 'what?'))"),
+        done("1"),
+    ]
+    lm = ScriptedLM(lambda messages: done("2") if messages[0].role == "system" else "many", name="below")
+    folder = recorded(tmp_path, script, sub=lm, max_depth=2)
+    assert (folder / EVENTS).stat().st_size < 400_000
+    assert any("not recorded" in e.prompt for e in read(folder) if isinstance(e, NodeStart))
+    report = again(folder)
+    assert report.ok and report.calls == 3, [d.line() for d in report.differences]
+    assert any("too large to record" in warning for warning in report.warnings)

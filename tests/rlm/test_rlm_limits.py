@@ -9,10 +9,10 @@ COUNT = "good = [r for r in rs if isinstance(r, str)]\nkinds = sorted({r.kind fo
 ROOT = "output = [len(good), len(rs) - len(good), kinds]"
 
 
-def run(calls, budget, sub, prompt="one two three", **options):
+def run(calls, budget, sub, **options):
     """The root asks `calls` at once and reports how many were made and refused."""
     root = ScriptedLM(
-        [cell(f"rs = llm_batch([{prompt!r}] * {calls})\n{COUNT}{ROOT}"), done("output")],
+        [cell(f"rs = llm_batch([f'one two {{i}}' for i in range({calls})])\n{COUNT}{ROOT}"), done("output")],
         name="root", tokens=lambda text: 0, usd_per_token=1e-9 if sub.usd is not None else None,
     )  # fmt: skip
     return rlm(root, sub, budget=budget, **options).completion("text")
@@ -27,7 +27,11 @@ def test_sub_calls():
 
 def test_sub_calls_are_shared_with_children():
     def lead(messages):
-        return done("[isinstance(r, str) for r in llm_batch(['x'] * 10)].count(True)") if len(messages) > 1 else "y"
+        return (
+            done("[isinstance(r, str) for r in llm_batch(list('abcdefghij'))].count(True)")
+            if len(messages) > 1
+            else "y"
+        )
 
     sub = ScriptedLM(lead, latency=0.001)
     code = "rs = rlm_batch(['a'] * 8)\ntotal = sum(r for r in rs if isinstance(r, int))"
@@ -100,7 +104,7 @@ def test_depth():
 
 
 def test_a_root_hears_when_a_limit_comes_near():
-    script = [cell("llm_batch(['x'] * 5)"), cell("llm_batch(['x'] * 4)"), done("1")]
+    script = [cell("llm_batch(list('abcde'))"), cell("llm_batch(list('abcd'))"), done("1")]
     root = ScriptedLM(script)
     rlm(root, budget={"sub_calls": 10}).completion("text")
     assert "Left for this run" not in root.messages[1][-1].content

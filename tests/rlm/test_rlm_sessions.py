@@ -71,7 +71,7 @@ def test_completions_of_a_session_take_turns():
 
 
 def test_the_budget_is_for_each_completion():
-    code = "rs = llm_batch(['x'] * 5)\nanswer.update(content=sum(isinstance(r, str) for r in rs), ready=True)"
+    code = "rs = llm_batch(list('abcde'))\nanswer.update(content=sum(isinstance(r, str) for r in rs), ready=True)"
     with rlm([cell(code), cell(code)], budget={"sub_calls": 3}).session() as s:
         assert [s.completion("a").answer, s.completion("b").answer] == [3, 3]
 
@@ -144,7 +144,7 @@ def test_compaction_in_a_session_keeps_the_current_task():
             return "summary"
         if "Next question: now?" in text:
             return done("any('before?' in m['content'] for m in history)")
-        return done("1") if "Turn 12" in text else cell("print('y' * 400)")
+        return done("1") if "Turn 12" in text else cell(f"print('y' * {400 + len(messages)})")
 
     root = ScriptedLM(lead, window=1900)
     with rlm(root, system_prompt="Work.").session() as s:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlm_runtime.context import Context
 from rlm_runtime.repl.worker import text as text_module
 from rlm_runtime.repl.worker import textsearch
 from rlm_runtime.repl.worker.folder import Folder
@@ -439,11 +440,12 @@ def folder(tmp_path):
     (root / "parent").symlink_to(tmp_path)
     (root / "within.md").symlink_to(root / "readme.md")
     os.mkfifo(root / "pipe")
-    return load("folder", str(root))
+    payload = Context.folder(root).payload(tmp_path)
+    return load("folder", str(payload.path), payload.args)
 
 
 def test_a_folder_is_a_mapping_of_its_own_files(folder):
-    assert list(folder) == ["readme.md", "src/a.py", "src/blob.bin", "src/deep/b.py", "within.md"]
+    assert list(folder) == ["readme.md", "src/a.py", "src/deep/b.py", "within.md"]
     assert folder["src/a.py"].startswith("def needle") and folder["./readme.md"] == folder["within.md"]
     assert {name: len(text) for name, text in folder.items()}["src/deep/b.py"] == 6
     assert folder.size("src/deep/b.py") == 6 and folder.size() == sum(folder.size(n) for n in folder)
@@ -454,7 +456,17 @@ def test_a_folder_is_a_mapping_of_its_own_files(folder):
         folder["leak.txt"]
     with pytest.raises(KeyError):
         folder["../secret.txt"]
-    assert "leak" not in repr(folder) and "5 files" in repr(folder)
+    assert "leak" not in repr(folder) and "4 files" in repr(folder)
+
+
+def test_what_is_no_text_is_no_key_and_says_so(folder):
+    assert list(folder.skipped) == ["src/blob.bin"] and "src/blob.bin" not in folder
+    with pytest.raises(ValueError, match=r"NUL byte.*context\.bytes"):
+        folder["src/blob.bin"]
+    assert folder.text("src/blob.bin", "latin-1") == "needle\0\xff"
+    with pytest.raises(ValueError, match="is not utf-8"):
+        folder.text("src/blob.bin")
+    assert ".skipped" in repr(folder)
 
 
 def test_a_link_swapped_in_later_is_not_followed(folder, tmp_path):
@@ -474,7 +486,7 @@ def test_glob_grep_and_walk(folder):
     assert folder.grep("NEEDLE", "*.py", re.I) == [("src/a.py", 1, "def needle():")]
     assert len(folder.grep("needle", limit=2)) == 2
     assert list(folder.walk()) == [
-        ("", ["src"], ["readme.md", "within.md"]), ("src", ["deep"], ["a.py", "blob.bin"]), ("src/deep", [], ["b.py"])
+        ("", ["src"], ["readme.md", "within.md"]), ("src", ["deep"], ["a.py"]), ("src/deep", [], ["b.py"])
     ]  # fmt: skip
 
 

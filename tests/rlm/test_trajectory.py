@@ -1,6 +1,7 @@
 """The record of a run: what is written survives whatever happens to the process, the disk and the text in it."""
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm.big_trajectory import build, write
+from rlm_runtime.context import Context
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import Message, Usage
 from rlm_runtime.repl.base import CellResult
@@ -34,6 +36,7 @@ from rlm_runtime.trajectory import (
     run_folder,
     summary,
 )
+from rlm_runtime.trajectory.writer import shorten
 
 START = RunStart(run="r", started_at="2026-01-01T00:00:00Z", question="q?")
 END = RunEnd(stop_reason="answered", answer=42)
@@ -390,3 +393,55 @@ def test_the_summary_of_a_session_is_over_its_completions():
 def test_the_summary_of_nothing():
     found = summary([])
     assert found.turns == 0 and found.usage == Usage() and found.stop_reason == "unfinished"
+
+
+def test_a_record_takes_no_more_than_its_bound_whatever_is_asked(tmp_path):
+    """Eight prompts of 30 MB: the first are whole, the later ones cut; what the run did is all there."""
+    writer = TrajectoryWriter(tmp_path / "run", disk_bytes=8 << 20)
+    writer.write(START)
+    prompts = [f"{i} " + "x" * (1 << 20) + f" {i}" for i in range(40)]
+    for i, prompt in enumerate(prompts):
+        writer.write(NodeStart(node=f"0.{i}", parent="0", kind="lm", prompt=prompt))
+        writer.write(NodeEnd(node=f"0.{i}", value={"a": [prompt]}))
+        writer.write(CellStart(turn=i, cell=0, code="llm_query('x')"))
+    writer.write(END)
+    writer.close()
+    assert sum(f.stat().st_size for f in (tmp_path / "run").rglob("*") if f.is_file()) < 8 << 20
+    found = read(tmp_path / "run")
+    assert len(found) == 122 and writer.dropped == 0 and 60 < writer.shortened < 80
+    starts = [e for e in found if isinstance(e, NodeStart)]
+    assert starts[0].prompt == prompts[0]
+    assert starts[-1].prompt == shorten(prompts[-1]) and len(starts[-1].prompt) < 9000
+    assert starts[-1].prompt.startswith("39 x") and starts[-1].prompt.endswith("x 39")
+    assert hashlib.sha256(prompts[-1].encode()).hexdigest() in starts[-1].prompt
+    assert found[-1].answer == 42 and "long texts cut" in writer.note
+    again = TrajectoryWriter(tmp_path / "run", append=True, disk_bytes=8 << 20)  # what is there counts
+    again.write(NodeEnd(value="y" * (2 << 20)))
+    assert again.shortened == 1
+    again.close()
+
+
+def test_the_end_is_recorded_in_a_full_record(tmp_path):
+    writer = TrajectoryWriter(tmp_path / "run", disk_bytes=100_000)
+    writer.write(START)
+    for i in range(1000):
+        writer.write(NodeEnd(node=f"0.{i}", value="x" * 1000))
+    writer.write(RunEnd(stop_reason="answered", answer="a" * 200_000))
+    writer.close()
+    found = read(tmp_path / "run")
+    assert writer.dropped > 800 and found[-1].answer == "a" * 200_000
+    assert sum(isinstance(e, NodeEnd) for e in found) + writer.dropped == 1000
+
+
+def test_the_contexts_of_children_count_and_the_users_own_is_kept(tmp_path):
+    writer = TrajectoryWriter(tmp_path / "run", disk_bytes=4 << 20)
+    assert writer.context_fields(Context.of("u" * (9 << 20)))["blob"] is not None
+    kept = [writer.context_fields(Context.of(f"{i}" + "c" * 900_000), whole=False)["blob"] for i in range(20)]
+    assert kept[0] is not None and kept[-1] is None
+    assert sum(f.stat().st_size for f in (tmp_path / "run" / "blobs").iterdir()) < (9 + 4) << 20
+    writer.close()
+
+
+@given(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+def test_short_values_are_not_changed_by_shortening(value):
+    assert shorten(value) == value

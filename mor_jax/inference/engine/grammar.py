@@ -96,7 +96,7 @@ class Grammars:
             import llguidance
         except ImportError as e:
             raise UserError(
-                "constrained output needs the llguidance package; install it with: pip install 'mor-jax[serve]'"
+                "constrained output needs the llguidance package: pip install llguidance (it is in the extra serve)"
             ) from e
         self._library = llguidance.LLMatcher
         self._eos = tokenizer.eos

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from _thread import allocate_lock
+from _thread import allocate_lock, get_ident
+from sys import _current_frames
 
 from . import interrupts, jsonable
 from .channel import Channel, TooLarge
 
+WAITING = ("worker", "threading", "queue", "selectors", "concurrent", "asyncio")  # whose functions wait for others
+_main = get_ident()
 TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 
 
@@ -74,6 +77,14 @@ class Calls:
             waiter.outcomes = message["outcomes"]
             waiter.done.release()
 
+    def main_waits(self) -> bool:
+        """Whether the main thread waits: for a call itself, or for a thread or a task, which may wait for one."""
+        frame = _current_frames().get(_main)
+        if frame is None:
+            return False
+        name = frame.f_globals.get("__name__")
+        return type(name) is str and name.split(".")[0] in WAITING
+
     def ask(self, what: str, count: int, **fields) -> list:
         """As many outcomes as `count`: values and CallErrors."""
         cell = self._cell
@@ -116,7 +127,10 @@ def helpers(calls: Calls) -> dict:
         return calls.ask(what, len(listed), prompts=listed, batch=True, **fields) if listed else []
 
     def llm_query(prompt, model=None, *, schema=None):
-        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`. Raises CallError."""
+        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`. Raises CallError.
+        A list of texts is many prompts, as with llm_batch."""
+        if type(prompt) in (list, tuple) and prompt and all(isinstance(p, str) for p in prompt):
+            return llm_batch(prompt, model, schema=schema)
         prompts = [jsonable.plain(prompt, "llm_query: the prompt")]
         return one("llm_query", method="llm", prompts=prompts, **_options(model=model, schema=schema))
 

@@ -6,7 +6,7 @@ import _ast
 import sys
 import types
 
-from . import errors, interrupts, jsonable
+from . import dialects, errors, interrupts, jsonable
 from .calls import Calls, helpers, tool
 from .capture import Capture, keeper
 from .interrupts import guarded
@@ -136,6 +136,7 @@ class Repl:
     def _execute(self, code: str, file: str) -> None:
         self._remember(file, code)
         tree = compile(code, file, "exec", ONLY_AST | TOP_LEVEL_AWAIT, True)
+        dialects.put_right(tree, code, self._fixed)
         last = None
         if tree.body and isinstance(tree.body[-1], _ast.Expr):
             last = _ast.Expression(body=tree.body.pop().value)

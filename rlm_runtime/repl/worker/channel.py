@@ -61,6 +61,14 @@ class Channel:
     def send(self, message: dict) -> None:
         self.write(self.encode(message))
 
+    def write_now(self, message: dict) -> None:
+        """Send from the reading thread, if nobody else is sending: it must not wait, or no reply is read."""
+        if self._lock.acquire(False):
+            try:
+                self._send_all(b"\n" + self.encode(message) + b"\n")
+            finally:
+                self._lock.release()
+
     def receive(self):
         """The next (message, fd or None); None at the end."""
         while True:
@@ -72,7 +80,7 @@ class Channel:
                 if not line:
                     continue
                 message = jsonable.loads(line.decode("ascii"))
-                return message, (self._fds.pop(0) if message.get("fd") else None)
+                return message, (self._fds.pop(0) if message.get("fd") and self._fds else None)
             self._searched = len(self._buffer)
             data, ancillary, _, _ = self._with_spare(self._receive, CHUNK, self._ancillary)
             if not data:

@@ -31,6 +31,7 @@ def confine(spec: dict) -> dict[str, str]:
     extra = _close_inherited(spec["protocol"])
     before = _address_space()
     rules = _rules(spec)  # while files can still be listed
+    forbidden = _forbidden(spec, rules)
 
     def layer(name, apply):
         try:
@@ -48,11 +49,13 @@ def confine(spec: dict) -> dict[str, str]:
     _die_with_host(spec)
     layer("landlock", lambda: landlock.restrict(rules))
     truncate = "active" in layers["landlock"] and landlock.abi() >= 3
+    _stand_ins()
     layer("seccomp", lambda: seccomp.confine(tuple(spec["protocol"]), spec["socket"], truncate))
-    for name, check in (("landlock", _try_files), ("seccomp", _try_calls), ("limits", _try_limits)):
+    checks = {"landlock": lambda: _try_files(*forbidden), "seccomp": _try_calls, "limits": _try_limits}
+    for name, check in checks.items():
         if layers[name].startswith("active") and (name != "limits" or layers["seccomp"].startswith("active")):
             try:
-                check(spec)
+                check()
             except Missing as hole:
                 layers[name] = f"missing: it was set up, yet {hole}"
     return layers
@@ -93,6 +96,28 @@ def _address_space() -> int:
         return 64 << 20
 
 
+# -- what the filter refuses and Python's library asks for
+
+
+def _stand_ins() -> None:
+    """`os.uname` without the name of the machine, and a `realpath` that takes a link it may not read for a folder."""
+    system, _node, *rest = os.uname()
+    uname = os.uname_result((system, "rlm", *rest))
+    os.uname = sys.modules["posix"].uname = lambda: uname
+    real = os.path.realpath
+
+    def realpath(filename, *, strict=False):
+        """As `os.path.realpath`; links are not followed in this REPL."""
+        try:
+            return real(filename, strict=strict)
+        except PermissionError:
+            if strict:
+                raise
+            return os.path.abspath(filename)
+
+    os.path.realpath = realpath
+
+
 # -- limits
 
 
@@ -108,6 +133,8 @@ def _limits(spec: dict, before: int) -> str:
     for name in ("RLIMIT_MSGQUEUE", "RLIMIT_MEMLOCK", "RLIMIT_RTPRIO", "RLIMIT_NICE"):
         if hasattr(resource, name):
             _limit(getattr(resource, name), 0)
+    if hasattr(resource, "RLIMIT_SIGPENDING"):  # signals that wait take memory of the kernel
+        _limit(resource.RLIMIT_SIGPENDING, 256)
     if spec.get("processes") is not None:
         _limit(resource.RLIMIT_NPROC, spec["processes"])
     return (
@@ -123,7 +150,7 @@ def _limit(which: int, soft: int, hard: int | None = -1) -> None:
     resource.setrlimit(which, (soft, ceiling if hard is None else soft))
 
 
-def _try_limits(spec: dict) -> None:
+def _try_limits() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -232,38 +259,57 @@ def _shared_libraries() -> dict[str, int]:
 # -- trying the locks
 
 
-def _try_files(spec: dict) -> None:
-    for path in (spec["canary"], "/proc/self/environ", "/etc/passwd"):
+def _forbidden(spec: dict, rules: dict[str, int]) -> tuple[list[str], list[str], str]:
+    """Files that must not be readable, folders that must not be listable, a file that must not be made: outside of
+    what the host allows, which may be all of /etc."""
+    allowed = [os.path.realpath(path) for path, rights in rules.items() if rights & landlock.READ_FILE]
+
+    def beneath(path: str) -> bool:
+        path = os.path.realpath(path)
+        return any(path == top or path.startswith(top.rstrip("/") + "/") for top in allowed)
+
+    files = [path for path in (spec["canary"], "/proc/self/environ", "/etc/passwd") if not beneath(path)]
+    folders = [path for path in ("/", os.path.dirname(spec["canary"])) if not beneath(path)]
+    return files, folders, f"{spec['canary']}.{os.urandom(8).hex()}"
+
+
+def _try_files(files: list[str], folders: list[str], new: str) -> None:
+    for path in files:
         try:
-            os.close(os.open(path, os.O_RDONLY))
-        except PermissionError:
-            continue
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
         except OSError:
-            if path == spec["canary"]:
-                raise Missing("the canary file is not there") from None
             continue
         raise Missing(f"{path} could be read")
-    for path in ("/", os.path.dirname(spec["canary"])):
+    for path in folders:
         try:
             os.listdir(path)
         except OSError:
             continue
         raise Missing(f"{path} could be listed")
     try:
-        os.close(os.open(spec["canary"] + ".new", os.O_CREAT | os.O_WRONLY, 0o600))
+        os.close(os.open(new, os.O_CREAT | os.O_WRONLY, 0o600))
     except OSError:
         pass
     else:
         raise Missing("a file could be written outside the work folder")
-    probe = os.path.join(spec["scratch"], ".probe")
+
+
+def enter(scratch: str) -> str | None:
+    """Go to the work folder, in which no cell has been yet; what is wrong with it. Not a matter of any layer."""
+    probe = os.path.join(scratch, os.urandom(16).hex())
     try:
-        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o600))
+        os.chdir(scratch)
+        with open(probe, "xb") as file:
+            file.write(b"x")
         os.unlink(probe)
     except OSError as error:
-        raise Missing(f"the work folder cannot be written: {error}") from None
+        return f"it cannot be written: {error.strerror}."
+    if "PWD" in os.environ:
+        os.environ["PWD"] = scratch
+    return None
 
 
-def _try_calls(spec: dict) -> None:
+def _try_calls() -> None:
     import _socket
 
     for family in (_socket.AF_INET, _socket.AF_UNIX, getattr(_socket, "AF_NETLINK", _socket.AF_INET)):

@@ -8,41 +8,33 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-
-HIDDEN = {".git", ".hg", ".svn"}  # a version control's own files are not what anybody asks about
-MAX_FILES = 200_000
 
 
 class Folder(Mapping):
-    """`folder[path]` is a str (a Text where the file is large); iterating gives the relative paths, sorted.
+    """`folder[path]` is a str (a Text where the file is very large); iterating gives the relative paths, sorted.
 
-    Links that lead out of the folder are left out, folders behind links are not entered.
+    `skipped`: files that are no text as they stand, and why; they are no keys. `bytes(path)` and `text(path, encoding)`
+    read those too. Links that lead out of the folder are not followed.
     """
 
-    def __init__(self, root: str | None, files: dict[str, str] | None, open_text: Callable[[str], object]):
+    def __init__(
+        self,
+        root: str | None,
+        files: dict[str, str],  # relative name -> path, of texts and of what was left out
+        open_text: Callable[[str, str, str], object],  # path, encoding, errors
+        skipped: dict[str, str] | None = None,
+        encodings: dict[str, str] | None = None,
+    ):
         self._root = os.path.realpath(root) if root is not None else None
-        self._open = open_text
-        self._files = files  # relative name -> path
-        self.truncated = False  # more files than MAX_FILES
+        self._open, self._encodings, self.skipped = open_text, encodings or {}, dict(skipped or {})
+        self._files = files
+        self._texts = dict(sorted((name, path) for name, path in files.items() if name not in self.skipped))
         self._sizes: dict[str, int] = {}
 
-    def _paths(self) -> dict[str, str]:
-        if self._files is None:
-            self._files = {}
-            for path in files_under(self._root):
-                if len(self._files) >= MAX_FILES:
-                    self.truncated = True
-                    break
-                self._files[os.path.relpath(path, self._root).replace(os.sep, "/")] = path
-            self._files = dict(sorted(self._files.items()))
-        return self._files
-
     def _path(self, name) -> str:
-        paths = self._paths()
-        key = os.fspath(name) if isinstance(name, os.PathLike) else name
-        if isinstance(key, str) and key not in paths:
-            key = key.removeprefix("./").removeprefix("/")
+        paths, key = self._files, self._key(name)
         if key not in paths:
             import difflib
 
@@ -50,21 +42,44 @@ class Folder(Mapping):
             ends = [p for p in paths if p.endswith("/" + str(name))][:3]
             raise KeyError(f"no file {name!r} in the folder" + (f"; is it {(ends or near)}?" if ends or near else ""))
         path = paths[key]
-        if self._root is not None and not inside(path, self._root):
+        root = self._root
+        if root is not None and path.startswith(root.rstrip(os.sep) + os.sep) and not inside(path, root):
             raise KeyError(f"{name!r} is a link that leads out of the folder")
         return path
 
+    def _key(self, name):
+        key = os.fspath(name) if isinstance(name, os.PathLike) else name
+        if isinstance(key, str) and key not in self._files:
+            key = key.removeprefix("./").removeprefix("/")
+        return key
+
     def __getitem__(self, name):
-        return self._open(self._path(name))
+        key = self._key(name)
+        if key in self.skipped:
+            raise ValueError(
+                f"{key!r} is not among the texts: it {self.skipped[key]}. context.bytes(path) gives its bytes, "
+                "context.text(path, encoding='latin-1') decodes them in an encoding you know."
+            )
+        return self.text(key, self._encodings.get(key, "utf-8"))
+
+    def text(self, name: str, encoding: str = "utf-8", errors: str = "strict"):
+        """The text of a file, also of one that was left out, in an encoding you name."""
+        try:
+            return self._open(self._path(name), encoding, errors)
+        except UnicodeError as error:
+            raise ValueError(
+                f"{name!r} is not {encoding}: {error}. context.bytes(path) gives its bytes, "
+                "context.text(path, encoding=..., errors='replace') decodes them all the same."
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths())
+        return iter(self._texts)
 
     def __len__(self) -> int:
-        return len(self._paths())
+        return len(self._texts)
 
     def __contains__(self, name) -> bool:
-        return name in self._paths()
+        return name in self._texts
 
     def bytes(self, name: str, limit: int | None = None) -> bytes:
         """The raw bytes of a file, the first `limit` of them."""
@@ -87,12 +102,14 @@ class Folder(Mapping):
         return [n for n in self if regex.fullmatch(n)]
 
     def grep(self, pattern: str, glob: str = "*", flags: int = 0, limit: int = 1000) -> list[tuple[str, int, str]]:
-        """(path, line number from 1, line) of the first `limit` lines the pattern is found in; binary files left out."""
+        """(path, line number from 1, line) of the first `limit` lines the pattern is found in."""
         regex, hits = re.compile(pattern, flags), []
         for name in self.glob(glob):
-            if b"\0" in self.bytes(name, 8192):
+            try:
+                text = self[name]
+            except ValueError as error:
+                warnings.warn(f"grep left out {error}", stacklevel=2)
                 continue
-            text = self[name]
             lines = text.splitlines() if isinstance(text, str) else text.lines()
             for number, line in enumerate(lines, 1):
                 if regex.search(line):
@@ -120,7 +137,8 @@ class Folder(Mapping):
         names = list(self)
         shown = ", ".join(f"{n!r} ({self.size(n):,} bytes)" for n in names[:8])
         more = f", ... {len(names) - 8:,} more" if len(names) > 8 else ""
-        return f"Folder({len(names):,} files, {self.size():,} bytes: {shown}{more})"
+        left = f"; {len(self.skipped):,} files that are no text are in .skipped" if self.skipped else ""
+        return f"Folder({len(names):,} files, {self.size():,} bytes: {shown}{more}{left})"
 
     __hash__ = object.__hash__
 
@@ -129,21 +147,21 @@ class Folder(Mapping):
 
 
 def inside(path: str, root: str) -> bool:
-    real = os.path.realpath(path)
+    try:
+        real = os.path.realpath(path, strict=True)
+    except PermissionError:  # no link can be read in the sandbox, and nothing outside of the folder opened
+        return _opens(path)
+    except OSError:
+        return False
     return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def files_under(root: str) -> Iterator[str]:
-    """Regular files below `root`; links only where they stay inside, version-control folders left out."""
-    root = os.path.realpath(root)
-    for here, folders, files in os.walk(root):
-        folders[:] = sorted(f for f in folders if f not in HIDDEN and not os.path.islink(os.path.join(here, f)))
-        for file in sorted(files):
-            path = os.path.join(here, file)
-            if os.path.islink(path) and not inside(path, root):
-                continue
-            if os.path.isfile(path):
-                yield path
+def _opens(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def _glob_regex(pattern: str) -> str:

@@ -30,6 +30,9 @@ class Service:
         kind = message["t"]
         if kind == "reply":
             self._calls.reply(message)
+        elif kind == "look":
+            if message["id"] == self._running:
+                self._channel.write_now({"t": "waits", "id": message["id"], "waits": self._calls.main_waits()})
         elif kind == "interrupt":
             if message["id"] == self._running:
                 interrupts.interrupt(message["why"])
@@ -69,6 +72,8 @@ class Service:
         try:
             self._repl.interpreter.restore()
             with_text = _loaded["worker.text"].load
+            if message["fd"] and fd is None:
+                raise OSError("no descriptor is left to open it with")
             value = with_text(message["mode"], message["path"] if fd is None else fd, message["args"])
             self._repl.bind(message["name"], value)
             self._repl.interpreter.note_modules()
@@ -125,9 +130,10 @@ def main(arguments: list[str]) -> None:
     hello["packages"] = spec["packages"] = _packages(hello["packages"])
     mirrors = _mirrors(hello["mirror"])
     layers = confine.confine(spec)
+    problem = confine.enter(spec["scratch"])
     service = Service(channel, hello, mirrors)
     for name in [name for name in sys.modules if name == "worker" or name.startswith("worker.")]:
         _loaded[name] = sys.modules.pop(name)  # kept alive, and out of the way of a cell's own names
     channel.read_for_ever(service.handle)
-    channel.send({"t": "ready", "layers": layers, "pid": os.getpid()})
+    channel.send({"t": "ready", "layers": layers, "problem": problem, "pid": os.getpid()})
     service.work()

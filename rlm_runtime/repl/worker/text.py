@@ -29,7 +29,7 @@ KEPT = 8  # decoded blocks kept
 STEP = 1 << 20  # characters a scan looks at together
 STR_LIMIT = 256 << 20  # a text of more bytes is not turned into one str
 SLICE_LIMIT = 64 << 20  # a slice of more characters is a view, not a str
-LAZY_BYTES = 8 << 20  # files up to this size become a true str
+LAZY_BYTES = 256 << 20  # files up to this size become a true str
 
 
 class Blocks:
@@ -488,11 +488,13 @@ def load(mode: str, source: str | int, args: dict | None = None):
     args = args or {}
     if mode == "folder":
         textsearch.install(Text)
-        files = args.get("files")
+        lazy_bytes = args.get("lazy_bytes", LAZY_BYTES)
         return Folder(
             source,
-            dict(files) if files is not None else None,
-            lambda path: open_text(path, args.get("lazy_bytes", LAZY_BYTES), args.get("encoding", "utf-8")),
+            dict(args["files"]),
+            lambda path, encoding, errors: open_text(path, lazy_bytes, encoding, errors),
+            args.get("skipped"),
+            args.get("encodings"),
         )
     if mode == "mmap":
         textsearch.install(Text)
@@ -529,8 +531,9 @@ def read_str(fd: int, encoding: str = "utf-8", errors: str = "strict") -> str:
     return text[1:] if text.startswith("\ufeff") and errors == "strict" else text
 
 
-def open_text(path: str, lazy_bytes: int = LAZY_BYTES, encoding: str = "utf-8"):
-    """A file of a folder: a str, or a Text where it is large. Bytes that are no text read as U+FFFD."""
+def open_text(path: str, lazy_bytes: int = LAZY_BYTES, encoding: str = "utf-8", errors: str = "strict"):
+    """A file of a folder: a str, or a Text where it is very large. Raises UnicodeError for bytes that are no text in this
+    encoding (in a Text they read as U+FFFD)."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits for a pipe's writer
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
@@ -539,7 +542,6 @@ def open_text(path: str, lazy_bytes: int = LAZY_BYTES, encoding: str = "utf-8"):
     if status.st_size > lazy_bytes and encoding == "utf-8":
         return Text(Blocks(fd, owned=True), name=os.path.basename(path))
     try:
-        text = read_str(fd, encoding, "replace")
+        return read_str(fd, encoding, errors).removeprefix("\ufeff")
     finally:
         os.close(fd)
-    return text[1:] if text.startswith("\ufeff") else text

@@ -14,17 +14,19 @@ from rlm.attacks import (
     test_processes,
     test_protocol,
     test_resources,
+    test_restart,
     test_secrets,
     test_text,
+    test_visible,
 )
-from rlm.attacks.arena import SMALL, TIMED, Arena
+from rlm.attacks.arena import SMALL, TIMED, X86, Arena
 
 CHOSEN = {"bytes", "list of lists", "many files", "file without a name", "file without a name or descriptor", "reserved by number",
           "ten thousand", "fork bomb", "past the streams", "pass", "everything caught", "power of powers", "signals blocked", "null",
           "abort", "exit 0", "kill", "close everything", "garbage", "a gigabyte without an end", "nesting", "quoted backslashes",
           "markup", "alarm with a handler", "stopped", "the main thread ends"}  # fmt: skip
 GROUPS = (
-    ({}, test_secrets.PROBES + test_network.PROBES + test_processes.PROBES + test_text.TEXTS),
+    ({}, test_secrets.PROBES + test_network.PROBES + test_processes.PROBES + test_text.TEXTS + test_visible.ALL),
     (
         SMALL,
         test_resources.MEMORY
@@ -33,16 +35,18 @@ GROUPS = (
         + test_protocol.WASTE
         + test_left_behind.LEFT,
     ),
+    ({"memory": 1 << 30}, test_restart.RESTARTS if X86 else []),
     (TIMED, test_loops.LOOPS + test_crashes.CRASHES + test_crashes.HARMLESS),
 )
 
 
 def main() -> None:
     failed, count = {}, 0
+    os.environ["LD_LIBRARY_PATH"] = "/no/such/folder:"  # as `export LD_LIBRARY_PATH=/x:$LD_LIBRARY_PATH` makes it
     for limits, attacks in GROUPS:
         with Arena(**limits) as arena:
             for what in attacks:
-                if limits and what.name not in CHOSEN:
+                if limits in (SMALL, TIMED) and what.name not in CHOSEN:
                     continue
                 count += 1
                 try:

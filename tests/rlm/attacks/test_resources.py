@@ -62,6 +62,7 @@ DISK = {
     "beyond the end": "fd = os.open('e', os.O_RDWR | os.O_CREAT)\nos.pwrite(fd, b'x', 1 << 40)",
     "appended by threads": "import threading\ndef go(n):\n    while True:\n        with open(f'a{n}', 'ab') as f:\n            f.write(bytes(1 << 18))\nt = [threading.Thread(target=go, args=(i,)) for i in range(8)]\n[i.start() for i in t]\nt[0].join()",
     "copied": "open('c', 'wb').write(bytes(4 << 20))\nimport shutil\nfor i in range(10**6):\n    shutil.copyfile('c', f'c{i}')",
+    "named and without a name": "kept = [open('x', 'w+b')]\nos.unlink('x')\nkept[0].write(bytes(6 << 20))\nkept[0].flush()\nopen('y', 'wb').write(bytes(6 << 20))\ntime.sleep(3)\nraise OSError('BREACH: 12 MiB out of 8, not stopped')",
     "a file with a long name": "for i in range(10**6):\n    open(f'{i:0250}', 'w').close()",
 }  # fmt: skip
 DISK = [attack(name, cell, ends="ok error timeout killed crashed") for name, cell in DISK.items()]

@@ -15,7 +15,7 @@ KEY = "sk-ant-0123456789abcdef"
 HI = [Message(role="system", content="Be brief."), Message(role="user", content="hi")]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}}
 SEARCH = ToolSpec(name="search", description="finds", parameters={"type": "object"})
-STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+STREAMED = pytest.mark.parametrize("stream", [False, True, None], ids=["whole", "streamed", "unwatched"])
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,15 @@ def no_environment(monkeypatch):
 
 
 def model(server, name="m", **options):
-    return AnthropicLM(name, **{"base_url": server.origin, "api_key": KEY, "backoff": 0.001, **options})
+    return AnthropicLM(
+        name, **{"base_url": server.origin, "api_key": KEY, "backoff": 0.001, "stream": False, **options}
+    )
 
 
 def ask(server, messages=HI, *, stream=False, lm=None, options=None, **call):
     pieces = []
+    if stream is not False:
+        options = {"stream": True, **(options or {})}
     reply = asyncio.run(
         (lm or model(server, **(options or {}))).complete(messages, on_text=pieces.append if stream else None, **call)
     )
@@ -217,5 +221,5 @@ def test_key_name_window_and_price(monkeypatch):
         resolve("anthropic:claude-sonnet-4-5")
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     lm = resolve("anthropic:claude-sonnet-4-5-20250929")
-    assert isinstance(lm, LM) and lm.window == 200_000 and lm.price(1_000_000, 0) == pytest.approx(3.0)
+    assert isinstance(lm, LM) and lm.window == 200_000 and lm.price(100_000, 0) == pytest.approx(0.3)
     assert KEY not in repr(lm)

@@ -24,7 +24,8 @@ KEY = "sk-test-0123456789abcdef"
 HI = [Message(role="system", content="Be brief."), Message(role="user", content="hi")]
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 SEARCH = ToolSpec(name="search", description="finds", parameters={"type": "object", "properties": {"q": {}}})
-STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+# One body; a stream that is watched; a stream that nobody watches, which is what a run asks for.
+STREAMED = pytest.mark.parametrize("stream", [False, True, None], ids=["whole", "streamed", "unwatched"])
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +35,15 @@ def no_environment(monkeypatch):
 
 
 def model(server: FakeServer, **options) -> OpenAILM:
-    return OpenAILM("m", **{"base_url": server.url, "api_key": KEY, "backoff": 0.001, **options})
+    """`stream=False` unless a test asks: most tests are about one body."""
+    return OpenAILM("m", **{"base_url": server.url, "api_key": KEY, "backoff": 0.001, "stream": False, **options})
 
 
 def ask(server, messages=HI, *, stream=False, lm=None, pieces=None, options=None, **call):
-    """One reply; with `stream`, through on_text, and what was handed on must be the reply's text."""
+    """One reply; with `stream`, through on_text, and what was handed on must be the reply's text; with None, as a stream
+    without on_text."""
+    if stream is not False:
+        options = {"stream": True, **(options or {})}
     lm, pieces = lm or model(server, **(options or {})), [] if pieces is None else pieces
     reply = asyncio.run(lm.complete(messages, on_text=pieces.append if stream else None, **call))
     if stream and not call.get("tools"):
@@ -69,7 +74,7 @@ def test_a_reply_with_its_usage(stream):
     }  # fmt: skip
     body = server.requests[0].body
     assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert body.get("stream", False) == stream and server.requests[0].path == "/v1/chat/completions"
+    assert body.get("stream", False) == (stream is not False) and server.requests[0].path == "/v1/chat/completions"
 
 
 @STREAMED
@@ -274,13 +279,46 @@ def test_a_server_that_went_away_and_came_back():
 @STREAMED
 @pytest.mark.parametrize(
     "raw",
-    [b"<html>gateway</html>", b"", b"[1]", b'{"choices": []}', b'{"choices": 4}', b"{}", b"\xff\xfe", b"[" * 100_000],
-    ids=range(8),
+    [b"<html>gateway</html>", b"", b"[1]", b'{"choices": 4}', b"{}", b"\xff\xfe", b"[" * 100_000],
+    ids=range(7),
 )
 def test_a_body_that_is_no_reply_is_a_protocol_error(raw, stream):
     with FakeServer(Raw(raw)) as server:
         fails(server, "protocol", stream=stream)
         assert server.count == 1
+
+
+@STREAMED
+def test_a_reply_without_choices_is_its_own_kind_and_tried_again(stream):
+    """Gateways send it when the model behind them failed."""
+    end = b'data: {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}\n\ndata: [DONE]\n\n'
+    none = Raw(b'{"choices": []}') if stream is False else Raw(end, "text/event-stream")
+    with FakeServer([none, "whole"]) as server:
+        assert ask(server, stream=stream).text == "whole" and server.count == 2
+    with FakeServer(none) as server:
+        fails(server, "empty", "without any choice.*3 tries", stream=stream, options={"max_retries": 2})
+
+
+@STREAMED
+def test_an_error_inside_the_choice(stream):
+    """Routers pass on so that the model behind them failed."""
+    error = {"code": 429, "message": "slow down, please"}
+    for choice, kind, match in (
+        ({"error": error}, "rate_limit", "slow down, please"),
+        ({"error": {"code": 400, "message": "no such tool"}}, "bad_request", "no such tool"),
+        ({"finish_reason": "error"}, "server", "ended in an error"),
+    ):
+        part = {"message": {"content": ""}} if stream is False else {"delta": {"content": ""}}
+        body = json.dumps({"choices": [{**part, "finish_reason": None, **choice}]})
+        raw = Raw(body.encode()) if stream is False else Raw(f"data: {body}\n\n".encode(), "text/event-stream")
+        with FakeServer([raw, "fine"]) as server:
+            if kind == "bad_request":
+                fails(server, kind, match, stream=stream)
+                assert server.count == 1
+            else:
+                assert ask(server, stream=stream).text == "fine" and server.count == 2
+        with FakeServer(raw) as server:
+            fails(server, kind, match, stream=stream, options={"max_retries": 1})
 
 
 def test_bytes_that_are_no_http():
@@ -474,7 +512,7 @@ def refusing(field: str, message: str | None = None, status: int = 400):
 def test_a_field_the_endpoint_refuses_is_left_out_from_then_on(field, caplog):
     sampling = Sampling(temperature=0.1, top_p=0.2, seed=3)
     with FakeServer(refusing(field)) as server, caplog.at_level(logging.WARNING):
-        lm = model(server)
+        lm = model(server, stream=True)
         ask(server, lm=lm, sampling=sampling, stream=True)
         ask(server, lm=lm, sampling=sampling, stream=True)
     assert server.count == 3 and field not in server.requests[-1].body

@@ -58,7 +58,7 @@ def test_names_do_not_import_clients():
     code = (
         "import sys\nfrom rlm_runtime.lms import resolve\n"
         "resolve('openai:m', base_url='http://h/v1'); resolve('anthropic:m', base_url='http://h')\n"
-        "print([m for m in ('aiohttp', 'jax', 'mor_jax') if m in sys.modules])\n"
+        "print([m for m in ('aiohttp', 'jax', 'mor_jax', 'genai_prices') if m in sys.modules])\n"
         "import threading\nlm = resolve('openai:m', base_url='http://h/v1'); lm.warm(); lm.warm()\n"
         "[t.join() for t in threading.enumerate() if t.name == 'rlm-import']\n"
         "print('aiohttp' in sys.modules)\n"
@@ -91,6 +91,33 @@ def test_a_price_file(tmp_path, monkeypatch):
     assert prices.price_of("anything:n").dollars(1_000_000, 0, 500_000) == pytest.approx(1.75)
     assert prices.price_of("openai:gpt-5") == prices.KNOWN["openai:gpt-5"].price
     assert resolve("openai:m", base_url="http://h/v1").price(1_000_000, 1_000_000) == pytest.approx(3.0)
+
+
+def test_prices_of_genai_prices_go_first_and_ours_stand_in(monkeypatch):
+    listed = prices.market("openai:gpt-5-mini")
+    assert listed.price.dollars(1_000_000, 1_000_000) == pytest.approx(2.25) and listed.window == 400_000
+    tiered = prices.known("anthropic:claude-sonnet-4-5").price  # dearer for long prompts
+    assert tiered.dollars(100_000, 0) == pytest.approx(0.3) and tiered.dollars(1_000_000, 0) > 4
+    assert tiered.dollars(100_000, 0, 100_000) < tiered.dollars(100_000, 0)
+    only_theirs = "openai:gpt-4o-audio-preview"
+    assert only_theirs not in prices.KNOWN and prices.known(only_theirs).price.dollars(1000, 1000) > 0
+    router = resolve("openai:openai/gpt-oss-20b", base_url="https://openrouter.ai/api/v1", api_key="k")
+    assert 0 < router.price(1_000_000, 0) < 1 and router.window >= 100_000
+    local = resolve("openai:gpt-oss-20b", base_url="http://127.0.0.1:8000/v1")  # your own machine is no vendor
+    assert local.price(1, 1) is None and local.window is None
+    given = resolve("openai:gpt-5-mini", base_url="http://h/v1", price=(1, 1), window=10)
+    assert given.price(1_000_000, 0) == 1.0 and given.window == 10
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    assert prices.market("openai:gpt-5-mini") is None and prices.known(only_theirs) is None
+    assert prices.known("openai:gpt-5-mini") == prices.KNOWN["openai:gpt-5-mini"]
+
+
+def test_the_table_agrees_with_genai_prices():
+    """Ours is a copy by hand: a price that moved shows here."""
+    for name, ours in prices.KNOWN.items():
+        listed = prices.market(name)
+        assert listed is not None, name
+        assert listed.price.dollars(1000, 1000) == pytest.approx(ours.price.dollars(1000, 1000)), name
 
 
 @pytest.mark.parametrize("bad", [(1,), (1, -2), (1, float("nan")), "no/such/file.json", {"in": 1}, ("a", "b"), 5])

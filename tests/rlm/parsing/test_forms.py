@@ -167,6 +167,12 @@ def test_thought_action_observation():
     assert read(f'Action: repl\nAction Input: {{"code": {json.dumps(CODE)}}}').cells == (CODE,)
 
 
+def test_a_call_of_pairs_of_keys_and_values():
+    """GLM."""
+    said = f"<tool_call>python\n<arg_key>code</arg_key>\n<arg_value>{CODE}</arg_value>\n</tool_call>"
+    assert read(said).cells == (CODE,)
+
+
 def test_an_unclosed_tag():
     assert read(f"<execute>\n{TICKS}").cells == (TICKS,)
     assert read("I look at <code> tags\nand so on.").cells == ()
@@ -329,3 +335,28 @@ def test_cut_prose_and_a_cut_answer():
     assert reasons(read("I will now explain at", finish_reason="length")) == ["cut"]
     parsed = read("FINAL(the answer is", finish_reason="length")
     assert parsed.final is None and parsed.cells == () and reasons(parsed) == ["cut"]
+
+
+# -- what stands behind a block, and calls of gpt-oss
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```py\n{}\n```<end_code>", "Code:\n```python\n{}\n```\n<end_code>", "```repl\n{}\n<end_code>", "```py\n{}\n```</code>", "```py\n{}\n```\n</code>",
+        "<code>\n```py\n{}\n```</code>", "<code>\n{}\n</code><end_code>", "```repl\n{}\n``` </end_code>",
+        "<|channel|>commentary to=python<|message|>{}<|call|>", "<|channel|>analysis to=python code<|message|>{}<|call|>",
+        "<|start|>assistant to=python<|channel|>commentary<|message|>{}<|call|>", "<|start|>assistant<|channel|>commentary to=repl.python <|constrain|>code<|message|>{}",
+        "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=python code<|message|>{}<|call|>",
+    ],
+)  # fmt: skip
+def test_marks_behind_a_block_and_receivers_of_a_message(text):
+    parsed = read(text.replace("{}", CODE))
+    assert parsed.cells == (CODE,) and parsed.nudges == ()
+    assert "code>" not in parsed.kept and "to=" not in parsed.kept and "assistant" not in parsed.kept
+
+
+def test_a_reply_may_be_long_behind_longer_thinking():
+    thought = "<think>" + "so it goes\n" * 50_000 + "</think>"
+    assert read(f"{thought}\n```repl\n{CODE}\n```").cells == (CODE,)
+    assert read(thought.removeprefix("<think>") + f"\n```repl\n{CODE}\n```").cells == (CODE,)
+    parsed = read("```repl\nx = 1\n```\n" + "so it goes\n" * 50_000)
+    assert parsed.cells == ("x = 1",) and reasons(parsed) == ["too_long"] and parsed.discarded > 100_000

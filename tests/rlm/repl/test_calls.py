@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from rlm.repl.harness import one, play, printed, run
+from rlm.repl.harness import QUICK, echo, one, play, printed, run
 from rlm_runtime.context import Context
 from rlm_runtime.repl import make
 from rlm_runtime.repl.base import Limits, Outcome, ToolInfo
@@ -206,3 +206,44 @@ def test_tools_and_values_are_there_under_their_names():
 
 def test_limits_are_the_documented_ones():
     assert Limits().requests == 100_000 and Limits().frame == 64 << 20
+
+
+POOLS = {
+    "map": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n    got = list(pool.map(llm_query, 'abcd'))",
+    "as completed": "from concurrent.futures import ThreadPoolExecutor, as_completed\npool = ThreadPoolExecutor(4)\ngot = [f.result() for f in as_completed([pool.submit(llm_query, c) for c in 'abcd'])]",
+    "wait": "import concurrent.futures as c\npool = c.ThreadPoolExecutor(4)\ngot = [f.result() for f in c.wait([pool.submit(llm_query, x) for x in 'abcd']).done]",
+    "join": "import threading\ngot = []\nt = [threading.Thread(target=lambda c=c: got.append(llm_query(c))) for c in 'abcd']\n[i.start() for i in t], [i.join() for i in t]",
+    "queue": "import queue, threading\nq = queue.Queue()\n[threading.Thread(target=lambda c=c: q.put(llm_query(c))).start() for c in 'abcd']\ngot = [q.get() for _ in 'abcd']",
+    "asyncio": "import asyncio\nasync def go():\n    return await asyncio.gather(*(asyncio.to_thread(llm_query, c) for c in 'abcd'))\ngot = asyncio.run(go())",
+    "the main thread itself": "got = [llm_query('abcd')] + ['bcd'] * 3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", POOLS.values(), ids=POOLS)
+def test_waiting_for_threads_that_wait_for_calls_does_not_count_as_running(code):
+    async def slow(request):
+        await asyncio.sleep(2.5)
+        return await echo(request)
+
+    result = one(f"{code}\nprint(sorted(got)[0][0], len(got))", handler=slow, limits={"cell_seconds": 1.0})
+    assert result.status == "ok" and result.stdout == "a 4\n", result
+    assert result.waited_seconds > 2
+
+
+RUNS_ON = {
+    "sleeping": "import time\nwhile True:\n    time.sleep(0.01)",
+    "one long sleep": "import time\ntime.sleep(600)",
+    "spinning": "while True:\n    pass",
+    "sleeping with the interpreter's lock": "import ctypes\nwhile True:\n    ctypes.PyDLL(None).sleep(600)",
+    "waiting for input that never comes": "import os\nos.read(os.pipe()[0], 1)",
+}
+
+
+@pytest.mark.parametrize("code", RUNS_ON.values(), ids=RUNS_ON)
+def test_an_open_call_in_a_thread_does_not_stop_the_clock_of_a_cell_that_runs_on(code):
+    async def never(request):
+        await asyncio.sleep(600)
+
+    cell = f"import threading\nthreading.Thread(target=llm_query, args=('x',), daemon=True).start()\n{code}"
+    result = one(cell, handler=never, limits=QUICK)
+    assert result.status in ("timeout", "killed") and "more than 1 s" in result.error.message, result

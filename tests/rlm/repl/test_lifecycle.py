@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import gzip
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -218,6 +220,38 @@ def test_cancelled_while_it_starts():
                 await task
             await environment.aclose()
             assert not children()
+
+    asyncio.run(go())
+
+
+def test_cancelling_ends_the_unpacking_of_a_context(tmp_path, monkeypatch):
+    (tmp_path / "log.gz").write_bytes(gzip.compress(b"a line"))
+    began = threading.Event()
+
+    def for_ever(context, target, limit, stop):
+        began.set()
+        while not stop():
+            time.sleep(0.01)
+        raise ContextError("stopped")
+
+    monkeypatch.setattr(Context, "_unpack", for_ever)
+
+    async def go():
+        environment = make("local")
+        start = asyncio.ensure_future(environment.start(Context.of(tmp_path / "log.gz")))
+        await asyncio.to_thread(began.wait)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(start, HANG)
+        async with make("local") as environment:  # and while a session takes its next text
+            await environment.start(Context.of("x"))
+            began.clear()
+            later = asyncio.ensure_future(environment.rebind_context(Context.of(tmp_path / "log.gz"), "context_1"))
+            await asyncio.to_thread(began.wait)
+            later.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(later, HANG)
+            assert printed(await run(environment, "context")) == "'x'\n"
 
     asyncio.run(go())
 

@@ -15,7 +15,7 @@ from rlm.fake_environment import FakeEnvironment
 from rlm.loop_helpers import done
 from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms.scripted import ScriptedLM
-from rlm_runtime.tasks import get
+from rlm_runtime.tasks import TASKS, get
 from rlm_runtime.tasks.evaluate import aevaluate, evaluate
 from rlm_runtime.tasks.results import Row, append_row, interval, read_rows, size_name, summarize
 
@@ -189,7 +189,7 @@ def test_cancelling_keeps_what_is_done(tmp_path):
     ("options", "words"),
     [
         ({"modes": ["bass"]}, "unknown mode 'bass'"), ({"lengths": ["8x"]}, "length '8x'"), ({"lengths": [20]}, "too short"),
-        ({"samples": 0}, "at least 1"), ({"modes": []}, "at least one"), ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
+        ({"samples": 0}, "at least 1"), ({"modes": ["rlm+tip"]}, "as in rlm+tips"), ({"rlm": {"tips": "x"}}, "no mode uses them"), ({"modes": []}, "at least one"), ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
         ({"rlm": {"budget": {"dollars": 3}}}, "budget.dollars"), ({"root": "openia:x"}, "unknown model"),
         ({"sampling": {"heat": 1}}, "sampling.heat"),
     ],
@@ -206,6 +206,26 @@ def test_what_cannot_be_is_said_before_anything_runs(tmp_path, options, words):
 def test_modes_of_other_depths(tmp_path):
     evaluation = run(tmp_path, lengths="4k", modes=["rlm", "rlm3"], samples=1)
     assert len({r.settings for r in evaluation.rows}) == 2 and [r.mode for r in evaluation.rows] == ["rlm", "rlm3"]
+
+
+def test_tips_are_a_mode_of_their_own(tmp_path):
+    root = solver()
+    evaluation = run(tmp_path, root, lengths="4k", modes=["rlm", "rlm+tips", "repl+tips"], samples=1)
+    assert {m for m, _ in by(evaluation)} == {"rlm", "rlm+tips", "repl+tips"}
+    assert len({row.settings for row in evaluation.rows}) == 3
+    tasks = ["\n".join(m.content for m in messages) for messages in root.messages]
+    tipped = [text for text in tasks if get("s_niah").tips in text]
+    assert len(tasks) == 3 and len(tipped) == 2
+    again = solver()
+    own = {"environment": FakeEnvironment, "tips": "Mine."}
+    run(tmp_path, again, lengths="4k", modes=["rlm", "rlm+tips"], samples=1, rlm=own)
+    (asked,) = again.messages  # the user's tips are others than the task's; the mode without tips is the same run
+    assert "Mine." in asked[1].content and get("s_niah").tips not in asked[1].content
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_carries_tips(name):
+    assert len(get(name).tips) > 100
 
 
 def test_progress_as_lines(tmp_path, capsys):

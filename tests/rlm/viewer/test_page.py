@@ -1,11 +1,14 @@
 """The page in a real browser: quick with a big run, usable by keys, live, and deaf to hostile text."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from rlm.big_trajectory import build, write
 from rlm.viewer import attack, browser
+from rlm_runtime.context import Context
+from rlm_runtime.repl import make
 from rlm_runtime.trajectory import EVENTS, NodeEnd, NodeStart, TrajectoryWriter, summary
 from rlm_runtime.viewer import export, running
 
@@ -395,14 +398,44 @@ def test_the_policy_would_stop_a_script_that_got_in(chromium, runs, url, tmp_pat
         page.call("Page.close")
 
 
-@pytest.mark.parametrize("width", [360, 760, 1024])
+@pytest.mark.parametrize("width", [320, 360, 420, 760, 1024])
 def test_narrow_screens(chromium, url, width):
-    for run in ("big", "attack"):
-        page = chromium.page(url + f"#run={run}&at=0%232", width=width, height=740)
+    """No sideways scroll, in any of the page's views."""
+    for place in ("#run=big", "#run=big&at=0%232", "#run=attack", "#run=attack&at=0%232", "#run=killed"):
+        page = chromium.page(url + place, width=width, height=740)
         page.ready()
-        assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run("document.documentElement.scrollWidth") <= width, place
         assert page.run("document.querySelector('#tree').clientHeight") > 150
         page.call("Page.close")
+    page = chromium.page(url, width=width, height=740)
+    page.run("new Promise(done => setTimeout(done, 200))")
+    assert page.run("document.documentElement.scrollWidth") <= width
+    page.call("Page.close")
+
+
+def test_every_layer_of_a_real_worker_is_painted_as_it_is(chromium, tmp_path):
+    """What a worker says of itself here, and the same with one layer missing."""
+    report = asyncio.run(started())
+    assert report.layers["environment"] == "scrubbed" and not report.missing
+    missing = {**report.layers, "landlock": "missing: an old kernel"}
+    for layers, bad in ((report.layers, []), (missing, ["landlock"])):
+        events = [e.model_copy(update={"layers": layers}) if e.type == "sandbox" else e for e in EVENTS_OF_BIG]
+        folder = tmp_path / f"run{len(bad)}"
+        write(folder, events)
+        page = chromium.page(export(folder, tmp_path / f"{len(bad)}.html").as_uri())
+        page.ready()
+        painted = "[...document.querySelectorAll('.layer.%s')].map(n => n.textContent)"
+        assert page.run(painted % "bad") == bad
+        assert page.run(painted % "good") == [name for name in layers if name not in bad]
+        page.call("Page.close")
+
+
+async def started():
+    environment = make("local")
+    try:
+        return await environment.start(Context.of("a text"))
+    finally:
+        await environment.aclose()
 
 
 @pytest.mark.parametrize("dark", [False, True])

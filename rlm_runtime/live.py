@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any, TextIO
 
-from rlm_runtime.cli.codes import clean
+from rlm_runtime.terminal import clean
 from rlm_runtime.trajectory import (
     BudgetNote,
     CellEnd,
