@@ -1,6 +1,7 @@
 """Train a model, or go on with a run that was stopped.
 
     python -m launch.train --config configs/quickstart.py --workdir runs/mor
+    python -m launch.train --config configs/sft.py --workdir runs/chat --init_from runs/mor
     python -m launch.train --config configs/quickstart.py --workdir runs/short --config.train.steps=200
     python -m launch.train --config configs/mor.py:360m,nr=3 --workdir runs/mor360 \\
         --config.data.source=files --config.data.paths="('/data/*.jsonl.zst',)"
@@ -41,6 +42,9 @@ _WAIT = flags.DEFINE_float(
 _ALLOW = flags.DEFINE_list(
     "allow", [], "Fields that may differ from those of the run that goes on, e.g. optim.peak_lr,train.steps."
 )
+_INIT_FROM = flags.DEFINE_string(
+    "init_from", "", "Run directory or checkpoint whose weights a new run starts from; optimiser and data start fresh."
+)
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
 _NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
 _NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
@@ -50,7 +54,8 @@ _NO_JIT = flags.DEFINE_bool("no_jit", False, "Compile nothing: operation by oper
 def main(_: list[str]) -> None:
     debug = Debug.parse(_PROFILE.value, nans=_NANS.value, scan=not _NO_SCAN.value, jit=not _NO_JIT.value)
     initialize()  # before anything asks how many devices there are
-    train(cli.read_config(_CONFIG), _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value)
+    cfg = cli.read_config(_CONFIG)
+    train(cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+from etils import epath
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import DataError
-from mor_jax.paths import as_path
+from mor_jax.paths import as_path, write_text
 
 PLAIN = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n\\n' }}{% endfor %}"
@@ -112,12 +112,10 @@ class ChatTemplate:
             raise ChatError(f"The chat template cannot be applied to these messages: {str(e)[:300]}.") from e
         return "".join(parts)
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str]) -> epath.Path:
         """Write `directory`/chat_template.jinja, which `find_template` reads; returns its path."""
-        path = Path(directory) / FILE
-        draft = path.with_name(f"{FILE}.{os.getpid()}.tmp")
-        draft.write_text(self.source, encoding="utf-8")
-        os.replace(draft, path)
+        path = as_path(directory) / FILE
+        write_text(path, self.source)
         return path
 
     def stop_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:

@@ -66,7 +66,10 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
     state = abstract_state(lm, tx, mesh)
     step = jax.jit(make_train_step(lm, tx, cfg.train.accum), donate_argnums=0)
     with jax.set_mesh(mesh):
-        return step.lower(state, {"tokens": one, "segment_ids": one}), mesh
+        batch = {"tokens": one, "segment_ids": one}
+        if cfg.data.format == "chat":
+            batch["weights"] = jax.ShapeDtypeStruct(one.shape, jnp.float32, sharding=rows)
+        return step.lower(state, batch), mesh
 
 
 def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compiled, jax.sharding.Mesh]:

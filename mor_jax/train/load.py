@@ -33,6 +33,7 @@ class Loaded(NamedTuple):
     step: int
     data: str  # fingerprint of the rows it was trained on
     mesh: Mesh
+    lineage: dict[str, Any] | None = None  # where its first weights came from, see `train.initial`
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
@@ -67,7 +68,7 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: M
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
     params, step = restore_params(directory, abstract, step)
-    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh)
+    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, meta.get("lineage"))
 
 
 def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:

@@ -35,6 +35,7 @@ from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
 from mor_jax.train.goodput import Goodput, stragglers
+from mor_jax.train.initial import initial_params
 from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
@@ -73,6 +74,7 @@ def train(
     debug: Debug | None = None,
     wait: float | None = None,
     allow: Sequence[str] = (),
+    init_from: str | os.PathLike[str] = "",
 ) -> dict[str, Any]:
     """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with gs:// or s3://.
 
@@ -84,6 +86,8 @@ def train(
     Args:
       wait: seconds to wait for another process that works in `workdir`; None: see `train.lock.hold`.
       allow: fields that may differ from those of the run in `workdir`, see `train.workdir`.
+      init_from: run directory or checkpoints whose weights a new run starts from, see `train.initial`; a run that goes
+        on in `workdir` must have started from the same.
 
     In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
     directory that all see; a signal to any of them stops all after the same step.
@@ -118,7 +122,7 @@ def train(
         here.barrier("the run directory is claimed")
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
         here.same("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
-        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug, lock, outbox, changed, allow)
+        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug, lock, outbox, changed, allow, init_from)
         try:
             done = run.finished() or run.go(stop)
         finally:
@@ -133,7 +137,7 @@ class _Run:
     def __init__(
         self, cfg: Config, workdir: epath.Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool,
         here: Hosts, goodput: Goodput, debug: Debug, lock: RunLock | None, outbox: Outbox, changed: Sequence[str],
-        allow: Sequence[str],
+        allow: Sequence[str], init_from: str | os.PathLike[str],
     ):  # fmt: skip
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
         self.here, self.goodput, self.debug, self.lock, self.outbox = here, goodput, debug, lock, outbox
@@ -144,7 +148,12 @@ class _Run:
         self.schedule = learning_rate(cfg.optim, self.steps)
         self.batch_sharding = NamedSharding(mesh, self.lm.rules.spec(("batch", "time")))
         self.token_bytes = padded_token_bytes(data.tokenizer.token_bytes, cfg.model.vocab_size)
-        self.meta = {"config": cfg.to_dict(), "tokenizer": data.tokenizer.to_json(), "data": data.fingerprint}
+        self.init_from = os.fspath(init_from)
+        self.meta: dict[str, Any] = {
+            "config": cfg.to_dict(),
+            "tokenizer": data.tokenizer.to_json(),
+            "data": data.fingerprint,
+        }
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
         self.show = progress and here.rank == 0
@@ -213,11 +222,33 @@ class _Run:
         """(state, step, meta) of the newest checkpoint that verifies, or of the beginning."""
         restored = self.checkpoints.restore_latest(abstract_state(self.lm, self.tx, self.mesh))
         if restored is None:
-            return create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed), 0, {}
+            return self._fresh(), 0, {}
         self._same_data(restored.meta)
+        self._same_origin(restored.meta)
         for step, why in restored.skipped.items():
             self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
         return restored.state, restored.step, restored.meta
+
+    def _fresh(self) -> TrainState:
+        state = create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed)
+        if not self.init_from:
+            return state
+        params, lineage = initial_params(self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh)
+        self.meta["lineage"] = lineage
+        self.bar.say(f"Starting from the weights of {self.init_from}, step {lineage['step']}.")
+        return state._replace(params=params)
+
+    def _same_origin(self, meta: dict[str, Any]) -> None:
+        """Keep the lineage of the run; refuse to go on as if it had started from other weights."""
+        if lineage := meta.get("lineage"):
+            self.meta["lineage"] = lineage
+        parent = (lineage or {}).get("parent", "")
+        if self.init_from and self.init_from != parent:
+            was = f"the weights of {parent}" if parent else "fresh weights"
+            raise CheckpointError(
+                f"{self.workdir} holds a run that started from {was}, not from {self.init_from}. Give another --workdir, "
+                "or leave out --init_from to go on."
+            )
 
     def _advise(self, step: int) -> None:
         self.here.advice = (
@@ -413,6 +444,7 @@ class _Run:
             "trigram_bits_per_byte": self._trigram(),
             "eval": record,
             "goodput": self.goodput.record(),
+            "lineage": self.meta.get("lineage"),
             "data": self.data.stats,
             "device": f"{mesh_device(self.mesh)}",
             "versions": versions(),

@@ -65,6 +65,8 @@ def claim(workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[
         write_json(path, cfg.to_dict())
         if not steps_in(workdir / "checkpoints"):  # else it is kept until it has been compared with theirs
             data.tokenizer.save(workdir)
+            if data.template is not None:
+                data.template.save(workdir)
     except OSError as e:
         raise UserError(f"cannot write to the run directory {workdir}: {reason(e)}.") from e
     except ValueError as e:
