@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from small import random_params, small_lm
 
+from mor_jax.config import DepthConfig
 from mor_jax.model.depth import RouterStats, TokenChoice
 from mor_jax.model.depth.token_choice import load_shares
 
@@ -68,14 +69,29 @@ def stats(depth_counts, mean_scores) -> RouterStats:
     )
 
 
-def test_balance_loss_is_one_when_balanced_and_grows_towards_r():
-    p = policy()
-    loss = lambda counts, scores: float(
-        p.losses(stats(counts, scores), jnp.full((R,), float(sum(counts))))["router_loss"]
-    )
-    assert loss([10, 10, 10], [1 / 3] * 3) == pytest.approx(1.0)
-    assert loss([30, 0, 0], [1.0, 0.0, 0.0]) == pytest.approx(R)
-    assert 1 < loss([20, 5, 5], [0.6, 0.2, 0.2]) < R
+@pytest.mark.parametrize("alpha", [1.0, 0.1])
+def test_balance_loss_is_alpha_when_balanced_and_grows_towards_r_times_alpha(alpha):
+    """The released code sums the scaled scores, alpha * sigmoid(z) or softmax(z)."""
+    p = policy(alpha=alpha)
+    totals = lambda counts: jnp.full((R,), float(sum(counts)))
+    loss = lambda counts, scores: float(p.losses(stats(counts, scores), totals(counts))["router_loss"])
+    assert loss([10, 10, 10], [1 / 3] * 3) == pytest.approx(alpha)
+    assert loss([30, 0, 0], [1.0, 0.0, 0.0]) == pytest.approx(alpha * R)
+    assert alpha < loss([20, 5, 5], [0.6, 0.2, 0.2]) < alpha * R
+
+
+@pytest.mark.parametrize(
+    ("depth", "scale"),
+    [
+        ({"policy": "expert_choice"}, 0.1),
+        ({"policy": "expert_choice", "score": "none"}, 1.0),
+        ({"policy": "expert_choice", "score": "none", "alpha": 0.3}, 0.3),
+        ({"policy": "token_choice"}, 1.0),
+        ({"policy": "token_choice", "score": "sigmoid"}, 0.1),
+    ],
+)
+def test_the_gate_is_scaled_as_in_the_released_code(depth, scale):
+    assert DepthConfig(**depth).gate_scale == scale
 
 
 def test_the_bias_moves_towards_the_depths_that_are_too_rare():

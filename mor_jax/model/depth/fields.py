@@ -25,7 +25,7 @@ class Gated(PolicyConfig):
     """A gate on the core's output."""
 
     gate: str = ""  # one of the policy's `gates`; "": the first
-    alpha: float = 0.0  # scale of the gate; 0: the paper's, 0.1 (1 for a softmax)
+    alpha: float = 0.0  # scale of the gate; 0: the released code's, 0.1 (1 for scores softmax and none)
 
     gates: ClassVar[tuple[str, ...]] = ()
 
@@ -67,7 +67,7 @@ class Routed(Gated):
 
     @property
     def gate_scale(self) -> float:
-        return self.alpha or (1.0 if self.score_name == "softmax" else 0.1)
+        return self.alpha or (1.0 if self.score_name in ("softmax", "none") else 0.1)
 
     def check(self, model: ModelConfig) -> None:
         one_of("config.depth.router", self.router, ROUTERS)

@@ -7,7 +7,8 @@ Two readings of the gate exist and both are here by name. "exit" is the released
 gate, and H_out = H¹ + p_i f(H^i) at the exit. "every" is the paper's eq. 2.2: every step is gated,
 H^{r+1} = p_i f(H^r), and H¹ is added at the exit step.
 
-Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean score; 1 when balanced), or loss-free: after
+Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean of alpha * score, as in the released code; alpha
+when balanced under a softmax), or loss-free: after
 each optimiser step b_i += rate * sign(mean(F) - F_i), which moves the choice but never the gate.
 
 At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth dial. The gate follows
@@ -273,7 +274,8 @@ class TokenChoice(AtOnce):
         F and P are the micro-batch's own, weighted by its share of the batch's tokens: under accumulation the term
         is the mean over micro-batches (equal to the whole batch's only where all route alike)."""
         tokens = jnp.maximum(stats.candidates, 1.0)
-        balance = self.recursions * jnp.sum(load_shares(stats) * stats.score / tokens)
+        mean_R = self.alpha * stats.score / tokens  # P, with alpha as in the gate
+        balance = self.recursions * jnp.sum(load_shares(stats) * mean_R)
         return {
             "router_loss": balance * stats.candidates[0] / totals_R[0],
             "router_z_loss": jnp.sum(stats.z_sq / totals_R),
