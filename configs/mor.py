@@ -5,7 +5,7 @@
     python -m launch.train --config configs/mor.py:360m,nr=3,kv=shared --workdir runs/mor-shared
 
 Argument: the paper's size; nr, the recursions; policy, expert (default) or token; kv, whose keys a recursion sees:
-recursion_wise (default), shared or hybrid. The paper's 360m reaches a validation NLL of 2.75 / 2.79 / 2.82 with two /
+recursion_wise (default), shared, hybrid or hybrid_first. The paper's 360m reaches a validation NLL of 2.75 / 2.79 / 2.82 with two /
 three / four recursions and expert-choice (top-k; this code also reports the causal one), of 2.80 with three and shared
 keys, of 2.92 with three and token-choice, after 16.5e18 FLOPs.
 """
@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config = paper.base("mor", args["size"], args["nr"])
     if args["policy"] == "token":
         config.name += "-token"
-    if args["kv"] not in ("recursion_wise", "shared", "hybrid"):
-        raise ConfigError(f"mor: kv {args['kv']!r} is not one of recursion_wise, shared, hybrid.")
+    if args["kv"] not in ("recursion_wise", "shared", "hybrid", "hybrid_first"):
+        raise ConfigError(f"mor: kv {args['kv']!r} is not one of recursion_wise, shared, hybrid, hybrid_first.")
     if args["kv"] != "recursion_wise":
         config.name += f"-{args['kv']}"
         config.depth.kv = args["kv"]

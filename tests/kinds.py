@@ -23,6 +23,10 @@ MORE_KV = {
         {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
         {"policy": "expert_choice", "kv": "hybrid"},
     ),
+    "mor_hybrid_first": (
+        {"sharing": "cycle", "recursions": 3, "layers": 6},
+        {"policy": "expert_choice", "kv": "hybrid_first"},
+    ),
     "random_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "random", "kv": "shared"}),
     "mor_relaxed": (
         {

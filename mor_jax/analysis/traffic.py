@@ -27,6 +27,7 @@ from mor_jax.analysis.accounting import (
 )
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
+from mor_jax.model.kv import renews
 from mor_jax.model.program import build_program
 
 
@@ -93,7 +94,7 @@ def kv_by_depth(
         core = [part("core, in place", program.core * program.repeat, 1.0, 1.0, 1.0)]
     elif strategy == "shared":
         core = [part("core, made at r = 1", program.core, 1.0, float(steps), sum(shares))]
-    elif strategy == "hybrid":
+    elif renews(strategy):
         core = [part(f"recursion {r}", program.core, 1.0, 1.0, s) for r, s in enumerate(shares, 1)]
     else:
         core = [part(f"recursion {r}", program.core, s, s, s * s) for r, s in enumerate(shares, 1)]

@@ -25,10 +25,10 @@ from mor_jax.errors import ConfigError
 
 HOME = "mor_jax.model.depth"  # the package whose files are the policies
 EXECUTORS = ("gathered", "masked")
-KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid")
+KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid", "hybrid_first")
 # Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token stored at
 # every depth) cannot exist.
-ROUTED_KV = ("recursion_wise", "shared", "hybrid")
+ROUTED_KV = ("recursion_wise", "shared", "hybrid", "hybrid_first")
 
 _REGISTERED: dict[str, type[DepthConfig]] = {}
 
@@ -41,7 +41,8 @@ class DepthConfig:
     policy: str = "fixed"  # name of a file's policy in model/depth/: fixed, expert_choice, token_choice, random, ...
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
     # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
-    # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on); "": the policy's first.
+    # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on) |
+    # hybrid_first (the released code's hybrid: of tokens that stopped, the keys of r = 1); "": the policy's first.
     kv: str = ""
     # Optimiser steps of depth warm-up (model/depth/warmup.py); 0: none. Policies with capacities let them fall from 1
     # to their target along a half cosine, in `warmup_stages` equal strides; token_choice runs every token at full
@@ -149,7 +150,7 @@ class DepthConfig:
             )
             fits = " or ".join(map(repr, self.kv_strategies))
             raise ConfigError(f"{where} does not go with policy {self.policy!r} ({why}). Use {fits}.")
-        if self.kv not in ("shared", "hybrid"):
+        if self.kv not in ("shared", "hybrid", "hybrid_first"):
             return
         if model.sharing == "none":
             raise ConfigError(

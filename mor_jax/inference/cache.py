@@ -9,7 +9,9 @@ Prelude and coda keep every token. What the core keeps is the KV strategy's (`mo
     hybrid          R streams; every token is in each. Where it did not run r its entry is a copy of its entry at
                     r - 1, so that a step reads one stream and not the newest of several
 
-Under shared and hybrid a token of depth 0 (stopped before step 1 by the causal rule of expert-choice) is in the
+    hybrid_first    as hybrid, but where a token did not run r its entry is a copy of its entry at step 1
+
+Under shared and the hybrids a token of depth 0 (stopped before step 1 by the causal rule of expert-choice) is in the
 stream of r = 1 like any other: step 1 always runs, for everyone, and only the state of the token is left as it was.
 """
 

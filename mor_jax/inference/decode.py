@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from mor_jax.inference.cache import Appender, Cache, New, Stream, compact, last_entries, readers
 from mor_jax.model.depth import DepthControl, TokenInfo
-from mor_jax.model.kv import SHARED, looks_back
+from mor_jax.model.kv import HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.recurse import run_masked
 
@@ -96,8 +96,9 @@ def decode_step(
             new, needed = New(active), jnp.any(active)
         elif r == 0:
             new, needed = New(everyone), jnp.any(everyone)
-        else:  # who does not run the step takes its entry of the step before along
-            new, needed = New(everyone, active, last_entries(streams[-1])), jnp.any(active)
+        else:  # who does not run the step takes its entry of the step before along, or that of step 1
+            before = streams[0] if kv == HYBRID_FIRST else streams[-1]
+            new, needed = New(everyone, active, last_entries(before)), jnp.any(active)
         h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
         streams.append(stream)
 

@@ -6,8 +6,10 @@
   tokens up to and including their own, however deep those went.
 * "hybrid": as shared, but a token that runs step r makes its keys anew there; each query sees, of every token, the
   newest version at or below its own step.
+* "hybrid_first": the released code's reading of the hybrid, that of the paper's table 15. A query of step r sees the keys
+  made at step r by the tokens that run it, and of every other token those of step 1. The two agree up to R = 2.
 
-Under the last two, step 1 makes keys of *every* real token, also of one that the causal rule of expert-choice stops
+Under the last three, step 1 makes keys of *every* real token, also of one that the causal rule of expert-choice stops
 before it (depth 0): its state does not change, yet later tokens see it, at every depth. That is what training with
 capacity 1 at r = 1 shows them.
 """
@@ -24,22 +26,29 @@ from mor_jax import nn
 from mor_jax.model.block import Attend
 from mor_jax.model.subset import Subset, put
 
-SHARED, HYBRID = "shared", "hybrid"
+SHARED, HYBRID, HYBRID_FIRST = "shared", "hybrid", "hybrid_first"
 
 KeyValue = tuple[jax.Array, jax.Array]  # of one block: k, v [B, K, T, H], rotary embedding applied
 
 
 def looks_back(kv: str) -> bool:
     """Whether later steps use keys of earlier ones."""
-    return kv in (SHARED, HYBRID)
+    return kv in (SHARED, HYBRID, HYBRID_FIRST)
+
+
+def renews(kv: str) -> bool:
+    """Whether tokens that run a later step make their keys anew."""
+    return kv in (HYBRID, HYBRID_FIRST)
 
 
 class Past(NamedTuple):
     """What steps r > 1 look back on. T is the whole row, however few tokens run the step."""
 
-    kept: Sequence[KeyValue]  # of each block, newest version of every token
+    kept: Sequence[
+        KeyValue
+    ]  # of each block, of every token: the newest version, or under "hybrid_first" that of step 1
     pos_BxT: jax.Array
-    # Hybrid: (kept [B, K, T, H], fresh [B, K, tokens of the step, H]) -> [B, K, T, H]. None: nothing is made anew.
+    # Hybrids: (kept [B, K, T, H], fresh [B, K, tokens of the step, H]) -> [B, K, T, H]. None: nothing is made anew.
     merge: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
@@ -51,7 +60,7 @@ def past(kv: str, kept: Sequence[KeyValue], pos_BxT: jax.Array, active_BxT: jax.
             fresh = put(picked, kept_BxKxTxH.swapaxes(1, 2), fresh.swapaxes(1, 2)).swapaxes(1, 2)
         return jnp.where(active_BxT[:, None, :, None], fresh, kept_BxKxTxH)
 
-    return Past(kept, pos_BxT, merge if kv == HYBRID else None)
+    return Past(kept, pos_BxT, merge if renews(kv) else None)
 
 
 def attend_past(past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str) -> list[Attend]:

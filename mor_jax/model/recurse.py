@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.model.depth import DepthPolicy, RouterStats, TokenInfo
-from mor_jax.model.kv import HYBRID, SHARED, looks_back, past
+from mor_jax.model.kv import HYBRID, SHARED, looks_back, past, renews
 from mor_jax.model.subset import put, subset, take
 from mor_jax.parallel.rows import join_rows, own_part, parts
 
@@ -67,7 +67,7 @@ def run_masked(
         active = policy.select(step, z, candidates, route.tokens, None if causal else k)
         if kept is not None:
             y, made = apply(h, pos_BxT, seg_BxT, seg_BxT, past(kv, kept, pos_BxT, active, None))
-            kept = kept if kv == SHARED else made
+            kept = made if kv == HYBRID else kept
         elif looks_back(kv):  # step 1: everyone's keys, whoever goes on
             y, made = apply(h, pos_BxT, seg_BxT, seg_BxT)
             kept = made
@@ -136,7 +136,7 @@ def run_gathered(
             outer.append((chosen, h))
             narrow = functools.partial(take, chosen)
             h, pos, seg, z, active, tokens = jax.tree.map(narrow, (h, pos, seg, z, active, tokens))
-            if kv == HYBRID:
+            if renews(kv):
                 row = join_rows(_in_row(outer, jnp.ones_like(active)))
                 picked = subset(row, room)  # the same tokens, by their place in the row
         all_active.append(_in_row(outer, active))
@@ -148,7 +148,7 @@ def run_gathered(
             y, kept = apply(h, pos, seg, seg)
         else:
             y, made = apply(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
-            kept = kept if kv == SHARED else made
+            kept = made if kv == HYBRID else kept
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, tokens), h)
         valid = active
     for chosen, before in reversed(outer):

@@ -18,9 +18,8 @@ NEW = 210
 def kept_entries(lm, active_RxBxT):
     """Which tokens each stream of the core holds, by strategy."""
     everyone = np.ones_like(active_RxBxT)
-    return {"recursion_wise": active_RxBxT, "full": everyone, "hybrid": everyone, "shared": everyone[:1]}[
-        lm.depth.kv_name
-    ]
+    kept = {"recursion_wise": active_RxBxT, "full": everyone, "hybrid": everyone, "hybrid_first": everyone}
+    return (kept | {"shared": everyone[:1]})[lm.depth.kv_name]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *MORE_KV])

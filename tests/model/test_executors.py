@@ -15,7 +15,7 @@ from mor_jax.config import DepthConfig, ModelConfig, depth_policies
 from mor_jax.model.lm import LM
 from mor_jax.train.step import gradients, loss_fn, loss_scales
 
-ROUTED_KV = ("recursion_wise", "shared", "hybrid")
+ROUTED_KV = ("recursion_wise", "shared", "hybrid", "hybrid_first")
 TOLERANCE = 1e-5  # float32, relative to the largest entry: sums in another order
 
 
@@ -36,7 +36,6 @@ def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     )  # fmt: skip
     common = dict(
         kv=kv,
-        aux_loss_weight=0.1,
         z_loss_weight=draw(st.sampled_from([0.0, 0.01])),
         router=draw(st.sampled_from(["linear", "mlp", "wide_mlp"])),
         temperature=draw(st.sampled_from([1.0, 2.0])),
@@ -52,7 +51,7 @@ def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     capacities = tuple(sorted(shares, reverse=True))
     if kv != "recursion_wise":
         capacities = (1.0, *capacities[1:])
-    return LM(model, DepthConfig(policy, capacities=capacities, score=score, gate=gate, **common))
+    return LM(model, DepthConfig(policy, capacities=capacities, score=score, gate=gate, aux_loss_weight=0.1, **common))
 
 
 @st.composite

@@ -33,7 +33,7 @@ class ByPosition(Fixed):
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid"])
+@pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid", "hybrid_first"])
 def test_versions_of_the_keys_a_step_sees(kv, gathered):
     """A core that counts: a token's key at step r is r. Each step must then see, of token s, the version that the
     strategy says, and nothing of a token it says is hidden."""
@@ -65,6 +65,7 @@ def test_versions_of_the_keys_a_step_sees(kv, gathered):
             "recursion_wise": {s: r for s, d in enumerate(depths) if d >= r},
             "shared": dict.fromkeys(range(T), 1),
             "hybrid": {s: min(r, d) for s, d in enumerate(depths)},
+            "hybrid_first": {s: r if d >= r else 1 for s, d in enumerate(depths)},
         }[kv]
         assert seen[r - 1] == want
 

@@ -82,7 +82,8 @@ def written_gathers(jaxpr, times: int, found: dict[str, int]) -> None:
 
 def train(kind: str, shape: tuple[int, ...], buckets: int, accum: int = 1) -> tuple[dict, list]:
     lm = model(kind)
-    lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, buckets=buckets))
+    if lm.depth.policy == "token_choice":
+        lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, buckets=buckets))
     tx = optimizer_of(Config(depth=lm.depth, optim=OptimConfig(peak_lr=1e-2)), STEPS)
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
     with jax.set_mesh(mesh):

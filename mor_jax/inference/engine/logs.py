@@ -8,6 +8,7 @@ of the depths and no depth can run out of room while another has some.
     full, recursion_wise   an entry a step that a token ran, seen by that step
     shared                 an entry a token, made at step 1, seen by all steps
     hybrid                 an entry a step that a token ran, seen by that step and, the newest, by all later ones
+    hybrid_first           an entry a step that a token ran, seen by that step; that of step 1 by all steps it did not run
 
 Keys are stored after rotary embedding and a token is decoded after all tokens before it, so neither positions nor a
 causal mask are needed: what is in the log, below its length, with the right bit, is seen.

@@ -20,9 +20,9 @@ from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Log, View
 from mor_jax.inference.engine.state import Shape, State
-from mor_jax.inference.engine.tick import newest_tag
+from mor_jax.inference.engine.tick import first_tag, newest_tag
 from mor_jax.model.depth import Controlled, DepthControl, TokenInfo
-from mor_jax.model.kv import HYBRID, SHARED, looks_back
+from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
 
 SMALLEST = 8  # rows; below it a product takes no less time
@@ -82,6 +82,8 @@ def prefill_states(
         tag_RxC = jnp.where(newest, newest_tag(kv, step_R, recursions)[:, None], 1 << step_R[:, None])
     else:
         tag_RxC = jnp.broadcast_to(newest_tag(kv, step_R, recursions)[:, None], kept_RxC.shape)
+    if kv == HYBRID_FIRST:
+        tag_RxC = tag_RxC.at[0].set(first_tag(jnp.maximum(depth_C, 1), recursions))
 
     added = jnp.sum(kept_RxC, dtype=jnp.int32)
     slot, room = state.entries_N[lane], jnp.asarray(shape.entries, jnp.int32)[lane]

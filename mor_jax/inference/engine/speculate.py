@@ -33,9 +33,9 @@ from mor_jax.inference.engine.logs import Log
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
 from mor_jax.inference.engine.spans import append_spans, attend_spans, tag_spans
 from mor_jax.inference.engine.state import NONE, Shape, State
-from mor_jax.inference.engine.tick import Out, boundary, core_pass, newest_tag
+from mor_jax.inference.engine.tick import Out, boundary, core_pass, first_tag, newest_tag
 from mor_jax.model.depth import Controlled, TokenInfo
-from mor_jax.model.kv import HYBRID, SHARED, looks_back
+from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
 
 
@@ -209,6 +209,8 @@ def _entries(lm: LM, active_RxNxT: jax.Array, depth_NxT: jax.Array, here_N: jax.
     tag = newest_tag(kv, step, recursions)
     if kv == HYBRID:
         tag = jnp.where(step == jnp.maximum(depth_NxT, 1) - 1, tag, 1 << step)
+    if kv == HYBRID_FIRST:
+        tag = jnp.broadcast_to(tag, kept.shape).at[0].set(first_tag(jnp.maximum(depth_NxT, 1), recursions))
     return jnp.moveaxis(kept, 0, 2), jnp.moveaxis(jnp.broadcast_to(tag, kept.shape), 0, 2)
 
 

@@ -24,7 +24,7 @@ from mor_jax.inference.engine.logs import Layout, Log, View
 from mor_jax.inference.engine.rows import DrawConfig, waiting
 from mor_jax.inference.engine.state import NONE, Flight, Shape, State
 from mor_jax.model.depth import Controlled, TokenInfo
-from mor_jax.model.kv import HYBRID, SHARED, looks_back
+from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
 
 
@@ -127,6 +127,9 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     if kv == HYBRID:  # what was the token's newest entry is seen by the steps up to its own alone from now on
         renews_N = writes_N & (step_N > 0)
         tags = logs.tag_lanes(shape.core, tags, slot_N - 1, renews_N, 1 << (step_N - 1))
+    if kv == HYBRID_FIRST:  # the token's entry of step 1 is not seen by the steps that it runs itself
+        renews_N = writes_N & (step_N > 0)
+        tags = logs.tag_lanes(shape.core, tags, slot_N - step_N, renews_N, first_tag(step_N + 1, recursions))
     if recursions > 1:
         tags = logs.tag_lanes(shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions))
     seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
@@ -167,7 +170,14 @@ def newest_tag(kv: str, step: jax.Array, recursions: int) -> jax.Array:
         return jnp.full_like(step, (1 << recursions) - 1)
     if kv == HYBRID:
         return (1 << recursions) - (1 << step)
+    if kv == HYBRID_FIRST:
+        return jnp.where(step == 0, (1 << recursions) - 1, 1 << step)
     return 1 << step
+
+
+def first_tag(depth: jax.Array, recursions: int) -> jax.Array:
+    """Under "hybrid_first": tag of the entry of step 1 of a token that has run `depth` steps, at least one."""
+    return ((1 << recursions) - 1) & ~((1 << depth) - 2)
 
 
 # ------------------------------------------------------------------------------------- the boundary
