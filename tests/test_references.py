@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import mor_jax
+import rlm_runtime
+
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = (
     "mor_jax",
@@ -22,7 +25,7 @@ TOPS = (
 FILES = [
     p for folder in ("mor_jax", "rlm_runtime", "configs", "launch", "benchmarks", "docs") for p in sorted((ROOT / folder).rglob("*"))
     if p.suffix in (".py", ".md", ".sh", ".sbatch", ".yaml") and "__pycache__" not in p.parts
-] + [ROOT / "README.md"]  # fmt: skip
+] + [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]  # fmt: skip
 PATH = re.compile(
     rf"(?<![\w/.:{{}}-])((?:{'|'.join(TOPS)})/[\w/.-]*\.(?:py|md|sh|sbatch|yaml|json|html|css|js|txt|png|ipynb))\b"
 )
@@ -55,3 +58,9 @@ def test_no_secret_folder_of_a_name_with_a_colon():
     """A scheme taken for a folder leaves `gs:` or `s3:` behind."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
     assert not [name for name in listed.splitlines() if ":" in name]
+
+
+def test_packages_and_changelog_have_one_version():
+    """`setup.py` reads the version of mor_jax. rlm_runtime may not import mor_jax and has its own."""
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+    assert mor_jax.__version__ == rlm_runtime.__version__ == newest
