@@ -49,6 +49,16 @@ def test_named_files_and_modules_exist(path):
         assert name.rpartition(".")[2].isupper() or place.with_suffix(".py").exists() or place.is_dir(), name
 
 
+@pytest.mark.parametrize("page", ["architecture.md", "glossary.md"])
+def test_the_maps_name_files_that_exist(page):
+    """Their paths may start below a package, or below the file named before."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    rooms = [p for top in ("mor_jax", "rlm_runtime") for p in (ROOT / top, *(ROOT / top).rglob("*/"))]
+    names = set(re.findall(r"`([\w/]+/|[\w/]+\.py)`", text))
+    assert len(names) > 50
+    assert not [name for name in names if not any((room / name).exists() for room in (ROOT, *rooms))]
+
+
 def test_it_finds_what_is_missing():
     assert PATH.findall("see spec/jax_stack.md section 3, and `docs/pods.md`") == ["spec/jax_stack.md", "docs/pods.md"]
     assert PATH.findall("https://host/docs/a.md x/docs/b.md") == []
