@@ -17,7 +17,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from pydantic import Field
 
@@ -277,7 +276,3 @@ def _affordable(price: Price, input_tokens: int, most: int, dollars: float) -> i
         else:
             high = middle - 1
     return low
-
-
-def as_budget(value: Budget | dict[str, Any] | None) -> Budget:
-    return value if isinstance(value, Budget) else Budget(**(value or {}))

@@ -62,7 +62,6 @@ class Job:
     told_depths: bool = False
     events: list[Event] = field(default_factory=list)
     scoring: Any = None
-    extra: Any = None
 
     chunks: list[Tokens] = field(default_factory=list)
 

@@ -79,10 +79,6 @@ class Sequence:
             self._show_prompt()
 
     @property
-    def stopped_by_text(self) -> bool:
-        return self._cutter.hit
-
-    @property
     def ended(self) -> str:
         """Why it ended: "stop", "length", "deadline", "cancelled" or "error"."""
         return "stop" if self._cutter.hit else self.finish.reason
