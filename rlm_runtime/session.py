@@ -13,7 +13,7 @@ from rlm_runtime.rlm.api import acontext_of
 from rlm_runtime.rlm.blocking import LoopThread
 from rlm_runtime.rlm.options import Options
 from rlm_runtime.rlm.results import RLMResult
-from rlm_runtime.rlm.run import CancelEvent, Place, Run
+from rlm_runtime.rlm.run import CancelEvent, Run, SessionState
 from rlm_runtime.structured import Shape
 
 
@@ -24,9 +24,9 @@ class Session:
     restarted has its contexts again, and the model is told which variables are gone.
     """
 
-    def __init__(self, options: Options, make_place: Callable[[], Place]):
-        self._options, self._make_place = options, make_place
-        self._place: Place | None = None
+    def __init__(self, options: Options, make_state: Callable[[], SessionState]):
+        self._options, self._make_state = options, make_state
+        self._state: SessionState | None = None
         self._thread: LoopThread | None = None
         self._turn: asyncio.Lock | None = None
         self._closed = False
@@ -91,9 +91,9 @@ class Session:
         async with self._lock():
             if self._closed:
                 raise UsageError("this session is closed; open another with RLM.session().")
-            if self._place is None:
-                self._place = self._make_place()
-            run = Run(self._options, context, question, shape, place=self._place, cancel=cancel)
+            if self._state is None:
+                self._state = self._make_state()
+            run = Run(self._options, context, question, shape, session=self._state, cancel=cancel)
             try:
                 result = await (run.through_interrupts() if interruptible else run.to_the_end())
             except BaseException as e:
@@ -102,14 +102,14 @@ class Session:
             finally:
                 if result is not None:
                     self.usage = self.usage + result.usage
-                if not self._place.started:  # no worker came up: the next completion tries another
+                if not self._state.started:  # no worker came up: the next completion tries another
                     await self._drop()
             return result
 
     async def _drop(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            await place.environment.aclose()
+        state, self._state = self._state, None
+        if state is not None:
+            await state.environment.aclose()
 
     def _lock(self) -> asyncio.Lock:
         if self._turn is None:

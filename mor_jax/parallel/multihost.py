@@ -87,8 +87,8 @@ class Hosts:
         try:
             self._client.wait_at_barrier(f"{_KEY}/{key}", int(timeout * 1000))
         except Exception as e:
-            here = self._dir(key)
-            missing = [r for r in range(self.count) if r not in here]
+            arrived = self._dir(key)
+            missing = [r for r in range(self.count) if r not in arrived]
             if not missing:
                 raise
             beats = self._dir("beat")
@@ -96,17 +96,17 @@ class Hosts:
             who = ", ".join(f"{self.describe(r)}, last known: {doing(r)}" for r in missing)
             raise UserError(f"{timeout:g} s at the meeting point {name!r} and these did not come: {who}.") from e
 
-    def same(self, what: str, value: str, todo: str) -> None:
-        """Hold `value` of every process equal to that of process 0.
+    def assert_equal(self, what: str, value: str, todo: str) -> None:
+        """Check that `value` of every process equals that of process 0.
 
         Raises:
           UserError: they differ; the message names `what`, the processes, and `todo`.
         """
         if self.count == 1:
             return
-        key = self._key("same", what)
+        key = self._key("equal", what)
         self._set(f"{key}/{self.rank}", value)
-        self.barrier(f"same {what}")
+        self.barrier(f"compare {what}")
         values = self._by_rank(key)
         other = [self.describe(r) for r in range(self.count) if values[r] != values[0]]
         if other:

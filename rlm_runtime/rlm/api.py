@@ -16,7 +16,7 @@ from rlm_runtime.prompts import VARIANTS
 from rlm_runtime.repl.base import Environment, Limits
 from rlm_runtime.rlm import blocking, options
 from rlm_runtime.rlm.results import RLMResult
-from rlm_runtime.rlm.run import CancelEvent, Place, Run
+from rlm_runtime.rlm.run import CancelEvent, Run, SessionState
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tools, toolbox
 from rlm_runtime.trajectory import AnyEvent
@@ -222,14 +222,14 @@ class RLM:
         `async with` and `s.acompletion(...)`."""
         from rlm_runtime.session import Session
 
-        return Session(self._options, self._place)
+        return Session(self._options, self._session_state)
 
-    def _place(self) -> Place:
-        return Place(self._options.environment_for(0))
+    def _session_state(self) -> SessionState:
+        return SessionState(self._options.environment_for(0))
 
     @property
     def options(self) -> options.Options:
-        """What was chosen, after the defaults."""
+        """Validated options with defaults filled in."""
         return self._options
 
     async def aclose(self) -> None:

@@ -30,11 +30,11 @@ class Rounds:
 
     def __init__(self, device: Any, scheduler: Scheduler, *, eos: int | None, clock: Callable[[], float]):
         self._device, self._scheduler, self._eos, self._clock = device, scheduler, eos, clock
-        self._old: deque[tuple[Any, Any]] = deque()  # (ticket, who it is of), of the round before
+        self._old: deque[tuple[Any, Any]] = deque()  # (ticket, its jobs) of the round before
         self._new: deque[tuple[Any, Any]] = deque()  # of this round
-        self._open: dict[int, Job] = {}  # all whose last event was not handed out
+        self._open: dict[int, Job] = {}  # jobs that have not been told their last event
         self._over: list[Job] = []  # those of them that ended in this round
-        self._scored: Job | None = None  # whose prompt is being scored
+        self._scored: Job | None = None  # the job with the prompt that is being scored
         self.counts = Counts()
 
     @property
@@ -47,9 +47,11 @@ class Rounds:
         self._score_a_little()
         for action in self._scheduler.plan(self._clock()):
             self._carry_out(action)
-        lanes = {lane: (job, job.stint) for lane, job in self._scheduler.running.items() if job.phase == DECODE}
-        if lanes:
-            self._new.append((self._device.tick(), lanes))
+        jobs_by_lane = {
+            lane: (job, job.admissions) for lane, job in self._scheduler.running.items() if job.phase == DECODE
+        }
+        if jobs_by_lane:
+            self._new.append((self._device.tick(), jobs_by_lane))
         elif not self._new and not self._old and self._scheduler.jobs() and not self._scoring():
             raise RuntimeError("the scheduler has requests and nothing to do")
         while self._old:
@@ -113,7 +115,7 @@ class Rounds:
             if not job.preempted:
                 self.counts.admitted(len(job.request.prompt) - 1, job.cached, job.began - job.came)
         elif isinstance(action, Prefill):
-            self._new.append((device.prefill(job.lane, action.chunk), (job, job.stint, action)))
+            self._new.append((device.prefill(job.lane, action.chunk), (job, job.admissions, action)))
             self.counts.prefilled(len(action.chunk))
         elif isinstance(action, Start):
             self._start(job)
@@ -133,19 +135,21 @@ class Rounds:
 
     # ------------------------------------------------------------------------------------- what came back
 
-    def _read(self, ticket: Any, whose: Any) -> None:
+    def _read(self, ticket: Any, of: Any) -> None:
+        """Reads a ticket. `of`: (job, admission, action) of a prefill, or {lane: (job, admission)} of a tick."""
         got = ticket.fetch()
-        if not isinstance(whose, dict):
-            self._prefilled(got, *whose)
+        if not isinstance(of, dict):
+            self._prefilled(got, *of)
             return
+        jobs_by_lane = of
         for ticked in got:
             self.counts.ticked(ticked)
-            for lane, (job, stint) in whose.items():
-                if job.phase == DECODE and job.stint == stint:
+            for lane, (job, admission) in jobs_by_lane.items():
+                if job.phase == DECODE and job.admissions == admission:
                     self._drew(job, lane, ticked)
 
-    def _prefilled(self, got: Any, job: Job, stint: int, action: Prefill) -> None:
-        if job.stint != stint or job.lane < 0:
+    def _prefilled(self, got: Any, job: Job, admission: int, action: Prefill) -> None:
+        if job.admissions != admission or job.lane < 0:
             return
         if not got.fits:
             self._scheduler.outgrew(job)
@@ -234,6 +238,6 @@ class Rounds:
         try:
             job.on_events(list(events))
         except Exception:  # whoever asked cannot listen any more: nothing is left to be told
-            self.counts.deaf += 1
+            self.counts.lost_listeners += 1
             if job.phase != OVER:
                 job.wish = job.wish or "cancelled"

@@ -41,10 +41,10 @@ class Job:
     generated: list[int] = field(default_factory=list)
     phase: str = WAITING
     lane: int = -1
-    stint: int = 0  # counts the times it got a lane
+    admissions: int = 0  # times it got a lane
     wish: str | None = None  # how its owner wants it ended; set from any thread
     preempted: int = 0
-    roomy: bool = False  # outgrew a lane: the next one must have full room
+    needs_full_lane: bool = False  # outgrew a lane: the next one must have full room
     entries: int = 0  # in the core log of its lane, as far as known
     unread: int = 0  # tokens whose prefill was dispatched and not reported
     todo: deque[tuple[Tokens, Node | None]] = field(default_factory=deque)  # chunks to prefill
@@ -170,7 +170,7 @@ class Scheduler:
 
     def outgrew(self, job: Job) -> bool:
         """Its lane is too small: the next plan moves it. False: no lane has more."""
-        job.roomy = True
+        job.needs_full_lane = True
         return self._rooms[job.lane] < self._full
 
     def remove(self, job: Job, reason: str) -> End:
@@ -200,9 +200,9 @@ class Scheduler:
 
     def _moves(self) -> list[Action]:
         """Who stands still gives its lane up; then whoever must make room for it does."""
-        stuck = [job for job in self.running.values() if job.roomy and self._rooms[job.lane] < self._full]
+        stuck = [job for job in self.running.values() if job.needs_full_lane and self._rooms[job.lane] < self._full]
         out: list[Action] = [self._preempt(job) for job in sorted(stuck, key=lambda j: j.age)]
-        for job in [job for job in self.waiting if job.roomy]:
+        for job in [job for job in self.waiting if job.needs_full_lane]:
             if any(self._rooms[lane] == self._full for lane in self.free):
                 break
             later = [j for j in self.running.values() if self._rooms[j.lane] == self._full and j.age > job.age]
@@ -260,7 +260,7 @@ class Scheduler:
     def _lane_for(self, job: Job, path: list[Node], full_is_reserved: bool) -> int | None:
         known = path[-1].rows.stop.entries if path else 0
         need = self._full
-        if not job.roomy:
+        if not job.needs_full_lane:
             tokens = len(job.request.prompt) + job.request.max_tokens - sum(len(node.chunk) for node in path)
             need = min(need, known + self._expected(tokens, job.mean_depth))
         fits = [
@@ -274,7 +274,7 @@ class Scheduler:
         self.free.remove(lane)
         self.running[lane] = job
         job.phase, job.lane = PREFILL, lane
-        job.stint += 1
+        job.admissions += 1
         rest = job.chunks[len(path) :]
         kept = list(itertools.takewhile(lambda chunk: len(chunk) >= self._keep_tokens, rest))
         claimed = self.tree.claim(job.request.depth, path, kept)
@@ -291,7 +291,7 @@ class Scheduler:
         decoding = sum(job.phase == DECODE for job in self.running.values())
         budget, none_yet = self._round_tokens - decoding, True
         for job in sorted(self.running.values(), key=lambda j: j.rank):
-            if job.phase != PREFILL or (job.roomy and self._rooms[job.lane] < self._full):
+            if job.phase != PREFILL or (job.needs_full_lane and self._rooms[job.lane] < self._full):
                 continue
             while job.todo and (none_yet or len(job.todo[0][0]) <= budget):
                 chunk, node = job.todo.popleft()

@@ -85,11 +85,11 @@ class Sequence:
 
     def take(self, events: list[Any]) -> None:
         """Events of the engine, in order."""
-        words = self._model.words
+        types = self._model.engine_types
         for event in events:
-            if isinstance(event, words.Finished):
+            if isinstance(event, types.Finished):
                 self._end(event)
-            elif isinstance(event, words.PromptScored):
+            elif isinstance(event, types.PromptScored):
                 self._score_prompt(event)
             elif not self._cutter.hit:  # what came after a stop string belongs to nobody
                 self._token(event)
