@@ -1,4 +1,4 @@
-"""The run: data -> batches -> steps, with evaluation, checkpoints, and an end that loses nothing."""
+"""The training loop: data, batches, steps, evaluation, checkpoints, and a stop that saves."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class _Run:
         self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has nothing left to do."""
+        """Returns the summary if the run is finished, else None."""
         path = self.workdir / "summary.json"
         if not path.exists():
             return None
@@ -208,7 +208,7 @@ class _Run:
         return MetricWriter(self.outbox.directory, resume_step=step, active=self.hosts.rank == 0)
 
     def _start(self) -> tuple[TrainState, int]:
-        """Resume if there is something to resume, else initialise."""
+        """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
         self.hosts.report(phase="restoring or initialising")
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
@@ -257,7 +257,7 @@ class _Run:
         )
 
     def _same_data(self, meta: dict[str, Any]) -> None:
-        """Refuse to go on with weights whose token ids or rows meant something else."""
+        """Raises CheckpointError if the checkpoint was trained with another tokenizer or other data."""
         if meta["tokenizer"] != self.meta["tokenizer"]:
             raise CheckpointError(
                 f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
@@ -326,7 +326,7 @@ class _Run:
         return state, step
 
     def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
-        """The step as a program; where the time until the first step went, on the terminal."""
+        """Compiles the step, and prints where the time before the first step went."""
         self.goodput.enter("compile")
         self.hosts.report(phase="compiling")
         program_directory = self.outbox.directory / "program" if self.hosts.rank == 0 else None
@@ -419,7 +419,7 @@ class _Run:
                 self.bar.say(f"Slower than the other hosts before they join a step: {', '.join(paces['slow'])}.")
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
-        """Everything durable, then the summary."""
+        """Waits for the last checkpoint, then writes the summary."""
         self.checkpoints.wait()
         record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
         self._push()
@@ -459,7 +459,7 @@ class _Run:
         return summary
 
     def _push(self) -> None:
-        """What the run has written down goes to where it lives: no checkpoint knows of a step that the curve does not."""
+        """Uploads the metrics before a checkpoint, so that no checkpoint is ahead of the loss curve."""
         try:
             self.metrics.flush()
             self.outbox.push()

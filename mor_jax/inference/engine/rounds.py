@@ -1,7 +1,7 @@
-"""Rounds of the engine: what the scheduler plans is dispatched, what the round before dispatched is read.
+"""Rounds of the engine: dispatch what the scheduler plans, then read what the round before dispatched.
 
-A round dispatches its prefills and one tick, and only then reads the round before, so that the device has work while the
-host thinks. Nothing here knows of threads; `service.py` calls `step` in one.
+A round dispatches its prefills and one tick before it reads the results of the round before, so the device has work while
+the host plans. This module uses no threads; `service.py` calls `step` in one.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Rounds:
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether work is waiting or under way."""
         return bool(self._old or self._scheduler.running or self._scheduler.waiting)
 
     def step(self) -> int:
-        """One round; requests that ended in it."""
+        """Runs one round. Returns the number of requests that ended in it."""
         self._score_a_little()
         for action in self._scheduler.plan(self._clock()):
             self._carry_out(action)
@@ -60,14 +60,14 @@ class Rounds:
         return self._hand_out()
 
     def add(self, job: Job) -> None:
-        """A new request, prepared by the scheduler."""
+        """Adds a new request that the scheduler has prepared."""
         self._open[id(job)] = job
         self._scheduler.add(job)
 
     def end_all(self, jobs: Sequence[Job], message: str, *, works: bool) -> int:
-        """End these and all that were added, whatever state a round that failed left them in; how many.
+        """Ends these jobs and all that were added, also after a round that failed. Returns their number.
 
-        `works`: the device does, and its lanes are to be free."""
+        `works`: the device still works, so its lanes are freed."""
         left = [*self._open.values(), *jobs]
         known = set(map(id, self._scheduler.jobs()))
         for job in left:
@@ -80,7 +80,7 @@ class Rounds:
         self._open.clear()
         self._over.clear()
         for ticket, _ in self._old if works else ():
-            ticket.fetch()  # whoever uses the device next finds it idle
+            ticket.fetch()  # wait, so that the device is idle afterwards
         self._old.clear()
         self._new.clear()
         return len(left)
@@ -89,8 +89,7 @@ class Rounds:
         return [job for job in self._scheduler.waiting if job.unready]
 
     def _score_a_little(self) -> None:
-        """One chunk of one prompt whose tokens' log-probabilities are wanted; one after the other, the scorer has a
-        single lane."""
+        """Scores one chunk of one prompt. The scorer has one lane, so prompts are scored one after another."""
         if self._scored is None or self._scored.phase == OVER:
             self._scored = next(iter(self._scoring()), None)
         if (job := self._scored) is not None and (scored := next(job.scoring)) is not None:
@@ -205,7 +204,7 @@ class Rounds:
             self._ended(self._scheduler.remove(job, "stop" if stopped or stopped_by_grammar else "length"))
 
     def _lose(self, job: Job, error: BaseException) -> None:
-        """One request cannot go on, through its own fault."""
+        """Ends one request with an error of its own; the others go on."""
         self._ended(self._scheduler.remove(job, "error"), f"{type(error).__name__}: {error}")
 
     def _ended(self, end: End, error: str | None = None) -> None:
@@ -237,7 +236,7 @@ class Rounds:
     def _tell(self, job: Job, events: Sequence[Event]) -> None:
         try:
             job.on_events(list(events))
-        except Exception:  # whoever asked cannot listen any more: nothing is left to be told
+        except Exception:  # the listener failed, so no more events are sent to it
             self.counts.lost_listeners += 1
             if job.phase != OVER:
                 job.wish = job.wish or "cancelled"

@@ -1,4 +1,4 @@
-"""What an engine counts about itself. Written by its thread, read by any."""
+"""Counters of an engine. Its own thread writes them; any thread may read them."""
 
 from __future__ import annotations
 

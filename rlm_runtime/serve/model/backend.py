@@ -1,4 +1,4 @@
-"""What this server needs to know of a model: its tokenizer, its window, and an engine that runs by itself.
+"""A model as the server sees it: tokenizer, window, template, and an engine with its own thread.
 
 The classes of the engine's requests and events are handed in (`ModelBackend.engine_types`), so that nothing here imports JAX.
 """
@@ -130,7 +130,7 @@ class ModelBackend:
 
 
 class ModelRegistry:
-    """The models of a server: loading, then there, or failed."""
+    """The models of a server, and whether they are loading, loaded or failed."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelBackend] = {}
@@ -138,7 +138,7 @@ class ModelRegistry:
         self.loaded = threading.Event()
 
     def fill(self, load: Callable[[], Sequence[ModelBackend]]) -> None:
-        """Load and warm up; blocking. A failure is kept for the one who waits."""
+        """Loads and warms up the models; blocking. An error is kept in `failure`."""
         try:
             models = load()
             by_name = {m.name: m for m in models}

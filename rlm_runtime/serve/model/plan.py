@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked for; everything a client may get wrong is told here, by field."""
+"""Turns a request into engine requests, and validates its fields; errors name the field."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Run:
         )  # fmt: skip
 
     def count(self) -> None:
-        """Into the metrics, once."""
+        """Adds this run to the metrics, once."""
         if not self._counted:
             self._counted = True
             for sequence in self.sequences:
