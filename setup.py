@@ -4,9 +4,14 @@ Floors only; the exact tested sets are in constraints/. Install for development 
 `pip install .` installs the runtime for Recursive Language Models, and `pip install ".[jax]"` the model library too.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+# The version is written in mor_jax/__init__.py, and read as text: nothing is imported to build.
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mor_jax/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 
 # What rlm_runtime needs.
 RLM = [
@@ -44,9 +49,9 @@ DOCUMENTS = ["openpyxl>=3.1", "pyarrow>=17", "pypdf>=5.0", "python-docx>=1.1"]
 
 setup(
     name="mor-jax",
-    version="0.1.0",
+    version=VERSION,
     description="Mixture-of-Recursions language models in JAX, and a runtime for Recursive Language Models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -18,7 +18,7 @@ from launch import cli
 from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.progress import still
 from mor_jax.errors import UserError
-from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine import request as engine_types
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
@@ -90,7 +90,7 @@ def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     say(f"{name}: loaded in {read - began:.1f} s, warmed up in {time.monotonic() - read:.1f} s")
     grammars, why = make_grammars(loaded)
     return ModelBackend(
-        name=name, tokenizer=loaded.tokenizer, window=service.context, service=service, words=words,
+        name=name, tokenizer=loaded.tokenizer, window=service.context, service=service, engine_types=engine_types,
         template=template or find_template(path, loaded.tokenizer.to_json()),
         recursions=loaded.lm.program.recursions, grammars=grammars, no_grammars=why,
     )  # fmt: skip

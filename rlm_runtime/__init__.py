@@ -29,13 +29,11 @@ if TYPE_CHECKING:
     from rlm_runtime.lms.named import load_models
     from rlm_runtime.mcp import MCPTools
     from rlm_runtime.repl.base import Limits
-    from rlm_runtime.rlm import RLM, RLMResult, Run
-    from rlm_runtime.session import Session
+    from rlm_runtime.rlm import RLM, RLMResult, Run, Session
     from rlm_runtime.tools import Tool
 
 _WHERE = {
-    "rlm": ("RLM", "RLMResult", "Run"),
-    "session": ("Session",),
+    "rlm": ("RLM", "RLMResult", "Run", "Session"),
     "budget": ("Budget",),
     "tools": ("Tool",),
     "context": ("Context",),
@@ -49,7 +47,7 @@ _WHERE = {
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LM",
     "RLM",

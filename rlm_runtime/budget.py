@@ -17,7 +17,6 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from pydantic import Field
 
@@ -260,7 +259,7 @@ class Ledger:
 
 
 def _cost(price: Price | None, input_tokens: int, output_tokens: int) -> float:
-    """An unknown price is refused at the door of `RLM`; here it would silently break the dollar limit."""
+    """`RLM` refuses a dollar limit over an unknown price; here it would silently break the limit."""
     cost = price(input_tokens, output_tokens) if price is not None else None
     if cost is None:
         raise BudgetExceeded("usd", 0, 0, "budget: a dollar limit is set and the price of this model is unknown.")
@@ -277,7 +276,3 @@ def _affordable(price: Price, input_tokens: int, most: int, dollars: float) -> i
         else:
             high = middle - 1
     return low
-
-
-def as_budget(value: Budget | dict[str, Any] | None) -> Budget:
-    return value if isinstance(value, Budget) else Budget(**(value or {}))

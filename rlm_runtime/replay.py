@@ -159,7 +159,7 @@ def _maker(kind: str, settings: dict[str, Any]) -> Callable[[Limits], Environmen
     return lambda limits: repl.make(kind, limits, packages=named)
 
 
-Place = tuple[int, str, int, int]  # completion of the session, node, turn, cell
+CellKey = tuple[int, str, int, int]  # completion of the session, node, turn, cell
 
 
 @dataclass
@@ -167,9 +167,9 @@ class _Record:
     """A trajectory in the order in which a replay needs it."""
 
     nodes: dict[str, list[tuple[int, AnyEvent]]]  # of RLM nodes with cells: events, with the completion they belong to
-    starts: dict[Place, list[NodeStart]]  # calls a cell made, in their order
+    starts: dict[CellKey, list[NodeStart]]  # calls a cell made, in their order
     ends: dict[tuple[int, str], NodeEnd]
-    ended: dict[Place, CellEnd]
+    ended: dict[CellKey, CellEnd]
     settings: dict[str, Any]
 
     @classmethod
@@ -298,12 +298,12 @@ class _Replay:
 
     async def _cell(self, environment: Environment, completion: int, start: CellStart) -> bool:
         """Run and compare one cell; returns whether its recorded answer was ready."""
-        place = (completion, start.node, start.turn, start.cell)
-        ended = self.record.ended.get(place)
+        key = (completion, start.node, start.turn, start.cell)
+        ended = self.record.ended.get(key)
         if ended is None:
             self.warnings.append(f"node {start.node}, turn {start.turn}: the cell has no recorded end; it was not run")
             return False
-        answers = _Answers(self.record, place)
+        answers = _Answers(self.record, key)
         result = await environment.run(start.code, answers)
         self.cells += 1
         self.calls += answers.given
@@ -353,11 +353,11 @@ class _Replay:
 class _Answers:
     """The handler of a cell's calls: the first recorded call of this cell with the same prompt that is not used yet."""
 
-    def __init__(self, record: _Record, place: Place):
+    def __init__(self, record: _Record, key: CellKey):
         self._ends = record.ends
-        self._completion = place[0]
+        self._completion = key[0]
         self._waiting: dict[tuple[str, str, str | None], deque[NodeStart]] = defaultdict(deque)
-        recorded = record.starts.get(place, [])
+        recorded = record.starts.get(key, [])
         for start in recorded:
             name = start.model if start.kind == "tool" else ""
             self._waiting[name, start.prompt, start.question].append(start)

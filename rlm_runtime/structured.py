@@ -142,12 +142,6 @@ class _Work(threading.local):
 
 _work = _Work()
 
-
-def parse_json_reply(text: str) -> tuple[Any] | None:
-    """The JSON value in a reply, in a tuple of one (the value may be null); None where there is none."""
-    return model_json.in_reply(clean(text).text)
-
-
 LEAD = re.compile(r"(?:the )?(?:final )?(?:answer|result)(?: is)?[ *]*+[:=]?[ ]*+", re.I)
 
 

@@ -27,9 +27,9 @@ LEVEL = {room: -i for i, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 RUNTIME = ROOT / "rlm_runtime"
-# `rlm`, `session` and `tools` are one room: the loop, what it keeps between runs, what it hands to cells.
+# From the top, as above; files of the package itself are rooms too.
 RUNTIME_ORDER = [
-    ["cli", "__main__"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools", "mcp"],
+    ["__main__"], ["cli"], ["serve", "viewer", "tasks", "replay"], ["rlm", "mcp"], ["tools"],
     ["prompts", "parsing", "structured", "live", "otel"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"],
     ["replies"], ["errors", "terminal"],
 ]  # fmt: skip
@@ -121,7 +121,49 @@ def test_runtime_imports_point_down(path):
     for name in imports(path):
         first, *rest = name.split(".")
         if first == "rlm_runtime" and rest and rest[0] in RUNTIME_LEVEL and rest[0] != room:
-            assert RUNTIME_LEVEL[rest[0]] <= RUNTIME_LEVEL[room], f"{room} imports {name}, which is above it"
+            assert RUNTIME_LEVEL[rest[0]] < RUNTIME_LEVEL[room], f"{room} imports {name}, which is above it"
+
+
+def loads(path: Path) -> set[str]:
+    """Full dotted names of what a file imports when it runs: imports for type checkers alone are left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = [ast.Pass()]
+    return names_in(ast.unparse(tree), path.relative_to(ROOT).with_suffix("").parts[:-1])
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Nodes of one circle of a graph, or []."""
+    while edges:
+        ends = [node for node, targets in edges.items() if not targets & edges.keys()]
+        if not ends:
+            walk = [next(iter(sorted(edges)))]
+            while walk[-1] not in walk[:-1]:
+                walk.append(min(edges[walk[-1]] & edges.keys()))
+            return walk[walk.index(walk[-1]) :]
+        edges = {node: targets for node, targets in edges.items() if node not in ends}
+    return []
+
+
+def test_a_circle_is_found():
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": {"elsewhere"}}) == []
+
+
+@pytest.mark.parametrize("files", [FILES, RUNTIME_FILES], ids=["mor_jax", "rlm_runtime"])
+def test_files_import_each_other_in_no_circle(files):
+    """Imports inside functions count. `__init__.py` files, which collect names of their own package, are left out."""
+    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files if p.name != "__init__.py"}
+    edges = {}
+    for name, path in modules.items():
+        found = loads(path)
+        edges[name] = {
+            other
+            for other in modules
+            if other != name and (other in found or any(f.startswith(f"{other}.") for f in found))
+        }
+    assert circle(edges) == []
 
 
 def test_the_runtime_meets_jax_in_one_file():

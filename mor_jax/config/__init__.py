@@ -1,4 +1,4 @@
-"""The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict`, checked at the door.
+"""The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict` and validated.
 
 A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`,
 `config/depth.py`);

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,22 +48,14 @@ class Loader:
         self._shape = (batch_size, _width(rows))
         self._order = Order(len(rows), seed)
 
-    def indices_at(self, step: int, local: slice = slice(None)) -> list[int]:
-        """Row numbers of a batch, or of a slice of it."""
+    def indices_at(self, step: int, positions: Iterable[int] | None = None) -> list[int]:
+        """Row numbers of a batch, or of some positions 0..B-1 in it."""
         first = step * self._batch_size
-        return [self._order[first + i] for i in range(*local.indices(self._batch_size))]
-
-    def rows_at(self, step: int, local: slice = slice(None)) -> Batch:
-        """The rows of a batch, or of a slice of it, as numpy arrays."""
-        return _stack(_read(self._rows, self.indices_at(step, local)))
+        return [self._order[first + int(i)] for i in (range(self._batch_size) if positions is None else positions)]
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
-
-        def read(at: np.ndarray) -> Batch:
-            order = [self._order[step * self._batch_size + int(i)] for i in at]
-            return _stack(_read(self._rows, order))
-
+        read = lambda positions: _stack(_read(self._rows, self.indices_at(step, positions)))
         return _place(read, self._shape, self._sharding)
 
     def iter_from_step(self, step: int) -> Iterator[Batch]:

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.model.kv import KeyValue
-from mor_jax.model.lm import LM
 
 
 class Stream(NamedTuple):
@@ -48,13 +47,6 @@ class Cache(NamedTuple):
     def entries_RxB(self) -> jax.Array:
         """Entries in use in each stream of the core."""
         return jnp.stack([s.length_B for s in self.core])
-
-
-def empty_stream(lm: LM, blocks: int, batch: int, slots: int) -> Stream:
-    """A stream with room for `slots` entries and none in use."""
-    _, kv_heads, head_dim = lm.model.dims
-    zeros = lambda: tuple(jnp.zeros((batch, kv_heads, slots, head_dim), lm.model.dtype) for _ in range(blocks))
-    return Stream(zeros(), zeros(), jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch,), jnp.int32))
 
 
 def compact(stream_kv: list[KeyValue], active_BxT: jax.Array, slots: int) -> Stream:

@@ -38,7 +38,8 @@ class Generation:
       vocab_size: ids from here on are padding of the table and are never drawn (default: none).
       control: dial, floor and cap of each sequence's depth (`dial.depth_control`).
 
-    After construction `prompt_depths` holds the depth of every prompt token. `close()` reads the last token's depth.
+    After construction `prompt_depths` holds the depth of every prompt token. `last_depths()` gives that of
+    the token drawn last.
 
     Raises:
       UserError: an empty prompt, or a prompt that leaves no room in the context.
@@ -62,7 +63,6 @@ class Generation:
         if max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
         self.max_tokens = min(max_tokens, context - max(lengths))
-        self.cut_short = self.max_tokens < max_tokens
         self._lm, self._params, self._control = lm, params, control
         self._sampling, self._limit = sampling, vocab_size or lm.model.vocab_size
         self._key = jax.random.key(seed)

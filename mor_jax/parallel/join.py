@@ -94,7 +94,7 @@ def _give_up(arrived: threading.Event, seconds: float, cluster: Cluster) -> None
 
 @contextlib.contextmanager
 def _absent_listed(seconds: int) -> Iterator[None]:
-    """Let the service's own time-out, whose message lists the absent, come before the client's, which does not.
+    """Makes the service time out before the client, because its message lists the missing processes.
 
     `jax.distributed` has no argument for it; without the private name everything works, only less well said.
     """

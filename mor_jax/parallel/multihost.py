@@ -1,10 +1,10 @@
-"""The processes of one job: they meet, watch each other, and end together with a reason.
+"""The processes of one job: barriers, heartbeats, and an orderly end of all when one fails.
 
-JAX's coordination service does the work: `jax.distributed` starts it, its key-value store carries what is here. Each
+It uses the key-value store of JAX's coordination service, which `jax.distributed` starts. Each
 process writes a heartbeat there; process 0 reads all of them and, when one falls silent or a process reports an error
 of its own, writes the *verdict*, a sentence with the name of the process. Everyone who reads it prints it and leaves
 with status LOST. So a lost host costs `timeout` seconds and is named, where a collective would wait without end
-and JAX's own heartbeat would abort without saying whose it missed.
+and JAX's own heartbeat would abort without the name of the lost process.
 
 Process 0 is watched too: where its store does not answer, it is the one that is lost.
 """
@@ -29,7 +29,7 @@ _KEY = "mor_jax"
 
 
 class Hosts:
-    """This process among those of its job. A process of its own is a job of one, for which everything is immediate.
+    """This process and the others of its job. A single process is a job of one, and all calls return at once.
 
     Attributes: rank, count, names (by rank), and `advice`, a sentence for the message of a loss: what to do about it.
 
@@ -64,7 +64,7 @@ class Hosts:
         return f"process {rank} ({self.names[rank]})"
 
     def report(self, **state: Any) -> None:
-        """What this process is doing: `phase`, `step`, and numbers that process 0 may want (see `reports`)."""
+        """Publishes what this process is doing: `phase`, `step`, and numbers for process 0 (see `reports`)."""
         if self.count > 1:
             self._state = self._state | state
 
@@ -87,8 +87,8 @@ class Hosts:
         try:
             self._client.wait_at_barrier(f"{_KEY}/{key}", int(timeout * 1000))
         except Exception as e:
-            here = self._dir(key)
-            missing = [r for r in range(self.count) if r not in here]
+            arrived = self._dir(key)
+            missing = [r for r in range(self.count) if r not in arrived]
             if not missing:
                 raise
             beats = self._dir("beat")
@@ -96,17 +96,17 @@ class Hosts:
             who = ", ".join(f"{self.describe(r)}, last known: {doing(r)}" for r in missing)
             raise UserError(f"{timeout:g} s at the meeting point {name!r} and these did not come: {who}.") from e
 
-    def same(self, what: str, value: str, todo: str) -> None:
-        """Hold `value` of every process equal to that of process 0.
+    def assert_equal(self, what: str, value: str, todo: str) -> None:
+        """Check that `value` of every process equals that of process 0.
 
         Raises:
           UserError: they differ; the message names `what`, the processes, and `todo`.
         """
         if self.count == 1:
             return
-        key = self._key("same", what)
+        key = self._key("equal", what)
         self._set(f"{key}/{self.rank}", value)
-        self.barrier(f"same {what}")
+        self.barrier(f"compare {what}")
         values = self._by_rank(key)
         other = [self.describe(r) for r in range(self.count) if values[r] != values[0]]
         if other:
@@ -125,7 +125,7 @@ class Hosts:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """An error in here ends the job, not only this process: the others are told whose it is.
+        """An error inside this context ends all processes of the job; the message names the process that failed.
 
         Errors that all processes raise alike carry `everywhere = True` and are left to pass.
         """
@@ -147,9 +147,9 @@ class Hosts:
             self.leave(2 if isinstance(e, UserError) else 1)
 
     def leave(self, status: int, *, farewell: bool = True) -> NoReturn:
-        """End this process now, as `sys.exit` cannot while others are gone: JAX would wait for them.
+        """Ends this process at once. (`sys.exit` would wait in JAX for processes that are gone.)
 
-        farewell: tell process 0 so; it gives the others time to read the verdict, which lives in it.
+        farewell: report the end to process 0, which waits until the others have read the verdict from it.
         """
         if self.count == 1:
             sys.exit(status)
@@ -169,14 +169,14 @@ class Hosts:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        """Stop watching; the end of a job that went well."""
+        """Stops the heartbeats, at the end of a job without errors."""
         if self.count > 1 and not self._closing.is_set():
             self._closing.set()
             with contextlib.suppress(Exception):
                 self._set(f"beat/{self.rank}", "")
 
     def _key(self, kind: str, name: str) -> str:
-        """Of this use of a name; the service knows each once."""
+        """A key for this use of a name; the service accepts each key once."""
         self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
         return f"{kind}/{name}/{self._uses[kind, name]}"
 
@@ -196,7 +196,7 @@ class Hosts:
             self._client.key_value_set(f"{_KEY}/verdict/0", verdict)
 
     def _beat(self) -> None:
-        """Heartbeats out, verdict in; on process 0 all heartbeats in."""
+        """Sends heartbeats and reads the verdict; process 0 also reads all heartbeats."""
         number = 0
         while not self._closing.wait(self._period):
             number += 1
@@ -242,7 +242,7 @@ class Hosts:
 
 
 def _refuses(address: str) -> bool:
-    """Whether nobody listens at host:port any more; a time-out says nothing."""
+    """Whether host:port refuses connections. A time-out counts as no."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):

@@ -1,4 +1,4 @@
-"""The processes of a job on this machine: started, echoed line by line, ended together, started again."""
+"""Runs the processes of a job on this machine: start, output with process numbers, common end, restart."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def lost_a_process(status: int) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
+    """A free TCP port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

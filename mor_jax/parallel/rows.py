@@ -106,7 +106,7 @@ def gather_weight(
 
 
 def parts() -> int:
-    """Pieces each row is cut into, here."""
+    """The number of pieces that each row is cut into, along the mesh axis `sequence`."""
     return jax.lax.axis_size(SEQUENCE) if SEQUENCE in manual_axes() else 1
 
 
@@ -189,6 +189,6 @@ def _is_names(leaf: Any) -> bool:
 
 
 def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
-    """The spec without mesh axes other than these."""
+    """The spec with these mesh axes only."""
     keep = lambda entry: tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in axes) or None
     return PartitionSpec(*(keep(entry) for entry in spec))

@@ -55,7 +55,7 @@ class Restored:
 
 
 class _Damaged(Exception):
-    """One step directory cannot be believed; the message says why."""
+    """A step directory is damaged; the message says why."""
 
 
 class Checkpointer:

@@ -15,7 +15,7 @@ class Clock:
         self._input, self._dispatch, self._joined = 0.0, 0.0, 0
 
     def tick(self) -> None:
-        """A step is done."""
+        """Counts a finished step."""
         if self._first:
             self._first = False
             self._counted = self.total()

@@ -53,7 +53,7 @@ class Debug:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The switches are in force in here."""
+        """Applies the switches inside this context."""
         if not self.jit and jax.process_count() > 1:
             raise ConfigError("--no_jit runs on one process only: without compilation nothing joins several.")
         with contextlib.ExitStack() as stack:

@@ -44,7 +44,7 @@ class Goodput:
         self._written = time.perf_counter()
 
     def enter(self, kind: str) -> str:
-        """The time from now on is of this kind; returns what it was of before."""
+        """Counts time as this kind from now on. Returns the kind before."""
         now, before = time.perf_counter(), self._kind
         self._seconds[before] += now - self._since
         self._kind, self._since = kind, now
@@ -52,7 +52,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def during(self, kind: str) -> Iterator[None]:
-        """The time in here is of this kind."""
+        """Counts the time inside this context as this kind."""
         before = self.enter(kind)
         try:
             yield
@@ -75,7 +75,7 @@ class Goodput:
         return summarize([*self._earlier, self._entry()])
 
     def write(self) -> None:
-        """Bring the file up to date. A file that cannot be written costs the record, never the run."""
+        """Writes the file. An error while writing is ignored: the run goes on without the record."""
         self._written = time.perf_counter()
         if self._path is None:
             return
@@ -135,7 +135,7 @@ def stragglers(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
 
 
 def _read(path: Path | None) -> list[dict[str, Any]]:
-    """What earlier starts left; nothing where the file is missing or is none of ours."""
+    """Entries of earlier starts; empty if the file is missing or has another form."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path else []
         summarize([*entries, *entries[-1:]])

@@ -91,7 +91,7 @@ class RunLock:
             raise InUse(self._lost)
 
     def release(self, *, put_back: bool = False) -> None:
-        """Let go. put_back: leave what a holder that is gone had left, because nothing was done here."""
+        """Releases the lock. put_back: restore the lock file of the holder before, because this process did nothing."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -193,7 +193,7 @@ class RunLock:
         return unlocked or (holder.get("namespace") == self._mine["namespace"] and not _runs(int(holder["pid"])))
 
     def _keep(self) -> None:
-        """Signs of life, and a look at whether the lock is still ours."""
+        """Updates the lock file regularly, and checks that this process still holds the lock."""
         while not self._closing.wait(self._period):
             try:
                 now = _Holder(self._read() or b"")
@@ -233,7 +233,7 @@ class RunLock:
 def hold(
     workdir: epath.Path, *, wait: float | None = None, active: bool = True, say: Callable[[str], None] = print
 ) -> Iterator[RunLock | None]:
-    """The run directory, made if missing, is this process's in here.
+    """Holds the lock of the run directory inside this context. The directory is made if it is missing.
 
     Args:
       wait: seconds to wait for another process that lives; None: WAIT under a scheduler, else none.

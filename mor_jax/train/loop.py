@@ -1,4 +1,4 @@
-"""The run: data -> batches -> steps, with evaluation, checkpoints, and an end that loses nothing."""
+"""The training loop: data, batches, steps, evaluation, checkpoints, and a stop that saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mor_jax.data.progress import say, still
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model.lm import LM
 from mor_jax.nn.attention import chosen_for
-from mor_jax.parallel.join import hosts
+from mor_jax.parallel import join
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.multihost import Hosts
 from mor_jax.paths import as_path, reason, write_text
@@ -97,19 +97,19 @@ def train(
       InUse: another process works in `workdir`.
       TrainingError: a bad step that config.train's policies do not pass over.
     """
-    workdir, here, debug = as_path(workdir), hosts(), debug or Debug()
-    mesh, first = make_mesh(cfg.mesh), here.rank == 0
+    workdir, hosts, debug = as_path(workdir), join.hosts(), debug or Debug()
+    mesh, first = make_mesh(cfg.mesh), hosts.rank == 0
     tell = lambda line: say(line, shown=progress)
     with (
-        jax.set_mesh(mesh), debug.applied(), here.guard(),
+        jax.set_mesh(mesh), debug.applied(), hosts.guard(),
         hold(workdir, wait=wait, active=first, say=tell) as lock,  # before signals: one ends a process that waits
-        stop_signals(here) as stop,
+        stop_signals(hosts) as stop,
     ):  # fmt: skip
         outbox = Outbox(workdir, (METRICS, GOODPUT) if first else ())
         goodput = Goodput(outbox.directory / GOODPUT if first else None)
-        here.report(phase="preparing the data")
+        hosts.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
-        here.same("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
+        hosts.assert_equal("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
         cfg = resolve(cfg, data)
         try:
             check(cfg, devices=mesh.size)
@@ -117,30 +117,30 @@ def train(
         except ConfigError as e:
             e.everywhere = True
             raise
-        here.same("the configuration", json.dumps(cfg.to_dict()), "Start all processes with the same command.")
+        hosts.assert_equal("the configuration", json.dumps(cfg.to_dict()), "Start all processes with the same command.")
         changed = claim(workdir, cfg, data, allow)
-        here.barrier("the run directory is claimed")
+        hosts.barrier("the run directory is claimed")
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
-        here.same("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
-        run = _Run(cfg, workdir, data, mesh, progress, here, goodput, debug, lock, outbox, changed, allow, init_from)
+        hosts.assert_equal("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
+        run = _Run(cfg, workdir, data, mesh, progress, hosts, goodput, debug, lock, outbox, changed, allow, init_from)
         try:
             done = run.finished() or run.go(stop)
         finally:
             run.bar.close()  # else a terminal that saw an error would stay without its cursor
             with contextlib.suppress(OSError):  # what a checkpoint knows of has been uploaded before it
                 outbox.close()
-        here.barrier("the end")
+        hosts.barrier("the end")
         return done
 
 
 class _Run:
     def __init__(
         self, cfg: Config, workdir: epath.Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool,
-        here: Hosts, goodput: Goodput, debug: Debug, lock: RunLock | None, outbox: Outbox, changed: Sequence[str],
+        hosts: Hosts, goodput: Goodput, debug: Debug, lock: RunLock | None, outbox: Outbox, changed: Sequence[str],
         allow: Sequence[str], init_from: str | os.PathLike[str],
     ):  # fmt: skip
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
-        self.here, self.goodput, self.debug, self.lock, self.outbox = here, goodput, debug, lock, outbox
+        self.hosts, self.goodput, self.debug, self.lock, self.outbox = hosts, goodput, debug, lock, outbox
         self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
         self.steps = accounting.training_steps(cfg)
@@ -156,14 +156,14 @@ class _Run:
         }
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
-        self.show = progress and here.rank == 0
+        self.show = progress and hosts.rank == 0
         self.seconds = 0.0  # training proper, this process
         self.compiled = 0  # programs so far
         self.bar = Progress(self.steps, shown=self.show)
-        self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation, here
+        self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that has nothing left to do."""
+        """Returns the summary if the run is finished, else None."""
         path = self.workdir / "summary.json"
         if not path.exists():
             return None
@@ -196,7 +196,7 @@ class _Run:
                     self._save(last, state, owes_evaluation=bool(every) and last % every == 0)  # the end is in a hurry
                     self.checkpoints.wait()
                     self.bar.say(
-                        f"Stopped by {stop.name} after step {last}; saved. The same command goes on from here."
+                        f"Stopped by {stop.name} after step {last}; saved. The same command goes on from hosts."
                     )
                     return {"finished": False, "step": last}
                 return self._finish(state)
@@ -205,11 +205,11 @@ class _Run:
                 self.goodput.write()
 
     def _writer(self, step: int) -> MetricWriter:
-        return MetricWriter(self.outbox.directory, resume_step=step, active=self.here.rank == 0)
+        return MetricWriter(self.outbox.directory, resume_step=step, active=self.hosts.rank == 0)
 
     def _start(self) -> tuple[TrainState, int]:
-        """Resume if there is something to resume, else initialise."""
-        self.here.report(phase="restoring or initialising")
+        """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
+        self.hosts.report(phase="restoring or initialising")
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
         self.owes_evaluation = meta.get("owes_evaluation", False)
@@ -251,13 +251,13 @@ class _Run:
             )
 
     def _advise(self, step: int) -> None:
-        self.here.advice = (
+        self.hosts.advice = (
             f"The checkpoint of step {step} is whole: the same command goes on from there, on any number of processes "
             "that divides the batch."
         )
 
     def _same_data(self, meta: dict[str, Any]) -> None:
-        """Refuse to go on with weights whose token ids or rows meant something else."""
+        """Raises CheckpointError if the checkpoint was trained with another tokenizer or other data."""
         if meta["tokenizer"] != self.meta["tokenizer"]:
             raise CheckpointError(
                 f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
@@ -326,10 +326,10 @@ class _Run:
         return state, step
 
     def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
-        """The step as a program; where the time until the first step went, on the terminal."""
+        """Compiles the step, and prints where the time before the first step went."""
         self.goodput.enter("compile")
-        self.here.report(phase="compiling")
-        program_directory = self.outbox.directory / "program" if self.here.rank == 0 else None
+        self.hosts.report(phase="compiling")
+        program_directory = self.outbox.directory / "program" if self.hosts.rank == 0 else None
         with still("compiling the training step", self.bar.say):
             program, note = compile_step(step_fn, arguments, self.debug, program_directory)
         s = self.goodput.seconds()
@@ -340,8 +340,8 @@ class _Run:
             )
         # Compiling takes hosts unequally long, and the first collective waits for the others half a minute at most.
         self.compiled += 1
-        self.here.barrier(f"program {self.compiled} is compiled")
-        self.here.report(phase="training")
+        self.hosts.barrier(f"program {self.compiled} is compiled")
+        self.hosts.report(phase="training")
         return program
 
     def _rewind(self, bad: int) -> tuple[TrainState, int]:
@@ -372,7 +372,7 @@ class _Run:
         if step % self.cfg.train.log_every and step != self.steps:
             return verdict
         rate = self.clock.rate()  # steps a second since the last record
-        self.here.report(step=step, **self.clock.pace(rate))
+        self.hosts.report(step=step, **self.clock.pace(rate))
         tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
@@ -412,14 +412,14 @@ class _Run:
         if whole:
             self._advise(whole[-1])
         self.metrics.write("goodput", step, self.goodput.record())
-        paces = stragglers(self.here.reports(), self.here.names)
+        paces = stragglers(self.hosts.reports(), self.hosts.names)
         if paces:
             self.metrics.write("hosts", step, paces)
             if paces["slow"]:
                 self.bar.say(f"Slower than the other hosts before they join a step: {', '.join(paces['slow'])}.")
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
-        """Everything durable, then the summary."""
+        """Waits for the last checkpoint, then writes the summary."""
         self.checkpoints.wait()
         record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
         self._push()
@@ -449,7 +449,7 @@ class _Run:
             "device": f"{mesh_device(self.mesh)}",
             "versions": versions(),
         }
-        if self.here.rank == 0:
+        if self.hosts.rank == 0:
             # Held-out passages for reports, which then need no corpus.
             rows = min(SAMPLE_ROWS, len(self.data.validation))
             text = "".join(self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows))
@@ -459,7 +459,7 @@ class _Run:
         return summary
 
     def _push(self) -> None:
-        """What the run has written down goes to where it lives: no checkpoint knows of a step that the curve does not."""
+        """Uploads the metrics before a checkpoint, so that no checkpoint is ahead of the loss curve."""
         try:
             self.metrics.flush()
             self.outbox.push()
@@ -472,7 +472,7 @@ class _Run:
     def _trigram(self) -> float | None:
         """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained model must beat."""
         tokenizer, cfg = self.data.tokenizer, self.cfg
-        if not tokenizer.token_bytes.any() or self.here.rank != 0:
+        if not tokenizer.token_bytes.any() or self.hosts.rank != 0:
             return None
         bytes_per_row = self.data.stats["train"]["bytes"] / max(len(self.data.train), 1)
         rows = min(len(self.data.train), int(TRIGRAM_BYTES / max(bytes_per_row, 1.0)) + 1)

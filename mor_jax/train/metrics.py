@@ -1,4 +1,4 @@
-"""Where numbers go: `metrics.jsonl` (one JSON object a line) and TensorBoard."""
+"""Writes metrics to `metrics.jsonl` (one JSON object a line) and to TensorBoard."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MetricWriter:
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """What was written can be read."""
+        """Writes buffered records to disk."""
         if self._file is not None:
             self._file.flush()
             self._board.flush()

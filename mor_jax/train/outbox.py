@@ -1,4 +1,4 @@
-"""The files of a run that grow: written on this machine, and copied to where the run lives if that is an object store.
+"""Growing files of a run (metrics, traces), written locally and uploaded if the run directory is in an object store.
 
 Nothing can be appended to an object. So the loss curve, TensorBoard's events, traces and the goodput record are written
 into a local directory (of the run itself, where that is local: then nothing is copied), and `push` uploads what has

@@ -1,4 +1,4 @@
-"""Runs in, page out: what the report shows that needs the models themselves."""
+"""Builds the report page from run directories, with the parts that need the models."""
 
 from __future__ import annotations
 
@@ -137,6 +137,6 @@ def present(
 
 
 def _distinct(records: list[RunRecord]) -> list[RunRecord]:
-    """Runs of the same name are told apart by their directories."""
+    """Adds the directory to the name of runs that share one."""
     names = Counter(r.name for r in records)
     return [r if names[r.name] == 1 else dataclasses.replace(r, name=f"{r.name} ({r.path})") for r in records]

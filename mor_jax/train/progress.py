@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar on a terminal, plain lines elsewhere. On stderr."""
+"""Training progress on stderr: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

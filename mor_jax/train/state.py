@@ -1,4 +1,4 @@
-"""What a run carries from step to step, and how it comes to exist sharded."""
+"""The training state, and its initialisation with each leaf sharded from the start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The orderly end: a signal to any process of the job, and all save after the same step."""
+"""Early stop: after a signal to any process of the job, all processes save after the same step."""
 
 from __future__ import annotations
 

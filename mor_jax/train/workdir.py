@@ -1,4 +1,4 @@
-"""The run directory: whose it is, and what may differ when a run goes on in it."""
+"""The run directory: which run it belongs to, and which fields may change when that run resumes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def claim(workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[
 
 
 def _refuse(workdir: epath.Path, changed: Mapping[str, str]) -> None:
-    """Raise ConfigError for changes that nobody allowed."""
+    """Raises ConfigError for changes that `--allow` does not permit."""
     if not changed:
         return
     here = f"{workdir} holds a run with another configuration ({'; '.join(changed.values())})."

@@ -83,7 +83,6 @@ class _Reading:
         self.told: list[Nudge] = []
         self.finals: list[finals.Found] = []
         self.discarded = 0
-        self.cut_inside = False  # the length limit fell into a cell or into the thinking
         self.thought_open = found.open
         self.seen: list[str] = []  # what else was found, for the nudge
         self._shorten()
@@ -190,7 +189,6 @@ class _Reading:
         """One cell; `source` is how the reply spelled it, None where the history shall show a ```repl block."""
         fixed = repaired(code, self.effort)
         if not closed and self.cut and not parses(fixed):
-            self.cut_inside = True
             self.kept.append(block(code))
             self.told.append(nudges.cut_cell())
             return
@@ -205,7 +203,6 @@ class _Reading:
                 self.told.append(nudges.session(output))
                 self.discarded += len(code) - len(fixed)
         if not closed and self.cut:
-            self.cut_inside = True
             self.told.append(nudges.cut_but_ran())
         self.cells.append(_Cell(fixed))
         self.kept.append(source if source is not None and fixed == code else block(fixed))

@@ -113,7 +113,7 @@ class DockerEnvironment(HostedEnvironment):
         return {name: f"{ROOT}/{name}" for name in ("scratch", "inbox", "canary", "said")}
 
     def _inside(self, path: Path) -> str:
-        folder = self._belongings.folder
+        folder = self._resources.folder
         if folder is not None and path.is_relative_to(folder.root):
             return f"{ROOT}/{path.relative_to(folder.root)}"
         return f"{ROOT}/given{path}"

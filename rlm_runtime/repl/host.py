@@ -18,10 +18,10 @@ from rlm_runtime.errors import ContextError, SandboxError, UsageError
 from rlm_runtime.repl import packages as package_list
 from rlm_runtime.repl import sandbox, wire
 from rlm_runtime.repl.base import Answer, CellError, CellResult, Handler, Limits, SandboxReport, ToolInfo
-from rlm_runtime.repl.belongings import Belongings
 from rlm_runtime.repl.cell import Cell, End
 from rlm_runtime.repl.linking import linked_into
 from rlm_runtime.repl.process import Launch, Process
+from rlm_runtime.repl.resources import Resources
 from rlm_runtime.repl.sandbox import SandboxPolicy
 from rlm_runtime.repl.workdir import MIRROR, WorkDir, remove, sweep
 
@@ -89,8 +89,8 @@ class HostedEnvironment:
         self._packages = package_list.resolve(packages)
         self._temp_dir = temp_dir
         self._lock = asyncio.Lock()
-        self._belongings = Belongings()
-        self._finalizer = weakref.finalize(self, self._belongings.drop)
+        self._resources = Resources()
+        self._finalizer = weakref.finalize(self, self._resources.drop)
         self._process: Process | None = None
         self._started = self._closed = False
         self._closing: asyncio.Future[None] | None = None
@@ -188,7 +188,7 @@ class HostedEnvironment:
             raise SandboxError("The REPL has been closed.")
         if os.name != "posix" or not hasattr(os, "pidfd_open"):
             raise SandboxError(f"environment={self.kind!r} needs Linux 5.3 or newer.")
-        mine = self._belongings
+        mine = self._resources
         try:
             if mine.folder is None:
                 mine.folder = await self._make_folder()
@@ -238,8 +238,8 @@ class HostedEnvironment:
             process = await Process.start(launch, frame=limits.frame, raw=max(limits.output_chars, 1000))
         except OSError as error:
             raise SandboxError(f"The REPL's worker cannot be started: {error}. {self._explain('')}") from None
-        self._process = self._belongings.process = process
-        self._belongings.command = self._kill_command()
+        self._process = self._resources.process = process
+        self._resources.command = self._kill_command()
         self._ready, self._nuisance = loop.create_future(), _Nuisance()
         me = weakref.ref(self)  # a forgotten environment is collected, and its worker with it
         process.on_frame = lambda line: (env := me()) and env._on_frame(process, line)
@@ -248,7 +248,7 @@ class HostedEnvironment:
         try:
             await payloads
             process.resume_reading()
-            folder = self._belongings.folder
+            folder = self._resources.folder
             process.send(self._hello(folder, launch))
             done, _ = await asyncio.wait({self._ready, process.ended}, timeout=limits.start_seconds,
                                          return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
@@ -266,7 +266,7 @@ class HostedEnvironment:
             layers = self._outer_layers(process) | layers
             self.report = sandbox.report(self.kind, layers, self.policy, self.required, self.report)
             if problem is not None:
-                raise SandboxError(f"The REPL's work folder {self._belongings.folder.scratch}: {problem}")
+                raise SandboxError(f"The REPL's work folder {self._resources.folder.scratch}: {problem}")
         finally:
             self._ready = None
         process.take_raw()
@@ -393,14 +393,14 @@ class HostedEnvironment:
     async def _drop_worker(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            self._belongings.kill_outside()
+            self._resources.kill_outside()
             await process.close()
-            self._belongings.process = None
+            self._resources.process = None
             if not self._closed:  # the next worker meets nothing that a cell has made
                 await self._cleaned()
-                old = self._belongings.folder.set_aside()
+                old = self._resources.folder.set_aside()
                 self._cleaning = asyncio.ensure_future(asyncio.to_thread(remove, old))
-            for killer in self._belongings.take_killers():
+            for killer in self._resources.take_killers():
                 await asyncio.to_thread(killer.wait)
 
     async def _cleaned(self) -> None:
@@ -484,7 +484,7 @@ class HostedEnvironment:
             return await self._result(cell)
 
     async def _run(self, code: str, handler: Handler) -> Cell:
-        process, mine = self._process, self._belongings
+        process, mine = self._process, self._resources
         tools = frozenset(tool.name for tool in self._tools if not tool.is_value)
         cell = Cell(process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside)
         message = {
@@ -528,7 +528,7 @@ class HostedEnvironment:
             kind, status, said = _ended(end, cell.reason)
             lost = self._loss(said)
             fields = {"status": status, "error": CellError(type=kind, message=said), "answer": Answer()}
-            for name, words in self._belongings.folder.last_words().items():
+            for name, words in self._resources.folder.last_words().items():
                 fields |= {name: wire.cut(words, self.limits.output_chars), f"{name}_chars": len(words)}
             raw["stderr"] = _own_lines(raw["stderr"][0]), raw["stderr"][1]
             await self._drop_worker()
@@ -567,7 +567,7 @@ class HostedEnvironment:
         _check_name(name, "a context", but=("context",))
         async with self._lock:
             await self._ensure()
-            folder = self._belongings.folder
+            folder = self._resources.folder
             if _contains(context, folder.root):
                 raise _around(context, folder.root.parent)
             payload = await self._payload(name, context, folder)
@@ -608,7 +608,7 @@ class HostedEnvironment:
         if self._writing is not None:
             await asyncio.wait([self._writing])
         await self._cleaned()
-        folder, self._belongings.folder = self._belongings.folder, None
+        folder, self._resources.folder = self._resources.folder, None
         if folder is not None:
             await asyncio.to_thread(folder.remove)
         self._finalizer()

@@ -1,4 +1,4 @@
-"""What a user may choose about a run, checked at the door."""
+"""The options of a run, and their validation."""
 
 from __future__ import annotations
 

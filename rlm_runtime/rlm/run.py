@@ -40,7 +40,7 @@ CancelEvent = threading.Event | asyncio.Event
 
 
 @dataclass
-class Place:
+class SessionState:
     """What a session keeps from one completion to the next."""
 
     environment: Environment
@@ -60,15 +60,15 @@ class Run:
         question: str | None,
         shape: Shape | None,
         *,
-        place: Place | None = None,
+        session: SessionState | None = None,
         cancel: CancelEvent | None = None,
     ):
         loop = asyncio.get_running_loop()
         self.id = secrets.token_hex(6)
         self._options, self._context, self._question, self._shape = options, context, question, shape
-        self._place = place
+        self._session = session
         self._event = cancel
-        self._environment = place.environment if place else options.environment_for(0)
+        self._environment = session.environment if session else options.environment_for(0)
         self._writer = self._open_record()
         self._cancelled = False
         self._result: RLMResult | None = None
@@ -154,7 +154,7 @@ class Run:
 
     # -- the run ----------------------------------------------------------------------------------------------------------
     async def _main(self) -> RLMResult:
-        options, place = self._options, self._place
+        options, session = self._options, self._session
         tree = Tree(options, Ledger(options.budget), self._writer)
         lm = options.node_lm(0)
         node = Node(
@@ -166,7 +166,7 @@ class Run:
             meter=Meter(),
             question=self._question,
             shape=self._shape,
-            history=place.history if place else None,
+            history=session.history if session else None,
         )
         interrupted: asyncio.CancelledError | None = None
         watcher = asyncio.create_task(self._watch()) if self._event is not None else None
@@ -187,9 +187,9 @@ class Run:
             if watcher is not None:
                 watcher.cancel()
             await finish(self._clean_up(tree))
-            if place is not None:
-                place.history = node.history
-                place.completions += place.started
+            if session is not None:
+                session.history = node.history
+                session.completions += session.started
         self._result = self._close_record(node, tree, ending)
         if interrupted is not None:
             raise interrupted
@@ -217,14 +217,14 @@ class Run:
         return ending or await node.last_call(at_limit("seconds"), str(why))
 
     async def _open(self, node: Node) -> None:
-        place = self._place
-        if place is None or not place.started:
+        session = self._session
+        if session is None or not session.started:
             await node.start(self._context)
-            if place is not None:
-                place.started = True
+            if session is not None:
+                session.started = True
             open_task(node, self._context)
             return
-        name = f"context_{place.completions}"
+        name = f"context_{session.completions}"
         await node.environment.rebind_context(self._context, name)
         await node.environment.reset_answer()
         fields = await asyncio.to_thread(self._writer.context_fields, self._context, name)
@@ -252,7 +252,7 @@ class Run:
 
     async def _clean_up(self, tree: Tree) -> None:
         await tree.close()
-        if self._place is None:
+        if self._session is None:
             await self._environment.aclose()
 
     async def _watch(self) -> None:
@@ -263,20 +263,20 @@ class Run:
 
     # -- the record -------------------------------------------------------------------------------------------------------
     def _open_record(self) -> TrajectoryWriter:
-        options, place = self._options, self._place
+        options, session = self._options, self._session
         folder = None
         if options.log_dir is not None:
-            folder = place.folder if place is not None and place.folder else run_folder(options.log_dir, self.id)
+            folder = session.folder if session is not None and session.folder else run_folder(options.log_dir, self.id)
         on_event = options.on_event
         if hasattr(on_event, "for_run"):
             on_event = on_event.for_run(self.id)
-        writer = TrajectoryWriter(folder, on_event, append=place is not None and place.folder is not None)
+        writer = TrajectoryWriter(folder, on_event, append=session is not None and session.folder is not None)
         if options.verbose:
             from rlm_runtime.live import Lines
 
             writer.listen(Lines())
-        if place is not None:
-            place.folder = folder
+        if session is not None:
+            session.folder = folder
         return writer
 
     def _write_start(self, lm: Any) -> None:
@@ -306,7 +306,7 @@ class Run:
                 max_depth=options.max_depth,
                 budget=options.budget.model_dump(),
                 settings=dict(settings),
-                session_turn=self._place.completions if self._place else 0,
+                session_turn=self._session.completions if self._session else 0,
             )
         )
 

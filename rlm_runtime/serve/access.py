@@ -1,4 +1,4 @@
-"""Who may reach a server: keys from a file, and the names a keyless server on this machine goes by."""
+"""API keys from a file, and the host names that a server without keys accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may run now: a bounded number at once, a bounded queue behind them, nobody new while the server stops."""
+"""Admission control: a bounded number of running requests, a bounded queue, and no new ones while the server stops."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Admission:
             self._next()
 
     async def drain(self, seconds: float) -> bool:
-        """Let everyone inside finish, or cancel them after so long. True: nobody had to be cancelled."""
+        """Waits for running requests and cancels them after a time. Returns True if none was cancelled."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -98,7 +98,7 @@ class Admission:
             task.cancel()
 
     def _next(self) -> None:
-        """Hand a free place to the first in the queue, without letting anyone in between."""
+        """Gives a free slot to the first request in the queue; no other request can take it first."""
         self.running -= 1
         while self._waiting:
             turn = self._waiting.popleft()

@@ -1,4 +1,4 @@
-"""The ASGI application: its routes, and what lives as long as it does."""
+"""The ASGI application of `rlm serve`: its routes and its lifespan."""
 
 from __future__ import annotations
 

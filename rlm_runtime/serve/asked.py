@@ -1,4 +1,4 @@
-"""What a chat request asks for beyond its messages: refused by name where it cannot be had, else read."""
+"""Fields of a chat request beside its messages: unsupported ones are refused by name, the others are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ UNHEARD = ("n", "logprobs", "top_logprobs", "presence_penalty", "frequency_penal
 
 
 def check(request: ChatRequest) -> None:
-    """Refuse what would silently do nothing. Raises ApiError."""
+    """Raises ApiError for fields that would have no effect."""
     if request.n not in (None, 1):
         raise refuse("n must be 1: a run gives one answer.", "n", "unsupported_value")
     if request.tools or request.functions:

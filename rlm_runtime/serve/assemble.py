@@ -1,4 +1,4 @@
-"""What every server here has around its own routes: the door, probes, metrics, its document, errors in one shape."""
+"""What every server here has around its own routes: request checks, probes, metrics, the OpenAPI document, and errors in one shape."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from rlm_runtime.serve.admission import Admission
-from rlm_runtime.serve.door import Door
 from rlm_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
 from rlm_runtime.serve.metrics import Metrics
+from rlm_runtime.serve.middleware import RequestMiddleware
 from rlm_runtime.serve.schemas import Status
 from rlm_runtime.serve.settings import ServeSettings
 
@@ -54,7 +54,7 @@ def assemble(
 
     common = {"/health": health, "/ready": ready, "/metrics": show_metrics, "/openapi.json": openapi}
     count = lambda route, status: metrics.add(requests_total, route=route, status=str(status))
-    middleware = [Middleware(Door, settings=settings, count=count)]
+    middleware = [Middleware(RequestMiddleware, settings=settings, count=count)]
     if settings.cors_origins:
         cors = Middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=list(methods),

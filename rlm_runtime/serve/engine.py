@@ -1,4 +1,4 @@
-"""The RLMs behind the names a client can ask for, each with the limits the server sets."""
+"""The RLMs that a server offers by name, with the server's limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, whatever went wrong; none of them shows what is inside the server."""
+"""All errors in OpenAI's format, without internal details of the server."""
 
 from __future__ import annotations
 

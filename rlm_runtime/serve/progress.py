@@ -1,4 +1,4 @@
-"""A run's events, made small enough to stream: what a client may show while it waits."""
+"""Short progress notes, made from a run's events, for clients to show while they wait."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""uvicorn around the application: slow heads are cut off, and a stop signal drains before it closes."""
+"""Runs the application in uvicorn, with a time limit for request headers and draining at a stop signal."""
 
 from __future__ import annotations
 

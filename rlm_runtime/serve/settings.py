@@ -1,4 +1,4 @@
-"""What a server allows. Every bound a client can run into is here."""
+"""Settings of a server: all limits that a client can meet."""
 
 from __future__ import annotations
 

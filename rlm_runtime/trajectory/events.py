@@ -39,7 +39,7 @@ class ContextLoaded(Event):
     kind: str  # str | bytes | list | dict | messages | file | folder
     chars: int | None = None
     bytes: int | None = None
-    sha256: str | None = None  # of the bytes, None where too large to hash at the door
+    sha256: str | None = None  # of the bytes, None where too large to hash before the run
     blob: str | None = None  # file under blobs/
     path: str | None = None  # a file or folder context, not copied
     preview: str = ""

@@ -1,6 +1,6 @@
 """Writing a trajectory: one `write()` a line, so that a killed process leaves a readable file.
 
-A record must never cost the run it records. Only a folder that cannot be used at the door is an error (`UsageError`);
+A record must never cost the run it records. Only a folder that cannot be used at the start is an error (`UsageError`);
 after that a full disk, a vanished folder or a failing callback ends the recording and is remembered, nothing is raised.
 """
 

@@ -61,7 +61,7 @@ def test_a_half_described_job_is_refused(env, message):
 def test_a_process_of_its_own_waits_for_nobody():
     hosts = Hosts()
     hosts.barrier("x", timeout=0.0)
-    hosts.same("x", "1", "")
+    hosts.assert_equal("x", "1", "")
     hosts.report(step=1)
     assert (hosts.rank, hosts.count, hosts.reports()) == (0, 1, []) and not hosts.stop_at(1)
     with pytest.raises(ZeroDivisionError), hosts.guard():
@@ -104,11 +104,11 @@ on_each(begin)
 hosts[2].report(phase="reading rows", step=41)
 def same(r):
     try:
-        hosts[r].same("the corpus", "b" if r == 1 else "a", "Copy it.")
+        hosts[r].assert_equal("the corpus", "b" if r == 1 else "a", "Copy it.")
     except UserError as e:
         found.setdefault("same", []).append([r, e.everywhere, str(e)])
 on_each(same)
-on_each(lambda r: [hosts[r].same("the step", "7", "") for _ in range(3)])  # a name may be used again
+on_each(lambda r: [hosts[r].assert_equal("the step", "7", "") for _ in range(3)])  # a name may be used again
 time.sleep(3)
 try:
     hosts[0].barrier("the end", timeout=1.0)

@@ -15,7 +15,9 @@ from pydantic import BaseModel, Field, field_validator
 from typing_extensions import TypedDict
 
 from rlm_runtime.errors import UsageError
-from rlm_runtime.structured import Shape, parse_json_reply
+from rlm_runtime.replies import model_json
+from rlm_runtime.replies.thinking import clean
+from rlm_runtime.structured import Shape
 
 
 class Person(BaseModel):
@@ -62,6 +64,11 @@ PERSON_SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+def parse_json_reply(text):
+    """The JSON value in a reply, in a tuple of one; None where there is none."""
+    return model_json.in_reply(clean(text).text)
 
 
 def good(form, value):

@@ -17,7 +17,7 @@ from small import random_params, small_lm, spread_routers
 from mor_jax.config import MeshConfig
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.vocabulary import ByteTokenizer
-from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine import request as engine_types
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
@@ -46,7 +46,7 @@ def small_model(kind: str = "mor", **model: Any) -> SmallModel:
 
 def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelBackend:
     return ModelBackend(
-        name=name, template=ChatTemplate(), grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, words=words,
+        name=name, template=ChatTemplate(), grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, engine_types=engine_types,
         recursions=model.lm.program.recursions, **fields,
     )  # fmt: skip
 
@@ -62,12 +62,12 @@ class Server(Loopback):
     """Its model is named "small"."""
 
     @property
-    def shelf(self) -> Any:
-        return self.app.state.shelf
+    def registry(self) -> Any:
+        return self.app.state.registry
 
     @property
     def model(self) -> ModelBackend:
-        return self.shelf.models["small"]
+        return self.registry.models["small"]
 
     def post(self, path: str, **fields: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
         status, headers, raw = self.request("POST", path, {"model": "small", **fields})
@@ -94,11 +94,11 @@ def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **sett
     with loopback(app, Server) as server:
         if wait:
             assert loaded.wait(600)
-            assert server.shelf.failure is None, server.shelf.failure
+            assert server.registry.failure is None, server.registry.failure
         try:
             yield server
         finally:
-            for model in server.shelf.models.values():
+            for model in server.registry.models.values():
                 if hasattr(model.service, "hold"):
                     model.service.hold.set()
 

@@ -33,6 +33,6 @@ def test_routes_named_are_there(server):
 
 def test_flags_named_are_there():
     source = (Path(__file__).parents[2] / "launch" / "serve.py").read_text(encoding="utf-8")
-    section = PAGE[PAGE.index("| flag | default") : PAGE.index("## Asking")]
+    section = PAGE[PAGE.index("| flag | default") : PAGE.index("## Requests")]
     for flag in re.findall(r"--(\w+)", section):
         assert f'"{flag}"' in source, flag

@@ -10,7 +10,7 @@ from mor_jax.data.chat import PLAIN_STOPS, ChatTemplate, find_template
 from mor_jax.data.tokenizer import train_bpe
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import DataError
-from mor_jax.inference.engine import request as words
+from mor_jax.inference.engine import request as engine_types
 from rlm_runtime.lms.checkpoint import STOPS, chat_text
 from rlm_runtime.serve.errors import ApiError
 from rlm_runtime.serve.model import ModelBackend, ModelSettings
@@ -20,7 +20,7 @@ from rlm_runtime.serve.model.sequence import Mailbox, Sequence
 
 TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": train_bpe(["the cat é sat\n on the € mat " * 9], 300)}
 TEXTS = st.text(st.sampled_from("ab é€\n🙂t"), max_size=12)
-END = words.Finished("length", 1, 0, 0, 1.0, 0.0)
+END = engine_types.Finished("length", 1, 0, 0, 1.0, 0.0)
 
 
 class Ticket:
@@ -32,7 +32,7 @@ class Ticket:
 
 
 def sequence(tokenizer, **how):
-    model = ModelBackend("m", tokenizer, 99, service=None, words=words, template=ChatTemplate())
+    model = ModelBackend("m", tokenizer, 99, service=None, engine_types=engine_types, template=ChatTemplate())
     how = {"prompt": [], "stops": (), "strip": False, "echo": False, "logprobs": True, "drop": False, **how}
     found = Sequence(model, changed=lambda: None, **how)
     found.ticket = Ticket()
@@ -50,7 +50,7 @@ def test_a_stream_is_the_text_up_to_its_first_stop(name, text, stops, cuts, torn
         ids = ids[:-1]  # may leave half a character
     prompt = tokenizer.encode("é: ") if echo else []
     s = sequence(tokenizer, stops=stops, echo=echo, prompt=prompt)
-    shown, scores, rest = "", [], [words.Token(t, 1, -1.0, ((t, -1.0),)) for t in ids]
+    shown, scores, rest = "", [], [engine_types.Token(t, 1, -1.0, ((t, -1.0),)) for t in ids]
     while rest:
         size = cuts.pop() if cuts else 1
         s.take(rest[:size])
@@ -77,12 +77,12 @@ def test_a_stream_is_the_text_up_to_its_first_stop(name, text, stops, cuts, torn
 
 def test_half_a_character_waits_and_then_shows_as_one_replacement():
     s = sequence(TOKENIZERS["bytes"])
-    s.take([words.Token(0xE2, 1), words.Token(0x82, 1)])
+    s.take([engine_types.Token(0xE2, 1), engine_types.Token(0x82, 1)])
     assert s.pull() == ("", [])
-    s.take([words.Token(0xAC, 1)])
+    s.take([engine_types.Token(0xAC, 1)])
     text, scores = s.pull()
     assert text == "€" and len(scores) == 3 and [x.start for x in scores] == [0, 0, 0]
-    s.take([words.Token(0xE2, 1), END])
+    s.take([engine_types.Token(0xE2, 1), END])
     assert s.pull()[0] == "�"
 
 
@@ -153,7 +153,9 @@ def test_special_tokens_are_the_templates_alone(chatml):
      "{{ nothing.there }}", "{% for i in range(10**9) %}x{% endfor %}"],
 )  # fmt: skip
 def test_a_template_that_fails_is_a_400(source):
-    model = ModelBackend("m", ByteTokenizer(), 99, service=None, words=words, template=ChatTemplate(source))
+    model = ModelBackend(
+        "m", ByteTokenizer(), 99, service=None, engine_types=engine_types, template=ChatTemplate(source)
+    )
     with pytest.raises(ApiError) as e:
         chat_ids([ModelMessage(role="user", content="x")], model, ModelSettings(), None, None)
     assert e.value.status == 400 and e.value.param == "messages"

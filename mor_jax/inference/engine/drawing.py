@@ -22,19 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mor_jax.inference.engine.rows import (
-    BIASES,
-    NO_GRAMMAR,
-    STOPS,
-    DrawConfig,
-    DrawRows,
-    bits,
-    empty_rows,
-    host_row,
-    put_mask,
-    put_row,
-    waiting,
-)
+from mor_jax.inference.engine.rows import NO_GRAMMAR, DrawConfig, DrawRows, bits
 
 
 class Drawn(NamedTuple):
@@ -239,9 +227,3 @@ def _descend(order_NxV: jax.Array, weight_NxV: jax.Array, need_N: jax.Array) -> 
         return jnp.where(weighs_N >= need_N, tried_N, found_N)
 
     return jax.lax.fori_loop(0, 32, bit, jnp.zeros(order_NxV.shape[:1], jnp.uint32))
-
-
-__all__ = [
-    "BIASES", "STOPS", "DrawConfig", "DrawRows", "Drawn", "draw", "empty_rows", "gumbel", "host_row", "put_mask",
-    "put_row", "top_logprobs", "waiting",
-]  # fmt: skip

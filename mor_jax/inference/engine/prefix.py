@@ -1,4 +1,4 @@
-"""What prompts have in common: a tree of chunks, each with the rows a lane would otherwise compute again.
+"""The prefix cache: a tree of prompt chunks, each with the keys and values that a lane would compute again.
 
 An edge is one chunk of a prompt, whole: `Device.cut` cuts prompts by their length alone, so two prompts on one path ran
 the same programs on the same tokens, and rows taken from the tree are those that the lane would have computed, bit for
@@ -38,7 +38,7 @@ class Node:
 
     @property
     def pending(self) -> bool:
-        """Somebody is computing it."""
+        """Whether a request is computing it."""
         return self.rows is None and not self.gone
 
     @property
@@ -129,7 +129,7 @@ class PrefixTree:
         return True
 
     def clear(self) -> None:
-        """Forget everything (other weights). Only while nobody holds anything."""
+        """Removes all nodes, for example after the weights changed. No request may hold a node."""
         self._roots.clear()
         self._leaves.clear()
         self.evictable = self._in_use = 0

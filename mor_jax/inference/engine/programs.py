@@ -45,7 +45,7 @@ def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
 
 
 def start_lane(state: State, lane: jax.Array, token: jax.Array, remaining: jax.Array, row: DrawRows) -> State:
-    """The lane decodes from the next boundary on, beginning with this token."""
+    """Starts to decode in the lane at the next boundary, with this token."""
     return state._replace(
         next_N=state.next_N.at[lane].set(token),
         remaining_N=state.remaining_N.at[lane].set(remaining),
@@ -54,7 +54,7 @@ def start_lane(state: State, lane: jax.Array, token: jax.Array, remaining: jax.A
 
 
 def stop_lane(state: State, lane: jax.Array) -> State:
-    """The lane does nothing any more."""
+    """Stops the lane."""
     flight = state.flight._replace(
         here_N=state.flight.here_N.at[lane].set(False), going_N=state.flight.going_N.at[lane].set(False)
     )

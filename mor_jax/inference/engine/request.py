@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out of it: requests, their tokens, and how they ended."""
+"""Requests to the engine, and the events it returns: tokens, scores and the end."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ OnEvents = Callable[[list[Event]], None]  # called in the engine's thread, once 
 
 
 class QueueFull(UserError):
-    """No room to wait in: come back after `retry_after_s`."""
+    """The queue is full. Try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float):
         super().__init__(message)
@@ -142,7 +142,7 @@ class Service(Protocol):
         """A snapshot of gauges and counters, by the names of docs/serving.md."""
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Accept nothing more, wait for what runs; True if all of it ended."""
+        """Refuses new requests and waits for those that run. Returns True if all of them ended."""
 
     def close(self) -> None:
-        """End at once; requests under way end with Finished("error")."""
+        """Stops at once. Requests under way end with Finished("error")."""

@@ -1,4 +1,4 @@
-"""What a `Device` hands back: tickets for work under way, and what they say."""
+"""Results of a `Device`: tickets for dispatched work, and the values they return."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Rows:
 
 
 class Ticket:
-    """Of work under way. Fetch it once."""
+    """A handle to dispatched work. Call `fetch` once."""
 
     def __init__(self, arrays: Any, read: Callable[[Any], Any]):
         self._arrays, self._read = arrays, read
@@ -85,5 +85,5 @@ class Ticket:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self._arrays))
 
     def fetch(self) -> Any:
-        """Wait for it, and what it says."""
+        """Waits for the work and returns its result."""
         return self._read(jax.tree.map(np.asarray, self._arrays))

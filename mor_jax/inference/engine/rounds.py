@@ -1,7 +1,7 @@
-"""Rounds of the engine: what the scheduler plans is dispatched, what the round before dispatched is read.
+"""Rounds of the engine: dispatch what the scheduler plans, then read what the round before dispatched.
 
-A round dispatches its prefills and one tick, and only then reads the round before, so that the device has work while the
-host thinks. Nothing here knows of threads; `service.py` calls `step` in one.
+A round dispatches its prefills and one tick before it reads the results of the round before, so the device has work while
+the host plans. This module uses no threads; `service.py` calls `step` in one.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ class Rounds:
 
     def __init__(self, device: Any, scheduler: Scheduler, *, eos: int | None, clock: Callable[[], float]):
         self._device, self._scheduler, self._eos, self._clock = device, scheduler, eos, clock
-        self._old: deque[tuple[Any, Any]] = deque()  # (ticket, who it is of), of the round before
+        self._old: deque[tuple[Any, Any]] = deque()  # (ticket, its jobs) of the round before
         self._new: deque[tuple[Any, Any]] = deque()  # of this round
-        self._open: dict[int, Job] = {}  # all whose last event was not handed out
+        self._open: dict[int, Job] = {}  # jobs that have not been told their last event
         self._over: list[Job] = []  # those of them that ended in this round
-        self._scored: Job | None = None  # whose prompt is being scored
+        self._scored: Job | None = None  # the job with the prompt that is being scored
         self.counts = Counts()
 
     @property
     def busy(self) -> bool:
-        """Whether there is anything to do."""
+        """Whether work is waiting or under way."""
         return bool(self._old or self._scheduler.running or self._scheduler.waiting)
 
     def step(self) -> int:
-        """One round; requests that ended in it."""
+        """Runs one round. Returns the number of requests that ended in it."""
         self._score_a_little()
         for action in self._scheduler.plan(self._clock()):
             self._carry_out(action)
-        lanes = {lane: (job, job.stint) for lane, job in self._scheduler.running.items() if job.phase == DECODE}
-        if lanes:
-            self._new.append((self._device.tick(), lanes))
+        jobs_by_lane = {
+            lane: (job, job.admissions) for lane, job in self._scheduler.running.items() if job.phase == DECODE
+        }
+        if jobs_by_lane:
+            self._new.append((self._device.tick(), jobs_by_lane))
         elif not self._new and not self._old and self._scheduler.jobs() and not self._scoring():
             raise RuntimeError("the scheduler has requests and nothing to do")
         while self._old:
@@ -58,14 +60,14 @@ class Rounds:
         return self._hand_out()
 
     def add(self, job: Job) -> None:
-        """A new request, prepared by the scheduler."""
+        """Adds a new request that the scheduler has prepared."""
         self._open[id(job)] = job
         self._scheduler.add(job)
 
     def end_all(self, jobs: Sequence[Job], message: str, *, works: bool) -> int:
-        """End these and all that were added, whatever state a round that failed left them in; how many.
+        """Ends these jobs and all that were added, also after a round that failed. Returns their number.
 
-        `works`: the device does, and its lanes are to be free."""
+        `works`: the device still works, so its lanes are freed."""
         left = [*self._open.values(), *jobs]
         known = set(map(id, self._scheduler.jobs()))
         for job in left:
@@ -78,7 +80,7 @@ class Rounds:
         self._open.clear()
         self._over.clear()
         for ticket, _ in self._old if works else ():
-            ticket.fetch()  # whoever uses the device next finds it idle
+            ticket.fetch()  # wait, so that the device is idle afterwards
         self._old.clear()
         self._new.clear()
         return len(left)
@@ -87,8 +89,7 @@ class Rounds:
         return [job for job in self._scheduler.waiting if job.unready]
 
     def _score_a_little(self) -> None:
-        """One chunk of one prompt whose tokens' log-probabilities are wanted; one after the other, the scorer has a
-        single lane."""
+        """Scores one chunk of one prompt. The scorer has one lane, so prompts are scored one after another."""
         if self._scored is None or self._scored.phase == OVER:
             self._scored = next(iter(self._scoring()), None)
         if (job := self._scored) is not None and (scored := next(job.scoring)) is not None:
@@ -113,7 +114,7 @@ class Rounds:
             if not job.preempted:
                 self.counts.admitted(len(job.request.prompt) - 1, job.cached, job.began - job.came)
         elif isinstance(action, Prefill):
-            self._new.append((device.prefill(job.lane, action.chunk), (job, job.stint, action)))
+            self._new.append((device.prefill(job.lane, action.chunk), (job, job.admissions, action)))
             self.counts.prefilled(len(action.chunk))
         elif isinstance(action, Start):
             self._start(job)
@@ -133,19 +134,21 @@ class Rounds:
 
     # ------------------------------------------------------------------------------------- what came back
 
-    def _read(self, ticket: Any, whose: Any) -> None:
+    def _read(self, ticket: Any, of: Any) -> None:
+        """Reads a ticket. `of`: (job, admission, action) of a prefill, or {lane: (job, admission)} of a tick."""
         got = ticket.fetch()
-        if not isinstance(whose, dict):
-            self._prefilled(got, *whose)
+        if not isinstance(of, dict):
+            self._prefilled(got, *of)
             return
+        jobs_by_lane = of
         for ticked in got:
             self.counts.ticked(ticked)
-            for lane, (job, stint) in whose.items():
-                if job.phase == DECODE and job.stint == stint:
+            for lane, (job, admission) in jobs_by_lane.items():
+                if job.phase == DECODE and job.admissions == admission:
                     self._drew(job, lane, ticked)
 
-    def _prefilled(self, got: Any, job: Job, stint: int, action: Prefill) -> None:
-        if job.stint != stint or job.lane < 0:
+    def _prefilled(self, got: Any, job: Job, admission: int, action: Prefill) -> None:
+        if job.admissions != admission or job.lane < 0:
             return
         if not got.fits:
             self._scheduler.outgrew(job)
@@ -201,7 +204,7 @@ class Rounds:
             self._ended(self._scheduler.remove(job, "stop" if stopped or stopped_by_grammar else "length"))
 
     def _lose(self, job: Job, error: BaseException) -> None:
-        """One request cannot go on, through its own fault."""
+        """Ends one request with an error of its own; the others go on."""
         self._ended(self._scheduler.remove(job, "error"), f"{type(error).__name__}: {error}")
 
     def _ended(self, end: End, error: str | None = None) -> None:
@@ -233,7 +236,7 @@ class Rounds:
     def _tell(self, job: Job, events: Sequence[Event]) -> None:
         try:
             job.on_events(list(events))
-        except Exception:  # whoever asked cannot listen any more: nothing is left to be told
-            self.counts.deaf += 1
+        except Exception:  # the listener failed, so no more events are sent to it
+            self.counts.lost_listeners += 1
             if job.phase != OVER:
                 job.wish = job.wish or "cancelled"

@@ -1,14 +1,14 @@
-"""Which request gets which lane, and what is dispatched next. Plain decisions: no device, no thread, no clock.
+"""The scheduler: which request gets which lane, and what is dispatched next. It uses no device, thread or clock.
 
-`plan(now)` says what to do in one round, in order; whoever carries it out reports back with `prefilled`, `outgrew` and
+`plan(now)` returns the actions of one round, in order. The caller runs them and reports with `prefilled`, `outgrew` and
 `remove`. The rules:
 
-- Lower priority first, then arrival. A request that had to give its lane up is at the head of its priority.
+- Requests are served by priority (lower first), then by arrival. A preempted request is first within its priority.
 - A request takes the smallest free lane that its expected entries fit into; the few lanes with full room are used last.
-- Who outgrew a lane needs one with full room. If there is none free, the latest arrival that came after it gives its
-  lane up and is computed again later; the earliest request always goes on, so all of them end.
-- While such a request waits, no later one takes a lane with full room from under it.
-- A request whose next chunks somebody is computing right now waits for them, if they are worth it.
+- A request that outgrew its lane needs one with full room. If none is free, the latest request that came after it is
+  preempted and computed again later. The earliest request always gets its lane, so all requests end.
+- While such a request waits, later requests do not get a lane with full room.
+- A request waits for chunks of its prompt that another request is computing, if they have enough tokens.
 - Prompts are prefilled chunk by chunk, so many tokens a round, while other lanes decode.
 """
 
@@ -29,7 +29,7 @@ WAITING, PREFILL, DECODE, OVER = "waiting", "prefill", "decode", "over"
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. `number`: by arrival."""
+    """A request and its progress through the engine. `number` counts arrivals."""
 
     number: int
     request: Request
@@ -41,10 +41,10 @@ class Job:
     generated: list[int] = field(default_factory=list)
     phase: str = WAITING
     lane: int = -1
-    stint: int = 0  # counts the times it got a lane
-    wish: str | None = None  # how its owner wants it ended; set from any thread
+    admissions: int = 0  # times it got a lane
+    wish: str | None = None  # reason to end it ("cancelled", "stop"), set by its owner from any thread
     preempted: int = 0
-    roomy: bool = False  # outgrew a lane: the next one must have full room
+    needs_full_lane: bool = False  # outgrew a lane: the next one must have full room
     entries: int = 0  # in the core log of its lane, as far as known
     unread: int = 0  # tokens whose prefill was dispatched and not reported
     todo: deque[tuple[Tokens, Node | None]] = field(default_factory=deque)  # chunks to prefill
@@ -62,7 +62,6 @@ class Job:
     told_depths: bool = False
     events: list[Event] = field(default_factory=list)
     scoring: Any = None
-    extra: Any = None
 
     chunks: list[Tokens] = field(default_factory=list)
 
@@ -81,7 +80,7 @@ class Job:
 
 
 class End(NamedTuple):
-    """It is over; `lane` is free again (-1: it had none)."""
+    """The request has ended. `lane` is free again (-1: it had none)."""
 
     job: Job
     reason: str
@@ -89,21 +88,21 @@ class End(NamedTuple):
 
 
 class Preempt(NamedTuple):
-    """It gave `lane` up, and waits."""
+    """The request loses `lane` and waits for another."""
 
     job: Job
     lane: int
 
 
 class Admit(NamedTuple):
-    """Open its lane and load the rows of `path`."""
+    """Opens the request's lane and loads the cached rows of `path`."""
 
     job: Job
     path: list[Node]
 
 
 class Prefill(NamedTuple):
-    """One chunk; `node`: to be filled with its rows."""
+    """Prefills one chunk. `node`: the node of the prefix tree that gets its rows, or None."""
 
     job: Job
     chunk: Tokens
@@ -111,7 +110,7 @@ class Prefill(NamedTuple):
 
 
 class Start(NamedTuple):
-    """All but the last token are in the lane: decode."""
+    """Starts to decode: all tokens but the last are in the lane."""
 
     job: Job
 
@@ -147,8 +146,8 @@ class Scheduler:
     # ------------------------------------------------------------------------------------- from outside
 
     def prepare(self, job: Job) -> None:
-        """Cut what its lane must hold before it decodes. The prompt is cut by itself, so that a request that comes
-        back meets the chunks it left in the tree."""
+        """Cuts the tokens that the lane must hold before it decodes into chunks. The prompt is cut by itself, so a
+        preempted request finds its chunks in the prefix tree."""
         prompt, generated = job.request.prompt, job.generated
         tokens = (*prompt, *generated)[:-1]
         alone = len(prompt) - 1
@@ -163,25 +162,25 @@ class Scheduler:
         bisect.insort(self.waiting, job, key=lambda j: j.rank)
 
     def prefilled(self, job: Job, tokens: int, entries: int) -> None:
-        """A chunk arrived; the lane's core log has so many entries now."""
+        """A chunk was computed; the lane's core log now has `entries` entries."""
         job.unread -= tokens
         job.entries = entries
         if job.phase in (PREFILL, DECODE) and not job.todo and not job.unread:
             self._let_go(job)
 
     def outgrew(self, job: Job) -> bool:
-        """Its lane is too small: the next plan moves it. False: no lane has more."""
-        job.roomy = True
+        """The lane is too small, so the next plan moves the request. Returns False if no lane has more room."""
+        job.needs_full_lane = True
         return self._rooms[job.lane] < self._full
 
     def remove(self, job: Job, reason: str) -> End:
-        """It is over."""
+        """Removes a request that has ended and frees its lane."""
         lane = self._leave(job)
         job.phase = OVER
         return End(job, reason, lane)
 
     def jobs(self) -> list[Job]:
-        """All that are not over."""
+        """All requests that have not ended."""
         return [*self.running.values(), *self.waiting]
 
     # ------------------------------------------------------------------------------------- the plan
@@ -200,15 +199,15 @@ class Scheduler:
         return out
 
     def _moves(self) -> list[Action]:
-        """Who stands still gives its lane up; then whoever must make room for it does."""
-        stuck = [job for job in self.running.values() if job.roomy and self._rooms[job.lane] < self._full]
+        """Preempts requests that outgrew their lanes, then later requests that hold the lanes they need."""
+        stuck = [job for job in self.running.values() if job.needs_full_lane and self._rooms[job.lane] < self._full]
         out: list[Action] = [self._preempt(job) for job in sorted(stuck, key=lambda j: j.age)]
-        for job in [job for job in self.waiting if job.roomy]:
+        for job in [job for job in self.waiting if job.needs_full_lane]:
             if any(self._rooms[lane] == self._full for lane in self.free):
                 break
             later = [j for j in self.running.values() if self._rooms[j.lane] == self._full and j.age > job.age]
             if not later:
-                break  # the others came later still
+                break  # all others came before it
             out.append(self._preempt(max(later, key=lambda j: j.age)))
         return out
 
@@ -261,7 +260,7 @@ class Scheduler:
     def _lane_for(self, job: Job, path: list[Node], full_is_reserved: bool) -> int | None:
         known = path[-1].rows.stop.entries if path else 0
         need = self._full
-        if not job.roomy:
+        if not job.needs_full_lane:
             tokens = len(job.request.prompt) + job.request.max_tokens - sum(len(node.chunk) for node in path)
             need = min(need, known + self._expected(tokens, job.mean_depth))
         fits = [
@@ -275,7 +274,7 @@ class Scheduler:
         self.free.remove(lane)
         self.running[lane] = job
         job.phase, job.lane = PREFILL, lane
-        job.stint += 1
+        job.admissions += 1
         rest = job.chunks[len(path) :]
         kept = list(itertools.takewhile(lambda chunk: len(chunk) >= self._keep_tokens, rest))
         claimed = self.tree.claim(job.request.depth, path, kept)
@@ -292,7 +291,7 @@ class Scheduler:
         decoding = sum(job.phase == DECODE for job in self.running.values())
         budget, none_yet = self._round_tokens - decoding, True
         for job in sorted(self.running.values(), key=lambda j: j.rank):
-            if job.phase != PREFILL or (job.roomy and self._rooms[job.lane] < self._full):
+            if job.phase != PREFILL or (job.needs_full_lane and self._rooms[job.lane] < self._full):
                 continue
             while job.todo and (none_yet or len(job.todo[0][0]) <= budget):
                 chunk, node = job.todo.popleft()
@@ -302,7 +301,9 @@ class Scheduler:
                 out.append(Prefill(job, chunk, node))
             if job.todo:
                 break  # a later one does not overtake it with a smaller chunk
-            if job.entries + self._most * job.unread <= self._rooms[job.lane]:  # else it is seen first whether they fit
+            if (
+                job.entries + self._most * job.unread <= self._rooms[job.lane]
+            ):  # else wait until it is known whether they fit
                 job.phase = DECODE
                 if not job.unread:
                     self._let_go(job)

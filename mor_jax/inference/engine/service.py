@@ -1,4 +1,4 @@
-"""The engine as its users see it: requests come in from any thread, and one thread runs the rounds (`rounds.py`)."""
+"""The public interface of the engine. Any thread submits requests; one thread runs the rounds (`rounds.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ServiceConfig:
     """queue: requests that may wait for a lane; more are refused with `QueueFull`.
     round_tokens: prompt tokens prefilled between two ticks, about; fewer make running requests smoother, new ones later.
     prefix_bytes: of the prefix cache, on the device, beside the lanes; None: as much as the lanes take; 0: none.
-    hold_tokens: prompt tokens that somebody else is computing are worth waiting for from so many on.
+    hold_tokens: a request waits for another that computes the same prompt tokens, from this number of tokens on.
     keep_tokens: chunks of fewer tokens are not cached: computing them again is as cheap as copying them.
     idle_s: the thread ends after so many seconds without work; the next request starts another.
     """
@@ -94,7 +94,7 @@ class EngineService:
         return self._failure is None
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile everything now; else the first request does."""
+        """Compiles all programs now. Otherwise the first request compiles them."""
         if not self._warm:
             if not self.device.warm:
                 self.device.warm_up(progress)
@@ -190,7 +190,7 @@ class EngineService:
         )  # fmt: skip
 
     def _mean(self, wish: DepthWish) -> float | None:
-        """Mean depth to expect under a wish; None: the model's own."""
+        """The expected mean depth of a request with this wish; None: the model's own mean depth."""
         if wish.mean is None and wish.least is None and wish.most is None:
             return None
         mean = wish.mean
@@ -224,7 +224,7 @@ class EngineService:
             self._count_out(self._rounds.end_all(left, self._failure, works=False))
 
     def _round(self) -> bool:
-        """False: nothing to do any more, and the thread ends."""
+        """Waits for work and runs one round. Returns False when the thread should end."""
         with self._changed:
             wanted = lambda: self._inbox or self._rounds.busy or self._closing == "close"
             if not self._changed.wait_for(wanted, self.config.idle_s):

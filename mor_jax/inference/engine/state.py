@@ -1,4 +1,4 @@
-"""What the device keeps between two calls: the logs of all lanes and the token each lane is working on."""
+"""The device state between two calls: the logs of all lanes, and the token that each lane is computing."""
 
 from __future__ import annotations
 

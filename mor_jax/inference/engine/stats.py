@@ -1,4 +1,4 @@
-"""What an engine counts about itself. Written by its thread, read by any."""
+"""Counters of an engine. Its own thread writes them; any thread may read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Counts:
 
     def __init__(self) -> None:
         self.ticks = self.passes = self.rows = self.exits = self.newest_exits = 0
-        self.drawn = self.depths = self.prompt = self.queried = self.hits = self.computed = self.deaf = 0
+        self.drawn = self.depths = self.prompt = self.queried = self.hits = self.computed = 0
+        self.lost_listeners = 0  # requests whose listener raised an error
         self.by_depth: dict[int, int] = {}
         self.first_s = self.queued_s = self.whole_s = 0.0
         self.firsts = self.admissions = 0
@@ -74,7 +75,7 @@ class Counts:
             "boundary_rows_total": self.exits,
             "boundary_rows": self.newest_exits,
             "mean_depth": self.depths / self.drawn if self.drawn else 0.0,
-            "lost_listeners_total": self.deaf,
+            "lost_listeners_total": self.lost_listeners,
             "time_to_first_token_seconds_sum_total": self.first_s,
             "time_to_first_token_seconds_count_total": self.firsts,
             "request_queue_time_seconds_sum_total": self.queued_s,

@@ -29,7 +29,7 @@ from mor_jax.model.lm import LM
 
 
 class Out(NamedTuple):
-    """What a tick says of each lane; see `device.Ticked`."""
+    """The results of a tick for each lane; see `device.Ticked`."""
 
     token_N: jax.Array
     depth_N: jax.Array
@@ -94,7 +94,7 @@ def _next_step(
 
 
 def _where(flags_N: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Of each lane the new or the old, [N, ...]."""
+    """Selects the new or the old value of each lane, [N, ...]."""
     return jnp.where(flags_N.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
 
 
@@ -102,7 +102,7 @@ def _where(flags_N: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _makes(lm: LM, state: State) -> jax.Array:
-    """Lanes whose next pass makes keys."""
+    """Lanes that write keys in their next pass."""
     wants_N = state.flight.here_N & state.flight.going_N
     return wants_N & (state.flight.depth_N == 0) if lm.depth.kv_name == SHARED else wants_N
 

@@ -1,4 +1,4 @@
-"""The ASGI application of a model server: its routes, and what lives as long as it does."""
+"""The ASGI application of a model server: its routes and its lifespan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlm_runtime.serve.admission import Admission
 from rlm_runtime.serve.assemble import assemble, reply
 from rlm_runtime.serve.errors import ApiError, refuse
 from rlm_runtime.serve.model import schemas as s
-from rlm_runtime.serve.model.backend import ModelBackend, Shelf
+from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
 from rlm_runtime.serve.model.endpoint import LARGE, Endpoint, find, json_body, parsed
 from rlm_runtime.serve.model.metrics import ModelMetrics
 from rlm_runtime.serve.model.openapi import document
@@ -33,32 +33,32 @@ def create_app(
     load: Callable[[], Sequence[ModelBackend]],
     settings: ModelSettings | None = None,
     *,
-    on_loaded: Callable[[Shelf], None] = lambda shelf: None,
+    on_loaded: Callable[[ModelRegistry], None] = lambda registry: None,
 ) -> Starlette:
-    """The server as an ASGI application; `app.state.shelf`, `.admission`, `.metrics` and `.mailbox` are its parts.
+    """The server as an ASGI application; `app.state.registry`, `.admission`, `.metrics` and `.mailbox` are its parts.
 
     `load` loads and warms up the models, in a thread, once the application starts: until then everything but
-    /metrics and /openapi.json answers 503. `on_loaded` is called after it, in that thread; `shelf.failure` says how
+    /metrics and /openapi.json answers 503. `on_loaded` is called after it, in that thread; `registry.failure` says how
     it went. The engines are closed when the application ends.
     """
     settings = settings or ModelSettings()
-    shelf, created = Shelf(), int(time.time())
-    metrics = ModelMetrics(lambda: shelf.models.values())
+    registry, created = ModelRegistry(), int(time.time())
+    metrics = ModelMetrics(lambda: registry.models.values())
     admission = Admission(settings.max_runs, settings.max_queue, settings.queue_seconds)
     metrics.gauge("mor_jax:open_requests", "Requests inside: reading, waiting or running.", lambda: admission.running)
     metrics.gauge("mor_jax:asyncio_tasks", "Tasks of the event loop; back to a few when idle.", _tasks)
 
     async def list_models(request: Request) -> Response:
-        shelf.check()
-        return reply(s.ServedModelList(data=[_model_out(m, created) for m in shelf.models.values()]))
+        registry.check()
+        return reply(s.ServedModelList(data=[_model_out(m, created) for m in registry.models.values()]))
 
     async def get_model(request: Request) -> Response:
-        shelf.check()
-        return reply(_model_out(find(shelf, request.path_params["model"]), created))
+        registry.check()
+        return reply(_model_out(find(registry, request.path_params["model"]), created))
 
     async def tokenize(request: Request) -> Response:
         asked = await read(s.TokenizeRequest, request)
-        model = find(shelf, asked.model)
+        model = find(registry, asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise refuse("Give either prompt or messages.", "prompt")
         long = sum(map(len, [asked.prompt or ""])) > LARGE or asked.messages is not None
@@ -81,14 +81,14 @@ def create_app(
 
     async def detokenize(request: Request) -> Response:
         asked = await read(s.DetokenizeRequest, request)
-        model = find(shelf, asked.model)
+        model = find(registry, asked.model)
         if asked.tokens and max(asked.tokens) >= model.tokenizer.vocab_size:
             raise refuse(f"This model's vocabulary has {model.tokenizer.vocab_size} tokens.", "tokens")
         return reply(s.Detokenized(prompt=model.tokenizer.decode(asked.tokens)))
 
     async def tokenizer_info(request: Request) -> Response:
-        shelf.check()
-        model = find(shelf, request.query_params.get("model") or next(iter(shelf.models)))
+        registry.check()
+        model = find(registry, request.query_params.get("model") or next(iter(registry.models)))
         t = model.tokenizer
         bos, eos = t.token_text(t.bos), t.token_text(t.eos)
         return reply(
@@ -100,7 +100,7 @@ def create_app(
         )  # fmt: skip
 
     async def read(kind: type[BaseModel], request: Request) -> BaseModel:
-        shelf.check()
+        registry.check()
         try:
             with admission.entrance():
                 body = await json_body(request)
@@ -116,8 +116,8 @@ def create_app(
         app.state.mailbox = Mailbox(asyncio.get_running_loop())
 
         def fill() -> None:
-            shelf.fill(load)
-            on_loaded(shelf)
+            registry.fill(load)
+            on_loaded(registry)
 
         # Not a worker of the loop: a server that is stopped while it loads does not wait for it.
         threading.Thread(target=fill, name="load models", daemon=True).start()
@@ -125,12 +125,12 @@ def create_app(
             yield
         finally:
             admission.cancel_all()
-            await asyncio.to_thread(shelf.close)
+            await asyncio.to_thread(registry.close)
 
     shapes = {"/v1/completions": CompletionShape(), "/v1/chat/completions": ChatShape()}
     mailbox = lambda: app.state.mailbox
     routes = [
-        *(Route(path, Endpoint(shape, shelf, settings, admission, metrics, mailbox), methods=["POST"])
+        *(Route(path, Endpoint(shape, registry, settings, admission, metrics, mailbox), methods=["POST"])
           for path, shape in shapes.items()),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", get_model),
@@ -141,9 +141,9 @@ def create_app(
     ]  # fmt: skip
     app = assemble(
         routes, settings=settings, admission=admission, metrics=metrics, requests_total="mor_jax:http_requests_total",
-        document=lambda: document(list(shelf.models)), lifespan=lifespan, check=shelf.check,
+        document=lambda: document(list(registry.models)), lifespan=lifespan, check=registry.check,
     )  # fmt: skip
-    app.state.shelf = shelf
+    app.state.registry = registry
     return app
 
 

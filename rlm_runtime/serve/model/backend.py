@@ -1,6 +1,6 @@
-"""What this server needs to know of a model: its tokenizer, its window, and an engine that runs by itself.
+"""A model as the server sees it: tokenizer, window, template, and an engine with its own thread.
 
-The classes of the engine's requests and events are handed in (`ModelBackend.words`), so that nothing here imports JAX.
+The classes of the engine's requests and events are handed in (`ModelBackend.engine_types`), so that nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """Messages to token ids. `ids` raises `Words.UserError` where the template cannot be applied.
+    """Messages to token ids. `ids` raises `EngineTypes.UserError` where the template cannot be applied.
 
     `source`: its text. `stops`: strings that end a reply. `plain`: whether a reply starts with a space to be removed.
     """
@@ -81,7 +81,7 @@ class Service(Protocol):
 
 
 class Grammars(Protocol):
-    """Makes the constraint of one sequence; raises `Words.UserError` for one that cannot be compiled."""
+    """Makes the constraint of one sequence; raises `EngineTypes.UserError` for one that cannot be compiled."""
 
     def json_schema(self, schema: dict[str, Any]) -> Any: ...
 
@@ -92,7 +92,7 @@ class Grammars(Protocol):
     def choice(self, options: Sequence[str]) -> Any: ...
 
 
-class Words(Protocol):
+class EngineTypes(Protocol):
     """The engine's own classes, by these names (a module will do)."""
 
     Request: Any
@@ -117,7 +117,7 @@ class ModelBackend:
     tokenizer: Tokenizer
     window: int
     service: Service
-    words: Words
+    engine_types: EngineTypes
     template: Template
     recursions: int = 1
     grammars: Grammars | None = None
@@ -129,8 +129,8 @@ class ModelBackend:
         return bool(flag() if callable(flag) else flag)
 
 
-class Shelf:
-    """The models of a server: loading, then there, or failed."""
+class ModelRegistry:
+    """The models of a server, and whether they are loading, loaded or failed."""
 
     def __init__(self) -> None:
         self.models: dict[str, ModelBackend] = {}
@@ -138,7 +138,7 @@ class Shelf:
         self.loaded = threading.Event()
 
     def fill(self, load: Callable[[], Sequence[ModelBackend]]) -> None:
-        """Load and warm up; blocking. A failure is kept for the one who waits."""
+        """Loads and warms up the models; blocking. An error is kept in `failure`."""
         try:
             models = load()
             by_name = {m.name: m for m in models}

@@ -19,7 +19,7 @@ from rlm_runtime.serve.admission import Admission
 from rlm_runtime.serve.asked import no_such_model
 from rlm_runtime.serve.chat import disconnected, event
 from rlm_runtime.serve.errors import ApiError, from_run, from_validation, refuse
-from rlm_runtime.serve.model.backend import ModelBackend, Shelf
+from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
 from rlm_runtime.serve.model.metrics import ModelMetrics
 from rlm_runtime.serve.model.plan import Plan
 from rlm_runtime.serve.model.run import Run, error_of
@@ -36,16 +36,16 @@ class Endpoint:
     """An ASGI application, so that it sees disconnects itself."""
 
     def __init__(
-        self, shape: Shape, shelf: Shelf, settings: ModelSettings, admission: Admission, metrics: ModelMetrics,
+        self, shape: Shape, registry: ModelRegistry, settings: ModelSettings, admission: Admission, metrics: ModelMetrics,
         mailbox: Callable[[], Mailbox],
     ):  # fmt: skip
         self.__name__ = shape.name  # the route's name in the metrics
-        self.shape, self.shelf, self.settings = shape, shelf, settings
+        self.shape, self.registry, self.settings = shape, registry, settings
         self.admission, self.metrics, self.mailbox = admission, metrics, mailbox
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self.shelf.check()
+            self.registry.check()
             with self.admission.entrance():
                 plan = await self._read(Request(scope, receive))
                 async with self.admission.place():
@@ -62,7 +62,7 @@ class Endpoint:
 
         def understand() -> Plan:
             asked = parsed(self.shape.request, body)
-            plan = self.shape.plan(asked, find(self.shelf, asked.model), self.settings)
+            plan = self.shape.plan(asked, find(self.registry, asked.model), self.settings)
             unknown = tuple(sorted(name[:MAX_NAME] for name in asked.model_extra or ()))
             return dataclasses.replace(plan, ignored=unknown[:MAX_IGNORED]) if unknown else plan
 
@@ -169,7 +169,7 @@ class Endpoint:
 
 
 async def json_body(request: Request) -> bytes:
-    """Raises ApiError: 415, and what the door says about size and pace."""
+    """Raises ApiError: 415, or 413 and 408 for a body that is too large or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "The body must be JSON, sent as Content-Type: application/json.",
@@ -187,16 +187,16 @@ def parsed(kind: type[Any], body: bytes) -> Any:
         raise from_validation(error) from None
 
 
-def find(shelf: Shelf, name: str | None) -> ModelBackend:
+def find(registry: ModelRegistry, name: str | None) -> ModelBackend:
     """The model of this name; without one the only model there is. Raises ApiError."""
-    if name is None and len(shelf.models) == 1:
-        return next(iter(shelf.models.values()))
+    if name is None and len(registry.models) == 1:
+        return next(iter(registry.models.values()))
     if name is None:
-        raise ApiError(400, f"model is missing; there are: {', '.join(shelf.models)}.", param="model",
+        raise ApiError(400, f"model is missing; there are: {', '.join(registry.models)}.", param="model",
                        code="missing_required_parameter")  # fmt: skip
-    if name not in shelf.models:
-        raise no_such_model(name, shelf.models)
-    return shelf.models[name]
+    if name not in registry.models:
+        raise no_such_model(name, registry.models)
+    return registry.models[name]
 
 
 def stopping() -> ApiError:

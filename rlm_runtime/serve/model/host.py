@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from rlm_runtime.errors import UsageError
 from rlm_runtime.serve.access import is_loopback
 from rlm_runtime.serve.model.app import create_app
-from rlm_runtime.serve.model.backend import ModelBackend, Shelf
+from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
 from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.server import bind, serve
 
@@ -43,13 +43,13 @@ def run_server(
     async def main() -> None:
         stops: list[Callable[[str], None]] = []
 
-        def on_loaded(shelf: Shelf) -> None:
-            if shelf.failure is not None:
+        def on_loaded(registry: ModelRegistry) -> None:
+            if registry.failure is not None:
                 with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
                     stops[0]("loading failed")
                 return
             key = "" if settings.api_keys else " (no key needed)"
-            say(f"ready: {', '.join(shelf.models)} at {url}{key}, {time.monotonic() - began:.1f} s after the start")
+            say(f"ready: {', '.join(registry.models)} at {url}{key}, {time.monotonic() - began:.1f} s after the start")
 
         def load_once_up() -> Sequence[ModelBackend]:
             up.wait()  # what fails at once must find the server there to stop it
@@ -62,9 +62,9 @@ def run_server(
         up = threading.Event()
         app = create_app(load_once_up, settings, on_loaded=on_loaded)
         await serve(app, listener, on_ready=on_up, say=say, stops=stops)
-        if app.state.shelf.failure is not None:
-            raise app.state.shelf.failure
-        if not app.state.shelf.loaded.is_set():
+        if app.state.registry.failure is not None:
+            raise app.state.registry.failure
+        if not app.state.registry.loaded.is_set():
             # Stopped while loading: the compiler works in a thread that an ordinary exit would tear down under it.
             say("stopped before the models were loaded")
             sys.stdout.flush()

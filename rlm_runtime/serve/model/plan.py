@@ -1,4 +1,4 @@
-"""From a request to what the engine is asked for; everything a client may get wrong is told here, by field."""
+"""Turns a request into engine requests, and validates its fields; errors name the field."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def chat_ids(
     _check_size(sum(len(m["content"]) for m in plain), settings, "messages")
     try:
         return model.template.ids(model.tokenizer, plain, opened=opened is not False, options=options)
-    except model.words.UserError as e:
+    except model.engine_types.UserError as e:
         raise refuse(str(e), "messages") from e
 
 
@@ -182,7 +182,7 @@ def _sequences(
     if count > settings.max_sequences:
         text = f"The request asks for {count:,} sequences; one request may have {settings.max_sequences:,}."
         raise refuse(text, param if len(prompts) > settings.max_sequences else "n")
-    words, vocab = model.words, model.tokenizer.vocab_size
+    types, vocab = model.engine_types, model.tokenizer.vocab_size
     stop_tokens = frozenset() if asked.ignore_eos else stop_tokens
     extra = asked.stop_token_ids or []
     bias = tuple((int(token), value) for token, value in (asked.logit_bias or {}).items())
@@ -194,23 +194,23 @@ def _sequences(
     make_grammar = _grammar(asked, model)
     wanted = []
     try:
-        depth = words.DepthWish(mean=asked.mean_depth, least=asked.min_depth, most=asked.max_depth)
+        depth = types.DepthWish(mean=asked.mean_depth, least=asked.min_depth, most=asked.max_depth)
         for index, ids in enumerate(prompts):
             for copy in range(best_of):
-                drawing = words.Drawing(
+                drawing = types.Drawing(
                     temperature=_or(asked.temperature, 1.0), top_k=max(0, asked.top_k or 0), top_p=_or(asked.top_p, 1.0),
                     min_p=asked.min_p or 0.0, presence_penalty=asked.presence_penalty or 0.0,
                     frequency_penalty=asked.frequency_penalty or 0.0, logit_bias=bias,
                     repetition_penalty=_or(asked.repetition_penalty, 1.0), seed=(first + copy) % SEEDS,
                 )  # fmt: skip
-                request = words.Request(
+                request = types.Request(
                     prompt=tuple(ids), max_tokens=max_tokens(ids), drawing=drawing, min_tokens=asked.min_tokens or 0,
                     stop_tokens=stop_tokens | frozenset(extra), logprobs=logprobs, prompt_logprobs=scored,
                     grammar=make_grammar() if make_grammar else None, depth=depth, priority=asked.priority or 0,
                     deadline_s=deadline,
                 )  # fmt: skip
                 wanted.append(Wanted(request, index))
-    except words.UserError as error:
+    except types.UserError as error:
         raise refuse(str(error)) from error
     return wanted
 
@@ -245,7 +245,7 @@ def _grammar(asked: Drawn, model: ModelBackend) -> Callable[[], Any] | None:
     def guarded() -> Any:
         try:
             return make()
-        except model.words.UserError as error:
+        except model.engine_types.UserError as error:
             raise refuse(str(error)[:2_000], name, "invalid_schema") from error
 
     return guarded

@@ -37,19 +37,19 @@ class Run:
 
     async def submit(self) -> None:
         """Hand everything to the engine, or nothing. Raises ApiError: 429, 400, or 503 where the engine is gone."""
-        words, model = self.plan.model.words, self.plan.model
+        types, model = self.plan.model.engine_types, self.plan.model
         try:
             for number, (sequence, wanted) in enumerate(zip(self.sequences, self.plan.sequences, strict=True)):
                 if number and number % TURN == 0:
                     await asyncio.sleep(0)  # a thousand prompts in one request do not hold the others up
                 put = functools.partial(self._mailbox.put, sequence.take)
                 sequence.ticket = model.service.submit(wanted.request, put)
-        except words.QueueFull as error:
+        except types.QueueFull as error:
             self.cancel()
             wait = str(max(1, math.ceil(error.retry_after_s)))
             text = f"The server is busy: {error} Try again in about {wait} s."
             raise ApiError(429, text, code="queue_full", headers={"Retry-After": wait}) from error
-        except words.UserError as error:
+        except types.UserError as error:
             self.cancel()
             if not model.alive():
                 raise ApiError(503, f"The engine of {model.name} has failed.", code="engine_dead") from error
@@ -127,7 +127,7 @@ class Run:
         )  # fmt: skip
 
     def count(self) -> None:
-        """Into the metrics, once."""
+        """Adds this run to the metrics, once."""
         if not self._counted:
             self._counted = True
             for sequence in self.sequences:

@@ -1,4 +1,4 @@
-"""One sequence on this side of the engine: tokens become text, stop strings end it, log-probabilities keep their place.
+"""One sequence of a request: decodes tokens to text, cuts at stop strings, and assigns log-probabilities to text.
 
 Everything here runs on the event loop; the engine's thread only drops events into the `Mailbox`.
 """
@@ -32,7 +32,7 @@ class Mailbox:
                 return  # the loop has been woken for the ones before
         try:
             self._loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:  # the loop is closed: nobody waits for this any more
+        except RuntimeError:  # the loop is closed, so nothing waits for these events
             with self._lock:
                 self._letters.clear()
 
@@ -79,23 +79,19 @@ class Sequence:
             self._show_prompt()
 
     @property
-    def stopped_by_text(self) -> bool:
-        return self._cutter.hit
-
-    @property
     def ended(self) -> str:
         """Why it ended: "stop", "length", "deadline", "cancelled" or "error"."""
         return "stop" if self._cutter.hit else self.finish.reason
 
     def take(self, events: list[Any]) -> None:
         """Events of the engine, in order."""
-        words = self._model.words
+        types = self._model.engine_types
         for event in events:
-            if isinstance(event, words.Finished):
+            if isinstance(event, types.Finished):
                 self._end(event)
-            elif isinstance(event, words.PromptScored):
+            elif isinstance(event, types.PromptScored):
                 self._score_prompt(event)
-            elif not self._cutter.hit:  # what came after a stop string belongs to nobody
+            elif not self._cutter.hit:  # tokens after a stop string are dropped
                 self._token(event)
         self._changed()
 

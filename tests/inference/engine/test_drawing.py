@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mor_jax.errors import UserError
-from mor_jax.inference.engine.drawing import (
+from mor_jax.inference.engine.drawing import draw, gumbel
+from mor_jax.inference.engine.request import Drawing
+from mor_jax.inference.engine.rows import (
     BIASES,
     STOPS,
     DrawConfig,
-    draw,
+    bit_mask,
     empty_rows,
-    gumbel,
     host_row,
     put_mask,
     put_row,
+    seed_words,
     waiting,
 )
-from mor_jax.inference.engine.request import Drawing
-from mor_jax.inference.engine.rows import bit_mask, seed_words
 from mor_jax.inference.sampler import Sampling, sample
 
 # Few candidates, so that cuts beyond them are met, too; two columns of padding, and likely ones.

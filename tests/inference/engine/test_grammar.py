@@ -16,9 +16,10 @@ from small import random_params, small_lm
 from mor_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mor_jax.errors import UserError
 from mor_jax.inference.decode import decode_step, prefill
-from mor_jax.inference.engine.drawing import DrawConfig, draw, empty_rows, host_row, put_mask, put_row, waiting
+from mor_jax.inference.engine.drawing import draw
 from mor_jax.inference.engine.grammar import LONGEST, GrammarBroken, Grammars
 from mor_jax.inference.engine.request import Drawing
+from mor_jax.inference.engine.rows import DrawConfig, empty_rows, host_row, put_mask, put_row, waiting
 
 LANES, CONTEXT = 8, 192
 BYTES = ByteTokenizer()

@@ -262,10 +262,10 @@ def test_a_deadline_ends_what_runs_and_what_waits():
 def test_a_listener_that_fails_loses_its_request_alone():
     service = stepped((FULL,) * 2)
 
-    def deaf(events):
+    def failing_listener(events):
         raise ValueError("gone")
 
-    service.submit(greedy(TEXT[:5], 50), deaf)
+    service.submit(greedy(TEXT[:5], 50), failing_listener)
     other = ask(service, greedy(OTHER[:5], 20))
     service.run()
     assert other.tokens == oracle(OTHER[:5])[:20] and service.is_clean() and service.healthy

@@ -121,13 +121,13 @@ def test_tokens_are_those_of_plain_decoding(kind):
 
 def test_tokens_are_those_of_plain_decoding_in_bfloat16_too():
     """Verification attends in other parts than decoding does; see `softmax.Softmax`."""
-    rng, roomy = np.random.default_rng(0), LANES - 1  # of the lanes
-    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(2, 20, 8 * roomy)]
+    rng, usable = np.random.default_rng(0), LANES - 1  # of the lanes
+    prompts = [rng.integers(0, 256, n).tolist() for n in rng.integers(2, 20, 8 * usable)]
     got = []
     for speculate in (0, K):
         device, told = made("mor", speculate, dtype="bfloat16"), []
-        for i in range(0, len(prompts), roomy):
-            batch = [Lane(device, lane, prompt, 40) for lane, prompt in enumerate(prompts[i : i + roomy])]
+        for i in range(0, len(prompts), usable):
+            batch = [Lane(device, lane, prompt, 40) for lane, prompt in enumerate(prompts[i : i + usable])]
             run(device, batch)
             told += [(lane.tokens, lane.depths) for lane in batch]
         got.append(told)

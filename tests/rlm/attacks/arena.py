@@ -92,7 +92,7 @@ class Attack:
     said: tuple[str, ...] = ()  # must be in what the last cell printed
     not_said: tuple[str, ...] = ("BREACH",)
     bites: bool = False
-    robs: bool = False  # leaves a thread that may take the message by which the host starts the next cell
+    steals_message: bool = False  # leaves a thread that may take the message by which the host starts the next cell
 
 
 def attack(name: str, *cells: str, ends: str = "", said: str = "") -> Attack:
@@ -262,7 +262,7 @@ class Arena:
             assert kind not in MISTAKES, f"the probe itself is wrong: {last.stdout}"
         for result in results:
             self.bounded(result)
-        self.alive(robbed=what.robs)
+        self.alive(message_stolen=what.steals_message)
         self.unharmed(*before)
         return results
 
@@ -273,15 +273,15 @@ class Arena:
         if result.error is not None:
             assert len(result.error.message) <= 5_000 and len(result.error.traceback) <= 12_000
 
-    def alive(self, robbed: bool = False) -> None:
+    def alive(self, message_stolen: bool = False) -> None:
         """The run goes on: the next cell computes, and its call is answered.
 
-        A thief takes one message, whichever comes to it before it comes to the worker. So, robbed, one cell may lose
-        its reply or never be heard of; the one after it is answered.
+        With `message_stolen`, a thread of the attack may take one message that was meant for the worker. Then one cell
+        may lose its reply or never start; the cell after it is answered.
         """
         cell, timed = "print(6 * 7)\nprint(llm_query('ping'))", self.environment.limits
         before = len(self.calls)
-        result = self.run(cell) if robbed else None
+        result = self.run(cell) if message_stolen else None
         assert result is None or result.status in ("ok", "timeout", "killed"), result
         if result is None or result.status != "ok":
             before = len(self.calls)

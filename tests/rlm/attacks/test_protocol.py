@@ -61,7 +61,7 @@ WASTE = {
 PREFIX = "import json\n"
 CHANNEL_CELL = PRELUDE + CHANNEL
 WASTE = [
-    dataclasses.replace(attack(name, CHANNEL + PREFIX + cell), robs=name == "replies stolen")
+    dataclasses.replace(attack(name, CHANNEL + PREFIX + cell), steals_message=name == "replies stolen")
     for name, cell in WASTE.items()
 ]
 

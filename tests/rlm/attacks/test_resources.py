@@ -74,7 +74,7 @@ def test_disk(what):
     limits = SMALL | ({"scratch": 2 << 20} if what.name == "many folders" else {})  # they take long to remove
     with Arena(**limits) as arena:
         peak, stop = [0], threading.Event()
-        scratch = arena.environment._belongings.folder.scratch
+        scratch = arena.environment._resources.folder.scratch
 
         def look():
             while not stop.wait(0.02):

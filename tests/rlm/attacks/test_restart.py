@@ -210,7 +210,7 @@ def test_a_context_folder_around_the_temporary_files_works(tmp_path, monkeypatch
         async with make("local") as environment:
             report = await environment.start(Context.of(tmp_path))
             assert not report.missing
-            assert not environment._belongings.folder.root.is_relative_to(tmp_path)
+            assert not environment._resources.folder.root.is_relative_to(tmp_path)
             first = await environment.run("print(list(context), context['notes.txt'])\nimport os", echo)
             await environment.run("os._exit(0)", echo)
             return first.stdout, (await environment.run("print(list(context))", echo)).stdout

@@ -210,7 +210,7 @@ def test_the_channel_cannot_be_read_or_written_by_number(arena):
 
 def test_other_runs_are_out_of_reach():
     with Arena() as mine, Arena(context="the other run's context") as other:
-        there = other.environment._belongings.folder.root
+        there = other.environment._resources.folder.root
         other.run("open('note.txt', 'w').write('a secret of the other run')")
         (context,) = [p for p in there.glob("inbox/*/*") if p.is_file()]
         for path in (there, there / "scratch", there / "inbox", there.parent):
@@ -225,7 +225,7 @@ def test_other_runs_are_out_of_reach():
 
 def test_the_context_cannot_be_changed():
     with Arena() as arena:
-        inbox = arena.environment._belongings.folder.inbox
+        inbox = arena.environment._resources.folder.inbox
         (file,) = [p for p in inbox.glob("*/*") if p.is_file()]
         for body in (f"return open({str(file)!r}, 'r+')", f"os.unlink({str(file)!r})\nreturn 'gone'",
                      f"os.rename({str(file)!r}, 'x')\nreturn 'moved'", f"os.truncate({str(file)!r}, 0)\nreturn 'cut'",

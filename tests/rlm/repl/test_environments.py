@@ -246,7 +246,7 @@ def test_the_sandbox_is_whole_for_an_ordinary_user_too(tmp_path):
             await cell({HOLD!r}, "killed")
             assert (await cell("context")).stdout == "'x'\\n"
             assert (await cell("import os; os.mkdir('a', 0); os.mkdir('b'); os.mkdir('b/c', 0)")).stdout == ""
-            folder = environment._belongings.folder.root
+            folder = environment._resources.folder.root
         assert not folder.exists()
         print("whole")
     asyncio.run(go())

@@ -347,7 +347,7 @@ async def never(request): await asyncio.sleep(600)
 async def go():
     environment = make("local")
     await environment.start(Context.of("x"))
-    print(environment._process.pid, environment._belongings.folder.root, flush=True)
+    print(environment._process.pid, environment._resources.folder.root, flush=True)
     {then}
 asyncio.run(go())
 """

@@ -10,7 +10,7 @@ from rlm_runtime.repl.spawn import SPAWNER
 from rlm_runtime.repl.workdir import WorkDir
 
 
-class Belongings:
+class Resources:
     """`command`: what ends the worker where killing our own child is not enough (a container)."""
 
     def __init__(self):

@@ -1,6 +1,6 @@
-"""Everything a request passes before its handler: id, host, origin, key, size and pace of its body; and the log line.
+"""The middleware of every server: request id, checks of host, origin, key and body, and one log line.
 
-One pure ASGI layer, so that streams and disconnects go through untouched. The log has no header, body or query.
+It is pure ASGI, so streams and disconnects pass through it unchanged. The log has no header, body or query.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ OPEN = frozenset({"/health", "/ready", "/openapi.json"})
 PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Door:
-    """Sets in the scope: `rlm.request_id` and `rlm.owner` (a digest of the key; "" where none is asked for)."""
+class RequestMiddleware:
+    """Checks a request and logs it. Sets in the scope: `rlm.request_id` and `rlm.owner` (a digest of the key; "" where none is asked for)."""
 
     def __init__(self, app: ASGIApp, *, settings: ServeSettings, count: Callable[[str, int], None]):
         self.app, self.settings, self.count = app, settings, count
