@@ -83,6 +83,7 @@ class Asked(Event):
     type: Literal["asked"] = "asked"
     turn: int
     messages: tuple[Message, ...]
+    left_out: int = 0  # messages after the task that this call was made without: the history slides
 
 
 class Replied(Event):
