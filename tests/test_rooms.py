@@ -29,7 +29,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RUNTIME = ROOT / "rlm_runtime"
 # `rlm`, `session` and `tools` are one room: the loop, what it keeps between runs, what it hands to cells.
 RUNTIME_ORDER = [
-    ["cli", "__main__"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools", "mcp"],
+    ["cli", "__main__"], ["training"], ["serve", "viewer", "tasks", "replay"], ["rlm", "session", "tools", "mcp"],
     ["prompts", "parsing", "structured", "live", "otel"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"],
     ["replies"], ["errors", "terminal"],
 ]  # fmt: skip

@@ -21,7 +21,7 @@ LEAST = 24  # characters of a report that is cut
 
 class Fitted(NamedTuple):
     messages: list[Message]
-    left_out: int  # messages between the task and the first that is sent after it
+    left_out: int  # the oldest messages, system prompt and task aside, that are not sent
 
 
 def reply_room(node: Node, window: int) -> int:
@@ -70,8 +70,8 @@ def fit(node: Node) -> Fitted:
         history.unsent = [_cut(pending[0].content, kept, lm, most)]
         pending = history.pending()
         if node.native and left_out < len(tail) and lm.count_tokens([*kept, *pending]) > most:  # a reply of odd length
-            return Fitted([*head, *pending], len(tail))
-    return Fitted([*kept, *pending], left_out)
+            kept = head
+    return Fitted([*kept, *pending], len(sent) - len(kept))
 
 
 def _cut(text: str, kept: list[Message], lm: LM, most: int) -> str:

@@ -1,5 +1,7 @@
 """The native protocol: a prompt of a hundred tokens, a history that slides, reports cut by the model's own count."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +43,7 @@ def test_no_prompt_is_longer_than_the_window_less_the_reply(sizes, window):
         assert [m.role for m in messages[:2]] == ["system", "user"]
         assert messages[:2] == lm.messages[0]  # the task stays
     roles = [[m.role for m in messages[1:]] for messages in lm.messages]
-    assert all(a != b for turn in roles for a, b in zip(turn, turn[1:], strict=False))
+    assert all(a != b for turn in roles for a, b in itertools.pairwise(turn))
 
 
 def test_what_was_left_out_is_recorded_and_the_newest_stays():
