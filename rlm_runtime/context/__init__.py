@@ -499,7 +499,7 @@ class Context:
         preview = self.preview(limit) if limit > 0 else ""
         return "\n".join([*describe.facts(self, name), *([preview] if preview else [])])
 
-    def brief(self, limit: int = 60) -> str:
+    def brief(self, limit: int = 40) -> str:
         """Type, size and the first `limit` characters in one line, for models with a small window."""
         return describe.brief(self, limit)
 

@@ -17,8 +17,8 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("meaning", "object", "somebody", "figure", "site", "initials"),
     ("reason", "item", "individual", "quantity", "spot", "acronym"),
     ("K1 how and why", "K2 what", "K3 who", "K4 how many", "K5 where", "K6 letters"),
-    ("A", "B", "C", "D", "E", "F"),
-    ("account", "article", "name", "count", "region", "letters"),
+    ("a description", "some thing", "a human", "a numeral", "a locality", "a shortening"),
+    ("account", "article", "name", "count", "region", "contraction"),
 )
 SENTENCES: dict[str, tuple[str, ...]] = dict(
     zip(

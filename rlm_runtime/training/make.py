@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import math
 import random
 import tempfile
@@ -18,7 +20,7 @@ from rlm_runtime.rlm import RLM
 from rlm_runtime.tasks.base import writing
 from rlm_runtime.training import readings
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, expert_of
-from rlm_runtime.training.samples import Conversation, conversations
+from rlm_runtime.training.samples import Conversation, conversations, spoken
 from rlm_runtime.training.splits import check_split, seed_of
 
 LENGTHS = (2000, 4000, 8000)  # tokens of the contexts, drawn for each sample; experts do not depend on it
@@ -144,8 +146,7 @@ async def run(
     job: Job, expert: Expert, seed: int, split: str, folder: Path, window: int | None = WINDOW, variant: str = "native"
 ) -> Made:
     """One expert run, in the real runtime."""
-    own = folder / f"{job.task.replace(':', '_')}-{job.index}-{job.length}-{job.strategy}"
-    problem = expert.problem(job.task, job.length, seed_of(seed, split), job.index, split, own)
+    problem = _problem(job, expert, seed_of(seed, split), split, folder)
     strategy = expert.strategies[job.strategy]
     actor = Actor(problem, strategy, f"{job} {seed} {split}")
     lm = ScriptedLM(actor.reply, name="expert", window=window, tokens=estimate)
@@ -158,10 +159,24 @@ async def run(
         "length": job.length, "template": problem.template, "score": score, "variant": variant,
     }  # fmt: skip
     calls = [(list(call.messages), reply) for call, reply in zip(lm.calls, actor.replies, strict=True)]
-    found = conversations(calls, actor.weight, provenance)
+    found = [
+        dataclasses.replace(c, provenance={**c.provenance, "role": "child"})
+        if c.provenance["role"] == "root" and c.messages[1] != spoken("user", actor.opening)
+        else c
+        for c in conversations(calls, actor.weight, provenance)
+    ]
     subs = [c for c in found if c.provenance["role"] == "sub"]
     kept = [c for c in found if c.provenance["role"] != "sub"] + subs[:SUB_SHARE]
     return Made(job, score, tuple(kept))
+
+
+def _problem(job: Job, expert: Expert, seed: int, split: str, folder: Path) -> Problem:
+    """The job's example; of twice the length, and again, where the task needs more room."""
+    own = folder / f"{job.task.replace(':', '_')}-{job.index}-{job.length}-{job.strategy}"
+    for length in (job.length, 2 * job.length):
+        with contextlib.suppress(UsageError):
+            return expert.problem(job.task, length, seed, job.index, split, own)
+    return expert.problem(job.task, 4 * job.length, seed, job.index, split, own)
 
 
 class Actor:
@@ -172,6 +187,7 @@ class Actor:
         self._leading: dict[str, Turns] = {}  # by the message that opened the conversation
         self._weights: dict[str, float] = {}
         self.replies: list[str] = []
+        self.opening = ""  # the message that opened the root's conversation
 
     def weight(self, reply: str) -> float:
         return self._weights.get(reply, 1.0)
@@ -185,6 +201,7 @@ class Actor:
         if messages[0].role != "system":
             return self._problem.sub(messages[-1].content)
         opening = messages[1].content
+        self.opening = self.opening or opening
         if opening not in self._leading:
             rng = random.Random(self._seed)
             child = self._strategy.child if self._leading else None

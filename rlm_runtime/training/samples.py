@@ -65,5 +65,5 @@ def conversations(
         turns.reverse()
         if any(t["role"] == "assistant" and t.get("weight", 1.0) for t in turns):
             role = "root" if messages[0].role == "system" else "sub"
-            found.append(Conversation(tuple(turns), {**provenance, "role": role}))
+            found.append(Conversation(tuple(turns), {**provenance, "role": role, "replies": len(new)}))
     return found

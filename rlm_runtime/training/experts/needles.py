@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlm_runtime import tasks
 from rlm_runtime.tasks.s_niah import NEEDLE
+from rlm_runtime.training.dressing import Dressing
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
 from rlm_runtime.training.splits import STRINGS, of_split
 
@@ -35,7 +36,7 @@ MANY = (
     "What are all the {kind}s for {key}?", "List every {kind} that goes with {key}.", "Give me all {kind}s of {key}.",
     "Which {kind}s does the text give for {key}?", "Find each {kind} of {key}.", "{key}: name all the {kind}s.",
 )  # fmt: skip
-KINDS = ("number", "code", "token", "pass", "ticket", "label", "serial", "badge", "entry")
+KINDS = ("number", "code", "token", "permit", "ticket", "label", "serial", "badge", "receipt")
 STRAW = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
 
 
@@ -63,7 +64,12 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         values.setdefault(key, []).append(value)
         return sentence.format(key=key, value=value, kind=kind)
 
-    text = STRAW.sub(said, example.context.read_text(encoding="utf-8"))
+    dress = Dressing(rng, split) if getattr(task, "haystack", "") == "essay" else str
+    text, parts, at = example.context.read_text(encoding="utf-8"), [], 0
+    for straw in STRAW.finditer(text):
+        parts += [dress(text[at : straw.start()]), said(straw)]
+        at = straw.end()
+    text = "".join([*parts, dress(text[at:])])
     example.context.write_text(text, encoding="utf-8")
     keys = [named(f"key {key}", key_kind) for key in example.meta["queries"]]
     answer = [named(f"value {value}", value_kind) for value in example.answer]

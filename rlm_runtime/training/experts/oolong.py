@@ -89,9 +89,13 @@ MAP = (
 )
 
 
-def _begin(problem: Problem) -> list[Say]:
-    turns = [Say(LOOK), Say(ROWS)]
-    return turns if problem.facts["labelled"] else [*turns, Say(MAP)]
+def begin(problem: Problem, *, look: bool = True) -> Turns:
+    """Look at the text, read its lines as rows, get a label for each."""
+    if look:
+        yield Say(LOOK)
+    yield Say(ROWS)
+    if not problem.facts["labelled"]:
+        yield Say(MAP)
 
 
 def _code(problem: Problem) -> str:
@@ -149,13 +153,13 @@ def _code(problem: Problem) -> str:
 
 def count(problem: Problem, rng: random.Random) -> Turns:
     """Rows, labels, then one computation."""
-    yield from _begin(problem)
+    yield from begin(problem)
     yield Say(f"{_code(problem)}\n{done('str(found)')}")
 
 
 def verify(problem: Problem, rng: random.Random) -> Turns:
     """The same, with the result printed first."""
-    yield from _begin(problem)
+    yield from begin(problem)
     yield Say(f"{_code(problem)}\nprint(found)")
     yield Say(done("str(found)"))
 
@@ -164,7 +168,7 @@ def recover(problem: Problem, rng: random.Random) -> Turns:
     """Lines that are none of the items do not parse."""
     yield Say(LOOK)
     yield Say('rows = [dict(p.split(": ", 1) for p in l.split(" || ")) for l in context.split("\\n")]', weight=0.0)
-    yield from _begin(problem)[1:]
+    yield from begin(problem, look=False)
     yield Say(f"{_code(problem)}\n{done('str(found)')}")
 
 

@@ -53,13 +53,13 @@ ANSWER = '"\\n".join(sorted(pairs))'
 
 def pairs(problem: Problem, rng: random.Random) -> Turns:
     """Rows, labels, pairs."""
-    yield from oolong._begin(problem)
+    yield from oolong.begin(problem)
     yield Say(f"{_code(problem)}\n{done(ANSWER)}")
 
 
 def verify(problem: Problem, rng: random.Random) -> Turns:
     """The same, with the number of pairs printed first."""
-    yield from oolong._begin(problem)
+    yield from oolong.begin(problem)
     yield Say(f"{_code(problem)}\nprint(len(pairs), len(users))")
     yield Say(done(ANSWER))
 
