@@ -112,12 +112,12 @@ def test_a_reply_with_neither_code_nor_answer_is_no_sample():
 
 def test_bad_input_is_one_clear_message(tmp_path):
     out = tmp_path / "out.jsonl"
-    with pytest.raises(UsageError, match="No run at .*nowhere: expected a run folder with events.jsonl"):
+    with pytest.raises(UsageError, match=r"No run at .*nowhere: expected a run folder with events.jsonl"):
         filter_runs([tmp_path / "nowhere"], out)
     record(tmp_path / "runs", done("1"))
     out.write_text("kept")
-    with pytest.raises(UsageError, match="nothing is left to write. 1 runs: .* 1 of one turn"):
+    with pytest.raises(UsageError, match=r"nothing is left to write. 1 runs: .* 1 of one turn"):
         filter_runs([tmp_path / "runs"], out)
     assert out.read_text() == "kept"
-    with pytest.raises(UsageError, match="No scores at .*eval"):
+    with pytest.raises(UsageError, match=r"No scores at .*eval"):
         filter_runs([tmp_path / "runs"], out, scores=tmp_path / "eval")
