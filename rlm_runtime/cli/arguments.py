@@ -208,6 +208,11 @@ def _run(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--system-prompt", metavar="FILE", help="instead of the built-in system prompt")
     group.add_argument(
+        "--prompt-variant",
+        metavar="NAME",
+        help="which built-in prompt: default, small, qwen-coder, native (for models trained on rlm training data)",
+    )
+    group.add_argument(
         "--tips", metavar="FILE", help="advice on contexts of this kind, for the root; apart from the system prompt"
     )
     group.add_argument(
