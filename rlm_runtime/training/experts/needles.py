@@ -191,7 +191,7 @@ def read(problem: Problem, rng: random.Random) -> Turns:
     each = "[key] * len(spots)" if len(keys) == 1 else "keys"
     kind = problem.facts["kind"]
     yield Say(
-        f'asks = ["Which {kind}s for " + k + "? One a line.\\n" + context[max(0, i - 150):i + 150] for k, i in zip({each}, spots)]\n'
+        f'asks = ["Which {kind} for " + k + "? One a line.\\n" + context[max(0, i - 150):i + 150] for k, i in zip({each}, spots)]\n'
         'replies = llm_batch(asks)\nvalues = []\nfor r in replies:\n    for v in r.split("\\n"):\n'
         "        if v not in values:\n            values.append(v)\nprint(len(replies), values)"
     )
