@@ -29,7 +29,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RUNTIME = ROOT / "rlm_runtime"
 # From the top, as above; files of the package itself are rooms too.
 RUNTIME_ORDER = [
-    ["__main__"], ["cli"], ["serve", "viewer", "tasks", "replay"], ["rlm", "mcp"], ["tools"],
+    ["__main__"], ["cli"], ["training"], ["serve", "viewer", "tasks", "replay"], ["rlm", "mcp"], ["tools"],
     ["prompts", "parsing", "structured", "live", "otel"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"],
     ["replies"], ["errors", "terminal"],
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from rlm_runtime.errors import RlmError, UsageError
 # Loaded when asked for: `rlm --help` must not wait for what it does not need.
 COMMANDS = {
     "ask": "ask", "serve": "serving", "view": "viewing", "replay": "viewing", "eval": "evaluating",
-    "tasks": "evaluating", "sandbox": "sandbox",
+    "tasks": "evaluating", "sandbox": "sandbox", "training": "training",
 }  # fmt: skip
 
 

@@ -76,6 +76,29 @@ examples:
 Score, cost, calls and time by length, with confidence intervals, as a table, a CSV file and a plot. Run the same
 command again and it goes on where it stopped."""
 
+TRAINING = """\
+examples:
+  rlm training make --tasks s_niah,verbatim --samples 200 --seed 1 --split train --out train.jsonl
+  rlm training filter runs/ --out runs.jsonl
+
+Both write chat JSONL that launch.train reads (data.format=chat)."""
+
+MAKE = """\
+examples:
+  rlm training make --tasks all --samples 1000 --seed 1 --split train --out train.jsonl
+  rlm training make --tasks all --samples 100 --seed 1 --split heldout --out heldout.jsonl
+
+Expert programs lead real runs of the runtime; runs that do not score 1 are dropped and counted. The two splits share no
+word, phrasing, label family or seed. The same command writes the same file."""
+
+FILTER = """\
+examples:
+  rlm training filter runs/ --out runs.jsonl
+  rlm training filter runs/ --scores eval/ --limit 20k --subs --out runs.jsonl
+
+Drops runs with score 0 and of one turn, makes a sample of each turn, rewrites FINAL(...) to the runtime's own form, drops
+samples over the limit. Scores come from the results of rlm eval; a run without one counts by whether it answered."""
+
 
 USAGE = {
     "ask": "QUESTION [--context PATH ...] --root MODEL [--sub MODEL] [options]",
@@ -84,6 +107,9 @@ USAGE = {
     "replay": "FILE|DIR [--context PATH] [options]",
     "eval": "--task TASK [--lengths N,N] [--modes M,M] --root MODEL [options]",
     "tasks": "[NAME] [--length N] [--seed N] [--out DIR]",
+    "training": "make|filter ...",
+    "training make": "--tasks TASK,TASK --samples N --out FILE [options]",
+    "training filter": "RUN|DIR ... --out FILE [options]",
     "sandbox": "[--environment NAME] [--allow-missing LAYER] [--json]",
 }
 
@@ -103,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     _replay(_add(commands, "replay", "run a recorded run's cells again and compare", REPLAY))
     _eval(_add(commands, "eval", "measure score, cost and time by length", EVAL))
     _tasks(_add(commands, "tasks", "list long-context tasks, or write a sample", TASKS))
+    _training(_add(commands, "training", "make training data from expert programs or recorded runs", TRAINING))
     sandbox = _add(commands, "sandbox", "try which layers of the sandbox work here", "")
     sandbox.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="which REPL (default: local)")
     _allow(sandbox)
@@ -126,9 +153,9 @@ def _allow(group: Any) -> None:
 ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 
 
-def _add(commands: Any, name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+def _add(commands: Any, name: str, text: str, epilog: str, under: str = "") -> argparse.ArgumentParser:
     epilog = f"{epilog}\n\n{TABLE}" if epilog else TABLE
-    usage = f"rlm {name} {USAGE[name]}\n       rlm {name} --help lists the options"
+    usage = f"rlm {under}{name} {USAGE[under + name]}\n       rlm {under}{name} --help lists the options"
     p = commands.add_parser(
         name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
     )
@@ -180,6 +207,11 @@ def _run(p: argparse.ArgumentParser) -> None:
         help="functions of this file, for the REPL; they run in this process, unconfined",
     )
     group.add_argument("--system-prompt", metavar="FILE", help="instead of the built-in system prompt")
+    group.add_argument(
+        "--prompt-variant",
+        metavar="NAME",
+        help="which built-in prompt: default, small, qwen-coder, native (for models trained on rlm training data)",
+    )
     group.add_argument(
         "--tips", metavar="FILE", help="advice on contexts of this kind, for the root; apart from the system prompt"
     )
@@ -345,6 +377,32 @@ def _tasks(p: argparse.ArgumentParser) -> None:
     p.add_argument("--length", metavar="N", default="8k", help="tokens (8k)")
     p.add_argument("--seed", metavar="N", type=int, default=42, help="of the sample (42)")
     p.add_argument("--out", metavar="DIR", help="write context, question and answer here (default: standard output)")
+
+
+def _training(p: argparse.ArgumentParser) -> None:
+    actions = p.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    make = _add(actions, "make", "run expert programs and write their conversations", MAKE, "training ")
+    make.add_argument(
+        "--tasks", metavar="TASK,TASK", required=True, help="tasks with an expert (see rlm tasks), or all"
+    )
+    make.add_argument(
+        "--samples", metavar="N", type=_count, default=200, help="expert runs, over the tasks in turn (200)"
+    )
+    make.add_argument("--seed", metavar="N", type=_whole, default=0, help="of texts, phrasings and strategies (0)")
+    make.add_argument(
+        "--split", choices=("train", "heldout"), default="train", help="which words and phrasings (train)"
+    )
+    make.add_argument("--lengths", metavar="N,N", default="2k,4k,8k", help="tokens of the contexts (2k,4k,8k)")
+    make.add_argument("--window", metavar="TOKENS", type=_count, default=1024, help="of the model to be trained (1024)")
+    make.add_argument("--prompt-variant", metavar="NAME", default="native", help="the words of the runtime (native)")
+    make.add_argument("--concurrency", metavar="N", type=_count, default=4, help="runs at once (4)")
+    make.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
+    filters = _add(actions, "filter", "recorded runs as samples, one a turn", FILTER, "training ")
+    filters.add_argument("runs", metavar="RUN|DIR", nargs="+", help="runs, or folders of runs")
+    filters.add_argument("--scores", metavar="DIR|FILE", help="results of rlm eval (default: those beside the runs)")
+    filters.add_argument("--limit", metavar="CHARS", type=_count, default=100_000, help="characters of a sample (100k)")
+    filters.add_argument("--subs", action="store_true", help="the sub-calls of the runs as samples, too")
+    filters.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
 
 
 def _positive(text: str) -> float:

@@ -118,6 +118,8 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         path = getattr(args, name)
         if path is not None:
             options[name] = values.text(path, "--" + name.replace("_", "-"))
+    if args.prompt_variant is not None:
+        options["prompt_variant"] = args.prompt_variant
     environment: dict[str, Any] = {}
     if args.allow_missing:
         environment["policy"] = policy(args.allow_missing)

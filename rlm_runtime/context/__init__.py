@@ -499,6 +499,10 @@ class Context:
         preview = self.preview(limit) if limit > 0 else ""
         return "\n".join([*describe.facts(self, name), *([preview] if preview else [])])
 
+    def brief(self, limit: int = 40) -> str:
+        """Type, size and the first `limit` characters in one line, for models with a small window."""
+        return describe.brief(self, limit)
+
     def preview(self, limit: int = 1400) -> str:
         """The beginning and the end, quoted as Python literals: nothing in it can pass for the runtime's own words."""
         return describe.preview(self, limit)

@@ -45,6 +45,18 @@ def file_ends(context: Context, head: int, tail: int) -> tuple[str, str, bool]:
     return begin[:head], end[-tail:] if tail else "", False
 
 
+def brief(context: Context, limit: int) -> str:
+    """One line: "str, 31,234 characters: 'The grass is'"."""
+    if context.kind == "folder":
+        names = ", ".join(quoted(path, 40) for path, _, _ in context.listing[:4])
+        return f"Folder of {len(context.listing):,} files: {names}"
+    if context.kind in ("list", "dict", "messages"):
+        return f"{'dict' if context.kind == 'dict' else 'list'} of {len(context.value):,}: {quoted(ends(context, limit, 0)[0], limit)}"
+    what = "bytes" if context.kind == "bytes" else "str"
+    size = f"{context.chars:,} characters" if context.chars is not None else f"{context.bytes:,} bytes"
+    return f"{what}, {size}: {quoted(ends(context, limit, 0)[0], limit)}"
+
+
 def facts(context: Context, name: str = "context") -> list[str]:
     of_kind = {
         "str": text_facts,

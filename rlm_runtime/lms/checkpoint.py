@@ -1,6 +1,8 @@
 """A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which batches them.
 
-Messages become text by a template. The default is plain, for models that were trained on text alone:
+Messages become tokens by the chat template that lies beside the checkpoint (a run that was trained on conversations
+saves its own), and the tokens that close a turn under it end a reply. Without one the template is plain, for models that
+were trained on text alone:
 
     system: You are ...
 
@@ -43,7 +45,7 @@ class CheckpointLM:
     Args:
       path: as of `mor_jax.train.load.load_model`.
       step: the newest by default.
-      template: messages -> prompt text.
+      template: messages -> prompt text; default: the checkpoint's own chat template, else the plain one.
       stop: strings that end a reply, besides the sampling's own; those of the default template by default.
       max_tokens: of a reply, where the sampling does not say; the window is a limit too.
       temperature: where the sampling does not say; 0 is greedy.
@@ -70,7 +72,11 @@ class CheckpointLM:
         self._model = model or _load(self.path, step)
         self.window: int | None = self._model.lm.model.context
         self._template = template or chat_text
-        self._stop = tuple(stop) if stop is not None else (() if template else STOPS)
+        self._chat = None if template else _own_template(self.path, self._model.tokenizer)
+        self._stop = tuple(stop) if stop is not None else (() if template or self._chat else STOPS)
+        self._ends = frozenset([self._model.tokenizer.eos])
+        if self._chat is not None:
+            self._ends |= self._chat.stop_tokens(self._model.tokenizer)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
         self._engine = _Engine(self._model, lanes, prefix_bytes)
@@ -142,7 +148,15 @@ class CheckpointLM:
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         tokenizer = self._model.tokenizer
-        return [tokenizer.bos, *tokenizer.encode(self._template(messages))]
+        if self._chat is None:
+            return [tokenizer.bos, *tokenizer.encode(self._template(messages))]
+        from mor_jax.data.chat import ChatError
+
+        spoken = [{"role": m.role, "content": m.content} for m in map(plain.as_text, messages)]
+        try:
+            return self._chat.ids(tokenizer, spoken)
+        except ChatError as e:
+            raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
 
     def _request(self, ids: list[int], room: int, wanted: Sampling, grammar: Any) -> Any:
         from mor_jax.inference.engine.request import DepthWish, Drawing, Request
@@ -156,7 +170,7 @@ class CheckpointLM:
         )  # fmt: skip
         wish = DepthWish(*(extra.get(name) for name in ("mean_depth", "min_depth", "max_depth")))
         return Request(
-            tuple(ids), room, drawing, stop_tokens=frozenset([self._model.tokenizer.eos]), grammar=grammar, depth=wish,
+            tuple(ids), room, drawing, stop_tokens=self._ends, grammar=grammar, depth=wish,
             priority=int(extra.get("priority", 0)),
         )  # fmt: skip
 
@@ -283,6 +297,20 @@ class _Row:
             self.future.set_result(finish)
         else:
             self.future.set_exception(error)
+
+
+def _own_template(path: str, tokenizer: Any) -> Any:
+    """The chat template beside a checkpoint, as `launch.serve` finds it; None where there is none but the plain one."""
+    from mor_jax.data.chat import find_template
+    from mor_jax.errors import UserError
+    from mor_jax.paths import as_path
+
+    folder = as_path(path)
+    try:
+        found = find_template(folder.parent if folder.name == "checkpoints" else folder, tokenizer.to_json())
+    except UserError as e:
+        raise UsageError(f"checkpoint:{path}: {e}") from e
+    return None if found.plain else found
 
 
 def _load(path: str, step: int | None) -> Any:

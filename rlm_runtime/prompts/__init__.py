@@ -4,6 +4,9 @@
 text of the context beyond the preview it is given, nor times or token counts that would differ from run to run.
 """
 
+from types import ModuleType
+
+from rlm_runtime.prompts import messages, native
 from rlm_runtime.prompts.messages import (
     ONE_REPLY,
     answer_refused,
@@ -54,4 +57,10 @@ __all__ = [
     "system",
     "turn",
     "variant_for",
+    "words_of",
 ]
+
+
+def words_of(variant: str) -> ModuleType:
+    """The module that words the task, turns and reports (`first_user`, `next_context`, `cell_report`, `turn`)."""
+    return native if variant == "native" else messages

@@ -23,7 +23,7 @@ def first_user(
 ) -> str:
     """The task: the question, what the context is (`Context.describe`), the user's tips, what the run may use."""
     parts = [f"Question: {question.strip()}" if question and question.strip() else NO_QUESTION]
-    parts.append(f"`context` in the REPL:\n{_fenced(context)}")
+    parts.append(f"`context` in the REPL:\n{fenced(context)}")
     if tips and tips.strip():
         parts.append(f"Tips from the user, for contexts of this kind:\n{tips.strip()}")
     if budget and (listed := _listed(budget)):
@@ -34,7 +34,7 @@ def first_user(
 def next_context(question: str | None, context: str, name: str) -> str:
     """A session's next task: `name` is the new context's variable; everything in the REPL is still there."""
     task = f"Next question: {question.strip()}" if question and question.strip() else NO_QUESTION
-    new = f"\n\n`{name}` in the REPL is new:\n{_fenced(context)}" if context else ""
+    new = f"\n\n`{name}` in the REPL is new:\n{fenced(context)}" if context else ""
     return f"{task}{new}\n\nYour variables are still there, and `answer` is empty again."
 
 
@@ -86,16 +86,16 @@ def cell_report(results: Sequence[CellResult], *, skipped: int = 0) -> str:
 def _cell(result: CellResult, which: str, *, last: bool) -> str:
     parts = []
     if result.stdout.strip():
-        parts.append(f"REPL output{which}:\n{_fenced(result.stdout)}")
+        parts.append(f"REPL output{which}:\n{fenced(result.stdout)}")
     elif result.error is None and result.status == "ok" and not result.answer.ready:
         parts.append(f"REPL output{which}: none. Only what is printed is shown.")
     else:
         parts.append(f"REPL output{which}: none.")
     if result.stderr.strip():
-        parts.append(f"stderr:\n{_fenced(result.stderr)}")
+        parts.append(f"stderr:\n{fenced(result.stderr)}")
     if result.error is not None:
         text = result.error.traceback.strip() or f"{result.error.type}: {result.error.message}"
-        parts.append(f"The block failed:\n{_fenced(text)}")
+        parts.append(f"The block failed:\n{fenced(text)}")
     elif result.status == "timeout":
         parts.append("The block ran out of time and was stopped. Do less at once, or use a faster way.")
     elif result.status in ("killed", "crashed"):
@@ -116,7 +116,7 @@ def _variables(variables: Mapping[str, str]) -> str:
     return f"Variables: {', '.join(shown)}{earlier}."
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
     """Text in a fence longer than any in it."""
     marks = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
     return f"{marks}\n{text.rstrip(chr(10))}\n{marks}"

@@ -11,8 +11,8 @@ from rlm_runtime.errors import UsageError
 from rlm_runtime.prompts.tools import describe_tools
 from rlm_runtime.repl.base import ToolInfo
 
-VARIANTS = ("default", "small", "qwen-coder")
-Variant = Literal["default", "small", "qwen-coder"]
+VARIANTS = ("default", "small", "qwen-coder", "native")
+Variant = Literal["default", "small", "qwen-coder", "native"]
 CHARS_PER_TOKEN = 3  # on the safe side: English prose has about 4, code and other languages fewer
 UNKNOWN_WINDOW = 16_000  # tokens, taken for a sub-model that does not say: some servers cut longer prompts silently
 
@@ -68,6 +68,10 @@ def system(
     helpers = helpers or Helpers()
     if variant not in VARIANTS:
         raise UsageError(f"prompts: unknown variant {variant!r}; there are {', '.join(VARIANTS)}.")
+    if variant == "native" and custom is None:
+        from rlm_runtime.prompts import native  # it uses `Helpers`
+
+        return native.system(helpers, schema)
     sections = {"repl": _repl(helpers), "limits": _limits(helpers), "finish": _finish(schema)}
     if custom is not None:
         for name, text in sections.items():

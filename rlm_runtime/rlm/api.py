@@ -47,7 +47,8 @@ class RLM:
         sections that describe this REPL.
       tips: a text, or several, on how contexts of this kind are best worked. The root gets them with its first task,
         apart from the system prompt, so that they can be switched and measured (`rlm eval --modes rlm,rlm+tips`).
-      prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name.
+      prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name. "native" is for
+        models trained on `rlm_runtime.training` data: short words, short outputs, a history that slides.
       sub_system_prompt: a system message before the prompt of every plain sub-LM call; default: none, or with
         `sub_tools` one that says what they are for.
       compact_at: share of the root model's window at which its history is replaced by a summary; `window`: tokens of

@@ -19,7 +19,7 @@ SHORTENINGS = 6  # how often the conversation is halved for a summary that does 
 
 def due(node: Node) -> bool:
     window = node.tree.options.window_of(node.lm)
-    if not window or not possible(node):
+    if not window or node.native or not possible(node):  # a native history slides (window.py)
         return False
     return node.history.tokens(node.lm) >= node.tree.options.compact_at * window
 

@@ -22,6 +22,11 @@ class History:
         self._kept = 0  # how many of `messages` a compaction wrote
         self._tokens = 0  # of `messages`
 
+    @property
+    def opening(self) -> bool:
+        """Whether what is unsent holds a task."""
+        return self._opening
+
     def open(self, text: str) -> None:
         """Begin a task: its description goes with the next message, which is kept when the history is compacted."""
         self._opening = True

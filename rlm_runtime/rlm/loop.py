@@ -18,7 +18,7 @@ from rlm_runtime.errors import BudgetExceeded, LMError, RlmError
 from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
 from rlm_runtime.replies.reader import read, size_of
-from rlm_runtime.rlm import compaction
+from rlm_runtime.rlm import compaction, window
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.repeats import Repeats
 from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
@@ -60,6 +60,8 @@ class Node:
         self.tree, self.environment, self.lm, self.tools = tree, environment, lm, tools
         self.id, self.depth, self.meter, self.question, self.shape = id, depth, meter, question, shape
         self.history = history or History()
+        variant = tree.options.variant_of(lm)
+        self.native, self.words = variant == "native", prompts.words_of(variant)
         self.calls = SubCalls(self, spawn)
         self.turn = self.cell = 0
         self.turns = 0  # replies so far, without the last call's
@@ -142,7 +144,7 @@ class Node:
         for nudge in nudges if ending is None else ():
             self.tree.emit(Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text))
         if report:
-            self.history.say(prompts.cell_report(report, skipped=len(cells) - len(report)))
+            self.history.say(self.words.cell_report(report, skipped=len(cells) - len(report)))
             for result in report:
                 self.errors = 0 if result.status == "ok" else self.errors + 1
         if not usable or problem is not None:
@@ -156,7 +158,7 @@ class Node:
             self._noted = len(self.tree.notes)
             if left := self.tree.ledger.running_low():
                 self.history.say(prompts.remaining(left))
-            self.history.say(prompts.turn(self.turn + 1, self.tree.ledger.budget.turns))
+            self.history.say(self.words.turn(self.turn + 1, self.tree.ledger.budget.turns))
         self.tree.note_budget(self.id, self.turns)
         return ending
 
@@ -236,9 +238,11 @@ class Node:
 
     async def _ask(self, turn: int, *, last: bool = False) -> Reply:
         """Send what is unsent. The caller enters the reply with `_answered`."""
+        fitted = window.fit(self)
         pending = self.history.pending()
-        self.tree.emit(Asked(node=self.id, turn=turn, messages=tuple(self._new_messages(pending))))
-        return await self.call([*self.history.messages, *pending], last=last)
+        new = tuple(self._new_messages(pending))
+        self.tree.emit(Asked(node=self.id, turn=turn, messages=new, left_out=fitted.left_out))
+        return await self.call(fitted.messages, last=last)
 
     def _new_messages(self, pending: list[Message]) -> list[Message]:
         """What the record does not have yet: everything with the first call of a run, later only what is added."""

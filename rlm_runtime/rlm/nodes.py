@@ -34,7 +34,7 @@ def system_prompt(node: Node) -> str:
     )
     return prompts.system(
         helpers,
-        variant=options.prompt_variant or prompts.variant_for(node.lm.name),
+        variant=options.variant_of(node.lm),
         schema=node.shape.schema if node.shape is not None else None,
         custom=options.system_prompt if node.is_root else None,
     )
@@ -42,16 +42,20 @@ def system_prompt(node: Node) -> str:
 
 def open_task(node: Node, context: Context, name: str = "context") -> None:
     """Put the task before the model: with the system prompt in a new history, or as a session's next task."""
-    about = context.describe(min(2000, node.tree.options.limits_for(node.lm).output_chars // 4))
+    words = node.words
+    if node.native:
+        about = context.brief()
+    else:
+        about = context.describe(min(2000, node.tree.options.limits_for(node.lm).output_chars // 4))
     budget, tips = node.tree.options.budget, node.tree.options.tips if node.is_root else None
     if not node.history.messages:
         node.history = History(system_prompt(node))
-        task = prompts.first_user(node.question, about, budget=budget.model_dump(exclude={"turns"}), tips=tips)
+        task = words.first_user(node.question, about, budget=budget.model_dump(exclude={"turns"}), tips=tips)
     else:
-        task = prompts.next_context(node.question, about, name)
+        task = words.next_context(node.question, about, name)
         if node.shape is not None:  # the system prompt is the first task's
             task += f"\n\n{node.shape.describe()}"
-    node.history.open(f"{task}\n\n{prompts.turn(1, budget.turns)}")
+    node.history.open("\n\n".join(filter(None, (task, words.turn(1, budget.turns)))))
 
 
 async def spawn(parent: Node, id: str, meter: Meter, prompt: Any, question: str | None, shape: Shape | None) -> Outcome:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from rlm_runtime.budget import Budget
 from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.base import LM, Sampling
+from rlm_runtime.prompts import variant_for
+from rlm_runtime.prompts.native import OUTPUT_CHARS
 from rlm_runtime.repl.base import Environment, Limits
 from rlm_runtime.rlm.blanks import WINDOWS, Windows
 from rlm_runtime.tools import Tool
@@ -75,12 +77,18 @@ class Options:
         known = [w for w in (getattr(lm, "window", None) or self.window, self.windows.of(lm)) if w]
         return min(known, default=None)
 
+    def variant_of(self, lm: LM) -> str:
+        """The prompt variant a node led by `lm` is spoken to in."""
+        return self.prompt_variant or variant_for(lm.name)
+
     def limits_for(self, lm: LM) -> Limits:
         """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small window."""
         window = self.window_of(lm)
         most = (
             max(500, int(0.6 * window)) if window else self.limits.output_chars
         )  # 15 % of it, at 4 characters a token
+        if self.variant_of(lm) == "native":
+            most = min(most, OUTPUT_CHARS)
         if most >= self.limits.output_chars:
             return self.limits
         return self.limits.model_copy(update={"output_chars": most})

@@ -288,6 +288,7 @@ class Run:
             "compact_at": options.compact_at,
             "version": __version__,
             "prompts": prompts.VERSION,
+            "prompt_variant": options.variant_of(lm),
             "tools": sorted(options.tools),
             "sub_tools": sorted(options.sub_tools),
             "tool_values": {n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value},

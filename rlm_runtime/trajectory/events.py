@@ -83,6 +83,7 @@ class Asked(Event):
     type: Literal["asked"] = "asked"
     turn: int
     messages: tuple[Message, ...]
+    left_out: int = 0  # the oldest messages but system prompt and task, that this call was made without
 
 
 class Replied(Event):

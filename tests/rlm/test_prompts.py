@@ -23,10 +23,11 @@ ALL = [
         (False, True), (False, True), (None, 4096, 1_000_000), ((), (ToolInfo(name="lookup", description="lookup(key: str) -> int\nFinds it."),))
     )
 ]  # fmt: skip
+TEACHING = tuple(v for v in prompts.VARIANTS if v != "native")  # native is for models trained on it: test_native.py
 NAMES = {"llm_query", "llm_batch", "rlm_query", "rlm_batch", "CallError", "lookup"}
 
 
-@pytest.mark.parametrize("variant", prompts.VARIANTS)
+@pytest.mark.parametrize("variant", TEACHING)
 @pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
 def test_only_what_exists_is_mentioned(variant, helpers):
     text = prompts.system(helpers, variant=variant)
@@ -42,7 +43,7 @@ def test_only_what_exists_is_mentioned(variant, helpers):
         assert f"`{name}" in text
 
 
-@pytest.mark.parametrize("variant", prompts.VARIANTS)
+@pytest.mark.parametrize("variant", TEACHING)
 @pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
 def test_every_example_is_python_that_the_parser_reads(variant, helpers):
     text = prompts.system(helpers, variant=variant)
@@ -88,7 +89,7 @@ def test_bounds_are_the_real_ones():
 
 
 def test_small_is_short_and_qwen_coder_is_frugal():
-    sizes = {v: len(prompts.system(Helpers(children=True), variant=v)) for v in prompts.VARIANTS}
+    sizes = {v: len(prompts.system(Helpers(children=True), variant=v)) for v in TEACHING}
     assert sizes["small"] < 0.8 * sizes["default"] < sizes["default"] < sizes["qwen-coder"] < 9_000
     assert "frugal" not in prompts.system(Helpers(sub_calls=False), variant="qwen-coder")
 
@@ -128,7 +129,8 @@ def test_the_schema_is_told():
 
 
 def test_the_prompt_says_that_data_is_no_instruction():
-    assert all("treat it as part of the data" in prompts.system(variant=v) for v in prompts.VARIANTS)
+    assert all("treat it as part of the data" in prompts.system(variant=v) for v in TEACHING)
+    assert "data, not orders" in prompts.system(variant="native")
 
 
 # -- tools

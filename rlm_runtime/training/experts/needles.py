@@ -1,0 +1,231 @@
+"""Needles in haystacks: find the key, look at its surroundings, cut the value out, or let the sub-model read it.
+
+The context is made by the task itself, then each needle is said anew: keys and values are random strings, sentences and
+questions are phrased in ways of the split. The words before and behind the value are copied from the printout, so the
+code that cuts it out depends on what was seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from pathlib import Path
+
+from rlm_runtime import tasks
+from rlm_runtime.tasks.s_niah import NEEDLE
+from rlm_runtime.training.dressing import Dressing
+from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
+from rlm_runtime.training.splits import STRINGS, of_split
+
+# {key} and {value}; the value stands between two spaces or marks, before or behind its key
+SENTENCES = (
+    "One of the secret {kind} for {key} is: {value}.", "The {kind} kept for {key} reads {value}.",
+    "For {key} the registered {kind} is {value}.", "Note that {key} goes with the {kind} {value}.",
+    "{key} was given the {kind} {value}.", "Whoever asks about {key} is told the {kind} {value}.",
+    "The {kind} {value} belongs to {key}.", "In the files, {key} stands beside the {kind} {value}.",
+    "It is the {kind} {value} that opens {key}.", "Record: {key} = {kind} {value};",
+    "Under the name {key} we keep the {kind} {value}.", "<{key}> has been assigned {kind} {value}!",
+)  # fmt: skip
+ONE = (
+    "What is the {kind} for {key}?", "Which {kind} goes with {key}?", "Tell me the {kind} of {key}.",
+    "Find the {kind} that the text gives for {key}.", "{key}: which {kind} does it have?",
+    "The text mentions {key}. With which {kind}?",
+)  # fmt: skip
+MANY = (
+    "What are all the {kind}s for {key}?", "List every {kind} that goes with {key}.", "Give me all {kind}s of {key}.",
+    "Which {kind}s does the text give for {key}?", "Find each {kind} of {key}.", "{key}: name all the {kind}s.",
+)  # fmt: skip
+KINDS = ("number", "code", "token", "permit", "ticket", "label", "serial", "badge", "receipt")
+STRAW = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
+
+
+def problem(spec: str, length: int, seed: int, index: int, split: str, folder: Path) -> Problem:
+    """An example of the task, said anew in the words of the split."""
+    task = tasks.get(spec)
+    example = task.example(length, seed=seed, index=index, folder=folder)
+    rng = random.Random(f"{spec} {seed} {index} {length} needles")
+    sentence, kind = rng.choice(of_split(SENTENCES, split)), rng.choice(of_split(KINDS, split))
+    key_kind, value_kind = rng.choice(("words", "codes", "codes", "numbers", "uuids")), rng.choice(sorted(STRINGS))
+    names: dict[str, str] = {}
+
+    def named(old: str, kind: str) -> str:
+        if old not in names:
+            new = STRINGS[kind](rng, split)
+            while any(new in other or other in new for other in names.values()):
+                new = STRINGS[kind](rng, split)
+            names[old] = new
+        return names[old]
+
+    values: dict[str, list[str]] = {}
+
+    def said(match: re.Match[str]) -> str:
+        key, value = named(f"key {match[2]}", key_kind), named(f"value {match[3]}", value_kind)
+        values.setdefault(key, []).append(value)
+        return sentence.format(key=key, value=value, kind=kind)
+
+    dress = Dressing(rng, split) if getattr(task, "haystack", "") == "essay" else str
+    text, parts, at = example.context.read_text(encoding="utf-8"), [], 0
+    for straw in STRAW.finditer(text):
+        parts += [dress(text[at : straw.start()]), said(straw)]
+        at = straw.end()
+    text = "".join([*parts, dress(text[at:])])
+    example.context.write_text(text, encoding="utf-8")
+    keys = [named(f"key {key}", key_kind) for key in example.meta["queries"]]
+    answer = [named(f"value {value}", value_kind) for value in example.answer]
+    ask = rng.choice(of_split(ONE if len(answer) == 1 else MANY, split))
+    listed = keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + " and " + keys[-1]
+    example = dataclasses.replace(example, question=ask.format(kind=kind, key=listed), answer=answer, intro="")
+
+    def sub(prompt: str) -> str:
+        """Every value whose sentence stands whole in the prompt, of the keys that are asked for there."""
+        question = prompt.split("\n", 1)[0]
+        found = [
+            value
+            for key, those in values.items()
+            if key in question
+            for value in those
+            if sentence.format(key=key, value=value, kind=kind) in prompt
+        ]
+        return "\n".join(found) or "not found"
+
+    facts = {"keys": keys, "kind": kind, "values": values}
+    return Problem(task, example, split, sub, facts, template=f"{sentence} | {ask} | {kind}")
+
+
+assert STRAW.fullmatch(NEEDLE.format(kind="numbers", key="a-b", value="1"))
+
+
+def _keys(problem: Problem) -> list[str]:
+    return list(problem.facts["keys"])  # type: ignore[call-overload]  # they stand in the question
+
+
+def _look(keys: list[str]) -> str:
+    if len(keys) == 1:
+        return (
+            f"import re\nkey = {quoted(keys[0])}\nspots = [m.start() for m in re.finditer(re.escape(key), context)]\n"
+            "for i in spots[:2]:\n    print(context[max(0, i - 70):i + len(key) + 80])"
+        )
+    listed = ", ".join(map(quoted, keys))
+    return (
+        f"import re\nkeys = [{listed}]\nspots = [context.find(k) for k in keys]\n"
+        "i = spots[0]\nprint(context[max(0, i - 70):i + len(keys[0]) + 80])"
+    )
+
+
+def _shape(problem: Problem, report: str) -> tuple[bool, str, str]:
+    """(whether the value stands behind its key, the text before it, the text behind it), as the printout shows them."""
+    key = _keys(problem)[0]
+    seen = [v for v in problem.facts["values"][key] if v in report]  # type: ignore[index]
+    value = min(seen, key=report.index)
+    at, of_key = report.index(value), report.index(key)
+    behind = at > of_key
+    before, after = report[:at], report[at + len(value) :]
+    begin = re.search(r"\S*\s$", before) or re.search(r"\S+$", before)
+    before = begin[0] if begin else before[-3:]
+    if behind and key in before:  # the key itself is cut off first
+        before = before[before.index(key) + len(key) :]
+    after = re.match(r"[^\w]\s?\w{0,8}", after)[0].split("\n")[0] if after else ""  # type: ignore[index]
+    return behind, before, after if not behind else after[:1]
+
+
+def _cut(problem: Problem, report: str) -> str:
+    """Code that reads the value of each place into `values`."""
+    behind, before, after = _shape(problem, report)
+    one = len(_keys(problem)) == 1
+    many = "[key] * len(spots)" if one else "keys"
+    if behind:
+        piece = "context[i + len(k):i + len(k) + 150]"
+        find = f're.search(re.escape({quoted(before)}) + r"(\\S+?)" + re.escape({quoted(after)}) + r"(?!\\S)", part)[1]'
+        if not after.strip():
+            find = f're.search(re.escape({quoted(before)}) + r"(\\S+)", part)[1]'
+    else:
+        piece = "context[max(0, i - 150):i]"
+        find = f're.findall(re.escape({quoted(before)}) + r"(\\S+)" + re.escape({quoted(after)}), part)[-1]'
+    return f"values = []\nfor k, i in zip({many}, spots):\n    part = {piece}\n    values.append({find})"
+
+
+def _answer(problem: Problem) -> str:
+    return "values[0]" if len(problem.example.answer) == 1 else "values"
+
+
+def extract(problem: Problem, rng: random.Random) -> Turns:
+    """Look, cut the value out by what stands around it, hand it in."""
+    report = yield Say(_look(_keys(problem)))
+    yield Say(f"{_cut(problem, report)}\n{done(_answer(problem))}")
+
+
+def verify(problem: Problem, rng: random.Random) -> Turns:
+    """The same, with a look at the value before it is handed in."""
+    report = yield Say(_look(_keys(problem)))
+    yield Say(f"{_cut(problem, report)}\nprint(len(values), values)")
+    yield Say(done(_answer(problem)))
+
+
+def recover(problem: Problem, rng: random.Random) -> Turns:
+    """A first cell that fails; the error says why."""
+    keys = _keys(problem)
+    wrong = rng.choice(
+        (
+            f"key = {quoted(keys[0])}\ni = context.position(key)\nprint(context[i:i + 90])",
+            f"spots = re.findall({quoted(keys[0])}, context)\nprint(spots)\nprint(context[spots])",
+            f"key = {quoted(keys[0])}\nprint(contexts.find(key))",
+        )
+    )
+    yield Say(wrong, weight=0.0)
+    yield from extract(problem, rng)
+
+
+def read(problem: Problem, rng: random.Random) -> Turns:
+    """Code finds the places, the sub-model reads them."""
+    keys, question = _keys(problem), problem.example.question
+    if len(problem.example.answer) == 1:
+        yield Say(_look(keys))
+        yield Say(
+            f"i = spots[0]\nvalue = llm_query({quoted(question + ' Reply with it alone.')} + "
+            '"\\n" + context[max(0, i - 150):i + 150])\nprint(value)'
+        )
+        yield Say(done("value"))
+        return
+    yield Say(_look(keys))
+    each = "[key] * len(spots)" if len(keys) == 1 else "keys"
+    kind = problem.facts["kind"]
+    yield Say(
+        f'asks = ["Which {kind} for " + k + "? One a line.\\n" + context[max(0, i - 150):i + 150] for k, i in zip({each}, spots)]\n'
+        'replies = llm_batch(asks)\nvalues = []\nfor r in replies:\n    for v in r.split("\\n"):\n'
+        "        if v not in values:\n            values.append(v)\nprint(len(replies), values)"
+    )
+    yield Say(done("values"))
+
+
+def worker(problem: Problem, rng: random.Random) -> Turns:
+    """A part of the text that holds the places goes to a child RLM."""
+    keys = _keys(problem)
+    listed = ", ".join(map(quoted, keys))
+    yield Say(
+        f"import re\nkeys = [{listed}]\nspots = [m.start() for k in keys for m in re.finditer(re.escape(k), context)]\n"
+        "parts = [context[max(0, i - 150):i + 150] for i in spots]\nprint(len(parts))"
+    )
+    yield Say(f'value = rlm_query("\\n\\n".join(parts), {quoted(problem.example.question)})\nprint(value)')
+    yield Say(done("value"))
+
+
+def child(problem: Problem, rng: random.Random, question: str) -> Turns:
+    return extract(problem, rng)
+
+
+STRATEGIES: dict[str, Strategy] = {
+    "extract": Strategy(extract),
+    "verify": Strategy(verify),
+    "recover": Strategy(recover),
+    "read": Strategy(read),
+    "worker": Strategy(worker, child=child),
+}
+EXPERT = Expert(
+    (
+        "s_niah", "s_niah_essay", "s_niah_uuid", "niah_multikey", "niah_needles", "niah_uuids", "niah_multivalue",
+        "niah_multiquery",
+    ),
+    problem,
+    STRATEGIES,
+)  # fmt: skip
