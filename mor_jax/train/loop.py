@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from mor_jax.analysis import accounting
 from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 from mor_jax.config import Config, check
+from mor_jax.data.chat import find_template
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
 from mor_jax.data.progress import say, still
@@ -154,6 +155,9 @@ class _Run:
             "tokenizer": data.tokenizer.to_json(),
             "data": data.fingerprint,
         }
+        chat = data.template or find_template(workdir)  # of the corpus, or of the weights that the run began with
+        if not chat.plain:
+            self.meta["chat_template"] = chat.source
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
         self.show = progress and here.rank == 0

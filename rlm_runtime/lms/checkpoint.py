@@ -1,6 +1,7 @@
 """A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which batches them.
 
-Messages become text by a template. The default is plain, for models that were trained on text alone:
+Messages become text by the checkpoint's own chat template. A checkpoint without one has the plain template, for models
+that were trained on text alone:
 
     system: You are ...
 
@@ -8,7 +9,8 @@ Messages become text by a template. The default is plain, for models that were t
 
     assistant:
 
-and the reply ends where the model ends the document or begins a new speaker's line. Pass `template=` for another.
+and the reply ends where the model ends the document or its turn, or, under the plain template, begins a new speaker's
+line. Pass `template=` for another.
 jax and mor_jax are imported when a model is made, and nowhere else in this package.
 """
 
@@ -26,13 +28,12 @@ from rlm_runtime.lms import plain, prices
 from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.lms.stops import StopCutter
 
-STOPS = ("\nsystem:", "\nuser:", "\nassistant:")
 QUEUE = 1 << 20  # calls that may wait: whoever fans them out in this process has a budget of its own
 EXTRA = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def chat_text(messages: Sequence[Message]) -> str:
-    """The default template (see the module)."""
+    """The plain template (see the module)."""
     spoken = [f"{m.role}: {m.content}" for m in map(plain.as_text, messages)]
     return "\n\n".join([*spoken, "assistant:"])
 
@@ -43,8 +44,8 @@ class CheckpointLM:
     Args:
       path: as of `mor_jax.train.load.load_model`.
       step: the newest by default.
-      template: messages -> prompt text.
-      stop: strings that end a reply, besides the sampling's own; those of the default template by default.
+      template: messages -> prompt text; default: the checkpoint's own chat template.
+      stop: strings that end a reply, besides the sampling's own; those of the checkpoint's template by default.
       max_tokens: of a reply, where the sampling does not say; the window is a limit too.
       temperature: where the sampling does not say; 0 is greedy.
       lanes: sequences that are decoded at once; more wait their turn.
@@ -69,8 +70,10 @@ class CheckpointLM:
             raise UsageError(f"{self.name}: max_tokens and lanes must be at least 1.")
         self._model = model or _load(self.path, step)
         self.window: int | None = self._model.lm.model.context
-        self._template = template or chat_text
-        self._stop = tuple(stop) if stop is not None else (() if template else STOPS)
+        self._template, self._chat = template, _chat(self._model)
+        self._stop = tuple(stop) if stop is not None else (() if template else self._chat.stops)
+        tokenizer = self._model.tokenizer
+        self._stop_tokens = tokenizer.ends if template else self._chat.stop_tokens(tokenizer)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
         self._engine = _Engine(self._model, lanes, prefix_bytes)
@@ -141,8 +144,17 @@ class CheckpointLM:
         return self._engine.stats()
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
+        """Raises LMError: bad_request, the template refuses these messages."""
+        from mor_jax.errors import UserError
+
         tokenizer = self._model.tokenizer
-        return [tokenizer.bos, *tokenizer.encode(self._template(messages))]
+        if self._template is not None:
+            return tokenizer.prompt(self._template(messages))
+        spoken = [{"role": m.role, "content": m.content} for m in map(plain.as_text, messages)]
+        try:
+            return self._chat.ids(tokenizer, spoken)
+        except UserError as e:
+            raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
 
     def _request(self, ids: list[int], room: int, wanted: Sampling, grammar: Any) -> Any:
         from mor_jax.inference.engine.request import DepthWish, Drawing, Request
@@ -156,7 +168,7 @@ class CheckpointLM:
         )  # fmt: skip
         wish = DepthWish(*(extra.get(name) for name in ("mean_depth", "min_depth", "max_depth")))
         return Request(
-            tuple(ids), room, drawing, stop_tokens=frozenset([self._model.tokenizer.eos]), grammar=grammar, depth=wish,
+            tuple(ids), room, drawing, stop_tokens=self._stop_tokens, grammar=grammar, depth=wish,
             priority=int(extra.get("priority", 0)),
         )  # fmt: skip
 
@@ -283,6 +295,13 @@ class _Row:
             self.future.set_result(finish)
         else:
             self.future.set_exception(error)
+
+
+def _chat(model: Any) -> Any:
+    """The chat template of a loaded model."""
+    from mor_jax.data.chat import ChatTemplate
+
+    return getattr(model, "template", None) or ChatTemplate()
 
 
 def _load(path: str, step: int | None) -> Any:
