@@ -93,9 +93,7 @@ class Gguf:
         self.chat_template: str | None = template if isinstance(template, str) else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            hf: tuple(int(n) for n in reversed(self._tensors[name].shape)) for hf, name in self._kv_names.items()
-        }
+        return {hf: tuple(int(n) for n in reversed(self._tensors[name].shape)) for hf, name in self._kv_names.items()}
 
     def read(self, name: str) -> np.ndarray:
         stored = self._tensors[self._kv_names[name]]
@@ -132,7 +130,9 @@ class Gguf:
         if words == "qwen2":
             hf.normalizer = normalizers.NFC()
         hf.decoder = decoders.ByteLevel()
-        added = {kind: [t for t, k in zip(tokens, kinds, strict=False) if k == kind] for kind in (CONTROL, USER_DEFINED)}
+        added = {
+            kind: [t for t, k in zip(tokens, kinds, strict=False) if k == kind] for kind in (CONTROL, USER_DEFINED)
+        }
         hf.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in added[CONTROL]])
         hf.add_tokens([tokenizers.AddedToken(t, special=False, normalized=False) for t in added[USER_DEFINED]])
         return self._framed(hf)
@@ -164,7 +164,9 @@ class Gguf:
             raise CheckpointError(
                 f"{where}: the architecture {arch!r} cannot be read. Those that can: {', '.join(ARCHITECTURES)}."
             )
-        own = {key.removeprefix(f"{arch}."): self._get(key) for key in self._reader.fields if key.startswith(f"{arch}.")}
+        own = {
+            key.removeprefix(f"{arch}."): self._get(key) for key in self._reader.fields if key.startswith(f"{arch}.")
+        }
         for key, fine in INERT.items():
             if own.get(key) not in (None, *fine):
                 raise CheckpointError(f"{where}: {arch}.{key} = {own[key]!r} is not supported.")

@@ -175,11 +175,11 @@ def _add_tokens(hf: tokenizers.Tokenizer, given: Mapping[str, Any], where: str) 
         content, special = str(fields.get("content", "")), bool(fields.get("special", False))
         found = hf.token_to_id(content)
         if found is None:
-            flags = {key: bool(fields[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in fields}
+            flags = {
+                key: bool(fields[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in fields
+            }
             added = tokenizers.AddedToken(content, special=special, **flags)
             _ = hf.add_special_tokens([added]) if special else hf.add_tokens([added])
             found = hf.token_to_id(content)
         if found != int(number):
             raise CheckpointError(f"{where}: the added token {content!r} has id {found}, {number} is stated beside it.")
-
-

@@ -113,5 +113,3 @@ def _read(source: Source, wanted: Mapping[str, Place], model: ModelConfig) -> di
             leaf = leaf[key]
         leaf[place.index] = source.read(name).reshape(leaf[place.index].shape)
     return params
-
-

@@ -81,9 +81,7 @@ def library_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
         raise CheckpointError(f"{path}: not a tokenizer.json that the tokenizers library can load ({e}).") from e
 
 
-def framing_of(
-    hf: tokenizers.Tokenizer, bos: int | None, ends: Iterable[int], add_bos: bool, where: str
-) -> Framing:
+def framing_of(hf: tokenizers.Tokenizer, bos: int | None, ends: Iterable[int], add_bos: bool, where: str) -> Framing:
     """What the files say of the ids that open and close texts, and the usual names of special tokens beside it.
 
     Args:
