@@ -56,6 +56,7 @@ INERT: dict[str, tuple[object, ...]] = {
     "embedding_scale": (1.0, 0.0),
     "residual_scale": (1.0, 0.0),
 }
+CHUNK = 1 << 20  # elements that are de-quantised at once
 CONTROL, USER_DEFINED = 3, 4  # kinds of tokens
 
 _WORDS = {
@@ -97,13 +98,17 @@ class Gguf:
 
     def read(self, name: str) -> np.ndarray:
         stored = self._tensors[self._kv_names[name]]
+        shape = self.shapes()[name]
+        x = np.empty(shape, np.float32)
+        step = max(1, CHUNK // max(1, x[:1].size))  # the library needs several arrays of the size of its result
         try:
-            x = self._dequantize(stored.data, stored.tensor_type)
+            for i in range(0, len(x), step):
+                part = stored.data[i : i + step]
+                x[i : i + step] = self._dequantize(part, stored.tensor_type).reshape(x[i : i + step].shape)
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.where}: the tensor {stored.name} is of type {stored.tensor_type.name}, which cannot be read."
             ) from None
-        x = np.asarray(x, np.float32).reshape(self.shapes()[name])
         if self._arch in PERMUTED and (heads := self._heads_of(name)):
             half = self.model.dims[2] // 2
             x = x.reshape(heads, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.config import Config, DataConfig, ModelConfig
@@ -104,12 +105,16 @@ def import_weights(
 
 
 def _read(source: Source, wanted: Mapping[str, Place], model: ModelConfig) -> dict[str, Any]:
-    """The parameter tree, filled tensor by tensor."""
-    shapes = jax.eval_shape(LM(model).init, jax.random.key(0))
-    params = jax.tree.map(lambda s: np.empty(s.shape, s.dtype), shapes)
+    """The parameter tree, made leaf by leaf; beside it no more than one leaf exists twice."""
+    parts: dict[tuple[str, ...], list[str]] = {}
     for name, place in wanted.items():
-        leaf: Any = params
-        for key in place.leaf:
-            leaf = leaf[key]
-        leaf[place.index] = source.read(name).reshape(leaf[place.index].shape)
-    return params
+        parts.setdefault(place.leaf, []).append(name)
+
+    def leaf(path: tuple[Any, ...], to: jax.ShapeDtypeStruct) -> jax.Array:
+        x = np.empty(to.shape, to.dtype)
+        for name in parts[tuple(key.key for key in path)]:
+            x[wanted[name].index] = source.read(name).reshape(x[wanted[name].index].shape)
+        return jnp.array(x)  # Orbax copies arrays of numpy before it writes them, all at once
+
+    shapes = jax.eval_shape(LM(model).init, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
