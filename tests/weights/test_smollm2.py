@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.skipif(not FILE, reason="MOR_JAX_SMOLLM2 does not name 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    assert hashlib.sha256(open(FILE, "rb").read()).hexdigest() == SHA256
+    assert hashlib.sha256(Path(FILE).read_bytes()).hexdigest() == SHA256
     path = tmp_path_factory.mktemp("smollm2") / "run"
     import_weights(FILE, path, context=512)
     return path
