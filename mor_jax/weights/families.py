@@ -95,6 +95,7 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
         kv_heads = _int(config, "num_key_value_heads", where)
     width = _int(config, "hidden_size", where)
     longest = _int(config, "max_position_embeddings", where, family.context)
+    head_dim = _int(config, "head_dim", where, family.head_dim or width // max(heads, 1))
     window = _window(config, family)
     limit = min(longest, window or longest)
     if context > limit:
@@ -106,7 +107,7 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_int(config, "head_dim", where, family.head_dim or width // max(heads, 1)),
+        head_dim=0 if head_dim * heads == width else head_dim,  # as a configuration written by hand has it
         mlp_width=_int(config, "intermediate_size", where),
         vocab_size=_int(config, "vocab_size", where),
         context=context or limit,
