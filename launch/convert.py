@@ -1,4 +1,19 @@
-"""Initialise a recursive model from an unshared checkpoint: step 0 of a new run.
+"""Make a checkpoint of another one: of published weights, of an unshared model, or for other tools.
+
+Published weights become a run directory; a safetensors directory as Hugging Face writes it, or a GGUF file:
+
+    python -m launch.convert --from hf:DIR --workdir runs/smollm2
+    python -m launch.convert --from model.gguf --workdir runs/smollm2 --context 2048
+
+Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3 are read, with tokenizer, chat template and the tokens that end a text
+(the extra `weights`). The result is evaluated, generated from, served, and converted like any run; to train it, convert
+it first.
+
+A plain model, or one of fixed recursions (unrolled), is written for other tools:
+
+    python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
+
+An unshared checkpoint initialises a recursive model, as step 0 of a new run:
 
     python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive --workdir runs/up
     python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py --method average --workdir runs/up2
@@ -17,19 +32,28 @@ From a notebook:
     convert_checkpoint("runs/vanilla", from_config_dict(quickstart.get_config("recursive")), "runs/up", "stepwise")
 """
 
+import time
+
 from absl import flags
 from rich.console import Console
 
 from launch import cli
 from mor_jax.analysis.drawing import draw_program, draw_sources
+from mor_jax.errors import UserError
 from mor_jax.model.convert import METHODS
 from mor_jax.model.relax import RELAXATIONS
 from mor_jax.train.convert import convert_checkpoint
+from mor_jax.weights.exporting import export_weights
+from mor_jax.weights.importing import import_weights
 
 _CONFIG = cli.define_config()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Unshared run directory, or its checkpoints/.", required=True)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/; unshared but for --to.")
+_FROM = flags.DEFINE_string("from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf.")
+_TO = flags.DEFINE_string("to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY.")
+_CONTEXT = flags.DEFINE_integer("context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0)
+_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it.")
 _STEP = flags.DEFINE_integer("step", None, "Its checkpoint step; the newest by default.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The new run directory.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The new run directory.")
 _METHOD = flags.DEFINE_enum("method", "stepwise", METHODS, "How shared blocks are made of source layers.")
 _RELAXATION = flags.DEFINE_enum(
     "relaxation",
@@ -41,15 +65,65 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the method random.")
 
 
 def main(_: list[str]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    if (_FROM.value is None) == (_CHECKPOINT.value is None):
+        raise UserError("give --from (published weights) or --checkpoint (a run of this project).")
+    if _FROM.value is not None:
+        _refuse("from", to=_TO.value, config=_CONFIG.value, step=_STEP.value)
+        console.print(_import(_required("workdir", _WORKDIR.value)))
+    elif _TO.value is not None:
+        _refuse("to", workdir=_WORKDIR.value, config=_CONFIG.value)
+        console.print(_export(_TO.value))
+    else:
+        console.print(_recurse(_required("workdir", _WORKDIR.value)))
+
+
+def _import(workdir: str) -> str:
+    began = time.monotonic()
+    done = import_weights(_FROM.value, workdir, context=_CONTEXT.value, tokenizer=_TOKENIZER.value)
+    names = ", ".join(done.tokenizer.token_text(i) for i in sorted(done.tokenizer.ends))
+    return (
+        f"{draw_program(done.config.model)}\n"
+        f"Wrote {done.parameters:,} parameters to {workdir} in {time.monotonic() - began:.0f} s, context "
+        f"{done.config.model.context:,}. Texts {'begin' if done.tokenizer.add_bos else 'do not begin'} with "
+        f"{done.tokenizer.token_text(done.tokenizer.bos)} and end at {names}; chat template: "
+        f"{'none' if done.template.plain else 'its own'}."
+    )
+
+
+def _export(to: str) -> str:
+    if not to.startswith("hf:"):
+        raise UserError(f"--to={to}: expected hf:DIRECTORY.")
+    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value)
+    return (
+        f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
+        f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32."
+    )
+
+
+def _recurse(workdir: str) -> str:
     done = convert_checkpoint(
-        _CHECKPOINT.value, cli.read_config(_CONFIG), _WORKDIR.value, _METHOD.value, step=_STEP.value, seed=_SEED.value,
+        _CHECKPOINT.value, cli.read_config(_CONFIG), workdir, _METHOD.value, step=_STEP.value, seed=_SEED.value,
         relaxation=_RELAXATION.value,
     )  # fmt: skip
-    Console(highlight=False, soft_wrap=True).print(
+    return (
         f"{draw_program(done.config.model)}\n{draw_sources(done.table)}\n"
-        f"Wrote step 0 to {_WORKDIR.value}, from step {done.source_step} of {_CHECKPOINT.value} ({_METHOD.value}). "
+        f"Wrote step 0 to {workdir}, from step {done.source_step} of {_CHECKPOINT.value} ({_METHOD.value}). "
         f"launch.train with the same --config and --workdir goes on from it."
-    )  # fmt: skip
+    )
+
+
+def _required(name: str, value: str | None) -> str:
+    if value is None:
+        raise UserError(f"--{name} is missing.")
+    return value
+
+
+def _refuse(flag: str, **others: object) -> None:
+    """Raise UserError for flags that mean nothing beside `flag`."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise UserError(f"--{given[0]} means nothing with --{flag}.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from launch import cli
-from mor_jax.data.chat import ChatTemplate, find_template
+from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.progress import still
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as engine_types
@@ -91,7 +91,7 @@ def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     grammars, why = make_grammars(loaded)
     return ModelBackend(
         name=name, tokenizer=loaded.tokenizer, window=service.context, service=service, engine_types=engine_types,
-        template=template or find_template(path, loaded.tokenizer.to_json()),
+        template=template or loaded.template,
         recursions=loaded.lm.program.recursions, grammars=grammars, no_grammars=why,
     )  # fmt: skip
 

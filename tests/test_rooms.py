@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mor_jax"
 # From the top; rooms on one line do not import each other. `errors` and the package itself are the ground.
 ORDER = [
+    ["weights"],
     ["train"],
     ["inference"],
     ["analysis"],

@@ -12,7 +12,7 @@ import tokenizers
 
 from mor_jax.data.documents import valid_text
 from mor_jax.data.pieces import Spelling
-from mor_jax.data.vocabulary import Tokenizer
+from mor_jax.data.vocabulary import Framing, Tokenizer
 from mor_jax.data.words import WordEncoder
 from mor_jax.errors import DataError
 
@@ -42,21 +42,30 @@ _CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n][A-Za-z])")
 class BpeTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer`, byte-level BPE or not.
 
+    Args:
+      framing: which tokens open and close texts; default: by their usual names, and bos is always put first.
     Raises:
-      DataError: none of the usual names of an end-of-document token is in the vocabulary.
+      DataError: there is no framing, and none of the usual names of an end-of-document token is in the vocabulary; or
+        the framing names ids that do not exist.
     """
 
-    def __init__(self, hf: tokenizers.Tokenizer, where: str = "tokenizer"):
+    def __init__(self, hf: tokenizers.Tokenizer, where: str = "tokenizer", framing: Framing | None = None):
         hf.no_truncation()
         hf.no_padding()
         hf.encode_special_tokens = True  # "<|eos|>" in a text is text
         self._hf = hf
-        self.bos, self.eos = _document_ends(hf, where)
+        self._framing = framing
+        if framing is None:
+            self.bos, self.eos = _document_ends(hf, where)
+        else:
+            self.bos, self.eos, self.add_bos = framing.bos, framing.eos, framing.add_bos
         ids = hf.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
         if self.vocab_size >= 2**31:
             raise DataError(f"{where}: token id {self.vocab_size - 1} does not fit int32.")
         self._names = {i: name for name, i in ids.items()}
+        for i in {self.bos, *self.ends} - self._names.keys():
+            raise DataError(f"{where}: token {i} is to open or close texts, but the vocabulary does not have it.")
         spelling = Spelling(json.loads(hf.to_str()))
         self._words = WordEncoder(self._encode_whole) if spelling.gpt2_words else None
         self._piece = PIECE if spelling.gpt2_words else LONG if spelling.cuttable else sys.maxsize
@@ -66,9 +75,13 @@ class BpeTokenizer(Tokenizer):
             pieces[i] = spelling.bytes_of(name)
         for i, token in hf.get_added_tokens_decoder().items():
             pieces[i] = b"" if token.special else token.content.encode()
-        for i in {self.bos, self.eos}:
+        for i in {self.bos, *self.ends}:
             pieces[i] = b""
         self.pieces = pieces
+
+    @property
+    def ends(self) -> frozenset[int]:
+        return frozenset({self.eos, *(self._framing.ends if self._framing else ())})
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -105,6 +118,13 @@ class BpeTokenizer(Tokenizer):
         return super().token_text(token) or self._names.get(token, "")
 
     def to_json(self) -> str:
+        text = self._hf.to_str()
+        if self._framing is None:
+            return text
+        return json.dumps({**json.loads(text), "framing": self._framing._asdict()}, ensure_ascii=False)
+
+    def library_json(self) -> str:
+        """The tokenizer.json that the library reads, without what this project adds."""
         return self._hf.to_str()
 
 

@@ -82,7 +82,7 @@ class ChatTemplate:
         options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of the prompt. `opened`: the model's turn is begun. Raises ChatError from the template."""
-        start = [tokenizer.bos] if self.plain else []
+        start = tokenizer.start if self.plain else []
         text = self.text(tokenizer, messages, opened=opened, options=options)
         return [*start, *_encode(tokenizer, text)] or [tokenizer.bos]
 
@@ -119,9 +119,9 @@ class ChatTemplate:
         return path
 
     def stop_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """End of document, and under a template of its own the tokens that close a turn."""
+        """What ends any text of the model, and under a template of its own the tokens that close a turn."""
         ends = () if self.plain else TURN_ENDS
-        return frozenset({tokenizer.eos, *(tokenizer.specials[n] for n in ends if n in tokenizer.specials)})
+        return frozenset({*tokenizer.ends, *(tokenizer.specials[n] for n in ends if n in tokenizer.specials)})
 
     def sample(
         self, tokenizer: Tokenizer, messages: Sequence[Message], roles: Sequence[str], limit: int = 0
@@ -141,7 +141,7 @@ class ChatTemplate:
             trained on is not what it would be asked with.
         """
         weights = [float(m.get("weight", 1.0 if m["role"] in roles else 0.0)) for m in messages]
-        ids = [tokenizer.bos] if self.plain else []
+        ids = list(tokenizer.start) if self.plain else []
         of_token = [0.0] * len(ids)
         kept, done = 0, ""
 

@@ -13,17 +13,17 @@ Row = dict[str, np.ndarray]
 OPEN_ROWS = 64  # that a conversation may be placed in
 
 
-def pack(documents: Iterable[np.ndarray], context: int, *, bos: int, eos: int) -> Iterator[Row]:
+def pack(documents: Iterable[np.ndarray], context: int, *, bos: int | None, eos: int) -> Iterator[Row]:
     """Rows of exactly `context` tokens from token ids of documents, streamed.
 
-    Each document becomes [bos, *ids, eos]; the documents follow one another without gaps and a document may run
+    Each document becomes [bos, *ids, eos], or [*ids, eos] where bos is None; the documents follow one another without gaps and a document may run
     over any number of rows. `segment_ids` starts at 1 in each row and grows by one at each document start after the
     row's first position. What is left of the last row holds eos with segment 0.
     """
     tokens, segments = _blank(context, eos)
     at = segment = 0  # next free position, segment of the position before it
     for ids in documents:
-        document = np.concatenate([[bos], ids, [eos]]).astype(np.int32)
+        document = np.concatenate([[] if bos is None else [bos], ids, [eos]]).astype(np.int32)
         start = 0
         segment += 1
         while start < len(document):

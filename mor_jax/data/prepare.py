@@ -216,7 +216,12 @@ def _write(
             if chat:
                 packed = pack_whole(documents, context, eos=tokenizer.eos)
             else:
-                packed = pack((d.ids for d in documents), context, bos=tokenizer.bos, eos=tokenizer.eos)
+                packed = pack(
+                    (d.ids for d in documents),
+                    context,
+                    bos=tokenizer.bos if tokenizer.add_bos else None,
+                    eos=tokenizer.eos,
+                )
             for row in packed:
                 yield row
                 advance(1)

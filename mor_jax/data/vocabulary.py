@@ -8,6 +8,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,6 +21,15 @@ FILE = "tokenizer.json"
 BYTES_FORMAT = "mor_jax.bytes"  # how a saved ByteTokenizer names itself
 
 
+class Framing(NamedTuple):
+    """Which tokens open and close texts. A tokenizer.json of this project may state it, under "framing"."""
+
+    bos: int
+    eos: int  # closes a document
+    ends: tuple[int, ...]  # all that end what a model writes: of documents, of turns
+    add_bos: bool  # whether prompts and documents begin with bos
+
+
 class Tokenizer(abc.ABC):
     """Text <-> token ids in [0, vocab_size). A subclass gives the bytes that each id stands for.
 
@@ -28,6 +38,7 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: number of ids.
       bos, eos: ids of the tokens that open and close a document; they may be equal.
+      add_bos: whether prompts and documents begin with bos.
       pieces: bytes of each id; b"" for special tokens.
       strip_space: whether text starts with a space that the tokenizer itself put there.
     """
@@ -36,6 +47,7 @@ class Tokenizer(abc.ABC):
     bos: int
     eos: int
     pieces: Sequence[bytes]
+    add_bos: bool = True
     strip_space: bool = False
 
     @abc.abstractmethod
@@ -48,6 +60,20 @@ class Tokenizer(abc.ABC):
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """As `encode_batch`, each an int32 array; what preparing a corpus uses."""
         return [np.asarray(ids, np.int32) for ids in self.encode_batch(texts)]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens at which a model's text is over."""
+        return frozenset({self.eos})
+
+    @property
+    def start(self) -> list[int]:
+        """What comes before a document: [bos], or nothing."""
+        return [self.bos] if self.add_bos else []
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a text for the model to go on from, at least one."""
+        return [*self.start, *self.encode(text)] or [self.bos]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`. Special tokens are dropped, bytes that are not UTF-8 become U+FFFD."""

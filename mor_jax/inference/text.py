@@ -140,7 +140,7 @@ def _request(
 ) -> Request:
     """Raises UserError."""
     tokenizer, context = model.tokenizer, model.lm.model.context
-    ids = [tokenizer.bos, *tokenizer.encode(prompt)]
+    ids = tokenizer.prompt(prompt)
     if len(ids) >= context:
         raise UserError(
             f"the prompt has {len(ids)} tokens, the model's context is {context}, which must also hold what is "
@@ -150,9 +150,7 @@ def _request(
         raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
     s = sampling or Sampling(0.8)
     drawing = Drawing(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed)
-    return Request(
-        tuple(ids), min(max_tokens, context - len(ids)), drawing, stop_tokens=frozenset([tokenizer.eos]), depth=wish
-    )
+    return Request(tuple(ids), min(max_tokens, context - len(ids)), drawing, stop_tokens=tokenizer.ends, depth=wish)
 
 
 def _pieces(tokenizer, ids: list[int], most: int, events: queue.SimpleQueue) -> Iterator[Piece]:

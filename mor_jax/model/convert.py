@@ -15,6 +15,7 @@ the model is the tied one; "svd" makes each recursion of the layer it stands for
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -130,13 +131,20 @@ def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
     """Raise ConfigError unless a block of one model can be a block of the other, computing the same."""
     old, new = (dataclasses.asdict(m) | {"head_dim": m.dims[2]} for m in (from_model, to_model))
     wrong = [
-        f"{name} {old[name]} there, {new[name]} here" for name in old if name not in FREE and old[name] != new[name]
+        f"{name} {old[name]} there, {new[name]} here"
+        for name in old
+        if name not in FREE and not _same(old[name], new[name])
     ]
     if wrong:
         raise ConfigError(
             f"the source's weights do not fit config.model: {'; '.join(wrong)}. Only layers, sharing, recursions, "
             "prelude, coda and what concerns the execution may differ."
         )
+
+
+def _same(a: object, b: object) -> bool:
+    """Floats up to the rounding of float32, in which other formats keep them."""
+    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def _mean(blocks: list[Any]) -> Any:

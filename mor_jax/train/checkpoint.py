@@ -249,6 +249,28 @@ class Checkpointer:
         _barrier("mor_jax_moved_aside")
 
 
+def save_weights(directory: os.PathLike | str, params: Any, meta: Mapping[str, Any], *, step: int = 0) -> None:
+    """Write a checkpoint of weights alone, which every command but `launch.train` reads; durable on return.
+
+    `launch.convert --checkpoint` makes of it a run to train.
+
+    Args:
+      directory: the checkpoints/ of a run directory; created if missing.
+      params: as `LM.init` returns them, arrays of jax or numpy.
+      meta: plain JSON: "config" (`Config.to_dict`), "tokenizer" (`Tokenizer.to_json`), "data" (a fingerprint of what the
+        model was trained on, or "") and, if it has one of its own, "chat_template" (Jinja).
+    Raises:
+      CheckpointError: it cannot be written, or that step or a later one is there.
+    """
+    missing = {"config", "tokenizer", "data"} - meta.keys()
+    if missing:
+        raise CheckpointError(f"cannot write weights to {directory}: meta lacks {', '.join(sorted(missing))}.")
+    if steps := _steps(_absolute(directory)):
+        raise CheckpointError(f"{directory} already holds checkpoints (steps {_join(steps)}); give another directory.")
+    with Checkpointer(directory, async_save=False) as to:
+        to.save(step, {"params": params}, {**meta, "step": step})
+
+
 def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[int, dict[str, Any]]:
     """(step, meta) of one checkpoint, the newest by default, without reading an array. Raises CheckpointError."""
     directory, step = _choose(directory, step)

@@ -11,6 +11,7 @@ from etils import epath
 
 from mor_jax.analysis.accounting import training_steps
 from mor_jax.config import Config, check
+from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import CheckpointError, UserError
 from mor_jax.model.convert import check_fit, convert, overlay, source_table
@@ -86,11 +87,13 @@ def convert_checkpoint(
         state = create_state(lm, tx, mesh, cfg.train.seed)
         made = convert(loaded.params, old, cfg.model, method, seed=seed, relaxation=relaxation)
         params = _placed(overlay(state.params, made), lm, mesh)
+        chat = data.template.source if data.template is not None else loaded.chat_template
         meta = {
             "config": cfg.to_dict(),
             "tokenizer": data.tokenizer.to_json(),
             "data": data.fingerprint,
             "step": 0,
+            **({} if chat is None else {"chat_template": chat}),
             "converted": {
                 "source": os.fspath(source),
                 "step": loaded.step,
@@ -103,6 +106,8 @@ def convert_checkpoint(
         with Checkpointer(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
             checkpoints.save(0, state._replace(params=params), meta)
         data.tokenizer.save(workdir)
+        if chat is not None:
+            ChatTemplate(chat).save(workdir)
         claim(workdir, cfg, data)
     return Converted(cfg, loaded.step, table)
 

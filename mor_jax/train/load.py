@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jax.sharding import Mesh
 
 from mor_jax.analysis.runs import RunRecord
 from mor_jax.config import Config, MeshConfig, from_dict
+from mor_jax.data.chat import FILE as TEMPLATE_FILE
+from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
@@ -34,6 +37,12 @@ class Loaded(NamedTuple):
     data: str  # fingerprint of the rows it was trained on
     mesh: Mesh
     lineage: dict[str, Any] | None = None  # where its first weights came from, see `train.initial`
+    chat_template: str | None = None  # Jinja; None: the plain one
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How messages become a prompt. Raises DataError: no valid Jinja."""
+        return ChatTemplate(self.chat_template)
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
@@ -68,7 +77,21 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: M
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
     params, step = restore_params(directory, abstract, step)
-    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, meta.get("lineage"))
+    lineage, template = meta.get("lineage"), chat_template(path, meta)
+    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template)
+
+
+def chat_template(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> str | None:
+    """The Jinja source of the chat template of a checkpoint; None: it has none of its own.
+
+    A file beside it goes first (chat_template.jinja, tokenizer_config.json), then what the checkpoint itself holds."""
+    directory = checkpoint_directory(path)
+    beside = directory.parent if directory.name == "checkpoints" else directory
+    stored = meta.get("chat_template")
+    if stored is not None and not (beside / TEMPLATE_FILE).is_file():
+        return stored
+    found = find_template(beside, meta["tokenizer"])
+    return None if found.plain else found.source
 
 
 def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:

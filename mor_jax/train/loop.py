@@ -18,9 +18,11 @@ from jax.sharding import NamedSharding
 from mor_jax.analysis import accounting
 from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 from mor_jax.config import Config, check
+from mor_jax.data.chat import find_template
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
 from mor_jax.data.progress import say, still
+from mor_jax.data.vocabulary import FILE as TOKENIZER
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model.lm import LM
 from mor_jax.nn.attention import chosen_for
@@ -36,6 +38,7 @@ from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
 from mor_jax.train.goodput import Goodput, stragglers
 from mor_jax.train.initial import initial_params
+from mor_jax.train.load import chat_template, checkpoint_directory, describe
 from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
@@ -64,6 +67,20 @@ def resolve(cfg: Config, data: PreparedData) -> Config:
         )
     model = dataclasses.replace(cfg.model, vocab_size=given or -(-size // 64) * 64)
     return dataclasses.replace(cfg, model=model)
+
+
+def _with_table(cfg: Config, workdir: epath.Path, init_from: str | os.PathLike[str], data: PreparedData) -> Config:
+    """A `vocab_size` of 0 is that of the weights a run begins with: published tables are often longer than `resolve`'s."""
+    rows = 0
+    if cfg.model.vocab_size:
+        return cfg
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run yet, or one that `claim` refuses
+        if (workdir / TOKENIZER).read_text(encoding="utf-8") == data.tokenizer.to_json():
+            rows = json.loads((workdir / "config.json").read_text())["model"]["vocab_size"]
+    if not rows and init_from:
+        rows = describe(init_from)[0].model.vocab_size
+    rows = rows if rows >= data.tokenizer.vocab_size else 0
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=rows))
 
 
 def train(
@@ -110,7 +127,7 @@ def train(
         hosts.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
         hosts.assert_equal("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
-        cfg = resolve(cfg, data)
+        cfg = resolve(_with_table(cfg, workdir, init_from, data), data)
         try:
             check(cfg, devices=mesh.size)
             chosen_for(cfg.model)
@@ -154,6 +171,9 @@ class _Run:
             "tokenizer": data.tokenizer.to_json(),
             "data": data.fingerprint,
         }
+        chat = data.template or find_template(workdir)  # of the corpus, or of the weights that the run began with
+        if not chat.plain:
+            self.meta["chat_template"] = chat.source
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
         self.peak = peak and peak * mesh.size
         self.show = progress and hosts.rank == 0
@@ -224,6 +244,8 @@ class _Run:
         if restored is None:
             return self._fresh(), 0, {}
         self._same_data(restored.meta)
+        if "chat_template" in restored.meta:
+            self.meta.setdefault("chat_template", restored.meta["chat_template"])
         self._same_origin(restored.meta)
         for step, why in restored.skipped.items():
             self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
@@ -235,6 +257,8 @@ class _Run:
             return state
         params, lineage = initial_params(self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh)
         self.meta["lineage"] = lineage
+        if template := chat_template(self.init_from, load_meta(checkpoint_directory(self.init_from))[1]):
+            self.meta.setdefault("chat_template", template)
         self.bar.say(f"Starting from the weights of {self.init_from}, step {lineage['step']}.")
         return state._replace(params=params)
 

@@ -53,7 +53,7 @@ def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
         for start in range(0, min(len(ids), stretches * step), step):
             cut = ids[start : start + step]
             row, seg = np.zeros((2, 1, context), np.int32)
-            row[0, : len(cut) + 1] = [tokenizer.bos, *cut]
+            row[0, : len(cut) + 1] = [tokenizer.bos, *cut]  # the first token has to be predicted from something
             seg[0, : len(cut) + 1] = 1
             depth, nll = map(np.asarray, _look(loaded.lm, loaded.params, jnp.asarray(row), jnp.asarray(seg)))
             found.tokens.extend(tokenizer.token_text(i) for i in cut)

@@ -1,8 +1,7 @@
 """A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which batches them.
 
-Messages become tokens by the chat template that lies beside the checkpoint (a run that was trained on conversations
-saves its own), and the tokens that close a turn under it end a reply. Without one the template is plain, for models that
-were trained on text alone:
+Messages become text by the checkpoint's own chat template. A checkpoint without one has the plain template, for models
+that were trained on text alone:
 
     system: You are ...
 
@@ -10,7 +9,8 @@ were trained on text alone:
 
     assistant:
 
-and the reply ends where the model ends the document or begins a new speaker's line. Pass `template=` for another.
+and the reply ends where the model ends the document or its turn, or, under the plain template, begins a new speaker's
+line. Pass `template=` for another.
 jax and mor_jax are imported when a model is made, and nowhere else in this package.
 """
 
@@ -28,13 +28,12 @@ from rlm_runtime.lms import plain, prices
 from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.lms.stops import StopCutter
 
-STOPS = ("\nsystem:", "\nuser:", "\nassistant:")
 QUEUE = 1 << 20  # calls that may wait: whoever fans them out in this process has a budget of its own
 EXTRA = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def chat_text(messages: Sequence[Message]) -> str:
-    """The default template (see the module)."""
+    """The plain template (see the module)."""
     spoken = [f"{m.role}: {m.content}" for m in map(plain.as_text, messages)]
     return "\n\n".join([*spoken, "assistant:"])
 
@@ -45,8 +44,8 @@ class CheckpointLM:
     Args:
       path: as of `mor_jax.train.load.load_model`.
       step: the newest by default.
-      template: messages -> prompt text; default: the checkpoint's own chat template, else the plain one.
-      stop: strings that end a reply, besides the sampling's own; those of the default template by default.
+      template: messages -> prompt text; default: the checkpoint's own chat template.
+      stop: strings that end a reply, besides the sampling's own; those of the checkpoint's template by default.
       max_tokens: of a reply, where the sampling does not say; the window is a limit too.
       temperature: where the sampling does not say; 0 is greedy.
       lanes: sequences that are decoded at once; more wait their turn.
@@ -71,12 +70,10 @@ class CheckpointLM:
             raise UsageError(f"{self.name}: max_tokens and lanes must be at least 1.")
         self._model = model or _load(self.path, step)
         self.window: int | None = self._model.lm.model.context
-        self._template = template or chat_text
-        self._chat = None if template else _own_template(self.path, self._model.tokenizer)
-        self._stop = tuple(stop) if stop is not None else (() if template or self._chat else STOPS)
-        self._ends = frozenset([self._model.tokenizer.eos])
-        if self._chat is not None:
-            self._ends |= self._chat.stop_tokens(self._model.tokenizer)
+        self._template, self._chat = template, _chat(self._model)
+        self._stop = tuple(stop) if stop is not None else (() if template else self._chat.stops)
+        tokenizer = self._model.tokenizer
+        self._stop_tokens = tokenizer.ends if template else self._chat.stop_tokens(tokenizer)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
         self._engine = _Engine(self._model, lanes, prefix_bytes)
@@ -147,15 +144,16 @@ class CheckpointLM:
         return self._engine.stats()
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
-        tokenizer = self._model.tokenizer
-        if self._chat is None:
-            return [tokenizer.bos, *tokenizer.encode(self._template(messages))]
-        from mor_jax.data.chat import ChatError
+        """Raises LMError: bad_request, the template refuses these messages."""
+        from mor_jax.errors import UserError
 
+        tokenizer = self._model.tokenizer
+        if self._template is not None:
+            return tokenizer.prompt(self._template(messages))
         spoken = [{"role": m.role, "content": m.content} for m in map(plain.as_text, messages)]
         try:
             return self._chat.ids(tokenizer, spoken)
-        except ChatError as e:
+        except UserError as e:
             raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
 
     def _request(self, ids: list[int], room: int, wanted: Sampling, grammar: Any) -> Any:
@@ -170,7 +168,7 @@ class CheckpointLM:
         )  # fmt: skip
         wish = DepthWish(*(extra.get(name) for name in ("mean_depth", "min_depth", "max_depth")))
         return Request(
-            tuple(ids), room, drawing, stop_tokens=self._ends, grammar=grammar, depth=wish,
+            tuple(ids), room, drawing, stop_tokens=self._stop_tokens, grammar=grammar, depth=wish,
             priority=int(extra.get("priority", 0)),
         )  # fmt: skip
 
@@ -299,18 +297,11 @@ class _Row:
             self.future.set_exception(error)
 
 
-def _own_template(path: str, tokenizer: Any) -> Any:
-    """The chat template beside a checkpoint, as `launch.serve` finds it; None where there is none but the plain one."""
-    from mor_jax.data.chat import find_template
-    from mor_jax.errors import UserError
-    from mor_jax.paths import as_path
+def _chat(model: Any) -> Any:
+    """The chat template of a loaded model."""
+    from mor_jax.data.chat import ChatTemplate
 
-    folder = as_path(path)
-    try:
-        found = find_template(folder.parent if folder.name == "checkpoints" else folder, tokenizer.to_json())
-    except UserError as e:
-        raise UsageError(f"checkpoint:{path}: {e}") from e
-    return None if found.plain else found
+    return getattr(model, "template", None) or ChatTemplate()
 
 
 def _load(path: str, step: int | None) -> Any:

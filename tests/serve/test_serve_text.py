@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_jax.data.chat import PLAIN_STOPS, ChatTemplate, find_template
+from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.tokenizer import train_bpe
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import DataError
 from mor_jax.inference.engine import request as engine_types
-from rlm_runtime.lms.checkpoint import STOPS, chat_text
+from rlm_runtime.lms.checkpoint import chat_text
 from rlm_runtime.serve.errors import ApiError
 from rlm_runtime.serve.model import ModelBackend, ModelSettings
 from rlm_runtime.serve.model.plan import chat_ids
@@ -132,7 +132,6 @@ def test_the_plain_template_is_that_of_the_language_model_room(chatml):
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi\n"}]
     ids = ChatTemplate().ids(chatml, turns)
     assert ids == [chatml.bos, *chatml.encode(chat_text([Message(**t) for t in turns]))]
-    assert PLAIN_STOPS == STOPS
 
 
 def test_special_tokens_are_the_templates_alone(chatml):

@@ -72,8 +72,9 @@ def create_app(
                 return [
                     model.tokenizer.specials[asked.prompt]
                 ]  # how a client finds out the ids of the tokens it must place itself
-            start = [] if asked.add_special_tokens is False else [model.tokenizer.bos]
-            return [*start, *model.tokenizer.encode(asked.prompt)]
+            if asked.add_special_tokens is False:
+                return model.tokenizer.encode(asked.prompt)
+            return model.tokenizer.prompt(asked.prompt)
 
         ids = await asyncio.to_thread(encode) if long else encode()
         words = shown_all(model.tokenizer, ids) if asked.return_token_strs else None

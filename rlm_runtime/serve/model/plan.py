@@ -73,7 +73,7 @@ def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: Mod
     if best_of > n and logprobs is None:
         logprobs = 0  # best: the highest mean log-probability
     sequences = _sequences(
-        asked, model, settings, prompts, best_of, "prompt", stop_tokens=frozenset({model.tokenizer.eos}),
+        asked, model, settings, prompts, best_of, "prompt", stop_tokens=model.tokenizer.ends,
         max_tokens=lambda ids: min(max(1, max_tokens), model.window - len(ids)), logprobs=logprobs, scored=scored,
     )  # fmt: skip
     return Plan(
@@ -125,8 +125,8 @@ def _prompts(asked: CompletionRequest, model: ModelBackend, settings: ModelSetti
     prompts = []
     for prompt in many:
         if isinstance(prompt, str):
-            start = [] if asked.add_special_tokens is False else [model.tokenizer.bos]
-            ids = [*start, *model.tokenizer.encode(prompt)]
+            tokenizer = model.tokenizer
+            ids = tokenizer.encode(prompt) if asked.add_special_tokens is False else tokenizer.prompt(prompt)
             if not ids:
                 raise refuse("The prompt has no tokens.", "prompt")
         else:
