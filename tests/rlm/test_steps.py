@@ -73,7 +73,7 @@ def shaped(text):
 
 READERS = {
     "reply": reply, "cut reply": cut_reply, "tool arguments": tool_arguments, "clean": thinking.clean, "harmony": thinking.harmony,
-    "json": model_json.in_reply, "plan": finals.is_plan, "fenced": messages._fenced, "shape": shaped,
+    "json": model_json.in_reply, "plan": finals.is_plan, "fenced": messages.fenced, "shape": shaped,
 }  # fmt: skip
 
 
