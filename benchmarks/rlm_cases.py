@@ -146,9 +146,9 @@ def cases(sizes: Sizes) -> list[Case]:
     loop = "replies = [llm_query('piece %d' % i) for i in range({})]"
     tenth = sizes.tiny // 10
     flood = tuple(
-        f"n = 0\nfor k in range({max(1, tenth // 1000)}):\n    n += len(llm_query_batched(['a'] * {min(1000, tenth)}))"
-        "\nprint(n)"
-        for _ in range(10)
+        f"n = 0\nfor k in range({max(1, tenth // 1000)}):\n    n += len(llm_query_batched([f'a {{k}} {{i}}' for i in range({min(1000, tenth)})]))"
+        f"\nprint({cell}, n)"  # equal prompts of a batch are asked once, and equal cells end a run
+        for cell in range(10)
     )
     took = dict(answer="took", read=_took)
     return [

@@ -5,7 +5,7 @@
     python -m benchmarks.tpu_compile --paper --only 360m         # the paper's sizes (many minutes each)
     python -m benchmarks.tpu_compile --paper --topology v5e-256 v6e-8 --limit 7200
 
-Needs libtpu of this jax (`pip install "mor-jax[tpu-compile]"`). Nothing is allocated, and the compilation cache is off.
+Needs libtpu of this jax (`pip install ".[tpu-compile]"`). Nothing is allocated, and the compilation cache is off.
 The paper's sizes are compiled on the mesh that the planner suggests, or are said not to fit. Exits with 1 if a program
 does not compile, sends other gathers or scatters than planned, or needs more bytes than `--within` over its plan (small
 programs live in the chip's vector memory, and are not held to bytes).

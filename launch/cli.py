@@ -131,7 +131,7 @@ def _no_backend(error: Exception) -> str:
     why = (str(error).strip().splitlines() or ["none was found"])[0][:200].rstrip(".")
     extras = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
     extra = next((extras[name] for name in asked.split(",") if name in extras), "")
-    install = f' install it with pip install "mor-jax[{extra}]",' if extra else ""
+    install = f' install it with pip install ".[{extra}]",' if extra else ""
     return f"JAX cannot use the devices that JAX_PLATFORMS={asked!r} asks for ({why}):{install} or unset JAX_PLATFORMS."
 
 

@@ -69,7 +69,7 @@ def filesystem(path: str | os.PathLike[str]) -> Any:
         return fsspec.filesystem(scheme)
     except ImportError as e:
         package, extra = SERVED.get(scheme, ("", ""))
-        need = f'the package {package}: pip install "mor-jax[{extra}]"' if package else f"another package ({e})"
+        need = f'the package {package}: pip install ".[{extra}]"' if package else f"another package ({e})"
         raise UserError(f"{os.fspath(path)}: {scheme}:// needs {need}.") from None
     except ValueError as e:
         raise UserError(f"{os.fspath(path)}: nothing here serves {scheme}:// ({e}).") from e

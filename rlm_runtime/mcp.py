@@ -1,4 +1,4 @@
-"""Tools of MCP servers, through the official `mcp` client (`pip install "mor-jax[mcp]"`).
+"""Tools of MCP servers, through the official `mcp` client (`pip install ".[mcp]"`).
 
     with MCPTools(["uvx", "mcp-server-time"]) as tools:
         RLM("openai:gpt-5-mini", tools=tools).completion("", "What time is it in Lima?")
@@ -62,7 +62,7 @@ class MCPTools:
         try:
             import mcp  # noqa: F401
         except ImportError:
-            raise UsageError('MCP tools need the package mcp: pip install "mor-jax[mcp]".') from None
+            raise UsageError('MCP tools need the package mcp: pip install ".[mcp]".') from None
         self._server, self._names, self._prefix, self._timeout = server, names, prefix, timeout
         self._thread: threading.Thread | None = None
 

@@ -1,4 +1,4 @@
-"""Runs as OpenTelemetry traces (`pip install "mor-jax[otel]"`).
+"""Runs as OpenTelemetry traces (`pip install ".[otel]"`).
 
     RLM(..., on_event=OTelExporter())
 
@@ -48,7 +48,7 @@ class OTelExporter:
         try:
             from opentelemetry import trace
         except ImportError:
-            raise UsageError('traces need the package opentelemetry-api: pip install "mor-jax[otel]".') from None
+            raise UsageError('traces need the package opentelemetry-api: pip install ".[otel]".') from None
         self._tracer = trace.get_tracer("rlm_runtime", tracer_provider=tracer_provider)
         self._content = content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from mor_jax.config import Config, from_dict
+from mor_jax.config import Config, depth_policies, from_dict
 from mor_jax.data.prepare import PreparedData
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.paths import reason, steps_in, write_text
@@ -94,6 +95,7 @@ def _refuse(workdir: epath.Path, changed: Mapping[str, str]) -> None:
 def _checked(allow: Iterable[str]) -> Iterator[str]:
     """Raises ConfigError for names that are no fields, or of what may never change."""
     fields = {name for name, _ in _flat(Config().to_dict())}
+    fields |= {f"depth.{f.name}" for policy in depth_policies().values() for f in dataclasses.fields(policy)}
     names = fields | {name.partition(".")[0] for name in fields}
     for given in allow:
         name = given.strip().removeprefix("config.")

@@ -50,9 +50,7 @@ def needed(module: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(
-            f'{what} needs the package {module}: pip install "mor-jax[weights]" (in a checkout: ".[weights]").'
-        ) from None
+        raise UserError(f'{what} needs the package {module}: pip install ".[weights]".') from None
 
 
 def check_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place], where: str) -> None:

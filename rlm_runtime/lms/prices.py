@@ -1,6 +1,6 @@
 """What well-known models cost and hold. Prices change: pass `price=`, or name a JSON file in RLM_PRICES.
 
-Without either, the table of the package `genai-prices` is asked where it is installed (`mor-jax[prices]`), then the
+Without either, the table of the package `genai-prices` is asked where it is installed (the extra `prices`), then the
 small one below.
 
 The file: {"openai:gpt-5-mini": {"input": 0.25, "output": 2.0, "cached": 0.025}, ...}, dollars per million tokens. A

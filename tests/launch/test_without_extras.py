@@ -118,4 +118,4 @@ def test_what_needs_an_extra_names_it(bare, arguments, extra):
     done = call(bare, *arguments)
     said = clear(done)
     assert done.returncode == 2
-    assert f'pip install "mor-jax[{extra}]"' in said.strip().splitlines()[-1]
+    assert f'pip install ".[{extra}]"' in said.strip().splitlines()[-1]

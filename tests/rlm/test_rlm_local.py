@@ -112,7 +112,7 @@ def test_structured_answers():
 
 def test_a_batch_with_failures_in_place():
     sub = CountingLM(latency=0.001)
-    code = "rs = llm_batch(['a b'] * 250)\nbad = [r for r in rs if isinstance(r, CallError)]\nkinds = {r.kind for r in bad}"
+    code = "rs = llm_batch([f'a {i}' for i in range(250)])\nbad = [r for r in rs if isinstance(r, CallError)]\nkinds = {r.kind for r in bad}"
     model = rlm([cell(code), done("[len(rs), len(bad), sorted(kinds)]")], sub, budget={"sub_calls": 100})
     assert model.completion("text").answer == [250, 150, ["budget"]]
     assert (sub.calls, sub.most) == (100, 64)
@@ -158,7 +158,7 @@ def test_compaction_puts_the_history_into_the_repl():
             return "summary"
         if "`history`" in messages[-1].content:
             return done("[m['role'] for m in history][:3] + [sum('zzz' in m['content'] for m in history) > 3]")
-        return cell("print('zzz' * 100)")
+        return cell(f"print({len(messages)}, 'zzz' * 100)")
 
     root = ScriptedLM(lead, window=3000)
     result = rlm(root, system_prompt="Work.").completion("text")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from train.tiny_run import write_corpus
 
-from mor_jax.config import Config, from_dict
+from mor_jax.config import Config, depth_policies, from_dict
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.train.loop import train
 from mor_jax.train.workdir import FREE, NEVER, differences, kind_of
@@ -56,6 +56,7 @@ def curve(workdir):
 def test_every_field_is_of_one_kind():
     fields = {f"{g}.{f.name}" for g in ("model", "depth", "data", "optim", "train", "mesh")
               for f in dataclasses.fields(type(getattr(Config(), g)))} | {"name"}  # fmt: skip
+    fields |= {f"depth.{f.name}" for policy in depth_policies().values() for f in dataclasses.fields(policy)}
     assert {kind_of(f) for f in fields} == {"free", "allow", "never"}
     groups = {f.partition(".")[0] for f in fields}
     assert fields | groups >= FREE | NEVER  # no name that has gone

@@ -201,5 +201,5 @@ def test_the_context_stays_within_a_sliding_window(tmp_path):
 def test_a_missing_package_is_one_line(package, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     source = "hf:nowhere" if package == "safetensors" else "nowhere.gguf"
-    with pytest.raises(UserError, match=rf'{package}: pip install "mor-jax\[weights\]"'):
+    with pytest.raises(UserError, match=rf'{package}: pip install "\.\[weights\]"'):
         import_weights(source, tmp_path / "run")
