@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -16,14 +18,15 @@ from typing import NamedTuple
 from mor_jax.parallel.processes import free_port
 
 SCHEMES = ("s3", "gs")
+_NUMBERS = itertools.count(1)
 
 
 class Store(NamedTuple):
-    """A running server with one bucket. `env`: how clients, in this process or another, are told of it."""
+    """A running server with a bucket of its own. `env`: how clients, in this process or another, are told of it."""
 
     scheme: str
     env: dict[str, str]
-    bucket: str = "bucket"
+    bucket: str
 
     @property
     def root(self) -> str:
@@ -32,34 +35,46 @@ class Store(NamedTuple):
 
 @contextlib.contextmanager
 def serve(scheme: str) -> Iterator[Store]:
-    """A server of its own process, empty but for the bucket."""
+    """A new bucket. A process has one server of each scheme, since clients keep the address that they saw first."""
+    url, number = _server(scheme), next(_NUMBERS)
+    bucket = f"bucket-{number}"
+    new = urllib.request.Request(f"{url}/{bucket}", method="PUT")
+    env = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    if scheme == "gs":
+        env = {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_CLOUD_PROJECT": "test",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+        body, kind = b'{"name": "%s"}' % bucket.encode(), {"Content-Type": "application/json"}
+        new = urllib.request.Request(f"{url}/storage/v1/b?project=test", data=body, headers=kind, method="POST")
+    _until_answers(new)
+    yield Store(scheme, env, bucket)
+
+
+@functools.cache
+def _server(scheme: str) -> str:
+    """The address of a server of its own process, which ends with this one."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    store = Store("s3", {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    })  # fmt: skip
-    new = urllib.request.Request(f"{url}/bucket", method="PUT")
     if scheme == "gs":
         command = [_fake_gcs(), "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=memory",
                    f"-public-host=127.0.0.1:{port}", f"-external-url={url}", "-log-level=error"]  # fmt: skip
-        store = Store("gs", {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_CLOUD_PROJECT": "test",
-                        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"})  # fmt: skip
-        body, kind = b'{"name": "bucket"}', {"Content-Type": "application/json"}
-        new = urllib.request.Request(f"{url}/storage/v1/b?project=test", data=body, headers=kind, method="POST")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _until_answers(process, new)
-        yield store
-    finally:
-        process.kill()
-        process.wait()
+    atexit.register(process.kill)
+    return url
 
 
-def _until_answers(process: subprocess.Popen, request: urllib.request.Request) -> None:
+def _until_answers(request: urllib.request.Request) -> None:
     for _ in range(600):
-        assert process.poll() is None, f"the server ended with {process.returncode}"
         try:
             urllib.request.urlopen(request, timeout=5).read()
             return

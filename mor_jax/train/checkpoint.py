@@ -214,7 +214,7 @@ class Checkpointer:
         """Remove what is left of a failed save and say what happened in one sentence."""
         self._close_manager()
         if jax.process_index() == 0:
-            for _ in range(25):  # writers of other arrays may still be at it, for seconds on a busy machine
+            for _ in range(50):  # writers of other arrays may still be at it, for seconds on a busy machine
                 left = [p for p in self._directory.glob(f"{step}{_TMP}*") if _remove(p)]
                 if not left:
                     break

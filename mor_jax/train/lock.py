@@ -10,6 +10,7 @@ says so at once.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -33,6 +34,7 @@ FILE = "run.lock"
 BEAT = 10.0  # seconds between two signs of life
 EXPIRES = 4.5  # beats without one after which the holder counts as gone
 SETTLE = 0.1  # beats after which a lease taken over is looked at again, since two may have taken it at once
+REMOTE_SETTLE = 0.5  # beats, on object stores: a rival that read the old lock may be a request behind
 ENV = "MOR_JAX_LOCK_SECONDS"  # instead of BEAT
 WIDTH = 512  # bytes of the document
 SCHEDULERS = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
@@ -72,6 +74,7 @@ class RunLock:
         self._mine |= {"id": uuid.uuid4().hex, "beat": 0}
         self._found = b""  # what a holder that is gone had left
         self._file: IO[bytes] | None = None  # keeps the flock
+        self._leases = 0  # that have passed since the lock file changed
         self._lost = ""
         self._made = False  # the directory
         self._closing = threading.Event()
@@ -97,7 +100,7 @@ class RunLock:
             self._thread.join()
         with contextlib.suppress(Exception):  # an unreachable store: the lease will expire
             if not self._lost and self._read() is not None:
-                self._write(self._found) if put_back and self._found else self._path.unlink(missing_ok=True)
+                self._write(self._found) if put_back and self._found else self._remove()
         if self._file is not None:
             self._file.close()
         if put_back and self._made:
@@ -108,7 +111,8 @@ class RunLock:
         last, since, lives, told = b"", time.monotonic(), False, False
         give_up = since + self._wait
         while True:
-            expired = time.monotonic() - since > EXPIRES * self._period
+            self._leases = int((time.monotonic() - since) / (EXPIRES * self._period))
+            expired = self._leases > 0
             holder = self._try(dead=last if expired else b"")
             if holder is None:
                 return
@@ -133,7 +137,7 @@ class RunLock:
         take = self._try_file if is_local(self._path) else self._try_object
         holder = take(dead)
         if holder is None and self._file is None and (self._found or is_local(self._path)):
-            time.sleep(SETTLE * self._period)
+            time.sleep((SETTLE if is_local(self._path) else REMOTE_SETTLE) * self._period)
             content = self._read() or b""
             if _Holder(content).fields.get("id") != self._mine["id"]:
                 return _Holder(content)
@@ -175,8 +179,18 @@ class RunLock:
                 content = self._read() or b""
                 if content and content != dead and not self._gone(content):
                     return _Holder(content)
-                self._found = self._found or content
-                self._path.unlink(missing_ok=True)
+                if content:
+                    # Of those that found it dead, whoever claims it first replaces it. Claims stay: one that looked long
+                    # ago must not come back to a lock that has changed hands. A claimer that died itself is passed over
+                    # after another lease.
+                    claim = f"{os.fspath(self._path)}.taken-{hashlib.sha256(content).hexdigest()[:16]}-{self._leases}"
+                    try:
+                        store.pipe_file(claim, self._document(), mode="create")
+                    except FileExistsError:
+                        return _Holder(content)
+                    self._found = self._found or content
+                    store.pipe_file(os.fspath(self._path), self._document())
+                    return None
             except OSError:
                 raise
             except Exception as e:  # each client has its own kinds
@@ -224,6 +238,13 @@ class RunLock:
         self._file.seek(0)
         self._file.write(content)
         self._file.truncate(len(content))
+
+    def _remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            if is_local(self._path):
+                self._path.unlink()
+            else:
+                filesystem(self._path).rm_file(os.fspath(self._path))
 
     def _document(self) -> bytes:
         return json.dumps(self._mine).encode().ljust(WIDTH)
