@@ -32,10 +32,6 @@ from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import looks_back
 from mor_jax.model.program import build_program
 
-# Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that of the forward pass.
-# Up to jax 0.10 it drops the barrier between them before it looks for equal instructions.
-MERGES_GATHERS = jax.__version_info__ < (0, 11)
-
 
 @dataclass(frozen=True)
 class Planned:

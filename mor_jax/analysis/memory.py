@@ -54,12 +54,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import jax
+
 from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
 from mor_jax.config import Config, DepthConfig, ModelConfig, mesh_shape
 from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.program import build_program
 
+# Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that of the forward pass.
+# Up to jax 0.10 it drops the barrier between them before it looks for equal instructions.
+MERGES_GATHERS = jax.__version_info__ < (0, 11)
 FLOAT32 = 4
 # Moments of a step.
 BEGINS, CORE = "the backward pass begins", "the gradient of the core is there"
@@ -155,7 +160,9 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     kept = lambda tokens, policy, **of_keys: saved_bytes(m, tokens, policy, tensor, sequence, **of_keys)
     ends = kept(m.context, remat)
     more = lambda tokens, cut: merged_bytes(m, tokens, tensor, sequence, cut) if merged else 0.0
-    per_row = once * (ends + more(m.context, fsdp > 1))
+    # Blocks whose weights are gathered lie in a checkpoint, which that compiler keeps apart since jax 0.11.
+    apart = fsdp > 1 and not MERGES_GATHERS
+    per_row = once * (ends + (0.0 if apart else more(m.context, fsdp > 1)))
     back = looks_back(d.kv_name)
     runs = []  # of the core
     for r, k in enumerate(row_sizes(m, d) if tied else ()):
@@ -168,7 +175,7 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     gathered = core if size < FLOAT32 or fsdp > 1 else 0.0
     table = FLOAT32 * count.embedding / tensor if fsdp > 1 else 0.0
     if fsdp > 1:
-        gathered += once * block if merged else min(once, 1 if tied else 2) * block
+        gathered += once * block if merged and not apart else min(once, 1 if tied else 2) * block
     # The core's gradient after the last recursion, or after one more, whose own is there before it is added, block by
     # block.
     unscattered = 1 if fsdp > 1 else FLOAT32 / size

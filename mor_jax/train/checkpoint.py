@@ -214,9 +214,13 @@ class Checkpointer:
         """Remove what is left of a failed save and say what happened in one sentence."""
         self._close_manager()
         if jax.process_index() == 0:
+            quiet = 0  # looks in a row that found nothing
             for _ in range(50):  # writers of other arrays may still be at it, for seconds on a busy machine
-                left = [p for p in self._directory.glob(f"{step}{_TMP}*") if _remove(p)]
-                if not left:
+                found = list(self._directory.glob(f"{step}{_TMP}*"))
+                for path in found:
+                    _remove(path)
+                quiet = 0 if found else quiet + 1
+                if quiet == 3:
                     break
                 time.sleep(0.2)
         steps = self.steps()
@@ -528,11 +532,10 @@ def _barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _remove(path: epath.Path) -> bool:
-    """Try to delete a directory; True if something is left."""
+def _remove(path: epath.Path) -> None:
+    """Try to delete a directory."""
     with contextlib.suppress(OSError):
         path.rmtree()
-    return path.exists()
 
 
 def _absolute(path: os.PathLike | str) -> epath.Path:

