@@ -39,8 +39,9 @@ def row(kind: str, axis: str, n: int) -> str:
     import jax
 
     from mor_jax.analysis import units
-    from mor_jax.analysis.collective_plan import MERGES_GATHERS, planned_collectives, total_bytes
+    from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
     from mor_jax.analysis.collectives import read_collectives
+    from mor_jax.analysis.memory import MERGES_GATHERS
     from mor_jax.train.aot import compile_step
 
     cfg = config(kind, axis, n)

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from mor_jax.analysis import units
-from mor_jax.analysis.collective_plan import MERGES_GATHERS, planned_collectives, total_bytes
-from mor_jax.analysis.memory import training_memory
+from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
+from mor_jax.analysis.memory import MERGES_GATHERS, training_memory
 from mor_jax.analysis.plan import parameter_bytes
 from mor_jax.config import Config, DepthConfig, MeshConfig, MeshShape, ModelConfig, TrainConfig, from_dict, mesh_shape
 from mor_jax.errors import ConfigError
