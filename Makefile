@@ -33,7 +33,7 @@ $(STAMP): setup.py $(wildcard constraints/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] >= (3, 11) else "Python 3.11 or newer is needed; try make PYTHON=python3.11")'
 	@test -f $(CONSTRAINTS) || { echo "No tested set of packages for this Python ($(CONSTRAINTS) is missing); try make PYTHON=python3.11"; exit 1; }
 	@echo "installing for $(PYTHON) into $(VENV), with the packages of $(CONSTRAINTS)"
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[dev]'
 	@touch $@

@@ -45,8 +45,9 @@ def _check(loaded: Loaded, path: str | os.PathLike[str], cfg: Config, tokenizer:
     old, new = dataclasses.asdict(loaded.lm.model), dataclasses.asdict(cfg.model)
     differ = [name for name in old if old[name] != new[name] and not _free(name)]
     wrong = [f"model.{name} {old[name]!r} there, {new[name]!r} here" for name in differ]
-    if loaded.config.depth.policy != cfg.depth.policy:
-        wrong.append(f"depth.policy {loaded.config.depth.policy!r} there, {cfg.depth.policy!r} here")
+    old_policy, new_policy = loaded.config.depth.policy, cfg.depth.policy
+    if old_policy != new_policy:
+        wrong.append(f"depth.policy {old_policy!r} there, {new_policy!r} here")
     shapes = jax.eval_shape(LM.from_config(cfg).init, jax.random.key(0))
     if not wrong and jax.tree.map(lambda x: x.shape, shapes) != jax.tree.map(lambda x: x.shape, loaded.params):
         wrong.append("the routers have other shapes")

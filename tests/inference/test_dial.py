@@ -295,9 +295,9 @@ def test_a_decided_router_is_dialled_token_by_token(mean):
 
 def test_a_cap_leaves_the_gate_to_the_depths_that_are_left():
     routers, h = decided(1.0)
-    depth = jnp.minimum(TOKEN.depths(routers, h), 2)
-    info = TokenInfo(jnp.ones(h.shape[:2], bool), jnp.zeros(h.shape[:2], jnp.int32), depth_BxT=depth)
-    tokens = TOKEN.begin(routers, h, info).tokens
+    info = TokenInfo(jnp.ones(h.shape[:2], bool), jnp.zeros(h.shape[:2], jnp.int32))
+    depth = jnp.minimum(TOKEN.depths(routers, h, info), 2)
+    tokens = TOKEN.begin(routers, h, info._replace(depth_BxT=depth)).tokens
     gate = TOKEN.recompute_gates(
         routers, tokens, jnp.full((4, R), jnp.nan), jnp.full((4,), 0), jnp.full((4,), 2)
     ).gate_BxT

@@ -47,20 +47,35 @@ def closure(names):
     return seen
 
 
+def without_extras(directory, base):
+    """The environment of a command that finds nothing but this set of distributions."""
+    extras = importlib.metadata.metadata("mor-jax").get_all("Provides-Extra")
+    optional = closure(set().union(*(required("mor-jax", extra) for extra in extras))) - base
+    modules = {
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if {o.lower().replace("_", "-") for o in owners} <= optional and not module.startswith("_")
+    }
+    assert {"starlette", "uvicorn", "s3fs", "gcsfs"} <= modules
+    (directory / "sitecustomize.py").write_text(SITE.format(names=modules))
+    return modules, environment(PYTHONPATH=f"{directory}:{ROOT}")
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """The environment of a command that finds nothing but what a plain installation brings."""
-    base = closure(required("mor-jax"))
-    extras = importlib.metadata.metadata("mor-jax").get_all("Provides-Extra")
-    optional = set().union(*(required("mor-jax", extra) for extra in extras)) - base
-    modules = {
-        module for module, owners in importlib.metadata.packages_distributions().items()
-        if {o.lower().replace("_", "-") for o in owners} <= optional and not module.startswith("_")
-    }  # fmt: skip
-    assert {"starlette", "uvicorn", "s3fs", "gcsfs", "pyarrow"} <= modules and not modules & {"jax", "mor_jax", "numpy"}
-    directory = tmp_path_factory.mktemp("bare")
-    (directory / "sitecustomize.py").write_text(SITE.format(names=modules))
-    return environment(PYTHONPATH=f"{directory}:{ROOT}")
+    """What `pip install "mor-jax[jax]"` brings."""
+    base = closure(required("mor-jax") | required("mor-jax", "jax"))
+    modules, env = without_extras(tmp_path_factory.mktemp("bare"), base)
+    assert not modules & {"jax", "flax", "mor_jax", "numpy"}
+    return env
+
+
+@pytest.fixture(scope="module")
+def runtime_only(tmp_path_factory):
+    """What `pip install mor-jax` brings: no JAX."""
+    modules, env = without_extras(tmp_path_factory.mktemp("runtime"), closure(required("mor-jax")))
+    assert {"jax", "flax"} <= modules and not modules & {"mor_jax", "numpy"}
+    return env
 
 
 def call(bare, *arguments):
@@ -93,17 +108,22 @@ def test_a_call_is_no_traceback(bare, name):
 
 
 @pytest.mark.parametrize("name", RLM, ids=lambda name: name or "rlm")
-def test_rlm_help_needs_no_extra(bare, name):
-    done = call(bare, "rlm_runtime", *filter(None, [name]), "--help")
+def test_rlm_help_needs_no_extra(runtime_only, name):
+    done = call(runtime_only, "rlm_runtime", *filter(None, [name]), "--help")
     clear(done)
     assert done.returncode == 0 and done.stdout.strip()
+
+
+def test_rlm_serve_names_its_extra(runtime_only):
+    done = call(runtime_only, "rlm_runtime", "serve")
+    assert done.returncode == 2
+    assert 'pip install ".[serve]"' in clear(done).strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "extra"),
     [
         (["launch.serve", "runs/none"], "serve"),
-        (["rlm_runtime", "serve"], "serve"),
         (["launch.train", "--config", "configs/quickstart.py", "--workdir", "gs://bucket/run"], "gcs"),
         (["launch.train", "--config", "configs/quickstart.py", "--workdir", "s3://bucket/run"], "s3"),
         (["launch.evaluate", "--checkpoint", "s3://bucket/run"], "s3"),

@@ -188,7 +188,7 @@ def test_a_step_takes_the_smallest_profile_that_holds_its_tokens():
     for name, want in {"all shallow": 0, "all deep": 3, "one token deep": 0, "shallow and deep in turn": 2}.items():
         _, params, batch = forced(EXTREMES[name])
         entered = jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"])
-        index, depth = jax.jit(lm.route)(params, entered, batch["segment_ids"])
+        index, depth = jax.jit(lm.route)(params, entered, batch["tokens"], batch["segment_ids"])
         need = [(np.asarray(depth) > r).sum(-1).max() for r in range(3)]
         assert int(index) == want
         assert all(size >= n for size, n in zip(profiles[want], need, strict=True))

@@ -245,7 +245,7 @@ def test_poisoned_weights_are_reported_and_kept(vanilla):
 )
 def test_each_kind_of_non_finite_number_stops_the_update(vanilla, monkeypatch, loss, gradient, goes_on):
     lm, _, _ = vanilla
-    params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2)}
+    params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2), "router": {}}
     aux = dict.fromkeys(
         ("loss", "lm_loss", "router_loss", "router_z_loss", "depth_sum", "tokens", "nll", "bytes"), jnp.float32(loss)
     )
