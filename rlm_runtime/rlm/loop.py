@@ -261,18 +261,21 @@ class Node:
         if self.is_root and not last:  # room for this turn's report and the last call's own words
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self._began = time.monotonic()
-        if self.turn == 0:
-            loop = asyncio.get_running_loop()
-            loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing)
-        return await self.tree.ask(
-            self.lm,
-            messages,
-            depth=self.depth,
-            meter=self.meter,
-            sampling=self.tree.options.root_sampling,
-            estimate=estimate,
-            last=last and self.is_root,
-        )
+        loop = asyncio.get_running_loop()
+        warm = loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing) if self.turn == 0 else None
+        try:
+            return await self.tree.ask(
+                self.lm,
+                messages,
+                depth=self.depth,
+                meter=self.meter,
+                sampling=self.tree.options.root_sampling,
+                estimate=estimate,
+                last=last and self.is_root,
+            )
+        finally:
+            if warm:  # a loop that is closing has no threads for it
+                warm.cancel()
 
     def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
         """Enter a reply into history and record."""

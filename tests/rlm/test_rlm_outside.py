@@ -176,7 +176,7 @@ def test_an_mcp_server_that_cannot_be(server, monkeypatch):
     with pytest.raises(UsageError, match="no-such-command"):
         MCPTools(["no-such-command", "--token", "secret-1"]).__enter__()
     monkeypatch.setitem(sys.modules, "mcp", None)
-    with pytest.raises(UsageError, match=r"mor-jax\[mcp\]"):
+    with pytest.raises(UsageError, match=r"\.\[mcp\]"):
         MCPTools(server)
 
 
