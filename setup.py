@@ -73,6 +73,7 @@ setup(
         "tpu-compile": [*JAX, "jax[tpu]>=0.10.2"],
         "serve": [
             "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
+            "prometheus-client>=0.21",  # /metrics
             "python-multipart>=0.0.12",
             "starlette>=0.40",
             "uvicorn>=0.30",
@@ -103,6 +104,7 @@ setup(
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
             "opentelemetry-sdk>=1.27",  # spans in memory
+            "prometheus-client>=0.21",
             "psutil>=5.9",  # tests that look for processes and descriptors left behind
             "pytest>=8.2",
             "pytest-xdist>=3.6",

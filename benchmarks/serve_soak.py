@@ -30,9 +30,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import record
+from benchmarks.serve_load import quantiles
 from benchmarks.serve_soak_clients import Clients
 from mor_jax.errors import UserError
-from rlm_runtime.serve.load import quantiles
 
 SMALLEST = 128
 GROWTH = 0.10  # share of its memory that a server may grow by, between the first quarter of the time and the end ...

@@ -52,7 +52,7 @@ _SECONDS = flags.DEFINE_float("request_seconds", 600.0, "Longest life of a reque
 
 def main(argv: list[str]) -> None:
     try:
-        from rlm_runtime.serve.access import host_names, read_keys
+        from rlm_runtime.serve.http.settings import host_names, read_keys
         from rlm_runtime.serve.model import ModelSettings
         from rlm_runtime.serve.model.host import run_server
     except ModuleNotFoundError as e:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rlm_runtime.serve.server import bind, serve
+from rlm_runtime.serve.http.server import bind, serve
 
 
 class Loopback:

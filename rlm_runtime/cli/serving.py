@@ -16,10 +16,10 @@ from rlm_runtime.errors import UsageError
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rlm_runtime.serve.access import is_loopback
-        from rlm_runtime.serve.app import create_app
-        from rlm_runtime.serve.engine import ServedModel
-        from rlm_runtime.serve.server import bind, serve
+        from rlm_runtime.serve.http.server import bind, serve
+        from rlm_runtime.serve.http.settings import is_loopback
+        from rlm_runtime.serve.rlm.app import create_app
+        from rlm_runtime.serve.rlm.served import ServedModel
     except ModuleNotFoundError as error:
         raise UsageError(
             f'rlm serve needs the package {error.name}: in a checkout of this project, pip install ".[serve]".'
@@ -77,8 +77,8 @@ def say(text: str) -> None:
 
 
 def _settings(args: argparse.Namespace, keys: tuple[str, ...]) -> Any:
-    from rlm_runtime.serve.access import host_names
-    from rlm_runtime.serve.settings import ServeSettings
+    from rlm_runtime.serve.http.settings import host_names
+    from rlm_runtime.serve.rlm.settings import ServeSettings
 
     return ServeSettings(
         api_keys=keys, allowed_hosts=host_names(args.host, args.allowed_host, keys), cors_origins=tuple(args.cors_origin), max_runs=args.max_runs,
@@ -90,7 +90,7 @@ def _settings(args: argparse.Namespace, keys: tuple[str, ...]) -> Any:
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:
-    from rlm_runtime.serve.access import read_keys
+    from rlm_runtime.serve.http.settings import read_keys
 
     keys = [k.strip() for k in os.environ.get("RLM_API_KEYS", "").split(",")]
     if args.api_key_file:

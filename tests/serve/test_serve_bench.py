@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
+from benchmarks.serve_load import Outcome, Plan, Workload, measure, open_loop, quantiles, summary
 from rlm_runtime.errors import UsageError
-from rlm_runtime.serve.load import Outcome, Plan, Workload, measure, open_loop, quantiles, summary
 
 
 def test_rounds_against_the_server(server):

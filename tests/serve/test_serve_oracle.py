@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 from mor_jax.model.lm import CAUSAL
 from serve.support import HELLO, greedy
@@ -89,13 +90,16 @@ def test_metrics_count_what_was_done(server):
         lambda: server.metrics.value("vllm:generation_tokens_total", model_name="small") == before + 5, "counted"
     )
     text = server.request("GET", "/metrics")[2].decode()
-    for name in (
-        'vllm:num_requests_running{model_name="small"} 0', 'vllm:num_requests_waiting{model_name="small"} 0',
-        'vllm:time_to_first_token_seconds_bucket{model_name="small",le="+Inf"}', "vllm:inter_token_latency_seconds_sum",
-        "vllm:e2e_request_latency_seconds_count", "vllm:request_queue_time_seconds_count",
-        'mor_jax:recursion_depth_bucket{model_name="small",le="3"}', "mor_jax:good_requests_total",
-        'vllm:request_success_total{finished_reason="length",model_name="small"}', "mor_jax:lane_occupancy",
+    there = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    small = {"model_name": "small"}
+    for name, labels, value in (
+        ("vllm:num_requests_running", small, 0), ("vllm:num_requests_waiting", small, 0),
+        ("vllm:time_to_first_token_seconds_bucket", {**small, "le": "+Inf"}, None),
+        ("vllm:inter_token_latency_seconds_sum", small, None), ("vllm:e2e_request_latency_seconds_count", small, None),
+        ("vllm:request_queue_time_seconds_count", small, None), ("mor_jax:lane_occupancy", small, None),
+        ("mor_jax:recursion_depth_bucket", {**small, "le": "3.0"}, None), ("mor_jax:good_requests_total", small, None),
+        ("vllm:request_success_total", {**small, "finished_reason": "length"}, None),
     ):  # fmt: skip
-        assert name in text, name
-    parsed = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-    assert all(float(value) >= 0 for _, value in parsed)
+        found = [s.value for s in there if s.name == name and s.labels == labels]
+        assert len(found) == 1 and found[0] == (found[0] if value is None else value), name
+    assert all(sample.value >= 0 for sample in there) and "_created" not in text

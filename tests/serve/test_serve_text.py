@@ -12,7 +12,7 @@ from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import DataError
 from mor_jax.inference.engine import request as engine_types
 from rlm_runtime.lms.checkpoint import chat_text
-from rlm_runtime.serve.errors import ApiError
+from rlm_runtime.serve.http.errors import ApiError
 from rlm_runtime.serve.model import ModelBackend, ModelSettings
 from rlm_runtime.serve.model.plan import chat_ids
 from rlm_runtime.serve.model.schemas import ModelMessage

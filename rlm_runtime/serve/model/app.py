@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TypeVar
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -14,19 +15,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rlm_runtime.serve.admission import Admission
-from rlm_runtime.serve.assemble import assemble, reply
-from rlm_runtime.serve.errors import ApiError, refuse
+from rlm_runtime.serve.http.admission import Admission
+from rlm_runtime.serve.http.app import assemble, reply
+from rlm_runtime.serve.http.endpoint import json_body
+from rlm_runtime.serve.http.errors import ApiError, refuse
+from rlm_runtime.serve.http.openapi import version
 from rlm_runtime.serve.model import schemas as s
 from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
-from rlm_runtime.serve.model.endpoint import LARGE, Endpoint, find, json_body, parsed
+from rlm_runtime.serve.model.endpoint import LARGE, ModelEndpoint, find, parsed
 from rlm_runtime.serve.model.metrics import ModelMetrics
 from rlm_runtime.serve.model.openapi import document
 from rlm_runtime.serve.model.plan import chat_ids
 from rlm_runtime.serve.model.sequence import Mailbox
 from rlm_runtime.serve.model.settings import ModelSettings
-from rlm_runtime.serve.model.shapes import ChatShape, CompletionShape, shown_all
-from rlm_runtime.serve.openapi import version
+from rlm_runtime.serve.model.shapes import ChatShape, CompletionShape, Shape, shown_all
+
+B = TypeVar("B", bound=BaseModel)
 
 
 def create_app(
@@ -61,20 +65,19 @@ def create_app(
         model = find(registry, asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise refuse("Give either prompt or messages.", "prompt")
-        long = sum(map(len, [asked.prompt or ""])) > LARGE or asked.messages is not None
+        long = len(asked.prompt or "") > LARGE or asked.messages is not None
 
         def encode() -> list[int]:
             if asked.messages is not None:
                 return chat_ids(asked.messages, model, settings, asked.add_generation_prompt, None)
-            if len(asked.prompt) > settings.max_prompt_chars:
+            prompt = asked.prompt or ""
+            if len(prompt) > settings.max_prompt_chars:
                 raise ApiError(413, f"prompt is longer than {settings.max_prompt_chars:,} characters.", param="prompt")
-            if asked.prompt in model.tokenizer.specials:
-                return [
-                    model.tokenizer.specials[asked.prompt]
-                ]  # how a client finds out the ids of the tokens it must place itself
+            if prompt in model.tokenizer.specials:  # how a client finds out the ids of tokens it must place itself
+                return [model.tokenizer.specials[prompt]]
             if asked.add_special_tokens is False:
-                return model.tokenizer.encode(asked.prompt)
-            return model.tokenizer.prompt(asked.prompt)
+                return model.tokenizer.encode(prompt)
+            return model.tokenizer.prompt(prompt)
 
         ids = await asyncio.to_thread(encode) if long else encode()
         words = shown_all(model.tokenizer, ids) if asked.return_token_strs else None
@@ -100,7 +103,7 @@ def create_app(
             )
         )  # fmt: skip
 
-    async def read(kind: type[BaseModel], request: Request) -> BaseModel:
+    async def read(kind: type[B], request: Request) -> B:
         registry.check()
         try:
             with admission.entrance():
@@ -128,11 +131,17 @@ def create_app(
             admission.cancel_all()
             await asyncio.to_thread(registry.close)
 
-    shapes = {"/v1/completions": CompletionShape(), "/v1/chat/completions": ChatShape()}
-    mailbox = lambda: app.state.mailbox
+    def endpoint_of(shape: Shape) -> ModelEndpoint:
+        return ModelEndpoint(shape, registry, settings, admission=admission, metrics=metrics, mailbox=mailbox)
+
+    shapes: dict[str, Shape] = {"/v1/completions": CompletionShape(), "/v1/chat/completions": ChatShape()}
+
+    def mailbox() -> Mailbox:
+        box: Mailbox = app.state.mailbox
+        return box
+
     routes = [
-        *(Route(path, Endpoint(shape, registry, settings, admission, metrics, mailbox), methods=["POST"])
-          for path, shape in shapes.items()),
+        *(Route(path, endpoint_of(shape), methods=["POST"]) for path, shape in shapes.items()),
         Route("/v1/models", list_models),
         Route("/v1/models/{model:path}", get_model),
         Route("/tokenize", tokenize, methods=["POST"]),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlm_runtime.serve.errors import ApiError
+from rlm_runtime.serve.http.errors import ApiError
 
 
 class Stream(Protocol):

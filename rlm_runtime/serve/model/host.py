@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from rlm_runtime.errors import UsageError
-from rlm_runtime.serve.access import is_loopback
+from rlm_runtime.serve.http.server import bind, serve
+from rlm_runtime.serve.http.settings import is_loopback
 from rlm_runtime.serve.model.app import create_app
 from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
 from rlm_runtime.serve.model.settings import ModelSettings
-from rlm_runtime.serve.server import bind, serve
 
 
 def run_server(

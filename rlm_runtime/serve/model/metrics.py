@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
-from rlm_runtime.serve.metrics import Metrics, labels_text
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from rlm_runtime.serve.http.metrics import Metrics
+from rlm_runtime.serve.model.backend import ModelBackend
 
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 DEPTHS = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -47,37 +49,39 @@ HELP = {
 class ModelMetrics(Metrics):
     """`models` gives what is served now, with `.name` and `.service.stats()`; it is read when the metrics are."""
 
-    def __init__(self, models: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, models: Callable[[], Iterable[ModelBackend]]) -> None:
         super().__init__()
         self._models = models
-        self.counter("mor_jax:http_requests_total", "HTTP requests answered, by route and status.")
-        self.counter("mor_jax:rejected_total", "Requests refused before they ran, by reason.")
+        self.counter("mor_jax:http_requests_total", "HTTP requests answered, by route and status.", "route", "status")
+        self.counter("mor_jax:rejected_total", "Requests refused before they ran, by reason.", "reason")
         self.counter("mor_jax:disconnects_total", "Requests cancelled because the client went away.")
-        self.counter("mor_jax:stuck_sequences_total", "Sequences the engine did not end when it was told to.")
-        self.counter("vllm:prompt_tokens_total", "Prompt tokens of ended sequences.")
-        self.counter("vllm:generation_tokens_total", "Drawn tokens of ended sequences.")
-        self.counter("vllm:request_success_total", "Sequences that ended as they should, by reason.")
-        self.counter("mor_jax:request_failure_total", "Sequences that were cancelled, late or given up, by reason.")
-        self.counter("mor_jax:good_requests_total", "Sequences within the goals of first token and token time.")
-        self.histogram("vllm:time_to_first_token_seconds", "From the request to its first token.", SHORT)
-        self.histogram(
-            "vllm:inter_token_latency_seconds", "Mean time between a sequence's tokens, once a token.", SHORT
-        )
-        self.histogram("vllm:e2e_request_latency_seconds", "From the request to the end of a sequence.", SHORT)
-        self.histogram("vllm:request_queue_time_seconds", "From submission to the first prefill.", SHORT)
-        self.histogram("mor_jax:recursion_depth", "Recursions of drawn tokens.", DEPTHS)
+        model, ended = "model_name", "finished_reason"
+        self.counter("mor_jax:stuck_sequences_total", "Sequences the engine did not end when it was told to.", model)
+        self.counter("vllm:prompt_tokens_total", "Prompt tokens of ended sequences.", model)
+        self.counter("vllm:generation_tokens_total", "Drawn tokens of ended sequences.", model)
+        self.counter("vllm:request_success_total", "Sequences that ended as they should, by reason.", model, ended)
+        text = "Sequences that were cancelled, late or given up, by reason."
+        self.counter("mor_jax:request_failure_total", text, model, ended)
+        self.counter("mor_jax:good_requests_total", "Sequences within the goals of first token and token time.", model)
+        for name, text in {
+            "time_to_first_token": "From the request to its first token.",
+            "inter_token_latency": "Mean time between a sequence's tokens, once a token.",
+            "e2e_request_latency": "From the request to the end of a sequence.",
+            "request_queue_time": "From submission to the first prefill.",
+        }.items():
+            self.histogram(f"vllm:{name}_seconds", text, model, bounds=SHORT)
+        self.histogram("mor_jax:recursion_depth", "Recursions of drawn tokens.", model, bounds=DEPTHS)
 
-    def text(self) -> str:
-        series: dict[str, list[str]] = {}
+    def collect(self) -> Iterator[Metric]:
+        yield from super().collect()
+        families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
         for model in self._models():
             for key, value in model.service.stats().items():
                 if key.startswith(OWN):
                     continue
                 name = ("vllm:" if key in SHARED else "mor_jax:") + key
-                series.setdefault(name, []).append(f"{name}{labels_text((('model_name', model.name),))} {value:.15g}")
-        lines = []
-        for name, rows in series.items():
-            kind = "counter" if name.endswith("_total") else "gauge"
-            key = name.partition(":")[2]
-            lines += [f"# HELP {name} {HELP.get(key, key.replace('_', ' '))}", f"# TYPE {name} {kind}", *rows]
-        return super().text() + "".join(line + "\n" for line in lines)
+                if name not in families:
+                    family = CounterMetricFamily if key.endswith("_total") else GaugeMetricFamily
+                    families[name] = family(name, HELP.get(key, key.replace("_", " ")), labels=["model_name"])
+                families[name].add_metric([model.name], value)
+        yield from families.values()

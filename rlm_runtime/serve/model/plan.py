@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlm_runtime.serve.errors import ApiError, refuse
-from rlm_runtime.serve.model.backend import ModelBackend
-from rlm_runtime.serve.model.schemas import ChatRequest, CompletionRequest, Drawn, ModelMessage
+from rlm_runtime.serve.http.errors import ApiError, refuse
+from rlm_runtime.serve.http.schemas import SchemaFormat, TextPart
+from rlm_runtime.serve.model.backend import Grammars, ModelBackend
+from rlm_runtime.serve.model.schemas import ChatRequest, CompletionRequest, Drawn, ImagePart, ModelMessage
 from rlm_runtime.serve.model.settings import ModelSettings
-from rlm_runtime.serve.schemas import SchemaFormat
 
 DEFAULT_MAX_TOKENS = 16  # of a completion, as OpenAI has it; a chat reply may fill the window
 SEEDS = 2**31
@@ -77,7 +77,7 @@ def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: Mod
         max_tokens=lambda ids: min(max(1, max_tokens), model.window - len(ids)), logprobs=logprobs, scored=scored,
     )  # fmt: skip
     return Plan(
-        model=model, sequences=sequences, n=n, best_of=best_of, stops=_stops(asked), logprobs=asked.logprobs,
+        model=model, sequences=sequences, n=n, best_of=best_of, stops=asked.stops, logprobs=asked.logprobs,
         echo=bool(asked.echo), scoring_only=scoring_only, prompts=prompts, **_ways(asked),
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def plan_chat(asked: ChatRequest, model: ModelBackend, settings: ModelSettings) 
         max_tokens=lambda ids: limit or model.window - len(ids), logprobs=logprobs, scored=False,
     )  # fmt: skip
     return Plan(
-        model=model, sequences=sequences, n=best_of, best_of=best_of, stops=(*_stops(asked), *template.stops),
+        model=model, sequences=sequences, n=best_of, best_of=best_of, stops=(*asked.stops, *template.stops),
         logprobs=logprobs, strip=template.plain, prompts=[ids], **_ways(asked),
     )  # fmt: skip
 
@@ -147,9 +147,9 @@ def _message(message: ModelMessage, index: int) -> dict[str, Any]:
     if not isinstance(content, str):
         texts = []
         for part in content:
-            if part.type in ("image_url", "input_image", "input_audio", "file"):
+            if isinstance(part, ImagePart):
                 raise refuse(f"This model reads text only, not {part.type}.", f"{where}.content", "unsupported_value")
-            texts.append(getattr(part, "text", None) or getattr(part, "refusal", ""))
+            texts.append(part.text if isinstance(part, TextPart) else part.refusal)
         content = "\n".join(texts)
     role = "system" if message.role == "developer" else message.role
     return {"role": role, "content": content, **({"name": message.name} if message.name else {})}
@@ -218,33 +218,28 @@ def _sequences(
 def _grammar(asked: Drawn, model: ModelBackend) -> Callable[[], Any] | None:
     """Makes the constraint of each sequence; None: unconstrained."""
     form = asked.response_format
-    given = {
-        "response_format": form if form is not None and form.type != "text" else None, "guided_json": asked.guided_json,
-        "guided_regex": asked.guided_regex, "guided_choice": asked.guided_choice,
-    }  # fmt: skip
-    names = [name for name, value in given.items() if value is not None]
-    if not names:
+    wanted: dict[str, Callable[[Grammars], Any]] = {}
+    if form is not None and form.type != "text":
+        schema = form.json_schema.schema_ if isinstance(form, SchemaFormat) else None
+        wanted["response_format"] = lambda g: g.json_object() if schema is None else g.json_schema(schema)
+    if (guide := asked.guided_json) is not None:
+        wanted["guided_json"] = lambda g: g.json_schema(guide)
+    if (pattern := asked.guided_regex) is not None:
+        wanted["guided_regex"] = lambda g: g.regex(pattern)
+    if (options := asked.guided_choice) is not None:
+        wanted["guided_choice"] = lambda g: g.choice(options)
+    if not wanted:
         return None
-    if len(names) > 1:
-        raise refuse(f"Only one constraint can be given, got {' and '.join(names)}.", names[1])
-    name, grammars = names[0], model.grammars
+    name, *more = wanted
+    if more:
+        raise refuse(f"Only one constraint can be given, got {' and '.join(wanted)}.", more[0])
+    grammars, make = model.grammars, wanted[name]
     if grammars is None:
         raise refuse(model.no_grammars, name, "unsupported_parameter")
-    if name == "guided_json":
-        make = lambda: grammars.json_schema(asked.guided_json)
-    elif name == "guided_regex":
-        make = lambda: grammars.regex(asked.guided_regex)
-    elif name == "guided_choice":
-        make = lambda: grammars.choice(asked.guided_choice)
-    elif isinstance(form, SchemaFormat) and form.json_schema.schema_ is not None:
-        schema = form.json_schema.schema_
-        make = lambda: grammars.json_schema(schema)
-    else:
-        make = grammars.json_object
 
     def guarded() -> Any:
         try:
-            return make()
+            return make(grammars)
         except model.engine_types.UserError as error:
             raise refuse(str(error)[:2_000], name, "invalid_schema") from error
 
@@ -255,27 +250,15 @@ def _grammar(asked: Drawn, model: ModelBackend) -> Callable[[], Any] | None:
 
 
 def _check_chat(asked: ChatRequest) -> None:
-    for name in ("tools", "functions"):
-        if getattr(asked, name):
-            raise refuse(f"{name} are not supported: this model calls no tools.", name, "unsupported_parameter")
-    for name in ("tool_choice", "function_call"):
-        if getattr(asked, name) not in (None, "none", "auto"):
-            raise refuse(f"{name} must be none or auto: this model calls no tools.", name, "unsupported_value")
-    if asked.audio is not None or any(m != "text" for m in asked.modalities or ()):
-        raise refuse("Only text comes out of this model.", "modalities", "unsupported_value")
+    asked.check_text_only("are not supported: this model calls no tools.", "this model calls no tools.")
     if asked.top_logprobs is not None and not asked.logprobs:
         raise refuse("top_logprobs needs logprobs: true.", "top_logprobs")
 
 
 def _ways(asked: Drawn) -> dict[str, Any]:
-    if asked.stream_options is not None and not asked.stream:
-        raise refuse("stream_options needs stream: true.", "stream_options")
-    usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return {"stream": bool(asked.stream), "usage_wanted": usage, "depths_wanted": bool(asked.return_depths)}
-
-
-def _stops(asked: Drawn) -> tuple[str, ...]:
-    return (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+    asked.check_stream()
+    return {"stream": bool(asked.stream), "usage_wanted": asked.usage_wanted,
+            "depths_wanted": bool(asked.return_depths)}  # fmt: skip
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -6,9 +6,8 @@ import asyncio
 import functools
 import math
 import time
-from typing import Any
 
-from rlm_runtime.serve.errors import ApiError, refuse
+from rlm_runtime.serve.http.errors import ApiError, refuse
 from rlm_runtime.serve.model.metrics import ModelMetrics
 from rlm_runtime.serve.model.plan import Plan
 from rlm_runtime.serve.model.schemas import CachedTokens, ChoiceNotes, ModelUsage, RunNotes
@@ -63,8 +62,12 @@ class Run:
         return all(s.finish is not None for s in self.sequences)
 
     async def wait(self) -> None:
-        while not self.done:
+        """Until all sequences have ended. Raises ApiError as soon as the engine has given one up."""
+        while True:
             self.changed.clear()
+            self.check()
+            if self.done:
+                return
             await self.changed.wait()
 
     def cancel(self) -> None:
@@ -156,12 +159,3 @@ class Run:
             metrics.observe("vllm:inter_token_latency_seconds", itl, gaps, model_name=name)
         if good and ttft <= self._settings.goal_ttft_seconds and itl <= self._settings.goal_itl_seconds:
             metrics.add("mor_jax:good_requests_total", model_name=name)
-
-
-def error_of(run: Run) -> Any:
-    """The ApiError of a run whose engine gave up, or None."""
-    try:
-        run.check()
-    except ApiError as error:
-        return error
-    return None

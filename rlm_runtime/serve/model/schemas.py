@@ -10,46 +10,36 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from rlm_runtime.serve.schemas import (
+from rlm_runtime.serve.http.schemas import (
+    NOTHING,
+    ChatFields,
+    GenerationRequest,
     ModelOut,
     Name,
     Out,
     RefusalPart,
-    ResponseFormat,
-    StreamOptions,
     TextPart,
     Wire,
 )
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopText = Annotated[str, Field(min_length=1, max_length=1_000)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, max_length=1_000_000)]
-NOTHING: dict[str, Any] = {"type": ["array", "null"], "maxItems": 0}
-NO_TOOL: dict[str, Any] = {"enum": ["none", "auto", None]}
 
 
 # ---- requests
 
 
-class Drawn(Wire):
+class Drawn(GenerationRequest):
     """How tokens are drawn, and when they end: the fields both endpoints share."""
 
-    model: Name
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
         Field(max_length=300),
     ] | None = None  # fmt: skip
-    response_format: ResponseFormat | None = None
-    user: str | None = None
 
     # As other model servers have them.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0 and -1: off
@@ -109,7 +99,7 @@ Messages = Annotated[list[ModelMessage], Field(min_length=1, max_length=100_000)
 TemplateOptions = Annotated[dict[str, Any], Field(max_length=64)]
 
 
-class ChatRequest(Drawn):
+class ChatRequest(Drawn, ChatFields):
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -117,14 +107,6 @@ class ChatRequest(Drawn):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     add_generation_prompt: bool | None = None  # begin the model's turn; default yes
-    metadata: dict[str, str] | None = None
-    # One message, as text: these are read only to refuse, by name, what they would ask for.
-    tools: Annotated[list[Any] | None, WithJsonSchema(NOTHING)] = None
-    tool_choice: Annotated[Any, WithJsonSchema(NO_TOOL)] = None
-    functions: Annotated[list[Any] | None, WithJsonSchema(NOTHING)] = None
-    function_call: Annotated[Any, WithJsonSchema(NO_TOOL)] = None
-    modalities: Annotated[list[str] | None, WithJsonSchema({"enum": [["text"], None]})] = None
-    audio: Annotated[Any, WithJsonSchema({"type": "null"})] = None
 
 
 class TokenizeRequest(Wire):

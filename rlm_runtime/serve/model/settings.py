@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from rlm_runtime.serve.settings import ServeSettings
+from rlm_runtime.serve.http.settings import HttpSettings
 
 
-class ModelSettings(ServeSettings):
+class ModelSettings(HttpSettings):
     """Seconds unless the name says otherwise. How many sequences may wait is the engine's own bound."""
 
     max_runs: int = Field(256, ge=1)  # requests inside at once; each may have many sequences

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlm_runtime.serve.model.backend import ModelBackend, Tokenizer
 from rlm_runtime.serve.model.plan import Plan, plan_chat, plan_completion
@@ -20,6 +20,7 @@ from rlm_runtime.serve.model.schemas import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    Drawn,
     TopLogprob,
 )
 from rlm_runtime.serve.model.sequence import Scored, Sequence
@@ -32,13 +33,13 @@ class Shape(Protocol):
     """What differs between the two endpoints."""
 
     name: str  # of the endpoint
-    request: type[Any]
+    request: type[Drawn]
     prefix: str  # of ids
     chunk_object: str
 
     def plan(self, asked: Any, model: ModelBackend, settings: ModelSettings) -> Plan: ...
 
-    def whole(self, run: Run, identity: str) -> Any: ...
+    def whole(self, run: Run, identity: str) -> Completion | ChatReply: ...
 
     def opening(self, index: int) -> dict[str, Any] | None: ...
 
@@ -47,12 +48,12 @@ class Shape(Protocol):
     def closing(self, run: Run, index: int, sequence: Sequence) -> dict[str, Any]: ...
 
 
-def finish_reason(sequence: Sequence) -> str:
+def finish_reason(sequence: Sequence) -> Literal["stop", "length"]:
     """OpenAI's clients know only these two; `mor.ended` says it exactly."""
     return "stop" if sequence.ended == "stop" else "length"
 
 
-class CompletionShape:
+class CompletionShape(Shape):
     name, request, prefix, chunk_object = "completions", CompletionRequest, "cmpl-", "text_completion"
 
     def plan(self, asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> Plan:
@@ -101,7 +102,7 @@ class CompletionShape:
         )  # fmt: skip
 
 
-class ChatShape:
+class ChatShape(Shape):
     name, request, prefix, chunk_object = "chat_completions", ChatRequest, "chatcmpl-", "chat.completion.chunk"
 
     def plan(self, asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> Plan:

@@ -7,9 +7,10 @@ import json
 import pytest
 
 from rlm_runtime.errors import ContextError
-from rlm_runtime.serve.conversation import build, safe_name
-from rlm_runtime.serve.errors import ApiError
-from rlm_runtime.serve.schemas import ChatRequest
+from rlm_runtime.serve.http.errors import ApiError
+from rlm_runtime.serve.http.files import safe_name
+from rlm_runtime.serve.rlm.conversation import build
+from rlm_runtime.serve.rlm.schemas import ChatRequest
 
 LIMIT = 200
 LONG = "begin " + "filler " * 100 + "end?"

@@ -7,8 +7,8 @@ import openai
 import pytest
 
 from rlm.serve.support import Scripted, running
-from rlm_runtime.serve.errors import ApiError
-from rlm_runtime.serve.files import FileStore
+from rlm_runtime.serve.http.errors import ApiError
+from rlm_runtime.serve.http.files import FileStore
 
 
 def client(server, key="none"):

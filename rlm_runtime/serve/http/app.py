@@ -14,16 +14,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from rlm_runtime.serve.admission import Admission
-from rlm_runtime.serve.errors import ApiError, on_api_error, on_crash, on_http_error
-from rlm_runtime.serve.metrics import Metrics
-from rlm_runtime.serve.middleware import RequestMiddleware
-from rlm_runtime.serve.schemas import Status
-from rlm_runtime.serve.settings import ServeSettings
+from rlm_runtime.serve.http.admission import Admission
+from rlm_runtime.serve.http.errors import ApiError, on_api_error, on_crash, on_http_error
+from rlm_runtime.serve.http.metrics import Metrics
+from rlm_runtime.serve.http.middleware import RequestMiddleware
+from rlm_runtime.serve.http.schemas import Status
+from rlm_runtime.serve.http.settings import HttpSettings
 
 
 def assemble(
-    routes: Sequence[Route], *, settings: ServeSettings, admission: Admission, metrics: Metrics, requests_total: str,
+    routes: Sequence[Route], *, settings: HttpSettings, admission: Admission, metrics: Metrics, requests_total: str,
     document: Callable[[], dict[str, Any]], lifespan: Callable[[Starlette], Any], check: Callable[[], None] = lambda: None,
     methods: Sequence[str] = ("GET", "POST"), exposed: Sequence[str] = ("X-Request-Id", "Retry-After"),
 ) -> Starlette:  # fmt: skip
@@ -52,8 +52,10 @@ def assemble(
     async def openapi(request: Request) -> Response:
         return JSONResponse(document())
 
+    def count(route: str, status: int) -> None:
+        metrics.add(requests_total, route=route, status=str(status))
+
     common = {"/health": health, "/ready": ready, "/metrics": show_metrics, "/openapi.json": openapi}
-    count = lambda route, status: metrics.add(requests_total, route=route, status=str(status))
     middleware = [Middleware(RequestMiddleware, settings=settings, count=count)]
     if settings.cors_origins:
         cors = Middleware(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -15,9 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rlm_runtime.serve.conversation import safe_name
-from rlm_runtime.serve.errors import ApiError, refuse
-from rlm_runtime.serve.schemas import FileOut
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from rlm_runtime.serve.http.admission import Admission
+from rlm_runtime.serve.http.app import reply
+from rlm_runtime.serve.http.errors import ApiError, refuse, stopping
+from rlm_runtime.serve.http.schemas import FileDeleted, FileList, FileOut
 
 CHUNK = 1 << 20
 ID = re.compile(r"file-[0-9a-f]{32}")
@@ -160,6 +167,81 @@ class FileStore:
             shutil.rmtree(home, ignore_errors=True)
             return
         self._files[stored.id] = stored
+
+
+def file_routes(files: FileStore, admission: Admission) -> list[Route]:
+    """Routes to upload, list, read and delete files."""
+
+    def owner_of(request: Request) -> str:
+        return str(request.scope.get("rlm.owner", ""))
+
+    async def upload_file(request: Request) -> Response:
+        if admission.draining:
+            raise stopping(close=True)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "multipart/form-data":
+            raise ApiError(415, "A file is uploaded as multipart/form-data.", code="unsupported_media_type", close=True)
+        owner = owner_of(request)
+        declared = request.headers.get("content-length", "")
+        files.check(owner, int(declared) if declared.isdigit() else None)
+        async with request.form(max_files=1, max_fields=16) as form:
+            upload = form.get("file")
+            if upload is None or isinstance(upload, str):
+                raise refuse("The form has no file in its field `file`.", "file", "missing_required_parameter")
+            purpose = form.get("purpose", "user_data")
+            if not isinstance(purpose, str) or not re.fullmatch(r"[\w.\-]{1,64}", purpose):
+                raise refuse("purpose must be a short word such as user_data.", "purpose")
+            seconds = expiry(_text(form, "expires_after[anchor]"), _text(form, "expires_after[seconds]"))
+            stored = await asyncio.to_thread(
+                files.add,
+                upload.file,
+                name=upload.filename or "file.txt",
+                purpose=purpose,
+                owner=owner,
+                seconds=seconds,
+            )
+        return reply(stored.out())
+
+    async def list_files(request: Request) -> Response:
+        data = [f.out() for f in files.list(owner_of(request))]
+        return reply(FileList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None))
+
+    async def get_file(request: Request) -> Response:
+        return reply(files.get(request.path_params["file_id"], owner_of(request)).out())
+
+    async def delete_file(request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        await asyncio.to_thread(files.delete, file_id, owner_of(request))
+        return reply(FileDeleted(id=file_id))
+
+    async def get_file_content(request: Request) -> Response:
+        stored = files.get(request.path_params["file_id"], owner_of(request))
+        headers = {
+            "Content-Length": str(stored.bytes),
+            "Content-Disposition": f'attachment; filename="{stored.path.name}"',
+        }
+        # Never as a type a browser would show: it is somebody's upload.
+        return StreamingResponse(pieces(stored.path), media_type="application/octet-stream", headers=headers)
+
+    return [
+        Route("/v1/files", list_files),
+        Route("/v1/files", upload_file, methods=["POST"]),
+        Route("/v1/files/{file_id}", get_file),
+        Route("/v1/files/{file_id}", delete_file, methods=["DELETE"]),
+        Route("/v1/files/{file_id}/content", get_file_content),
+    ]
+
+
+def _text(form: FormData, name: str) -> str | None:
+    value = form.get(name)
+    return value if isinstance(value, str) else None
+
+
+def safe_name(name: str) -> str:
+    """The last component of a client's file name, in characters that mean nothing to a shell or a terminal."""
+    name = re.sub(r"[^\w.\-]+", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).lstrip(".")
+    stem, dot, ending = name.rpartition(".")
+    return (f"{stem[:80]}{dot}{ending[:16]}" if stem else name[:96]).strip("_") or "file.txt"
 
 
 def pieces(path: Path) -> Iterator[bytes]:

@@ -5,19 +5,35 @@ from __future__ import annotations
 import logging
 import re
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from rlm_runtime.errors import BudgetExceeded, Cancelled, ContextError, LMError, RlmError, SandboxError, UsageError
-from rlm_runtime.serve.schemas import ErrorBody, ErrorDetail
 
 log = logging.getLogger("rlm_runtime.serve")
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ErrorDetail(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    error: ErrorDetail
 
 
 class ApiError(Exception):
@@ -33,7 +49,7 @@ class ApiError(Exception):
         if close:  # the rest of the body will not be read
             self.headers["Connection"] = "close"
 
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
@@ -44,6 +60,16 @@ class ApiError(Exception):
 
 def refuse(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=param, code=code)
+
+
+def stopping(*, close: bool = False) -> ApiError:
+    return ApiError(503, "The server is stopping.", code="draining", headers={"Retry-After": "5"}, close=close)
+
+
+def no_such_model(name: str, models: Iterable[str]) -> ApiError:
+    there = ", ".join(sorted(models)[:20])
+    text = f"The model {name[:100]!r} does not exist here. There are: {there}."
+    return ApiError(404, text, param="model", code="model_not_found")
 
 
 def from_validation(error: ValidationError) -> ApiError:

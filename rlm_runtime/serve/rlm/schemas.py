@@ -1,43 +1,30 @@
-"""What goes over the wire: OpenAI's chat completion, file and model objects, and our extensions under the key `rlm`.
-
-The OpenAPI document is made from these models, and requests are checked by them, so the two cannot drift apart.
-"""
+"""What goes over the wire of an RLM server: OpenAI's chat completion, and our extensions under the key `rlm`."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import ConfigDict, Field, WithJsonSchema
 
-Name = Annotated[str, Field(max_length=256)]
+from rlm_runtime.serve.http.errors import refuse
+from rlm_runtime.serve.http.schemas import (
+    ChatFields,
+    FileId,
+    GenerationRequest,
+    ModelOut,
+    Name,
+    Out,
+    RefusalPart,
+    SchemaFormat,
+    TextPart,
+    Wire,
+)
+
 Count = Annotated[int, Field(ge=0, le=2**53)]
-FileId = Annotated[str, Field(pattern=r"^file-[0-9a-f]{32}$")]
 Progress = Literal["field", "reasoning", "comment", "none"]
 
 
-class Wire(BaseModel):
-    """A request object. Fields we do not know are allowed, and reported as ignored."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-
-
-class Out(BaseModel):
-    """A response object."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 # ---- requests
-
-
-class TextPart(Wire):
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class RefusalPart(Wire):
-    type: Literal["refusal"]
-    refusal: str
 
 
 class FileRef(Wire):
@@ -85,29 +72,6 @@ class ChatMessage(Wire):
     tool_call_id: Name | None = None
 
 
-class JsonSchema(Wire):
-    name: Name
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class PlainFormat(Wire):
-    type: Literal["text", "json_object"]
-
-
-class SchemaFormat(Wire):
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
-
-
-ResponseFormat = Annotated[PlainFormat | SchemaFormat, Field(discriminator="type")]
-
-
-class StreamOptions(Wire):
-    include_usage: bool | None = None
-
-
 class BudgetOptions(Wire):
     """Limits of this run, over the whole tree of calls. Each is cut to the server's own limit."""
 
@@ -136,7 +100,6 @@ class RlmOptions(Wire):
 
 
 # What types alone do not say, for the OpenAPI document.
-NOTHING: dict[str, Any] = {"type": ["array", "null"], "maxItems": 0}
 TEXT = {"type": "string", "pattern": "\\S"}
 QUESTION: dict[str, Any] = {
     "description": "One message at least is a user's; the last text of the last one is the question.",
@@ -144,38 +107,51 @@ QUESTION: dict[str, Any] = {
 }
 
 
-class ChatRequest(Wire):
-    model: Name
+UNUSED = ("logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "logit_bias", "tools", "tool_choice",
+          "functions", "function_call", "modalities", "audio")  # fmt: skip
+
+
+class ChatRequest(GenerationRequest, ChatFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=100_000, json_schema_extra=QUESTION)]
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1_000)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1_000)]], Field(max_length=4)]
-        | None
-    ) = None
-    response_format: ResponseFormat | None = None
     rlm: RlmOptions | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    # One answer, as text: these are read only to refuse, by name, what they would ask for.
+    # One answer: these are read only to refuse, by name, what they would ask for.
     n: Annotated[int | None, WithJsonSchema({"enum": [1, None]})] = None
     logprobs: Annotated[bool | None, WithJsonSchema({"enum": [False, None]})] = None
     top_logprobs: Annotated[int | None, WithJsonSchema({"enum": [0, None]})] = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    tools: Annotated[list[Any] | None, WithJsonSchema(NOTHING)] = None
-    tool_choice: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
-    functions: Annotated[list[Any] | None, WithJsonSchema(NOTHING)] = None
-    function_call: Annotated[Any, WithJsonSchema({"enum": ["none", "auto", None]})] = None
-    modalities: Annotated[list[str] | None, WithJsonSchema({"enum": [["text"], None]})] = None
-    audio: Annotated[Any, WithJsonSchema({"type": "null"})] = None
+
+    def check(self) -> None:
+        """Raises ApiError for fields that would have no effect."""
+        if self.n not in (None, 1):
+            raise refuse("n must be 1: a run gives one answer.", "n", "unsupported_value")
+        tools = "cannot be given in a request; the tools of an RLM are set where the server is started."
+        self.check_text_only(tools, "there are no tools.")
+        if self.logprobs or self.top_logprobs:
+            text = "logprobs are not available: the answer comes out of a program."
+            raise refuse(text, "logprobs", "unsupported_parameter")
+        self.check_stream()
+        if self.metadata is not None and (
+            len(self.metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in self.metadata.items())
+        ):
+            raise refuse("metadata takes 16 pairs, keys to 64 and values to 512 characters.", "metadata")
+
+    def ignored(self) -> list[str]:
+        """Fields that were given and had no effect."""
+        silent = [name for name in UNUSED if getattr(self, name) not in (None, [], {})]
+        unknown = [name for name, value in (self.model_extra or {}).items() if value is not None]
+        return sorted(name[:64] for name in [*silent, *unknown])[:50]
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema the answer must meet; None: any text."""
+        form = self.response_format
+        if isinstance(form, SchemaFormat):
+            return form.json_schema.schema_ or {"type": "object"}
+        return {"type": "object"} if form is not None and form.type == "json_object" else None
 
 
 # ---- responses
@@ -251,53 +227,6 @@ class ChatCompletion(Out):
     rlm: RunReport
 
 
-class ModelOut(Out):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "rlm_runtime"
-
-
 class ModelList(Out):
     object: Literal["list"] = "list"
     data: list[ModelOut]
-
-
-class FileOut(Out):
-    id: FileId
-    object: Literal["file"] = "file"
-    bytes: int
-    created_at: int
-    expires_at: int | None
-    filename: str
-    purpose: str
-    status: Literal["processed"] = "processed"
-
-
-class FileList(Out):
-    object: Literal["list"] = "list"
-    data: list[FileOut]
-    has_more: bool = False
-    first_id: str | None = None
-    last_id: str | None = None
-
-
-class FileDeleted(Out):
-    id: FileId
-    object: Literal["file"] = "file"
-    deleted: bool = True
-
-
-class ErrorDetail(Out):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(Out):
-    error: ErrorDetail
-
-
-class Status(Out):
-    status: str

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Literal
 
 from rlm_runtime.budget import Budget
 from rlm_runtime.lms.base import Usage
-from rlm_runtime.serve.asked import ignored, schema_of
-from rlm_runtime.serve.schemas import (
+from rlm_runtime.rlm.results import RLMResult
+from rlm_runtime.serve.rlm.schemas import (
     ChatRequest,
     CompletionDetails,
     DepthUsage,
@@ -17,22 +17,22 @@ from rlm_runtime.serve.schemas import (
     UsageOut,
 )
 
+Finish = Literal["stop", "length"]
 CHARS_A_TOKEN = 4  # for `max_tokens`, which bounds the text of the answer
 
 
-def answer_text(request: ChatRequest, result: Any) -> tuple[str, str]:
+def answer_text(request: ChatRequest, result: RLMResult) -> tuple[str, Finish]:
     """The answer as text, and why it ends there."""
-    answer, structured = result.answer, schema_of(request) is not None
+    answer, structured = result.answer, request.answer_schema() is not None
     if hasattr(answer, "model_dump"):
         answer = answer.model_dump(mode="json")
     plain = isinstance(answer, str) and (not structured or result.partial)
     text = answer if plain else "" if answer is None else json.dumps(answer, ensure_ascii=False)
     text = text.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be sent
-    finish = "length" if result.partial else "stop"
+    finish: Finish = "length" if result.partial else "stop"
     if structured:
         return text, finish
-    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    places = [text.find(s) for s in stops if s in text]
+    places = [text.find(s) for s in request.stops if s in text]
     if places:
         text, finish = text[: min(places)], "stop"
     if request.max_tokens is not None and len(text) > request.max_tokens * CHARS_A_TOKEN:
@@ -40,7 +40,7 @@ def answer_text(request: ChatRequest, result: Any) -> tuple[str, str]:
     return text, finish
 
 
-def usage_out(result: Any, text: str) -> UsageOut:
+def usage_out(result: RLMResult, text: str) -> UsageOut:
     usage = result.usage
     hidden = max(0, usage.output_tokens - (len(text) // CHARS_A_TOKEN + 1))
     return UsageOut(
@@ -51,13 +51,13 @@ def usage_out(result: Any, text: str) -> UsageOut:
     )  # fmt: skip
 
 
-def report(request: ChatRequest, budget: Budget, depth: int, result: Any, run: str | None) -> RunReport:
+def report(request: ChatRequest, budget: Budget, depth: int, result: RLMResult, run: str) -> RunReport:
     limits = {k: v for k, v in budget.model_dump().items() if v is not None}
     return RunReport(
-        run=run or "", stop_reason=result.stop_reason, partial=result.partial, turns=result.turns,
+        run=run, stop_reason=result.stop_reason, partial=result.partial, turns=result.turns,
         sub_calls=result.sub_calls, calls=result.usage.calls, cost_usd=result.cost_usd, seconds=round(result.seconds, 3),
         usage_by_depth={str(d): depth_usage(u) for d, u in result.usage_by_depth.items()},
-        budget={**limits, "max_depth": depth}, ignored=ignored(request),
+        budget={**limits, "max_depth": depth}, ignored=request.ignored(),
     )  # fmt: skip
 
 

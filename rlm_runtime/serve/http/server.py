@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlm_runtime.errors import UsageError
-from rlm_runtime.serve.settings import ServeSettings
+from rlm_runtime.serve.http.settings import HttpSettings
 
 
 class _Server(uvicorn.Server):
@@ -26,7 +26,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def protocol(settings: ServeSettings) -> type[H11Protocol]:
+def protocol(settings: HttpSettings) -> type[H11Protocol]:
     """uvicorn's HTTP/1.1 with two bounds it lacks: the time a head may take, and the number of connections."""
 
     class Bounded(H11Protocol):
@@ -92,7 +92,7 @@ async def serve(
     A list given as `stops` gets the function that stops the server, for any thread to call; in a thread, where signals
     do not arrive, it is the only way.
     """
-    settings: ServeSettings = app.state.settings
+    settings: HttpSettings = app.state.settings
     admission = app.state.admission
     config = uvicorn.Config(
         app, http=protocol(settings), ws="none", log_config=None, access_log=False, lifespan="on", server_header=False,
@@ -100,7 +100,7 @@ async def serve(
     )  # fmt: skip
     server = _Server(config)
     loop = asyncio.get_running_loop()
-    stopping: list[asyncio.Task] = []
+    stopping: list[asyncio.Task[None]] = []
 
     def stop(name: str) -> None:
         if stopping:
@@ -109,6 +109,9 @@ async def serve(
             return
         say(f"{name}: stopping; {admission.running} running, at most {settings.drain_seconds:g} s more")
         stopping.append(loop.create_task(drain()))
+
+    def stop_soon(name: str) -> None:
+        loop.call_soon_threadsafe(stop, name)
 
     async def drain() -> None:
         try:
@@ -122,7 +125,7 @@ async def serve(
     for number in signals:
         loop.add_signal_handler(number, stop, number.name)
     if stops is not None:
-        stops.append(lambda name: loop.call_soon_threadsafe(stop, name))
+        stops.append(stop_soon)
     try:
         running = loop.create_task(server.serve(sockets=[listener]))
         while not server.started and not running.done():

@@ -1,4 +1,12 @@
-"""A load generator for any OpenAI-compatible server: streamed completions at a fixed concurrency or a Poisson rate.
+"""Load on a server that speaks OpenAI's completions: how fast, how soon, how many good.
+
+    python -m launch.serve runs/mor --lanes 16 &
+    python -m benchmarks.serve_load --model mor --requests 200 --concurrency 32 --out load.json
+    python -m benchmarks.serve_load --model mor --prefix 512 --prompt 32 --output 16 --concurrency 32
+    python -m benchmarks.serve_load --url http://127.0.0.1:9000/v1 --model other --rate 4
+
+First a closed loop (so many clients, each with one request under way), then Poisson arrivals at shares of the rate it
+reached; with --rate only arrivals at that rate. Lengths are in words; with --vocab in tokens, sent as ids.
 
 Times are taken at the client. The first token's is that of the first chunk that carries text: a token that is only a
 part of a character shows with the next one.
@@ -6,18 +14,22 @@ part of a character shows with the next one.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from rlm_runtime.errors import UsageError
+from rlm_runtime.serve.http.settings import read_keys
 
 WORDS = ["the", "model", "reads", "a", "long", "text", "and", "says", "what", "it", "found", "there", "before", "anyone", "asks", "how", "deep", "it", "had", "to", "think", "about", "each", "word", "while", "some", "tokens", "stop", "early", "others", "go", "on", "for", "all", "steps", "of", "one", "shared", "core"]  # fmt: skip
 
@@ -237,3 +249,60 @@ def line(found: dict[str, Any]) -> str:
         f"{found['requests_per_second']:.2f} req/s, good {found['goodput_requests_per_second']:.2f} req/s; first token "
         f"p50 {ttft.get('p50')} p99 {ttft.get('p99')} ms; per token p50 {gap.get('p50')} p99 {gap.get('p99')} ms"
     )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.serve_load", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000/v1", help="the server, up to /v1")
+    add("--model", required=True, help="name of the model there")
+    add("--api_key_file", help="a file whose first line is the API key")
+    add("--requests", type=positive, default=64, help="requests of each round")
+    add("--concurrency", type=positive, default=8, help="clients of the closed loop")
+    add("--loads", default="0.5,0.8,0.95", help="shares of the closed loop's rate; empty: none")
+    add("--rate", type=float, default=0.0, help="requests a second, instead of the closed loop and its shares")
+    add("--prompt", type=int, default=64, help="words of a prompt that are its own")
+    add("--prefix", type=int, default=0, help="words that all prompts begin with")
+    add("--output", type=positive, default=64, help="tokens to generate")
+    add("--vocab", type=int, default=0, help="send random token ids below this instead of words")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--seed", type=int, default=0, help="of prompts and arrivals")
+    add("--goal_ttft", type=float, default=1.0, help="a good request has its first token within so many seconds ...")
+    add("--goal_token", type=float, default=0.1, help="... and then one in so many, on average")
+    add("--timeout", type=float, default=600.0, help="seconds a request may take")
+    add("--out", type=Path, help="where the figures go, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        workload = Workload(
+            args.model, prompt=args.prompt, prefix=args.prefix, output=args.output, vocab=args.vocab,
+            temperature=args.temperature, seed=args.seed,
+        )  # fmt: skip
+        plan = Plan(
+            args.url, workload, requests=args.requests, concurrency=args.concurrency,
+            loads=tuple(float(x) for x in args.loads.split(",") if x), rate=args.rate, goal_ttft=args.goal_ttft,
+            goal_gap=args.goal_token, timeout=args.timeout,
+            key=read_keys(args.api_key_file, "--api_key_file")[0] if args.api_key_file else "",
+        )  # fmt: skip
+        found = asyncio.run(measure(plan, say=lambda text: print(text, file=sys.stderr, flush=True)))
+        text = json.dumps(found, indent=1)
+        if args.out:
+            args.out.write_text(text + "\n", encoding="utf-8")
+        else:
+            print(text)
+    except (UsageError, ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

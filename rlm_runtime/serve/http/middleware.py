@@ -17,8 +17,8 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlm_runtime.serve.errors import ApiError, from_run
-from rlm_runtime.serve.settings import ServeSettings
+from rlm_runtime.serve.http.errors import ApiError, from_run
+from rlm_runtime.serve.http.settings import HttpSettings
 
 log = logging.getLogger("rlm_runtime.serve")
 
@@ -29,7 +29,7 @@ PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 class RequestMiddleware:
     """Checks a request and logs it. Sets in the scope: `rlm.request_id` and `rlm.owner` (a digest of the key; "" where none is asked for)."""
 
-    def __init__(self, app: ASGIApp, *, settings: ServeSettings, count: Callable[[str, int], None]):
+    def __init__(self, app: ASGIApp, *, settings: HttpSettings, count: Callable[[str, int], None]):
         self.app, self.settings, self.count = app, settings, count
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.api_keys]
 
@@ -104,7 +104,7 @@ class RequestMiddleware:
 class _Body:
     """`receive` with a bound on the size and the pace of the body; silent waiting afterwards is not bounded."""
 
-    def __init__(self, receive: Receive, headers: Headers, limit: int, settings: ServeSettings):
+    def __init__(self, receive: Receive, headers: Headers, limit: int, settings: HttpSettings):
         self._receive, self._limit, self._settings = receive, limit, settings
         self._declared = headers.get("content-length", "")
         self._read = 0
@@ -138,4 +138,4 @@ class _Body:
 
 
 def _is_upload(scope: Scope) -> bool:
-    return scope["method"] == "POST" and scope["path"] == "/v1/files"
+    return bool(scope["method"] == "POST" and scope["path"] == "/v1/files")

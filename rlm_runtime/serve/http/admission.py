@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
-from rlm_runtime.serve.errors import ApiError
+from rlm_runtime.serve.http.errors import ApiError, stopping
 
 
 class Admission:
@@ -19,7 +20,7 @@ class Admission:
         self.max_runs, self.max_queue, self.queue_seconds = max_runs, max_queue, queue_seconds
         self.running = 0
         self.draining = False
-        self.tasks: set[asyncio.Task] = set()  # of running requests; cancelled when a drain is over
+        self.tasks: set[asyncio.Task[Any]] = set()  # of running requests; cancelled when a drain is over
         self._inside = 0  # in the building: reading their body, waiting or running
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean_seconds = 10.0
@@ -37,7 +38,7 @@ class Admission:
         Raises ApiError: 503 while draining, 429 when everything is full.
         """
         if self.draining:
-            raise ApiError(503, "The server is stopping.", code="draining", headers={"Retry-After": "5"}, close=True)
+            raise stopping(close=True)
         if self._inside >= self.max_runs + self.max_queue:
             raise self._busy(f"{self.running} runs are going on and {self._inside - self.running} wait")
         self._inside += 1

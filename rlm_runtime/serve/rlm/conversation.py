@@ -20,24 +20,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlm_runtime.context import Context
-from rlm_runtime.serve.errors import refuse
-from rlm_runtime.serve.schemas import (
-    ChatMessage,
-    ChatRequest,
-    FilePart,
-    FileRef,
-    ImagePart,
-    InputFilePart,
-    RefusalPart,
-    TextPart,
-)
+from rlm_runtime.serve.http.errors import refuse
+from rlm_runtime.serve.http.files import safe_name
+from rlm_runtime.serve.http.schemas import RefusalPart, TextPart
+from rlm_runtime.serve.rlm.schemas import ChatMessage, ChatRequest, FilePart, FileRef, ImagePart, InputFilePart
 
 GAP = "\n\n"
 
@@ -197,13 +189,6 @@ def _text(path: Path) -> Context:
     if context.compression:
         raise refuse(f"{path.name} is compressed; upload the text itself.", "file", "unsupported_file")
     return context
-
-
-def safe_name(name: str) -> str:
-    """The last component of a client's file name, in characters that mean nothing to a shell or a terminal."""
-    name = re.sub(r"[^\w.\-]+", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).lstrip(".")
-    stem, dot, ending = name.rpartition(".")
-    return (f"{stem[:80]}{dot}{ending[:16]}" if stem else name[:96]).strip("_") or "file.txt"
 
 
 def _unique(name: str, taken: dict[str, Any]) -> str:

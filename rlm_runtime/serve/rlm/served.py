@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlm_runtime.budget import Budget
 from rlm_runtime.lms.base import LM, Sampling
-from rlm_runtime.serve.schemas import ChatRequest
+from rlm_runtime.serve.rlm.schemas import ChatRequest
+
+if TYPE_CHECKING:
+    from rlm_runtime.rlm import RLM
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ServedModel:
 
     def build(
         self, request: ChatRequest, *, log_dir: Path | None, on_event: Callable[[Any], None], budget: Budget, depth: int
-    ) -> Any:
+    ) -> RLM:
         """The RLM for one request."""
         from rlm_runtime.rlm import RLM
 

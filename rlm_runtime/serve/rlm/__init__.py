@@ -1,0 +1,1 @@
+"""RLMs behind an OpenAI-compatible chat endpoint."""
