@@ -182,6 +182,7 @@ class Ledger:
                 return None
         if b.output_tokens is not None:
             room = b.output_tokens - self.total.output_tokens - (0 if last else self._keep_out)
+            assert reply is not None, "a budget with this limit is bounded"
             if room < 1:
                 raise BudgetExceeded("output_tokens", self.total.output_tokens, b.output_tokens)
             if reply > room - self._held_out:
@@ -190,18 +191,19 @@ class Ledger:
                 reply = room
         usd = 0.0
         if b.usd is not None:
-            room = b.usd - self._usd - (0.0 if last else self._keep_usd)
-            if _cost(price, input_tokens, 1) > room:
+            dollars = b.usd - self._usd - (0.0 if last else self._keep_usd)
+            assert reply is not None, "a budget with this limit is bounded"
+            if _cost(price, input_tokens, 1) > dollars:
                 raise BudgetExceeded("usd", self._usd, b.usd)
-            if _cost(price, input_tokens, reply) > room - self._held_usd:
+            if _cost(price, input_tokens, reply) > dollars - self._held_usd:
                 if self._in_flight:
                     return None
-                reply = _affordable(price, input_tokens, reply, room)
+                reply = _affordable(price, input_tokens, reply, dollars)
             usd = _cost(price, input_tokens, reply)
 
         self.sub_calls += calls
         self._in_flight += 1
-        held_out = reply if bounded else 0
+        held_out = reply or 0 if bounded else 0
         self._held_in += input_tokens
         self._held_out += held_out
         self._held_usd += usd
@@ -266,7 +268,7 @@ def _cost(price: Price | None, input_tokens: int, output_tokens: int) -> float:
     return cost
 
 
-def _affordable(price: Price, input_tokens: int, most: int, dollars: float) -> int:
+def _affordable(price: Price | None, input_tokens: int, most: int, dollars: float) -> int:
     """The longest reply, at least 1 token, that keeps the call within `dollars` (prices grow with length)."""
     low, high = 1, most
     while low < high:

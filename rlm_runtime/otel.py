@@ -78,7 +78,7 @@ class _Trace:
             case RunStart():
                 self._began = time.time_ns() - int(event.t * 1e9)
                 self._models["0"] = event.root
-                about = {
+                about: dict[str, Any] = {
                     "run.id": self._run,
                     "root": event.root,
                     "sub": event.sub,
@@ -92,7 +92,7 @@ class _Trace:
                     "rlm": "rlm.child",
                     "tool": f"execute_tool {event.model}",
                 }
-                about: dict[str, Any] = {"node": event.node, "depth": event.depth}
+                about = {"node": event.node, "depth": event.depth}
                 about |= _named(event.kind, event.model)
                 text = {"prompt": event.prompt, "question": event.question}
                 self._begin(event.node, name[event.kind], event, about, text, parent=event.parent)

@@ -444,10 +444,8 @@ def _differences(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, s
         yield "answer", _text(answers[0]), _text(answers[1])
     if old.variables != new.variables:
         names = sorted(k for k in old.variables.keys() | new.variables if old.variables.get(k) != new.variables.get(k))
-        yield (
-            "variables",
-            *("; ".join(f"{k}: {v.get(k, '(none)')}" for k in names) for v in (old.variables, new.variables)),
-        )
+        before, after = ("; ".join(f"{k}: {v.get(k, '(none)')}" for k in names) for v in (old.variables, new.variables))
+        yield "variables", before, after
 
 
 def _text(value: Any) -> str:

@@ -186,7 +186,7 @@ def _pydantic_problem(error: Mapping[str, Any]) -> str:
 # -- JSON schemas -----------------------------------------------------------------------------------------------------------
 def _plain(form: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        schema = json.loads(json.dumps(dict(form)))
+        schema: dict[str, Any] = json.loads(json.dumps(dict(form)))
     except (TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"output: a JSON schema holds JSON values only: {e}.") from e
     if set(schema) == {"name", "schema"} or ("json_schema" in schema and schema.get("type") == "json_schema"):
@@ -443,8 +443,8 @@ def _loosened(value: Any, schema: Any, root: Mapping[str, Any], depth: int = 0) 
     if isinstance(value, list):
         first = schema.get("prefixItems") or []
         schemas = [first[i] if i < len(first) else schema.get("items") for i in range(len(value))]
-        new = [_loosened(v, s, root, depth + 1) for v, s in zip(value, schemas, strict=True)]
-        return new if any(a is not b for a, b in zip(new, value, strict=True)) else value
+        items = [_loosened(v, s, root, depth + 1) for v, s in zip(value, schemas, strict=True)]
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
 
 

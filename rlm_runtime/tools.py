@@ -15,13 +15,14 @@ import inspect
 import keyword
 import re
 import threading
+import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError, create_model
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from rlm_runtime.errors import RlmError, UsageError
@@ -65,7 +66,7 @@ class Tool:
     value: Any = None
     is_value: bool = False
     parameters: dict[str, Any] | None = None  # JSON schema of the arguments; None: of the signature
-    _adapters: dict[str, TypeAdapter | None] = field(default_factory=dict, repr=False, compare=False)
+    _adapters: dict[str, TypeAdapter[Any] | None] = field(default_factory=dict, repr=False, compare=False)
 
     def info(self) -> ToolInfo:
         """The tool as the REPL shows it."""
@@ -113,7 +114,7 @@ class Tool:
     @cached_property
     def _signature(self) -> inspect.Signature:
         try:
-            return inspect.signature(self.function)
+            return inspect.signature(self.function)  # type: ignore[arg-type]  # None: refused like a builtin
         except (TypeError, ValueError):  # some builtins have none
             anything = inspect.Parameter
             return inspect.Signature(
@@ -134,7 +135,7 @@ class Tool:
         hint = self._hints.get(parameter.name, Any)
         return Any if hint is inspect.Parameter.empty else hint
 
-    def _adapter(self, parameter: inspect.Parameter) -> TypeAdapter | None:
+    def _adapter(self, parameter: inspect.Parameter) -> TypeAdapter[Any] | None:
         if parameter.name not in self._adapters:
             try:
                 self._adapters[parameter.name] = TypeAdapter(self._hint(parameter))
@@ -166,19 +167,21 @@ class Tool:
 
     @cached_property
     def _schema(self) -> dict[str, Any]:
-        fields, open_ended = {}, False
+        fields: dict[str, Any] = {}
+        open_ended = False
         for p in self._signature.parameters.values():
             if p.kind is p.VAR_KEYWORD:
                 open_ended = True
                 continue
             hint = self._hint(p) if self._adapter(p) is not None else Any
             if p.kind is p.VAR_POSITIONAL:
-                fields[p.name] = (list[hint], [])
+                fields[p.name] = (types.GenericAlias(list, hint), [])
             else:
                 fields[p.name] = (hint, ... if p.default is p.empty else p.default)
         try:
             config = ConfigDict(arbitrary_types_allowed=True, extra="allow" if open_ended else "forbid")
-            schema = create_model("Arguments", __config__=config, **fields).model_json_schema()
+            made: type[BaseModel] = create_model("Arguments", __config__=config, **fields)
+            schema = made.model_json_schema()
         except Exception:  # a name or a type without a JSON schema: names and what is required, no types
             required = [p for p, (_, default) in fields.items() if default is ...]
             schema = {"type": "object", "properties": {name: {} for name in fields}, "required": required}
@@ -269,13 +272,17 @@ async def _in_thread(name: str, function: Callable[..., Any], args: tuple[Any, .
     done: asyncio.Future[tuple[bool, Any]] = loop.create_future()
     context = contextvars.copy_context()
 
+    def hand_over(outcome: tuple[bool, Any]) -> None:
+        if not done.done():
+            done.set_result(outcome)
+
     def work() -> None:
         try:
             outcome = (True, context.run(function, *args, **kwargs))
         except BaseException as e:
             outcome = (False, e)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the run ended without this tool
-            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(outcome))
+            loop.call_soon_threadsafe(hand_over, outcome)
 
     threading.Thread(target=work, name=f"rlm-tool-{name}", daemon=True).start()
     good, value = await done

@@ -125,15 +125,6 @@ def test_runtime_imports_point_down(path):
             assert RUNTIME_LEVEL[rest[0]] < RUNTIME_LEVEL[room], f"{room} imports {name}, which is above it"
 
 
-def loads(path: Path) -> set[str]:
-    """Full dotted names of what a file imports when it runs: imports for type checkers alone are left out."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            node.body = [ast.Pass()]
-    return names_in(ast.unparse(tree), path.relative_to(ROOT).with_suffix("").parts[:-1])
-
-
 def circle(edges: dict[str, set[str]]) -> list[str]:
     """Nodes of one circle of a graph, or []."""
     while edges:
@@ -154,11 +145,11 @@ def test_a_circle_is_found():
 
 @pytest.mark.parametrize("files", [FILES, RUNTIME_FILES], ids=["mor_jax", "rlm_runtime"])
 def test_files_import_each_other_in_no_circle(files):
-    """Imports inside functions count. `__init__.py` files, which collect names of their own package, are left out."""
+    """Imports inside functions and for type checkers count. `__init__.py` files, which collect names of their own package, are left out."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files if p.name != "__init__.py"}
     edges = {}
     for name, path in modules.items():
-        found = loads(path)
+        found = imports(path)
         edges[name] = {
             other
             for other in modules

@@ -73,8 +73,8 @@ def resolve(spec: str | LM, **options: Any) -> LM:
         return spec
     made, model = factory_of(spec), spec.partition(":")[2]
     allowed = options_of(made)
-    for option in options if allowed is not None else ():
-        if option not in allowed:
+    for option in options:
+        if allowed is not None and option not in allowed:
             near = difflib.get_close_matches(option, allowed, 1)
             said = f" Did you mean {near[0]}?" if near else f" It takes {', '.join(sorted(allowed))}."
             raise UsageError(f"{spec}: no such option: {option}.{said}")
@@ -113,7 +113,7 @@ def options_of(factory: Factory) -> set[str] | None:
     for made in factory.__mro__:
         if "__init__" not in vars(made) or made is object:
             continue
-        parameters = list(inspect.signature(made.__init__).parameters.values())[2:]
+        parameters = list(inspect.signature(vars(made)["__init__"]).parameters.values())[2:]
         names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
         if made is ChatLM:
             from rlm_runtime.lms.http import Endpoint

@@ -89,7 +89,9 @@ class AnthropicLM(ChatLM):
             body["tools"] = [
                 {"name": t.name, "description": t.description, "input_schema": t.parameters} for t in specs
             ]
-        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if budget is None else {}
+        chosen: dict[str, Any] = (
+            {"temperature": sampling.temperature, "top_p": sampling.top_p} if budget is None else {}
+        )
         if budget is not None:
             body["thinking"] = {"type": "enabled", "budget_tokens": budget}
         chosen["stop_sequences"] = [s for s in sampling.stop if s.strip()] or None  # the API wants more than spaces
@@ -241,7 +243,7 @@ class _Reading:
     def _failed(self, value: dict[str, Any]) -> EndpointError:
         statuses = {"overloaded_error": 529, "rate_limit_error": 429, "invalid_request_error": 400,
                     "authentication_error": 401, "permission_error": 403, "not_found_error": 404}  # fmt: skip
-        status = statuses.get(as_dict(value.get("error")).get("type"), 500)
+        status = statuses.get(str(as_dict(value.get("error")).get("type")), 500)
         return self.endpoint.refusal(status, json.dumps(value).encode())
 
 

@@ -108,8 +108,15 @@ class LM(Protocol):
     Optional: `warm()`, which begins in the background what the first call would have to wait for, and returns at once.
     """
 
-    name: str  # as in trajectories and the price table, e.g. "openai:gpt-5-mini"
-    window: int | None  # tokens the model can hold, prompt and reply; None: unknown
+    @property
+    def name(self) -> str:
+        """As in trajectories and the price table, e.g. "openai:gpt-5-mini"."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """Tokens the model can hold, prompt and reply; None: unknown."""
+        ...
 
     async def complete(
         self,

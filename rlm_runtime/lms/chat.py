@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -73,7 +74,7 @@ class ChatLM:
         range.
     """
 
-    provider: ClassVar[str]  # the part of `name` before the colon
+    provider: str  # the part of `name` before the colon
     official: ClassVar[str]  # base URL of the provider's own endpoint
     key_variable: ClassVar[str]
     url_variable: ClassVar[str]
@@ -139,7 +140,7 @@ class ChatLM:
         self._tokenizer = tokenizer or tokens.estimate
         self.adapted: set[str] = set()  # what this endpoint turned out not to take
 
-    refused: Any = None  # pattern: see `Endpoint`
+    refused: ClassVar[re.Pattern[str] | None] = None  # see `Endpoint`
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r}, base_url={show(self.endpoint.base_url)!r})"

@@ -21,12 +21,17 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms import plain, prices
 from rlm_runtime.lms.base import DEFAULT_SAMPLING, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.lms.stops import StopCutter
+
+if TYPE_CHECKING:
+    from mor_jax.inference.engine.device import Device
+    from mor_jax.inference.engine.grammar import Grammars
+    from mor_jax.inference.engine.service import EngineService
 
 QUEUE = 1 << 20  # calls that may wait: whoever fans them out in this process has a budget of its own
 EXTRA = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -69,7 +74,7 @@ class CheckpointLM:
         if max_tokens < 1 or lanes < 1:
             raise UsageError(f"{self.name}: max_tokens and lanes must be at least 1.")
         self._model = model or _load(self.path, step)
-        self.window: int | None = self._model.lm.model.context
+        self.window: int = self._model.lm.model.context
         self._template, self._chat = template, _chat(self._model)
         self._stop = tuple(stop) if stop is not None else (() if template else self._chat.stops)
         tokenizer = self._model.tokenizer
@@ -149,10 +154,12 @@ class CheckpointLM:
 
         tokenizer = self._model.tokenizer
         if self._template is not None:
-            return tokenizer.prompt(self._template(messages))
+            prompt: list[int] = tokenizer.prompt(self._template(messages))
+            return prompt
         spoken = [{"role": m.role, "content": m.content} for m in map(plain.as_text, messages)]
         try:
-            return self._chat.ids(tokenizer, spoken)
+            ids: list[int] = self._chat.ids(tokenizer, spoken)
+            return ids
         except UserError as e:
             raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
 
@@ -179,7 +186,9 @@ class _Engine:
     def __init__(self, model: Any, lanes: int, prefix_bytes: int | None):
         self._model, self._lanes, self._prefix_bytes = model, lanes, prefix_bytes
         self._lock = threading.Lock()
-        self._device = self._service = self._grammars = None
+        self._device: Device | None = None
+        self._service: EngineService | None = None
+        self._grammars: Grammars | None = None
 
     def service(self) -> Any:
         """One that is warm, or becomes so before its first token."""
@@ -188,7 +197,7 @@ class _Engine:
         from mor_jax.inference.engine.service import ServiceConfig
 
         with self._lock:
-            if self._service is not None and not self._service.healthy:
+            if self._service is not None and self._device is not None and not self._service.healthy:
                 self._device.reset()
                 self._service = None
             if self._service is None:
@@ -206,8 +215,8 @@ class _Engine:
 
         try:
             with self._lock:
-                self._grammars = self._grammars or Grammars(self._model.tokenizer)
-            return self._grammars.json_schema(schema)
+                grammars = self._grammars = self._grammars or Grammars(self._model.tokenizer)
+            return grammars.json_schema(schema)
         except UserError:  # not installed, or a schema it cannot enforce: the words have to do
             return None
 
@@ -221,7 +230,7 @@ class _Engine:
         if service is not None:
             service.drain()
             service.close()
-            if not service.healthy:
+            if self._device is not None and not service.healthy:
                 self._device.reset()
 
 
@@ -275,16 +284,16 @@ class _Row:
         if text:
             self._shown.append(text)
             if self._on_text:
-                self._call(self._hand, text)
+                self._call(self._hand, self._on_text, text)
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits
             self._loop.call_soon_threadsafe(function, *args)
 
-    def _hand(self, text: str) -> None:
+    def _hand(self, on_text: Callable[[str], None], text: str) -> None:
         if not self.future.done():
             try:
-                self._on_text(text)
+                on_text(text)
             except Exception as e:  # the caller's own: it gets it back
                 self.future.set_exception(e)
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlencode, urlsplit
 
@@ -84,11 +84,15 @@ class Delivery:
             try:
                 self._on_text(piece)
             except Exception as e:  # the caller's own, not to be taken for one of the connection
-                raise OnTextFailed from e
+                raise OnTextFailed(e) from e
 
 
 class OnTextFailed(Exception):
-    """The caller's `on_text` raised; its exception is the cause."""
+    """The caller's `on_text` raised `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Response:
@@ -220,7 +224,7 @@ class Endpoint:
                 except EndpointError as e:
                     error = e
                 except OnTextFailed as e:
-                    raise e.__cause__ from None
+                    raise e.error from None
                 except TimeoutError:
                     if not limit.expired():
                         raise
@@ -391,7 +395,7 @@ class _Client:
         self._keeper = self._keep()
         await anext(self._keeper)
 
-    async def _keep(self) -> AsyncIterator[None]:
+    async def _keep(self) -> AsyncGenerator[None]:
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ class Gate:
 
     def __init__(self, limit: int | None):
         self.limit, self.held = limit, 0
-        self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = deque()
+        self._waiting: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
         self._lock = threading.Lock()
 
     async def __aenter__(self) -> None:
@@ -55,7 +55,7 @@ class Gate:
                 self.held += 1  # on behalf of the one that was woken
 
 
-def _wake(turn: asyncio.Future) -> None:
+def _wake(turn: asyncio.Future[None]) -> None:
     if not turn.done():
         turn.set_result(None)
 
@@ -80,7 +80,7 @@ class Bucket:
         if self.rate is None:
             return 0.0
         with self._lock:
-            self._fill()
+            self._fill(self.rate)
             self._level -= amount
             return max(0.0, -self._level / self.rate)
 
@@ -88,7 +88,7 @@ class Bucket:
         """Return what was not used after all; a negative amount: take more, without waiting."""
         if self.rate is not None:
             with self._lock:
-                self._fill()
+                self._fill(self.rate)
                 self._level = min(self.burst, self._level + amount)
 
     async def wait(self, amount: float) -> None:
@@ -101,9 +101,9 @@ class Bucket:
                 self.give_back(amount)
                 raise
 
-    def _fill(self) -> None:
+    def _fill(self, rate: float) -> None:
         now = self._clock()
-        self._level = min(self.burst, self._level + (now - self._at) * self.rate)
+        self._level = min(self.burst, self._level + (now - self._at) * rate)
         self._at = now
 
 

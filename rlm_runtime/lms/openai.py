@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from rlm_runtime.lms import plain
 from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, ToolSpec, Usage, with_ids
@@ -50,7 +50,7 @@ class OpenAILM(ChatLM):
     key_variable = "OPENAI_API_KEY"
     url_variable = "OPENAI_BASE_URL"
     path = "/chat/completions"
-    refused: ClassVar[re.Pattern[str]] = NO_SYSTEM_ROLE  # llama.cpp answers 500
+    refused = NO_SYSTEM_ROLE  # llama.cpp answers 500
 
     def __init__(self, model: str, *, provider: str | None = None, **options: Any):
         self.provider = provider or type(self).provider
@@ -76,7 +76,7 @@ class OpenAILM(ChatLM):
             body["tools"] = [openai_tool(t) for t in tools]
         if sampling.max_tokens is not None:
             body[self._limit_field] = sampling.max_tokens
-        chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+        chosen: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         chosen["stop"] = list(sampling.stop) or None
         chosen["reasoning_effort"] = self._effort
         if self.streams:

@@ -114,10 +114,10 @@ def market(name: str, url: str | None = None) -> Known | None:
 def _flat(model: Any) -> Price | None:
     """The rates of a model of `genai-prices` that do not depend on the prompt's length; None: they do."""
     rates = model.get_prices(datetime.now(UTC))
-    found = [getattr(rates, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok")]
-    if not all(isinstance(rate, Decimal) for rate in found[:2]) or not isinstance(found[2], Decimal | None):
+    read, made, cached = (getattr(rates, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok"))
+    if not (isinstance(read, Decimal) and isinstance(made, Decimal) and isinstance(cached, Decimal | None)):
         return None
-    return Price(*(None if rate is None else float(rate) for rate in found))
+    return Price(float(read), float(made), None if cached is None else float(cached))
 
 
 class Table:
@@ -176,7 +176,7 @@ def given_price(name: str, given: Any = None) -> Price | None:
     return None
 
 
-def load(path: str | os.PathLike) -> dict[str, Price]:
+def load(path: str | os.PathLike[str]) -> dict[str, Price]:
     """Prices by model of a JSON file.
 
     Raises:

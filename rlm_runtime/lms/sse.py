@@ -16,7 +16,8 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
 
     The stream may end without the empty line after the last event; a line it ends in the middle of is dropped.
     """
-    name, data = "", []
+    name = ""
+    data: list[str] = []
     async for line in _lines(chunks):
         field, _, value = line.partition(b":")
         text = value.removeprefix(b" ").decode("utf-8", "replace")

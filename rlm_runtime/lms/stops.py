@@ -14,7 +14,8 @@ class StopCutter:
 
     def __init__(self, stops: Sequence[str]):
         self._stops = tuple(s for s in stops if s)
-        self._held, self._parts, self.hit = "", [], False
+        self._held, self.hit = "", False
+        self._parts: list[str] = []
 
     @property
     def text(self) -> str:

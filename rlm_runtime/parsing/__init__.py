@@ -14,10 +14,11 @@ from rlm_runtime.lms.base import Reply
 from rlm_runtime.parsing import calls, finals, imitation, nudges
 from rlm_runtime.parsing.finals import is_plan
 from rlm_runtime.parsing.nudges import Nudge
-from rlm_runtime.parsing.python import SHELL, SPECIAL, Effort, is_code, parses, repaired, without_prompts
+from rlm_runtime.parsing.python import SHELL, Effort, is_code, parses, repaired, without_prompts
 from rlm_runtime.parsing.scan import DATA, OTHER, PYTHON, Part, Scanner
 from rlm_runtime.parsing.scan import SHELL as SHELL_WORDS
 from rlm_runtime.replies import thinking
+from rlm_runtime.replies.thinking import SPECIAL
 
 __all__ = ["MAX_CELLS", "Nudge", "Parsed", "is_plan", "parse"]
 

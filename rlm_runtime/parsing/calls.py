@@ -186,7 +186,8 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
         return [(first.strip(), rest)]
     if parses(bare, effort) and is_code(bare, effort):
         return [("python", text.strip("\n"))]
-    named, at = [], 0
+    named: list[tuple[str, object]] = []
+    at = 0
     parameter = PARAMETER.search(text)
     if parameter is not None and not NAMED.search(text, 0, parameter.start()):  # the call's name stands in its tag
         at = len(text)

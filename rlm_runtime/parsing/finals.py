@@ -13,6 +13,8 @@ from typing import Any, Literal
 from rlm_runtime.parsing import calls
 from rlm_runtime.parsing.python import BLANKS, LARGE, QUOTES, Effort, is_code, parses, tree, words
 
+Kind = Literal["cell", "text", "placeholder", "open"]
+
 
 @dataclass(frozen=True)
 class Found:
@@ -20,7 +22,7 @@ class Found:
     `open`: FINAL( without its end."""
 
     start: int
-    kind: Literal["cell", "text", "placeholder", "open"]
+    kind: Kind
     text: str = ""
 
 
@@ -75,7 +77,7 @@ def in_prose(prose: str, effort: Effort, cells: bool) -> list[Found]:
                 found.append(item)
         tagged = TAGGED.search(prose)
         if not found and tagged is not None and tagged[2].strip():
-            kind = "placeholder" if PLACEHOLDER.fullmatch(tagged[2].strip()) else "text"
+            kind: Kind = "placeholder" if PLACEHOLDER.fullmatch(tagged[2].strip()) else "text"
             found.append(Found(tagged.start(), kind, tagged[2].strip()))
     if not found:
         found = _assignments(prose, effort)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import html
 import re
 import textwrap
@@ -129,7 +130,7 @@ def outside_strings(text: str, start: int, end: int, places: Iterator[re.Match[s
             if token is None:
                 cursor = place.start()
                 break
-            token = TOKEN.match(text, token.start(), end)  # whole, where the search's bound had cut it
+            token = TOKEN.match(text, token.start(), end) or token  # whole, where the search's bound had cut it
             cursor = token.end()
             if token["triple"]:
                 cursor = _triple_end(text, token["triple"], cursor, end)
@@ -211,7 +212,8 @@ def repaired(code: str, effort: Effort) -> str:
     if parses(code, effort):
         return code
     current = code
-    for repair in (*REPAIRS, lambda code: _quoted_final(code, effort)):
+    repairs: tuple[Callable[[str], str], ...] = (*REPAIRS, functools.partial(_quoted_final, effort=effort))
+    for repair in repairs:
         changed = repair(current)
         if changed == current:
             continue

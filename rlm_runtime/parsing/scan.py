@@ -145,8 +145,8 @@ class Scanner:
         if opening["deepseek"]:
             return self._until(start, end, DEEPSEEK_END, opening["deepseek"])
         if opening["react"]:
-            stop = self._next(REACT_END, end)
-            stop = stop.start() if stop else len(self.text)
+            found = self._next(REACT_END, end)
+            stop = found.start() if found else len(self.text)
             return Part("call", start, stop, self.text[end:stop].strip("\n"), opening["react"])
         if opening["token"] or opening["mistral"]:
             return self._token(start, end, opening["mistral"] is not None)

@@ -120,19 +120,19 @@ def _untagged(text: str) -> Cleaned:
                 thinking[:0], kept = kept, []
             at = end
             continue
-        closing = _partner(mark[0], end, closings, starts)
+        partner = _partner(mark[0], end, closings, starts)
         line = text.rfind("\n", max(0, start - 200), start) + 1
         if text[max(line, at, start - 200) : start].strip() and (
-            closing is None or text.find("\n", end, min(closing.start(), end + 2_000)) < 0
+            partner is None or text.find("\n", end, min(partner.start(), end + 2_000)) < 0
         ):
-            mentioned = end if closing is None else closing.end()
+            mentioned = end if partner is None else partner.end()
             continue
         kept.append(text[at:start])
-        if closing is None:
+        if partner is None:
             return Cleaned("".join(kept), _joined([*thinking, text[end:]]), open=True)
         fenced = fenced or (bool(thinking) and _inside(fences, at, start))
-        thinking.append(text[end : closing.start()])
-        at = closing.end()
+        thinking.append(text[end : partner.start()])
+        at = partner.end()
     return Cleaned("".join(kept) + text[at:], _joined(thinking))
 
 

@@ -329,6 +329,7 @@ class Session:
                 raise UsageError("this session is closed; open another with RLM.session().")
             if self._state is None:
                 self._state = self._make_state()
+            result: RLMResult | None = None
             run = Run(self._options, context, question, shape, session=self._state, cancel=cancel)
             try:
                 result = await (run.through_interrupts() if interruptible else run.to_the_end())

@@ -35,7 +35,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._ready = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop  # there once `_ready` is set
         self._thread = threading.Thread(target=self._main, name="rlm-loop", daemon=True)
         self._thread.start()
         self._ready.wait()

@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rlm_runtime import prompts
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import Message
 from rlm_runtime.replies.reader import read
 from rlm_runtime.replies.thinking import clean
+from rlm_runtime.rlm.conversation import Conversation
 from rlm_runtime.trajectory import Compacted
-
-if TYPE_CHECKING:
-    from rlm_runtime.rlm.loop import Node
 
 SHORTENINGS = 6  # how often the conversation is halved for a summary that does not fit the window either
 
 
-def due(node: Node) -> bool:
+def due(node: Conversation) -> bool:
     window = node.tree.options.window_of(node.lm)
     if not window or node.native or not possible(node):  # a native history slides (window.py)
         return False
     return node.history.tokens(node.lm) >= node.tree.options.compact_at * window
 
 
-def possible(node: Node) -> bool:
+def possible(node: Conversation) -> bool:
     """Whether there is anything to compact: more than the task and one exchange after it."""
     return len(node.history.messages) > len(_kept(node)) + 2
 
 
-def _kept(node: Node) -> list[Message]:
+def _kept(node: Conversation) -> list[Message]:
     history = node.history
     system = [m for m in history.messages[:1] if m.role == "system"]
     return [*system, history.first] if history.first is not None else system
 
 
-async def compact(node: Node) -> None:
+async def compact(node: Conversation) -> None:
     """Replace the history by system prompt, task and summary; bind all of it as `history` in the REPL.
 
     What is unsent, the newest cell report, stays as it is. Raises LMError, BudgetExceeded, SandboxError."""
@@ -52,7 +48,7 @@ async def compact(node: Node) -> None:
     node.tree.emit(Compacted(node=node.id, turn=node.turn, tokens_before=before, tokens_after=after, summary=summary))
 
 
-async def _summary(node: Node) -> str:
+async def _summary(node: Conversation) -> str:
     """Ask for it; where even that is too long for the model, without the middle of the conversation."""
     messages = list(node.history.messages)
     request = Message(role="user", content=prompts.compaction())

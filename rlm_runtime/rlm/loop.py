@@ -19,10 +19,11 @@ from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
 from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.rlm import compaction, window
+from rlm_runtime.rlm.conversation import Conversation, parser
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.repeats import Repeats
 from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
-from rlm_runtime.rlm.subcalls import Spawn, SubCalls
+from rlm_runtime.rlm.subcalls import Spawn, SubCalls, as_text
 from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
@@ -31,15 +32,14 @@ from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nud
 if TYPE_CHECKING:
     from rlm_runtime import parsing
 
-WARM_SECONDS = 0.25  # after the first request, which is on its way by then; models take longer to reply
 SPAWN_SECONDS = 0.02  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
 
-class Node:
-    """One conversation with one REPL.
+class Node(Conversation):
+    """A conversation that runs turns until its answer is ready.
 
-    `id`, `turn` and `cell` name the place in the trajectory; `best` is the content `answer` had last, ready or not.
+    `best` is the content `answer` had last, ready or not.
     """
 
     def __init__(
@@ -57,25 +57,19 @@ class Node:
         shape: Shape | None = None,
         history: History | None = None,
     ):
-        self.tree, self.environment, self.lm, self.tools = tree, environment, lm, tools
-        self.id, self.depth, self.meter, self.question, self.shape = id, depth, meter, question, shape
-        self.history = history or History()
-        variant = tree.options.variant_of(lm)
-        self.native, self.words = variant == "native", prompts.words_of(variant)
+        super().__init__(
+            tree, environment, id=id, depth=depth, lm=lm, tools=tools, meter=meter, question=question, shape=shape,
+            history=history,
+        )  # fmt: skip
         self.calls = SubCalls(self, spawn)
-        self.turn = self.cell = 0
-        self.turns = 0  # replies so far, without the last call's
         self.errors = 0  # failed cells and unusable replies in a row
         self.best: Any = None
         self.last_text = ""
         self.interrupted = False  # a cell was running when the loop was stopped
+        self._recorded = False  # the record has the history that this run began with
         self._asked_for_none = self._asked_for_plan = False
         self._repeats = Repeats()
         self._noted = 0  # how many of the tree's notes this node was told
-
-    @property
-    def is_root(self) -> bool:
-        return self.id == "0"
 
     # -- begin ----------------------------------------------------------------------------------------------------------
     async def start(self, context: Context) -> None:
@@ -178,7 +172,7 @@ class Node:
 
     async def _parsed(self, reply: Reply) -> parsing.Parsed:
         size = len(reply.text) + sum(size_of(call.arguments) for call in reply.tool_calls)
-        return await read(size, _parsing().parse, reply, tools=self.tools)
+        return await read(size, parser().parse, reply, tools=self.tools)
 
     async def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
         """The ending where the answer is ready and good, or what to tell the model where it is not."""
@@ -202,7 +196,7 @@ class Node:
     def _is_plan(self, content: Any) -> bool:
         """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
         it says so again."""
-        if self.turn > 1 or self._asked_for_plan or not _parsing().is_plan(content):
+        if self.turn > 1 or self._asked_for_plan or not parser().is_plan(content):
             return False
         self._asked_for_plan = True
         return True
@@ -213,14 +207,15 @@ class Node:
             return None, prompts.plan_not_answer()
         if self.shape is None:
             return Ending(ANSWERED, answer=readings[-1], text=readings[-1]), None
+        problem: str | None = ""
         for text in readings:
             value, problem = await read(len(text), self.shape.read, text)
             if problem is None:
                 return Ending(ANSWERED, answer=value, text=text), None
-        return None, self._refused(problem)
+        return None, self._refused(problem or "")
 
     def _refused(self, problem: str) -> str:
-        return prompts.answer_refused(problem, self.shape.describe())
+        return prompts.answer_refused(problem, self.shape.describe() if self.shape is not None else "")
 
     # -- asking -----------------------------------------------------------------------------------------------------------
     async def _ask_with_room(self) -> Reply:
@@ -251,35 +246,9 @@ class Node:
         self._recorded = True
         return [*self.history.messages, *pending]
 
-    _recorded = False
-
-    async def call(self, messages: list[Message], *, last: bool = False, estimate: int | None = None) -> Reply:
-        """A call of the node's own model."""
-        budget = self.tree.ledger.budget
-        if estimate is None and (budget.input_tokens is not None or budget.usd is not None):
-            estimate = self.history.tokens(self.lm)
-        if self.is_root and not last:  # room for this turn's report and the last call's own words
-            self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
-        self._began = time.monotonic()
-        loop = asyncio.get_running_loop()
-        warm = loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing) if self.turn == 0 else None
-        try:
-            return await self.tree.ask(
-                self.lm,
-                messages,
-                depth=self.depth,
-                meter=self.meter,
-                sampling=self.tree.options.root_sampling,
-                estimate=estimate,
-                last=last and self.is_root,
-            )
-        finally:
-            if warm:  # a loop that is closing has no threads for it
-                warm.cancel()
-
     def _answered(self, reply: Reply, parsed: parsing.Parsed) -> None:
         """Enter a reply into history and record."""
-        parsing = _parsing()
+        parsing = parser()
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
         if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
@@ -292,7 +261,7 @@ class Node:
                 raw=reply.text if reply.text != parsed.kept else None,
                 discarded=parsed.discarded,
                 usage=reply.usage,
-                seconds=round(time.monotonic() - self._began, 6),
+                seconds=round(time.monotonic() - self.began, 6),
                 finish_reason=reply.finish_reason,
             )
         )
@@ -319,7 +288,7 @@ class Node:
         self.turn += 1
         self.cell = 0
         reply = await self._ask(self.turn, last=True)
-        parsing = _parsing()
+        parsing = parser()
         parsed = await self._parsed(reply)
         self._answered(reply, parsed)
         found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
@@ -372,19 +341,10 @@ class Node:
         return None
 
 
-def _parsing() -> Any:
-    """The parser of replies, imported while the first one is awaited."""
-    from rlm_runtime import parsing
-
-    return parsing
-
-
 async def _refuse(request: Request) -> list[Outcome]:
     refused = Outcome(error="the run is ending: no more calls; answer from what you have.", kind="budget")
     return [refused] * (1 if request.method == "tool" else len(request.prompts))
 
 
 def _text(content: Any) -> str:
-    from rlm_runtime.rlm.subcalls import as_text
-
     return "" if content is None else as_text(content)

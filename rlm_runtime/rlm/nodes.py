@@ -9,6 +9,7 @@ from pydantic_core import to_jsonable_python
 from rlm_runtime import prompts
 from rlm_runtime.context import Context
 from rlm_runtime.repl.base import Outcome
+from rlm_runtime.rlm.conversation import Conversation
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.loop import Node
 from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, Ending
@@ -58,7 +59,9 @@ def open_task(node: Node, context: Context, name: str = "context") -> None:
     node.history.open("\n\n".join(filter(None, (task, words.turn(1, budget.turns)))))
 
 
-async def spawn(parent: Node, id: str, meter: Meter, prompt: Any, question: str | None, shape: Shape | None) -> Outcome:
+async def spawn(
+    parent: Conversation, id: str, meter: Meter, prompt: Any, question: str | None, shape: Shape | None
+) -> Outcome:
     """Run a child RLM to its end. Raises RlmError where it cannot even begin."""
     tree, depth = parent.tree, parent.depth + 1
     options = tree.options

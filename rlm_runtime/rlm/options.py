@@ -114,7 +114,8 @@ def check_lm(thing: Any, where: str) -> LM:
             f"{where}: expected a language model or a name like 'openai:gpt-5-mini', got {type(thing).__name__}"
             f" (it has no {', '.join(missing)})."
         )
-    return thing
+    lm: LM = thing
+    return lm
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:

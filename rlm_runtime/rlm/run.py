@@ -141,7 +141,7 @@ class Run:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError as e:
             await self.end()
-            e.result = self._result
+            e.result = self._result  # type: ignore[attr-defined]  # documented: CancelledError.result
             raise
 
     async def through_interrupts(self) -> RLMResult:
@@ -169,7 +169,7 @@ class Run:
             history=session.history if session else None,
         )
         interrupted: asyncio.CancelledError | None = None
-        watcher = asyncio.create_task(self._watch()) if self._event is not None else None
+        watcher = asyncio.create_task(self._watch(self._event)) if self._event is not None else None
         try:
             self._write_start(lm)
             work = self._conversation = asyncio.create_task(self._converse(node))
@@ -177,7 +177,8 @@ class Run:
                 work.cancel()
             while not work.done() and not self._overdue.done():
                 try:
-                    await asyncio.wait({work, self._overdue}, return_when=asyncio.FIRST_COMPLETED)
+                    both: set[asyncio.Future[Any]] = {work, self._overdue}
+                    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 except asyncio.CancelledError as e:  # the loop is being closed, or somebody found this task
                     interrupted = e
                     self.cancel()
@@ -194,7 +195,7 @@ class Run:
         if interrupted is not None:
             raise interrupted
         if ending.cause is not None:
-            ending.cause.result = self._result
+            ending.cause.result = self._result  # type: ignore[attr-defined]  # any exception can be the cause
             raise ending.cause
         return self._result
 
@@ -209,7 +210,7 @@ class Run:
         except TimeoutError:
             if not clock.expired():
                 raise
-        limit = ledger.budget.seconds
+        limit = ledger.budget.seconds or 0.0
         why = BudgetExceeded("seconds", ledger.seconds, limit, f"the limit of {limit:g} s is reached.")
         await node.tree.stop(why)
         node.tree.note_budget(node.id, node.turns, refused="seconds")
@@ -255,9 +256,9 @@ class Run:
         if self._session is None:
             await self._environment.aclose()
 
-    async def _watch(self) -> None:
+    async def _watch(self, event: CancelEvent) -> None:
         """Polled: the event may be a thread's, or belong to another loop."""
-        while not self._event.is_set():
+        while not event.is_set():
             await asyncio.sleep(POLL_SECONDS)
         self.cancel()
 
@@ -267,7 +268,7 @@ class Run:
         folder = None
         if options.log_dir is not None:
             folder = session.folder if session is not None and session.folder else run_folder(options.log_dir, self.id)
-        on_event = options.on_event
+        on_event: Any = options.on_event
         if hasattr(on_event, "for_run"):
             on_event = on_event.for_run(self.id)
         writer = TrajectoryWriter(folder, on_event, append=session is not None and session.folder is not None)

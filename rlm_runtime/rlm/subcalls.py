@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlm_runtime import prompts
 from rlm_runtime.errors import LMError, RlmError, UsageError
@@ -15,22 +15,20 @@ from rlm_runtime.repl.base import Outcome, Request
 from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.replies.thinking import clean
 from rlm_runtime.rlm import blanks, schemas
+from rlm_runtime.rlm.conversation import Conversation
 from rlm_runtime.rlm.tree import Meter, in_order, why_not
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool, ToolError
 from rlm_runtime.trajectory import NodeEnd, NodeStart
 
-if TYPE_CHECKING:
-    from rlm_runtime.rlm.loop import Node
-
 # Runs a child RLM: parent, id, meter, prompt, question, shape of the answer.
-Spawn = Callable[["Node", str, Meter, Any, str | None, Shape | None], Awaitable[Outcome]]
+Spawn = Callable[[Conversation, str, Meter, Any, str | None, Shape | None], Awaitable[Outcome]]
 
 
 class SubCalls:
     """Answers the requests of one node's REPL (the `Handler` of its environment). Never raises."""
 
-    def __init__(self, node: Node, spawn: Spawn):
+    def __init__(self, node: Conversation, spawn: Spawn):
         self.node, self.tree, self._spawn = node, node.tree, spawn
         self._made = 0
         self._noted: set[tuple[int, str]] = set()

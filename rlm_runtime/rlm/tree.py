@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar
 
 from rlm_runtime import prompts
@@ -91,7 +91,7 @@ class Tree:
                 budget.input_tokens is not None or budget.usd is not None or (window and (wanted is not None or calls))
             ):
                 estimate = lm.count_tokens(messages)
-            if calls and window and estimate >= window:
+            if calls and window and estimate is not None and estimate >= window:
                 raise LMError(
                     f"{lm.name}: the prompt has about {estimate:,} tokens; the model holds {window:,}, its reply "
                     f"included. Send pieces of at most {prompts.fitting_chars(window):,} characters.",
@@ -147,9 +147,10 @@ class Tree:
                 self._environments.discard(environment)
 
     @contextlib.contextmanager
-    def request(self):
+    def request(self) -> Iterator[None]:
         """Counts the current task among those that `stop` ends."""
         task = asyncio.current_task()
+        assert task is not None, "called in a task"
         self._requests.add(task)
         try:
             yield

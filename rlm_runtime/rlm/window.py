@@ -7,13 +7,11 @@ words slides besides: system prompt and task stay, the oldest exchanges are left
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rlm_runtime.errors import LMError
 from rlm_runtime.lms.base import LM, Message
-
-if TYPE_CHECKING:
-    from rlm_runtime.rlm.loop import Node
+from rlm_runtime.rlm.conversation import Conversation
 
 NEAR = 0.8  # of the room: below it the running count, which is a sum over parts, is good enough
 LEAST = 24  # characters of a report that is cut
@@ -24,13 +22,13 @@ class Fitted(NamedTuple):
     left_out: int  # the oldest messages, system prompt and task aside, that are not sent
 
 
-def reply_room(node: Node, window: int) -> int:
+def reply_room(node: Conversation, window: int) -> int:
     """Tokens of the window that are kept for the reply."""
     wanted = node.tree.options.root_sampling.max_tokens or 512
     return min(wanted, window // 4 if node.native else window // 16)
 
 
-def fit(node: Node) -> Fitted:
+def fit(node: Conversation) -> Fitted:
     """The messages of the next call. Cuts the unsent report in the history where it has to.
 
     Raises LMError (context_overflow) where even system prompt and task do not fit a native model's window."""

@@ -252,10 +252,12 @@ def _own_form(code: str) -> str:
             isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in FINISH and call.args
         ):
             continue
-        if node.lineno != node.end_lineno and lines[node.end_lineno - 1][node.end_col_offset :].strip():
+        last = node.end_lineno or node.lineno
+        if node.lineno != last and lines[last - 1][node.end_col_offset :].strip():
             continue
         argument = call.args[0]
-        named = call.func.id == "FINAL_VAR" and isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-        expression = argument.value if named else ast.get_source_segment(code, argument) or ast.unparse(argument)
-        lines[node.lineno - 1 : node.end_lineno] = _handed_in(expression).split("\n")
+        name = argument.value if isinstance(argument, ast.Constant) and call.func.id == "FINAL_VAR" else None
+        source = name if isinstance(name, str) else ast.get_source_segment(code, argument)
+        expression = source or ast.unparse(argument)
+        lines[node.lineno - 1 : last] = _handed_in(expression).split("\n")
     return "\n".join(lines)

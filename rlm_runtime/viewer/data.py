@@ -72,7 +72,7 @@ def _row(name: str, file: Path) -> dict[str, Any] | None:
             marks = [e for e in map(loads, lines.read(TAIL).split(b"\n")) if e.get("type") in ("run_start", "run_end")]
     except OSError:
         return None
-    end = next((e for e in reversed(marks) if e.get("node", "0") == "0"), {})
+    end: dict[str, Any] = next((e for e in reversed(marks) if e.get("node", "0") == "0"), {})
     end = end if end.get("type") == "run_end" else {}
     usage = end.get("usage") if isinstance(end.get("usage"), dict) else {}
     answer = end.get("answer")
@@ -201,7 +201,7 @@ def shorten(event: dict[str, Any], cut: int) -> dict[str, Any]:
             return [short(v) for v in value[:1_000]]
         return value
 
-    result = short(event)
+    result: dict[str, Any] = short(event)
     if was_cut:
         result["cut"] = True
     return result

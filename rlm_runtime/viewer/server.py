@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,13 @@ def _server(path: Path | str, host: str, port: int) -> tuple[Any, socket.socket,
     return uvicorn.Server(config), listener, url
 
 
-def serve(path: Path | str, host: str = "127.0.0.1", port: int = 0, open_browser: bool = False, announce=print) -> None:
+def serve(
+    path: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    open_browser: bool = False,
+    announce: Callable[[str], None] = print,
+) -> None:
     """Show the run or runs at `path` until interrupted; `announce` gets the address. Port 0: any free one.
 
     Raises UsageError: no trajectory there, an address that is not loopback or not free, the extra not installed.
