@@ -66,7 +66,9 @@ def _flush() -> None:
 
 def _run(args: argparse.Namespace) -> int:
     module = importlib.import_module(f"rlm_runtime.cli.{COMMANDS[args.command]}")
-    return getattr(module, args.command if module.__name__.endswith(("viewing", "evaluating")) else "run")(args)
+    name = args.command if module.__name__.endswith(("viewing", "evaluating")) else "run"
+    code: int = getattr(module, name)(args)
+    return code
 
 
 def _version() -> str:

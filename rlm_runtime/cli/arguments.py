@@ -116,7 +116,7 @@ USAGE = {
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, max_help_position=32, **kwargs)
+        super().__init__(*args, **{"max_help_position": 32, **kwargs})
 
 
 def parser() -> argparse.ArgumentParser:
@@ -156,7 +156,7 @@ ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 def _add(commands: Any, name: str, text: str, epilog: str, under: str = "") -> argparse.ArgumentParser:
     epilog = f"{epilog}\n\n{TABLE}" if epilog else TABLE
     usage = f"rlm {under}{name} {USAGE[under + name]}\n       rlm {under}{name} --help lists the options"
-    p = commands.add_parser(
+    p: argparse.ArgumentParser = commands.add_parser(
         name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
     )
     p.set_defaults(parser=p)

@@ -74,9 +74,9 @@ async def _ask(
                 loop.add_signal_handler(number, stop)
             result = await run.result()
     except RlmError as error:
-        result = getattr(error, "result", None)
-        if result is not None and result.trajectory is not None:
-            error.add_note(f"Trajectory: {result.trajectory}")
+        partial = getattr(error, "result", None)
+        if partial is not None and partial.trajectory is not None:
+            error.add_note(f"Trajectory: {partial.trajectory}")
         raise
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -7,8 +7,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rlm_runtime.cli import codes, models
+
+if TYPE_CHECKING:
+    from rlm_runtime.tasks.base import Example
 
 
 def tasks(args: argparse.Namespace) -> int:
@@ -38,7 +42,7 @@ def tasks(args: argparse.Namespace) -> int:
     return codes.OK
 
 
-def _described(example: object, context: str) -> dict:
+def _described(example: Example, context: str) -> dict[str, Any]:
     return {
         "id": example.id, "question": example.question, "answer": example.answer, "intro": example.intro,
         "context": context,

@@ -75,11 +75,11 @@ def _give_key(
         return
     made = factory_of(root)
     variable, official = (getattr(made, name, None) for name in ("key_variable", "official"))
-    if not variable or not os.environ.get(variable) or os.environ.get(made.url_variable):
+    if not variable or not os.environ.get(variable) or os.environ.get(getattr(made, "url_variable", "")):
         return
     if other is not None and _provider(other[0], table) == _provider(root):
         claimed = other[1].get("base_url") or table.get(other[0], {}).get("base_url") or official
-        if same_origin(claimed, official):
+        if claimed and official and same_origin(claimed, official):
             return
     options["api_key_env"] = variable
 

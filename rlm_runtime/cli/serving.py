@@ -12,6 +12,7 @@ from typing import Any
 
 from rlm_runtime.cli import codes, models
 from rlm_runtime.errors import UsageError
+from rlm_runtime.lms.base import LM
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     wanted = [_split(text) for text in args.model]
     if args.root or os.environ.get("RLM_ROOT") or not wanted:
         wanted.insert(0, (args.name, None, None))
-    served, lms = [], []
+    served: list[ServedModel] = []
+    lms: list[LM] = []
     for name, root, sub in wanted:
         pair = models.pair(args) if root is None else models.named(args, root, sub)
         lms += pair

@@ -39,6 +39,8 @@ from rlm_runtime.errors import ContextError, UsageError
 
 Kind = Literal["str", "bytes", "list", "dict", "messages", "file", "folder"]
 
+Raw = bytes  # the built-in; in the class below `bytes` is a property
+
 HASH_LIMIT = 256 << 20  # larger files are not hashed, and a copy of a piped text is not kept
 UNPACKED_LIMIT = 4 << 30  # bytes a compressed text may take unpacked, where nobody says otherwise
 BYTES_PER_TOKEN = 4  # the usual rule of thumb for English; a description says "about"
@@ -128,14 +130,14 @@ class Context:
         )
 
     @classmethod
-    def file(cls, path: str | os.PathLike, encoding: str = "utf-8") -> Context:
+    def file(cls, path: str | os.PathLike[str], encoding: str = "utf-8") -> Context:
         """A text file in a given encoding. Raises ContextError where it is not a text in that encoding."""
         return cls._of_file(Path(path), _codec(encoding))
 
     @classmethod
     def folder(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike[str],
         *,
         encoding: str | None = None,
         include: Sequence[str] = (),
@@ -255,6 +257,12 @@ class Context:
 
     # -- what it is
 
+    @property
+    def location(self) -> Path:
+        """The path of a file or a folder."""
+        assert self.path is not None, f"a context of kind {self.kind} has no path"
+        return self.path
+
     @cached_property
     def _json(self) -> bytes:
         try:
@@ -269,7 +277,7 @@ class Context:
         """Of a folder: its texts, and what else was found."""
         found = Survey()
         return survey(
-            self.files if self.files is not None else find(self.path, self.reading, found), self.reading, found
+            self.files if self.files is not None else find(self.location, self.reading, found), self.reading, found
         )
 
     @property
@@ -290,7 +298,7 @@ class Context:
         if self.kind == "bytes":
             return len(self.value)
         if self.kind == "file":
-            return None if self.compression else self.path.stat().st_size
+            return None if self.compression else self.location.stat().st_size
         if self.kind == "folder":
             return sum(size for _, _, size in self.listing)
         return len(self._json)
@@ -312,7 +320,7 @@ class Context:
     @cached_property
     def _small_text(self) -> str:
         """Of a file of at most SAMPLE bytes."""
-        with open(self.path, "rb") as file:
+        with open(self.location, "rb") as file:
             return without_mark(file.read(SAMPLE).decode(self.encoding, "replace"))
 
     # -- handing it over
@@ -367,16 +375,16 @@ class Context:
         }
         texts = tuple(Path(path) for (_, path), e in zip(named, found.entries, strict=True) if e.text is not None)
         if self.files is None:
-            paths = (self.path, *texts)
+            paths: tuple[Path, ...] = (self.location, *texts)
         else:
             readable = [entry.path for entry in found.entries if entry.text is None]
             readable += [skipped.path for skipped in found.skipped if skipped.what != UNREADABLE]
             paths = (*dict.fromkeys(readable), *texts)
         largest = max((e.bytes for e in found.entries if e.bytes <= lazy_bytes), default=0)
-        return Payload("folder", self.path, self.bytes, args, paths, memory=(64 << 20) + 8 * largest)
+        return Payload("folder", self.path, self.bytes or 0, args, paths, memory=(64 << 20) + 8 * largest)
 
     def _file_payload(self, folder: Path, lazy_bytes: int, limit: int, stop: Callable[[], bool]) -> Payload:
-        size, path, args = regular_size(self.path), self.path, {"name": self.path.name}
+        size, path, args = regular_size(self.location), self.location, {"name": self.location.name}
         if self.compression or (self.encoding != "utf-8" and size > lazy_bytes):
             path = fresh(folder, "context")  # the lazy text reads plain UTF-8 only
             size = self._unpack(path, limit, stop)
@@ -391,7 +399,7 @@ class Context:
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
         written = 0
         try:
-            with opened(self.path, self.compression) as source, open(target, "xb", opener=private) as out:
+            with opened(self.location, self.compression) as source, open(target, "xb", opener=private) as out:
                 while piece := source.read(values.PIECE):
                     text = decoder.decode(piece)
                     written += out.write((without_mark(text) if written == 0 else text).encode("utf-8"))
@@ -403,7 +411,7 @@ class Context:
                     if stop():
                         raise ContextError(f"context: unpacking {self.path} was stopped.")
                 out.write(decoder.decode(b"", True).encode("utf-8"))
-        except (UnicodeDecodeError, EOFError, OSError, *damage()) as error:
+        except damage(UnicodeDecodeError) as error:
             target.unlink(missing_ok=True)
             raise ContextError(f"context: {self.path} cannot be read as {self.encoding} text: {error}.") from None
         except ContextError:
@@ -414,9 +422,9 @@ class Context:
             raise ContextError(f"context: {self.path} unpacks to an empty text.")
         return target.stat().st_size
 
-    def _pieces(self) -> Iterator[bytes]:
+    def _pieces(self) -> Iterator[Raw]:
         if self.kind == "file":
-            with open(self.path, "rb") as file:
+            with open(self.location, "rb") as file:
                 while piece := file.read(values.PIECE):
                     yield piece
         elif self.kind == "str":
@@ -428,7 +436,7 @@ class Context:
     def sha256(self) -> str | None:
         """Of the bytes; None for folders, several files and files above HASH_LIMIT."""
         digest = hashlib.sha256()
-        if self.kind == "folder" or (self.kind == "file" and self.path.stat().st_size > HASH_LIMIT):
+        if self.kind == "folder" or (self.kind == "file" and self.location.stat().st_size > HASH_LIMIT):
             return None
         for piece in self._pieces():
             digest.update(piece)
@@ -440,7 +448,7 @@ class Context:
         not copied."""
         in_memory = self.kind not in ("file", "folder")
         blob = self.sha256 if blobs is not None and (in_memory or self.keep) else None
-        if blob is not None:
+        if blobs is not None and blob is not None:
             store(blobs, blob, self._pieces())
         return {
             "name": name,

@@ -33,15 +33,16 @@ def ends(context: Context, head: int, tail: int) -> tuple[Any, Any, bool]:
 
 def file_ends(context: Context, head: int, tail: int) -> tuple[str, str, bool]:
     if context.compression:
-        with opened(context.path, context.compression) as source:
+        with opened(context.location, context.compression) as source:
             text = without_mark(decoded(source.read(4 * head + 4), context.encoding))
         return text[:head], "(not read: the file is compressed)", False
-    if context.bytes <= SAMPLE:
+    size = context.bytes or 0  # None only where it is compressed
+    if size <= SAMPLE:
         text = context._small_text
         return text[:head], text[-tail:] if tail else "", len(text) <= head
-    with open(context.path, "rb") as file:
+    with open(context.location, "rb") as file:
         begin = without_mark(decoded(file.read(4 * head + 4), context.encoding))
-        end = last_text(file, context.bytes, 4 * tail + 4, context.encoding)
+        end = last_text(file, size, 4 * tail + 4, context.encoding)
     return begin[:head], end[-tail:] if tail else "", False
 
 
@@ -117,15 +118,15 @@ def message_facts(context: Context, name: str) -> list[str]:
 
 
 def file_facts(context: Context, name: str) -> list[str]:
-    label = quoted(context.path.name, 200)
+    label = quoted(context.location.name, 200)
     if context.compression:
-        packed = context.path.stat().st_size
+        packed = context.location.stat().st_size
         return [f"Type: text of the file {label}, {packed:,} bytes with {context.compression}; unpacked in the REPL."]
     if context.measure is not None:
         return [f"Type: str, the text of the file {label}. {size(context)}, {context.measure.lines:,} lines."]
-    with open(context.path, "rb") as file:
+    with open(context.location, "rb") as file:
         sample = file.read(1 << 20)
-    lines = round(sample.count(b"\n") * context.bytes / len(sample))
+    lines = round(sample.count(b"\n") * (context.bytes or 0) / len(sample))
     return [
         f"Type: Text, the text of the file {label}, read lazily. {size(context)}, about {lines:,} lines.",
         "A Text has the methods of str (len, slices, find, count, startswith, ...; a slice is a str) and "
@@ -169,7 +170,7 @@ def sketch(value: Any) -> str:
     return repr(value)[:60]
 
 
-def counted(counts: Counter) -> str:
+def counted(counts: Counter[str]) -> str:
     named = [f"{n:,} {what}" for what, n in counts.most_common(8)]
     return ", ".join(named) + more(len(counts), 8)
 

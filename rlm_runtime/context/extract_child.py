@@ -4,16 +4,17 @@ import io
 import json
 import resource
 import sys
+from collections.abc import Iterator
 
 
-def pdf(data):
+def pdf(data: io.BytesIO) -> Iterator[str]:
     import pypdf
 
     for page in pypdf.PdfReader(data).pages:
         yield (page.extract_text() or "") + "\n\f"
 
 
-def docx(data):
+def docx(data: io.BytesIO) -> Iterator[str]:
     import docx as library
     from docx.table import Table
 
@@ -25,7 +26,7 @@ def docx(data):
             yield part.text + "\n"
 
 
-def xlsx(data):
+def xlsx(data: io.BytesIO) -> Iterator[str]:
     import openpyxl
 
     book = openpyxl.load_workbook(data, read_only=True, data_only=True)
@@ -39,7 +40,7 @@ def xlsx(data):
                 yield "\t".join(cells) + "\n"
 
 
-def parquet(data):
+def parquet(data: io.BytesIO) -> Iterator[str]:
     import pyarrow.parquet
 
     for batch in pyarrow.parquet.ParquetFile(data).iter_batches(batch_size=1000):
@@ -47,15 +48,16 @@ def parquet(data):
             yield json.dumps(row, ensure_ascii=False, default=str) + "\n"
 
 
-def main():
+def main() -> None:
     kind, memory, seconds, size = sys.argv[1], *map(int, sys.argv[2:])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     data = io.BytesIO(sys.stdin.buffer.read())
+    readers = {"pdf": pdf, "docx": docx, "xlsx": xlsx, "parquet": parquet}
     try:
-        for piece in {"pdf": pdf, "docx": docx, "xlsx": xlsx, "parquet": parquet}[kind](data):
+        for piece in readers[kind](data):
             sys.stdout.buffer.write(piece.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
     except Exception as error:

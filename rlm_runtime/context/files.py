@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from rlm_runtime.errors import ContextError
 
@@ -85,14 +85,17 @@ def opened(path: Path, compression: str | None) -> IO[bytes]:
     import gzip
     import lzma
 
-    return {"gzip": gzip.open, "lzma": lzma.open, "bz2": bz2.open}[compression](path, "rb")
+    if compression == "gzip":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return cast(IO[bytes], lzma.open(path, "rb") if compression == "lzma" else bz2.open(path, "rb"))
 
 
-def damage() -> tuple[type[Exception], ...]:
+def damage(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading a file raises that is unreadable or damaged, and `more`."""
     import lzma
     import zlib
 
-    return lzma.LZMAError, zlib.error
+    return OSError, EOFError, lzma.LZMAError, zlib.error, *more
 
 
 # Encodings a sample can tell apart; cp1252 stands for its relatives, whose texts differ in a few letters.
@@ -142,7 +145,7 @@ def check_text(path: Path, size: int, encoding: str, compression: str | None) ->
                 return None
             if size <= LAZY_BYTES:
                 return _measure(path, file, encoding)
-    except (OSError, EOFError, *damage()) as error:
+    except damage() as error:
         raise ContextError(f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
     pieces = samples(path, size, whole=0)
     _complain(path, pieces[0].data, not_text(pieces, encoding), encoding)

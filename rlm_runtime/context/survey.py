@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlm_runtime.context import extract, files
 from rlm_runtime.errors import ContextError, UsageError
@@ -44,7 +44,7 @@ class Reading:
         return {k: v for k, v in fields.items() if v} | ({} if self.gitignore else {"gitignore": False})
 
     @classmethod
-    def of(cls, fields: dict) -> Reading:
+    def of(cls, fields: Mapping[str, Any]) -> Reading:
         lists = {k: tuple(fields.get(k, ())) for k in ("include", "exclude")}
         return cls(encoding=fields.get("encoding"), gitignore=fields.get("gitignore", True), **lists)
 
@@ -239,7 +239,8 @@ def _patterns(lines: Iterable[str], what: str) -> GitIgnoreSpec | None:
     if not lines:
         return None
     try:
-        return _pathspec().GitIgnoreSpec.from_lines(lines)
+        spec: GitIgnoreSpec = _pathspec().GitIgnoreSpec.from_lines(lines)
+        return spec
     except ValueError as error:
         raise UsageError(f"{what}: {error}. Patterns are those of a .gitignore, such as '*.py' or 'docs/**'.") from None
 
@@ -273,13 +274,13 @@ class _Ignored:
         """The deepest file that says anything of this name decides; a folder's name ends with a slash."""
         for inside, before, spec in reversed(self._specs):
             if name.startswith(inside):
-                said = spec.check_file(before + name[len(inside) :]).include
+                said: bool | None = spec.check_file(before + name[len(inside) :]).include
                 if said is not None:
                     return said
         return False
 
 
-def _pathspec():
+def _pathspec() -> Any:
     import pathspec
 
     return pathspec

@@ -17,13 +17,16 @@ def plain(x: Any) -> Any:
     return x.model_dump(mode="json") if callable(getattr(x, "model_dump", None)) else x
 
 
-def are_messages(value: list) -> bool:
+def are_messages(value: list[Any]) -> bool:
     return all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+
+
+Place = tuple[Any, Any]  # (place of its holder, key)
 
 
 def check_json(value: Any) -> None:
     """What `json.dumps` would change silently, or explain badly, is a ContextError that says where it is."""
-    stack: list[tuple[Any, tuple | None, int]] = [(value, None, 1)]  # value, (place of its holder, key), depth
+    stack: list[tuple[Any, Place | None, int]] = [(value, None, 1)]  # value, (place of its holder, key), depth
     while stack:
         here, place, depth = stack.pop()
         if depth > DEEPEST:
@@ -45,7 +48,7 @@ def check_json(value: Any) -> None:
                 )
 
 
-def where(place: tuple | None) -> str:
+def where(place: Place | None) -> str:
     """`context[3]['name']` of a place."""
     keys = []
     while place is not None:
