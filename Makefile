@@ -21,6 +21,7 @@ test: $(STAMP)  ## lint and all tests (20 minutes on two cores, less the second 
 	@$(SAY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-subset: $(STAMP)  ## the tests that versions of Python and JAX could break (8 minutes on two cores)

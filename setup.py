@@ -100,6 +100,7 @@ setup(
             "llguidance>=1.9",  # constrained output, held to jsonschema
             "mcp>=2.0",
             "moto[server]>=5.0",
+            "mypy>=1.15",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "openai>=1.50",  # the official client, held against the RLM endpoint
@@ -118,6 +119,7 @@ setup(
             "uvicorn>=0.30",
             "zstandard>=0.23",
         ],
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],  # the API reference: make docs
         "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
     },
 )

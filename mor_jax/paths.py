@@ -109,14 +109,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """As `write_text`. Raises OSError."""
-    path = epath.Path(path)
-    if not is_local(path):
-        path.write_bytes(data)  # one object, atomic
+    target = epath.Path(path)
+    if not is_local(target):
+        target.write_bytes(data)  # one object, atomic
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     draft.write_bytes(data)
-    os.replace(draft, path)
+    os.replace(draft, target)
 
 
 def move(source: epath.Path, target: epath.Path) -> None:

@@ -18,22 +18,23 @@ def from_dict(raw: Mapping[str, Any]) -> Config:
     """Build a `Config` without the cross-field checks (used for configs read back from a checkpoint).
 
     Fields of another depth policy than the chosen one are left out: an older configuration may hold them."""
-    return _build(Config, raw, "config")
+    config: Config = _build(Config, raw, "config")
+    return config
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type[Any]) -> dict[str, Any]:
     """Names and types of the fields of a group; of depth, those of every policy."""
     return depth_hints() if cls is DepthConfig else typing.get_type_hints(cls)
 
 
-def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
     hints = _hints(cls)
     values = {}
     for key, value in raw.items():
         if key not in hints:
             raise ConfigError(_unknown(key, where, hints))
         hint = hints[key]
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{where}.{key} must be a group of fields, got {value!r}.")
             values[key] = _build(hint, value, f"{where}.{key}")
@@ -47,7 +48,7 @@ def _build(cls: type, raw: Mapping[str, Any], where: str) -> Any:
 def _unknown(key: str, where: str, hints: Mapping[str, Any]) -> str:
     """Message for a field that does not exist: the nearest valid name, wherever in the tree it lives."""
     for group, cls in typing.get_type_hints(Config).items():
-        if dataclasses.is_dataclass(cls) and key in _hints(cls):
+        if isinstance(cls, type) and dataclasses.is_dataclass(cls) and key in _hints(cls):
             return f"{where}.{key} does not exist. Did you mean config.{group}.{key}?"
     near = nearest(key, hints)
     if near:

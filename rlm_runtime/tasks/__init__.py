@@ -83,7 +83,7 @@ def get(spec: str | Task, **knobs: Any) -> Task:
         if knob not in allowed:
             raise UsageError(f"{name}: no knob {knob!r}. It takes {', '.join(allowed) or 'none'}.")
     try:
-        task = made(**{**entry.knobs, **given})
+        task: Task = made(**{**entry.knobs, **given})
     except TypeError as error:
         raise UsageError(f"{spec}: {error}.") from None
     task.name = name + "".join(f"_{k}-{v}" for k, v in sorted(given.items())).translate(FILE_SAFE)

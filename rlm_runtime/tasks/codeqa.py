@@ -24,6 +24,8 @@ from rlm_runtime.tasks.base import Example, Ruler, Task, text_of, writing
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "node_modules"}
 LARGEST = 1 << 20  # bytes of a file
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+Made = tuple[str, str, Any]  # kind, question, answer
 
 
 @dataclass
@@ -31,10 +33,10 @@ class Source:
     path: str
     text: str
     tree: ast.Module
-    functions: list = field(default_factory=list)
-    classes: list = field(default_factory=list)
+    functions: list[Function] = field(default_factory=list)
+    classes: list[ast.ClassDef] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for node in ast.walk(self.tree):
             if isinstance(node, FUNCTIONS):
                 self.functions.append(node)
@@ -152,9 +154,9 @@ class CodeQA(Task):
         except (SyntaxError, ValueError, RecursionError):
             return None
 
-    def _questions(self, sources: list[Source], length: int, seed: int, number: int) -> list[tuple[str, str, Any]]:
+    def _questions(self, sources: list[Source], length: int, seed: int, number: int) -> list[Made]:
         rng = self.rng(length, seed, number, "questions")
-        out: list[tuple[str, str, Any]] = []
+        out: list[Made] = []
         for attempt in range(400 * self.per_context):
             made = MAKERS[attempt % len(MAKERS)](rng, sources)
             if made is not None and made not in out:
@@ -187,16 +189,16 @@ def _single(names: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [pair for pair in names if counts[pair[0]] == 1]
 
 
-Maker = Callable[[random.Random, list[Source]], "tuple[str, str, Any] | None"]
+Maker = Callable[[random.Random, list[Source]], Made | None]
 
 
-def _functions_in(rng: random.Random, sources: list[Source]) -> tuple[str, str, Any]:
+def _functions_in(rng: random.Random, sources: list[Source]) -> Made:
     source = rng.choice(sources)
     question = f"How many functions are defined in the file {source.path} with def or async def, methods and nested functions included?"
     return "functions", question, len(source.functions)
 
 
-def _methods_of(rng: random.Random, sources: list[Source]):
+def _methods_of(rng: random.Random, sources: list[Source]) -> Made | None:
     classes = _single([(c.name, c) for s in sources for c in s.classes])
     if not classes:
         return None
@@ -209,7 +211,7 @@ def _methods_of(rng: random.Random, sources: list[Source]):
     )
 
 
-def _file_of_class(rng: random.Random, sources: list[Source]):
+def _file_of_class(rng: random.Random, sources: list[Source]) -> Made | None:
     classes = _single([(c.name, s.path) for s in sources for c in s.classes])
     if not classes:
         return None
@@ -217,7 +219,7 @@ def _file_of_class(rng: random.Random, sources: list[Source]):
     return "file_of_class", f"In which file is the class {name} defined? Give its path.", path
 
 
-def _file_of_function(rng: random.Random, sources: list[Source]):
+def _file_of_function(rng: random.Random, sources: list[Source]) -> Made | None:
     functions = _single([(f.name, s.path) for s in sources for f in s.functions])
     if not functions:
         return None
@@ -225,7 +227,7 @@ def _file_of_function(rng: random.Random, sources: list[Source]):
     return "file_of_function", f"In which file is the function or method {name} defined? Give its path.", path
 
 
-def _base_of(rng: random.Random, sources: list[Source]):
+def _base_of(rng: random.Random, sources: list[Source]) -> Made | None:
     classes = _single([(c.name, c) for s in sources for c in s.classes])
     classes = [(n, c) for n, c in classes if len(c.bases) == 1 and isinstance(c.bases[0], ast.Name)]
     if not classes:
@@ -234,7 +236,7 @@ def _base_of(rng: random.Random, sources: list[Source]):
     return "base", f"Which class is the one base class of {name}?", node.bases[0].id
 
 
-def _default_of(rng: random.Random, sources: list[Source]):
+def _default_of(rng: random.Random, sources: list[Source]) -> Made | None:
     functions = _single([(f.name, f) for s in sources for f in s.functions])
     found = []
     for name, node in functions:
@@ -250,7 +252,7 @@ def _default_of(rng: random.Random, sources: list[Source]):
     return "default", question, repr(value)
 
 
-def _parameters_of(rng: random.Random, sources: list[Source]):
+def _parameters_of(rng: random.Random, sources: list[Source]) -> Made | None:
     functions = _single([(f.name, f) for s in sources for f in s.functions])
     if not functions:
         return None
@@ -264,7 +266,7 @@ def _parameters_of(rng: random.Random, sources: list[Source]):
     return "parameters", question, count
 
 
-def _importers_of(rng: random.Random, sources: list[Source]):
+def _importers_of(rng: random.Random, sources: list[Source]) -> Made | None:
     importers: dict[str, set[str]] = {}
     for source in sources:
         for node in ast.walk(source.tree):
@@ -284,9 +286,9 @@ def _importers_of(rng: random.Random, sources: list[Source]):
     return "importers", question, len(importers[name])
 
 
-def _longest_in(rng: random.Random, sources: list[Source]):
+def _longest_in(rng: random.Random, sources: list[Source]) -> Made | None:
     source = rng.choice(sources)
-    lengths = sorted(((f.end_lineno - f.lineno + 1, f.name) for f in source.functions), reverse=True)
+    lengths = sorted((((f.end_lineno or f.lineno) - f.lineno + 1, f.name) for f in source.functions), reverse=True)
     if len(lengths) < 3 or lengths[0][0] == lengths[1][0]:
         return None
     question = (

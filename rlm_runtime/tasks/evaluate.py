@@ -168,7 +168,7 @@ class _Job:
     mode: str
 
 
-def _name(job: _Job, seed: int) -> tuple:
+def _name(job: _Job, seed: int) -> tuple[Any, ...]:
     return job.task.name, job.length, job.mode, job.index, seed
 
 
@@ -201,9 +201,9 @@ class _Examples:
     def __init__(self, folder: Path, seed: int, tokens: Tokens | None, jobs: list[_Job], keep: bool):
         self._folder, self._seed, self._tokens, self._keep = folder, seed, tokens, keep
         self._left = Counter(self._window(job) for job in jobs)
-        self._made: dict[tuple, asyncio.Task[Any]] = {}
+        self._made: dict[tuple[Any, ...], asyncio.Task[Any]] = {}
 
-    def _window(self, job: _Job) -> tuple:
+    def _window(self, job: _Job) -> tuple[str, int, int]:
         return job.task.name, job.length, job.index // job.task.per_context
 
     async def of(self, job: _Job) -> Example:
@@ -212,9 +212,10 @@ class _Examples:
                 job.length, seed=self._seed, index=job.index, folder=self._folder, tokens=self._tokens
             )
 
-        return await self.in_thread((job.task.name, job.length, job.index), make)
+        example: Example = await self.in_thread((job.task.name, job.length, job.index), make)
+        return example
 
-    async def in_thread(self, key: tuple, function: Callable[..., Any], *args: Any) -> Any:
+    async def in_thread(self, key: tuple[Any, ...], function: Callable[..., Any], *args: Any) -> Any:
         """The result for this key, made once. A cancelled caller leaves the thread to `settled`."""
         if key not in self._made:
             self._made[key] = asyncio.create_task(asyncio.to_thread(function, *args))

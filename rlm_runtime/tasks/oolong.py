@@ -201,7 +201,9 @@ def oolong_score(answer: str, kind: str, reply: str) -> float:
 # -- questions. Each maker returns None where the window has no clear answer.
 
 
-def _unique(counts: Counter, rng: random.Random, least: bool = False, rank: int = 0, gap: float = 0.0) -> Any | None:
+def _unique(
+    counts: Counter[Any], rng: random.Random, least: bool = False, rank: int = 0, gap: float = 0.0
+) -> Any | None:
     """The key at a rank, if its neighbours differ from it by more than `gap` of it."""
     ordered = sorted(counts.items(), key=lambda kv: (kv[1] if least else -kv[1], str(kv[0])))
     if len(ordered) < rank + 2:

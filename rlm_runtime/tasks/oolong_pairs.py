@@ -59,7 +59,7 @@ class OolongPairs(Oolong):
     per_context = 20  # the queries, in their order, about each window
     reply_tokens = 2048
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
 
     def _build(self, length: int, seed: int, index: int, folder: Path, ruler: Ruler) -> Example:

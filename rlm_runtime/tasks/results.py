@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rlm_runtime.lms.base import Frozen
 
+Key = tuple[str, int, str, int, int, str, str]  # see `Row.key`
 RESAMPLES = 2000
 Z = 1.959964  # 95 %
 
@@ -48,13 +49,13 @@ class Row(Frozen):
     finished_at: str = ""
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> Key:
         return self.task, self.length, self.mode, self.index, self.seed, self.model, self.settings
 
 
-def read_rows(path: Path) -> dict[tuple, Row]:
+def read_rows(path: Path) -> dict[Key, Row]:
     """The last row of each run. Lines cut off by a crash are left out."""
-    rows: dict[tuple, Row] = {}
+    rows: dict[Key, Row] = {}
     if not path.exists():
         return rows
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -110,7 +111,7 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
 
 def _summary(task: str, mode: str, length: int, rows: Sequence[Row]) -> Summary:
     scored = [r for r in rows if r.score is not None]
-    scores = [r.score for r in scored]
+    scores = [r.score for r in rows if r.score is not None]
     low, high = interval(scores)
     costs = [r.cost_usd for r in scored]
     return Summary(
