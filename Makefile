@@ -12,12 +12,12 @@ SUBSET = tests/test_config.py tests/test_rooms.py tests/data tests/model/test_ca
 	tests/train/test_checkpoint.py tests/train/test_step.py tests/train/test_resume.py tests/parallel/test_mesh.py \
 	tests/launch/test_wheel.py tests/rlm/test_rlm_loop.py tests/rlm/repl
 
-.PHONY: demo test test-subset env clean
+.PHONY: demo test test-subset docs env clean
 
 demo: $(STAMP)  ## train MoR and its plain twin, compare, generate (10 minutes on two cores)
 	$(BIN)/python -m launch.demo --workdir runs/demo
 
-test: $(STAMP)  ## lint and all tests (20 minutes on two cores, less the second time)
+test: $(STAMP)  ## lint, types and all tests (20 minutes on two cores, less the second time)
 	@$(SAY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,6 +27,10 @@ test: $(STAMP)  ## lint and all tests (20 minutes on two cores, less the second 
 test-subset: $(STAMP)  ## the tests that versions of Python and JAX could break (8 minutes on two cores)
 	@$(SAY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SUBSET)
+
+docs: $(STAMP)  ## the documentation with its API reference, into site/
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
+	$(BIN)/mkdocs build --strict --quiet
 
 env: $(STAMP)  ## the virtual environment alone
 
@@ -40,4 +44,4 @@ $(STAMP): setup.py $(wildcard constraints/*.txt)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest runs build dist site *.egg-info
