@@ -26,15 +26,16 @@ in another lane is not noticed. Later segments may exist for the first lanes onl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mor_jax.inference.engine.softmax import Softmax
-
 FIRST = 256  # entries of the first segment; each later one is as long as all before it
+MASKED = -1e30
+LN2 = math.log(2)
 _KEYS, _VALUES, _TAGS = 3, 2, 1  # the axis of entries in what is kept
 
 
@@ -117,6 +118,40 @@ def view(
 
 
 # ------------------------------------------------------------------------------------- attention
+
+
+class Softmax(NamedTuple):
+    """A softmax under way: what its exponents are taken off, sum of exponentials, weighted sum of values. All float32.
+
+    `top` is the largest score rounded up to a multiple of ln 2. Which keys came in which part, and what was largest
+    among them, then changes weights by powers of two, and a weight that is rounded to bfloat16 before it meets its value
+    is rounded the same way everywhere. Off the largest score itself it would be rounded anew in every partition of the
+    keys: verification of drafts, prefill and decoding would be so far apart that greedy tokens differ.
+    """
+
+    top: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> Softmax:
+        """Before any key, for queries of this shape."""
+        zeros = jnp.zeros(shape[:-1], jnp.float32)
+        return cls(zeros + MASKED, zeros, jnp.zeros(shape, jnp.float32))
+
+    def add(self, score: jax.Array, mask: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> Softmax:
+        """With more keys; `weigh` maps their weights to the sum of their values. What is masked in all of them changes
+        nothing, to the last bit."""
+        score = jnp.where(mask, score, MASKED)
+        top = jnp.maximum(self.top, jnp.ceil(jnp.max(score, axis=-1) / LN2) * LN2)
+        weight = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
+        shrink = jnp.exp(self.top - top)
+        total = self.total * shrink + jnp.sum(weight, axis=-1)
+        return Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
+
+    def result(self, dtype: str) -> jax.Array:
+        """Weighted means of the values; zeros for a query that saw none."""
+        return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
 
 
 def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
@@ -287,3 +322,54 @@ def _lane_window(array: jax.Array, axis: int, lane: jax.Array, start: jax.Array,
     at, sizes = [0] * array.ndim, list(array.shape)
     at[0], sizes[0], at[axis], sizes[axis] = lane, 1, start, size
     return at, sizes
+
+
+# ---------------------------------------------------- a few tokens in a row of every lane at once
+
+
+def attend_spans(
+    q_NxTxKxGxH: jax.Array, log: Log, seen: View, own_k_NxTxKxH: jax.Array, own_v_NxTxKxH: jax.Array,
+    own_NxTxT: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """Of T tokens a lane to its log and, by a mask, to keys of theirs that are not in the log yet. [N, T, K, G, H]."""
+    q_NxKxGxTxH, dtype = jnp.moveaxis(q_NxTxKxGxH, 1, 3), q_NxTxKxGxH.dtype
+    scale = q_NxTxKxGxH.shape[-1] ** -0.5
+
+    def add(part: Softmax, q, k_NxKxHxS, v_NxKxSxH, mask_NxTxS) -> Softmax:
+        score = jnp.einsum("NKGTH,NKHS->NKGTS", q, k_NxKxHxS, preferred_element_type=jnp.float32) * scale
+        weigh = lambda w: jnp.einsum(
+            "NKGTS,NKSH->NKGTH", w.astype(dtype), v_NxKxSxH, preferred_element_type=jnp.float32
+        )
+        return part.add(score, mask_NxTxS[:, None, None], weigh)
+
+    so_far = Softmax.empty(q_NxKxGxTxH.shape)
+    own_k, own_v = jnp.moveaxis(own_k_NxTxKxH, 1, 3), own_v_NxTxKxH.swapaxes(1, 2)
+    so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
+    from_log = lambda part, q, k, v, mask: add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
+    for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
+        lanes = k.shape[0]
+        part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
+        args = (part, q_NxKxGxTxH[:lanes], k, v, seen.seen[i][:, None])
+        part = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
+        join = lambda new, old: jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
+        so_far = jax.tree.map(join, part, so_far)
+    return jnp.moveaxis(so_far.result(dtype), 3, 1)
+
+
+def _slots(slot_N: jax.Array, writes_NxU: jax.Array) -> jax.Array:
+    """[N, U]: where entries go, the written ones packed from `slot_N` on."""
+    return slot_N[:, None] + jnp.cumsum(writes_NxU, axis=1) - 1
+
+
+def append_spans(
+    shape: Layout, log: Log, slot_N: jax.Array, writes_NxU: jax.Array, k_NxUxKxH: jax.Array, v_NxUxKxH: jax.Array
+) -> Log:
+    """Those of the U entries of each lane that are written, from `slot_N` on."""
+    return put(log, places(shape, _slots(slot_N, writes_NxU), writes_NxU), k_NxUxKxH, v_NxUxKxH)
+
+
+def tag_spans(
+    shape: Layout, tags: Sequence[jax.Array], slot_N: jax.Array, writes_NxU: jax.Array, tag_NxU: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Their tags."""
+    return put_tags(tags, places(shape, _slots(slot_N, writes_NxU), writes_NxU), tag_NxU)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mor_jax.errors import UserError
-from mor_jax.inference.engine import compilations
 from mor_jax.inference.engine.prefix import PrefixTree
 from mor_jax.inference.engine.request import DepthWish, OnEvents, QueueFull, Request
 from mor_jax.inference.engine.rounds import Rounds
 from mor_jax.inference.engine.rows import host_row
 from mor_jax.inference.engine.scheduler import Job, Scheduler
+from mor_jax.inference.engine.stats import compiled_here
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class EngineService:
     def _run(self) -> None:
         try:
             self.warm_up()
-            self.counts.watch(compilations.here())
+            self.counts.watch(compiled_here())
             while self._round():
                 pass
         except BaseException as e:
@@ -240,7 +240,7 @@ class EngineService:
             self._count_out(self._rounds.end_all(come, "the engine was closed", works=True))
             return False
         self._count_out(self._rounds.step())
-        self.counts.compiled = compilations.here() - self.counts.compiled_before
+        self.counts.compiled = compiled_here() - self.counts.compiled_before
         return True
 
     def _count_out(self, jobs: int) -> None:

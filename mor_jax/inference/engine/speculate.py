@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.drawing import Drawn, draw
 from mor_jax.inference.engine.layers import Weights
-from mor_jax.inference.engine.logs import Log
+from mor_jax.inference.engine.logs import Log, append_spans, attend_spans, tag_spans
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
-from mor_jax.inference.engine.spans import append_spans, attend_spans, tag_spans
 from mor_jax.inference.engine.state import NONE, Shape, State
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, first_tag, newest_tag
 from mor_jax.model.depth import Controlled, TokenInfo

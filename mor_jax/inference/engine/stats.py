@@ -1,10 +1,13 @@
-"""Counters of an engine. Its own thread writes them; any thread may read them."""
+"""Counters of an engine, which its own thread writes and any thread may read, and of compiled programs."""
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
+from jax import monitoring
 
 SMOOTH = 0.1  # weight of the newest in a running mean
 
@@ -85,3 +88,22 @@ class Counts:
         out |= {f"recursion_depth_{depth}_total": n for depth, n in sorted(dict(self.by_depth).items())}
         out |= {f"requests_{reason}_total": n for reason, n in sorted(dict(self.by_reason).items())}
         return {name: float(value) for name, value in out.items()}
+
+
+# -------------------------------------------------------- programs compiled, by the thread that asked
+
+_EVENT = "/jax/core/compile/backend_compile_duration"  # also told when the compilation cache had it
+_by_thread: Counter[int] = Counter()
+
+
+def _count(event: str, duration: float, **_: object) -> None:
+    if event == _EVENT:
+        _by_thread[threading.get_ident()] += 1
+
+
+monitoring.register_event_duration_secs_listener(_count)
+
+
+def compiled_here() -> int:
+    """Programs that this thread has had compiled."""
+    return _by_thread[threading.get_ident()]

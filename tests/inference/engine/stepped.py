@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from mor_jax.inference.engine import compilations
 from mor_jax.inference.engine.request import Finished, PromptRead, Token
 from mor_jax.inference.engine.service import EngineService, ServiceConfig
+from mor_jax.inference.engine.stats import compiled_here
 
 ROUNDS = 4000  # more than any schedule of the tests needs
 
@@ -22,7 +22,7 @@ class Stepped(EngineService):
     def _begin(self):
         if not self._warm:
             self.warm_up()
-            self.counts.watch(compilations.here())
+            self.counts.watch(compiled_here())
 
     def step(self):
         self.now += 1

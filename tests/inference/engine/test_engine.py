@@ -10,9 +10,9 @@ from reference import WISHES, control_of, model, oracle
 from stepped import Stepped, ask
 from test_schedules import LENGTHS, NEW, TEXTS, arrivals, play_out, request_of
 
-from mor_jax.inference.engine import compilations
 from mor_jax.inference.engine.device import Device, EngineConfig
 from mor_jax.inference.engine.request import Drawing, Request
+from mor_jax.inference.engine.stats import compiled_here
 
 GREEDY = Drawing(temperature=0.0)
 
@@ -96,17 +96,17 @@ def test_a_prefix_from_the_cache_changes_no_bit():
 
 def test_nothing_compiles_once_it_is_warm():
     s = service()
-    before = compilations.here()
+    before = compiled_here()
     for wish in WISHES:
         for n in LENGTHS:
             ask(s, Request(TEXTS[2][:n], 5, Drawing(seed=n, top_k=3), depth=wish, logprobs=2, priority=n % 2))
     s.run()
-    assert compilations.here() == before and s.stats()["compilations_total"] == 0
+    assert compiled_here() == before and s.stats()["compilations_total"] == 0
 
 
 def test_compilations_are_counted():
     import jax
 
-    before = compilations.here()
+    before = compiled_here()
     jax.jit(lambda x: x * 3 + np.float32(before))(np.ones((7,), np.float32))
-    assert compilations.here() == before + 1
+    assert compiled_here() == before + 1

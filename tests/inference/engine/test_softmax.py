@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mor_jax.inference.engine.softmax import Softmax
+from mor_jax.inference.engine.logs import Softmax
 
 QUERIES, KEYS, WIDTH = 64, 96, 16
 
