@@ -6,6 +6,7 @@ import asyncio
 import functools
 import math
 import time
+from collections import Counter
 
 from rlm_runtime.serve.http.errors import ApiError, refuse
 from rlm_runtime.serve.model.metrics import ModelMetrics
@@ -144,8 +145,8 @@ class Run:
         metrics.add("vllm:generation_tokens_total", end.completion_tokens, model_name=name)
         metrics.observe("vllm:request_queue_time_seconds", end.queued_s, model_name=name)
         metrics.observe("vllm:e2e_request_latency_seconds", now - self.began, model_name=name)
-        for depth in sequence.depths:
-            metrics.observe("mor_jax:recursion_depth", depth, model_name=name)
+        for depth, tokens in Counter(sequence.depths).items():
+            metrics.observe("mor_jax:recursion_depth", depth, tokens, model_name=name)
         good = sequence.ended in ("stop", "length")
         ended = {"cancelled": "abort"}.get(sequence.ended, sequence.ended)
         metrics.add("vllm:request_success_total" if good else "mor_jax:request_failure_total", model_name=name,
