@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from rlm_runtime.lms.base import LM
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rlm_runtime.serve.http.server import bind, serve
+        from rlm_runtime.serve.http.server import bind, log_to_stderr, serve, url_of
         from rlm_runtime.serve.http.settings import is_loopback
         from rlm_runtime.serve.rlm.app import create_app
         from rlm_runtime.serve.rlm.served import ServedModel
@@ -51,15 +49,11 @@ def run(args: argparse.Namespace) -> int:
     listener = bind(args.host, args.port)
     if settings.log_dir is not None:
         settings.log_dir.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for library in ("httpx", "uvicorn"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
+    log_to_stderr()
 
     def on_ready() -> None:
         names = ", ".join(s.name for s in served)
-        say(f"serving {names} at http://{shown}:{port}/v1" + ("" if keys else " (no key needed)"))
+        say(f"serving {names} at {url_of(listener)}" + ("" if keys else " (no key needed)"))
         if not keys and not loopback:
             say("warning: anyone who can reach this address can spend your tokens")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import sys
 import threading
@@ -12,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from rlm_runtime.errors import UsageError
-from rlm_runtime.serve.http.server import bind, serve
+from rlm_runtime.serve.http.server import bind, log_to_stderr, serve, url_of
 from rlm_runtime.serve.http.settings import is_loopback
 from rlm_runtime.serve.model.app import create_app
 from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
@@ -34,11 +33,8 @@ def run_server(
         )
     began = time.monotonic() if began is None else began
     listener = bind(host, port)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for library in ("httpx", "uvicorn"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    log_to_stderr()
+    url = url_of(listener)
 
     async def main() -> None:
         stops: list[Callable[[str], None]] = []
