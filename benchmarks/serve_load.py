@@ -167,7 +167,10 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
     found = sorted(v for v in values if v is not None)
     if not found:
         return None
-    at = lambda q: round(1e3 * found[min(len(found) - 1, int(q * len(found)))], 2)
+
+    def at(q: float) -> float:
+        return round(1e3 * found[min(len(found) - 1, int(q * len(found)))], 2)
+
     return {"mean": round(1e3 * sum(found) / len(found), 2), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99),
             "max": round(1e3 * found[-1], 2)}  # fmt: skip
 
@@ -212,7 +215,10 @@ async def measure(plan: Plan, say: Callable[[str], None] = lambda text: None) ->
     connector = aiohttp.TCPConnector(limit=0)
     url = plan.url.rstrip("/") + "/completions"
     async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
-        ask = lambda number: one(session, url, plan.workload.body(number))
+
+        async def ask(number: int) -> Outcome:
+            return await one(session, url, plan.workload.body(number))
+
         warm = await ask(-1)
         if not warm.ok:
             raise UsageError(f"{url} does not answer as it should: {warm.status} {warm.error}")

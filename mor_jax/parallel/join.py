@@ -63,7 +63,7 @@ def initialize(cluster: Cluster | None = None, *, timeout: float = 0.0, meet: fl
 
     if global_state.num_processes > 1:
         state = global_state
-        _HOSTS = Hosts(state.client, state.process_id, state.num_processes, timeout, state.coordinator_address)
+        _HOSTS = Hosts(state.client, state.process_id, state.num_processes, timeout, state.coordinator_address or "")
         atexit.register(_HOSTS.close)  # before JAX's own, which was registered first
     return _HOSTS
 
@@ -102,7 +102,7 @@ def _absent_listed(seconds: int) -> Iterator[None]:
 
     module = getattr(distributed, "_jax", None)
     plain = getattr(module, "get_distributed_runtime_service", None)
-    if plain is None or "cluster_register_timeout" not in (plain.__doc__ or ""):
+    if module is None or plain is None or "cluster_register_timeout" not in (plain.__doc__ or ""):
         yield
         return
     module.get_distributed_runtime_service = functools.partial(plain, cluster_register_timeout=seconds)
@@ -116,7 +116,7 @@ def _delay_abort() -> None:
     """JAX's client aborts the process as soon as process 0 closes its end, before anyone could say so. With libc's
     `sleep` as the handler of SIGABRT the aborting thread first waits as many seconds as the signal's number, 6, in
     which the watch names process 0. `sleep` may be called from a handler (POSIX) and takes one integer, as they do."""
-    if sys.platform == "win32" or signal.SIGABRT != 6:
+    if sys.platform == "win32" or int(signal.SIGABRT) != 6:
         return
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p

@@ -63,19 +63,19 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _echo(rank: int, job: subprocess.Popen) -> None:
-    for line in job.stdout:
+def _echo(rank: int, job: subprocess.Popen[str]) -> None:
+    for line in job.stdout or ():
         print(f"[{rank}] {line}", end="", flush=True)
 
 
-def _signal(jobs: Sequence[subprocess.Popen], number: int) -> None:
+def _signal(jobs: Sequence[subprocess.Popen[str]], number: int) -> None:
     for job in jobs:
         if job.poll() is None:
             job.send_signal(number)
 
 
 @contextlib.contextmanager
-def _passed_on(jobs: Sequence[subprocess.Popen]) -> Iterator[None]:
+def _passed_on(jobs: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
     handler = lambda _number, _frame: _signal(jobs, signal.SIGTERM)
     old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

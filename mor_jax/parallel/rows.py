@@ -51,7 +51,7 @@ def manual_axes() -> frozenset[str]:
 
 
 def over_rows(
-    rules: Rules, run: Callable[..., tuple[Any, Any]], in_axes: tuple, out_axes: Any
+    rules: Rules, run: Callable[..., tuple[Any, Any]], in_axes: tuple[Any, ...], out_axes: Any
 ) -> Callable[..., tuple[Any, Any]]:
     """`run(*args) -> (rows, sums)` on each device's own rows; sums are added up over the devices.
 

@@ -58,7 +58,7 @@ class Rules:
     def spec(self, names: tuple[str | None, ...], *, drop: tuple[str, ...] = ()) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry these logical names; mesh axes in `drop` are left out."""
 
-        def entry(name):
+        def entry(name: str | None) -> str | tuple[str, ...] | None:
             mesh_axes = tuple(a for a in self.axes(name) if a not in drop)
             return mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None)
 
