@@ -18,8 +18,8 @@ from rlm_runtime.serve.http.endpoint import Endpoint, Exchange, event, json_body
 from rlm_runtime.serve.http.errors import ApiError, from_validation, no_such_model, refuse
 from rlm_runtime.serve.model.backend import ModelBackend, ModelRegistry
 from rlm_runtime.serve.model.metrics import ModelMetrics
-from rlm_runtime.serve.model.plan import Plan
-from rlm_runtime.serve.model.run import Run
+from rlm_runtime.serve.model.plan import RequestPlan
+from rlm_runtime.serve.model.run import RequestRun
 from rlm_runtime.serve.model.sequence import Mailbox, Sequence
 from rlm_runtime.serve.model.settings import ModelSettings
 from rlm_runtime.serve.model.shapes import Shape
@@ -47,17 +47,17 @@ class ModelEndpoint(Endpoint):
     async def exchange(self, request: Request) -> AsyncIterator[Generation]:
         plan = await self._read(request)
         async with self.admission.place():
-            run = Run(plan, self._mailbox(), self._metrics, self.settings)
+            run = RequestRun(plan, self._mailbox(), self._metrics, self.settings)
             await run.submit()
             try:
                 yield Generation(run, self.shape)
             finally:
                 await asyncio.shield(run.leave())  # the request holds its place until its lanes are free
 
-    async def _read(self, request: Request) -> Plan:
+    async def _read(self, request: Request) -> RequestPlan:
         body = await json_body(request)
 
-        def understand() -> Plan:
+        def understand() -> RequestPlan:
             asked = parsed(self.shape.request, body)
             plan = self.shape.plan(asked, find(self.registry, asked.model), self.settings)
             unknown = tuple(sorted(name[:MAX_NAME] for name in asked.model_extra or ()))
@@ -71,7 +71,7 @@ class ModelEndpoint(Endpoint):
 class Generation(Exchange[None]):
     """A run in one of OpenAI's shapes."""
 
-    def __init__(self, run: Run, shape: Shape) -> None:
+    def __init__(self, run: RequestRun, shape: Shape) -> None:
         super().__init__()
         self.run, self.shape, self.stream = run, shape, run.plan.stream
         self.changed = run.changed

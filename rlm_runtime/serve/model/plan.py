@@ -27,7 +27,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RequestPlan:
     """A request that was understood.
 
     `sequences` holds `best_of` sequences for each prompt, prompt by prompt; `n` of them are shown. `prompt_texts` is
@@ -50,7 +50,7 @@ class Plan:
     ignored: tuple[str, ...] = ()  # fields of the request that are not known here
 
 
-def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> Plan:
+def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
     """Raises ApiError."""
     if asked.suffix:
         raise refuse("suffix is not supported: the model writes on, it does not fill in.", "suffix",
@@ -76,13 +76,13 @@ def plan_completion(asked: CompletionRequest, model: ModelBackend, settings: Mod
         asked, model, settings, prompts, best_of, "prompt", stop_tokens=model.tokenizer.ends,
         max_tokens=lambda ids: min(max(1, max_tokens), model.window - len(ids)), logprobs=logprobs, scored=scored,
     )  # fmt: skip
-    return Plan(
+    return RequestPlan(
         model=model, sequences=sequences, n=n, best_of=best_of, stops=asked.stops, logprobs=asked.logprobs,
         echo=bool(asked.echo), scoring_only=scoring_only, prompts=prompts, **_ways(asked),
     )  # fmt: skip
 
 
-def plan_chat(asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> Plan:
+def plan_chat(asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
     """Raises ApiError."""
     _check_chat(asked)
     ids = chat_ids(asked.messages, model, settings, asked.add_generation_prompt, asked.chat_template_kwargs)
@@ -96,7 +96,7 @@ def plan_chat(asked: ChatRequest, model: ModelBackend, settings: ModelSettings) 
         asked, model, settings, [ids], best_of, "messages", stop_tokens=template.stop_tokens(model.tokenizer),
         max_tokens=lambda ids: limit or model.window - len(ids), logprobs=logprobs, scored=False,
     )  # fmt: skip
-    return Plan(
+    return RequestPlan(
         model=model, sequences=sequences, n=best_of, best_of=best_of, stops=(*asked.stops, *template.stops),
         logprobs=logprobs, strip=template.plain, prompts=[ids], **_ways(asked),
     )  # fmt: skip

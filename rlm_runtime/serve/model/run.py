@@ -10,7 +10,7 @@ from collections import Counter
 
 from rlm_runtime.serve.http.errors import ApiError, refuse
 from rlm_runtime.serve.model.metrics import ModelMetrics
-from rlm_runtime.serve.model.plan import Plan
+from rlm_runtime.serve.model.plan import RequestPlan
 from rlm_runtime.serve.model.schemas import CachedTokens, ChoiceNotes, ModelUsage, RunNotes
 from rlm_runtime.serve.model.sequence import Mailbox, Sequence
 from rlm_runtime.serve.model.settings import ModelSettings
@@ -19,10 +19,10 @@ TURN = 16  # sequences submitted in one go
 LEAVING_SECONDS = 30.0  # a cancelled sequence leaves its lane at the next tick; longer means that the engine is stuck
 
 
-class Run:
+class RequestRun:
     """Submits a plan's sequences and gathers what they come to. Use on one event loop."""
 
-    def __init__(self, plan: Plan, mailbox: Mailbox, metrics: ModelMetrics, settings: ModelSettings):
+    def __init__(self, plan: RequestPlan, mailbox: Mailbox, metrics: ModelMetrics, settings: ModelSettings):
         self.plan, self.changed = plan, asyncio.Event()
         self.began = time.monotonic()
         self._mailbox, self._metrics, self._settings = mailbox, metrics, settings

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, Protocol
 
 from rlm_runtime.serve.model.backend import ModelBackend, Tokenizer
-from rlm_runtime.serve.model.plan import Plan, plan_chat, plan_completion
-from rlm_runtime.serve.model.run import Run
+from rlm_runtime.serve.model.plan import RequestPlan, plan_chat, plan_completion
+from rlm_runtime.serve.model.run import RequestRun
 from rlm_runtime.serve.model.schemas import (
     ChatChoice,
     ChatLogprob,
@@ -37,15 +37,15 @@ class Shape(Protocol):
     prefix: str  # of ids
     chunk_object: str
 
-    def plan(self, asked: Any, model: ModelBackend, settings: ModelSettings) -> Plan: ...
+    def plan(self, asked: Any, model: ModelBackend, settings: ModelSettings) -> RequestPlan: ...
 
-    def whole(self, run: Run, identity: str) -> Completion | ChatReply: ...
+    def whole(self, run: RequestRun, identity: str) -> Completion | ChatReply: ...
 
     def opening(self, index: int) -> dict[str, Any] | None: ...
 
-    def piece(self, run: Run, index: int, text: str, scores: list[Scored]) -> dict[str, Any]: ...
+    def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]: ...
 
-    def closing(self, run: Run, index: int, sequence: Sequence) -> dict[str, Any]: ...
+    def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]: ...
 
 
 def finish_reason(sequence: Sequence) -> Literal["stop", "length"]:
@@ -56,10 +56,10 @@ def finish_reason(sequence: Sequence) -> Literal["stop", "length"]:
 class CompletionShape(Shape):
     name, request, prefix, chunk_object = "completions", CompletionRequest, "cmpl-", "text_completion"
 
-    def plan(self, asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> Plan:
+    def plan(self, asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
         return plan_completion(asked, model, settings)
 
-    def whole(self, run: Run, identity: str) -> Completion:
+    def whole(self, run: RequestRun, identity: str) -> Completion:
         choices = []
         for index, sequence in run.shown():
             text, scores = sequence.pull()
@@ -75,16 +75,16 @@ class CompletionShape(Shape):
     def opening(self, index: int) -> None:
         return None
 
-    def piece(self, run: Run, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
+    def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
         logprobs = self._logprobs(run.plan, scores)
         return {"index": index, "text": text, "finish_reason": None,
                 "logprobs": logprobs.model_dump() if logprobs else None}  # fmt: skip
 
-    def closing(self, run: Run, index: int, sequence: Sequence) -> dict[str, Any]:
+    def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]:
         return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason(sequence),
                 "mor": run.notes(sequence).model_dump()}  # fmt: skip
 
-    def _logprobs(self, plan: Plan, scores: list[Scored]) -> CompletionLogprobs | None:
+    def _logprobs(self, plan: RequestPlan, scores: list[Scored]) -> CompletionLogprobs | None:
         if plan.logprobs is None:
             return None
         tokenizer = plan.model.tokenizer
@@ -105,10 +105,10 @@ class CompletionShape(Shape):
 class ChatShape(Shape):
     name, request, prefix, chunk_object = "chat_completions", ChatRequest, "chatcmpl-", "chat.completion.chunk"
 
-    def plan(self, asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> Plan:
+    def plan(self, asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
         return plan_chat(asked, model, settings)
 
-    def whole(self, run: Run, identity: str) -> ChatReply:
+    def whole(self, run: RequestRun, identity: str) -> ChatReply:
         choices = []
         for index, sequence in run.shown():
             text, scores = sequence.pull()
@@ -124,16 +124,16 @@ class ChatShape(Shape):
     def opening(self, index: int) -> dict[str, Any]:
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
 
-    def piece(self, run: Run, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
+    def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
         logprobs = self._logprobs(run.plan, scores)
         return {"index": index, "delta": {"content": text}, "finish_reason": None,
                 "logprobs": logprobs.model_dump() if logprobs else None}  # fmt: skip
 
-    def closing(self, run: Run, index: int, sequence: Sequence) -> dict[str, Any]:
+    def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]:
         return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason(sequence),
                 "mor": run.notes(sequence).model_dump()}  # fmt: skip
 
-    def _logprobs(self, plan: Plan, scores: list[Scored]) -> ChatLogprobs | None:
+    def _logprobs(self, plan: RequestPlan, scores: list[Scored]) -> ChatLogprobs | None:
         if plan.logprobs is None:
             return None
         tokenizer = plan.model.tokenizer
