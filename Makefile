@@ -30,7 +30,7 @@ test-subset: $(STAMP)  ## the tests that versions of Python and JAX could break 
 
 docs: $(STAMP)  ## the documentation with its API reference, into site/
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 env: $(STAMP)  ## the virtual environment alone
 
