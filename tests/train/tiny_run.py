@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +96,9 @@ class _Forking(NamedTuple):
         return str(Path(self.folder.name) / "socket")
 
 
+_LOCK = threading.Lock()
+
+
 @functools.lru_cache(1)
 def _forking(env: frozenset[tuple[str, str]]) -> _Forking:
     folder = tempfile.TemporaryDirectory(prefix="forked_")
@@ -103,17 +108,20 @@ def _forking(env: frozenset[tuple[str, str]]) -> _Forking:
     return _Forking(process, folder)
 
 
-def _run_forked(name: str, args: tuple[str, ...], stdin: bytes, timeout: float) -> subprocess.CompletedProcess:
-    env = environment()
+def run_forked(
+    name: str, args: Sequence[str], env: Mapping[str, str], stdin: bytes = b"", timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """The command to its end, in a process forked from one that has done the imports in this environment."""
     at_import = {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT)}
-    asked = {"args": [name, *args], "cwd": str(ROOT), "env": env}
+    asked = {"args": [name, *args], "cwd": str(ROOT), "env": dict(env)}
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         files[0].write(stdin)
         files[0].seek(0)
         others = {k: env[k] for k in ("PATH", "HOME", "TMPDIR") if k in env}
         connection = stack.enter_context(socket.socket(socket.AF_UNIX))
-        connection.connect(_forking(frozenset((at_import | others).items())).socket)
+        with _LOCK:  # tests run commands in threads
+            connection.connect(_forking(frozenset((at_import | others).items())).socket)
         line = json.dumps(asked).encode() + b"\n"
         sent = socket.send_fds(connection, [line], [f.fileno() for f in files])
         connection.sendall(line[sent:])
@@ -141,7 +149,7 @@ def run(name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **en
             command(name, *args), input=stdin, capture_output=True, cwd=ROOT, env=environment(**env), timeout=timeout
         )
     else:
-        done = _run_forked(name, tuple(map(str, args)), stdin, timeout)
+        done = run_forked(name, tuple(map(str, args)), environment(), stdin, timeout)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
 
