@@ -7,24 +7,25 @@ STAMP := $(VENV)/.installed
 SAY = $(BIN)/python -c 'import sys, jax; print("testing with Python %s, jax %s" % (sys.version.split()[0], jax.__version__))'
 
 # What depends on the versions of Python, JAX and their compiler; the rest of the suite is run on the newest Python.
-SUBSET = tests/test_config.py tests/test_rooms.py tests/data tests/model/test_causality.py tests/model/test_executors.py \
-	tests/model/test_kv.py tests/model/test_leaves.py tests/inference/test_generate.py tests/inference/test_decode.py \
-	tests/train/test_checkpoint.py tests/train/test_step.py tests/train/test_resume.py tests/parallel/test_mesh.py \
-	tests/launch/test_wheel.py tests/rlm/test_rlm_loop.py tests/rlm/repl
+# tests/model/test_policies.py runs every depth policy: both executors, training, decoding, causality, accounting.
+SUBSET = tests/test_config.py tests/test_rooms.py tests/data tests/model/test_policies.py::test_every_policy \
+	tests/model/test_leaves.py tests/inference/test_text.py tests/train/test_checkpoint.py tests/train/test_step.py \
+	tests/train/test_resume.py tests/parallel/test_mesh.py tests/launch/test_wheel.py tests/rlm/test_rlm_loop.py \
+	tests/rlm/repl
 
 .PHONY: demo test test-subset docs env clean
 
 demo: $(STAMP)  ## train MoR and its plain twin, compare, generate (10 minutes on two cores)
 	$(BIN)/python -m launch.demo --workdir runs/demo
 
-test: $(STAMP)  ## lint, types and all tests (20 minutes on two cores, less the second time)
+test: $(STAMP)  ## lint, types and all tests (up to an hour on two cores, less the second time)
 	@$(SAY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-subset: $(STAMP)  ## the tests that versions of Python and JAX could break (8 minutes on two cores)
+test-subset: $(STAMP)  ## the tests that versions of Python and JAX could break
 	@$(SAY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(SUBSET)
 

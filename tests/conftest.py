@@ -3,6 +3,7 @@
 JAX is configured through the environment, and before anything imports it: tests of the RLM runtime never do.
 """
 
+import gc
 import os
 import tempfile
 
@@ -10,9 +11,12 @@ import tempfile
 os.environ.setdefault("MOR_JAX_CACHE", tempfile.mkdtemp(prefix="mor_jax_test_cache_"))
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Programs compiled by one run of the tests serve the next.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.expanduser("~/.cache/mor_jax/xla-tests")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/mor_jax/xla-tests"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Most of the suite's time is compiling, and half of that is LLVM's work on machine code that runs once. Without it the
+# program, its buffers and its collectives are the same; a command that a test starts inherits this.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 from kinds import KINDS
@@ -24,13 +28,19 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-# Few tests, minutes each: begun last, they would leave the other workers idle.
-LONG = {"notebooks", "parallel", "train"}
+# Files that take a minute and more: begun last, they would leave the other workers idle.
+LONG = {"notebooks", "parallel", "train", "engine", "launch"}
 
 
 def pytest_collection_modifyitems(items):
     """Those of the RLM runtime first, in processes that have no JAX and no gigabytes yet: they fork, and collect garbage."""
     items.sort(key=lambda item: 0 if "rlm" in item.path.parts else 1 if item.path.parent.name in LONG else 2)
+
+
+def pytest_collection_finish():
+    """What the imports made stays: looking through all of it, collection after collection, takes a few percent."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=list(KINDS))

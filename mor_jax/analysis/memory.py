@@ -87,6 +87,7 @@ class TrainingMemory:
     added: float  # gradients of micro-batches before this one
     core_gradient: float  # of a tied core, before it is scattered, after the recursions of `last`
     table: float  # of `gathered`, the table's: only the head and the embedding need it
+    gone: float  # of `gathered`, what was scattered before the recursions' backward pass or is gathered after it
     last: float  # of `saved`, the last recursion's or the last two's
     logits: float  # of `head`, all but the gradient of the table
     remat: str
@@ -105,7 +106,8 @@ class TrainingMemory:
                 "head and logits": self.head,
             },
             CORE: {
-                "gradients": self.added + self.core_gradient, "gathered weights": self.gathered - self.table,
+                "gradients": self.added + self.core_gradient,
+                "gathered weights": self.gathered - self.table - self.gone,
                 "activations": self.saved - self.last + self.working, "head and logits": self.head - self.logits,
             },
             ENDS: {"gradients": self.gradients, "gathered weights": self.gathered, "activations": self.working},
@@ -174,8 +176,13 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
     core = program.core * block if tied else 0.0
     gathered = core if size < FLOAT32 or fsdp > 1 else 0.0
     table = FLOAT32 * count.embedding / tensor if fsdp > 1 else 0.0
+    # Blocks used once lie around the recursions; where XLA for CPUs keeps them apart, it gathers a block's weights no
+    # sooner than they are needed.
+    gone = 0.0
     if fsdp > 1:
-        gathered += once * block if merged and not apart else min(once, 1 if tied else 2) * block
+        around = once * block if merged and not apart else min(once, 1 if tied else 2) * block
+        gathered += around
+        gone = around if merged and apart and tied else 0.0
     # The core's gradient after the last recursion, or after one more, whose own is there before it is added, block by
     # block.
     unscattered = 1 if fsdp > 1 else FLOAT32 / size
@@ -204,6 +211,7 @@ def training_memory(cfg: Config, *, devices: int = 1, remat: str | None = None, 
         added=added,
         core_gradient=core_gradient,
         table=table,
+        gone=gone,
         last=last,
         logits=scored,
         remat=remat,

@@ -64,14 +64,19 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(kind):
     prompts = [[5, 9, 2, 40, 7, 7], [3]]
     run = Generation(lm, params, prompts, max_tokens=20)
     got = tokens_of(run)
-    forward = jax.jit(
-        lambda t, s: (lm.apply(params, t, s, mode="causal"), lm.forward(params, t, s, mode="causal").depth_BxT)
-    )
+
+    @jax.jit
+    def forward(params, tokens, seg):  # parameters that were constants would be folded by the compiler
+        out = lm.forward(params, tokens, seg, mode="causal")
+        return lm.logits(params, out.h_BxTxD), out.depth_BxT
+
     for prompt, new, depths in zip(prompts, got, run.prompt_depths, strict=True):
         sequence = np.array([*prompt, *new])
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(sequence)] = sequence
-        logits, depth = forward(jnp.asarray(padded), jnp.asarray(np.arange(32) < len(sequence), jnp.int32)[None])
+        logits, depth = forward(
+            params, jnp.asarray(padded), jnp.asarray(np.arange(32) < len(sequence), jnp.int32)[None]
+        )
         want = np.argmax(np.asarray(logits)[0, len(prompt) - 1 : len(sequence) - 1], axis=-1)
         np.testing.assert_array_equal(new, want)
         np.testing.assert_array_equal(depths, np.asarray(depth)[0, : len(prompt)])

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from train.tiny_run import ROOT, environment
+from train.tiny_run import ROOT, environment, run_forked
 
 COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs"))
 RLM = ["", "ask", "serve", "view", "replay", "eval", "tasks", "sandbox"]
@@ -79,6 +79,11 @@ def runtime_only(tmp_path_factory):
 
 
 def call(bare, *arguments):
+    package, _, name = arguments[0].partition(".")
+    if package == "launch" and sys.platform == "linux":
+        done = run_forked(name, arguments[1:], bare)
+        done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+        return done
     return subprocess.run(
         [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, env=bare, timeout=600,
         stdin=subprocess.DEVNULL,

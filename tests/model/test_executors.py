@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small import random_params
 
@@ -81,9 +81,12 @@ def close(a, b, what):
     ("recursions", "kv"),
     [(1, "shared"), *itertools.product((2, 3), ROUTED_KV), (4, "hybrid")],
 )
-@settings(max_examples=2)
+@settings(max_examples=1)
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_gathered_equals_masked(policy, recursions, kv, data, seed):
+    # Each example is two programs to compile. The first one drawn is the simplest, alike for all of these parameters;
+    # tests/model/test_policies.py has such a one of every policy and strategy.
+    assume(seed > 0)
     lm, batch = data.draw(configurations(recursions, policy, kv)), data.draw(packed_rows())
     params = random_params(lm, seed)
     scales = loss_scales(lm, batch)
@@ -110,7 +113,7 @@ def test_gathered_equals_masked(policy, recursions, kv, data, seed):
     jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(lm=configurations(), batch=packed_rows())
 def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
     """Hierarchical: a step's tokens ran the step before; counts are min(k_r, real tokens); padding never runs."""
@@ -208,9 +211,10 @@ def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transform
     params = random_params(mor)
     monkeypatch.setattr(ExpertChoice, "combine", lambda self, step, h, y, z, tokens: y)
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
+    want = jax.jit(fixed.apply)(params, tokens)
     for executor in ("masked", "gathered"):
         a = jax.jit(lambda p, e=executor: mor.apply(p, tokens, executor=e))(params)
-        np.testing.assert_allclose(a, jax.jit(lambda p: fixed.apply(p, tokens))(params), atol=1e-5)
+        np.testing.assert_allclose(a, want, atol=1e-5)
 
 
 def test_the_core_exists_once_and_runs_r_times():

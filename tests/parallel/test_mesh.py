@@ -173,10 +173,7 @@ def test_planned_bytes_are_the_compilers(found, which):
     counters = 3 * 4  # the step, and those of the optimiser
     assert measured["state"] == pytest.approx(3 * state + batch + counters, abs=8)
     planned = memory.total - memory.weights - memory.optimizer + 3 * state + batch
-    # In this small program jax 0.11 frees gathered weights sooner than planned: 21 % over on 1x8x1. The larger programs below
-    # are within 10 % with both.
-    over = 0.10 if MERGES_GATHERS else 0.25
-    assert -0.10 <= planned / measured["total"] - 1 <= over
+    assert planned == pytest.approx(measured["total"], rel=0.10)
 
 
 def test_planned_bytes_are_the_compilers_for_programs_of_every_kind():

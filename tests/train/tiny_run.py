@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,11 +81,75 @@ def command(name: str, *args: object) -> list[str]:
     return [sys.executable, "-m", f"launch.{name}", *map(str, args)]
 
 
+# What JAX, Python and our packages may read when they are imported: another process is needed for other values.
+READ_AT_IMPORT = ("FSSPEC_", "GRPC_", "JAX_", "LANG", "LC_", "MOR_JAX_", "PYTHON", "TF_", "XLA_")
+
+
+class _Forking(NamedTuple):
+    """A process that forks commands (forked.py) and the folder of its socket; it ends when this is forgotten."""
+
+    process: subprocess.Popen
+    folder: tempfile.TemporaryDirectory
+
+    @property
+    def socket(self) -> str:
+        return str(Path(self.folder.name) / "socket")
+
+
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(1)
+def _forking(env: frozenset[tuple[str, str]]) -> _Forking:
+    folder = tempfile.TemporaryDirectory(prefix="forked_")
+    program = [sys.executable, str(Path(__file__).with_name("forked.py")), str(Path(folder.name) / "socket")]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=dict(env))
+    assert process.stdout.readline() == b"ready\n"
+    return _Forking(process, folder)
+
+
+def run_forked(
+    name: str, args: Sequence[str], env: Mapping[str, str], stdin: bytes = b"", timeout: float = 240
+) -> subprocess.CompletedProcess:
+    """The command to its end, in a process forked from one that has done the imports in this environment."""
+    at_import = {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT)}
+    asked = {"args": [name, *args], "cwd": str(ROOT), "env": dict(env)}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(stdin)
+        files[0].seek(0)
+        others = {k: env[k] for k in ("PATH", "HOME", "TMPDIR") if k in env}
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        with _LOCK:  # tests run commands in threads
+            connection.connect(_forking(frozenset((at_import | others).items())).socket)
+        line = json.dumps(asked).encode() + b"\n"
+        sent = socket.send_fds(connection, [line], [f.fileno() for f in files])
+        connection.sendall(line[sent:])
+        answer = stack.enter_context(connection.makefile("r"))
+        pid = int(answer.readline())
+        connection.settimeout(timeout)
+        try:
+            status = int(answer.readline())
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(command(name, *args), timeout) from None
+        for f in files[1:]:
+            f.seek(0)
+        return subprocess.CompletedProcess(command(name, *args), status, files[1].read(), files[2].read())
+
+
 def run(name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
-    """The command to its end; stdout and stderr as text."""
-    done = subprocess.run(
-        command(name, *args), input=stdin, capture_output=True, cwd=ROOT, env=environment(**env), timeout=timeout
-    )
+    """The command to its end; stdout and stderr as text.
+
+    It is a process of its own, but forked from one that has done the imports, where nothing is to be changed in its
+    environment; `start` and `command` are for what only a whole new interpreter shows.
+    """
+    if env or sys.platform != "linux":
+        done = subprocess.run(
+            command(name, *args), input=stdin, capture_output=True, cwd=ROOT, env=environment(**env), timeout=timeout
+        )
+    else:
+        done = run_forked(name, tuple(map(str, args)), environment(), stdin, timeout)
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
     return done
 

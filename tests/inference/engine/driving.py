@@ -1,5 +1,6 @@
 """Runs requests through a `Device` the way a scheduler would, one tick behind, and small models to do it with."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -91,6 +92,12 @@ def play(device: Device, jobs: list[Job], most: int = 400) -> list[Played]:
     raise AssertionError(f"not done after {most} ticks: {waiting}, {running}")
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _causal(lm, params, tokens, control):
+    full = lm.forward(params, tokens, mode="causal", control=control)
+    return lm.logits(params, full.h_BxTxD), full.depth_BxT
+
+
 def expected(
     device: Device, jobs: list[Job], played: list[Played], context: int = CONTEXT
 ) -> list[tuple[list[int], list[int]]]:
@@ -104,12 +111,7 @@ def expected(
     neutral = DepthControl.neutral(1, lm.program.recursions)
     control = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(job.control or neutral for job in jobs))
 
-    @jax.jit
-    def run(params, tokens, control):
-        full = lm.forward(params, tokens, mode="causal", control=control)
-        return lm.logits(params, full.h_BxTxD), full.depth_BxT
-
-    logits, depth = (np.asarray(x) for x in run(device.params, jnp.asarray(rows), control))
+    logits, depth = (np.asarray(x) for x in _causal(lm, device.params, jnp.asarray(rows), control))
     out = []
     for b, (job, done) in enumerate(zip(jobs, played, strict=True)):
         at = len(job.prompt) - 1

@@ -31,12 +31,12 @@ def made(kind="mor"):
 def full(kind="mor"):
     """tokens [T] -> float32 logits [T, V] of the full causal forward pass, one program for all T."""
     lm, params = made(kind)
-    run = jax.jit(lambda tokens: lm.apply(params, tokens[None], mode="causal")[0])
+    run = jax.jit(lambda params, tokens: lm.apply(params, tokens[None], mode="causal")[0])
 
     def logits(tokens):
         padded = np.zeros(CONTEXT, np.int32)
         padded[: len(tokens)] = tokens
-        return np.asarray(run(jnp.asarray(padded)))[: len(tokens)]
+        return np.asarray(run(params, jnp.asarray(padded)))[: len(tokens)]
 
     return logits
 

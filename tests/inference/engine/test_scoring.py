@@ -23,12 +23,12 @@ def made(kind):
 
 
 def plain(lm, params):
-    run = jax.jit(lambda tokens, control: lm.apply(params, tokens, mode="causal", control=control))
+    run = jax.jit(lambda params, tokens, control: lm.apply(params, tokens, mode="causal", control=control))
 
     def score(tokens, control):
         padded = np.zeros((1, CONTEXT), np.int32)  # one program for all lengths
         padded[0, : len(tokens)] = tokens
-        logits = np.asarray(run(jnp.asarray(padded), control))[0, : len(tokens) - 1, :VOCAB].astype(np.float64)
+        logits = np.asarray(run(params, jnp.asarray(padded), control))[0, : len(tokens) - 1, :VOCAB].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     return score
