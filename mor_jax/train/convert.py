@@ -1,4 +1,4 @@
-"""An unshared checkpoint becomes step 0 of a recursive run."""
+"""A checkpoint becomes step 0 of a recursive run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mor_jax.config import Config, check
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.prepare import prepare
 from mor_jax.errors import CheckpointError, UserError
-from mor_jax.model.convert import check_fit, convert, overlay, source_table
+from mor_jax.model.convert import check_fit, convert, default_method, overlay, source_table
 from mor_jax.model.lm import LM
 from mor_jax.model.relax import check_relaxation
 from mor_jax.parallel.mesh import make_mesh
@@ -33,6 +33,7 @@ class Converted(NamedTuple):
 
     config: Config
     source_step: int
+    method: str
     table: dict[str, tuple[tuple[int, ...], ...]]  # source layers of each block, see `model.convert.source_table`
 
 
@@ -40,7 +41,7 @@ def convert_checkpoint(
     source: str | os.PathLike[str],
     cfg: Config,
     workdir: str | os.PathLike[str],
-    method: str = "stepwise",
+    method: str = "",
     *,
     step: int | None = None,
     seed: int = 0,
@@ -55,6 +56,7 @@ def convert_checkpoint(
 
     Args:
       cfg: checked configuration of the target; a `vocab_size` of 0 is the source's.
+      method: one of `model.convert.METHODS`; "": `keep` from a source that shares blocks, else `stepwise`.
       step: checkpoint of the source, the newest by default.
       seed: of the method `random`.
       relaxation: zero | svd, see `model.relax`.
@@ -71,6 +73,7 @@ def convert_checkpoint(
     cfg = dataclasses.replace(
         cfg, model=dataclasses.replace(cfg.model, vocab_size=cfg.model.vocab_size or old.vocab_size)
     )
+    method = method or default_method(old)
     check_fit(old, cfg.model)
     check_relaxation(old, cfg.model, relaxation)
     table = source_table(old, cfg.model, method, seed=seed)  # before the corpus is prepared: a mistake costs no time
@@ -109,7 +112,7 @@ def convert_checkpoint(
         if chat is not None:
             ChatTemplate(chat).save(workdir)
         claim(workdir, cfg, data)
-    return Converted(cfg, loaded.step, table)
+    return Converted(cfg, loaded.step, method, table)
 
 
 def _placed(params: dict[str, Any], lm: LM, mesh: jax.sharding.Mesh) -> dict[str, Any]:

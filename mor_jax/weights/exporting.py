@@ -17,7 +17,7 @@ from mor_jax.data.bpe import BpeTokenizer
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
-from mor_jax.model.program import build_program
+from mor_jax.model.program import build_program, unrolled_blocks
 from mor_jax.paths import as_path, is_local, reason, write_text
 from mor_jax.train.load import load_model
 from mor_jax.weights.families import Place, config_of, places
@@ -93,13 +93,7 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
             "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which cannot "
             "be written yet."
         )
-    p = build_program(m)
-    core = [("core", str(i)) for i in range(p.core) for _ in range(p.repeat)]
-    return [
-        *(("prelude", str(i)) for i in range(p.prelude)),
-        *core * p.recursions,
-        *(("coda", str(i)) for i in range(p.coda)),
-    ]
+    return unrolled_blocks(build_program(m))
 
 
 def _write_tensors(
