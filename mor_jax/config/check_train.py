@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from mor_jax.config.config import Config
-from mor_jax.config.fields import BAD_RECORDS, BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig
+from mor_jax.config.fields import BAD_RECORDS, BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig, DistillConfig
 from mor_jax.config.refusals import nearest_multiples, one_of, positive
 from mor_jax.errors import ConfigError
 
@@ -74,8 +74,19 @@ def check_train(cfg: Config) -> None:
     one_of("config.train.on_spike", t.on_spike, BAD_STEP)
     if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
         raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
+    _check_distill(cfg.distill)
     if t.batch_size % t.accum:
         raise ConfigError(
             f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
             f"nearest that can: {nearest_multiples(t.batch_size, t.accum)}."
         )
+
+
+def _check_distill(d: DistillConfig) -> None:
+    where = "config.distill"
+    if not 0 <= d.weight <= 1:
+        raise ConfigError(f"{where}.weight is a share and must be in [0, 1], got {d.weight}.")
+    if not 0 < d.temperature < math.inf:
+        raise ConfigError(f"{where}.temperature must be positive, got {d.temperature}.")
+    if d.weight and not d.teacher:
+        raise ConfigError(f"{where}.weight = {d.weight} needs {where}.teacher, the run directory of the teacher.")

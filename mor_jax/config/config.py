@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mor_jax.config.depth import DepthConfig
-from mor_jax.config.fields import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from mor_jax.config.fields import DataConfig, DistillConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict (JSON-ready); `from_dict` is its inverse."""

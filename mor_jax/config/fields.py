@@ -136,6 +136,15 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Training on what a teacher predicts: loss = (1 - weight) * next-token loss + weight * distillation loss."""
+
+    teacher: str = ""  # run directory or checkpoint of a model with the same tokenizer; used where weight is above 0
+    weight: float = 0.0  # 0: off; 1: the teacher's predictions alone
+    temperature: float = 1.0  # T of both softmaxes; the distillation loss is T^2 KL(teacher, model)
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Device mesh and the logical-to-mesh rules. One axis may be -1: whatever is left."""
 

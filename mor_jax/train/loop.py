@@ -33,6 +33,7 @@ from mor_jax.paths import as_path, reason, write_text
 from mor_jax.train.checkpoint import Checkpointer, load_meta
 from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
+from mor_jax.train.distill import load_teacher
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
@@ -230,6 +231,7 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
         self.hosts.report(phase="restoring or initialising")
+        self.teacher = load_teacher(self.cfg, self.data.tokenizer, self.lm, self.mesh)
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
         self.owes_evaluation = meta.get("owes_evaluation", False)
@@ -296,7 +298,8 @@ class _Run:
     def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
         t, goodput, faults = self.cfg.train, self.goodput, self.faults
-        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes, self._compile)
+        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes, self._compile, self.teacher)
+        taught_by = () if self.teacher is None else (self.teacher.params,)
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
@@ -310,11 +313,11 @@ class _Run:
                 asked = time.perf_counter()
                 batch, limit = next(batches), faults.limit(step)
                 read = time.perf_counter()
-                program = step_fn(step - 1, state, batch, limit)
+                program = step_fn(step - 1, state, batch, limit, *taught_by)
                 goodput.enter("step")
                 tracer.before(step)
                 begun = time.perf_counter()
-                state, metrics = program(state, batch, limit)
+                state, metrics = program(state, batch, limit, *taught_by)
                 clock.own(read - asked, time.perf_counter() - begun)
                 bad = pending and self._record(*pending) == REWIND  # read while this step runs
                 pending = (step, metrics, limit)
@@ -398,6 +401,7 @@ class _Run:
         rate = self.clock.rate()  # steps a second since the last record
         self.hosts.report(step=step, **self.clock.pace(rate))
         tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
+        flops += 0 if self.teacher is None else tokens * self.teacher.flops_per_token()
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
             "time_s": self.clock.total(),
