@@ -86,6 +86,8 @@ setup(
         "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "documents": DOCUMENTS,
         "weights": [*JAX, *WEIGHTS],
+        "wandb": [*JAX, "wandb>=0.19"],  # trackers of runs
+        "mlflow": [*JAX, "mlflow-skinny>=2.16"],
         "dev": [
             *JAX,
             *DOCUMENTS,

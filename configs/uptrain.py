@@ -5,8 +5,9 @@
     python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/taught --init_from runs/up \\
         --config.distill.weight=0.5
 
-Arguments: mor (default) | recursive; nr, the recursions; source, the run directory of the source, whose shape, tokenizer
-and text the configuration takes. Other text: --config.data.source=files --config.data.paths="('more/*.jsonl.gz',)".
+Arguments: mor (default) | recursive; nr, the recursions; ends, the blocks that an unshared source keeps on either side of
+the core (1; more of them start nearer to the source); source, its run directory, whose shape, tokenizer and text the
+configuration takes. Other text: --config.data.source=files --config.data.paths="('more/*.jsonl.gz',)".
 With config.distill.weight above 0 the source is also the teacher (docs/guide.md).
 """
 
@@ -22,7 +23,7 @@ from mor_jax.train.load import describe
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    args = arguments.parse(arg, kind="mor", nr=2, source="")
+    args = arguments.parse(arg, kind="mor", nr=2, ends=1, source="")
     kind, recursions, source = args["kind"], args["nr"], args["source"]
     if kind not in ("mor", "recursive"):
         raise ConfigError(f"uptrain: {kind!r} is not one of mor, recursive.")
@@ -38,6 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         layers = ends + (layers - ends) // model.recursions * recursions
     else:
         sharing = "middle_cycle"
+        model = dataclasses.replace(model, prelude=args["ends"], coda=args["ends"])
     mor = {"policy": "expert_choice", "alpha": 1.0, "aux_loss_weight": 0.016, "executor": "gathered"}
     model = dataclasses.replace(model, layers=layers, recursions=recursions, sharing=sharing)
     return arguments.complete(

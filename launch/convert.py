@@ -13,6 +13,10 @@ A plain model, or one of fixed recursions (unrolled), is written for other tools
 
     python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
 
+The weights alone, with fine-tuned adapters merged into them:
+
+    python -m launch.convert --checkpoint runs/lora --merge --workdir runs/merged
+
 A checkpoint initialises a recursive model, as step 0 of a new run:
 
     python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive --workdir runs/up
@@ -43,7 +47,7 @@ from mor_jax.analysis.drawing import draw_program, draw_sources
 from mor_jax.errors import UserError
 from mor_jax.model.convert import METHODS
 from mor_jax.model.relax import RELAXATIONS
-from mor_jax.train.convert import convert_checkpoint
+from mor_jax.train.convert import convert_checkpoint, merge_checkpoint
 from mor_jax.weights.exporting import export_weights
 from mor_jax.weights.importing import import_weights
 
@@ -51,9 +55,11 @@ _CONFIG = cli.define_config()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.")
 _FROM = flags.DEFINE_string("from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf.")
 _TO = flags.DEFINE_string("to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY.")
+_MERGE = flags.DEFINE_bool("merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it.")
 _STEP = flags.DEFINE_integer("step", None, "Its checkpoint step; the newest by default.")
+_AVERAGE = flags.DEFINE_bool("average", False, "Take the running mean of the weights (config.optim.ema).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The new run directory.")
 _METHOD = flags.DEFINE_enum(
     "method", None, METHODS, "How blocks are made of source layers; default: stepwise, of a recursive source keep."
@@ -77,6 +83,11 @@ def main(_: list[str]) -> None:
     elif _TO.value is not None:
         _refuse("to", workdir=_WORKDIR.value, config=_CONFIG.value)
         console.print(_export(_TO.value))
+    elif _MERGE.value:
+        _refuse("merge", config=_CONFIG.value)
+        workdir = _required("workdir", _WORKDIR.value)
+        step = merge_checkpoint(_CHECKPOINT.value, workdir, step=_STEP.value, average=_AVERAGE.value)
+        console.print(f"Wrote the weights of step {step} of {_CHECKPOINT.value} to {workdir}.")
     else:
         console.print(_recurse(_required("workdir", _WORKDIR.value)))
 
@@ -97,7 +108,7 @@ def _import(workdir: str) -> str:
 def _export(to: str) -> str:
     if not to.startswith("hf:"):
         raise UserError(f"--to={to}: expected hf:DIRECTORY.")
-    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value)
+    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value, average=_AVERAGE.value)
     return (
         f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
         f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32."
@@ -107,7 +118,7 @@ def _export(to: str) -> str:
 def _recurse(workdir: str) -> str:
     done = convert_checkpoint(
         _CHECKPOINT.value, cli.read_config(_CONFIG), workdir, _METHOD.value or "", step=_STEP.value, seed=_SEED.value,
-        relaxation=_RELAXATION.value,
+        relaxation=_RELAXATION.value, average=_AVERAGE.value,
     )  # fmt: skip
     return (
         f"{draw_program(done.config.model)}\n{draw_sources(done.table)}\n"

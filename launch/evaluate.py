@@ -32,6 +32,7 @@ from mor_jax.train.score import score
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; the newest by default.")
+_AVERAGE = flags.DEFINE_bool("average", False, "The running mean of the weights (config.optim.ema) instead of them.")
 _PATHS = flags.DEFINE_list("paths", [], "Files (globs) to evaluate on instead of the run's held-out documents.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field that holds the text of jsonl and parquet files.")
 _CHAT = flags.DEFINE_list("chat", [], "Files (globs) of conversations whose last replies are generated and compared.")
@@ -43,7 +44,7 @@ _OUT = flags.DEFINE_string("out", None, "Also write the numbers to this JSON fil
 
 
 def main(_: list[str]) -> None:
-    loaded = load_model(_CHECKPOINT.value, _STEP.value)
+    loaded = load_model(_CHECKPOINT.value, _STEP.value, average=_AVERAGE.value)
     if _TOKENIZER.value:
         check_tokenizer(loaded, load_tokenizer(_TOKENIZER.value), _TOKENIZER.value)
     if _CHAT.value:

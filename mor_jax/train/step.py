@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
@@ -154,28 +155,42 @@ def _learned(params: dict) -> dict:
     return params | {"router": {name: leaf for name, leaf in params["router"].items() if name != SURVEY}}
 
 
+def averaged(average: dict, params: dict, decay: float, step: jax.Array) -> dict:
+    """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that the random start is
+    soon gone. What is no weight is taken as it is."""
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    mean = lambda path, a, p: p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
+    return jax.tree_util.tree_map_with_path(mean, average, params)
+
+
 def make_train_step(
     lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | None = None, ema: float = 0.0, adapters: Adapters | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """(state, batch, limit=None, taught_by=None) -> (state, metrics); pure, to be jitted with the state donated.
+    """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the state donated.
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
-      teacher: whose predictions are learned, too. Its weights are the argument `taught_by` of each step: closed over,
-        they would be constants of the program.
+      teacher: whose predictions are learned, too. Its weights are `beside["teacher"]`: closed over, they would be constants
+        of the program.
+      ema: decay of the running mean of the parameters, of a state that has one.
+      adapters: what the state's parameters are, in place of the model's, which are `beside["base"]` and stay.
 
     A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32 scalar), leaves the
     state as it was; the caller sees it in the metrics.
     """
 
-    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None, taught_by: Any = None):
-        teaches = None if teacher is None else teacher._replace(params=taught_by)
+    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None):
+        teaches = None if teacher is None else teacher._replace(params=beside["teacher"])
+        whole, pull = state.params, None
+        if adapters is not None:  # a step forms the gradient of the whole weights once, and takes the adapters' from it
+            whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
         if lm.policy.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
             rows = batch["tokens"].shape[0]
             salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
             batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
-        grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V, teaches)
+        grads, aux = gradients(lm, whole, batch, accum, token_bytes_V, teaches)
+        grads = grads if pull is None else pull(grads)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         # Through the update's norm, the choice also comes after everything that reads the old state. So the new state lies
@@ -184,8 +199,10 @@ def make_train_step(
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")
-        params = params | {"router": lm.policy.rebalance(params["router"], router)}
-        new = TrainState(state.step + 1, params, opt_state)
+        if adapters is None:
+            params = params | {"router": lm.policy.rebalance(params["router"], router)}
+        average = None if state.average is None else averaged(state.average, params, ema, state.step)
+        new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())},
@@ -211,8 +228,9 @@ class StagedStep:
     def __init__(
         self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None,
         compile: Callable[[Callable, tuple], Callable] | None = None, teacher: Teacher | None = None,
+        ema: float = 0.0, adapters: Adapters | None = None,
     ):  # fmt: skip
-        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V, teacher), {}
+        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V, teacher, ema, adapters), {}
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
     def __call__(self, step: int, *arguments: Any) -> Callable:

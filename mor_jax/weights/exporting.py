@@ -41,6 +41,7 @@ def export_weights(
     directory: str | os.PathLike[str],
     *,
     step: int | None = None,
+    average: bool = False,
     shard_bytes: int = SHARD,
 ) -> Exported:
     """Write a checkpoint as a Llama, Qwen2 or Qwen3 model in float32; importing it again gives the same bits.
@@ -50,6 +51,7 @@ def export_weights(
 
     Args:
       checkpoint: as of `train.load.load_model`.
+      average: write the running mean of the weights.
       directory: of this machine; created, and refused where it holds a model.
       shard_bytes: of tensors in a file, at most, unless one tensor is larger.
     Raises:
@@ -63,7 +65,7 @@ def export_weights(
         raise CheckpointError(f"--to={directory}: give a directory of this machine.")
     if (target / "config.json").exists() or list(target.glob("*.safetensors")):
         raise CheckpointError(f"{target} already holds a model; give another directory.")
-    loaded = load_model(checkpoint, step)
+    loaded = load_model(checkpoint, step, average=average)
     blocks = unrolled(loaded.config)
     config = config_of(loaded.config.model, len(blocks)) | _ids(loaded.tokenizer)
     try:
