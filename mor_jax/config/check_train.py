@@ -26,7 +26,9 @@ def check_data(d: DataConfig) -> None:
     where = "config.data"
     one_of(f"{where}.source", d.source, SOURCES)
     one_of(f"{where}.bad_records", d.bad_records, BAD_RECORDS)
-    if d.source == "files" and not d.paths:
+    if d.mixture:
+        _check_mixture(d)
+    elif d.source == "files" and not d.paths:
         raise ConfigError(
             f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\"."
         )
@@ -47,6 +49,23 @@ def check_data(d: DataConfig) -> None:
     if d.bpe_vocab < 258:
         raise ConfigError(
             f"{where}.bpe_vocab = {d.bpe_vocab} cannot hold the 256 bytes and 2 special tokens; give at least 258."
+        )
+
+
+def _check_mixture(d: DataConfig) -> None:
+    where = "config.data.mixture"
+    if d.source != "files" or d.paths:
+        raise ConfigError(
+            f"{where} names the files of each source: set config.data.source = 'files' and leave paths empty."
+        )
+    if not all(paths and 0 < weight < math.inf for paths, weight in d.mixture):
+        raise ConfigError(f"{where} must be pairs of globs and a positive weight, got {d.mixture}.")
+    if len({paths for paths, _ in d.mixture}) < len(d.mixture):
+        raise ConfigError(f"{where} names a source twice; give it the sum of the weights.")
+    if d.tokenizer == "bpe":
+        raise ConfigError(
+            f"{where} needs a tokenizer that is there already: train one on config.data.paths, and give its tokenizer.json "
+            "as config.data.tokenizer."
         )
 
 

@@ -80,6 +80,8 @@ class DataConfig:
 
     source: str = "pystdlib"  # pystdlib | files | tfds
     paths: tuple[str, ...] = ()  # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
+    # files: several sources, each (globs joined by commas, weight), in place of paths; weights are shares of the rows
+    mixture: tuple[tuple[str, float], ...] = ()
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
     format: str = "text"  # text | chat (each record a list of messages with role and content)

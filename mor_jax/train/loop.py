@@ -484,6 +484,11 @@ class _Run:
             record = evaluate(self.lm, self._whole(state.params), batches, self.token_bytes)
             if state.average is not None:
                 self.last_average = evaluate(self.lm, self._whole(state.average), batches, self.token_bytes)
+            for name, held_out in self.data.sources:
+                limit = -(-t.eval_rows // len(self.data.sources))
+                own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
+                found = evaluate(self.lm, self._whole(state.params), list(own), self.token_bytes)
+                record |= {f"source/{name}/{key}": found[key] for key in ("causal/nll", "causal/bits_per_byte")}
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
         if state.average is not None:
