@@ -11,15 +11,10 @@ configuration takes. Other text: --config.data.source=files --config.data.paths=
 With config.distill.weight above 0 the source is also the teacher (docs/guide.md).
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from configs import arguments
-from mor_jax.config import unshared_ends
 from mor_jax.errors import ConfigError
-from mor_jax.paths import as_path
-from mor_jax.train.load import describe
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -31,23 +26,19 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ConfigError(
             "uptrain: give the run directory of the source, e.g. configs/uptrain.py:mor,source=runs/vanilla."
         )
-    old = describe(source)[0]
-    model = old.model
-    layers, sharing = model.layers, model.sharing
-    if model.recursions > 1:  # its core, applied nr times
-        ends = sum(unshared_ends(model))
-        layers = ends + (layers - ends) // model.recursions * recursions
+    old, unshared, core = arguments.source(source)
+    model = old["model"] | {"recursions": recursions}
+    if old["model"]["recursions"] > 1:  # its core, applied nr times
+        model["layers"] = unshared + core * recursions
     else:
-        sharing = "middle_cycle"
-        model = dataclasses.replace(model, prelude=args["ends"], coda=args["ends"])
+        model |= {"sharing": "middle_cycle", "prelude": args["ends"], "coda": args["ends"]}
     mor = {"policy": "expert_choice", "alpha": 1.0, "aux_loss_weight": 0.016, "executor": "gathered"}
-    model = dataclasses.replace(model, layers=layers, recursions=recursions, sharing=sharing)
     return arguments.complete(
         {
-            "name": f"{old.name}-{kind}{recursions}",
-            "model": dataclasses.asdict(model),
+            "name": f"{old['name']}-{kind}{recursions}",
+            "model": model,
             "depth": mor if kind == "mor" else {"policy": "fixed"},
-            "data": dataclasses.asdict(old.data) | {"tokenizer": str(as_path(source) / "tokenizer.json")},
+            "data": old["data"] | {"tokenizer": f"{source.rstrip('/')}/tokenizer.json"},
             # The weights are trained already: a tenth of a rate for fresh ones.
             "optim": {"peak_lr": 3e-4, "warmup": 0.05, "decay": 0.3},
             "train": {
