@@ -86,6 +86,7 @@ setup(
         "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "documents": DOCUMENTS,
         "weights": [*JAX, *WEIGHTS],
+        "lm-eval": [*JAX, "lm-eval>=0.4.9"],  # its tasks, in this process
         "wandb": [*JAX, "wandb>=0.19"],  # trackers of runs
         "mlflow": [*JAX, "mlflow-skinny>=2.16"],
         "dev": [

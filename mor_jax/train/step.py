@@ -61,7 +61,7 @@ def loss_fn(
         out = lm.forward(params, tokens, seg, mode=TOPK, **how)
         if teacher is None:
             nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
-            return out.depth_BxT, (nll, nll, None, out.stats)
+            return out.depth_BxT, (nll, None, None, out.stats)
         sums = distilled(lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught)
         return out.depth_BxT, (*sums, out.stats)
 
@@ -75,6 +75,7 @@ def loss_fn(
     depth_BxT, (learned, nll, distillation, stats) = over_rows(lm.rules, run, axes, ROW)(
         params, tokens, seg, targets, weights, depth, entered, salt, taught, tables
     )
+    nll = learned if nll is None else nll
     lm_loss = nll / target_count
     zero = {name: jnp.zeros(()) for name in AUXILIARY_LOSSES}
     auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
