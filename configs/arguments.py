@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from mor_jax.config import Config, depth_defaults
+from mor_jax.config import Config, depth_defaults, saved_config, unshared_ends
 from mor_jax.errors import ConfigError
 
 
@@ -33,3 +33,13 @@ def parse(arg: str | None, **defaults: str | int) -> dict:
         except ValueError as e:
             raise ConfigError(f"config argument {piece!r}: {key} must be a whole number.") from e
     return values
+
+
+def source(run: str) -> tuple[dict, int, int]:
+    """(configuration, layers before and after the recursion, blocks of its core) of the run directory of a source.
+
+    Raises ConfigError: it has no configuration.
+    """
+    config = saved_config(run)
+    ends = sum(unshared_ends(config.model))
+    return config.to_dict(), ends, (config.model.layers - ends) // config.model.recursions

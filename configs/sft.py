@@ -4,7 +4,10 @@
         --config.data.paths="('chats/*.jsonl',)" --config.data.tokenizer=runs/mor/tokenizer.json
 
 Each line of a file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; a
-message may have a "weight" of its own. Without --init_from the model starts from nothing.
+message may have a "weight" of its own. Without --init_from the model starts from nothing. How many replies of other
+conversations it then gives exactly:
+
+    python -m launch.evaluate --checkpoint runs/chat --chat chats/test.jsonl
 
 Argument: that of configs/quickstart.py, mor (default) | vanilla | recursive.
 """

@@ -13,7 +13,11 @@ A plain model, or one of fixed recursions (unrolled), is written for other tools
 
     python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
 
-An unshared checkpoint initialises a recursive model, as step 0 of a new run:
+The weights alone, with fine-tuned adapters merged into them:
+
+    python -m launch.convert --checkpoint runs/lora --merge --workdir runs/merged
+
+A checkpoint initialises a recursive model, as step 0 of a new run:
 
     python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive --workdir runs/up
     python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py --method average --workdir runs/up2
@@ -21,7 +25,8 @@ An unshared checkpoint initialises a recursive model, as step 0 of a new run:
 
 Each shared block is filled from source layers: stepwise takes them at equal intervals, average the mean of all layers
 that are tied into one, lower and upper the first or the last ones, random a draw. Blocks before and after the
-recursion are the source's first and last. Optimiser, schedule and routers start fresh. Widths, heads and tokenizer are
+recursion are the source's first and last. Of a recursive source these are the layers it unrolls to; keep, its default,
+takes its blocks as they are, for more or fewer recursions or a router. Optimiser, schedule and routers start fresh. Widths, heads and tokenizer are
 the source's; the corpus may be another one (then --config.data.tokenizer=runs/vanilla/tokenizer.json).
 
 With config.model.lora_rank or norms = 'own', --relaxation svd starts each recursion from the layer it stands for.
@@ -42,19 +47,23 @@ from mor_jax.analysis.drawing import draw_program, draw_sources
 from mor_jax.errors import UserError
 from mor_jax.model.convert import METHODS
 from mor_jax.model.relax import RELAXATIONS
-from mor_jax.train.convert import convert_checkpoint
+from mor_jax.train.convert import convert_checkpoint, merge_checkpoint
 from mor_jax.weights.exporting import export_weights
 from mor_jax.weights.importing import import_weights
 
 _CONFIG = cli.define_config()
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/; unshared but for --to.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.")
 _FROM = flags.DEFINE_string("from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf.")
 _TO = flags.DEFINE_string("to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY.")
+_MERGE = flags.DEFINE_bool("merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it.")
 _STEP = flags.DEFINE_integer("step", None, "Its checkpoint step; the newest by default.")
+_AVERAGE = flags.DEFINE_bool("average", False, "Take the running mean of the weights (config.optim.ema).")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The new run directory.")
-_METHOD = flags.DEFINE_enum("method", "stepwise", METHODS, "How shared blocks are made of source layers.")
+_METHOD = flags.DEFINE_enum(
+    "method", None, METHODS, "How blocks are made of source layers; default: stepwise, of a recursive source keep."
+)
 _RELAXATION = flags.DEFINE_enum(
     "relaxation",
     "zero",
@@ -74,6 +83,11 @@ def main(_: list[str]) -> None:
     elif _TO.value is not None:
         _refuse("to", workdir=_WORKDIR.value, config=_CONFIG.value)
         console.print(_export(_TO.value))
+    elif _MERGE.value:
+        _refuse("merge", config=_CONFIG.value)
+        workdir = _required("workdir", _WORKDIR.value)
+        step = merge_checkpoint(_CHECKPOINT.value, workdir, step=_STEP.value, average=_AVERAGE.value)
+        console.print(f"Wrote the weights of step {step} of {_CHECKPOINT.value} to {workdir}.")
     else:
         console.print(_recurse(_required("workdir", _WORKDIR.value)))
 
@@ -94,7 +108,7 @@ def _import(workdir: str) -> str:
 def _export(to: str) -> str:
     if not to.startswith("hf:"):
         raise UserError(f"--to={to}: expected hf:DIRECTORY.")
-    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value)
+    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value, average=_AVERAGE.value)
     return (
         f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
         f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32."
@@ -103,12 +117,12 @@ def _export(to: str) -> str:
 
 def _recurse(workdir: str) -> str:
     done = convert_checkpoint(
-        _CHECKPOINT.value, cli.read_config(_CONFIG), workdir, _METHOD.value, step=_STEP.value, seed=_SEED.value,
-        relaxation=_RELAXATION.value,
+        _CHECKPOINT.value, cli.read_config(_CONFIG), workdir, _METHOD.value or "", step=_STEP.value, seed=_SEED.value,
+        relaxation=_RELAXATION.value, average=_AVERAGE.value,
     )  # fmt: skip
     return (
         f"{draw_program(done.config.model)}\n{draw_sources(done.table)}\n"
-        f"Wrote step 0 to {workdir}, from step {done.source_step} of {_CHECKPOINT.value} ({_METHOD.value}). "
+        f"Wrote step 0 to {workdir}, from step {done.source_step} of {_CHECKPOINT.value} ({done.method}). "
         f"launch.train with the same --config and --workdir goes on from it."
     )
 

@@ -3,6 +3,7 @@
     python -m launch.train --config configs/quickstart.py --workdir runs/mor
     python -m launch.train --config configs/sft.py --workdir runs/chat --init_from runs/mor
     python -m launch.train --config configs/quickstart.py --workdir runs/short --config.train.steps=200
+    python -m launch.train --config configs/quickstart.py --workdir runs/end --anneal_from runs/mor --anneal_steps 200
     python -m launch.train --config configs/mor.py:360m,nr=3 --workdir runs/mor360 \\
         --config.data.source=files --config.data.paths="('/data/*.jsonl.zst',)"
 
@@ -26,7 +27,9 @@ From a notebook:
 from absl import flags
 
 from launch import cli
+from mor_jax.errors import UserError
 from mor_jax.parallel.join import initialize
+from mor_jax.train.branch import anneal
 from mor_jax.train.debug import Debug
 from mor_jax.train.loop import train
 
@@ -45,6 +48,11 @@ _ALLOW = flags.DEFINE_list(
 _INIT_FROM = flags.DEFINE_string(
     "init_from", "", "Run directory or checkpoint whose weights a new run starts from; optimiser and data start fresh."
 )
+_ANNEAL_FROM = flags.DEFINE_string(
+    "anneal_from", "", "Run to branch off while its rate is constant: all of its state, then the rate falls to its end."
+)
+_ANNEAL_STEPS = flags.DEFINE_integer("anneal_steps", 0, "Of --anneal_from: steps over which the rate falls.")
+_ANNEAL_AT = flags.DEFINE_integer("anneal_at", None, "Of --anneal_from: checkpoint to branch off; default: the newest.")
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
 _NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
 _NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
@@ -55,6 +63,10 @@ def main(_: list[str]) -> None:
     debug = Debug.parse(_PROFILE.value, nans=_NANS.value, scan=not _NO_SCAN.value, jit=not _NO_JIT.value)
     initialize()  # before anything asks how many devices there are
     cfg = cli.read_config(_CONFIG)
+    if _ANNEAL_FROM.value:
+        if _INIT_FROM.value:
+            raise UserError("--init_from means nothing with --anneal_from, which takes the whole state.")
+        cfg = anneal(cfg, _ANNEAL_FROM.value, _WORKDIR.value, _ANNEAL_STEPS.value, step=_ANNEAL_AT.value)
     train(cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value)
 
 

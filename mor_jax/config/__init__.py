@@ -5,7 +5,7 @@ A config file under `configs/` returns a ConfigDict with any subset of the field
 `from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
 returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
 
-Nothing here touches a device or reads a file.
+Nothing here touches a device, and only `saved_config` reads a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from mor_jax.config.fields import (
     ATTENTION,
     DTYPES,
     REMAT,
+    AdapterConfig,
     DataConfig,
+    DistillConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
@@ -29,14 +31,17 @@ from mor_jax.config.fields import (
 )
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
 from mor_jax.config.parse import from_dict
+from mor_jax.config.saved import saved_config
 
 __all__ = [
     "ATTENTION",
     "DTYPES",
     "REMAT",
+    "AdapterConfig",
     "Config",
     "DataConfig",
     "DepthConfig",
+    "DistillConfig",
     "MeshConfig",
     "MeshShape",
     "ModelConfig",
@@ -48,6 +53,7 @@ __all__ = [
     "from_config_dict",
     "from_dict",
     "mesh_shape",
+    "saved_config",
     "switched",
     "unshared_ends",
 ]

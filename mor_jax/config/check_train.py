@@ -5,7 +5,19 @@ from __future__ import annotations
 import math
 
 from mor_jax.config.config import Config
-from mor_jax.config.fields import BAD_RECORDS, BAD_STEP, DEDUP, FORMATS, SCHEDULES, SOURCES, DataConfig
+from mor_jax.config.fields import (
+    ALGORITHMS,
+    BAD_RECORDS,
+    BAD_STEP,
+    DEDUP,
+    FORMATS,
+    SCHEDULES,
+    SOURCES,
+    TARGETS,
+    AdapterConfig,
+    DataConfig,
+    DistillConfig,
+)
 from mor_jax.config.refusals import nearest_multiples, one_of, positive
 from mor_jax.errors import ConfigError
 
@@ -14,7 +26,9 @@ def check_data(d: DataConfig) -> None:
     where = "config.data"
     one_of(f"{where}.source", d.source, SOURCES)
     one_of(f"{where}.bad_records", d.bad_records, BAD_RECORDS)
-    if d.source == "files" and not d.paths:
+    if d.mixture:
+        _check_mixture(d)
+    elif d.source == "files" and not d.paths:
         raise ConfigError(
             f"{where}.source = 'files' needs {where}.paths, e.g. --config.data.paths=\"('corpus/*.jsonl.gz',)\"."
         )
@@ -38,11 +52,29 @@ def check_data(d: DataConfig) -> None:
         )
 
 
+def _check_mixture(d: DataConfig) -> None:
+    where = "config.data.mixture"
+    if d.source != "files" or d.paths:
+        raise ConfigError(
+            f"{where} names the files of each source: set config.data.source = 'files' and leave paths empty."
+        )
+    if not all(paths and 0 < weight < math.inf for paths, weight in d.mixture):
+        raise ConfigError(f"{where} must be pairs of globs and a positive weight, got {d.mixture}.")
+    if len({paths for paths, _ in d.mixture}) < len(d.mixture):
+        raise ConfigError(f"{where} names a source twice; give it the sum of the weights.")
+    if d.tokenizer == "bpe":
+        raise ConfigError(
+            f"{where} needs a tokenizer that is there already: train one on config.data.paths, and give its tokenizer.json "
+            "as config.data.tokenizer."
+        )
+
+
 def check_train(cfg: Config) -> None:
     t, o = cfg.train, cfg.optim
     one_of("config.optim.schedule", o.schedule, SCHEDULES)
+    one_of("config.optim.algorithm", o.algorithm, ALGORITHMS)
     positive("config.optim", peak_lr=o.peak_lr, eps=o.eps)
-    for name, value in (("b1", o.b1), ("b2", o.b2)):
+    for name, value in (("b1", o.b1), ("b2", o.b2), ("ema", o.ema)):
         if not 0 <= value < 1:
             raise ConfigError(f"config.optim.{name} must be in [0, 1), got {value}.")
     for name, value in (("warmup", o.warmup), ("decay", o.decay), ("final_lr", o.final_lr)):
@@ -50,8 +82,12 @@ def check_train(cfg: Config) -> None:
             raise ConfigError(f"config.optim.{name} is a share and must be in [0, 1], got {value}.")
     if o.schedule == "wsd" and o.warmup + o.decay > 1:
         raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
-    if o.clip_norm < 0 or o.weight_decay < 0:
-        raise ConfigError("config.optim: clip_norm and weight_decay must not be negative.")
+    if o.clip_norm < 0 or o.weight_decay < 0 or not 0 <= o.core_lr < math.inf:
+        raise ConfigError("config.optim: clip_norm, weight_decay and core_lr must not be negative.")
+    if t.patience < 0 or (t.patience and not t.eval_every):
+        raise ConfigError(
+            f"config.train.patience = {t.patience} counts evaluations, and needs config.train.eval_every above 0."
+        )
     if 0 < t.steps <= cfg.depth.warmup:
         raise ConfigError(
             f"config.depth.warmup = {cfg.depth.warmup} is the whole run, config.train.steps = {t.steps}: the model would "
@@ -74,8 +110,30 @@ def check_train(cfg: Config) -> None:
     one_of("config.train.on_spike", t.on_spike, BAD_STEP)
     if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
         raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
+    _check_distill(cfg.distill)
+    _check_adapter(cfg.adapter)
     if t.batch_size % t.accum:
         raise ConfigError(
             f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
             f"nearest that can: {nearest_multiples(t.batch_size, t.accum)}."
         )
+
+
+def _check_distill(d: DistillConfig) -> None:
+    where = "config.distill"
+    if not 0 <= d.weight <= 1:
+        raise ConfigError(f"{where}.weight is a share and must be in [0, 1], got {d.weight}.")
+    if not 0 < d.temperature < math.inf:
+        raise ConfigError(f"{where}.temperature must be positive, got {d.temperature}.")
+    if d.weight and not d.teacher:
+        raise ConfigError(f"{where}.weight = {d.weight} needs {where}.teacher, the run directory of the teacher.")
+
+
+def _check_adapter(a: AdapterConfig) -> None:
+    where = "config.adapter"
+    if a.rank < 0 or not 0 < a.alpha < math.inf:
+        raise ConfigError(f"{where}: rank must not be negative, alpha positive; got {a.rank} and {a.alpha}.")
+    for name in a.targets:
+        one_of(f"{where}.targets", name, TARGETS)
+    if a.rank and not a.targets:
+        raise ConfigError(f"{where}.targets is empty: nothing would be trained. Give some of {', '.join(TARGETS)}.")

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mor_jax.config.depth import DepthConfig
-from mor_jax.config.fields import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from mor_jax.config.fields import (
+    AdapterConfig,
+    DataConfig,
+    DistillConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict (JSON-ready); `from_dict` is its inverse."""

@@ -9,12 +9,14 @@ DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn", "splash", "auto")
 SCHEDULES = ("wsd", "cosine", "constant")
+ALGORITHMS = ("adamw", "muon")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("shared", "own")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
 FORMATS = ("text", "chat")
 DEDUP = ("none", "holdout", "all")
+TARGETS = ("qkv", "out", "gate_up", "down")
 BAD_RECORDS = ("stop", "skip")
 
 
@@ -78,6 +80,8 @@ class DataConfig:
 
     source: str = "pystdlib"  # pystdlib | files | tfds
     paths: tuple[str, ...] = ()  # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
+    # files: several sources, each (globs joined by commas, weight), in place of paths; weights are shares of the rows
+    mixture: tuple[tuple[str, float], ...] = ()
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
     format: str = "text"  # text | chat (each record a list of messages with role and content)
@@ -101,8 +105,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with clipping and a schedule."""
+    """The optimiser, with clipping and a schedule."""
 
+    algorithm: str = "adamw"  # adamw | muon (of the blocks' matrices; adamw of everything else)
     schedule: str = "wsd"  # wsd | cosine | constant
     peak_lr: float = 3e-3
     warmup: float = 0.05  # share of all steps
@@ -113,6 +118,9 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only; norms have none
     clip_norm: float = 1.0  # of the global gradient norm; 0: off
+    # Learning rate of the shared core over the model's; 0: 1 under adamw, under muon 1 / (times a token runs the core)
+    core_lr: float = 0.0
+    ema: float = 0.0  # decay of a running mean of the weights, e.g. 0.999, which is evaluated and saved too; 0: none
 
 
 @dataclass(frozen=True)
@@ -125,14 +133,36 @@ class TrainConfig:
     accum: int = 1  # micro-batches a step
     seed: int = 0  # of the initialisation
     log_every: int = 10  # steps
+    # Beside metrics.jsonl: tensorboard | wandb | mlflow | "package.module:factory" (train/trackers.py)
+    trackers: tuple[str, ...] = ("tensorboard",)
     eval_every: int = 200  # steps; 0: at the end only
     eval_rows: int = 128  # held-out rows an evaluation reads; 0: all
     checkpoint_every: int = 200  # steps; 0: at the end only
     keep_checkpoints: int = 3
+    keep_best: bool = False  # also the weights of the evaluation with the lowest causal loss, in best/
+    patience: int = 0  # evaluations in a row without a lower causal loss after which the run ends; 0: never
     # Bad steps never change the weights (train/faults.py): skip | rewind to the last checkpoint, and other rows | stop
     on_nonfinite: str = "stop"  # loss, gradient or update is not finite
     on_spike: str = "skip"
     spike_threshold: float = 0.0  # nats above the median of the last 64 steps that are a loss spike; 0: none is
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Fine-tuning by low-rank adapters (LoRA): the weights of --init_from stay, adapters of block matrices are trained."""
+
+    rank: int = 0  # 0: none, all weights are trained
+    alpha: float = 16.0  # adapters are scaled by alpha / rank
+    targets: tuple[str, ...] = ("qkv", "out", "gate_up", "down")  # matrices of each block, those of the core once
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Training on what a teacher predicts: loss = (1 - weight) * next-token loss + weight * distillation loss."""
+
+    teacher: str = ""  # run directory or checkpoint of a model with the same tokenizer; used where weight is above 0
+    weight: float = 0.0  # 0: off; 1: the teacher's predictions alone
+    temperature: float = 1.0  # T of both softmaxes; the distillation loss is T^2 KL(teacher, model)
 
 
 @dataclass(frozen=True)

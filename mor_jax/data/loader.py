@@ -27,7 +27,8 @@ class Loader:
     """Training batches: step s is positions [s*B, (s+1)*B) of the rows, shuffled anew each epoch, without end.
 
     Args:
-      rows: anything with `len()` and `[i] -> {"tokens": int32[T], "segment_ids": int32[T]}`.
+      rows: anything with `len()` and `[i] -> {"tokens": int32[T], "segment_ids": int32[T]}`; with `order(seed)`, in an
+        order of its own (`data.mixture`).
       batch_size: B, over all hosts. May exceed the number of rows; they repeat.
       seed: of the shuffle.
       sharding: of [B, T] arrays. With it, batches are global jax arrays of which each host reads only its own rows;
@@ -46,7 +47,7 @@ class Loader:
             raise DataError(f"the batch size must be at least 1 row, got {batch_size}.")
         self._rows, self._batch_size, self._sharding = rows, batch_size, sharding
         self._shape = (batch_size, _width(rows))
-        self._order = Order(len(rows), seed)
+        self._order = rows.order(seed) if hasattr(rows, "order") else Order(len(rows), seed)
 
     def indices_at(self, step: int, positions: Iterable[int] | None = None) -> list[int]:
         """Row numbers of a batch, or of some positions 0..B-1 in it."""

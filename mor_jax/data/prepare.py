@@ -33,6 +33,7 @@ from mor_jax.data.documents import Document, Source
 from mor_jax.data.hashing import HashMemo, digest_of
 from mor_jax.data.holdout import Plan, Survey, nonempty, place
 from mor_jax.data.lock import exclusive
+from mor_jax.data.mixture import Mixture, Picked
 from mor_jax.data.packing import Row, pack, pack_whole
 from mor_jax.data.parts import Encode, Encoded, read_documents, read_part, write_parts
 from mor_jax.data.progress import progress, say
@@ -59,13 +60,14 @@ class PreparedData:
     says what is unusual about the split; else it is empty.
     """
 
-    train: Rows
-    validation: Rows
+    train: Rows | Mixture
+    validation: Rows | Picked
     tokenizer: Tokenizer
     template: ChatTemplate | None  # of conversations
     fingerprint: str
     stats: dict[str, Any]
     directory: Path
+    sources: tuple[tuple[str, Rows], ...] = ()  # of a mixture: name and held-out rows of each
 
 
 def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> PreparedData:
@@ -79,6 +81,8 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
     Raises:
       DataError: anything wrong with the corpus, the tokenizer file or the cache; the message names it.
     """
+    if cfg.mixture:
+        return _mixed(cfg, context, progress)
     if context < 2:
         raise ConfigError(
             f"config.model.context = {context}: a row needs at least 2 tokens to predict one from another."
@@ -109,6 +113,32 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
                 "Set config.data.cache_dir or $MOR_JAX_CACHE to a directory with enough space."
             ) from e
     return load_prepared(final)
+
+
+def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
+    """Each source prepared on its own; counts are sums, with those of each under "sources"."""
+    names, weights = zip(*cfg.mixture, strict=True)
+    each = [
+        prepare(dataclasses.replace(cfg, mixture=(), paths=tuple(name.split(","))), context, progress=progress)
+        for name in names
+    ]
+    train, held_out = (Mixture([getattr(d, split) for d in each], weights) for split in SPLITS)
+    numbers = lambda key: {k: sum(d.stats[key][k] for d in each) for k in each[0].stats[key]}
+    stats: dict[str, Any] = {split: numbers(split) for split in SPLITS}
+    for key, value in each[0].stats.items():
+        if isinstance(value, int):
+            stats[key] = sum(d.stats[key] for d in each)
+    notes = [f"{name}: {d.stats['note']}" for name, d in zip(names, each, strict=True) if d.stats["note"]]
+    stats |= {"note": " ".join(notes), "source": "mixture of " + ", ".join(d.stats["source"] for d in each)}
+    stats["sources"] = {name: d.stats for name, d in zip(names, each, strict=True)}
+    return dataclasses.replace(
+        each[0],
+        train=train,
+        validation=Picked(held_out, held_out.fair()),
+        fingerprint=digest_of("mixture", *(d.fingerprint for d in each), *map(repr, weights)),
+        stats=stats,
+        sources=tuple((name, d.validation) for name, d in zip(names, each, strict=True)),
+    )
 
 
 def cache_root(cfg: DataConfig) -> Path:

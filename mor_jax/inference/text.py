@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import queue
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from mor_jax.errors import UserError
@@ -78,23 +78,25 @@ def stream_text(
 class Completion(NamedTuple):
     """What one prompt was continued with. `finish`: "stop" (end of the document, or a stop string) or "length"."""
 
-    prompt: str
+    prompt: str | Sequence[int]
     index: int  # among the n of its prompt
     text: str
     finish: str
 
 
 def complete(
-    model: Model, prompts: Sequence[str], *, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 200,
+    model: Model, prompts: Sequence[str | Sequence[int]], *, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 200,
     sampling: Sampling | None = None, seed: int = 0, mean_depth: float | None = None, min_depth: int | None = None,
-    max_depth: int | None = None, lanes: int = 16,
+    max_depth: int | None = None, lanes: int = 16, stop_tokens: Collection[int] | None = None,
 ) -> list[Completion]:  # fmt: skip
     """Continue all prompts in one batch: n times each, in the order of the prompts.
 
     Args:
+      prompts: texts, or ids as they are.
       n: continuations of a prompt; the i-th draws with seed + i, so each is what it would be alone.
       stop: strings at the first of which a text ends, without it.
       lanes: sequences decoded at once.
+      stop_tokens: ids that end a text; default: the tokenizer's own.
       Others: as in `stream_text`.
     Raises:
       UserError: as `stream_text`; nothing has been generated then.
@@ -106,6 +108,8 @@ def complete(
     wish = DepthWish(mean_depth, min_depth, max_depth)
     wanted = [(p, i) for p in prompts for i in range(n)]
     requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
+    if stop_tokens is not None:
+        requests = [dataclasses.replace(r, stop_tokens=frozenset(stop_tokens)) for r in requests]
     service = build_service(
         model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests))
     )
@@ -136,11 +140,11 @@ def _finished(tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequ
 
 
 def _request(
-    model: Model, prompt: str, max_tokens: int, sampling: Sampling | None, seed: int, wish: DepthWish
+    model: Model, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None, seed: int, wish: DepthWish
 ) -> Request:
     """Raises UserError."""
     tokenizer, context = model.tokenizer, model.lm.model.context
-    ids = tokenizer.prompt(prompt)
+    ids = tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt)
     if len(ids) >= context:
         raise UserError(
             f"the prompt has {len(ids)} tokens, the model's context is {context}, which must also hold what is "

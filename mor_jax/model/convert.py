@@ -1,10 +1,11 @@
-"""A recursive model from the weights of an unshared one.
+"""A recursive model from the weights of another one, unshared or recursive.
 
 Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices): `stepwise` picks
 them at equal intervals, the first and the last included; `average` takes the mean of all source blocks that the
 sharing scheme ties into one; `lower` and `upper` take the first or the last ones; `random` draws them, in order of
 depth. Blocks before and after the recursion are the source's first and last. Embedding, head and final norm are copied;
-routers have no counterpart and are left to the caller's fresh initialisation.
+routers are left to the caller's fresh initialisation. Layers of a recursive source are those it unrolls to. `keep` makes
+the target's core the source's: with more or fewer recursions, or a router, but the same blocks.
 
 `source_table` is the whole rule as data; `convert` only carries it out.
 
@@ -25,10 +26,10 @@ import numpy as np
 
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
-from mor_jax.model.program import build_program
+from mor_jax.model.program import Program, build_program, unrolled_blocks
 from mor_jax.model.relax import check_relaxation, relaxed
 
-METHODS = ("stepwise", "average", "lower", "upper", "random")
+METHODS = ("stepwise", "average", "lower", "upper", "random", "keep")
 PARTS = ("prelude", "core", "coda")
 # Fields of the configuration that two models with the same weights may differ in: how blocks are shared, and how the
 # model is executed. Another value of any other field makes the weights another function, or does not fit them.
@@ -41,21 +42,18 @@ FREE = (
 def source_table(
     from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0
 ) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Which layers of the source (0 = first) each block of the target is the mean of.
+    """Which layers of the source (0 = first, unrolled) each block of the target is the mean of.
 
     Returns:
       {"prelude": ..., "core": ..., "coda": ...}, one tuple of source layers a block; all but `average` give one layer.
     Raises:
-      ConfigError: an unknown method, a source that shares weights itself, or fewer source layers than blocks to fill.
+      ConfigError: an unknown method, fewer source layers than blocks to fill, or, of `keep`, another core.
     """
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}.")
     source, target = build_program(from_model), build_program(to_model)
-    if source.unique_layers != source.unrolled_layers:
-        raise ConfigError(
-            f"the source shares its blocks (sharing = {from_model.sharing!r}, recursions = {from_model.recursions}); "
-            "a recursive model is initialised from an unshared one (recursions = 1)."
-        )
+    if method == "keep":
+        return _kept(source, target)
     layers = source.unrolled_layers
     inner = layers - target.prelude - target.coda  # source layers that the recursion stands for
     if inner < target.core:
@@ -69,6 +67,29 @@ def source_table(
         "prelude": tuple((i,) for i in range(target.prelude)),
         "core": tuple(tuple(target.prelude + i for i in pick) for pick in picks),
         "coda": tuple((i,) for i in range(layers - target.coda, layers)),
+    }
+
+
+def default_method(from_model: ModelConfig) -> str:
+    """`keep` for a source that shares blocks, else `stepwise`."""
+    source = build_program(from_model)
+    return "stepwise" if source.unique_layers == source.unrolled_layers else "keep"
+
+
+def _kept(source: Program, target: Program) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The table of `keep`: each block once, from the first layer that is made of it."""
+    blocks = lambda p: (p.prelude, p.core, p.coda)
+    if blocks(source) != blocks(target):
+        raise ConfigError(
+            f"method 'keep' needs the source's blocks: {' + '.join(map(str, blocks(source)))} there (before, in and after "
+            f"the recursion), {' + '.join(map(str, blocks(target)))} here. Set config.model.layers, prelude and coda so "
+            "that they are equal, or choose another method."
+        )
+    layers = source.unrolled_layers
+    return {
+        "prelude": tuple((i,) for i in range(source.prelude)),
+        "core": tuple((source.prelude + i * source.repeat,) for i in range(source.core)),
+        "coda": tuple((i,) for i in range(layers - source.coda, layers)),
     }
 
 
@@ -99,7 +120,7 @@ def convert(
     relaxed target leaves to its own initialisation (`overlay` puts the two together).
 
     Args:
-      params: of an unshared model of shape `from_model`.
+      params: of a model of shape `from_model`.
       seed: of the method `random`.
       relaxation: zero | svd.
     Raises:
@@ -107,18 +128,38 @@ def convert(
     """
     check_fit(from_model, to_model)
     check_relaxation(from_model, to_model, relaxation)
+    _check_own(from_model, to_model, method)
     table = source_table(from_model, to_model, method, seed=seed)
-    layers = [params[part][str(i)] for part in PARTS for i in range(len(params[part]))]
+    layers = [params[part][i] for part, i in unrolled_blocks(build_program(from_model))]
     fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
     made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
     made |= {part: fill(table[part]) for part in PARTS}
-    if to_model.relaxed:
+    if from_model.relaxed:  # `_check_own`: so is the target
+        made["core"] = {i: _of_recursions(block, to_model.recursions) for i, block in made["core"].items()}
+    elif to_model.relaxed:
         program = build_program(to_model)
         for i, shared in made["core"].items():
             own = lambda r, i=int(i): layers[program.prelude + r * program.core + i]  # the layer recursion r stands for
             theirs = [own(r) for r in range(program.recursions)] if relaxation == "svd" else None
             made["core"][i] = relaxed(shared, theirs, to_model)
     return made
+
+
+def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> None:
+    """Raise ConfigError where what recursions of the source have of their own has no place in the target."""
+    own = lambda m: (m.norms, m.lora_rank, m.recursion_encoding)
+    if from_model.relaxed and (method != "keep" or own(from_model) != own(to_model)):
+        raise ConfigError(
+            "recursions of the source have something of their own (config.model.norms, lora_rank, recursion_encoding = "
+            f"{own(from_model)}); only method 'keep' into a target with the same values ({own(to_model)} here) has a place "
+            "for it."
+        )
+
+
+def _of_recursions(block: Mapping[str, Any], recursions: int) -> dict[str, Any]:
+    """A relaxed block for another number of recursions: further ones have what the last one has."""
+    place = lambda leaf: leaf[np.minimum(np.arange(recursions), leaf.shape[0] - 1)]
+    return dict(block) | {"own": jax.tree.map(place, block["own"])}
 
 
 def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +136,72 @@ def _cross_entropy_bwd(chunk, finish, residuals, g):
 
 
 cross_entropy_sum.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+
+
+class Mix(NamedTuple):
+    """How a model learns from a teacher: static arguments of `distilled_sum`."""
+
+    weight: float  # of the distillation loss; the next-token loss has the rest
+    temperature: float  # T
+    chunk: int = 0  # positions whose logits exist at once; 0: all
+    finish: Finish = _as_it_is
+    teacher_finish: Finish = _as_it_is
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def distilled_sum(
+    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array,
+    teacher_h_BxTxE: jax.Array, teacher_table_VxE: jax.Array, mix: Mix,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(loss, nll, distillation), weighted sums over the targets, in nats.
+
+    nll is that of `cross_entropy_sum`; the distillation loss of a target is T^2 KL(p, q), p the teacher's and q the model's
+    distribution at temperature T (Hinton et al., arXiv 1503.02531: T^2 keeps the gradient's size). A target whose weight is
+    negative has none. loss = (1 - weight) nll + weight distillation, differentiable in the states and the table, once;
+    the other two are figures without a gradient. Chunks and gradients as in `cross_entropy_sum`.
+    """
+    table, teacher_table = table_VxD.astype(h_BxTxD.dtype), teacher_table_VxE.astype(teacher_h_BxTxE.dtype)
+    chunks = _distilled_chunks(h_BxTxD, targets_BxT, weights_BxT, teacher_h_BxTxE, mix.chunk)
+    sums = jax.lax.map(lambda xs: _distilled(xs[0], table, *xs[1:], teacher_table, mix), chunks)
+    loss, (nll, distillation) = jax.tree.map(jnp.sum, sums)
+    return loss, nll, distillation
+
+
+def _distilled_chunks(h, targets, weights, teacher_h, chunk):
+    length = h.shape[1]
+    return tuple(_chunks(x, min(chunk or length, length)) for x in (h, targets, weights, teacher_h))
+
+
+def _distilled(h, table, targets, weights, teacher_h, teacher_table, mix):
+    """(loss, (nll, distillation)) of one chunk."""
+    logits = mix.finish(_products(h, table))
+    taught = mix.teacher_finish(_products(teacher_h, teacher_table)) / mix.temperature
+    nll = jnp.sum(_nll(logits, targets)[0] * weights)
+    log_p, log_q = jax.nn.log_softmax(taught), jax.nn.log_softmax(logits / mix.temperature)
+    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    distillation = mix.temperature**2 * jnp.sum(kl * jnp.maximum(weights, 0.0))
+    return (1 - mix.weight) * nll + mix.weight * distillation, (nll, distillation)
+
+
+def _distilled_fwd(h, table, targets, weights, teacher_h, teacher_table, mix):
+    """The gradients are formed while a chunk's logits are at hand."""
+    small, teacher_small = table.astype(h.dtype), teacher_table.astype(teacher_h.dtype)
+    grad = jax.value_and_grad(_distilled, argnums=(0, 1), has_aux=True)
+
+    def one(dtable, xs):
+        (loss, parts), (dh, d) = grad(xs[0], small, *xs[1:], teacher_small, mix)
+        return dtable + d.astype(jnp.float32), (loss, *parts, dh)
+
+    chunks = _distilled_chunks(h, targets, weights, teacher_h, mix.chunk)
+    dtable, (loss, nll, distillation, dh) = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), chunks)
+    sums = tuple(jnp.sum(x) for x in (loss, nll, distillation))
+    return sums, (_unchunk(dh, h.shape[1]), dtable.astype(table.dtype))
+
+
+def _distilled_bwd(mix, residuals, cotangents):
+    dh, dtable = residuals
+    g = cotangents[0]
+    return (g * dh).astype(dh.dtype), (g * dtable).astype(dtable.dtype), None, None, None, None
+
+
+distilled_sum.defvjp(_distilled_fwd, _distilled_bwd)

@@ -49,6 +49,16 @@ def build_program(model: ModelConfig) -> Program:
     )
 
 
+def unrolled_blocks(program: Program) -> list[tuple[str, str]]:
+    """The block of every layer a token of full depth goes through: its part and number, as parameters are named."""
+    core = [("core", str(i)) for i in range(program.core) for _ in range(program.repeat)]
+    return [
+        *(("prelude", str(i)) for i in range(program.prelude)),
+        *core * program.recursions,
+        *(("coda", str(i)) for i in range(program.coda)),
+    ]
+
+
 def tiled(shares: tuple[float, ...], length: int, tile: int) -> tuple[float, ...]:
     """Shares whose counts in a row of `length` are the nearest multiples of `tile` (at least one, at most the row)."""
     if tile == 1:

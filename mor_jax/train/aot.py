@@ -63,8 +63,8 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
     rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
     one = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.model.context), jnp.int32, sharding=rows)
     # Outside of the mesh's scope: optax computes a little, which devices that are only described cannot.
-    state = abstract_state(lm, tx, mesh)
-    step = jax.jit(make_train_step(lm, tx, cfg.train.accum), donate_argnums=0)
+    state = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
+    step = jax.jit(make_train_step(lm, tx, cfg.train.accum, ema=cfg.optim.ema), donate_argnums=0)
     with jax.set_mesh(mesh):
         batch = {"tokens": one, "segment_ids": one}
         if cfg.data.format == "chat":

@@ -284,11 +284,13 @@ def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[in
         raise _unusable(directory, step, e) from e
 
 
-def restore_params(directory: os.PathLike | str, abstract_params: Any, step: int | None = None) -> tuple[Any, int]:
-    """(params, step): the `params` entry of the saved state alone, verified. It writes nothing.
+def restore_params(
+    directory: os.PathLike | str, abstract_params: Any, step: int | None = None, *, entry: str = "params"
+) -> tuple[Any, int]:
+    """(params, step): one `entry` of the saved state alone, verified. It writes nothing.
 
     Args:
-      directory: where a `Checkpointer` saved a state with an entry or field named `params`.
+      directory: where a `Checkpointer` saved a state with an entry or field of that name.
       abstract_params: pytree of `jax.ShapeDtypeStruct` with target shardings; another floating dtype is cast to.
       step: the newest by default.
     Raises:
@@ -296,10 +298,10 @@ def restore_params(directory: os.PathLike | str, abstract_params: Any, step: int
     """
     directory, step = _choose(directory, step)
     try:
-        state, _ = _restore(directory, step, {"params": abstract_params}, partial=True)
+        state, _ = _restore(directory, step, {entry: abstract_params}, partial=True)
     except _Damaged as e:
         raise _unusable(directory, step, e) from e
-    return state["params"], step
+    return state[entry], step
 
 
 def digest(x: jax.Array) -> jax.Array:
@@ -426,6 +428,7 @@ def _without(tree: Any, missing: set[str]) -> Any:
 
 def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool) -> None:
     expected = dict(zip(*_named(abstract), strict=True))
+    entries = {name.partition("/")[0] for name in expected}
     wrong = []
     for name, x in expected.items():
         want = f"{_dtype(x)}{list(x.shape)}"
@@ -441,7 +444,7 @@ def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[s
     wrong += [
         f"{name} is in the checkpoint but not expected"
         for name in saved
-        if name not in expected and (not partial or name.startswith("params/"))
+        if name not in expected and (not partial or name.partition("/")[0] in entries)
     ]
     if wrong:
         more = f" ({len(wrong) - 1} more leaves differ)" if len(wrong) > 1 else ""

@@ -20,9 +20,14 @@ FREE = frozenset({"context", "init_std", "dtype", "remat", "attention", "loss_ch
 
 
 def initial_params(
-    path: str | os.PathLike[str], cfg: Config, tokenizer: Tokenizer, lm: LM, mesh: jax.sharding.Mesh
+    path: str | os.PathLike[str],
+    cfg: Config,
+    tokenizer: Tokenizer,
+    lm: LM,
+    mesh: jax.sharding.Mesh,
+    step: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters as `lm.init` would make them, lineage) from the newest checkpoint in `path`.
+    """(parameters as `lm.init` would make them, lineage) from the newest checkpoint in `path`, or that of `step`.
 
     The optimiser, the schedule and the position in the data start fresh. `lineage` says where the weights came from:
     parent, step, data (fingerprint of its rows), and the parent's own lineage.
@@ -30,7 +35,7 @@ def initial_params(
     Raises:
       CheckpointError: the checkpoint cannot be read, has another architecture or another tokenizer.
     """
-    loaded = load_model(path, mesh=mesh)
+    loaded = load_model(path, step, mesh=mesh)
     _check(loaded, path, cfg, tokenizer)
     placed = jax.device_put(loaded.params, lm.rules.shardings(mesh, lm.logical_axes()))
     lineage = {"parent": os.fspath(path), "step": loaded.step, "data": loaded.data}

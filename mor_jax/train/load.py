@@ -20,6 +20,7 @@ from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.paths import as_path
@@ -52,13 +53,16 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
     return inner if inner.is_dir() else path
 
 
-def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: Mesh | None = None) -> Loaded:
+def load_model(
+    path: str | os.PathLike[str], step: int | None = None, *, mesh: Mesh | None = None, average: bool = False
+) -> Loaded:
     """Model, weights and tokenizer of a checkpoint.
 
     Args:
       path: a run directory, or its checkpoints/; on this machine, gs:// or s3://.
       step: the newest by default.
       mesh: where the weights go; default: all devices, weights whole on each.
+      average: the running mean of the weights in place of the weights (`config.optim.ema`).
     Raises:
       CheckpointError: nothing there, damaged, or written by a newer version.
     """
@@ -73,12 +77,29 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: M
         ) from e
     mesh = mesh or make_mesh(MeshConfig(data=-1))
     lm = LM.from_config(config)
-    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+    saved = Adapters(lm, config.adapter) if config.adapter.rank else lm
+    shapes = jax.eval_shape(saved.init, jax.random.key(0))
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
-    abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
-    params, step = restore_params(directory, abstract, step)
+    abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
+    if average and not config.optim.ema:
+        raise CheckpointError(f"{directory} holds no running mean of the weights: config.optim.ema is 0.")
+    params, step = restore_params(directory, abstract, step, entry="average" if average else "params")
     lineage, template = meta.get("lineage"), chat_template(path, meta)
+    if config.adapter.rank:
+        params = saved.merged(_base(directory, lineage, mesh), params)
     return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template)
+
+
+def _base(directory: epath.Path, lineage: dict[str, Any] | None, mesh: Mesh) -> Any:
+    """The weights that the adapters of a checkpoint belong to."""
+    parent = (lineage or {}).get("parent", "")
+    try:
+        return load_model(parent, lineage["step"], mesh=mesh).params
+    except (CheckpointError, TypeError, KeyError) as e:
+        raise CheckpointError(
+            f"{directory} holds adapters of the weights in {parent or 'an unknown place'}, which cannot be read: {e}. Put "
+            "them back, or merge the adapters where they are (launch.convert --merge)."
+        ) from e
 
 
 def chat_template(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> str | None:

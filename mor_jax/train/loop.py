@@ -24,15 +24,18 @@ from mor_jax.data.prepare import PreparedData, prepare
 from mor_jax.data.progress import say, still
 from mor_jax.data.vocabulary import FILE as TOKENIZER
 from mor_jax.errors import CheckpointError, ConfigError
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.nn.attention import chosen_for
 from mor_jax.parallel import join
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.multihost import Hosts
 from mor_jax.paths import as_path, reason, write_text
+from mor_jax.train.best import Best
 from mor_jax.train.checkpoint import Checkpointer, load_meta
 from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
+from mor_jax.train.distill import load_teacher
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
@@ -48,6 +51,8 @@ from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
 from mor_jax.train.step import StagedStep
 from mor_jax.train.stop import Stop, stop_signals
+from mor_jax.train.trackers import IDS as TRACKERS
+from mor_jax.train.trackers import TrackedRun, open_trackers
 from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
@@ -122,7 +127,7 @@ def train(
         hold(workdir, wait=wait, active=first, say=tell) as lock,  # before signals: one ends a process that waits
         stop_signals(hosts) as stop,
     ):  # fmt: skip
-        outbox = Outbox(workdir, (METRICS, GOODPUT) if first else ())
+        outbox = Outbox(workdir, (METRICS, GOODPUT, TRACKERS) if first else ())
         goodput = Goodput(outbox.directory / GOODPUT if first else None)
         hosts.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
@@ -160,6 +165,8 @@ class _Run:
         self.hosts, self.goodput, self.debug, self.lock, self.outbox = hosts, goodput, debug, lock, outbox
         self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
+        self.adapters = Adapters(self.lm, cfg.adapter) if cfg.adapter.rank else None
+        self.trained = self.adapters or self.lm  # what the state's parameters are
         self.steps = accounting.training_steps(cfg)
         self.tx = optimizer_of(cfg, self.steps)
         self.schedule = learning_rate(cfg.optim, self.steps)
@@ -181,6 +188,10 @@ class _Run:
         self.compiled = 0  # programs so far
         self.bar = Progress(self.steps, shown=self.show)
         self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
+        self.last_average: dict[str, Any] | None = None  # of the running mean of the weights
+        self.base: Any = None  # of adapters: the weights they belong to
+        self.merge = self.adapters and jax.jit(self.adapters.merged)
+        self.ended = 0  # step after which the run ended early
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the summary if the run is finished, else None."""
@@ -202,7 +213,10 @@ class _Run:
 
     def go(self, stop: Stop) -> dict[str, Any]:
         cfg = self.cfg
-        with Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints:
+        with (
+            Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints,
+            contextlib.closing(Best(self.workdir / "best", cfg.train.keep_best)) as self.best,
+        ):
             state, first = self._start()
             self.metrics = self._writer(first)
             if self.changed:
@@ -210,8 +224,12 @@ class _Run:
             try:
                 if self.owes_evaluation:
                     self._evaluate(first, state)
-                state, last = self._steps(state, first, stop)
-                if last < self.steps:
+                patience = cfg.train.patience
+                if patience and self.best.since >= patience:  # it was stopped between its end and the summary
+                    self.ended = last = first
+                else:
+                    state, last = self._steps(state, first, stop)
+                if last < self.steps and not self.ended:
                     every = cfg.train.eval_every
                     self._save(last, state, owes_evaluation=bool(every) and last % every == 0)  # the end is in a hurry
                     self.checkpoints.wait()
@@ -225,14 +243,19 @@ class _Run:
                 self.goodput.write()
 
     def _writer(self, step: int) -> MetricWriter:
-        return MetricWriter(self.outbox.directory, resume_step=step, active=self.hosts.rank == 0)
+        active, directory = self.hosts.rank == 0, self.outbox.directory
+        run = TrackedRun(self.cfg.name, self.cfg.to_dict(), directory, step)
+        trackers = open_trackers(self.cfg.train.trackers, run) if active else {}
+        return MetricWriter(directory, resume_step=step, active=active, trackers=trackers, say=self.bar.say)
 
     def _start(self) -> tuple[TrainState, int]:
         """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
         self.hosts.report(phase="restoring or initialising")
+        self.teacher = load_teacher(self.cfg, self.data.tokenizer, self.lm, self.mesh)
         state, first, meta = self._last_good()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
         self.owes_evaluation = meta.get("owes_evaluation", False)
+        self.best.go_on_from(first, meta.get("best"))
         if meta:  # a converted model's is of step 0
             self.bar.say(f"Resuming {self.workdir} after step {first}.")
             self._advise(first)
@@ -240,27 +263,50 @@ class _Run:
 
     def _last_good(self) -> tuple[TrainState, int, dict[str, Any]]:
         """(state, step, meta) of the newest checkpoint that verifies, or of the beginning."""
-        restored = self.checkpoints.restore_latest(abstract_state(self.lm, self.tx, self.mesh))
+        restored = self.checkpoints.restore_latest(
+            abstract_state(self.trained, self.tx, self.mesh, bool(self.cfg.optim.ema))
+        )
         if restored is None:
             return self._fresh(), 0, {}
         self._same_data(restored.meta)
         if "chat_template" in restored.meta:
             self.meta.setdefault("chat_template", restored.meta["chat_template"])
         self._same_origin(restored.meta)
+        self._keep_base()
         for step, why in restored.skipped.items():
             self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
         return restored.state, restored.step, restored.meta
 
     def _fresh(self) -> TrainState:
-        state = create_state(self.lm, self.tx, self.mesh, self.cfg.train.seed)
+        state = create_state(self.trained, self.tx, self.mesh, self.cfg.train.seed, bool(self.cfg.optim.ema))
         if not self.init_from:
+            if self.adapters:
+                raise ConfigError(
+                    f"config.adapter.rank = {self.cfg.adapter.rank} trains adapters of the weights of another run: give "
+                    "--init_from, or set it to 0 to train all weights."
+                )
             return state
         params, lineage = initial_params(self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh)
         self.meta["lineage"] = lineage
         if template := chat_template(self.init_from, load_meta(checkpoint_directory(self.init_from))[1]):
             self.meta.setdefault("chat_template", template)
         self.bar.say(f"Starting from the weights of {self.init_from}, step {lineage['step']}.")
-        return state._replace(params=params)
+        if self.adapters:
+            self.base = params
+            return state
+        return state.starting_from(params)
+
+    def _keep_base(self) -> None:
+        """Of a run of adapters that goes on: the weights they belong to."""
+        if self.adapters and self.base is None:
+            came = self.meta["lineage"]
+            self.base, _ = initial_params(
+                came["parent"], self.cfg, self.data.tokenizer, self.lm, self.mesh, came["step"]
+            )
+
+    def _whole(self, params: Any) -> Any:
+        """The model's parameters, of those of a state."""
+        return params if self.adapters is None else self.merge(self.base, params)
 
     def _same_origin(self, meta: dict[str, Any]) -> None:
         """Keep the lineage of the run; refuse to go on as if it had started from other weights."""
@@ -296,7 +342,12 @@ class _Run:
     def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
         t, goodput, faults = self.cfg.train, self.goodput, self.faults
-        step_fn = StagedStep(self.lm, self.tx, t.accum, self.token_bytes, self._compile)
+        step_fn = StagedStep(
+            self.lm, self.tx, t.accum, self.token_bytes, self._compile, self.teacher, self.cfg.optim.ema, self.adapters
+        )
+        beside = {} if self.teacher is None else {"teacher": self.teacher.params}
+        beside |= {} if self.adapters is None else {"base": self.base}
+        beside = (beside,) if beside else ()
         loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
@@ -310,11 +361,11 @@ class _Run:
                 asked = time.perf_counter()
                 batch, limit = next(batches), faults.limit(step)
                 read = time.perf_counter()
-                program = step_fn(step - 1, state, batch, limit)
+                program = step_fn(step - 1, state, batch, limit, *beside)
                 goodput.enter("step")
                 tracer.before(step)
                 begun = time.perf_counter()
-                state, metrics = program(state, batch, limit)
+                state, metrics = program(state, batch, limit, *beside)
                 clock.own(read - asked, time.perf_counter() - begun)
                 bad = pending and self._record(*pending) == REWIND  # read while this step runs
                 pending = (step, metrics, limit)
@@ -333,14 +384,20 @@ class _Run:
                     clock.pause()
                     if not (bad or stopping) and (last or due(t.eval_every)):
                         self._evaluate(step, state)
-                    if not (bad or stopping) and (last or due(t.checkpoint_every)):
+                        if t.patience and self.best.since >= t.patience and not last:
+                            self.ended = step
+                    if not (bad or stopping) and (last or self.ended or due(t.checkpoint_every)):
                         self._save(step, state)
                     clock.go_on()
                 if bad:
                     batches.close()
                     state, step = self._rewind(self.bad_step)
                     batches, pending = loader.iter_from_step(faults.position(step + 1)), None
-                if stopping:
+                if self.ended:
+                    self.bar.say(
+                        f"Ended after step {step}: {t.patience} evaluations without a lower loss than at step {self.best.step}."
+                    )
+                if stopping or self.ended:
                     return state, step
         finally:
             batches.close()
@@ -373,8 +430,9 @@ class _Run:
         with self.goodput.during("rewind"):
             self.clock.pause()
             self.checkpoints.wait()
-            state, good, _ = self._last_good()
+            state, good, meta = self._last_good()
             self.faults.rewind(bad, good)
+            self.best.go_on_from(good, meta.get("best"))
             self.metrics.close()
             self.metrics = self._writer(good)
             self.metrics.write("event", good, {"event": REWIND, "from": bad})
@@ -398,6 +456,7 @@ class _Run:
         rate = self.clock.rate()  # steps a second since the last record
         self.hosts.report(step=step, **self.clock.pace(rate))
         tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
+        flops += 0 if self.teacher is None else tokens * self.teacher.flops_per_token()
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
             "time_s": self.clock.total(),
@@ -421,17 +480,33 @@ class _Run:
         rows = t.batch_size // t.accum
         with self.goodput.during("evaluate"):
             batches = eval_batches(self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding)
-            record = evaluate(self.lm, state.params, list(batches), self.token_bytes)
+            batches = list(batches)
+            record = evaluate(self.lm, self._whole(state.params), batches, self.token_bytes)
+            if state.average is not None:
+                self.last_average = evaluate(self.lm, self._whole(state.average), batches, self.token_bytes)
+            for name, held_out in self.data.sources:
+                limit = -(-t.eval_rows // len(self.data.sources))
+                own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
+                found = evaluate(self.lm, self._whole(state.params), list(own), self.token_bytes)
+                record |= {f"source/{name}/{key}": found[key] for key in ("causal/nll", "causal/bits_per_byte")}
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
+        if state.average is not None:
+            self.metrics.write("eval_average", step, self.last_average)
+            self.bar.say(f"step {step} · running mean of the weights: causal NLL {self.last_average['causal/nll']:.3f}")
         self.last_eval = record
+        self.best.see(step, record["causal/nll"], state.params, self.meta)
         return record
 
     def _save(self, step: int, state: TrainState, **more: Any) -> None:
         with self.goodput.during("save"):
             self.goodput.write()
             self._push()
-            self.checkpoints.save(step, state, {**self.meta, "step": step, "faults": self.faults.state(), **more})
+            self.checkpoints.save(
+                step,
+                state,
+                {**self.meta, "step": step, "faults": self.faults.state(), "best": self.best.state(), **more},
+            )
         whole = self.checkpoints.steps()
         if whole:
             self._advise(whole[-1])
@@ -445,7 +520,7 @@ class _Run:
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Waits for the last checkpoint, then writes the summary."""
         self.checkpoints.wait()
-        record = self.last_eval or self._evaluate(self.steps, state)  # resumed after the last step
+        record = self.last_eval or self._evaluate(self.ended or self.steps, state)  # resumed after the last step
         self._push()
         cfg = self.cfg
         summary = {
@@ -467,6 +542,9 @@ class _Run:
             ),
             "trigram_bits_per_byte": self._trigram(),
             "eval": record,
+            **({"eval_average": self.last_average} if self.last_average else {}),
+            "best": self.best.state(),
+            **({"ended_early": self.ended} if self.ended else {}),
             "goodput": self.goodput.record(),
             "lineage": self.meta.get("lineage"),
             "data": self.data.stats,

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import next_token_targets
 from mor_jax.parallel.rows import over_rows
+from mor_jax.train.distill import Teacher, distilled
 from mor_jax.train.state import TrainState
 
 # tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a policy that draws salt: [B] uint32
@@ -42,36 +44,46 @@ def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 def loss_fn(
     lm: LM, params: Any, batch: Batch, scales: tuple[jax.Array, jax.Array], token_bytes_V: jax.Array | None = None,
-    **of_forward: Any,
+    teacher: Teacher | None = None, **of_forward: Any,
 ) -> tuple[jax.Array, dict]:  # fmt: skip
     """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted auxiliary losses.
 
-    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`."""
+    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`. With a `teacher` the
+    batch holds its states (`Teacher.teach`), and the LM loss is mixed with the distillation loss."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
 
-    def run(params, tokens, seg, targets, weights, depth, entered, salt):
+    def run(params, tokens, seg, targets, weights, depth, entered, salt, taught, tables):
         params = lm.with_table(params)
         how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
         out = lm.forward(params, tokens, seg, mode=TOPK, **how)
-        nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
-        return out.depth_BxT, (nll, out.stats)
+        if teacher is None:
+            nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
+            return out.depth_BxT, (nll, None, None, out.stats)
+        sums = distilled(lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught)
+        return out.depth_BxT, (*sums, out.stats)
 
     given = lambda x, names: None if x is None else names
-    salt = batch.get("salt")
-    axes = (lm.logical_axes(), ROW, ROW, ROW, ROW, given(depth, ROW), given(entered, STATES), given(salt, ("batch",)))
-    depth_BxT, (nll, stats) = over_rows(lm.rules, run, axes, ROW)(
-        params, tokens, seg, targets, weights, depth, entered, salt
+    salt, taught = batch.get("salt"), batch.get("taught")
+    tables, table_axes = (None, None) if teacher is None else teacher.tables()
+    axes = (
+        lm.logical_axes(), ROW, ROW, ROW, ROW, given(depth, ROW), given(entered, STATES), given(salt, ("batch",)),
+        given(taught, STATES), table_axes,
+    )  # fmt: skip
+    depth_BxT, (learned, nll, distillation, stats) = over_rows(lm.rules, run, axes, ROW)(
+        params, tokens, seg, targets, weights, depth, entered, salt, taught, tables
     )
+    nll = learned if nll is None else nll
     lm_loss = nll / target_count
     zero = {name: jnp.zeros(()) for name in AUXILIARY_LOSSES}
     auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
-    loss = lm_loss + sum(w * auxiliary[name] for name, w in weight.items())
+    loss = learned / target_count + sum(w * auxiliary[name] for name, w in weight.items())
     aux = {
         "loss": loss,
         "lm_loss": lm_loss,
+        **({} if distillation is None else {"distill_loss": distillation / target_count}),
         **auxiliary,
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
@@ -88,25 +100,30 @@ def _micro_batches(batch: Batch, accum: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def _grad(lm: LM, scales: Any, token_bytes_V: jax.Array | None, params: Any, batch: Batch) -> tuple[Any, dict]:
-    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V), has_aux=True)(params)
+def _grad(
+    lm: LM, scales: Any, token_bytes_V: jax.Array | None, teacher: Teacher | None, params: Any, batch: Batch
+) -> tuple[Any, dict]:
+    batch = batch if teacher is None else teacher.teach(batch)
+    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, teacher), has_aux=True)(params)
 
 
 def _grad_by_profile(
-    lm: LM, scales: Any, token_bytes_V: jax.Array | None, params: Any, batch: Batch
+    lm: LM, scales: Any, token_bytes_V: jax.Array | None, teacher: Teacher | None, params: Any, batch: Batch
 ) -> tuple[Any, dict]:
     """As `_grad`, for a policy whose row sizes are known only once the prelude has run.
 
     The choice of sizes stands outside of the differentiation of the rest, so that one program's intermediate results
     exist at a time (JAX keeps room for those of every branch of a differentiated `switch`).
     """
+    batch = batch if teacher is None else teacher.teach(batch)
     tokens, seg = batch["tokens"], batch["segment_ids"]
     x, pull = jax.vjp(lambda p: lm.enter(p, tokens, seg), params)
     profile, depth_BxT = lm.route(params, x, tokens, seg, batch.get("salt"))
 
     def rest(profile: int) -> Callable:
         def loss(p, x, depth_BxT):
-            return loss_fn(lm, p, batch, scales, token_bytes_V, profile=profile, depth_BxT=depth_BxT, entered_BxTxD=x)
+            how = {"profile": profile, "depth_BxT": depth_BxT, "entered_BxTxD": x}
+            return loss_fn(lm, p, batch, scales, token_bytes_V, teacher, **how)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)
 
@@ -116,12 +133,13 @@ def _grad_by_profile(
 
 
 def gradients(
-    lm: LM, params: Any, batch: Batch, accum: int, token_bytes_V: jax.Array | None = None
-) -> tuple[Any, dict]:
+    lm: LM, params: Any, batch: Batch, accum: int, token_bytes_V: jax.Array | None = None,
+    teacher: Teacher | None = None,
+) -> tuple[Any, dict]:  # fmt: skip
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
     scales = loss_scales(lm, batch)
     many = len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
-    grad = functools.partial(_grad_by_profile if many else _grad, lm, scales, token_bytes_V)
+    grad = functools.partial(_grad_by_profile if many else _grad, lm, scales, token_bytes_V, teacher)
     if accum == 1:
         return grad(params, batch)
     micro = _micro_batches(batch, accum)
@@ -138,24 +156,42 @@ def _learned(params: dict) -> dict:
     return params | {"router": {name: leaf for name, leaf in params["router"].items() if name != SURVEY}}
 
 
+def averaged(average: dict, params: dict, decay: float, step: jax.Array) -> dict:
+    """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that the random start is
+    soon gone. What is no weight is taken as it is."""
+    keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    mean = lambda path, a, p: p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
+    return jax.tree_util.tree_map_with_path(mean, average, params)
+
+
 def make_train_step(
-    lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, batch, limit=None) -> (state, metrics); pure, to be jitted with the state donated.
+    lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None,
+    teacher: Teacher | None = None, ema: float = 0.0, adapters: Adapters | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
+    """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the state donated.
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
+      teacher: whose predictions are learned, too. Its weights are `beside["teacher"]`: closed over, they would be constants
+        of the program.
+      ema: decay of the running mean of the parameters, of a state that has one.
+      adapters: what the state's parameters are, in place of the model's, which are `beside["base"]` and stay.
 
     A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32 scalar), leaves the
     state as it was; the caller sees it in the metrics.
     """
 
-    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None):
+    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None):
+        teaches = None if teacher is None else teacher._replace(params=beside["teacher"])
+        whole, pull = state.params, None
+        if adapters is not None:  # a step forms the gradient of the whole weights once, and takes the adapters' from it
+            whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
         if lm.policy.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
             rows = batch["tokens"].shape[0]
             salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
             batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
-        grads, aux = gradients(lm, state.params, batch, accum, token_bytes_V)
+        grads, aux = gradients(lm, whole, batch, accum, token_bytes_V, teaches)
+        grads = grads if pull is None else pull(grads)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         # Through the update's norm, the choice also comes after everything that reads the old state. So the new state lies
@@ -164,11 +200,14 @@ def make_train_step(
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")
-        params = params | {"router": lm.policy.rebalance(params["router"], router)}
-        new = TrainState(state.step + 1, params, opt_state)
+        if adapters is None:
+            params = params | {"router": lm.policy.rebalance(params["router"], router)}
+        average = None if state.average is None else averaged(state.average, params, ema, state.step)
+        new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())},
+            **({} if teacher is None else {"distill_loss": aux["distill_loss"]}),
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
@@ -189,9 +228,10 @@ class StagedStep:
 
     def __init__(
         self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None,
-        compile: Callable[[Callable, tuple], Callable] | None = None,
+        compile: Callable[[Callable, tuple], Callable] | None = None, teacher: Teacher | None = None,
+        ema: float = 0.0, adapters: Adapters | None = None,
     ):  # fmt: skip
-        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V), {}
+        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V, teacher, ema, adapters), {}
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
     def __call__(self, step: int, *arguments: Any) -> Callable:

@@ -24,12 +24,13 @@ from mor_jax.paths import reason, steps_in, write_text
 # are computed (a micro-batch divides by the whole batch's counts), up to rounding. `data.paths` is judged by its content.
 FREE = frozenset({
     "name", "mesh", "model.remat", "model.attention", "model.loss_chunk", "depth.executor", "data.cache_dir",
-    "data.paths", "train.log_every", "train.eval_every", "train.eval_rows", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.accum", "train.on_nonfinite", "train.on_spike", "train.spike_threshold",
+    "data.paths", "train.log_every", "train.trackers", "train.eval_every", "train.eval_rows", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.keep_best", "train.patience", "train.accum", "train.on_nonfinite", "train.on_spike", "train.spike_threshold",
 })  # fmt: skip
 # NEVER may. They say what the weights and the token ids are. In `model` everything does but what is FREE, and `dtype`.
 NEVER = frozenset({
     "model", "depth.policy", "depth.router", "depth.score", "depth.gate", "depth.inference", "data.bpe_vocab",
+    "optim.algorithm", "adapter",
 })  # fmt: skip
 # The rest may where `--allow` names it: the weights and the optimiser's state still fit, the numbers become others.
 ALLOWED = frozenset({"model.dtype"})

@@ -17,7 +17,7 @@ from mor_jax.data.bpe import BpeTokenizer
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
-from mor_jax.model.program import build_program
+from mor_jax.model.program import build_program, unrolled_blocks
 from mor_jax.paths import as_path, is_local, reason, write_text
 from mor_jax.train.load import load_model
 from mor_jax.weights.families import Place, config_of, places
@@ -41,6 +41,7 @@ def export_weights(
     directory: str | os.PathLike[str],
     *,
     step: int | None = None,
+    average: bool = False,
     shard_bytes: int = SHARD,
 ) -> Exported:
     """Write a checkpoint as a Llama, Qwen2 or Qwen3 model in float32; importing it again gives the same bits.
@@ -50,6 +51,7 @@ def export_weights(
 
     Args:
       checkpoint: as of `train.load.load_model`.
+      average: write the running mean of the weights.
       directory: of this machine; created, and refused where it holds a model.
       shard_bytes: of tensors in a file, at most, unless one tensor is larger.
     Raises:
@@ -63,7 +65,7 @@ def export_weights(
         raise CheckpointError(f"--to={directory}: give a directory of this machine.")
     if (target / "config.json").exists() or list(target.glob("*.safetensors")):
         raise CheckpointError(f"{target} already holds a model; give another directory.")
-    loaded = load_model(checkpoint, step)
+    loaded = load_model(checkpoint, step, average=average)
     blocks = unrolled(loaded.config)
     config = config_of(loaded.config.model, len(blocks)) | _ids(loaded.tokenizer)
     try:
@@ -93,13 +95,7 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
             "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which cannot "
             "be written yet."
         )
-    p = build_program(m)
-    core = [("core", str(i)) for i in range(p.core) for _ in range(p.repeat)]
-    return [
-        *(("prelude", str(i)) for i in range(p.prelude)),
-        *core * p.recursions,
-        *(("coda", str(i)) for i in range(p.coda)),
-    ]
+    return unrolled_blocks(build_program(m))
 
 
 def _write_tensors(

@@ -82,7 +82,7 @@ def test_mistakes_are_one_line(source, trained, tmp_path):
     into = ("--config", f"{config}:mor", "--workdir", tmp_path / "never")
     cases = [
         (("--checkpoint", d / "vanilla", "--config.model.width=32"), "width 16 there, 32"),
-        (("--checkpoint", trained.mor), "shares its blocks"),
+        (("--checkpoint", trained.mor, "--config.model.layers=6"), "keep"),
         (("--checkpoint", d / "vanilla", "--method", "middle"), "stepwise"),
     ]
     for args, word in cases:

@@ -129,6 +129,7 @@ def test_rlm_serve_names_its_extra(runtime_only):
     ("arguments", "extra"),
     [
         (["launch.serve", "runs/none"], "serve"),
+        (["launch.lm_eval", "--model", "mor"], "lm-eval"),
         (["launch.train", "--config", "configs/quickstart.py", "--workdir", "gs://bucket/run"], "gcs"),
         (["launch.train", "--config", "configs/quickstart.py", "--workdir", "s3://bucket/run"], "s3"),
         (["launch.evaluate", "--checkpoint", "s3://bucket/run"], "s3"),

@@ -10,7 +10,7 @@ from small import random_params, small_lm
 
 from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import ConfigError
-from mor_jax.model.convert import METHODS, convert, source_table
+from mor_jax.model.convert import METHODS, convert, default_method, source_table
 from mor_jax.model.lm import LM
 
 # scheme, target layers, recursions: of a source of 8 layers, what each block is made of
@@ -139,11 +139,40 @@ def test_what_does_not_fit_is_named():
         source_table(SOURCE, to, "middle")
     with pytest.raises(ConfigError, match=r"3 layers.*4 blocks.*at least 4"):
         source_table(ModelConfig(layers=3), to, "lower")
-    with pytest.raises(ConfigError, match=r"shares its blocks.*middle_cycle"):
-        source_table(to, SOURCE, "lower")
+    with pytest.raises(ConfigError, match=r"keep.*1 \+ 2 \+ 1 there.*0 \+ 8 \+ 0 here"):
+        source_table(to, SOURCE, "keep")
     with pytest.raises(ConfigError, match=r"width 256 there, 128 here.*head_dim 64 there, 32 here"):
         convert({}, SOURCE, target("cycle", 8, 2, width=128), "lower")
     with pytest.raises(ConfigError, match="vocab_size 64 there, 128 here"):
         convert({}, ModelConfig(layers=8, vocab_size=64), target("cycle", 8, 2, vocab_size=128), "lower")
     with pytest.raises(ConfigError, match="rope_theta"):
         convert({}, SOURCE, target("cycle", 8, 2, rope_theta=5e5), "lower")
+
+
+def test_a_recursive_source_unrolls_or_keeps_its_core():
+    """More recursions of one core, a router on it, and the unshared model of the same function."""
+    lm = small_lm("recursive", layers=6, recursions=2, sharing="middle_cycle")
+    params, tokens = random_params(lm), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    assert default_method(lm.model) == "keep" and default_method(SOURCE) == "stepwise"
+    more = LM(dataclasses.replace(lm.model, layers=8, recursions=3), DepthConfig(policy="expert_choice"))
+    made = convert(params, lm.model, more.model, "keep")
+    expected = jax.eval_shape(more.init, jax.random.key(0))
+    assert jax.tree.structure(made) == jax.tree.structure({name: expected[name] for name in made})
+    assert all(made["core"][i]["mlp"]["down"] is params["core"][i]["mlp"]["down"] for i in ("0", "1"))
+    plain_lm = LM(dataclasses.replace(lm.model, recursions=1, sharing="none"))
+    flat = convert(params, lm.model, plain_lm.model, "stepwise") | {"router": {}}
+    np.testing.assert_allclose(plain_lm.apply(flat, tokens), lm.apply(params, tokens), atol=1e-5)
+
+
+def test_what_recursions_have_of_their_own_is_kept_or_refused():
+    lm = small_lm("recursive", layers=4, recursions=2, sharing="cycle", norms="own", lora_rank=2)
+    params, tokens = random_params(lm), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    same = convert(params, lm.model, lm.model, "keep") | {"router": params["router"]}
+    np.testing.assert_array_equal(lm.apply(same, tokens), lm.apply(params, tokens))
+    more = LM(dataclasses.replace(lm.model, layers=8, recursions=4), lm.depth)
+    own = convert(params, lm.model, more.model, "keep")["core"]["1"]["own"]["norm_1"]["scale"]
+    assert own.shape == (4, 32)
+    np.testing.assert_array_equal(own[2:], np.stack([params["core"]["1"]["own"]["norm_1"]["scale"][1]] * 2))
+    for to, method in ((dataclasses.replace(lm.model, lora_rank=0), "keep"), (lm.model, "average")):
+        with pytest.raises(ConfigError, match=r"of their own.*only method 'keep'"):
+            convert(params, lm.model, to, method)

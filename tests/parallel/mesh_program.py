@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from kinds import ALL_FEATURES
-from small import small_lm
+from small import random_params, small_lm
 
 from mor_jax.analysis.collectives import read_collectives
 from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
@@ -21,9 +21,10 @@ from mor_jax.parallel import rows as rows_module
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.rows import gather_weight
 from mor_jax.parallel.rules import Rules
+from mor_jax.train.distill import Teacher
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state, create_state
-from mor_jax.train.step import make_train_step
+from mor_jax.train.step import gradients, make_train_step
 
 STEPS, DIFFERENT, ROWS, LENGTH, VOCAB = 20, 5, 8, 26, 64
 SHAPE = dict(width=32, heads=4, kv_heads=4, mlp_width=64, context=LENGTH, vocab_size=VOCAB, init_std=0.1, loss_chunk=7)
@@ -157,6 +158,31 @@ def scatter_in_parts() -> list[float]:
     return found
 
 
+def taught() -> dict[str, float]:
+    """A gradient with loss weights and a teacher of another shape, on eight devices less that on one: the largest
+    difference, beside the largest entry."""
+    lm = model("mor")
+    teacher = Teacher(small_lm("vanilla", **SHAPE, layers=1), None, 0.5, 2.0)
+    rng, batch = np.random.default_rng(1), packed_batches()[0]
+    batch |= {"weights": rng.integers(0, 2, (ROWS, LENGTH)).astype(np.float32)}
+    params = [random_params(lm), random_params(teacher.lm, 1)]
+
+    def run(shape: tuple[int, ...]):
+        mesh = make_mesh(MeshConfig(*shape), jax.devices()[: np.prod(shape)])
+        with jax.set_mesh(mesh):
+            rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
+            axes = (lm.logical_axes(), teacher.lm.logical_axes())
+            placed = [jax.device_put(p, lm.rules.shardings(mesh, a)) for p, a in zip(params, axes, strict=True)]
+            step = jax.jit(lambda p, t, b: gradients(lm, p, b, 2, teacher=teacher._replace(params=t)))
+            grads, aux = step(*placed, {k: jax.device_put(v, rows) for k, v in batch.items()})
+        return jax.tree.map(np.asarray, (grads, {k: aux[k] for k in ("loss", "lm_loss", "distill_loss")}))
+
+    one, many = run((1, 1, 1)), run((2, 2, 2))
+    differ = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b), initial=0.0)), one, many)
+    largest = max(float(np.max(np.abs(x), initial=0.0)) for x in jax.tree.leaves(one))
+    return {"differs": max(jax.tree.leaves(differ)), "largest": largest}
+
+
 def planned(kind: str, shape: tuple[int, ...]) -> dict:
     """A step that is compiled and not run: what the compiler says it needs of each device."""
     lm = model(kind, **PLANNED)
@@ -197,6 +223,7 @@ def main() -> None:
             here["survey_differs"] = max(differences(state, one, survey=True), default=0.0)
             found[f"{kind} accumulated"] = here
     found["gradient"], found["parts"] = gradient_of_a_gather(), scatter_in_parts()
+    found["taught"] = taught()
     found["planned"] = [planned("mor", (1, 8, 1)), planned("mor", (2, 2, 2))]
     print("RESULT" + json.dumps(found))
 

@@ -134,6 +134,12 @@ def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
     assert all(c["loop"] and c["times"] == 2 for c in scatters(name))
 
 
+def test_loss_weights_and_a_teacher_count_the_same_on_eight_devices(found):
+    """Rows, weights of the losses and both models cut over the devices, in two micro-batches."""
+    assert found["taught"]["largest"] > 0.1
+    assert found["taught"]["differs"] < 1e-4 * found["taught"]["largest"]  # float32, sums in another order
+
+
 def test_the_gradient_of_a_weight_is_summed_in_float32_to_the_end(found):
     assert found["gradient"] == {"dtype": "float32", "values": [8 + 28 / 128]}
 

@@ -1,0 +1,97 @@
+"""Distillation: a run also learns what a teacher, another checkpoint, predicts (`config.distill`).
+
+The teacher's weights lie on the mesh by the run's rules, beside the state and outside of it: a checkpoint of the run does
+not hold them. Each micro-batch passes through the teacher once, as it generates (causal depths); its final states travel
+with the batch, and its logits exist a chunk at a time (`model.loss.distilled_sum`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+
+from mor_jax.analysis import accounting
+from mor_jax.config import Config, check
+from mor_jax.data.vocabulary import Tokenizer
+from mor_jax.errors import CheckpointError, ConfigError
+from mor_jax.model import block as network
+from mor_jax.model.lm import CAUSAL, LM
+from mor_jax.model.loss import Mix, distilled_sum
+from mor_jax.train.load import load_model
+
+
+class Teacher(NamedTuple):
+    """A model to learn from."""
+
+    lm: LM
+    params: Any
+    weight: float = 0.5  # of the distillation loss; the next-token loss has the rest
+    temperature: float = 1.0
+
+    def teach(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch with the teacher's final states as "taught", [B, T, E]."""
+        out = self.lm.forward(self.params, batch["tokens"], batch["segment_ids"], mode=CAUSAL)
+        return batch | {"taught": jax.lax.stop_gradient(out.h_BxTxD)}
+
+    def tables(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(parameters of embedding and head, their logical axes): what its logits need beside the states."""
+        axes = self.lm.logical_axes()
+        pick = lambda tree: {name: tree[name] for name in ("embed", "head") if name in tree}
+        return pick(self.params), pick(axes)
+
+    def flops_per_token(self) -> float:
+        """True FLOPs of its forward pass."""
+        return accounting.true_flops_per_token(self.lm.model, self.lm.depth).total
+
+
+def distilled(
+    lm: LM, params: Any, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, teacher: Teacher,
+    tables: dict[str, Any], taught_BxTxE: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """(loss, nll, distillation loss), sums over the targets, of final states; see `model.loss.distilled_sum`."""
+    finish = lambda model: functools.partial(network.finish, model)
+    table = network.head_table(lm.with_table(params))
+    teacher_table = network.head_table(teacher.lm.with_table(tables))
+    mix = Mix(teacher.weight, teacher.temperature, lm.model.loss_chunk, finish(lm.model), finish(teacher.lm.model))
+    return distilled_sum(h_BxTxD, table, targets_BxT, weights_BxT, taught_BxTxE, teacher_table, mix)
+
+
+def load_teacher(cfg: Config, tokenizer: Tokenizer, lm: LM, mesh: jax.sharding.Mesh) -> Teacher | None:
+    """The teacher of a run, its weights placed by the rules of `lm`; None: the run has none.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read, or its model cannot teach this one.
+    """
+    d = cfg.distill
+    if not d.weight:
+        return None
+    loaded = load_model(d.teacher, mesh=mesh)
+    where, model = f"config.distill.teacher = {d.teacher!r}", loaded.lm.model
+    if tokenizer.fingerprint() != loaded.tokenizer.fingerprint():
+        raise CheckpointError(
+            f"{where} was trained with another tokenizer than {cfg.data.tokenizer!r}: its predictions are of other tokens. "
+            "Use a teacher with the same tokenizer, or its tokenizer.json as config.data.tokenizer."
+        )
+    if model.vocab_size != cfg.model.vocab_size:
+        raise CheckpointError(
+            f"{where} has a table of {model.vocab_size} tokens, the run one of {cfg.model.vocab_size}. Set "
+            f"config.model.vocab_size = {model.vocab_size}."
+        )
+    if model.context < cfg.model.context:
+        raise CheckpointError(
+            f"{where} reads {model.context} tokens at most, the rows have {cfg.model.context}. Use "
+            f"config.model.context = {model.context}, or another teacher."
+        )
+    # How it is computed is the run's choice; what it computes is its own.
+    ours = {name: getattr(cfg.model, name) for name in ("context", "dtype", "attention", "loss_chunk")}
+    model = dataclasses.replace(model, remat="none", **ours)
+    try:
+        check(dataclasses.replace(cfg, model=model, depth=loaded.lm.depth), devices=mesh.size)
+    except ConfigError as e:
+        raise CheckpointError(f"{where} cannot be run in this configuration: {e}") from e
+    teacher = LM(model, loaded.lm.depth, lm.rules)
+    params = jax.device_put(loaded.params, lm.rules.shardings(mesh, teacher.logical_axes()))
+    return Teacher(teacher, params, d.weight, d.temperature)
