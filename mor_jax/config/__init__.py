@@ -1,7 +1,7 @@
 """The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict` and validated.
 
 A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`,
-`config/depth.py`);
+`config/depth.py`, `config/recursion.py`);
 `from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
 returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
 
@@ -29,6 +29,7 @@ from mor_jax.config.fields import (
 )
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
 from mor_jax.config.parse import from_dict
+from mor_jax.config.recursion import RecursionConfig, check_recursion
 
 __all__ = [
     "ATTENTION",
@@ -41,6 +42,7 @@ __all__ = [
     "MeshShape",
     "ModelConfig",
     "OptimConfig",
+    "RecursionConfig",
     "TrainConfig",
     "check",
     "depth_defaults",
@@ -74,6 +76,7 @@ def check(cfg: Config, *, devices: int = 1) -> None:
     """Raise ConfigError for the first value or combination of values that cannot be run."""
     check_model(cfg.model)
     cfg.depth.check(cfg.model)
+    check_recursion(cfg.recursion, cfg.model, cfg.depth)
     check_data(cfg.data)
     check_train(cfg)
     check_mesh(cfg, devices)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mor_jax.config.depth import DepthConfig
 from mor_jax.config.fields import DataConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig
+from mor_jax.config.recursion import RecursionConfig
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Config:
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
