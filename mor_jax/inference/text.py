@@ -107,9 +107,7 @@ def complete(
     wish = DepthWish(mean_depth, min_depth, max_depth)
     wanted = [(p, i) for p in prompts for i in range(n)]
     requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
-    service = _service(
-        model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests))
-    )
+    service = _service(model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests)))
     with contextlib.closing(service):
         events: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in requests]
         tickets = [service.submit(r, q.put) for r, q in zip(requests, events, strict=True)]

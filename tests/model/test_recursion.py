@@ -13,11 +13,14 @@ from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, Tr
 from mor_jax.config.recursion import KNOBS, choices
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.inference.decode import decode_step, prefill
-from mor_jax.model.lm import LM
+from mor_jax.model.lm import LM, Forward
+from mor_jax.model.recursion import exit as exit_rules
 from mor_jax.model.recursion import injection
+from mor_jax.model.recursion.exit import Reader
 from mor_jax.model.recursion.loss import divergence, log_prior, log_stopping, step_weights
 from mor_jax.model.recursion.sampling import draw
-from mor_jax.train.step import gradients
+from mor_jax.train.loops import loop_loss
+from mor_jax.train.step import gradients, loss_fn, loss_scales
 
 T = 12
 MODEL = ModelConfig(
@@ -61,9 +64,31 @@ def batch() -> dict:
     return {"tokens": tokens, "segment_ids": seg.astype(jnp.int32)}
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(lm: LM, params: dict, rows: dict) -> tuple[dict, dict]:
+    return gradients(lm, params, rows, 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(lm: LM, params: dict, rows: dict) -> dict:
+    loss = loop_loss if lm.recursion.trains else loss_fn
+    return loss(lm, params, rows, loss_scales(lm, rows))[1]
+
+
 def found(lm: LM, params: dict, **more: jax.Array) -> tuple[dict, dict]:
     """Gradients and sums of one batch."""
-    return jax.jit(lambda p: gradients(lm, p, batch() | more, 1))(params)
+    return _gradients(lm, params, batch() | more)
+
+
+def sums_of(lm: LM, params: dict) -> dict:
+    """Sums of one batch alone, a smaller program."""
+    return _sums(lm, params, batch())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def states(lm: LM, params: dict, tokens: jax.Array, seg: jax.Array | None = None) -> Forward:
+    """Causal inference over whole rows."""
+    return lm.forward(params, tokens, seg, mode="causal")
 
 
 def assert_equal(a: tuple, b: tuple, atol: float = TOLERANCE) -> None:
@@ -76,16 +101,27 @@ def assert_equal(a: tuple, b: tuple, atol: float = TOLERANCE) -> None:
 # ---------------------------------------------------------------- decoding, causality
 
 
-@pytest.mark.parametrize("name", [*READS, *EXITS, "deeper", "norms"])
+DECODED = {
+    "random": (small, READS["random"], {}),
+    "const": (small, READS["const"], {"norm_placement": "sandwich_in", "layer_scale": 0.5}),
+    "zeros": (lambda *a, **k: small(*a, **k).at_depth(5), READS["zeros"], {}),  # past the recursions of training
+    "channel": (small, READS["channel"], {"norm_placement": "post", "coda": 1, "layers": 5}),
+    **{name: (small, EXITS[name] | {"injection": "add"}, {"recursions": 5, "layers": 6})
+       for name in ("latent", "kl", "cdf")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODED)
 def test_cached_decoding_is_the_full_forward_pass(name):
-    """Also with tokens that stop early at depths of their own, and past the recursions of training."""
-    lm = small(READS.get(name) or (EXITS[name] | {"injection": "add"} if name in EXITS else {"injection": "add"}),
-               recursions=6 if name in EXITS else 3, layers=7 if name in EXITS else 4,
-               **({"norm_placement": "sandwich_in", "layer_scale": 0.5} if name == "norms" else {}))  # fmt: skip
+    """Also with tokens that stop early, each at a depth of its own, and past the recursions of training. Nothing of it
+    depends on later tokens."""
+    make, recursion, model = DECODED[name]
+    lm = make(recursion, **model)
     params = random_params(lm)
-    lm = lm.at_depth(9) if name == "deeper" else lm
     tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 32)
-    full = jax.jit(lambda p: lm.forward(p, tokens, mode="causal"))(params)
+    changed = tokens.at[:, 8:].set((tokens[:, 8:] + 5) % 32)
+    full = states(lm, params, jnp.concatenate([tokens, changed]))
+    np.testing.assert_array_equal(full.h_BxTxD[:2, :8], full.h_BxTxD[2:, :8])
     want, depths = np.asarray(lm.logits(params, full.h_BxTxD)), np.asarray(full.depth_BxT)
     if name in EXITS:
         assert depths.min() < lm.program.recursions and depths.max() > depths.min()
@@ -98,10 +134,23 @@ def test_cached_decoding_is_the_full_forward_pass(name):
         logits, cache, d = step(params, cache, tokens[rows, at])
         np.testing.assert_allclose(logits, want[rows, at], atol=TOLERANCE)
         np.testing.assert_array_equal(d, depths[rows, at])
-    # Nothing of this depends on later tokens.
-    changed = tokens.at[:, 8:].set((tokens[:, 8:] + 5) % 32)
-    other = jax.jit(lambda p: lm.forward(p, changed, mode="causal"))(params)
-    np.testing.assert_array_equal(full.h_BxTxD[:, :8], other.h_BxTxD[:, :8])
+
+
+@pytest.mark.parametrize("name", EXITS)
+def test_a_rule_stops_a_state_that_comes_to_rest(name):
+    """Not at the first step it could compare with nothing, and no earlier under a smaller threshold."""
+    rest, away = np.random.default_rng(0).normal(size=(2, 1, 4, 8)).astype(np.float32)
+    path = [jnp.asarray(rest + 2.0 ** (1 - t) * away) for t in range(12)]
+    reader = Reader(lambda h: h, lambda h: h[..., 0])
+    rule, stopped = exit_rules.CHOICES[name], []
+    for threshold in (0.02, 0.3) if name not in ("argmax", "cdf") else (4, 1) if name == "argmax" else (0.99, 0.3):
+        memory, first = rule.remember(reader, path[0]), np.full((1, 4), 99)
+        for t in range(1, 12):
+            stop, memory = rule.judge(memory, path[t - 1], path[t], reader, threshold)
+            first = np.where(np.asarray(stop) & (first == 99), t, first)
+        stopped.append(first)
+    assert (stopped[0] >= stopped[1]).all() and (stopped[0] > stopped[1]).any()
+    assert stopped[1].min() >= (1 if name == "cdf" else 2) and (name == "cdf" or stopped[0].max() < 99)
 
 
 # ---------------------------------------------------------------- the identity ladder
@@ -110,14 +159,15 @@ def test_cached_decoding_is_the_full_forward_pass(name):
 def test_values_that_begin_as_nothing_are_nothing_at_first():
     """A channel factor of 1 is addition; learned and timed conditioning of 0 are none."""
     plain = small({"injection": "add"})
-    params = plain.init(jax.random.key(0))
+    params, tokens = random_params(plain), batch()["tokens"]
+    assert "recursion" not in params
+    want = states(plain, params, tokens).h_BxTxD
     for knobs in ({"injection": "channel"}, {"injection": "add", "conditioning": "learned"},
                   {"injection": "add", "conditioning": "time"}):  # fmt: skip
         lm = small(knobs)
-        own = lm.init(jax.random.key(0))
-        assert jax.tree.structure({k: v for k, v in own.items() if k != "recursion"}) == jax.tree.structure(params)
-        got = lm.apply(own, batch()["tokens"])
-        np.testing.assert_allclose(got, plain.apply(params, batch()["tokens"]), atol=1e-5)
+        own = params | {"recursion": jax.jit(lm.loop.init)(jax.random.key(0))}
+        assert jax.tree.structure(own) == jax.tree.structure(jax.eval_shape(lm.init, jax.random.key(0)))
+        np.testing.assert_allclose(states(lm, own, tokens).h_BxTxD, want, atol=1e-5)
 
 
 def test_training_without_truncation_is_plain_training():
@@ -132,13 +182,12 @@ def test_training_without_truncation_is_plain_training():
     assert_equal(found(plain.at_depth(2), params), found(drawn, params, steps=jnp.full((4,), 2)))
     # Rows that wait for longer ones run their own steps, and only those.
     both, _ = jax.jit(lambda p, s: drawn.unroll(p, batch()["tokens"], batch()["segment_ids"], steps_B=s))(
-        params, jnp.asarray([1, 5, 2, 3])
+        params, jnp.asarray([1, 5, 3, 5])
     )
-    for row, steps in enumerate((1, 5, 2, 3)):
-        alone = plain.at_depth(steps)
-        e = alone.forward(params, batch()["tokens"][row : row + 1], batch()["segment_ids"][row : row + 1])
-        got = drawn.final_norm(params, both.h_BxTxD[row : row + 1])
-        np.testing.assert_allclose(got, e.h_BxTxD, atol=TOLERANCE)
+    for row, steps in enumerate((1, 5, 3)):
+        alone = states(plain.at_depth(steps), params, *batch().values())
+        got = drawn.final_norm(params, both.h_BxTxD)
+        np.testing.assert_allclose(got[row], alone.h_BxTxD[row], atol=TOLERANCE)
 
 
 def test_a_truncated_gradient_is_that_of_the_last_steps():
@@ -172,15 +221,15 @@ def test_losses_over_steps_are_means_of_losses_at_each_depth():
     lm = small({"injection": "add", "loss": "uniform"}, coda=1, layers=5)
     params = random_params(lm)
     final = dataclasses.replace(lm, recursion=RecursionConfig(injection="add"))
-    each = np.array([found(final.at_depth(r), params)[1]["loss"] for r in (1, 2, 3)])
-    grads, sums = found(lm, params)
+    each = np.array([sums_of(final.at_depth(r), params)["loss"] for r in (1, 2, 3)])
+    sums = sums_of(lm, params)
     np.testing.assert_allclose(sums["loss"], each.mean(), rtol=1e-5)
     np.testing.assert_allclose([sums[f"recursion/{t}/nll"] for t in (1, 2, 3)], each, rtol=1e-5)
     np.testing.assert_allclose(sums["lm_loss"], each[-1], rtol=1e-5)
     power = small({"injection": "add", "loss": "power", "loss_power": 0.0}, coda=1, layers=5)
-    assert_equal((grads, sums), found(power, params))
+    np.testing.assert_allclose(sums_of(power, params)["loss"], sums["loss"], rtol=1e-6)
     decay = small({"injection": "add", "loss": "decay", "loss_decay": 0.5}, coda=1, layers=5)
-    np.testing.assert_allclose(found(decay, params)[1]["loss"], each @ np.array([4, 2, 1]) / 7, rtol=1e-5)
+    np.testing.assert_allclose(sums_of(decay, params)["loss"], each @ np.array([4, 2, 1]) / 7, rtol=1e-5)
     gate = small({"injection": "add", "loss": "gate", "gate_weight": 0.3}, coda=1, layers=5)
     beside = {"gate": {"kernel": jnp.zeros((1, 16)), "bias": jnp.zeros((1,))}}  # stops with chance 1/2, 1/4, 1/4
     grads, sums = found(gate, params | {"recursion": beside})
@@ -188,8 +237,8 @@ def test_losses_over_steps_are_means_of_losses_at_each_depth():
     np.testing.assert_allclose(sums["recursion/divergence"], np.log(3) + (p * np.log(p)).sum(), rtol=1e-5)
     np.testing.assert_allclose(sums["loss"], each @ p + 0.3 * sums["recursion/divergence"], rtol=1e-5)
     # The gate's own gradient, by finite differences of its bias.
-    moved = lambda by: found(gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}})
-    slope = (moved(0.02)[1]["loss"] - moved(-0.02)[1]["loss"]) / 0.04
+    moved = lambda by: sums_of(gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}})
+    slope = (moved(0.02)["loss"] - moved(-0.02)["loss"]) / 0.04
     np.testing.assert_allclose(grads["recursion"]["gate"]["bias"][0], slope, atol=2e-3)
 
 
@@ -217,7 +266,7 @@ def test_a_rule_that_never_stops_is_the_fixed_depth(rule):
     lm = small({"injection": "add", "loss": "gate"})
     params = random_params(lm)
     never = dataclasses.replace(lm, recursion=dataclasses.replace(lm.recursion, **rule))
-    got, want = (one.forward(params, batch()["tokens"], mode="causal") for one in (never, lm))
+    got, want = (states(one, params, batch()["tokens"]) for one in (never, lm))
     np.testing.assert_array_equal(got.depth_BxT, lm.program.recursions)
     np.testing.assert_allclose(got.h_BxTxD, want.h_BxTxD, atol=TOLERANCE)
 
@@ -285,9 +334,10 @@ def test_depths_that_nothing_was_learned_for_are_refused():
     for beyond, index in (("clamp", [0, 1, 2, 2, 2]), ("modulo", [0, 1, 2, 0, 1])):
         deeper = small(learned | {"beyond": beyond}).at_depth(5)
         table = params["recursion"]["conditioning"]["bias"]
-        written = params["recursion"] | {"conditioning": {"bias": table[jnp.asarray(index)]}}
-        longer = dataclasses.replace(lm, model=deeper.model).apply(params | {"recursion": written}, batch()["tokens"])
-        np.testing.assert_allclose(deeper.apply(params, batch()["tokens"]), longer, atol=TOLERANCE)
+        written = {"conditioning": {"bias": table[jnp.asarray(index)]}}
+        longer = dataclasses.replace(lm, model=deeper.model)
+        want = states(longer, params | {"recursion": params["recursion"] | written}, batch()["tokens"])
+        np.testing.assert_allclose(states(deeper, params, batch()["tokens"]).h_BxTxD, want.h_BxTxD, atol=TOLERANCE)
     for other in (small({}, {"policy": "token_choice"}), small({}, sharing="none", recursions=1, prelude=-1)):
         with pytest.raises(UserError, match="only a model of depth policy 'fixed'"):
             other.at_depth(2)
