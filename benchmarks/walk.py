@@ -6,7 +6,7 @@ Trains one small shared block (64 wide) three ways on walks of at most 5 hops at
 recursion and the input injected at each ("steps"), without the injection ("no_inject"), and with the loss at the end
 alone ("final"). It prints the share of exact answers at 1..24 recursions on walks of trained and of longer distance,
 and where a zero-shot exit rule (divergence between steps) stops: one recursion past the distance, if the model knows
-that it is done. Minutes on two cores.
+that it is done. No results are recorded yet.
 """
 
 import dataclasses

@@ -152,7 +152,8 @@ class LM:
         `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
-            logits = lambda h: self.logits(params, self.final_norm(params, h))
+            whole = self.with_table(params)
+            logits = lambda h: self.logits(whole, self.final_norm(whole, h))
             gate = lambda h: self.loop.gate(params["recursion"], h)
             policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
         return policy if control is None else Controlled(policy, control)
