@@ -6,7 +6,8 @@ Trains one small shared block (64 wide) three ways on walks of at most 5 hops at
 recursion and the input injected at each ("steps"), without the injection ("no_inject"), and with the loss at the end
 alone ("final"). It prints the share of exact answers at 1..24 recursions on walks of trained and of longer distance,
 and where a zero-shot exit rule (divergence between steps) stops: one recursion past the distance, if the model knows
-that it is done. No results are recorded yet.
+that it is done. One run of 1200 steps ("steps", seed 0) did not get there: 0.6 of the answers at distances 2-5. At distances
+6-10 of 12 nodes few roots are left to guess from, so compare with one over their number.
 """
 
 import dataclasses
