@@ -29,7 +29,7 @@ import jax
 
 from mor_jax import nn
 from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
-from mor_jax.config import Config, DepthConfig, ModelConfig
+from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
 from mor_jax.model.depth import build_policy
@@ -91,16 +91,16 @@ class TrueFlops:
         return 3 * self.total
 
 
-def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
-    """Count the unique parameters.
+def parameters(model: ModelConfig, depth: DepthConfig, recursion: RecursionConfig | None = None) -> ParameterCount:
+    """Count the unique parameters; those of `recursion` beside the core are among the blocks' and the norms'.
 
     Raises:
       ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
     """
     _vocabulary(model)
-    tree = parameter_shapes(model, depth)
+    tree = parameter_shapes(model, depth, recursion)
     router = {name: leaf for name, leaf in tree["router"].items() if name != SURVEY}  # the survey is no weight
-    parts = [tree[part] for part in ("prelude", "core", "coda")]
+    parts = [tree.get(part, {}) for part in ("prelude", "core", "coda", "recursion")]
     return ParameterCount(
         embedding=_size([tree["embed"], tree.get("head", {})]),
         blocks=_size(parts, _is_matrix),
@@ -110,9 +110,11 @@ def parameters(model: ModelConfig, depth: DepthConfig) -> ParameterCount:
 
 
 @functools.lru_cache(maxsize=512)
-def parameter_shapes(model: ModelConfig, depth: DepthConfig) -> dict[str, Any]:
+def parameter_shapes(
+    model: ModelConfig, depth: DepthConfig, recursion: RecursionConfig | None = None
+) -> dict[str, Any]:
     """Shapes of the parameters as `LM.init` makes them."""
-    return jax.eval_shape(lambda: LM(model, depth).init(jax.random.key(0)))
+    return jax.eval_shape(lambda: LM(model, depth, recursion=recursion or RecursionConfig()).init(jax.random.key(0)))
 
 
 @functools.lru_cache(maxsize=512)

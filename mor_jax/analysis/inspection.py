@@ -79,7 +79,7 @@ def inspect_config(
         raise ConfigError(f"a context is at least one token, got {context}.")
     cfg, note = with_vocabulary(cfg)
     m, d = cfg.model, cfg.depth
-    program, count = build_program(m), accounting.parameters(m, d)
+    program, count = build_program(m), accounting.parameters(m, d, cfg.recursion)
     true, steps = accounting.true_flops_per_token(m, d), accounting.training_steps(cfg)
     depths = kv_by_depth(m, d, mean_active=mean_active)
     kv_token = sum(p.bytes_per_token for p in depths)

@@ -180,7 +180,7 @@ def headers(runs: Sequence[RunRecord]) -> tuple[str, ...]:
 
 def non_embedding(run: RunRecord) -> float | None:
     if _counted(run):
-        return float(accounting.parameters(run.config.model, run.config.depth).non_embedding)
+        return float(accounting.parameters(run.config.model, run.config.depth, run.config.recursion).non_embedding)
     return number((run.summarised("parameters") or {}).get("non_embedding"))
 
 

@@ -1,7 +1,7 @@
 """The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict` and validated.
 
 A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`,
-`config/depth.py`);
+`config/depth.py`, `config/recursion.py`);
 `from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
 returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
 
@@ -31,6 +31,7 @@ from mor_jax.config.fields import (
 )
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
 from mor_jax.config.parse import from_dict
+from mor_jax.config.recursion import RecursionConfig, check_recursion
 from mor_jax.config.saved import saved_config
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "MeshShape",
     "ModelConfig",
     "OptimConfig",
+    "RecursionConfig",
     "TrainConfig",
     "check",
     "depth_defaults",
@@ -80,6 +82,7 @@ def check(cfg: Config, *, devices: int = 1) -> None:
     """Raise ConfigError for the first value or combination of values that cannot be run."""
     check_model(cfg.model)
     cfg.depth.check(cfg.model)
+    check_recursion(cfg.recursion, cfg.model, cfg.depth)
     check_data(cfg.data)
     check_train(cfg)
     check_mesh(cfg, devices)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 
-from mor_jax.config.fields import ATTENTION, DTYPES, NORMS, REMAT, ROPE_SCALINGS, SHARING, ModelConfig
+from mor_jax.config.fields import (
+    ATTENTION,
+    DTYPES,
+    NORM_PLACEMENTS,
+    NORMS,
+    REMAT,
+    ROPE_SCALINGS,
+    SHARING,
+    ModelConfig,
+)
 from mor_jax.config.refusals import one_of, positive
 from mor_jax.errors import ConfigError
 
@@ -34,6 +43,9 @@ def check_model(m: ModelConfig) -> None:
     )  # fmt: skip
     if m.vocab_size < 0 or m.loss_chunk < 0 or m.head_dim < 0:
         raise ConfigError(f"{where}: vocab_size, loss_chunk and head_dim must not be negative.")
+    one_of(f"{where}.norm_placement", m.norm_placement, NORM_PLACEMENTS)
+    if not 0 <= m.layer_scale < math.inf:
+        raise ConfigError(f"{where}.layer_scale must be positive, or 0 for none, got {m.layer_scale}.")
     if not 0 <= m.logit_cap < math.inf:
         raise ConfigError(f"{where}.logit_cap must be positive, or 0 for no cap, got {m.logit_cap}.")
     if m.heads % m.kv_heads:

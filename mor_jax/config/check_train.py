@@ -111,6 +111,11 @@ def check_train(cfg: Config) -> None:
     if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
         raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
     _check_distill(cfg.distill)
+    if cfg.distill.weight and cfg.recursion.trains:
+        raise ConfigError(
+            f"config.distill.weight = {cfg.distill.weight} goes with the loss of the last step, but config.recursion "
+            "draws the depth or takes a loss of every step. Use one of the two."
+        )
     _check_adapter(cfg.adapter)
     if t.batch_size % t.accum:
         raise ConfigError(

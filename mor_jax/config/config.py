@@ -16,6 +16,7 @@ from mor_jax.config.fields import (
     OptimConfig,
     TrainConfig,
 )
+from mor_jax.config.recursion import RecursionConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Config:
     name: str = "run"
     model: ModelConfig = field(default_factory=ModelConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 DTYPES = ("float32", "bfloat16")
+NORM_PLACEMENTS = ("pre", "sandwich_in", "sandwich_out", "post")
 REMAT = ("none", "block", "dots", "dots_no_batch")
 ATTENTION = ("blocked", "xla", "cudnn", "splash", "auto")
 SCHEDULES = ("wsd", "cosine", "constant")
@@ -51,6 +52,10 @@ class ModelConfig:
     qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each head's query and key before they are rotated, as in Qwen3
     tied: bool = True  # the head reads the embedding's table; False: a table of its own
+    # Where a block's norms stand (model/block.py): pre | sandwich_in (a second norm on each branch, Ouro) |
+    # sandwich_out (a second norm after each addition, Huginn) | post (after each addition, none before)
+    norm_placement: str = "pre"
+    layer_scale: float = 0.0  # first value of a learned factor on each dimension of each branch; 0: none
     logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32

@@ -36,13 +36,13 @@ def prefill(
     length = tokens_BxT.shape[1]
     pos = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BxT.shape)
     seg = (pos < lengths_B[:, None]).astype(jnp.int32)
-    rope, kv = lm.rope(pos), lm.depth.kv_name
+    rope, kv = lm.rope(pos), lm.kv()
     keep = lm.attend_row(pos, seg, seg, keep=True)
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
-    core = lm.core(params, pos, keep=True)
-    how = {"causal": True, "kv": kv, "keep_extra": True, "numbered": lm.model.relaxed, "ids_BxT": tokens_BxT}
-    result = run_masked(lm.steered(control), params["router"], core, x, pos, seg, **how)
+    core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
+    how = {"causal": True, "kv": kv, "keep_extra": True, "numbered": lm.numbered, "ids_BxT": tokens_BxT}
+    result = run_masked(lm.steered(control, params), params["router"], core, x, pos, seg, **how)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -73,16 +73,19 @@ def decode_step(
 
     h, prelude = _append(lm, params["prelude"], lm.embed(params, token_B[:, None]), rope, cache.prelude, pos_B)
 
-    core_params, kv = lm.gathered_core(params), lm.depth.kv_name
+    core_params, kv = lm.gathered_core(params), lm.kv()
     blocks = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
+    blocks, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
-    policy = lm.steered(control)
+    policy = lm.steered(control, params)
+    memory = policy.remember(h)
     route = policy.begin(params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None]))
     for r in range(lm.program.recursions):
         step, core = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps), functools.partial(blocks, recursion=r)
         z = policy.score(step, h)
         active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
+        before = h
         update = lambda h, y, step=step, z=z, active=active: jnp.where(
             active[:, None, None], policy.combine(step, h, y, z, route.tokens), h
         )
@@ -91,16 +94,18 @@ def decode_step(
                 h, core(h, readers(streams[0], pos_B), queries_only=True)[0]
             )
             h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
-            continue
+            continue  # no exit rule here: `check_recursion` wants the keys of every step for one
         if not looks_back(kv):
             new, needed = New(active), jnp.any(active)
         elif r == 0:
             new, needed = New(everyone), jnp.any(everyone)
         else:  # who does not run the step takes its entry of the step before along, or that of step 1
-            before = streams[0] if kv == HYBRID_FIRST else streams[-1]
-            new, needed = New(everyone, active, last_entries(before)), jnp.any(active)
+            source = streams[0] if kv == HYBRID_FIRST else streams[-1]
+            new, needed = New(everyone, active, last_entries(source)), jnp.any(active)
         h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
         streams.append(stream)
+        goes_on, memory = policy.judge(step, memory, before, h)
+        active = active if goes_on is None else active & goes_on[:, 0]
 
     x, coda = _append(lm, params["coda"], h, rope, cache.coda, pos_B)
     logits = lm.logits(params, lm.final_norm(params, x))[:, 0]

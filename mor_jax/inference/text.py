@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
-from mor_jax.inference.engine.device import EngineConfig
+from mor_jax.inference.engine.device import EngineConfig, can_serve
+from mor_jax.inference.engine.plain import PlainService
 from mor_jax.inference.engine.request import DepthWish, Drawing, Finished, PromptRead, Request, Service, Token
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
@@ -63,7 +64,7 @@ def stream_text(
     events: queue.SimpleQueue = queue.SimpleQueue()
     if (running := service) is None:
         a_token_a_tick = dataclasses.replace(ONE, boundary_every=model.lm.program.recursions)
-        running = build_service(model, a_token_a_tick, ONE_AT_A_TIME)
+        running = _service(model, a_token_a_tick, ONE_AT_A_TIME)
     ticket = running.submit(request, events.put)
     try:
         yield from _pieces(tokenizer, ids, min(max_tokens, room), events)
@@ -110,7 +111,7 @@ def complete(
     requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
     if stop_tokens is not None:
         requests = [dataclasses.replace(r, stop_tokens=frozenset(stop_tokens)) for r in requests]
-    service = build_service(
+    service = _service(
         model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests))
     )
     with contextlib.closing(service):
@@ -120,6 +121,13 @@ def complete(
             Completion(prompt, i, *_finished(model.tokenizer, q, ticket, stop))
             for (prompt, i), q, ticket in zip(wanted, events, tickets, strict=True)
         ]
+
+
+def _service(model: Model, engine: EngineConfig, config: ServiceConfig) -> Service:
+    """The batching engine, or plain decode for a model that it does not compute."""
+    if can_serve(model.lm):
+        return build_service(model, engine, config)
+    return PlainService(model, queue=max(config.queue, 1))
 
 
 def _finished(tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequence[str]) -> tuple[str, str]:

@@ -51,10 +51,11 @@ def block(
     queries_only: bool = False,
     product: Product = dense,
 ) -> tuple[jax.Array, Any]:
-    """One pre-norm Llama block, residuals included: x + attention(norm(x)), then + mlp(norm(.)).
+    """One Llama block, residuals included: x + attention(norm(x)), then + mlp(norm(.)); or with its norms elsewhere, see
+    `_joined`.
 
     Args:
-      params: {attention, mlp, norm_1, norm_2} as `nn.Block` declares them. In a relaxed core also "own", leaves [R, ...]:
+      params: {attention, mlp, norm_1, norm_2, ...} as `nn.Block` declares them. In a relaxed core also "own", leaves [R, ...]:
         what each recursion has of its own, each part optional: "encoding" a factor on the state, "norm_1" and "norm_2"
         in place of the shared ones, "lora" an addition to the query and value projections (`nn.Lora`).
       x: states [B, T, D] or [M, D] in the compute dtype. Products and residuals have that dtype; norms, rotation and
@@ -75,12 +76,33 @@ def block(
 
     if "encoding" in own:
         x = x * scale("encoding").astype(x.dtype)
-    n = rms_norm(x, scale("norm_1"), m.norm_eps)
+    pre = m.norm_placement != "post"
+    n = rms_norm(x, scale("norm_1"), m.norm_eps) if pre else x
     add = _addition(n, own["lora"], step, queries_only, product) if "lora" in own else None
     a, extra = attention(m, params["attention"], n, rope, attend, add=add, queries_only=queries_only, product=product)
-    x = x + a
-    n = rms_norm(x, scale("norm_2"), m.norm_eps)
-    return x + mlp(params["mlp"], n, product), extra
+    x = _joined(m, params, x, a, 1, scale)
+    n = rms_norm(x, scale("norm_2"), m.norm_eps) if pre else x
+    return _joined(m, params, x, mlp(params["mlp"], n, product), 2, scale), extra
+
+
+def _joined(
+    m: ModelConfig, params: Params, x: jax.Array, y: jax.Array, n: int, scale: Callable[[str], jax.Array]
+) -> jax.Array:
+    """The state x and the n-th branch y: x + y, and whatever norm stands here.
+
+    * sandwich_in: x + norm(y) (Ouro, arXiv 2510.25741).
+    * sandwich_out: norm(x + y) (Huginn, arXiv 2502.05171).
+    * post: norm(x + y) by the block's own first norms, nothing before the branch (the original Transformer).
+
+    A factor on y holds a residual back, as in CaiT's LayerScale (arXiv 2103.17239).
+    """
+    if f"branch_{n}" in params:
+        y = y * params[f"branch_{n}"]["scale"].astype(y.dtype)
+    if m.norm_placement == "pre":
+        return x + y
+    if m.norm_placement == "sandwich_in":
+        return x + rms_norm(y, params[f"after_{n}"]["scale"], m.norm_eps)
+    return rms_norm(x + y, scale(f"norm_{n}" if m.norm_placement == "post" else f"after_{n}"), m.norm_eps)
 
 
 def attention(

@@ -4,7 +4,7 @@
 argument. Parameters are a plain nested dict:
 
     embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
-    · head/table [V, D], unless it is tied to the embedding's
+    · head/table [V, D], unless it is tied to the embedding's · recursion/..., if a step has parameters beside the core's
 
 Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
 leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
@@ -12,6 +12,7 @@ leading axis R: what each recursion has of its own (`model.norms`, `model.lora_r
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,18 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
-from mor_jax.config import Config, DepthConfig, ModelConfig
+from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, unshared_ends
+from mor_jax.errors import UserError
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
 from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, TokenInfo, build_policy
-from mor_jax.model.kv import Past, attend_past, looks_back
+from mor_jax.model.kv import HYBRID, Past, attend_past, looks_back
 from mor_jax.model.loss import cross_entropy_sum, token_nll
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.model.recursion.exit import Exiting, Reader
+from mor_jax.model.recursion.loop import Loop
+from mor_jax.model.recursion.unroll import Unrolled, run_unrolled
 from mor_jax.nn.rope import rope_table
 from mor_jax.parallel.rows import forget_gathered, gather_weight, join_rows, manual_axes, over_rows, own_part
 from mor_jax.parallel.rules import Rules
@@ -75,11 +80,64 @@ class LM:
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
     stage: int | None = None  # of training (`depth/warmup.py`, `depth/vary.py`); None: warm, at the configured shares
+    recursion: RecursionConfig = field(default_factory=RecursionConfig)
 
     @classmethod
     def from_config(cls, cfg: Config) -> LM:
         """The model of a run; `cfg.model.vocab_size` must be resolved (not 0)."""
-        return cls(cfg.model, cfg.depth, Rules.create(cfg.mesh.rules))
+        return cls(cfg.model, cfg.depth, Rules.create(cfg.mesh.rules), recursion=cfg.recursion)
+
+    def at_depth(self, recursions: int) -> LM:
+        """This model at so many recursions, fewer or more than it was trained with, for the same parameters.
+
+        Raises:
+          UserError: a routed model, a core that is not applied as a whole, or steps for which nothing was learned.
+        """
+        m, trained = self.model, self.model.recursions
+        if recursions < 1:
+            raise UserError(f"a model applies its core at least once; {recursions} recursions were asked for.")
+        if recursions == trained:
+            return self
+        if self.depth.policy != "fixed" or m.sharing not in ("cycle", "middle_cycle"):
+            raise UserError(
+                "only a model of depth policy 'fixed' with sharing 'cycle' or 'middle_cycle' runs at another number of "
+                f"recursions; this one has policy {self.depth.policy!r} and sharing {m.sharing!r}."
+            )
+        own = m.relaxed or (self.recursion.conditioning == "learned" and self.recursion.beyond == "refuse")
+        if own and recursions > trained:
+            raise UserError(
+                f"each of the {trained} recursions of this model has parameters of its own, so there is nothing for "
+                f"recursion {trained + 1}. Ask for at most {trained} (learned conditioning: or set "
+                "config.recursion.beyond)."
+            )
+        prelude, coda = unshared_ends(m)
+        model = dataclasses.replace(
+            m, recursions=recursions, layers=prelude + self.program.core * recursions + coda, prelude=prelude, coda=coda
+        )
+        least = min(self.recursion.exit_least, recursions)
+        return dataclasses.replace(self, model=model, recursion=dataclasses.replace(self.recursion, exit_least=least))
+
+    @functools.cached_property
+    def loop(self) -> Loop:
+        """What a recursion step does beside the core."""
+        return Loop(self.recursion, self.model)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether the core must be told which step it is applied for."""
+        return self.model.relaxed or self.recursion.reads
+
+    @property
+    def draws(self) -> bool:
+        """Whether training gives each row a salt."""
+        return self.policy.draws or self.recursion.state == "random"
+
+    def kv(self, mode: str = "causal") -> str:
+        """The KV strategy of a pass. Tokens stop early in causal mode alone; their keys are then the newest they have,
+        or none."""
+        if mode != CAUSAL or not self.recursion.exits:
+            return self.depth.kv_name
+        return HYBRID if self.recursion.missing == "latest" else "recursion_wise"
 
     @functools.cached_property
     def program(self) -> Program:
@@ -89,9 +147,16 @@ class LM:
     def policy(self) -> DepthPolicy:
         return build_policy(self.model, self.depth, self.stage)
 
-    def steered(self, control: DepthControl | None) -> DepthPolicy:
-        """Wraps the policy if `control` is given."""
-        return self.policy if control is None else Controlled(self.policy, control)
+    def steered(self, control: DepthControl | None, params: dict | None = None) -> DepthPolicy:
+        """The policy of causal inference: with the exit rule, if the model has one, which reads `params`, and under
+        `control`, if it is given."""
+        policy = self.policy
+        if self.recursion.exits and params is not None:
+            whole = self.with_table(params)
+            logits = lambda h: self.logits(whole, self.final_norm(whole, h))
+            gate = lambda h: self.loop.gate(params["recursion"], h)
+            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
+        return policy if control is None else Controlled(policy, control)
 
     def _leaves(self) -> dict[str, Any]:
         """The modules that own the parameters, by the name of their subtree; those of a block as "block"."""
@@ -123,6 +188,8 @@ class LM:
         for part, count in self._parts().items():
             params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
             first += count
+        if beside := self.loop.init(jax.random.fold_in(block_key, 2)):
+            params["recursion"] = beside
         if self.model.relaxed:
             keys = jax.random.split(jax.random.fold_in(block_key, 1), self.program.core)
             params["core"] = {i: self._relax(w, self._own(int(i), keys[int(i)])) for i, w in params["core"].items()}
@@ -153,6 +220,8 @@ class LM:
         axes = {name: nn.logical_axes(module) for name, module in self._leaves().items()}
         block = axes.pop("block")
         axes["router"] = self.policy.logical_axes()
+        if beside := self.loop.logical_axes():
+            axes["recursion"] = beside
         axes |= {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
         if self.model.relaxed:
             axes["core"] = {i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()}
@@ -296,6 +365,18 @@ class LM:
 
         return run
 
+    def looped(
+        self, core: Core, params: dict, e_BxTxD: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None,
+        steps: jax.Array | int | None = None,
+    ) -> tuple[Core, jax.Array]:  # fmt: skip
+        """(the core as a step reads and leaves states, the state before the first step), from what the prelude returned.
+
+        `steps`: of each row [B], or of all; default the model's."""
+        if not self.recursion.reads:
+            return core, e_BxTxD
+        own, steps = params.get("recursion", {}), self.program.recursions if steps is None else steps
+        return self.loop.around(core, own, e_BxTxD, steps), self.loop.begin(own, e_BxTxD, pos_BxT, salt_B)
+
     def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
         """States [B, T, D] before the recursion."""
 
@@ -341,7 +422,7 @@ class LM:
           segment_ids_BxT: packing segments, 0 = padding; None: every row is one document.
           mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation computes).
           executor: "gathered" or "masked"; default: the configuration's. Causal mode is always masked, its counts
-            depend on the data.
+            depend on the data, and so are steps with knobs of `config.recursion`, which run all tokens alike.
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
@@ -350,17 +431,17 @@ class LM:
         if control is not None and mode != CAUSAL:
             raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
-        gathered = mode == TOPK and (executor or self.depth.executor) == "gathered"
+        gathered = mode == TOPK and (executor or self.depth.executor) == "gathered" and not self.recursion.reads
 
         def run(params, tokens, seg, depth, entered, control, salt):
-            pos, kv = _positions(seg), self.depth.kv_name
+            pos, kv = _positions(seg), self.kv(mode)
             x = self.enter(params, tokens, seg) if entered is None else entered
-            core = self.core(params, pos, keep=looks_back(kv))
-            how = {"kv": kv, "numbered": self.model.relaxed, "depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
+            core, x = self.looped(self.core(params, pos, keep=looks_back(kv)), params, x, pos, salt)
+            how = {"kv": kv, "numbered": self.numbered, "depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
             if gathered:
                 result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
             else:
-                steered = self.steered(control)
+                steered = self.steered(control, params if mode == CAUSAL else None)
                 result = run_masked(steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how)
             attend = self.attend_row(pos, seg, seg)
             x, _ = self.blocks(params["coda"], result.h_BxTxD, self.rope(pos), attend, gather=True)
@@ -377,6 +458,35 @@ class LM:
         )
         h, depth, active_RxBxT = rows
         return Forward(h, depth, stats, active_RxBxT)
+
+    def unroll(
+        self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, *,
+        steps_B: jax.Array | None = None, salt_B: jax.Array | None = None,
+    ) -> tuple[Unrolled, jax.Array | None]:  # fmt: skip
+        """Rows as training with `recursion.trains` runs them: (the recursion, final normalised states).
+
+        Final states are [S, B, T, D], after each step that has a gradient, if the loss asks for more than the last, else
+        [B, T, D]. To be called on the rows of one device (`parallel.rows.over_rows`).
+
+        Args:
+          steps_B: steps of each row, int32; None: the configured recursions.
+        """
+        c, seg = self.recursion, segment_ids_BxT
+        pos, most = _positions(seg), c.most(self.program.recursions)
+        e = self.enter(params, tokens_BxT, seg)
+        steps = self.program.recursions if steps_B is None else steps_B
+        make_core = lambda params, e: self.looped(self.core(params, pos, keep=False), params, e, pos, salt_B, steps)[0]
+        s = self.looped(make_core, params, e, pos, salt_B, steps)[1]  # the first state alone
+        out = run_unrolled(
+            make_core, params, s, e, pos, seg, most=steps if steps_B is None else most, window=c.gradient_steps,
+            steps_B=steps_B, keep=c.loss != "final",
+        )  # fmt: skip
+        h = out.h_BxTxD if out.states_SxBxTxD is None else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
+        tile = lambda x: jnp.tile(x, (h.shape[0] // x.shape[0], 1))
+        pos, seg = tile(pos), tile(seg)
+        h, _ = self.blocks(params["coda"], h, self.rope(pos), self.attend_row(pos, seg, seg), gather=True)
+        h = self.rules.constrain(self.final_norm(params, h), "batch", "time", None)
+        return out, h if out.states_SxBxTxD is None else h.reshape(out.states_SxBxTxD.shape)
 
     def apply(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None, **kwargs: Any):
         """float32 logits [B, T, V]; keyword arguments as in `forward`."""

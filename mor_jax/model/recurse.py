@@ -60,7 +60,7 @@ def run_masked(
     route = policy.begin(routers, h_BxTxD, TokenInfo(seg_BxT > 0, pos_BxT, **known))
 
     def one(carry, xs):
-        h, candidates, kept = carry
+        h, candidates, kept, memory = carry
         step, k, index = xs
         apply = functools.partial(core, recursion=index) if numbered else core
         z = policy.score(step, h)
@@ -73,11 +73,13 @@ def run_masked(
             kept = made
         else:
             y, made = apply(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
-        h = jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
+        before, h = h, jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
         stats = None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
-        return (h, active, kept), ((stats, active), made if keep_extra else None)
+        goes_on, memory = policy.judge(step, memory, before, h)
+        left = active if goes_on is None else active & goes_on
+        return (h, left, kept, memory), ((stats, active), made if keep_extra else None)
 
-    carry, xs = (h_BxTxD, seg_BxT > 0, None), (route.steps, counts, jnp.arange(counts.shape[0]))
+    carry, xs = (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD)), (route.steps, counts, jnp.arange(counts.shape[0]))
     if not looks_back(kv):
         (h, *_), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
     else:

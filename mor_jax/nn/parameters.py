@@ -25,13 +25,14 @@ def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, std
 
 
 class Scale(nn.Module):
-    """scale [width]: the factor of an RMSNorm, at first 1."""
+    """scale [width]: the factor of an RMSNorm (at first 1), or of a branch."""
 
     width: int
+    first: float = 1.0
 
     @nn.compact
     def __call__(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.first), ("norm",))
         self.param("scale", init, (self.width,), jnp.float32)
 
 
@@ -84,7 +85,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One Transformer block: attention/{qkv, out}, mlp/{gate_up, down}, norm_1/scale, norm_2/scale."""
+    """One Transformer block: attention/{qkv, out}, mlp/{gate_up, down}, norm_1/scale, norm_2/scale; optional after_1 and
+    after_2, the second norms of a sandwich, and branch_1 and branch_2, factors on what is added."""
 
     config: ModelConfig
 
@@ -94,6 +96,11 @@ class Block(nn.Module):
         Attention(self.config, name="attention")()
         Scale(self.config.width, name="norm_2")()
         Mlp(self.config, name="mlp")()
+        for n in (1, 2):
+            if self.config.norm_placement.startswith("sandwich"):
+                Scale(self.config.width, name=f"after_{n}")()
+            if self.config.layer_scale:
+                Scale(self.config.width, self.config.layer_scale, name=f"branch_{n}")()
 
 
 class Lora(nn.Module):

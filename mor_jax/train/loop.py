@@ -529,7 +529,7 @@ class _Run:
             "steps": self.steps,
             "seconds": self.seconds,
             "tokens": self.steps * accounting.tokens_per_step(cfg),
-            "parameters": accounting.parameters(cfg.model, cfg.depth).to_dict(),
+            "parameters": accounting.parameters(cfg.model, cfg.depth, cfg.recursion).to_dict(),
             "paper_flops_per_token": accounting.paper_flops_per_token(cfg.model, cfg.depth),
             "true_flops_per_token": accounting.true_flops_per_token(cfg.model, cfg.depth).total,
             "paper_training_flops": accounting.paper_training_flops(cfg, self.steps),

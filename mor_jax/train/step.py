@@ -17,11 +17,14 @@ from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import next_token_targets
+from mor_jax.model.recursion.sampling import draw
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.distill import Teacher, distilled
+from mor_jax.train.loops import loop_loss
 from mor_jax.train.state import TrainState
 
-# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a policy that draws salt: [B] uint32
+# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a model that draws salt: [B] uint32;
+# where the number of recursions is drawn, steps: [B] int32; see also step_targets of `train/loops.py`
 Batch = dict[str, jax.Array]
 
 AUXILIARY_LOSSES = ("router_loss", "router_z_loss")  # metrics of every run, 0 under a policy that has none
@@ -103,6 +106,8 @@ def _micro_batches(batch: Batch, accum: int) -> Batch:
 def _grad(
     lm: LM, scales: Any, token_bytes_V: jax.Array | None, teacher: Teacher | None, params: Any, batch: Batch
 ) -> tuple[Any, dict]:
+    if lm.recursion.trains:
+        return jax.grad(lambda p: loop_loss(lm, p, batch, scales, token_bytes_V), has_aux=True)(params)
     batch = batch if teacher is None else teacher.teach(batch)
     return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, teacher), has_aux=True)(params)
 
@@ -186,10 +191,13 @@ def make_train_step(
         whole, pull = state.params, None
         if adapters is not None:  # a step forms the gradient of the whole weights once, and takes the adapters' from it
             whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
-        if lm.policy.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
-            rows = batch["tokens"].shape[0]
+        rows = batch["tokens"].shape[0]
+        if lm.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
             salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
             batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
+        if lm.recursion.sampling != "fixed":
+            steps_B = draw(lm.recursion, lm.program.recursions, state.step, rows)
+            batch = batch | {"steps": lm.rules.constrain(steps_B, "batch")}
         grads, aux = gradients(lm, whole, batch, accum, token_bytes_V, teaches)
         grads = grads if pull is None else pull(grads)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -208,6 +216,7 @@ def make_train_step(
         metrics = {
             **{k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())},
             **({} if teacher is None else {"distill_loss": aux["distill_loss"]}),
+            **{k: v for k, v in aux.items() if k.startswith("recursion/")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,

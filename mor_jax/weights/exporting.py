@@ -95,6 +95,12 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
             "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which cannot "
             "be written yet."
         )
+    c = config.recursion
+    if m.norm_placement != "pre" or m.layer_scale or c.reads or c.exits or c.loss == "gate":
+        raise CheckpointError(
+            "this model has other norms than a Llama's (norm_placement, layer_scale), or steps with knobs of "
+            "config.recursion, which no published architecture computes."
+        )
     return unrolled_blocks(build_program(m))
 
 

@@ -429,8 +429,19 @@ def _row_of(rows: DrawRows, row: DrawRows) -> DrawRows:
     return jax.tree.map(lambda all_, one: np.asarray(one, all_.dtype), rows, row)
 
 
+def can_serve(lm: LM) -> bool:
+    """Whether the engine computes this model."""
+    return not (lm.recursion.reads or lm.recursion.exits)
+
+
 def _check(lm: LM, c: EngineConfig) -> None:
     most = lm.model.context
+    if not can_serve(lm):
+        raise UserError(
+            "the batching engine applies the core to states alone, but this model's config.recursion sets what else a step "
+            "reads (state, injection, conditioning, loop_norm) or an exit rule. Decode it with "
+            "mor_jax.inference.engine.plain.PlainService, or launch.generate, which does."
+        )
     if c.lanes < 1 or c.full_lanes < 1:
         raise UserError(
             f"an engine needs at least one lane, and one with full room; got lanes = {c.lanes}, full_lanes = {c.full_lanes}."
@@ -454,4 +465,4 @@ def _check(lm: LM, c: EngineConfig) -> None:
         raise UserError("entries and max_logprobs must not be negative, ticks_per_dispatch at least 1.")
 
 
-__all__ = ["Device", "EngineConfig", "Lengths", "Prefilled", "Rows", "Ticked", "Ticket"]
+__all__ = ["Device", "EngineConfig", "Lengths", "Prefilled", "Rows", "Ticked", "Ticket", "can_serve"]

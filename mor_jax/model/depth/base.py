@@ -141,6 +141,14 @@ class DepthPolicy:
         """State after the step of tokens that ran it: h [B, K, D] before, y [B, K, D] the core's output."""
         return y
 
+    def remember(self, h_BxTxD: jax.Array) -> Any:
+        """What is kept of each token for `judge`, before the first step; leaves [B, T, ...]."""
+        return ()
+
+    def judge(self, step: Any, memory: Any, before: jax.Array, after: jax.Array) -> tuple[jax.Array | None, Any]:
+        """(which tokens may go on after a step, from their states before and after it; memory). None: all of them."""
+        return None, memory
+
     # ---------------------------------------------------------------- what training reads
 
     def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:

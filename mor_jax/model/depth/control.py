@@ -89,6 +89,14 @@ class Controlled(DepthPolicy):
     def combine(self, step: Step, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
         return self.policy.combine(step.own, h, y, z, tokens)
 
+    def remember(self, h_BxTxD: jax.Array) -> Any:
+        return self.policy.remember(h_BxTxD)
+
+    def judge(self, step: Step, memory: Any, before: jax.Array, after: jax.Array) -> tuple[jax.Array | None, Any]:
+        goes_on, memory = self.policy.judge(step.own, memory, before, after)
+        must = step.index + 1 < self.control.floor_B[:, None]
+        return None if goes_on is None else goes_on | must, memory
+
     def step_stats(
         self, step: Step, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any
     ) -> RouterStats:

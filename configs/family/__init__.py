@@ -1,0 +1,1 @@
+"""Published looped architectures, each a setting of the same core (docs/family.md)."""

@@ -1,0 +1,124 @@
+"""When a token stops at inference, from its own states alone: no rule looks at another token, so a decoded token stops
+where the whole row would stop it.
+
+Most are zero-shot rules of Huginn (arXiv 2502.05171): stop once a step changes little. They compare two steps, so that
+the second is the first that can stop a token. All stop below the threshold, strictly: at 0 nothing stops early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mor_jax.config import RecursionConfig
+from mor_jax.model.depth import Fixed
+
+FAR = 1e30  # from anything: the memory before the first step
+
+
+class Reader(NamedTuple):
+    """What a rule may read off states [B, T, D]."""
+
+    logits: Callable[[jax.Array], jax.Array]  # of the head, [B, T, V]
+    gate: Callable[[jax.Array], jax.Array]  # logits of the learned gate, [B, T]
+
+
+class Rule(NamedTuple):
+    """remember(reader, h) -> what is kept of each token, before the first step; judge(memory, before, after, reader,
+    threshold) -> (whether to stop [B, T], memory), of the states before and after a step."""
+
+    judge: Callable[..., tuple[jax.Array, Any]]
+    remember: Callable[[Reader, jax.Array], Any] = lambda reader, h: jnp.zeros(h.shape[:2], jnp.int32)
+
+
+def _norm(h: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(h.astype(jnp.float32), axis=-1)
+
+
+def _step_size(before: jax.Array, after: jax.Array) -> jax.Array:
+    return _norm(after - before) / jnp.maximum(_norm(after), 1e-12)
+
+
+def _far(reader: Reader, h: jax.Array) -> jax.Array:
+    return jnp.full(h.shape[:2], FAR)
+
+
+def _second(seen: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Not at the first step."""
+    return stop & (seen > 0), seen + 1
+
+
+def _latent(seen, before, after, reader, threshold):
+    """Relative change of the state (Huginn: 0.03)."""
+    return _second(seen, _step_size(before, after) < threshold)
+
+
+def _cosine(seen, before, after, reader, threshold):
+    """1 - cosine of the two states (Huginn: 1e-3)."""
+    dot = jnp.sum(before.astype(jnp.float32) * after.astype(jnp.float32), axis=-1)
+    return _second(seen, 1 - dot / jnp.maximum(_norm(before) * _norm(after), 1e-12) < threshold)
+
+
+def _acceleration(size, before, after, reader, threshold):
+    """Change of the step size (arXiv 2509.23314)."""
+    new = _step_size(before, after)
+    return jnp.abs(new - size) < threshold, new
+
+
+def _kl(log_p, before, after, reader, threshold):
+    """Divergence of the head's distribution from that of the step before (Huginn: 1e-3 in the code)."""
+    new = jax.nn.log_softmax(reader.logits(after))
+    return jnp.sum(jnp.exp(new) * (new - log_p), axis=-1) < threshold, new
+
+
+def _entropy(last, before, after, reader, threshold):
+    """Change of the entropy of the head's distribution (Huginn: 1e-3)."""
+    log_p = jax.nn.log_softmax(reader.logits(after))
+    new = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return jnp.abs(new - last) < threshold, new
+
+
+def _argmax(memory, before, after, reader, threshold):
+    """The likeliest token has been the same for as many steps as the threshold says, after the one it first came at."""
+    last, count = memory
+    new = jnp.argmax(reader.logits(after), axis=-1)
+    count = jnp.where(new == last, count + 1, 0)
+    return (threshold > 0) & (count >= threshold), (new, count)
+
+
+def _cdf(stay, before, after, reader, threshold):
+    """The gate has stopped with a chance of at least the threshold by now (Ouro, arXiv 2510.25741)."""
+    stay = stay * jax.nn.sigmoid(-reader.gate(after))
+    return stay <= 1 - threshold, stay
+
+
+CHOICES = {
+    "fixed": None,
+    "latent": Rule(_latent),
+    "cosine": Rule(_cosine),
+    "acceleration": Rule(_acceleration, _far),
+    "kl": Rule(_kl, lambda reader, h: jnp.full_like(reader.logits(h), -FAR)),
+    "entropy": Rule(_entropy, _far),
+    "argmax": Rule(_argmax, lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0))),
+    "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2])),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Exiting(Fixed):
+    """The fixed policy, each token until the rule stops it. Not hashable: it lives within one trace."""
+
+    config: RecursionConfig = field(default_factory=RecursionConfig)
+    reader: Reader | None = None
+
+    def remember(self, h_BxTxD: jax.Array) -> Any:
+        return CHOICES[self.config.exit].remember(self.reader, h_BxTxD)
+
+    def judge(self, step: jax.Array, memory: Any, before: jax.Array, after: jax.Array) -> tuple[jax.Array, Any]:
+        rule, threshold = CHOICES[self.config.exit], self.config.exit_threshold
+        stop, memory = rule.judge(memory, before, after, self.reader, threshold)
+        return ~(stop & (step + 1 >= self.config.exit_least)), memory
