@@ -49,6 +49,7 @@ class ModelConfig:
     qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each head's query and key before they are rotated, as in Qwen3
     tied: bool = True  # the head reads the embedding's table; False: a table of its own
+    smear: int = 0  # previous tokens whose embeddings are mixed into each token's own, which makes copying cheap to learn
     logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
@@ -83,6 +84,7 @@ class DataConfig:
     format: str = "text"  # text | chat (each record a list of messages with role and content)
     text_key: str = ""  # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
     chat_template: str = ""  # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
+    prompt_variant: str = ""  # chat: of rlm_runtime, that the conversations are in; travels with the weights
     train_roles: tuple[str, ...] = ("assistant",)  # chat: roles whose messages have a loss
     bad_records: str = "stop"  # stop | skip, with a count: records of jsonl and parquet files without a text
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
