@@ -45,6 +45,11 @@ _ALLOW = flags.DEFINE_list(
 _INIT_FROM = flags.DEFINE_string(
     "init_from", "", "Run directory or checkpoint whose weights a new run starts from; optimiser and data start fresh."
 )
+_RLM_EVAL = flags.DEFINE_list(
+    "rlm_eval", None, "Tasks of `rlm tasks` that the model leads at each evaluation, e.g. s_niah; into metrics.jsonl."
+)
+_RLM_LENGTHS = flags.DEFINE_list("rlm_lengths", ["8k"], "Their lengths in tokens.")
+_RLM_SAMPLES = flags.DEFINE_integer("rlm_samples", 16, "Runs of each task and length.", lower_bound=1)
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
 _NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
 _NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
@@ -55,7 +60,15 @@ def main(_: list[str]) -> None:
     debug = Debug.parse(_PROFILE.value, nans=_NANS.value, scan=not _NO_SCAN.value, jit=not _NO_JIT.value)
     initialize()  # before anything asks how many devices there are
     cfg = cli.read_config(_CONFIG)
-    train(cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value)
+    measure = None
+    if _RLM_EVAL.value:
+        from rlm_runtime.training.measure import TaskSuccess
+
+        measure = TaskSuccess(_RLM_EVAL.value, _RLM_LENGTHS.value, _RLM_SAMPLES.value)
+    train(
+        cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value,
+        measure=measure,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

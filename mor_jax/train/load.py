@@ -23,6 +23,7 @@ from mor_jax.errors import CheckpointError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.paths import as_path
+from mor_jax.train.bundle import is_bundle, read_bundle, restore
 from mor_jax.train.checkpoint import load_meta, restore_params
 
 
@@ -56,14 +57,19 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: M
     """Model, weights and tokenizer of a checkpoint.
 
     Args:
-      path: a run directory, or its checkpoints/; on this machine, gs:// or s3://.
+      path: a run directory, its checkpoints/, or a bundle (`train.bundle`); on this machine, gs:// or s3://.
       step: the newest by default.
       mesh: where the weights go; default: all devices, weights whole on each.
     Raises:
       CheckpointError: nothing there, damaged, or written by a newer version.
     """
     directory = checkpoint_directory(path)
-    step, meta = load_meta(directory, step)
+    shipped = is_bundle(path)
+    if shipped:
+        meta, arrays = read_bundle(path)
+        step = meta["step"]
+    else:
+        step, meta = load_meta(directory, step)
     try:
         config = from_dict(meta["config"])
         tokenizer_json, data = meta["tokenizer"], meta["data"]
@@ -76,7 +82,10 @@ def load_model(path: str | os.PathLike[str], step: int | None = None, *, mesh: M
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
-    params, step = restore_params(directory, abstract, step)
+    if shipped:
+        params = restore(arrays, abstract, path)
+    else:
+        params, step = restore_params(directory, abstract, step)
     lineage, template = meta.get("lineage"), chat_template(path, meta)
     return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template)
 
@@ -101,6 +110,8 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Con
     was measured. The mesh is left out: it was that of the machine that trained. Raises CheckpointError.
     """
     directory = checkpoint_directory(path)
+    if is_bundle(path):
+        return from_dict(read_bundle(path)[0]["config"]), None
     step, meta = load_meta(directory, step)
     if "config" not in meta:
         raise CheckpointError(f"the checkpoint of step {step} in {directory} has no config; is it one of mor_jax?")

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +38,7 @@ from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
 from mor_jax.train.goodput import Goodput, stragglers
 from mor_jax.train.initial import initial_params
-from mor_jax.train.load import chat_template, checkpoint_directory, describe
+from mor_jax.train.load import Loaded, chat_template, checkpoint_directory, describe
 from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
@@ -51,6 +51,8 @@ from mor_jax.train.stop import Stop, stop_signals
 from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
+# A measure of a model that is more than its loss, by name: {"rlm/s_niah/8000/success": 0.9}
+Measure = Callable[[Loaded], Mapping[str, float]]
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
 
 
@@ -92,6 +94,7 @@ def train(
     wait: float | None = None,
     allow: Sequence[str] = (),
     init_from: str | os.PathLike[str] = "",
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with gs:// or s3://.
 
@@ -105,6 +108,8 @@ def train(
       allow: fields that may differ from those of the run in `workdir`, see `train.workdir`.
       init_from: run directory or checkpoints whose weights a new run starts from, see `train.initial`; a run that goes
         on in `workdir` must have started from the same.
+      measure: called at each evaluation with the model as it stands; what it returns joins the evaluation's record. One
+        process only.
 
     In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
     directory that all see; a signal to any of them stops all after the same step.
@@ -140,6 +145,7 @@ def train(
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
         hosts.assert_equal("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
         run = _Run(cfg, workdir, data, mesh, progress, hosts, goodput, debug, lock, outbox, changed, allow, init_from)
+        run.measure = measure if hosts.count == 1 else None
         try:
             done = run.finished() or run.go(stop)
         finally:
@@ -181,6 +187,7 @@ class _Run:
         self.compiled = 0  # programs so far
         self.bar = Progress(self.steps, shown=self.show)
         self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
+        self.measure: Measure | None = None
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the summary if the run is finished, else None."""
@@ -422,6 +429,13 @@ class _Run:
         with self.goodput.during("evaluate"):
             batches = eval_batches(self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding)
             record = evaluate(self.lm, state.params, list(batches), self.token_bytes)
+            if self.measure is not None:
+                source = self.meta.get("chat_template")
+                model = Loaded(
+                    self.lm, state.params, self.data.tokenizer, self.cfg, step, self.data.fingerprint, self.mesh,
+                    chat_template=source,
+                )  # fmt: skip
+                record |= self.measure(model)
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
         self.last_eval = record
