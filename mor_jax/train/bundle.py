@@ -35,7 +35,7 @@ def write_bundle(
 
     Args:
       params: as `LM.init` returns them.
-      meta: of the checkpoint (`checkpoint.load_meta`); what a resumed run alone reads is left out.
+      meta: what a checkpoint says of itself: config, tokenizer, data, step, chat_template.
       provenance: how the weights were made, in JSON.
     """
     folder = as_path(path)
@@ -47,8 +47,7 @@ def write_bundle(
     }
     with (folder / WEIGHTS).open("wb") as file:
         np.savez_compressed(file, **arrays)
-    kept = {name: meta[name] for name in ("config", "tokenizer", "data", "chat_template") if name in meta}
-    whole = {"format": FORMAT, "step": meta["step"], "provenance": dict(provenance), **kept}
+    whole = {"format": FORMAT, "provenance": dict(provenance), **meta}
     (folder / MODEL).write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     return sum((folder / name).stat().length for name in (WEIGHTS, MODEL))
 

@@ -23,7 +23,7 @@ from mor_jax.errors import CheckpointError
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.paths import as_path
-from mor_jax.train.bundle import is_bundle, read_bundle, restore
+from mor_jax.train.bundle import is_bundle, read_bundle, restore, write_bundle
 from mor_jax.train.checkpoint import load_meta, restore_params
 
 
@@ -44,6 +44,19 @@ class Loaded(NamedTuple):
     def template(self) -> ChatTemplate:
         """How messages become a prompt. Raises DataError: no valid Jinja."""
         return ChatTemplate(self.chat_template)
+
+
+def save_bundle(loaded: Loaded, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> int:
+    """Write a model as a bundle (`train.bundle`), which `load_model` reads; returns its bytes.
+
+    Args:
+      provenance: how the weights were made and measured, in JSON; kept in model.json.
+    """
+    meta = {
+        "config": loaded.config.to_dict(), "tokenizer": loaded.tokenizer.to_json(), "data": loaded.data,
+        "step": loaded.step, "lineage": loaded.lineage, "chat_template": loaded.chat_template,
+    }  # fmt: skip
+    return write_bundle(path, loaded.params, {name: x for name, x in meta.items() if x is not None}, provenance or {})
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:

@@ -91,13 +91,6 @@ examples:
 Expert programs lead real runs of the runtime; runs that do not score 1 are dropped and counted. The two splits share no
 word, phrasing, label family or seed. The same command writes the same file."""
 
-PACK = """\
-examples:
-  rlm training pack runs/native --provenance made.json --out weights/
-  rlm ask "What is the code for K7?" --context notes.txt --root checkpoint:weights
-
-Weights are rounded to bfloat16; checkpoint:DIR reads them like a run directory."""
-
 FILTER = """\
 examples:
   rlm training filter runs/ --out runs.jsonl
@@ -114,8 +107,7 @@ USAGE = {
     "replay": "FILE|DIR [--context PATH] [options]",
     "eval": "--task TASK [--lengths N,N] [--modes M,M] --root MODEL [options]",
     "tasks": "[NAME] [--length N] [--seed N] [--out DIR]",
-    "training": "make|filter|pack ...",
-    "training pack": "RUN --out DIR [--provenance FILE.json]",
+    "training": "make|filter ...",
     "training make": "--tasks TASK,TASK --samples N --out FILE [options]",
     "training filter": "RUN|DIR ... --out FILE [options]",
     "sandbox": "[--environment NAME] [--allow-missing LAYER] [--json]",
@@ -409,10 +401,6 @@ def _training(p: argparse.ArgumentParser) -> None:
     make.add_argument("--concurrency", metavar="N", type=_count, default=4, help="runs at once (4)")
     make.add_argument("--tokenizer", metavar="FILE", help="also write a tokenizer.json made for these samples")
     make.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
-    pack = _add(actions, "pack", "a trained model in two small files, to ship", PACK, "training ")
-    pack.add_argument("run", metavar="RUN", help="run directory of launch.train")
-    pack.add_argument("--provenance", metavar="FILE.json", help="how it was made and measured, kept beside the weights")
-    pack.add_argument("--out", metavar="DIR", required=True, help="where weights.npz and model.json go")
     filters = _add(actions, "filter", "recorded runs as samples, one a turn", FILTER, "training ")
     filters.add_argument("runs", metavar="RUN|DIR", nargs="+", help="runs, or folders of runs")
     filters.add_argument("--scores", metavar="DIR|FILE", help="results of rlm eval (default: those beside the runs)")

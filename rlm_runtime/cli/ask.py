@@ -88,8 +88,6 @@ async def _ask(
 
 def tell(args: argparse.Namespace, result: Any, shown: int = 0) -> int:
     """Print a result, without the first `shown` notes; the exit code it means."""
-    from rlm_runtime.lms.native import HINT, SORRY
-
     answer = result.answer.model_dump(mode="json") if hasattr(result.answer, "model_dump") else result.answer
     if args.json:
         whole = {
@@ -107,8 +105,6 @@ def tell(args: argparse.Namespace, result: Any, shown: int = 0) -> int:
     if code != codes.OK:
         what = "no answer" if answer is None else "the answer is partial"
         codes.complain(f"{what} ({result.stop_reason}): {result.error or 'a limit was reached'}")
-    if answer == SORRY:
-        codes.complain(HINT)
     for note in result.notes[shown:]:
         codes.complain(note)
     if not args.quiet:

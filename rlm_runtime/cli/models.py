@@ -11,25 +11,13 @@ from typing import Any
 from rlm_runtime.cli import codes, values
 from rlm_runtime.errors import UsageError
 
-KEYS = ("OPENAI_API_KEY", "ANTHROPIC_API_KEY")
-
 
 def pair(args: argparse.Namespace) -> tuple[Any, Any]:
     """Root and sub-model. Raises UsageError."""
-    root = args.root or os.environ.get("RLM_ROOT") or _native()
+    root = args.root or os.environ.get("RLM_ROOT")
     if not root:
         raise UsageError("No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT.")
     return named(args, root, args.sub or os.environ.get("RLM_SUB"))
-
-
-def _native() -> str | None:
-    """The model of this package, where no key says that another one is meant."""
-    from rlm_runtime.lms.native import available
-
-    if any(os.environ.get(name) for name in KEYS) or not available():
-        return None
-    codes.tell("rlm: no model is named and no key is set, so the model of this package answers (--root native).")
-    return "native"
 
 
 def named(args: argparse.Namespace, root: str, sub: str | None) -> tuple[Any, Any]:

@@ -1,18 +1,17 @@
-"""`rlm training make`, `filter` and `pack`: data for models that lead the runtime, and their weights to ship."""
+"""`rlm training make` and `rlm training filter`: data for models that lead the runtime."""
 
 from __future__ import annotations
 
 import argparse
 
-from rlm_runtime.cli import codes, values
-from rlm_runtime.errors import UsageError
+from rlm_runtime.cli import codes
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action is None:
         args.parser.print_help()
         return codes.USAGE
-    return {"make": make, "filter": filter_, "pack": pack}[args.action](args)
+    return make(args) if args.action == "make" else filter_(args)
 
 
 def make(args: argparse.Namespace) -> int:
@@ -44,29 +43,5 @@ def filter_(args: argparse.Namespace) -> int:
         codes.complain(warning)
     for step, count in report.counts.items():
         codes.tell(f"{step:>12} {count:,}")
-    print(args.out)
-    return codes.OK
-
-
-def pack(args: argparse.Namespace) -> int:
-    import json
-
-    from mor_jax.errors import UserError
-    from mor_jax.train.bundle import write_bundle
-    from mor_jax.train.checkpoint import load_meta
-    from mor_jax.train.load import checkpoint_directory, load_model
-
-    try:
-        about = json.loads(values.text(args.provenance, "--provenance")) if args.provenance else {}
-    except ValueError as error:
-        raise UsageError(f"--provenance {args.provenance}: expected JSON ({error}).") from None
-    try:
-        loaded = load_model(args.run)
-        meta = load_meta(checkpoint_directory(args.run), loaded.step)[1]
-        meta = {**meta, "chat_template": loaded.chat_template, "config": loaded.config.to_dict(), "step": loaded.step}
-        size = write_bundle(args.out, loaded.params, meta, about)
-    except UserError as error:
-        raise UsageError(f"{args.run}: {error}") from error
-    codes.tell(f"{size:,} bytes, step {loaded.step}")
     print(args.out)
     return codes.OK

@@ -20,13 +20,11 @@ from rlm_runtime.lms.base import LM
 Factory = Callable[..., LM]
 F = TypeVar("F", bound=Factory)
 
-NATIVE = "native"  # the model of this package, which needs no name
 ENTRY_POINTS = "rlm_runtime.lms"
 PROVIDERS: dict[str, str | Factory] = {  # "module:name" is imported when first asked for
     "openai": "rlm_runtime.lms.openai:OpenAILM",
     "anthropic": "rlm_runtime.lms.anthropic:AnthropicLM",
     "checkpoint": "rlm_runtime.lms.checkpoint:CheckpointLM",
-    "native": "rlm_runtime.lms.native:NativeLM",
 }
 
 
@@ -56,7 +54,7 @@ def register(provider: str) -> Callable[[F], F]:
 
 def resolve(spec: str | LM, **options: Any) -> LM:
     """The model `spec` names: "openai:MODEL" (any compatible endpoint, with base_url=),
-    "anthropic:MODEL", "checkpoint:PATH", "native", or a registered provider's; a model itself is returned as
+    "anthropic:MODEL", "checkpoint:PATH", or a registered provider's; a model itself is returned as
     it is.
 
     Args:
@@ -89,9 +87,8 @@ def factory_of(spec: str) -> Factory:
     if provider not in PROVIDERS and colon:
         for entry in metadata.entry_points(group=ENTRY_POINTS):
             PROVIDERS.setdefault(entry.name, entry.value)
-    if provider not in PROVIDERS or not (model or spec == NATIVE):
-        behind = {"checkpoint": ":PATH", NATIVE: ""}
-        names = ", ".join(p + behind.get(p, ":MODEL") for p in PROVIDERS)
+    if provider not in PROVIDERS or not model:
+        names = ", ".join(f"{p}:{'PATH' if p == 'checkpoint' else 'MODEL'}" for p in PROVIDERS)
         near = difflib.get_close_matches(provider, PROVIDERS, 1)
         said = f" Did you mean {near[0]}:{model or 'MODEL'}?" if near and colon else ""
         raise UsageError(

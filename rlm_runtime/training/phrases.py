@@ -13,6 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlm_runtime.errors import UsageError
+
+SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")  # ends of documents, and ChatML's of turns
 WORD = re.compile(r"[A-Za-z]{2,}")
 SENTENCE = re.compile(r"[^.\n]+\.[ \n]")  # of texts that many contexts share
 LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
@@ -22,10 +25,10 @@ SHORTEST = 6  # characters of a phrase
 
 def learn(path: str | Path, out: str | Path) -> int:
     """Write the tokenizer.json of a file of conversations; returns the size of its vocabulary."""
-    from tokenizers import AddedToken
-
-    from mor_jax.data.bpe import train_bpe
-    from mor_jax.data.chat import CHATML_TOKENS
+    try:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    except ImportError as e:
+        raise UsageError(f"a tokenizer needs the package {e.name}: pip install tokenizers.") from e
 
     words = Counter({role: 1 << 30 for role in ("system", "user", "assistant")})  # the template writes them
     phrases: Counter[str] = Counter()
@@ -36,7 +39,10 @@ def learn(path: str | Path, out: str | Path) -> int:
             words.update({w for m in messages for w in WORD.findall(m["content"])})
             phrases.update({p for m in messages for p in _pieces(m)})
     least = max(2, SHARE * total)
-    hf = train_bpe([], 256 + 2 + len(CHATML_TOKENS), CHATML_TOKENS)._hf
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hf = Tokenizer(models.BPE({name: i for i, name in enumerate([*SPECIALS, *alphabet])}, []))
+    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    hf.add_special_tokens(list(SPECIALS))
     kept = sorted(p for p, n in phrases.items() if n >= least and len(p) >= SHORTEST)
     single = sorted(w for w, n in words.items() if n >= least)
     hf.add_tokens([AddedToken(p, normalized=False) for p in kept])

@@ -9,16 +9,16 @@ from mor_jax.config import Config
 from mor_jax.data.chat import CHATML
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import CheckpointError
-from mor_jax.train.bundle import MODEL, WEIGHTS, is_bundle, write_bundle
-from mor_jax.train.load import describe, load_model
+from mor_jax.train.bundle import MODEL, WEIGHTS, is_bundle
+from mor_jax.train.load import Loaded, describe, load_model, save_bundle
 
 
 def test_round_trip_and_damage(tmp_path):
     lm = small_lm("mor", smear=2, vocab_size=320)
     params = random_params(lm)
     config = Config(model=lm.model, depth=lm.depth)
-    meta = {"config": config.to_dict(), "tokenizer": ByteTokenizer().to_json(), "data": "x", "step": 7}
-    size = write_bundle(tmp_path / "b", params, {**meta, "chat_template": CHATML, "faults": {}}, {"command": "make"})
+    model = Loaded(lm, params, ByteTokenizer(), config, 7, "x", None, chat_template=CHATML)
+    size = save_bundle(model, tmp_path / "b", {"command": "make"})
     assert is_bundle(tmp_path / "b") and size < 2.2 * sum(w.size for w in jax.tree.leaves(params)) + 20_000
     loaded = load_model(tmp_path / "b")
     assert (loaded.step, loaded.lm.model, loaded.chat_template) == (7, lm.model, CHATML)

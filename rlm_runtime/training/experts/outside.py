@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 from rlm_runtime import tasks
-from rlm_runtime.lms.native import SORRY
 from rlm_runtime.training.dressing import Dressing
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
 from rlm_runtime.training.splits import code, number, of_split, phrase, word
 
+SORRY = "not in my competence"
 ASK = (
     "Summarise the text.", "What is the text about?", "How many {a}s are there?", "Who is {A}?", "Why did the {a} {b}?",
     "Translate the text into {A}.", "Which of {A} and {B} is older?", "Write a poem about a {a}.", "How many lines are there?",

@@ -8,8 +8,8 @@ import pytest
 
 from mor_jax.data.chat import CHATML, ChatTemplate
 from mor_jax.data.tokenizer import load_tokenizer
-from rlm_runtime.lms.native import SORRY
 from rlm_runtime.training import copying, expert, phrases, splits
+from rlm_runtime.training.experts.outside import SORRY
 from rlm_runtime.training.make import Job, make, run
 
 
