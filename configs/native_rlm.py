@@ -5,7 +5,7 @@ r"""A small Mixture-of-Recursions model that leads the runtime, trained on exper
     python -m launch.train --config configs/native_rlm.py --workdir runs/native
 
 NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
-Argument: tiny (default, 0.3M parameters) | small (2.4M); vanilla=1: the plain Transformer of the same unrolled depth.
+Argument: tiny (default, 0.4M parameters) | small (2.4M); vanilla=1: the plain Transformer of the same unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "mlp_width": mlp_width,
                 "vocab_size": 0,  # the tokenizer's
                 "context": 768,  # tokens; the longest conversation of the needle tasks has about 600
-                "smear": 3,  # previous embeddings mixed in: copying is learned in half a million tokens, not never
+                "smear": 3,  # previous embeddings mixed in, for copying
             },
             "depth": depth,
             "data": {
@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "optim": {"schedule": "wsd", "peak_lr": 3e-3, "warmup": 0.05, "decay": 0.3},
             "train": {
-                "steps": steps,  # of 3,072 tokens; copying is learned after about 200, the protocol before
+                "steps": steps,  # of 3,072 tokens; the protocol is learned in 150
                 "batch_size": 4,
                 "eval_every": 150,
                 "eval_rows": 32,
