@@ -36,8 +36,8 @@ class Scale(nn.Module):
 
 
 class Table(nn.Module):
-    """table [V, D]: one row a token; with `smear` = S also smear [S, D], at first 0.5 or -0.5: factors on the embeddings
-    of the tokens 1..S before each."""
+    """table [V, D]: one row a token; with `smear` = S also smear [S, D], at first 0.5: factors on the embeddings of the
+    tokens 1..S before each."""
 
     vocab_size: int
     width: int
@@ -48,10 +48,7 @@ class Table(nn.Module):
     def __call__(self) -> None:
         matrix(self, "table", (self.vocab_size, self.width), ("vocab", "table_embed"), self.init_std)
         if self.smear:
-            # Random signs, so that a linear map can tell the tokens apart from the start: with one sign for all, a key
-            # says what is near and not what came before.
-            signs = lambda key, shape, dtype: 0.5 * jax.random.rademacher(key, shape, dtype)
-            init = nn.with_logical_partitioning(signs, (None, "norm"))
+            init = nn.with_logical_partitioning(nn.initializers.constant(0.5), (None, "norm"))
             self.param("smear", init, (self.smear, self.width), jnp.float32)
 
 
