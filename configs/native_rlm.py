@@ -1,9 +1,11 @@
-"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs (docs/native.md).
+r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs (docs/native.md).
 
-    rlm training make --tasks all --samples 4000 --seed 1 --out native/train.jsonl
+    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1 --samples 3000 \
+        --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
     python -m launch.train --config configs/native_rlm.py --workdir runs/native
 
-Argument: tiny (default, 0.5M parameters) | small (3.3M); vanilla=1: the plain Transformer of the same unrolled depth.
+NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
+Argument: tiny (default, 0.4M parameters) | small (2.4M); vanilla=1: the plain Transformer of the same unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -11,15 +13,15 @@ from ml_collections import ConfigDict
 from configs import arguments
 from mor_jax.errors import ConfigError
 
-# width, heads, kv_heads, mlp_width, BPE pieces
-SIZES = {"tiny": (96, 3, 1, 256, 2048), "small": (256, 4, 2, 704, 4096)}
+# width, heads, kv_heads, mlp_width, steps
+SIZES = {"tiny": (96, 4, 4, 256, 900), "small": (256, 4, 2, 704, 2400)}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     chosen = arguments.parse(arg, size="tiny", vanilla=0)
     if chosen["size"] not in SIZES:
         raise ConfigError(f"native_rlm: {chosen['size']!r} is not one of {', '.join(SIZES)}.")
-    width, heads, kv_heads, mlp_width, pieces = SIZES[chosen["size"]]
+    width, heads, kv_heads, mlp_width, steps = SIZES[chosen["size"]]
     depth = {"policy": "fixed"}
     if not chosen["vanilla"]:
         depth = {"policy": "expert_choice", "capacities": (), "alpha": 1.0}  # 0.1 starves a small core
@@ -35,7 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "kv_heads": kv_heads,
                 "mlp_width": mlp_width,
                 "vocab_size": 0,  # the tokenizer's
-                "context": 1024,  # tokens: the window of `rlm training make`
+                "context": 768,  # tokens; the longest conversation of the needle tasks has about 600
+                "smear": 3,  # previous embeddings mixed in, for copying
             },
             "depth": depth,
             "data": {
@@ -43,11 +46,17 @@ def get_config(arg: str = "") -> ConfigDict:
                 "paths": ("native/train.jsonl",),
                 "format": "chat",
                 "chat_template": "chatml",
-                "tokenizer": "bpe",
-                "bpe_vocab": pieces,
+                "prompt_variant": "native",
+                "tokenizer": "native/tokenizer.json",
                 "holdout": 0.02,
             },
             "optim": {"schedule": "wsd", "peak_lr": 3e-3, "warmup": 0.05, "decay": 0.3},
-            "train": {"steps": 3000, "batch_size": 4, "eval_every": 250, "checkpoint_every": 250},
+            "train": {
+                "steps": steps,  # of 3,072 tokens; the protocol is learned in 150
+                "batch_size": 4,
+                "eval_every": 150,
+                "eval_rows": 32,
+                "checkpoint_every": 150,
+            },
         }
     )

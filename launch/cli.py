@@ -21,7 +21,7 @@ from mor_jax.analysis.tpu_compiler import quiet_without_tpu
 from mor_jax.config import Config, from_config_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
-from mor_jax.paths import as_path, reason, write_text
+from mor_jax.paths import as_path, reason, use_compilation_cache, write_text
 
 HOME = Path(__file__).resolve().parents[1]  # the folder that holds launch/ and configs/, of a checkout or of a wheel
 
@@ -207,11 +207,3 @@ def read_fields(settings: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             fields[key.removeprefix("config.")] = text
     return fields
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax."""
-    root = as_path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax")
-    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -13,6 +13,10 @@ A plain model, or one of fixed recursions (unrolled), is written for other tools
 
     python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
 
+Any model is written as two small files to ship, weights.npz in bfloat16 and model.json, which are read like a run:
+
+    python -m launch.convert --checkpoint runs/mor --to bundle:DIR
+
 The weights alone, with fine-tuned adapters merged into them:
 
     python -m launch.convert --checkpoint runs/lora --merge --workdir runs/merged
@@ -48,13 +52,16 @@ from mor_jax.errors import UserError
 from mor_jax.model.convert import METHODS
 from mor_jax.model.relax import RELAXATIONS
 from mor_jax.train.convert import convert_checkpoint, merge_checkpoint
+from mor_jax.train.load import load_model, save_bundle
 from mor_jax.weights.exporting import export_weights
 from mor_jax.weights.importing import import_weights
 
 _CONFIG = cli.define_config()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.")
 _FROM = flags.DEFINE_string("from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf.")
-_TO = flags.DEFINE_string("to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY.")
+_TO = flags.DEFINE_string(
+    "to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY, or bundle:DIRECTORY to ship."
+)
 _MERGE = flags.DEFINE_bool("merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0)
 _TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it.")
@@ -106,8 +113,12 @@ def _import(workdir: str) -> str:
 
 
 def _export(to: str) -> str:
+    if to.startswith("bundle:"):
+        loaded = load_model(_CHECKPOINT.value, _STEP.value)
+        size = save_bundle(loaded, to.removeprefix("bundle:"))
+        return f"Wrote step {loaded.step} of {_CHECKPOINT.value} to {to.removeprefix('bundle:')}: {size:,} bytes."
     if not to.startswith("hf:"):
-        raise UserError(f"--to={to}: expected hf:DIRECTORY.")
+        raise UserError(f"--to={to}: expected hf:DIRECTORY or bundle:DIRECTORY.")
     done = export_weights(_CHECKPOINT.value, to, step=_STEP.value, average=_AVERAGE.value)
     return (
         f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "

@@ -53,6 +53,11 @@ _ANNEAL_FROM = flags.DEFINE_string(
 )
 _ANNEAL_STEPS = flags.DEFINE_integer("anneal_steps", 0, "Of --anneal_from: steps over which the rate falls.")
 _ANNEAL_AT = flags.DEFINE_integer("anneal_at", None, "Of --anneal_from: checkpoint to branch off; default: the newest.")
+_RLM_EVAL = flags.DEFINE_list(
+    "rlm_eval", None, "Tasks of `rlm tasks` that the model leads at each evaluation, e.g. s_niah; into metrics.jsonl."
+)
+_RLM_LENGTHS = flags.DEFINE_list("rlm_lengths", ["8k"], "Their lengths in tokens.")
+_RLM_SAMPLES = flags.DEFINE_integer("rlm_samples", 16, "Runs of each task and length.", lower_bound=1)
 _PROFILE = flags.DEFINE_list("profile_steps", None, "First and last step to trace, e.g. 20,22; into <workdir>/profile.")
 _NANS = flags.DEFINE_bool("debug_nans", False, "Stop at the operation that first makes a NaN; slower.")
 _NO_SCAN = flags.DEFINE_bool("no_scan", False, "Unroll the loops over recursion steps and chunks.")
@@ -67,7 +72,15 @@ def main(_: list[str]) -> None:
         if _INIT_FROM.value:
             raise UserError("--init_from means nothing with --anneal_from, which takes the whole state.")
         cfg = anneal(cfg, _ANNEAL_FROM.value, _WORKDIR.value, _ANNEAL_STEPS.value, step=_ANNEAL_AT.value)
-    train(cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value)
+    measure = None
+    if _RLM_EVAL.value:
+        from rlm_runtime.training.measure import TaskSuccess
+
+        measure = TaskSuccess(_RLM_EVAL.value, _RLM_LENGTHS.value, _RLM_SAMPLES.value)
+    train(
+        cfg, _WORKDIR.value, debug=debug, wait=_WAIT.value, allow=_ALLOW.value, init_from=_INIT_FROM.value,
+        measure=measure,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -142,3 +142,15 @@ def steps_in(directory: epath.Path) -> bool:
         return any(child.name[:1].isdecimal() for child in directory.iterdir())
     except OSError:
         return False
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax; where the user has set JAX's own
+    directory for them, there."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        root = as_path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax")
+        jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

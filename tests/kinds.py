@@ -53,5 +53,5 @@ FEATURES = {
     "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64, "rope_beta_fast": 4.0},
 }
 ALL_FEATURES = {field: value for name in ("logit_cap", "untied", "qkv_bias", "qk_norm", "yarn")
-                for field, value in FEATURES[name].items()}  # fmt: skip
+                for field, value in FEATURES[name].items()} | {"smear": 3}  # fmt: skip
 ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")

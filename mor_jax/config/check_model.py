@@ -41,6 +41,8 @@ def check_model(m: ModelConfig) -> None:
         where, layers=m.layers, recursions=m.recursions, width=m.width, heads=m.heads, kv_heads=m.kv_heads,
         mlp_width=m.mlp_width, context=m.context, rope_theta=m.rope_theta, norm_eps=m.norm_eps, init_std=m.init_std,
     )  # fmt: skip
+    if not 0 <= m.smear < m.context:
+        raise ConfigError(f"{where}.smear counts previous tokens, 0 to context - 1 = {m.context - 1}; got {m.smear}.")
     if m.vocab_size < 0 or m.loss_chunk < 0 or m.head_dim < 0:
         raise ConfigError(f"{where}: vocab_size, loss_chunk and head_dim must not be negative.")
     one_of(f"{where}.norm_placement", m.norm_placement, NORM_PLACEMENTS)

@@ -56,6 +56,9 @@ class ModelConfig:
     # sandwich_out (a second norm after each addition, Huginn) | post (after each addition, none before)
     norm_placement: str = "pre"
     layer_scale: float = 0.0  # first value of a learned factor on each dimension of each branch; 0: none
+    smear: int = (
+        0  # previous tokens whose embeddings are mixed into each token's own, which makes copying cheap to learn
+    )
     logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included
     dtype: str = "float32"  # of matrix products; parameters, softmax, router and loss stay float32
@@ -92,6 +95,7 @@ class DataConfig:
     format: str = "text"  # text | chat (each record a list of messages with role and content)
     text_key: str = ""  # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
     chat_template: str = ""  # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
+    prompt_variant: str = ""  # chat: of rlm_runtime, that the conversations are in; travels with the weights
     train_roles: tuple[str, ...] = ("assistant",)  # chat: roles whose messages have a loss
     bad_records: str = "stop"  # stop | skip, with a count: records of jsonl and parquet files without a text
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json

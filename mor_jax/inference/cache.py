@@ -43,6 +43,7 @@ class Cache(NamedTuple):
     core: tuple[Stream, ...]  # one a recursion step, or one alone when keys are shared
     coda: Stream
     length_B: jax.Array  # tokens seen
+    recent_BxS: jax.Array | None = None  # the last tokens, with `model.smear`
 
     def entries_RxB(self) -> jax.Array:
         """Entries in use in each stream of the core."""

@@ -39,7 +39,7 @@ def prefill(
     rope, kv = lm.rope(pos), lm.kv()
     keep = lm.attend_row(pos, seg, seg, keep=True)
 
-    x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT), rope, keep)
+    x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT, pos), rope, keep)
     core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
     how = {"causal": True, "kv": kv, "keep_extra": True, "numbered": lm.numbered, "ids_BxT": tokens_BxT}
     result = run_masked(lm.steered(control, params), params["router"], core, x, pos, seg, **how)
@@ -52,6 +52,9 @@ def prefill(
     kept = [real] * len(streams) if looks_back(kv) else result.active_RxBxT
     core_streams = tuple(compact(of_blocks, who, slots) for of_blocks, who in zip(streams, kept, strict=True))
     cache = Cache(compact(prelude, real, slots), core_streams, compact(coda, real, slots), lengths_B)
+    if lm.model.smear:
+        at_BxS = lengths_B[:, None] - jnp.arange(lm.model.smear, 0, -1)
+        cache = cache._replace(recent_BxS=jnp.take_along_axis(tokens_BxT, jnp.maximum(at_BxS, 0), axis=1))
     return logits, cache, result.depth_BxT
 
 
@@ -71,7 +74,10 @@ def decode_step(
     everyone = jnp.ones(pos_B.shape, bool)
     rope = lm.rope(pos_B[:, None])
 
-    h, prelude = _append(lm, params["prelude"], lm.embed(params, token_B[:, None]), rope, cache.prelude, pos_B)
+    x, recent = lm.embed(params, token_B[:, None], pos_B[:, None], cache.recent_BxS), cache.recent_BxS
+    h, prelude = _append(lm, params["prelude"], x, rope, cache.prelude, pos_B)
+    if recent is not None:
+        recent = jnp.concatenate([recent[:, 1:], token_B[:, None]], axis=1)
 
     core_params, kv = lm.gathered_core(params), lm.kv()
     blocks = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
@@ -109,7 +115,7 @@ def decode_step(
 
     x, coda = _append(lm, params["coda"], h, rope, cache.coda, pos_B)
     logits = lm.logits(params, lm.final_norm(params, x))[:, 0]
-    return logits, Cache(prelude, tuple(streams), coda, pos_B + 1), depth
+    return logits, Cache(prelude, tuple(streams), coda, pos_B + 1, recent), depth
 
 
 def _append(

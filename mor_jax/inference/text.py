@@ -111,9 +111,7 @@ def complete(
     requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
     if stop_tokens is not None:
         requests = [dataclasses.replace(r, stop_tokens=frozenset(stop_tokens)) for r in requests]
-    service = _service(
-        model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests))
-    )
+    service = _service(model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests)))
     with contextlib.closing(service):
         events: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in requests]
         tickets = [service.submit(r, q.put) for r, q in zip(requests, events, strict=True)]

@@ -35,9 +35,33 @@ Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of 
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
 
 
-def embed(m: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
-    """States [..., D] of tokens [...], in the compute dtype."""
-    return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
+def embed(
+    m: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    before: jax.Array | None = None,
+    pos: jax.Array | None = None,
+) -> jax.Array:
+    """States [..., D] of tokens [...], in the compute dtype.
+
+    With `m.smear` = S each is e_t + sum of smear_i * e_(t - i) over i = 1..S within its document: a causal depth-wise
+    convolution of the embeddings, so that one match of attention compares several tokens.
+
+    Args, which only that reads:
+      tokens: [..., T], one after the other.
+      before: the S tokens before them, [..., S]; any ids where there are none.
+      pos: positions of the tokens in their documents, [..., T].
+    """
+    if not m.smear:
+        return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
+    count, mix_SxD = tokens.shape[-1], params["embed"]["smear"].astype(m.dtype)
+    near = jnp.concatenate([before, tokens], axis=-1)
+    e = jnp.take(params["embed"]["table"], near, axis=0).astype(m.dtype)
+    x = e[..., m.smear :, :]
+    for i in range(1, m.smear + 1):
+        first = m.smear - i
+        x += jnp.where(pos[..., None] >= i, e[..., first : first + count, :] * mix_SxD[i - 1], 0)
+    return x
 
 
 def block(

@@ -3,8 +3,9 @@
 `LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
 argument. Parameters are a plain nested dict:
 
-    embed/table [V, D] · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D]
-    · head/table [V, D], unless it is tied to the embedding's · recursion/..., if a step has parameters beside the core's
+    embed/table [V, D], embed/smear [S, D] with `model.smear` · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2}
+    · router/... · norm/scale [D] · head/table [V, D], unless it is tied to the embedding's
+    · recursion/..., if a step has parameters beside the core's
 
 Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
 leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
@@ -162,7 +163,7 @@ class LM:
         """The modules that own the parameters, by the name of their subtree; those of a block as "block"."""
         m = self.model
         table = nn.Table(m.vocab_size, m.width, m.init_std)
-        leaves = {"embed": table, "norm": nn.Scale(m.width), "block": nn.Block(m)}
+        leaves = {"embed": dataclasses.replace(table, smear=m.smear), "norm": nn.Scale(m.width), "block": nn.Block(m)}
         return leaves if m.tied else leaves | {"head": table}
 
     def _parts(self) -> dict[str, int]:
@@ -290,9 +291,16 @@ class LM:
 
         return network.blocks(one, params, x_BxTxD, attend, repeat)
 
-    def embed(self, params: dict, tokens_BxT: jax.Array) -> jax.Array:
-        """Token states [B, T, D] in the compute dtype."""
-        return network.embed(self.model, self.with_table(params), tokens_BxT)
+    def embed(
+        self, params: dict, tokens_BxT: jax.Array, pos_BxT: jax.Array, before_BxS: jax.Array | None = None
+    ) -> jax.Array:
+        """Token states [B, T, D] in the compute dtype. `before_BxS`: of `block.embed`; default: those of the row, which
+        may be cut along time."""
+        if before_BxS is None and self.model.smear:
+            row = join_rows(tokens_BxT)
+            shifted = lambda i: own_part(jnp.pad(row, ((0, 0), (i, 0)))[:, : row.shape[1]])
+            before_BxS = jnp.concatenate([shifted(i)[:, :1] for i in range(self.model.smear, 0, -1)], axis=1)
+        return network.embed(self.model, self.with_table(params), tokens_BxT, before_BxS, pos_BxT)
 
     def with_table(self, params: dict) -> dict:
         """The parameters with the tables of embedding and head whole over the axes of the rows, gathered once however
@@ -301,7 +309,9 @@ class LM:
             return params
         axes = self.logical_axes()
         whole_table = lambda name: gather_weight(self.rules, params[name]["table"], axes[name]["table"])
-        return params | {name: {"table": whole_table(name)} for name in ("embed", "head") if name in params}
+        return params | {
+            name: params[name] | {"table": whole_table(name)} for name in ("embed", "head") if name in params
+        }
 
     def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
         """States as the head reads them."""
@@ -382,7 +392,7 @@ class LM:
 
         def run(params, tokens, seg):
             pos = _positions(seg)
-            x = self.rules.constrain(self.embed(params, tokens), "batch", "time", None)
+            x = self.rules.constrain(self.embed(params, tokens, pos), "batch", "time", None)
             x, _ = self.blocks(params["prelude"], x, self.rope(pos), self.attend_row(pos, seg, seg), gather=True)
             return x, ()
 

@@ -79,7 +79,10 @@ def run_masked(
         left = active if goes_on is None else active & goes_on
         return (h, left, kept, memory), ((stats, active), made if keep_extra else None)
 
-    carry, xs = (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD)), (route.steps, counts, jnp.arange(counts.shape[0]))
+    carry, xs = (
+        (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD)),
+        (route.steps, counts, jnp.arange(counts.shape[0])),
+    )
     if not looks_back(kv):
         (h, *_), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
     else:

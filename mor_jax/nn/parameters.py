@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 
 Axes = tuple[str | None, ...]
-VECTORS = ("scale", "bias")  # names of leaves that are no matrices: they have no weight decay
+VECTORS = ("scale", "bias", "smear")  # names of leaves that are no matrices: they have no weight decay
 
 
 def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: Axes, std: float) -> jax.Array:
@@ -37,15 +37,20 @@ class Scale(nn.Module):
 
 
 class Table(nn.Module):
-    """table [V, D]: one row a token."""
+    """table [V, D]: one row a token; with `smear` = S also smear [S, D], at first 0.5: factors on the embeddings of the
+    tokens 1..S before each."""
 
     vocab_size: int
     width: int
     init_std: float
+    smear: int = 0
 
     @nn.compact
     def __call__(self) -> None:
         matrix(self, "table", (self.vocab_size, self.width), ("vocab", "table_embed"), self.init_std)
+        if self.smear:
+            init = nn.with_logical_partitioning(nn.initializers.constant(0.5), (None, "norm"))
+            self.param("smear", init, (self.smear, self.width), jnp.float32)
 
 
 class Attention(nn.Module):

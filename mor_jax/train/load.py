@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mor_jax.analysis.runs import RunRecord
-from mor_jax.config import Config, MeshConfig, from_dict
+from mor_jax.config import AdapterConfig, Config, MeshConfig, from_dict
 from mor_jax.data.chat import FILE as TEMPLATE_FILE
 from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.tokenizer import load_tokenizer
@@ -24,6 +24,7 @@ from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.paths import as_path
+from mor_jax.train.bundle import is_bundle, read_bundle, restore, write_bundle
 from mor_jax.train.checkpoint import load_meta, restore_params
 
 
@@ -46,6 +47,24 @@ class Loaded(NamedTuple):
         return ChatTemplate(self.chat_template)
 
 
+def save_bundle(loaded: Loaded, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> int:
+    """Write a model as a bundle (`train.bundle`), which `load_model` reads; returns its bytes.
+
+    Args:
+      provenance: how the weights were made and measured, in JSON; kept in model.json.
+    """
+    config = dataclasses.replace(loaded.config, adapter=AdapterConfig())  # `load_model` has merged them
+    meta = {
+        "config": config.to_dict(),
+        "tokenizer": loaded.tokenizer.to_json(),
+        "data": loaded.data,
+        "step": loaded.step,
+        "lineage": loaded.lineage,
+        "chat_template": loaded.chat_template,
+    }
+    return write_bundle(path, loaded.params, {name: x for name, x in meta.items() if x is not None}, provenance or {})
+
+
 def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
     """The directory that holds the step directories, given it or the run directory above it."""
     path = as_path(path)
@@ -59,7 +78,7 @@ def load_model(
     """Model, weights and tokenizer of a checkpoint.
 
     Args:
-      path: a run directory, or its checkpoints/; on this machine, gs:// or s3://.
+      path: a run directory, its checkpoints/, or a bundle (`train.bundle`); on this machine, gs:// or s3://.
       step: the newest by default.
       mesh: where the weights go; default: all devices, weights whole on each.
       average: the running mean of the weights in place of the weights (`config.optim.ema`).
@@ -67,7 +86,12 @@ def load_model(
       CheckpointError: nothing there, damaged, or written by a newer version.
     """
     directory = checkpoint_directory(path)
-    step, meta = load_meta(directory, step)
+    shipped = is_bundle(path)
+    if shipped:
+        meta, arrays = read_bundle(path)
+        step = meta["step"]
+    else:
+        step, meta = load_meta(directory, step)
     try:
         config = from_dict(meta["config"])
         tokenizer_json, data = meta["tokenizer"], meta["data"]
@@ -81,9 +105,12 @@ def load_model(
     shapes = jax.eval_shape(saved.init, jax.random.key(0))
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
-    if average and not config.optim.ema:
-        raise CheckpointError(f"{directory} holds no running mean of the weights: config.optim.ema is 0.")
-    params, step = restore_params(directory, abstract, step, entry="average" if average else "params")
+    if average and (shipped or not config.optim.ema):
+        raise CheckpointError(f"{directory} holds no running mean of the weights, which config.optim.ema keeps.")
+    if shipped:
+        params = restore(arrays, abstract, path)
+    else:
+        params, step = restore_params(directory, abstract, step, entry="average" if average else "params")
     lineage, template = meta.get("lineage"), chat_template(path, meta)
     if config.adapter.rank:
         params = saved.merged(_base(directory, lineage, mesh), params)
@@ -122,6 +149,8 @@ def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Con
     was measured. The mesh is left out: it was that of the machine that trained. Raises CheckpointError.
     """
     directory = checkpoint_directory(path)
+    if is_bundle(path):
+        return from_dict(read_bundle(path)[0]["config"]), None
     step, meta = load_meta(directory, step)
     if "config" not in meta:
         raise CheckpointError(f"the checkpoint of step {step} in {directory} has no config; is it one of mor_jax?")

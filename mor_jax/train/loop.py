@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
 from mor_jax.train.goodput import Goodput, stragglers
 from mor_jax.train.initial import initial_params
-from mor_jax.train.load import chat_template, checkpoint_directory, describe
+from mor_jax.train.load import Loaded, chat_template, checkpoint_directory, describe
 from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
@@ -56,6 +56,8 @@ from mor_jax.train.trackers import TrackedRun, open_trackers
 from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
 SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
+# A measure of a model that is more than its loss, by name: {"rlm/s_niah/8000/success": 0.9}
+Measure = Callable[[Loaded], Mapping[str, float]]
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
 
 
@@ -97,6 +99,7 @@ def train(
     wait: float | None = None,
     allow: Sequence[str] = (),
     init_from: str | os.PathLike[str] = "",
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with gs:// or s3://.
 
@@ -110,6 +113,8 @@ def train(
       allow: fields that may differ from those of the run in `workdir`, see `train.workdir`.
       init_from: run directory or checkpoints whose weights a new run starts from, see `train.initial`; a run that goes
         on in `workdir` must have started from the same.
+      measure: called at each evaluation with the model as it stands; what it returns joins the evaluation's record. One
+        process only.
 
     In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
     directory that all see; a signal to any of them stops all after the same step.
@@ -145,6 +150,7 @@ def train(
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
         hosts.assert_equal("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
         run = _Run(cfg, workdir, data, mesh, progress, hosts, goodput, debug, lock, outbox, changed, allow, init_from)
+        run.measure = measure if hosts.count == 1 else None
         try:
             done = run.finished() or run.go(stop)
         finally:
@@ -192,6 +198,7 @@ class _Run:
         self.base: Any = None  # of adapters: the weights they belong to
         self.merge = self.adapters and jax.jit(self.adapters.merged)
         self.ended = 0  # step after which the run ended early
+        self.measure: Measure | None = None
 
     def finished(self) -> dict[str, Any] | None:
         """Returns the summary if the run is finished, else None."""
@@ -489,6 +496,13 @@ class _Run:
                 own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
                 found = evaluate(self.lm, self._whole(state.params), list(own), self.token_bytes)
                 record |= {f"source/{name}/{key}": found[key] for key in ("causal/nll", "causal/bits_per_byte")}
+            if self.measure is not None:
+                source = self.meta.get("chat_template")
+                model = Loaded(
+                    self.lm, self._whole(state.params), self.data.tokenizer, self.cfg, step, self.data.fingerprint, self.mesh,
+                    chat_template=source,
+                )  # fmt: skip
+                record |= self.measure(model)
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
         if state.average is not None:

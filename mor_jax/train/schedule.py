@@ -8,6 +8,7 @@ import jax
 import optax
 from optax import contrib
 
+from mor_jax import nn
 from mor_jax.analysis import accounting
 from mor_jax.config import Config, OptimConfig
 from mor_jax.model.depth.survey import SURVEY
@@ -46,8 +47,8 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params: dict) -> dict:
-    """True for the leaves weight decay applies to: everything but norm scales and what of a router is moved by rule."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias", SURVEY), params)
+    """True for the leaves weight decay applies to: everything but vectors and what of a router is moved by rule."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in (*nn.VECTORS, SURVEY), params)
 
 
 def matrices(params: dict) -> dict:

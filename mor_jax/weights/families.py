@@ -132,6 +132,8 @@ def config_of(m: ModelConfig, layers: int) -> dict[str, object]:
         raise CheckpointError("no published architecture has both q/k/v biases and QK-norm without other biases.")
     if m.logit_cap:
         raise CheckpointError(f"logit_cap = {m.logit_cap} is not part of Llama or Qwen, so it cannot be written.")
+    if m.smear:
+        raise CheckpointError(f"smear = {m.smear} is not part of Llama or Qwen, so it cannot be written.")
     name = "Qwen2ForCausalLM" if m.qkv_bias else "Qwen3ForCausalLM" if m.qk_norm else "LlamaForCausalLM"
     config: dict[str, object] = {
         "architectures": [name],

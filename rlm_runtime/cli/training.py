@@ -16,16 +16,21 @@ def run(args: argparse.Namespace) -> int:
 
 def make(args: argparse.Namespace) -> int:
     from rlm_runtime import training
-    from rlm_runtime.tasks import parse_length
+    from rlm_runtime.tasks import TASKS, parse_length
     from rlm_runtime.training.expert import experts
 
-    tasks = sorted(experts()) if args.tasks == "all" else args.tasks.split(",")
+    tasks = sorted(set(experts()) & set(TASKS)) if args.tasks == "all" else args.tasks.split(",")
     lengths = [parse_length(part) for part in args.lengths.split(",") if part.strip()]
     report = training.make(
         tasks, args.samples, seed=args.seed, split=args.split, out=args.out, lengths=lengths, window=args.window,
-        variant=args.prompt_variant, concurrency=args.concurrency,
+        variant=args.prompt_variant, concurrency=args.concurrency, readings_share=args.readings, copies_share=args.copies,
+        strategies=[part.strip() for part in args.strategies.split(",") if part.strip()],
     )  # fmt: skip
     codes.tell(str(report))
+    if args.tokenizer:
+        from rlm_runtime.training.phrases import learn
+
+        codes.tell(f"tokenizer of {learn(args.out, args.tokenizer):,} tokens: {args.tokenizer}")
     print(args.out)
     return codes.OK
 

@@ -78,6 +78,8 @@ class CheckpointLM:
         self._template, self._chat = template, _chat(self._model)
         self._stop = tuple(stop) if stop is not None else (() if template else self._chat.stops)
         tokenizer = self._model.tokenizer
+        config = getattr(self._model, "config", None)
+        self.prompt_variant: str | None = (config.data.prompt_variant or None) if config else None
         self._stop_tokens = tokenizer.ends if template else self._chat.stop_tokens(tokenizer)
         self._max_tokens, self._temperature = max_tokens, temperature
         self._price = prices.price_of(self.name, price) or prices.Price(0.0, 0.0)
@@ -139,6 +141,10 @@ class CheckpointLM:
 
     def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
         return self._price.dollars(input_tokens, output_tokens, cached_tokens)
+
+    def set_params(self, params: Any) -> None:
+        """Other weights of the same shape, from the next call on. No call may be under way."""
+        self._engine.set_params(params)
 
     async def aclose(self) -> None:
         """End the engine's thread once its work is done; the model stays usable."""
@@ -219,6 +225,13 @@ class _Engine:
             return grammars.json_schema(schema)
         except UserError:  # not installed, or a schema it cannot enforce: the words have to do
             return None
+
+    def set_params(self, params: Any) -> None:
+        self.close()  # with it goes what it has kept of prompts
+        with self._lock:
+            self._model = self._model._replace(params=params)
+            if self._device is not None:
+                self._device.set_params(params)
 
     def stats(self) -> dict[str, float]:
         service = self._service
@@ -316,6 +329,7 @@ def _chat(model: Any) -> Any:
 def _load(path: str, step: int | None) -> Any:
     try:
         from mor_jax.errors import UserError
+        from mor_jax.paths import use_compilation_cache
         from mor_jax.train.load import load_model
     except ImportError as e:
         raise UsageError(
@@ -323,6 +337,7 @@ def _load(path: str, step: int | None) -> Any:
             'In a checkout of this project, pip install ".[jax]"; or use an endpoint (openai:MODEL with base_url).'
         ) from e
     try:
+        use_compilation_cache()
         return load_model(path, step)
     except UserError as e:
         raise UsageError(f"checkpoint:{path}: {e}") from e

@@ -79,7 +79,7 @@ class Options:
 
     def variant_of(self, lm: LM) -> str:
         """The prompt variant a node led by `lm` is spoken to in."""
-        return self.prompt_variant or variant_for(lm.name)
+        return self.prompt_variant or getattr(lm, "prompt_variant", None) or variant_for(lm.name)
 
     def limits_for(self, lm: LM) -> Limits:
         """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small window."""

@@ -18,7 +18,7 @@ from rlm_runtime.lms.base import Message
 from rlm_runtime.lms.scripted import ScriptedLM
 from rlm_runtime.rlm import RLM
 from rlm_runtime.tasks.base import writing
-from rlm_runtime.training import readings
+from rlm_runtime.training import copying, readings
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, expert_of
 from rlm_runtime.training.samples import Conversation, conversations, spoken
 from rlm_runtime.training.splits import check_split, seed_of
@@ -38,13 +38,14 @@ class MakeReport:
     written: int = 0
     conversations: int = 0
     sub_samples: int = 0
+    copies: int = 0
     failed: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         lost = ", ".join(f"{n} of {name}" for name, n in sorted(self.failed.items())) or "none"
         return (
             f"{self.runs} runs, {self.written} with score 1 (dropped: {lost}); {self.conversations} conversations of a "
-            f"root or child, {self.sub_samples} of a sub-model"
+            f"root or child, {self.sub_samples} of a sub-model, {self.copies} exercises in copying"
         )
 
 
@@ -72,6 +73,8 @@ def make(
     window: int | None = WINDOW,
     variant: str = "native",
     readings_share: float = 0.5,
+    copies_share: float = 0.0,
+    strategies: Sequence[str] = (),
     concurrency: int = 4,
 ) -> MakeReport:
     """Run `samples` expert runs over the tasks in turn and write their conversations to `out`.
@@ -84,8 +87,10 @@ def make(
       window: tokens of the model that is trained; longer histories slide as they will for it. None: no bound.
       variant: the prompt variant of the runs.
       readings_share: sub-model samples that are made without a run (`readings`), for each run.
+      copies_share: exercises in copying (`copying`), for each run.
+      strategies: those that lead runs; default: every one of a task's expert.
     Raises:
-      UsageError: an unknown task or split, no task, or nothing written.
+      UsageError: an unknown task, split or strategy, no task, or nothing written.
     """
     check_split(split)
     names = list(dict.fromkeys(t.strip() for t in tasks if t.strip()))
@@ -96,8 +101,13 @@ def make(
     jobs = []
     for i in range(samples):
         name = names[i % len(names)]
-        index, strategies = i // len(names), list(chosen[name].strategies)
-        jobs.append(Job(name, index, rng.choice(list(lengths)), strategies[(index + i) % len(strategies)]))
+        index, able = i // len(names), [s for s in chosen[name].strategies if not strategies or s in strategies]
+        if not able:
+            known = ", ".join(chosen[name].strategies)
+            raise UsageError(
+                f"training make: task {name!r} has none of the strategies {', '.join(strategies)}; it has {known}."
+            )
+        jobs.append(Job(name, index, rng.choice(list(lengths)), able[(index + i) % len(able)]))
     report = MakeReport()
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +126,9 @@ def make(
                 file.write(conversation.line())
         for conversation in readings.samples(round(samples * readings_share), seed, split):
             report.sub_samples += 1
+            file.write(conversation.line())
+        for conversation in copying.samples(round(samples * copies_share), seed, split):
+            report.copies += 1
             file.write(conversation.line())
         if not report.written:
             raise UsageError(f"training make: no run ended with score 1, so nothing was written. {report}.")

@@ -91,3 +91,12 @@ def test_a_session_slides_too():
         assert session.completion("two", "Second?").answer == 2
     assert all(lm.count_tokens(m) <= 1200 for m in lm.messages)
     assert "Second?" in lm.messages[-1][1].content
+
+
+def test_a_model_says_itself_how_it_wants_to_be_spoken_to():
+    """The variant that travels with a checkpoint, unless the caller names another."""
+    for asked, short in ((None, True), ("small", False)):
+        lm, rlm = lead([done("'yes'")], 14_000, asked)
+        lm.prompt_variant = "native"
+        rlm.completion("a long text", "What?")
+        assert (len(lm.messages[0][0].content) < 500) == short

@@ -76,9 +76,12 @@ def blocks(
     return network.blocks(one, weights, x_MxD, attends, repeat)
 
 
-def embed(lm: LM, weights: Weights, token_M: jax.Array) -> jax.Array:
-    """States [M, D] of tokens."""
-    return network.embed(lm.model, weights, token_M)
+def embed(
+    lm: LM, weights: Weights, tokens_LxT: jax.Array, pos_LxT: jax.Array, before_LxS: jax.Array | None
+) -> jax.Array:
+    """States [L * T, D] of tokens that follow one another in L lanes, behind the tokens `before` (`block.embed`)."""
+    x = network.embed(lm.model, weights, tokens_LxT, before_LxS, pos_LxT)
+    return x.reshape(-1, x.shape[-1])
 
 
 def logits(lm: LM, weights: Weights, x_MxD: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Log, View
-from mor_jax.inference.engine.state import Shape, State
+from mor_jax.inference.engine.state import Shape, State, ids_before, put_ids
 from mor_jax.inference.engine.tick import first_tag, newest_tag
 from mor_jax.model.depth import Controlled, DepthControl, TokenInfo
 from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
@@ -65,7 +65,8 @@ def prefill_states(
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
     read = lambda log: functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
-    x = layers.embed(lm, weights, tokens_C)
+    before_S = ids_before(state.ids_NxT, lane, state.tokens_N[lane], lm.model.smear)
+    x = layers.embed(lm, weights, tokens_C, pos_C, before_S)
     x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [read(log) for log in state.prelude])
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
     info = TokenInfo(real_C[None], pos_C[None], tokens_C[None])
@@ -106,6 +107,7 @@ def prefill_states(
         tokens_N=state.tokens_N.at[lane].add(count),
         entries_N=state.entries_N.at[lane].add(added),
         void_N=state.void_N.at[lane].set(~fits),
+        ids_NxT=put_ids(state.ids_NxT, lane, pos_C, tokens_C, index_C < count),
     )
     return state, Chunk(depth_C, at + count, slot + added, fits), x
 

@@ -17,7 +17,7 @@ from mor_jax.inference.engine.logs import Layout, Log
 from mor_jax.inference.engine.prefill import prefill
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
 from mor_jax.inference.engine.speculate import Speculation, speculative_tick
-from mor_jax.inference.engine.state import NONE, Shape, State
+from mor_jax.inference.engine.state import NONE, Shape, State, ids_before, put_ids
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, tick
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import LM
@@ -67,8 +67,9 @@ def mask_lane(state: State, lane: jax.Array, mask_W: jax.Array, position: jax.Ar
 
 
 def save_ends(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
-    """`count` entries of prelude and coda."""
-    return tuple(_read(shape.ends, part, lane, slot, count) for part in (state.prelude, state.coda))
+    """`count` entries of prelude and coda, with their tokens where those are kept."""
+    parts = tuple(_read(shape.ends, part, lane, slot, count) for part in (state.prelude, state.coda))
+    return parts, ids_before(state.ids_NxT, lane, slot + count, count)
 
 
 def save_core(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
@@ -78,9 +79,13 @@ def save_core(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax
 
 def load_ends(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
     """The first `count` of the saved entries in their place again."""
+    saved, ids = saved
     parts = zip((state.prelude, state.coda), saved, strict=True)
     prelude, coda = (_write(shape.ends, part, lane, slot, count, rows) for part, rows in parts)
-    return state._replace(prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count))
+    if ids is not None:
+        index = jnp.arange(len(ids))
+        ids = put_ids(state.ids_NxT, lane, slot + index, ids, index < count)
+    return state._replace(prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count), ids_NxT=ids)
 
 
 def load_core(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:

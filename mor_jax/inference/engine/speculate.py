@@ -31,7 +31,7 @@ from mor_jax.inference.engine.drawing import Drawn, draw
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Log, append_spans, attend_spans, tag_spans
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
-from mor_jax.inference.engine.state import NONE, Shape, State
+from mor_jax.inference.engine.state import NONE, Shape, State, ids_before, put_ids
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, first_tag, newest_tag
 from mor_jax.model.depth import Controlled, TokenInfo
 from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
@@ -103,7 +103,8 @@ def _verify(
 
         return attend
 
-    x = layers.embed(lm, weights, tokens_NxT.reshape(-1))
+    before_NxS = ids_before(state.ids_NxT, jnp.arange(lanes), state.tokens_N, lm.model.smear)
+    x = layers.embed(lm, weights, tokens_NxT, pos_NxT, before_NxS)
     x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [reader(log) for log in state.prelude])
     x, active_RxNxT, made = _recurse(lm, shape, weights, state, in_lanes(x), tokens_NxT, pos_NxT, rope, here_N)
     x, coda = layers.blocks(lm, weights["coda"], flat(x), rope, [reader(log) for log in state.coda])
@@ -147,6 +148,7 @@ def _verify(
         next_N=jnp.where(count_N > 0, goes_on_N, state.next_N),
         remaining_N=state.remaining_N - count_N,
         draws=draws,
+        ids_NxT=put_ids(state.ids_NxT, jnp.arange(lanes)[:, None], pos_NxT, tokens_NxT, stands_NxT),
     )
     return state, out
 

@@ -70,6 +70,7 @@ class State(NamedTuple):
     remaining_N: jax.Array  # tokens still to draw
     draws: DrawRows
     control: DepthControl
+    ids_NxT: jax.Array | None = None  # tokens by position, of a model that mixes in those before (`model.smear`)
 
 
 def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
@@ -95,4 +96,21 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
         empty_tags(shape.core), zeros, zeros, no,
         Flight(no, h_NxD, zeros, no, no, z_N, route),
         zeros + NONE, zeros, empty_rows(lanes, draw), control,
+        jnp.zeros((lanes, shape.context), jnp.int32) if lm.model.smear else None,
     )  # fmt: skip
+
+
+def put_ids(
+    ids_NxT: jax.Array | None, lane: jax.Array, slot: jax.Array, ids: jax.Array, stays: jax.Array
+) -> jax.Array | None:
+    """`ids` written at these lanes and slots where they stay; all of one shape. Nothing where no tokens are kept."""
+    if ids_NxT is None:
+        return None
+    return ids_NxT.at[lane, jnp.where(stays, slot, ids_NxT.shape[1])].set(ids, mode="drop")
+
+
+def ids_before(ids_NxT: jax.Array | None, lane: jax.Array, slot: jax.Array, count: int) -> jax.Array | None:
+    """The `count` tokens before these slots of these lanes, [..., count]; any where there are none."""
+    if ids_NxT is None:
+        return None
+    return ids_NxT[lane[..., None], jnp.maximum(slot[..., None] - jnp.arange(count, 0, -1), 0)]

@@ -22,7 +22,7 @@ from mor_jax.inference.engine.drawing import Drawn, draw
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log, View
 from mor_jax.inference.engine.rows import DrawConfig, waiting
-from mor_jax.inference.engine.state import NONE, Flight, Shape, State
+from mor_jax.inference.engine.state import NONE, Flight, Shape, State, ids_before, put_ids
 from mor_jax.model.depth import Controlled, TokenInfo
 from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
@@ -213,7 +213,9 @@ def boundary(
 
     def enter(carry: tuple) -> tuple:
         prelude, _ = carry
-        x, rope = layers.embed(lm, weights, token_N), lm.rope(tokens_N)
+        before_NxS = ids_before(state.ids_NxT, jnp.arange(shape.lanes), tokens_N, lm.model.smear)
+        x = layers.embed(lm, weights, token_N[:, None], tokens_N[:, None], before_NxS)
+        rope = lm.rope(tokens_N)
         x, prelude = layers.blocks(lm, weights["prelude"], x, rope, _ends(shape, prelude, tokens_N, enters_N))
         return tuple(prelude), x
 
@@ -228,6 +230,7 @@ def boundary(
     state = state._replace(
         prelude=prelude, coda=coda, tokens_N=tokens_N, flight=flight, next_N=jnp.where(fresh_N, NONE, state.next_N),
         remaining_N=remaining_N, draws=draws,
+        ids_NxT=put_ids(state.ids_NxT, jnp.arange(shape.lanes), tokens_N, token_N, enters_N),
     )  # fmt: skip
     return state, drawn, f.depth_N, ended_N, jnp.sum(exits_N, dtype=jnp.int32)
 

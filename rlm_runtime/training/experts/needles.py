@@ -17,7 +17,7 @@ from rlm_runtime import tasks
 from rlm_runtime.tasks.s_niah import NEEDLE
 from rlm_runtime.training.dressing import Dressing
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
-from rlm_runtime.training.splits import STRINGS, of_split
+from rlm_runtime.training.splits import STRINGS, of_split, word
 
 # {key} and {value}; the value stands between two spaces or marks, before or behind its key
 SENTENCES = (
@@ -27,17 +27,27 @@ SENTENCES = (
     "The {kind} {value} belongs to {key}.", "In the files, {key} stands beside the {kind} {value}.",
     "It is the {kind} {value} that opens {key}.", "Record: {key} = {kind} {value};",
     "Under the name {key} we keep the {kind} {value}.", "<{key}> has been assigned {kind} {value}!",
+    "One of the {kind} entries for {key} is: {value}.", "{kind} of {key}: {value}.", "As for {key}, its {kind} is {value}.",
+    "A {kind} for {key} exists: {value}.", "We wrote {value} down as the {kind} of {key}.", "{key} -> {kind} -> {value};",
+    "There is a {kind} for {key}, namely {value}.", "The clerk gave {key} a {kind}: {value}.",
+    "Let {key} have the {kind} {value}.", "The {kind} that goes with {key} is {value}, they say.",
+    "({key} has {kind} {value})", "In case of {key}, say the {kind}: {value}.",
 )  # fmt: skip
 ONE = (
     "What is the {kind} for {key}?", "Which {kind} goes with {key}?", "Tell me the {kind} of {key}.",
     "Find the {kind} that the text gives for {key}.", "{key}: which {kind} does it have?",
-    "The text mentions {key}. With which {kind}?",
+    "The text mentions {key}. With which {kind}?", "What is the {kind} of {key} in this text?",
+    "I need the {kind} for {key}.", "Look up {key} and give me its {kind}.", "What {kind} belongs to {key} here?",
+    "Which is the {kind} for {key} that was named?", "Read out the {kind} that {key} has.",
 )  # fmt: skip
 MANY = (
     "What are all the {kind}s for {key}?", "List every {kind} that goes with {key}.", "Give me all {kind}s of {key}.",
     "Which {kind}s does the text give for {key}?", "Find each {kind} of {key}.", "{key}: name all the {kind}s.",
 )  # fmt: skip
+HEADS = ("", "", "Please tell me. ", "A question about the text. ", "Read carefully. ", "Quickly now. ")
+TAILS = ("", "", " Reply in one line.", " Give the {kind} and no more.", " Nothing else, please.", " Only the {kind}.")
 KINDS = ("number", "code", "token", "permit", "ticket", "label", "serial", "badge", "receipt")
+ABSENT = 0.1  # share of the questions for one value that ask about a key that does not stand in the text
 STRAW = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
 
 
@@ -46,7 +56,8 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     task = tasks.get(spec)
     example = task.example(length, seed=seed, index=index, folder=folder)
     rng = random.Random(f"{spec} {seed} {index} {length} needles")
-    sentence, kind = rng.choice(of_split(SENTENCES, split)), rng.choice(of_split(KINDS, split))
+    sentence, noun = rng.choice(of_split(SENTENCES, split)), rng.choice(of_split(KINDS, split))
+    kind = " ".join([*(word(rng, split) for _ in range(rng.choice((0, 0, 1, 2)))), noun])
     key_kind, value_kind = rng.choice(("words", "codes", "codes", "numbers", "uuids")), rng.choice(sorted(STRINGS))
     names: dict[str, str] = {}
 
@@ -76,7 +87,13 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     answer = [named(f"value {value}", value_kind) for value in example.answer]
     ask = rng.choice(of_split(ONE if len(answer) == 1 else MANY, split))
     listed = keys[0] if len(keys) == 1 else ", ".join(keys[:-1]) + " and " + keys[-1]
-    example = dataclasses.replace(example, question=ask.format(kind=kind, key=listed), answer=answer, intro="")
+    absent = len(answer) == 1 and rng.random() < ABSENT
+    if absent:
+        keys, answer = [named("nowhere", key_kind)], ["not found"]
+        listed = keys[0]
+    wrap = rng.choice(of_split(HEADS, split)) + "{q}" + rng.choice(of_split(TAILS, split)).format(kind=noun)
+    question = wrap.format(q=ask.format(kind=kind, key=listed))
+    example = dataclasses.replace(example, question=question, answer=answer, intro="")
 
     def sub(prompt: str) -> str:
         """Every value whose sentence stands whole in the prompt, of the keys that are asked for there."""
@@ -90,8 +107,8 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         ]
         return "\n".join(found) or "not found"
 
-    facts = {"keys": keys, "kind": kind, "values": values}
-    return Problem(task, example, split, sub, facts, template=f"{sentence} | {ask} | {kind}")
+    facts = {"keys": keys, "kind": kind, "values": values, "absent": absent}
+    return Problem(task, example, split, sub, facts, template=f"{sentence} | {wrap.format(q=ask)} | {noun}")
 
 
 assert STRAW.fullmatch(NEEDLE.format(kind="numbers", key="a-b", value="1"))
@@ -106,20 +123,23 @@ def _look(keys: list[str]) -> str:
     if len(keys) == 1:
         return (
             f"import re\nkey = {quoted(keys[0])}\nspots = [m.start() for m in re.finditer(re.escape(key), context)]\n"
-            "for i in spots[:2]:\n    print(context[max(0, i - 70):i + len(key) + 80])"
+            "for i in spots[:2]:\n    print(context[max(0, i - 90):i + len(key) + 110])"
         )
     listed = ", ".join(map(quoted, keys))
     return (
         f"import re\nkeys = [{listed}]\nspots = [context.find(k) for k in keys]\n"
-        "i = spots[0]\nprint(context[max(0, i - 70):i + len(keys[0]) + 80])"
+        "i = spots[0]\nprint(context[max(0, i - 90):i + len(keys[0]) + 110])"
     )
+
+
+def _seen(problem: Problem, report: str) -> list[str]:
+    """Values of the first key that the printout shows."""
+    return [v for v in problem.facts["values"][_keys(problem)[0]] if v in report]  # type: ignore[index]
 
 
 def _shape(problem: Problem, report: str) -> tuple[bool, str, str]:
     """(whether the value stands behind its key, the text before it, the text behind it), as the printout shows them."""
-    key = _keys(problem)[0]
-    seen = [v for v in problem.facts["values"][key] if v in report]  # type: ignore[index]
-    value = min(seen, key=report.index)
+    key, value = _keys(problem)[0], min(_seen(problem, report), key=report.index)
     at, of_key = report.index(value), report.index(key)
     behind = at > of_key
     before, after = report[:at], report[at + len(value) :]
@@ -154,12 +174,18 @@ def _answer(problem: Problem) -> str:
 def extract(problem: Problem, rng: random.Random) -> Turns:
     """Look, cut the value out by what stands around it, hand it in."""
     report = yield Say(_look(_keys(problem)))
+    if problem.facts["absent"] or not _seen(problem, report):  # a value out of sight: the run fails and is dropped
+        yield Say(done('"not found"'))
+        return
     yield Say(f"{_cut(problem, report)}\n{done(_answer(problem))}")
 
 
 def verify(problem: Problem, rng: random.Random) -> Turns:
     """The same, with a look at the value before it is handed in."""
     report = yield Say(_look(_keys(problem)))
+    if problem.facts["absent"] or not _seen(problem, report):
+        yield Say(done('"not found"'))
+        return
     yield Say(f"{_cut(problem, report)}\nprint(len(values), values)")
     yield Say(done(_answer(problem)))
 
@@ -180,6 +206,9 @@ def recover(problem: Problem, rng: random.Random) -> Turns:
 
 def read(problem: Problem, rng: random.Random) -> Turns:
     """Code finds the places, the sub-model reads them."""
+    if problem.facts["absent"]:
+        yield from extract(problem, rng)
+        return
     keys, question = _keys(problem), problem.example.question
     if len(problem.example.answer) == 1:
         yield Say(_look(keys))
@@ -202,6 +231,9 @@ def read(problem: Problem, rng: random.Random) -> Turns:
 
 def worker(problem: Problem, rng: random.Random) -> Turns:
     """A part of the text that holds the places goes to a child RLM."""
+    if problem.facts["absent"]:
+        yield from extract(problem, rng)
+        return
     keys = _keys(problem)
     listed = ", ".join(map(quoted, keys))
     yield Say(

@@ -55,6 +55,10 @@ def test_commands(place, command):
         (["make", "--tasks", "s_nih", "--out", "x"], "task 's_nih' is unknown. There are experts for: codeqa"),
         (["make", "--tasks", "s_niah", "--window", "100", "--out", "x"], "its window of 100 tokens is too small"),
         (["make", "--tasks", "s_niah", "--lengths", "5", "--out", "x"], "a length of 20 tokens is too short"),
+        (
+            ["make", "--tasks", "s_niah", "--strategies", "fly", "--out", "x"],
+            "has none of the strategies fly; it has extract",
+        ),
         (["filter", "nowhere", "--out", "x"], "No run at nowhere: expected a run folder with events.jsonl"),
         ([], "rlm training make|filter"),
     ],

@@ -1,0 +1,51 @@
+"""Exercises in copying: random strings to be said again in another order, as dense as they can be.
+
+To copy is most of what a small model trained from scratch has to learn: in conversations alone too few of the tokens are
+copied for it to begin. Strings are quoted in the reply, as in the code that names a key.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from rlm_runtime.training.experts.needles import KINDS, ONE, SENTENCES
+from rlm_runtime.training.samples import Conversation, spoken
+from rlm_runtime.training.splits import STRINGS, of_split, seed_of, word
+
+ROOM = 110  # characters of strings in an exercise, about
+
+
+def _string(rng: random.Random, split: str) -> str:
+    return STRINGS[rng.choice(("words", "words", "numbers", "codes", "codes", "uuids"))](rng, split)
+
+
+def _listed(rng: random.Random, split: str) -> tuple[str, str]:
+    strings: list[str] = []
+    while sum(map(len, strings)) < ROOM:
+        strings.append(_string(rng, split))
+    mark = rng.choice((" ", ", ", "\n", " / ", "; "))
+    asked = mark.join(strings)
+    rng.shuffle(strings)
+    return f"Copy: {asked}", "\n".join(f'"{s}"' for s in strings)
+
+
+def _said(rng: random.Random, split: str) -> tuple[str, str]:
+    """Sentences with a key and a value; then the keys and what stands around the values."""
+    lines, copies = [], []
+    for _ in range(2):
+        sentence = rng.choice(of_split((*SENTENCES, *ONE), split))
+        words = [_string(rng, split), _string(rng, split), f"{word(rng, split)} {rng.choice(of_split(KINDS, split))}"]
+        lines.append(sentence.format(key=words[0], value=words[1], kind=words[2]))
+        copies += [w for w in words if w in lines[-1]]
+    rng.shuffle(copies)
+    return "Copy: " + " ".join(lines), "\n".join(f'"{s}"' for s in copies)
+
+
+def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
+    """`count` exercises; strings and sentences are those of the split."""
+    for i in range(count):
+        rng = random.Random(f"copying {seed_of(seed, split)} {i}")
+        prompt, reply = (_listed, _said)[i % 2](rng, split)
+        provenance = {"source": "copying", "split": split, "seed": seed, "index": i, "role": "exercise"}
+        yield Conversation((spoken("user", prompt), spoken("assistant", reply)), provenance)
