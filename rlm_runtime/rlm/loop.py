@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class Node:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
         if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
-            asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
+            asyncio.get_running_loop().call_later(SPAWN_SECONDS, _in_time, warm)
         tools = tuple(t.info() for t in self.tools.values())
         record = asyncio.to_thread(self.tree.writer.context_fields, context, whole=self.is_root)
         # The record hashes a long text, and may store it.
@@ -193,11 +193,11 @@ class Node:
             if content is None and not self._asked_for_none:
                 self._asked_for_none = True  # once: a model that means it says so again
                 return None, prompts.empty_answer()
-            return Ending(ANSWERED, answer=content, text=_text(content)), None
+            return Ending(ANSWERED, answer=content, text=await _text(content)), None
         value, problem = await read(size_of(content), self.shape.check, content)
         if problem is not None:
             return None, self._refused(problem)
-        return Ending(ANSWERED, answer=value, text=_text(content)), None
+        return Ending(ANSWERED, answer=value, text=await _text(content)), None
 
     def _is_plan(self, content: Any) -> bool:
         """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
@@ -262,7 +262,9 @@ class Node:
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self._began = time.monotonic()
         loop = asyncio.get_running_loop()
-        warm = loop.call_later(WARM_SECONDS, loop.run_in_executor, None, _parsing) if self.turn == 0 else None
+        warm = None
+        if self.turn == 0:
+            warm = loop.call_later(WARM_SECONDS, _in_time, loop.run_in_executor, None, _parsing)
         try:
             return await self.tree.ask(
                 self.lm,
@@ -335,10 +337,10 @@ class Node:
         if found is None:
             return None, "The last reply held no answer."
         if self.shape is None:
-            return Ending(reason, answer=found, text=_text(found), partial=True, error=why), ""
+            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why), ""
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is None:
-            return Ending(reason, answer=value, text=_text(found), partial=True, error=why), ""
+            return Ending(reason, answer=value, text=await _text(found), partial=True, error=why), ""
         return None, self.shape.complaint(problem)
 
     async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
@@ -346,11 +348,11 @@ class Node:
         was not asked to come to an end, so what it said last is no answer."""
         found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
         if self.shape is None or found is None:
-            return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
+            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why, cause=cause)
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is not None:
             why = f"{why} No answer fitted the schema: {problem}"
-        return Ending(reason, answer=value, text=_text(found), partial=True, error=why, cause=cause)
+        return Ending(reason, answer=value, text=await _text(found), partial=True, error=why, cause=cause)
 
     async def _failed(self, error: RlmError) -> Ending:
         """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
@@ -372,6 +374,12 @@ class Node:
         return None
 
 
+def _in_time(work: Callable[..., object], *args: Any) -> None:
+    """What is done ahead of time, for speed: not at all where the loop is ending, or no thread can be had."""
+    with contextlib.suppress(RuntimeError):
+        work(*args)
+
+
 def _parsing() -> Any:
     """The parser of replies, imported while the first one is awaited."""
     from rlm_runtime import parsing
@@ -384,7 +392,7 @@ async def _refuse(request: Request) -> list[Outcome]:
     return [refused] * (1 if request.method == "tool" else len(request.prompts))
 
 
-def _text(content: Any) -> str:
+async def _text(content: Any) -> str:
     from rlm_runtime.rlm.subcalls import as_text
 
-    return "" if content is None else as_text(content)
+    return "" if content is None else await read(size_of(content), as_text, content)
