@@ -176,7 +176,7 @@ def dumps(value: Json, form: Form = COMPACT) -> bytes:
 
 
 def _written(value: Json, form: Form) -> Iterator[bytes]:
-    if size_of(value, PIECE + 1) <= PIECE:
+    if not isinstance(value, str | dict | list | tuple) or size_of(value, PIECE + 1) <= PIECE:
         yield form.whole(value)
     elif isinstance(value, str):
         yield b'"'
