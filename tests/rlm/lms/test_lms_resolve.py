@@ -142,7 +142,7 @@ async def collect(chunks):
         for chunk in chunks:
             yield chunk
 
-    return [event async for event in sse.events(source())]
+    return [event async for event in sse.events(source(), 1 << 20)]
 
 
 FIELDS = st.lists(
