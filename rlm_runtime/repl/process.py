@@ -456,5 +456,5 @@ def _close(fd: int) -> None:
 def _decoded(line: bytes) -> dict[str, Any] | None:
     try:
         return wire.decode(line)
-    except wire.Bad:
+    except (wire.Bad, MemoryError):
         return None

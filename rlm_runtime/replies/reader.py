@@ -34,7 +34,11 @@ async def beside(work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> 
     global _threads
     if _threads is None:
         _threads = ThreadPoolExecutor(THREADS, thread_name_prefix="rlm-reader")
-    return await asyncio.get_running_loop().run_in_executor(_threads, lambda: work(*args, **kwargs))
+    try:
+        future = asyncio.get_running_loop().run_in_executor(_threads, lambda: work(*args, **kwargs))
+    except RuntimeError:  # no thread can be had
+        return work(*args, **kwargs)
+    return await future
 
 
 def size_of(value: object, enough: int = INLINE + 1) -> int:

@@ -57,7 +57,7 @@ class TrajectoryWriter:
         self.folder = Path(folder) if folder is not None else None
         self._listeners: list[Callable[[AnyEvent], None]] = [on_event] if on_event is not None else []
         self.error: OSError | None = None  # why recording stopped; None while it works
-        self.dropped = self.shortened = 0  # events that are not in the record, or not whole
+        self._dropped = self._shortened = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._waiting: deque[AnyEvent] = deque()  # a long event that is being encoded, and those behind it
@@ -105,15 +105,19 @@ class TrajectoryWriter:
     def write(self, event: AnyEvent) -> AnyEvent:
         """Record `event` and return it with its time. Never raises for a failing disk or callback."""
         stamped = event.model_copy(update={"t": round(time.monotonic() - self._started, 6)})
-        long = size_of_event(stamped) > LONG
+        long, first = size_of_event(stamped) > LONG, False
         line = b"" if long else encode(stamped, long) + b"\n"
         with self._lock:
             if not long and not self._waiting:
                 self._record(line, stamped)
             else:
                 self._waiting.append(stamped)
-                if len(self._waiting) == 1:
-                    threading.Thread(target=self._write_waiting, name="rlm-record").start()
+                first = len(self._waiting) == 1
+        if first:
+            try:
+                threading.Thread(target=self._write_waiting, name="rlm-record").start()
+            except RuntimeError:  # no thread can be had
+                self._write_waiting()
         for listener in tuple(self._listeners):
             try:
                 listener(stamped)
@@ -134,11 +138,23 @@ class TrajectoryWriter:
                 if line:
                     self._record(line, event)
                 else:
-                    self.dropped += 1
+                    self._dropped += 1
                 self._waiting.popleft()
                 if not self._waiting:
                     self._written.notify_all()
                     return
+
+    @property
+    def dropped(self) -> int:
+        """Events that are not in the record."""
+        self.flush()
+        return self._dropped
+
+    @property
+    def shortened(self) -> int:
+        """Events that are in the record with their long texts cut."""
+        self.flush()
+        return self._shortened
 
     @property
     def behind(self) -> bool:
@@ -162,9 +178,9 @@ class TrajectoryWriter:
         if len(line) > self._left // SHARE and not isinstance(event, RunStart | RunEnd):
             line = encode_short(event) + b"\n"
             if len(line) > self._left // SHARE:
-                self.dropped += 1
+                self._dropped += 1
                 return
-            self.shortened += 1
+            self._shortened += 1
         self._left -= len(line)
         if self.folder is None:
             self._lines.append(line)
@@ -173,7 +189,7 @@ class TrajectoryWriter:
 
     def _append(self, line: bytes) -> None:
         if self._descriptor < 0:
-            self.dropped += 1
+            self._dropped += 1
             return
         try:
             if os.fstat(self._descriptor).st_nlink == 0:
@@ -185,7 +201,7 @@ class TrajectoryWriter:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
             self.error = error
-            self.dropped += 1
+            self._dropped += 1
             self._close()
 
     def blob(self, data: bytes) -> str | None:
@@ -207,7 +223,7 @@ class TrajectoryWriter:
             with self._lock:
                 if size is None or size > self._left // SHARE:
                     blobs = None
-                    self.shortened += 1
+                    self._shortened += 1
                 else:
                     self._left -= size
         try:
@@ -223,9 +239,9 @@ class TrajectoryWriter:
     def note(self) -> str | None:
         """What the record does not hold, as a sentence for the user; None where it holds everything."""
         if self.error is not None:
-            return f"The trajectory is incomplete ({self.error}); {self.dropped} events were not recorded."
-        if self.dropped or self.shortened:
-            lost = f"{self.dropped} events were not recorded, {self.shortened} with their long texts cut"
+            return f"The trajectory is incomplete ({self.error}); {self._dropped} events were not recorded."
+        if self._dropped or self._shortened:
+            lost = f"{self._dropped} events were not recorded, {self._shortened} with their long texts cut"
             more = "; pass log_dir=... to record more of them" if self.folder is None else ""
             return f"The trajectory has reached what it may take: {lost}{more}."
         return None
@@ -250,8 +266,8 @@ class TrajectoryWriter:
 
 
 def encode(event: AnyEvent, long: bool = False) -> bytes:
-    """One JSON object without a newline, written in pieces where it is long. What is not JSON (lone surrogates, odd objects, endless depth) is kept as
-    well as JSON can: escaped, as `repr`, or as a note that says so."""
+    """One JSON object without a newline, written in pieces where it is long. What is not JSON (lone surrogates, odd
+    objects, endless depth) is kept as well as JSON can: escaped, as `repr`, or as a note that says so."""
     try:
         if not long:
             return event.model_dump_json().encode()
