@@ -18,12 +18,13 @@ from typing import Any
 
 from rlm_runtime.repl import wire
 from rlm_runtime.repl.spawn import SPAWNER
-from rlm_runtime.replies.reader import beside
 
 READ = 1 << 16
 ROUND = 8  # reads in one go, so that no worker keeps the event loop to itself
 SLICE = 0.01  # seconds of the event loop that frames get in one go; there may be a hundred thousand in a second
-INLINE = 1 << 16  # bytes of a frame that is decoded in the event loop: some 5 ms; a longer one on a reader's thread
+INLINE = (
+    1 << 16
+)  # bytes of a frame that is decoded in the event loop: some 5 ms; a longer one on a thread of the loop's pool
 RAW_FREE, RAW_PAUSE = 64 << 20, 0.02  # bytes past sys.stdout read at full speed; then a pause after each round
 
 
@@ -218,7 +219,7 @@ class Process:
             self.resume_reading()
 
     async def _decode_beside(self, line: bytes) -> None:
-        message = await beside(_decoded, line)
+        message = await asyncio.to_thread(_decoded, line)
         self._decoding = None
         if self._in >= 0:
             self.on_frame(message, len(line))

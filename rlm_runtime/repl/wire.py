@@ -81,11 +81,11 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """The object of a line of ASCII; every string in it is valid Unicode. No step takes long. Raises Bad."""
+    """The object of a line; every string in it is valid Unicode. No step takes long. Raises Bad."""
     _check(line)
     try:
-        text = line.decode("ascii")
         long = len(line) > pieces.PIECE
+        text = line.decode("ascii" if long else "utf-8")  # workers write ASCII
         message = pieces.loads(text, _decoder.scan_once) if long else _decoder.decode(text)
     except (ValueError, RecursionError) as error:
         raise Bad(f"not JSON: {str(error)[:100]}") from None
