@@ -16,8 +16,9 @@ from typing import Any
 from rlm_runtime.lms import plain
 from rlm_runtime.lms.base import Message, Reply, ToolCall, ToolSpec, Usage, with_ids
 from rlm_runtime.lms.chat import Call, ChatLM
-from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
+from rlm_runtime.lms.http import LARGEST_TEXT, Delivery, Endpoint, EndpointError, Response, Room
 from rlm_runtime.lms.openai import as_dict, natural, parsed
+from rlm_runtime.replies.reader import read, size_of
 
 log = logging.getLogger("rlm_runtime.lms")
 
@@ -110,7 +111,8 @@ class AnthropicLM(ChatLM):
                 raise self.endpoint.cut()
         else:
             reading.whole(await response.json())
-        calls, text = reading.tool_calls(), "".join(reading.texts)
+        calls = await read(reading.room.used, reading.tool_calls)
+        text = "".join(reading.texts)
         if as_reply and calls:
             arguments = calls[0].arguments
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
@@ -157,6 +159,7 @@ class _Reading:
         self.endpoint, self.delivery, self._as_reply = endpoint, delivery, as_reply
         self.stop, self.model, self.ended = "", "", False
         self.usage: dict[str, Any] = {}
+        self.room = Room(endpoint)
         self.texts: list[str] = []
         self._blocks: dict[str, dict[str, Any]] = {}  # the block that an index means now
         self._thoughts: list[dict[str, Any]] = []
@@ -167,7 +170,9 @@ class _Reading:
             raise self._failed(value)
         blocks = value.get("content")
         if not isinstance(blocks, list):
-            raise self.endpoint.protocol(f"sent a reply without content: {json.dumps(value)[:200]}")
+            raise self.endpoint.protocol(
+                f"sent a reply without content: {self.endpoint.start(self.endpoint.shown(value))}"
+            )
         self._head(value)
         for index, block in enumerate(blocks):
             self._block(index, as_dict(block))
@@ -206,6 +211,7 @@ class _Reading:
 
     def _block(self, index: Any, block: dict[str, Any]) -> None:
         kind = block.get("type")
+        self.room.take(size_of(block, LARGEST_TEXT + 1))
         if kind == "tool_use":
             held = {"id": str(block.get("id") or ""), "name": str(block.get("name") or ""), "json": []}
             self._calls.append(held | {"input": as_dict(block.get("input"))})
@@ -225,6 +231,7 @@ class _Reading:
         piece = delta.get(field.get(str(kind), "text"))
         if not isinstance(piece, str):
             return
+        self.room.take(len(piece))
         if kind == "text_delta":
             self._text(piece)
         elif kind == "input_json_delta" and "json" in held:
@@ -244,7 +251,7 @@ class _Reading:
         statuses = {"overloaded_error": 529, "rate_limit_error": 429, "invalid_request_error": 400,
                     "authentication_error": 401, "permission_error": 403, "not_found_error": 404}  # fmt: skip
         status = statuses.get(str(as_dict(value.get("error")).get("type")), 500)
-        return self.endpoint.refusal(status, json.dumps(value).encode())
+        return self.endpoint.refusal(status, self.endpoint.shown(value))
 
 
 def turns(messages: Sequence[Message]) -> list[dict[str, Any]]:

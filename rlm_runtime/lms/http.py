@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import email.utils
 import importlib
-import io
+import itertools
 import json
 import logging
 import os
@@ -29,6 +29,8 @@ from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms import sse
 from rlm_runtime.lms.limits import Bucket, Gate, Pause
 from rlm_runtime.lms.redact import Redactor
+from rlm_runtime.replies import pieces
+from rlm_runtime.replies.reader import Pace, beside, size_of
 
 if TYPE_CHECKING:
     import aiohttp
@@ -38,7 +40,10 @@ log = logging.getLogger("rlm_runtime.lms")
 
 RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
 KINDS = {401: "auth", 403: "auth", 404: "not_found", 408: "timeout", 429: "rate_limit"}
-LARGEST_REPLY = 64 << 20  # bytes of a body or a stream
+LARGEST_REPLY = 64 << 20  # bytes of a stream
+LARGEST_BODY = 16 << 20  # bytes of a body, or of one event of a stream
+LARGEST_TEXT = 4 << 20  # characters of one reply, its thinking and its tool calls included
+INLINE = 1 << 16  # bytes that are decoded in the event loop; more on a reader's thread
 LARGEST_ERROR = 64 << 10
 DRAIN_SECONDS = 0.5  # for the end of a stream after its last event, to keep the connection
 _OVERFLOW = re.compile(
@@ -98,49 +103,82 @@ class OnTextFailed(Exception):
 class Response:
     """A successful answer whose body has not been read yet."""
 
-    def __init__(self, response: aiohttp.ClientResponse, endpoint: Endpoint):
-        self._response, self._endpoint = response, endpoint
+    def __init__(self, response: aiohttp.ClientResponse, endpoint: Endpoint, pace: Pace):
+        self._response, self._endpoint, self._pace = response, endpoint, pace
         self.content_type = response.content_type
         self.done = False  # the stream said [DONE]
 
     async def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises EndpointError (protocol)."""
-        raw = b"".join([chunk async for chunk in self._chunks()])
-        try:
-            value = json.loads(raw)
-        except (ValueError, RecursionError):
-            value = None
+        raw = b"".join([chunk async for chunk in self._chunks(LARGEST_BODY)])
+        value = await _value_of(raw)
         if not isinstance(value, dict):
             raise self._endpoint.protocol(f"answered with no JSON object: {self._endpoint.start(raw)}")
         return value
 
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         """(event name, JSON object) of each server-sent event, to [DONE] or the end. Raises EndpointError (protocol)."""
-        stream = sse.events(self._chunks())
-        async for event in stream:
-            if event.data.strip() == "[DONE]":
-                self.done = True
-                break
-            try:
-                value = json.loads(event.data)
-            except (ValueError, RecursionError):
-                value = None
-            if not isinstance(value, dict):
-                shown = self._endpoint.start(event.data.encode())
-                raise self._endpoint.protocol(f"streamed what is no JSON object: {shown}")
-            yield event.event, value
-        with contextlib.suppress(TimeoutError):  # then the connection is closed instead of kept
-            async with asyncio.timeout(DRAIN_SECONDS):
-                async for _ in stream:
-                    pass
+        stream = sse.events(self._chunks(LARGEST_REPLY), LARGEST_BODY)
+        try:
+            async for event in stream:
+                if event.data.strip() == "[DONE]":
+                    self.done = True
+                    break
+                value = await _value_of(event.data)
+                if not isinstance(value, dict):
+                    shown = self._endpoint.start(event.data[:LARGEST_ERROR].encode())
+                    raise self._endpoint.protocol(f"streamed what is no JSON object: {shown}")
+                yield event.event, value
+                await self._pace.step()
+            with contextlib.suppress(TimeoutError):  # then the connection is closed instead of kept
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    async for _ in stream:
+                        pass
+        except sse.TooLong:
+            raise self._too_much(LARGEST_BODY, "in one event") from None
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _chunks(self, most: int) -> AsyncIterator[bytes]:
         size = 0
         async for chunk in self._response.content.iter_any():
             size += len(chunk)
-            if size > LARGEST_REPLY:
-                raise self._endpoint.protocol(f"answered with more than {LARGEST_REPLY >> 20} MiB")
+            if size > most:
+                raise self._too_much(most)
             yield chunk
+
+    def _too_much(self, most: int, where: str = "") -> EndpointError:
+        return self._endpoint.protocol(f"answered with more than {most >> 20} MiB {where}".rstrip())
+
+
+async def _parts(raw: bytes) -> AsyncIterator[bytes]:
+    for at in range(0, len(raw), pieces.PIECE):
+        yield raw[at : at + pieces.PIECE]
+
+
+async def _value_of(raw: bytes | str) -> Any:
+    """The JSON value of a body or an event; None where it is none."""
+    return await beside(_decoded, raw) if len(raw) > INLINE else _decoded(raw)
+
+
+def _decoded(raw: bytes | str) -> Any:
+    try:
+        if len(raw) <= INLINE:
+            return json.loads(raw)
+        return pieces.loads(raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw), "surrogatepass"))
+    except (ValueError, RecursionError):
+        return None
+
+
+class Room:
+    """What one reply may still hold of text, thinking and tool calls."""
+
+    def __init__(self, endpoint: Endpoint):
+        self._endpoint, self.used = endpoint, 0
+
+    def take(self, chars: int) -> None:
+        """Raises EndpointError (protocol) for more than LARGEST_TEXT characters."""
+        self.used += chars
+        if self.used > LARGEST_TEXT:
+            raise self._endpoint.protocol(f"sent a reply of more than {LARGEST_TEXT >> 20} Mi characters")
 
 
 class Endpoint:
@@ -206,7 +244,8 @@ class Endpoint:
         Raises:
           EndpointError: refused, unreachable, too slow, or not understood.
         """
-        raw = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")  # lone surrogates become "?"
+        long = size_of(body, INLINE) >= INLINE
+        raw = await beside(pieces.dumps, body, pieces.WIDE) if long else pieces.dumps(body, pieces.WIDE)
         url, delivery = self.base_url + path + self._query, delivery or Delivery(None)
         loop = asyncio.get_running_loop()
         error: EndpointError | None = None
@@ -247,15 +286,16 @@ class Endpoint:
     async def _try(self, url: str, raw: bytes, read: Callable[[Response], Awaitable[T]]) -> T:
         import aiohttp
 
-        client, proxy = await self._client()
+        client = await self._client()
         where = show(self.base_url)
-        # aiohttp warns of large bodies in one piece
-        data = raw if len(raw) < 1 << 20 else io.BytesIO(raw)
+        # In parts, where it is large: aiohttp would write it in one step.
+        data = raw if len(raw) <= pieces.PIECE else _parts(raw)
+        headers = {**self._headers, "Content-Length": str(len(raw))}
         try:
-            request = client.post(url, data=data, headers=self._headers, proxy=proxy, allow_redirects=False)
+            request = client.session.post(url, data=data, headers=headers, proxy=client.proxy, allow_redirects=False)
             async with request as response:
                 if response.status == 200:
-                    return await read(Response(response, self))
+                    return await read(Response(response, self, client.pace))
                 raise self.refusal(response.status, await _beginning(response), response.headers)
         except aiohttp.ClientSSLError as e:
             error = self.error(f"no secure connection to {where}: {e}", "connection")
@@ -325,6 +365,12 @@ class Endpoint:
         text = " ".join(self.redact(raw[:LARGEST_ERROR].decode("utf-8", "replace")).split())
         return (text[:200] + "...") if len(text) > 200 else text or "(nothing)"
 
+    def shown(self, value: Any) -> bytes:
+        """A JSON value as the body of an error: what is long, only by its beginning."""
+        if size_of(value, LARGEST_ERROR) < LARGEST_ERROR:
+            return json.dumps(value).encode()
+        return "".join(itertools.islice(json.JSONEncoder().iterencode(value), 200)).encode()[:LARGEST_ERROR]
+
     def _explained(self, body: bytes) -> tuple[str, str | None, str | None]:
         """(message, code, parameter) of an error body, whatever its shape."""
         try:
@@ -352,8 +398,8 @@ class Endpoint:
             message, kind=error.kind, status=error.status, model=error.model, code=error.code, param=error.param
         )
 
-    async def _client(self) -> tuple[aiohttp.ClientSession, str | None]:
-        """The running loop's client, and the proxy the environment names for this URL."""
+    async def _client(self) -> _Client:
+        """The running loop's client."""
         loop = asyncio.get_running_loop()
         held = self._clients.get(loop)
         if held is None:
@@ -362,7 +408,7 @@ class Endpoint:
                 self._clients = {k: v for k, v in self._clients.items() if not k.is_closed()} | {loop: made}
             held = made
             await held.open()
-        return held.session, held.proxy
+        return held
 
     async def aclose(self) -> None:
         """Close the running loop's connections. A later call opens new ones."""
@@ -381,8 +427,8 @@ class _Client:
     def __init__(self, endpoint: Endpoint):
         import aiohttp
 
-        self._endpoint = endpoint
-        self.proxy = proxy_for(endpoint.base_url)
+        self._endpoint, self.pace = endpoint, Pace()
+        self.proxy = proxy_for(endpoint.base_url)  # which the environment names for this URL
         self.session = aiohttp.ClientSession(
             # Servers drop idle connections after five seconds or more (uvicorn's default): let go first.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.5, ttl_dns_cache=60),

@@ -16,9 +16,10 @@ from typing import Any
 from rlm_runtime.lms import plain
 from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, ToolSpec, Usage, with_ids
 from rlm_runtime.lms.chat import Call, ChatLM
-from rlm_runtime.lms.http import Delivery, Endpoint, EndpointError, Response
+from rlm_runtime.lms.http import LARGEST_TEXT, Delivery, Endpoint, EndpointError, Response, Room
 from rlm_runtime.lms.stops import StopCutter
 from rlm_runtime.replies import model_json
+from rlm_runtime.replies.reader import read, size_of
 
 log = logging.getLogger("rlm_runtime.lms")
 
@@ -122,9 +123,16 @@ class OpenAILM(ChatLM):
         else:
             reading.whole(await response.json())
         reading.deliver(reading.stops.flush())
-        reply = reading.reply(plain_tools=call.tools if "tools" not in body else ())
-        usage = usage_of(self, reading.usage, call.messages, reading.spoken(), self._tokenizer)
+        size = max(reading.room.used, sum(len(m.content) for m in call.messages) // 8)
+        asked_in_words = call.tools if "tools" not in body else ()
+        reply, usage = await read(size, self._read_out, reading, call.messages, asked_in_words)
         return reply.model_copy(update={"usage": usage, "model": reading.model or self.model})
+
+    def _read_out(
+        self, reading: Reading, messages: Sequence[Message], plain_tools: Sequence[ToolSpec]
+    ) -> tuple[Reply, Usage]:
+        reply = reading.reply(plain_tools)
+        return reply, usage_of(self, reading.usage, messages, reading.spoken(), self._tokenizer)
 
 
 def usage_of(
@@ -156,6 +164,7 @@ class Reading:
         self.refused = False  # the text is the model's refusal
         self.model = ""
         self.usage: dict[str, Any] = {}
+        self.room = Room(endpoint)
         self._calls = _Calls()
         self._thoughts: list[str] = []
         self._extra: dict[str, list[Any]] = {}  # reasoning in the endpoint's own fields, in pieces
@@ -166,7 +175,7 @@ class Reading:
         if choice is None:
             if value.get("choices") == []:
                 raise self.endpoint.empty()
-            shown = self.endpoint.start(json.dumps(value).encode())
+            shown = self.endpoint.start(self.endpoint.shown(value))
             raise self.endpoint.protocol(f"sent a reply without choices: {shown}")
         self.finish = _string(choice.get("finish_reason")) or "stop"
         self._part(as_dict(choice.get("message")), whole=True)
@@ -220,7 +229,7 @@ class Reading:
     def _refusal(self, error: Any) -> EndpointError:
         code = as_dict(error).get("code")
         status = code if isinstance(code, int) and 400 <= code < 600 else 500
-        return self.endpoint.refusal(status, json.dumps({"error": error}).encode())
+        return self.endpoint.refusal(status, self.endpoint.shown({"error": error}))
 
     @staticmethod
     def _choice(value: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,13 +241,15 @@ class Reading:
         text = content_text(part.get("content"))
         if not text and isinstance(part.get("refusal"), str):
             text, self.refused = part["refusal"], True
+        self.room.take(len(text))
         self.deliver(self.stops.push(text))
         self._thoughts += [v for v in (part.get("reasoning_content"), part.get("reasoning")) if isinstance(v, str)][:1]
         for name in (*REASONING, "extra_content"):
             if part.get(name):
+                self.room.take(size_of(part[name], LARGEST_TEXT + 1))
                 self._extra.setdefault(name, []).append(part[name])
         calls = part.get("tool_calls")
-        self._calls.part(calls if isinstance(calls, list) else [], whole)
+        self.room.take(self._calls.part(calls if isinstance(calls, list) else [], whole))
 
 
 class _Calls:
@@ -249,15 +260,17 @@ class _Calls:
     brings another id or name, or a second object of arguments behind a finished one.
     """
 
-    CHECKS = 256  # of whether arguments are finished, for a stream that is made to need many
+    CHECKED = 1 << 20  # characters read to see whether arguments are finished, in a stream that is made to need many
 
     def __init__(self) -> None:
         self._all: list[_Pieces] = []
         self._at: dict[Any, _Pieces] = {}
-        self._checks = 0
+        self._checked = 0
 
-    def part(self, calls: list[Any], whole: bool) -> None:
+    def part(self, calls: list[Any], whole: bool) -> int:
+        """Take the calls of a message or delta; how many characters they brought."""
         begun: list[_Pieces] = []  # in this delta
+        size = 0
         for position, call in enumerate(map(as_dict, calls)):
             function = as_dict(call.get("function"))
             id, name = _string(call.get("id")) or "", _string(function.get("name")) or ""
@@ -282,6 +295,8 @@ class _Calls:
             held.id, held.name = held.id or id, held.name or name
             held.arguments.append(arguments)
             held.keep(call, function)
+            size += len(name) + len(arguments)
+        return size
 
     def _is_another(self, held: _Pieces, id: str, name: str, arguments: str) -> bool:
         if id and held.id and id != held.id:
@@ -290,10 +305,11 @@ class _Calls:
             return False
         if name != held.name:
             return True
-        if not arguments.lstrip().startswith("{") or self._checks >= self.CHECKS:
+        if not arguments.lstrip().startswith("{") or self._checked >= self.CHECKED:
             return False
-        self._checks += 1
-        return isinstance(parsed("".join(held.arguments) or "-"), dict)
+        before = "".join(held.arguments) or "-"
+        self._checked += len(before) + 1_000
+        return isinstance(parsed(before), dict)
 
     def made(self) -> tuple[ToolCall, ...]:
         return with_ids(

@@ -11,20 +11,27 @@ class Event(NamedTuple):
     data: str
 
 
-async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
+class TooLong(ValueError):
+    """An event that is longer than its reader allows."""
+
+
+async def events(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[Event]:
     r"""Events as they complete. Comments and other fields are skipped; lines end in \n, \r\n or \r.
 
-    The stream may end without the empty line after the last event; a line it ends in the middle of is dropped.
+    Raises TooLong for one of more than `longest` bytes. The stream may end without the empty line after the last event; a line it ends in the middle of is dropped.
     """
-    name = ""
+    name, size = "", 0
     data: list[str] = []
-    async for line in _lines(chunks):
+    async for line in _lines(chunks, longest):
+        size += len(line)
+        if size > longest:
+            raise TooLong
         field, _, value = line.partition(b":")
         text = value.removeprefix(b" ").decode("utf-8", "replace")
         if not line:
             if data:
                 yield Event(name, "\n".join(data))
-            name, data = "", []
+            name, data, size = "", [], 0
         elif field == b"data":
             data.append(text)
         elif field == b"event":
@@ -33,8 +40,9 @@ async def events(chunks: AsyncIterator[bytes]) -> AsyncIterator[Event]:
         yield Event(name, "\n".join(data))
 
 
-async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _lines(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[bytes]:
     parts: list[bytes] = []  # of the line that is not whole yet
+    size = 0
     after_cr = False
     async for chunk in chunks:
         if after_cr and chunk.startswith(b"\n"):  # a \r\n cut in two
@@ -44,6 +52,9 @@ async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         after_cr = chunk.endswith(b"\r")
         first, *rest = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         parts.append(first)
+        size = len(rest[-1]) if rest else size + len(first)
+        if size > longest:
+            raise TooLong
         if rest:
             yield b"".join(parts)
             for line in rest[:-1]:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from rlm_runtime.lms.base import Message
+from rlm_runtime.replies.pieces import PIECE
 
 BYTES_A_TOKEN = 3
 MESSAGE_FRAME = 4  # role and separators
@@ -21,7 +22,8 @@ Count = Callable[[str], int]
 
 def estimate(text: str) -> int:
     """Tokens of a text, from above."""
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    pieces = [text] if text.isascii() else (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+    size = sum(len(piece) if piece.isascii() else len(piece.encode("utf-8", "replace")) for piece in pieces)
     return -(-size // BYTES_A_TOKEN)
 
 

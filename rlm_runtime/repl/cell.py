@@ -14,6 +14,7 @@ from rlm_runtime.repl.base import Handler, Limits, Outcome, Request
 from rlm_runtime.repl.process import Process
 from rlm_runtime.repl.sandbox import SandboxPolicy
 from rlm_runtime.repl.workdir import Watch, WorkDir
+from rlm_runtime.replies.reader import INLINE, size_of
 
 OUTSTANDING = 256  # request frames under way at once; further ones wait unread
 WATCH = 0.1  # seconds between looks at a running cell
@@ -55,6 +56,7 @@ class Cell:
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
         self._tasks: set[asyncio.Task] = set()
+        self._encoding = asyncio.Lock()
         self._waiting = self._held = 0  # requests under way, their bytes
         self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those not in it began
         self._main_waits = True  # the cell's main thread waits while calls are under way, as far as is known
@@ -122,7 +124,7 @@ class Cell:
             if len(outcomes) != calls:
                 said = f"the handler gave {len(outcomes)} outcomes for {calls} calls"
                 outcomes = [Outcome(error=said, kind="server")] * calls
-            self._answer(number, outcomes)
+            await self._answer_beside(number, outcomes)
         except Exception as error:  # a handler never raises; if one does, the cell is told and the run goes on
             kind = getattr(error, "kind", None)
             said = f"{type(error).__name__}: {error}"
@@ -141,15 +143,27 @@ class Cell:
         self._answer(number, [Outcome(error=why, kind="refused")] * (1 if calls > ONE_FOR_ALL else calls))
 
     def _answer(self, number: int, outcomes: list[Outcome]) -> None:
-        if self.outcome.done():
-            return
+        if not self.outcome.done():
+            self.process.send_encoded(self._encoded(number, outcomes))
+
+    async def _answer_beside(self, number: int, outcomes: list[Outcome]) -> None:
+        """The same, where the answer is long written on a thread; one at a time, or nothing else would get one."""
+        if size_of([o.value for o in outcomes]) <= INLINE:
+            return self._answer(number, outcomes)
+        async with self._encoding:
+            if not self.outcome.done():
+                message = await asyncio.to_thread(self._encoded, number, outcomes)
+                if not self.outcome.done():
+                    self.process.send_encoded(message)
+
+    def _encoded(self, number: int, outcomes: list[Outcome]) -> bytes:
         said = [{"v": o.value} if o.error is None else {"e": o.error, "k": o.kind} for o in outcomes]
         message = {"t": "reply", "cell": self.id, "id": number, "outcomes": said}
         try:
-            self.process.send(message)
+            return wire.encode(message)
         except (TypeError, ValueError, RecursionError) as error:  # a value that is no JSON: a tool's, most likely
             problem = {"e": f"the answer is not JSON: {error}", "k": "server"}
-            self.process.send(message | {"outcomes": [problem] * len(said)})
+            return wire.encode(message | {"outcomes": [problem] * len(said)})
 
     # -- its clocks
 

@@ -24,6 +24,7 @@ from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.resources import Resources
 from rlm_runtime.repl.sandbox import SandboxPolicy
 from rlm_runtime.repl.workdir import MIRROR, WorkDir, remove, sweep
+from rlm_runtime.replies import pieces
 
 WORKER = Path(__file__).parent / "worker"
 HELPERS = frozenset(
@@ -178,10 +179,10 @@ class HostedEnvironment:
         for left in reversed(range(START_TRIES)):
             try:
                 return await self._start_once()
-            except _Killed:
+            except _Killed as error:
                 await self._drop_worker()
                 if not left:
-                    raise
+                    raise SandboxError(str(error)) from None
 
     async def _start_once(self) -> None:
         if self._closed:
@@ -242,7 +243,7 @@ class HostedEnvironment:
         self._resources.command = self._kill_command()
         self._ready, self._nuisance = loop.create_future(), _Nuisance()
         me = weakref.ref(self)  # a forgotten environment is collected, and its worker with it
-        process.on_frame = lambda line: (env := me()) and env._on_frame(process, line)
+        process.on_frame = lambda message, size: (env := me()) and env._on_frame(process, message, size)
         process.on_end = lambda: (env := me()) and env._on_end(process)
         process.gate = lambda: (env := me()) is None or env._has_room()
         try:
@@ -430,15 +431,17 @@ class HostedEnvironment:
         """Whether a frame may be read now: while a cell runs and can take more, or an answer is waited for."""
         return self._cell.has_room() if self._cell is not None else bool(self._ready or self._reply)
 
-    def _on_frame(self, process: Process, line: bytes) -> None:
+    def _on_frame(self, process: Process, message: dict[str, Any] | None, size: int) -> None:
         if process is not self._process:
             return
         nuisance, cell = self._nuisance, self._cell
         try:
-            if not self._on_message(wire.decode(line), len(line)):
-                nuisance.stale += 1 + len(line) // STALE_BYTES
+            if message is None:
+                raise wire.Bad("no frame")
+            if not self._on_message(message, size):
+                nuisance.stale += 1 + size // STALE_BYTES
         except wire.Bad:
-            nuisance.bad += 1 + len(line) // BAD_BYTES
+            nuisance.bad += 1 + size // BAD_BYTES
         nuisance.bad += process.lines.take_dropped()
         if (reason := nuisance.too_much()) is not None:
             if cell is not None:
@@ -488,7 +491,7 @@ class HostedEnvironment:
         tools = frozenset(tool.name for tool in self._tools if not tool.is_value)
         cell = Cell(process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside)
         message = {
-            "t": "cell", "id": cell.id, "n": self._cells, "code": wire.text(code), "binds": self._to_bind,
+            "t": "cell", "id": cell.id, "n": self._cells, "code": pieces.valid(code), "binds": self._to_bind,
             "reset_answer": self._reset_answer, "raw": self._raw,
         }  # fmt: skip
         self._to_bind, self._reset_answer, self._raw = {}, False, {}

@@ -14,12 +14,17 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from rlm_runtime.repl import wire
 from rlm_runtime.repl.spawn import SPAWNER
 
 READ = 1 << 16
 ROUND = 8  # reads in one go, so that no worker keeps the event loop to itself
+SLICE = 0.01  # seconds of the event loop that frames get in one go; there may be a hundred thousand in a second
+INLINE = (
+    1 << 16
+)  # bytes of a frame that is decoded in the event loop: some 5 ms; a longer one on a thread of the loop's pool
 RAW_FREE, RAW_PAUSE = 64 << 20, 0.02  # bytes past sys.stdout read at full speed; then a pause after each round
 
 
@@ -50,7 +55,8 @@ class Raw:
 
 
 class Process:
-    """A started worker. `on_frame(line)` and `on_end()` are called in the event loop, the latter once.
+    """A started worker. `on_frame(message, bytes)` and `on_end()` are called in the event loop, the latter once; the
+    message is None for a line that is no frame. Frames come in order and before the end, however long one is read.
 
     `gate()` says whether the host has room for more frames just now; `resume_reading` opens it again.
     """
@@ -62,7 +68,7 @@ class Process:
         self.raw = {"stdout": Raw(raw), "stderr": Raw(raw)}
         self.worker_pid: int | None = None  # of the worker itself, as the host sees it
         self.ended = self.loop.create_future()
-        self.on_frame: Callable[[bytes], None] = lambda line: None
+        self.on_frame: Callable[[dict[str, Any] | None, int], None] = lambda message, size: None
         self.on_end: Callable[[], None] = lambda: None
         self.gate: Callable[[], bool] = lambda: True
         self.stopped = self.killed = False
@@ -72,6 +78,9 @@ class Process:
         self._queue: deque[tuple[memoryview, int | None]] = deque()
         self.unsent = 0
         self._reading = self._writing = False
+        self._decoding: asyncio.Task[None] | None = None  # of a long frame; no other is taken meanwhile
+        self._waits = False  # a slice of the loop is over, and the next one comes
+        self._gone = False  # the process has ended, and what it said last is still being read
         self._raw_fds: dict[int, str] = {}
 
     # -- start
@@ -133,7 +142,7 @@ class Process:
             self._reading = True
             self.loop.add_reader(self._in, self._readable)
             if self.lines.held:
-                self.loop.call_soon(self._dispatch)
+                self._dispatch_soon()
 
     def _pause_reading(self) -> None:
         if self._reading:
@@ -162,7 +171,7 @@ class Process:
                 break
             self.lines.feed(data)
             self._dispatch()
-            if len(data) < READ // 4 and rounds == ROUND:
+            if self._waits or self._decoding or (len(data) < READ // 4 and rounds == ROUND):
                 break
 
     def _read(self) -> bytes:
@@ -177,14 +186,44 @@ class Process:
         return data
 
     def _dispatch(self) -> None:
-        while self._in >= 0:
+        """Hand on what has come, for as long as the host has room and a slice of the loop lasts."""
+        until = time.monotonic() + SLICE
+        while self._in >= 0 and not self._decoding:
             if not self.gate():
                 self._pause_reading()
                 return
             line = self.lines.next()
             if line is None:
                 return
-            self.on_frame(line)
+            if len(line) > INLINE:
+                self._pause_reading()
+                self._decoding = self.loop.create_task(self._decode_beside(line))
+            else:
+                self.on_frame(_decoded(line), len(line))
+                if time.monotonic() > until:
+                    self._pause_reading()
+                    self._dispatch_soon()
+                    return
+
+    def _dispatch_soon(self) -> None:
+        if not self._waits:
+            self._waits = True
+            self.loop.call_soon(self._dispatch_again)
+
+    def _dispatch_again(self) -> None:
+        self._waits = False
+        self._dispatch()
+        if self._gone:
+            self._last_words()
+        elif not self._waits and not self._decoding:
+            self.resume_reading()
+
+    async def _decode_beside(self, line: bytes) -> None:
+        message = await asyncio.to_thread(_decoded, line)
+        self._decoding = None
+        if self._in >= 0:
+            self.on_frame(message, len(line))
+            self._dispatch_soon()
 
     def send(self, message: dict, fd: int | None = None) -> None:
         """Queue a message; `fd` travels with it and is closed here once it is on its way."""
@@ -192,7 +231,12 @@ class Process:
             if fd is not None:
                 os.close(fd)
             return
-        data = memoryview(wire.encode(message))
+        self.send_encoded(wire.encode(message), fd)
+
+    def send_encoded(self, message: bytes, fd: int | None = None) -> None:
+        if self._out < 0:
+            return
+        data = memoryview(message)
         self._queue.append((data, fd))
         self.unsent += len(data)
         self._flush()
@@ -330,8 +374,16 @@ class Process:
 
     def _exited(self) -> None:
         self.loop.remove_reader(self._pidfd)
-        self.gate = lambda: True
-        self._receive(1 << 10)  # what it said last
+        self.gate, self._gone = lambda: True, True
+        self._last_words()
+
+    def _last_words(self) -> None:
+        """Read what it said last; the end comes after that."""
+        if self._decoding or self._waits or self.ended.done():
+            return  # called again when that is over
+        self._receive(1 << 10)
+        if self._decoding or self._waits:
+            return
         self.popen.wait()
         if not self.ended.done():
             self.ended.set_result(self.popen.returncode)
@@ -400,3 +452,10 @@ def _close(fd: int) -> None:
     if fd >= 0:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def _decoded(line: bytes) -> dict[str, Any] | None:
+    try:
+        return wire.decode(line)
+    except (wire.Bad, MemoryError):
+        return None

@@ -6,20 +6,20 @@ hold them is `Bad`, which costs its sender and nobody else: the next line is rea
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from rlm_runtime.repl.base import Answer, CellError, Request
+from rlm_runtime.replies import pieces
 
 DEPTH = 100
 VALUES = 200_000  # commas, colons and brackets of one frame: what the decoder makes in some 50 ms
 BARE = 8 << 20  # bytes of one frame outside of strings
 DIGITS = 1_100  # in a row
-FEW = 1_000  # strings that are looked for one by one
 VARIABLES, NAME, DESCRIPTION = 220, 200, 300
 MORE_VARIABLES = "more variables; SHOW_VARS() lists all"
 MESSAGE, TRACEBACK = 4_000, 10_000
@@ -77,47 +77,61 @@ class Lines:
 
 def encode(message: dict[str, Any]) -> bytes:
     """A message to the worker."""
-    return json.dumps(message, separators=(",", ":")).encode("ascii") + b"\n"
+    return pieces.dumps(message) + b"\n"
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """The object of a line; every string in it is valid Unicode. Raises Bad."""
-    bare = outside_strings(line)
-    if len(bare) > BARE:
-        raise Bad(f"more than {BARE >> 20} MiB outside of strings")
-    if sum(map(bare.count, (b",", b":", b"[", b"{"))) > VALUES:
-        raise Bad(f"more than {VALUES:,} values")
-    brackets = bare.translate(None, _not_brackets)
-    if max(itertools.accumulate(map(_step.__getitem__, brackets)), default=0) > DEPTH:
-        raise Bad(f"nested deeper than {DEPTH}")
-    if b"0" * DIGITS in bare.translate(_digits):
-        raise Bad(f"a number of more than {DIGITS} digits")
+    """The object of a line; every string in it is valid Unicode. No step takes long. Raises Bad."""
+    _check(line)
     try:
-        message = json.loads(line.decode("utf-8"), parse_constant=_constant, parse_float=_float)
+        long = len(line) > pieces.PIECE
+        text = line.decode("ascii" if long else "utf-8")  # workers write ASCII
+        message = pieces.loads(text, _decoder.scan_once) if long else _decoder.decode(text)
     except (ValueError, RecursionError) as error:
         raise Bad(f"not JSON: {str(error)[:100]}") from None
     if not isinstance(message, dict):
         raise Bad("not an object")
-    alone = _surrogate.search(line) and _surrogate.search(_pair.sub(b"", line))
+    alone = not long and _surrogate.search(line) and _surrogate.search(_pair.sub(b"", line))
     return clean(message) if alone else message
 
 
-def outside_strings(line: bytes) -> bytes:
-    """The line without its strings. Where it is no JSON, right up to the place at which a decoder stops. Raises Bad."""
-    if b"\\" in line:
-        line = line.replace(b"\\\\", b"").replace(b'\\"', b"")
-    quotes = line.count(b'"')
-    if quotes > 2 * VALUES:
-        raise Bad(f"more than {VALUES:,} strings")
-    if quotes > FEW:
-        return b"".join(line.split(b'"')[::2])
-    parts, at = [], 0
-    while at >= 0:  # a long string is passed over, not copied
-        start = line.find(b'"', at)
-        parts.append(line[at:] if start < 0 else line[at:start])
-        end = line.find(b'"', start + 1) if start >= 0 else -1
-        at = end + 1 if end >= 0 else -1
-    return b"".join(parts)
+def _check(line: bytes) -> None:
+    """Raises Bad for what would cost the decoder too much. Where the line is no JSON, right up to the place at which a
+    decoder stops."""
+    size = values = depth = 0
+    digits = b""
+    for bare in outside_strings(line):
+        size += len(bare)
+        values += sum(map(bare.count, (b",", b":", b"[", b"{")))
+        if size > BARE:
+            raise Bad(f"more than {BARE >> 20} MiB outside of strings")
+        if values > VALUES:
+            raise Bad(f"more than {VALUES:,} values")
+        for step in map(_step.__getitem__, bare.translate(None, _not_brackets)):
+            depth += step
+            if depth > DEPTH:
+                raise Bad(f"nested deeper than {DEPTH}")
+        digits += bare.translate(_digits)
+        if b"0" * DIGITS in digits:
+            raise Bad(f"a number of more than {DIGITS} digits")
+        digits = digits[-DIGITS:]
+
+
+def outside_strings(line: bytes) -> Iterator[bytes]:
+    """The line without its strings, in parts. Raises Bad."""
+    at = quotes = 0
+    while at < len(line):
+        part = line[at : at + pieces.PIECE]
+        if part.endswith(b"\\") and (len(part) - len(part.rstrip(b"\\"))) % 2:  # an escape stays whole
+            part = line[at : at + pieces.PIECE + 1]
+        at += len(part)
+        if b"\\" in part:
+            part = part.replace(b"\\\\", b"").replace(b'\\"', b"")
+        inside = quotes % 2
+        quotes += part.count(b'"')
+        if quotes > 2 * VALUES:
+            raise Bad(f"more than {VALUES:,} strings")
+        yield b"".join(part.split(b'"')[inside::2])
 
 
 def _constant(name: str):
@@ -131,19 +145,18 @@ def _float(text: str) -> float:
     return value
 
 
+_decoder = json.JSONDecoder(parse_constant=_constant, parse_float=_float)
+
+
 def clean(value: Any) -> Any:
     """The same with every lone surrogate turned into "?", so that all text can be written as UTF-8."""
     if isinstance(value, str):
-        return text(value)
+        return pieces.valid(value)
     if isinstance(value, list):
         return [clean(v) for v in value]
     if isinstance(value, dict):
         return {clean(k): clean(v) for k, v in value.items()}
     return value
-
-
-def text(value: str) -> str:
-    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
 
 
 def cut(value: str, limit: int) -> str:
@@ -221,9 +234,9 @@ def _variables(value: Any) -> dict[str, str]:
     if not all(isinstance(v, str) for v in value.values()):
         raise Bad("not a list of variables")
     found = {
-        k[:NAME]: v if len(v) <= DESCRIPTION and _described.fullmatch(v) else "object"
+        name: v if len(v) <= DESCRIPTION and _described.fullmatch(v) else "object"
         for k, v in value.items()
-        if k.isidentifier()
+        if (name := k[:NAME]).isidentifier()
     }
     return found | ({"...": MORE_VARIABLES} if "..." in value else {})
 

@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import warnings
+from collections import deque
 from typing import Any, NoReturn, TypeAlias
 
 Json: TypeAlias = Any  # None, bool, int, float, str, and lists and dicts of them
@@ -85,7 +86,7 @@ def in_reply(text: str, effort: Effort | None = None) -> tuple[Json] | None:
     effort = effort or Effort.for_json(len(text))
     if (whole := loads(text, effort)) is not None:
         return whole
-    for opening in list(_FENCE.finditer(text))[-TRIED:][::-1]:
+    for opening in reversed(deque(_FENCE.finditer(text), TRIED)):
         if effort.left <= 0:
             return None
         end = text.find(opening[1], opening.end())

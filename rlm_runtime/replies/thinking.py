@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import islice
 
 NAMES = "think|thinking|reasoning|thought|scratchpad"
 OPEN = re.compile(rf"<(?:{NAMES}|seed:think)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>", re.I)
@@ -30,6 +31,7 @@ SPECIAL = re.compile(
     r"<\|[a-z_▁ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:end|start)_of_turn>|<end_code>|\[/?INST\]|<\|(?:start|end)_header_id\|>"
 )
 _FIRST = re.compile(rf"\A(?:\s*+(?:{SPECIAL.pattern}))++")
+TAGS = 10_000  # openings and closings of one reply that are told apart; what is behind them stays as it is
 _QUOTES = ("`", '"', "'")
 _FENCE = re.compile(r"^[ \t]*+(`{3,16}+|~{3,16}+)([^\n`]*+)$", re.M)
 
@@ -96,9 +98,9 @@ def harmony(reply: str) -> Cleaned:
 
 def _untagged(text: str) -> Cleaned:
     closings: dict[str, list[re.Match[str]]] = {}
-    for closing in CLOSE.finditer(text):
+    for closing in islice(CLOSE.finditer(text), TAGS):
         closings.setdefault(closing[0].lower(), []).append(closing)
-    openings = list(OPEN.finditer(text))
+    openings = list(islice(OPEN.finditer(text), TAGS))
     if not closings and not openings:
         return Cleaned(text)
     starts = {tag: [c.start() for c in found] for tag, found in closings.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlm_runtime import prompts
@@ -47,7 +48,9 @@ class Conversation:
             self.tree.ledger.keep_for_last_call(2 * (estimate or 0) + 500, self.lm.price)
         self.began = time.monotonic()
         loop = asyncio.get_running_loop()
-        warm = loop.call_later(WARM_SECONDS, loop.run_in_executor, None, parser) if self.turn == 0 else None
+        warm = None
+        if self.turn == 0:
+            warm = loop.call_later(WARM_SECONDS, in_time, loop.run_in_executor, None, parser)
         try:
             return await self.tree.ask(
                 self.lm,
@@ -61,6 +64,12 @@ class Conversation:
         finally:
             if warm:  # a loop that is closing has no threads for it
                 warm.cancel()
+
+
+def in_time(work: Callable[..., object], *args: Any) -> None:
+    """Work done early, for speed: skipped where the loop is ending, or no thread can be had."""
+    with contextlib.suppress(RuntimeError):
+        work(*args)
 
 
 def parser() -> Any:

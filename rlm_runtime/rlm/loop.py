@@ -19,7 +19,7 @@ from rlm_runtime.lms.base import LM, Message, Reply
 from rlm_runtime.repl.base import CellResult, Environment, Outcome, Request
 from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.rlm import compaction, window
-from rlm_runtime.rlm.conversation import Conversation, parser
+from rlm_runtime.rlm.conversation import Conversation, in_time, parser
 from rlm_runtime.rlm.history import History
 from rlm_runtime.rlm.repeats import Repeats
 from rlm_runtime.rlm.results import ANSWERED, CANCELLED, ERROR, TURNS, Ending, at_limit
@@ -76,7 +76,7 @@ class Node(Conversation):
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
         if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
-            asyncio.get_running_loop().call_later(SPAWN_SECONDS, warm)
+            asyncio.get_running_loop().call_later(SPAWN_SECONDS, in_time, warm)
         tools = tuple(t.info() for t in self.tools.values())
         record = asyncio.to_thread(self.tree.writer.context_fields, context, whole=self.is_root)
         # The record hashes a long text, and may store it.
@@ -187,11 +187,11 @@ class Node(Conversation):
             if content is None and not self._asked_for_none:
                 self._asked_for_none = True  # once: a model that means it says so again
                 return None, prompts.empty_answer()
-            return Ending(ANSWERED, answer=content, text=_text(content)), None
+            return Ending(ANSWERED, answer=content, text=await _text(content)), None
         value, problem = await read(size_of(content), self.shape.check, content)
         if problem is not None:
             return None, self._refused(problem)
-        return Ending(ANSWERED, answer=value, text=_text(content)), None
+        return Ending(ANSWERED, answer=value, text=await _text(content)), None
 
     def _is_plan(self, content: Any) -> bool:
         """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
@@ -304,10 +304,10 @@ class Node(Conversation):
         if found is None:
             return None, "The last reply held no answer."
         if self.shape is None:
-            return Ending(reason, answer=found, text=_text(found), partial=True, error=why), ""
+            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why), ""
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is None:
-            return Ending(reason, answer=value, text=_text(found), partial=True, error=why), ""
+            return Ending(reason, answer=value, text=await _text(found), partial=True, error=why), ""
         return None, self.shape.complaint(problem)
 
     async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
@@ -315,11 +315,11 @@ class Node(Conversation):
         was not asked to come to an end, so what it said last is no answer."""
         found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
         if self.shape is None or found is None:
-            return Ending(reason, answer=found, text=_text(found), partial=True, error=why, cause=cause)
+            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why, cause=cause)
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is not None:
             why = f"{why} No answer fitted the schema: {problem}"
-        return Ending(reason, answer=value, text=_text(found), partial=True, error=why, cause=cause)
+        return Ending(reason, answer=value, text=await _text(found), partial=True, error=why, cause=cause)
 
     async def _failed(self, error: RlmError) -> Ending:
         """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
@@ -346,5 +346,5 @@ async def _refuse(request: Request) -> list[Outcome]:
     return [refused] * (1 if request.method == "tool" else len(request.prompts))
 
 
-def _text(content: Any) -> str:
-    return "" if content is None else as_text(content)
+async def _text(content: Any) -> str:
+    return "" if content is None else await read(size_of(content), as_text, content)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rlm_runtime.parsing import Parsed
-from rlm_runtime.parsing.nudges import Nudge, still_thinking, the_same_again
 from rlm_runtime.repl.base import CellResult
+
+if TYPE_CHECKING:
+    from rlm_runtime.parsing import Parsed
+    from rlm_runtime.parsing.nudges import Nudge
 
 REMEMBERED = 12  # turns: a model also goes round in circles of two or three
 
@@ -25,6 +28,9 @@ class Repeats:
 
     def turn(self, parsed: Parsed, report: Sequence[CellResult]) -> list[Nudge]:
         """Enter a turn; what the model is to be told where it is the second of its kind or a later one."""
+        # Not needed before the first reply: its room is imported while that is awaited.
+        from rlm_runtime.parsing.nudges import still_thinking, the_same_again
+
         self._cut = self._cut + 1 if parsed.cut_thinking else 0
         if self._cut:
             self.count = self._cut

@@ -191,6 +191,10 @@ class Run:
             if session is not None:
                 session.history = node.history
                 session.completions += session.started
+        try:
+            await self._end_record(node, ending)
+        except asyncio.CancelledError as e:
+            interrupted = interrupted or e
         self._result = self._close_record(node, tree, ending)
         if interrupted is not None:
             raise interrupted
@@ -312,9 +316,9 @@ class Run:
             )
         )
 
-    def _close_record(self, node: Node, tree: Tree, ending: Ending) -> RLMResult:
-        ledger, writer = tree.ledger, self._writer
-        seconds = round(ledger.seconds, 6)
+    async def _end_record(self, node: Node, ending: Ending) -> None:
+        """Write the last event, and wait until all are recorded."""
+        ledger, writer = node.tree.ledger, self._writer
         end = RunEnd(
             stop_reason=ending.reason,
             answer=to_jsonable_python(ending.answer, fallback=repr),
@@ -322,9 +326,15 @@ class Run:
             usage=ledger.total,
             usage_by_depth={str(d): u for d, u in sorted(ledger.by_depth.items())},
             turns=node.turns,
-            seconds=seconds,
+            seconds=round(ledger.seconds, 6),
         )
         writer.write(end)
+        self._seconds = end.seconds
+        if writer.behind:
+            await finish(asyncio.to_thread(writer.flush))
+
+    def _close_record(self, node: Node, tree: Tree, ending: Ending) -> RLMResult:
+        ledger, writer = tree.ledger, self._writer
         writer.close()
         notes = [*self._context.notes, *tree.notes]
         if self._context.keep and writer.folder is not None and self._context.sha256 is None:
@@ -342,7 +352,7 @@ class Run:
             usage_by_depth=dict(sorted(ledger.by_depth.items())),
             turns=node.turns,
             sub_calls=ledger.sub_calls,
-            seconds=seconds,
+            seconds=self._seconds,
             run=self.id,
             trajectory=writer.folder,
             sandbox=node.environment.report,

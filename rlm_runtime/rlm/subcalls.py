@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rlm_runtime import prompts
 from rlm_runtime.errors import LMError, RlmError, UsageError
 from rlm_runtime.lms.base import LM, Message, Reply, ToolCall, with_ids
 from rlm_runtime.repl.base import Outcome, Request
+from rlm_runtime.replies import pieces
 from rlm_runtime.replies.reader import read, size_of
 from rlm_runtime.replies.thinking import clean
 from rlm_runtime.rlm import blanks, schemas
@@ -42,12 +44,21 @@ class SubCalls:
             if request.method == "tool":
                 return [await self._tool(self.next_id(), request)]
             shape = await _shape_or_error(request.schema_)
-            calls = [(self.next_id(), prompt, request, shape) for prompt in request.prompts]
+            first, self._made = self._made + 1, self._made + len(request.prompts)
+            calls = await read(size_of(request.prompts), self._listed, request, shape, first)
             child = request.method == "rlm" and self.node.depth + 1 < self.tree.options.max_depth
             width = self.tree.options.max_repls if child else self.tree.options.concurrency
             if child or self._draws():
-                return await in_order(self._child if child else self._plain, calls, width)
+                return await in_order(self._child if child else self._plain, calls, width, self.tree.pace)
             return await self._once_each(calls, width)
+
+    def _listed(self, request: Request, shape: Shape | UsageError | None, first: int) -> list[tuple[Any, ...]]:
+        """The calls of a request, numbered from `first` on."""
+        node = self.node.id
+        return [
+            (f"{node}.{number}", Prompt.of(prompt), request, shape)
+            for number, prompt in enumerate(request.prompts, first)
+        ]
 
     def _draws(self) -> bool:
         """Whether equal prompts are meant to give different replies: a temperature was asked for."""
@@ -57,29 +68,30 @@ class SubCalls:
         """Equal prompts of a batch are asked once; the others are recorded with the outcome of the first."""
         if len(calls) == 1:
             return [await self._plain(*calls[0])]
-        keys = [as_text(prompt) for _, prompt, _, _ in calls]
+        keys = [prompt.text for _, prompt, _, _ in calls]
         first: dict[str, int] = {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
         asked = list(first.values())
-        found = dict(zip(asked, await in_order(self._plain, [calls[i] for i in asked], width), strict=True))
+        found = dict(
+            zip(asked, await in_order(self._plain, [calls[i] for i in asked], width, self.tree.pace), strict=True)
+        )
         for i, (id, prompt, request, _) in enumerate(calls):
             if i not in found:
                 found[i] = await self._again(id, prompt, request, found[first[keys[i]]])
-                if i % 64 == 0:
-                    await asyncio.sleep(0)
+                await self.tree.pace.step()
         return [found[i] for i in range(len(calls))]
 
-    async def _again(self, id: str, prompt: Any, request: Request, outcome: Outcome) -> Outcome:
+    async def _again(self, id: str, prompt: Prompt, request: Request, outcome: Outcome) -> Outcome:
         async def work() -> Outcome:
             return outcome
 
         question = request.question if request.method == "rlm" else None
         lm_name = request.model or self.tree.options.call_lm(self.node.depth + 1).name
-        return await self._recorded(id, "lm", lm_name, prompt, question, Meter(), work)
+        return await self._recorded(id, "lm", lm_name, prompt.text, question, Meter(), work)
 
     # -- one call -----------------------------------------------------------------------------------------------------
-    async def _plain(self, id: str, prompt: Any, request: Request, shape: Shape | UsageError | None) -> Outcome:
+    async def _plain(self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None) -> Outcome:
         """A sub-LM call, with its own small tool loop where there are `sub_tools`."""
         question = request.question if request.method == "rlm" else None
         options = self.tree.options
@@ -93,13 +105,13 @@ class SubCalls:
             lm = options.call_lm(depth, request.model)
             if isinstance(shape, UsageError):
                 raise shape
-            messages = self._opened(as_messages(prompt, question))
+            messages = self._opened(prompt.messages(question))
             return Outcome(value=await self._converse(id, lm, messages, depth, meter, shape))
 
         lm_name = request.model or options.call_lm(depth).name
-        return await self._recorded(id, "lm", lm_name, prompt, question, meter, work)
+        return await self._recorded(id, "lm", lm_name, prompt.text, question, meter, work)
 
-    async def _child(self, id: str, prompt: Any, request: Request, shape: Shape | UsageError | None) -> Outcome:
+    async def _child(self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None) -> Outcome:
         meter = Meter(self.node.meter)
         name = self.tree.options.node_lm(self.node.depth + 1).name
 
@@ -108,9 +120,9 @@ class SubCalls:
             if isinstance(shape, UsageError):
                 raise shape
             self.tree.ledger.count_call()
-            return await self._spawn(self.node, id, meter, prompt, request.question, shape)
+            return await self._spawn(self.node, id, meter, prompt.value, request.question, shape)
 
-        return await self._recorded(id, "rlm", name, prompt, request.question, meter, work)
+        return await self._recorded(id, "rlm", name, prompt.text, request.question, meter, work)
 
     async def _tool(self, id: str, request: Request) -> Outcome:
         async def work() -> Outcome:
@@ -119,7 +131,8 @@ class SubCalls:
                 raise UsageError(f"there is no tool {request.name!r} here.")
             return await _outcome(tool.call(request.args, request.kwargs))
 
-        arguments = {"args": list(request.args), "kwargs": request.kwargs}
+        given = {"args": list(request.args), "kwargs": request.kwargs}
+        arguments = await read(size_of(given), as_text, given)
         return await self._recorded(id, "tool", request.name or "", arguments, None, Meter(), work)
 
     async def _recorded(
@@ -127,7 +140,7 @@ class SubCalls:
         id: str,
         kind: str,
         model: str,
-        prompt: Any,
+        prompt: str,
         question: str | None,
         meter: Meter,
         work: Callable[[], Awaitable[Outcome]],
@@ -143,7 +156,7 @@ class SubCalls:
                 depth=id.count("."),
                 turn=node.turn,
                 cell=node.cell,
-                prompt=as_text(prompt),
+                prompt=prompt,
                 question=question,
             )
         )
@@ -200,7 +213,7 @@ class SubCalls:
                 said = _assistant(reply)
                 told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(said.tool_calls, 1)]
                 made += len(told)
-                results = await in_order(self._sub_tool, told, options.concurrency)
+                results = await in_order(self._sub_tool, told, options.concurrency, self.tree.pace)
                 messages = [*messages, said, *results]
                 continue
             found = await read(len(reply.text), clean, reply.text)
@@ -240,8 +253,13 @@ class SubCalls:
                 raise UsageError(f"there is no tool {call.name!r}; there are: {', '.join(tools)}.")
             return await _outcome(tool.call_named(call.arguments))
 
-        outcome = await self._recorded(id, "tool", call.name, call.arguments, None, Meter(), work)
-        text = as_text(outcome.value) if outcome.error is None else f"Error: {outcome.error}"
+        arguments = await read(size_of(call.arguments), as_text, call.arguments)
+        outcome = await self._recorded(id, "tool", call.name, arguments, None, Meter(), work)
+        text = (
+            await read(size_of(outcome.value), as_text, outcome.value)
+            if outcome.error is None
+            else f"Error: {outcome.error}"
+        )
         return Message(role="tool", content=text, tool_call_id=call.id)
 
 
@@ -273,21 +291,31 @@ def _assistant(reply: Reply) -> Message:
 def as_text(value: Any) -> str:
     """A prompt or tool result as text: a str as it is, anything else as JSON. Lone surrogates, which no endpoint
     takes, become question marks."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-8", "replace").decode()
-    return text
+    if not isinstance(value, str):
+        if size_of(value, pieces.PIECE + 1) > pieces.PIECE:
+            with contextlib.suppress(TypeError):  # what is no JSON is written as `str` has it, as below
+                return pieces.dumps(value, pieces.WIDE).decode()
+        value = json.dumps(value, ensure_ascii=False, default=str)
+    return pieces.valid(value)
 
 
-def as_messages(prompt: Any, question: str | None = None) -> list[Message]:
-    """The conversation a prompt stands for: a list of chat messages, else one user message; the question first."""
-    messages = _chat(prompt)
-    if messages is None:
-        text = as_text(prompt)
-        return [Message(role="user", content=prompts.sub_user(text, question))]
-    return [*messages, Message(role="user", content=question)] if question else messages
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a cell asks with: a text or another JSON value, and the same as text."""
+
+    value: Any
+    text: str
+
+    @classmethod
+    def of(cls, value: Any) -> Prompt:
+        return cls(value, as_text(value))
+
+    def messages(self, question: str | None = None) -> list[Message]:
+        """The conversation it stands for: a list of chat messages, else one user message; the question first."""
+        messages = _chat(self.value)
+        if messages is None:
+            return [Message(role="user", content=prompts.sub_user(self.text, question))]
+        return [*messages, Message(role="user", content=question)] if question else messages
 
 
 def _chat(prompt: Any) -> list[Message] | None:

@@ -14,6 +14,7 @@ from rlm_runtime.errors import BudgetExceeded, Cancelled, LMError, RlmError
 from rlm_runtime.lms import redact
 from rlm_runtime.lms.base import LM, Message, Reply, Sampling, ToolSpec, Usage
 from rlm_runtime.repl.base import Environment
+from rlm_runtime.replies.reader import Pace, read, size_of
 from rlm_runtime.rlm import blanks
 from rlm_runtime.rlm.options import Options
 from rlm_runtime.trajectory import AnyEvent, BudgetNote, TrajectoryWriter
@@ -46,6 +47,7 @@ class Tree:
         self.options, self.ledger, self.writer = options, ledger, writer
         self.stopped: RlmError | None = None  # why no more sub-calls are made
         self.notes: list[str] = []  # what every node is told, and the user: an endpoint that cuts prompts
+        self.pace = Pace()
         self._slots = asyncio.Semaphore(options.concurrency)
         # One bound for each depth: a child that waits for its own children never holds what they wait for.
         self._repls: dict[int, asyncio.Semaphore] = {}
@@ -90,7 +92,7 @@ class Tree:
             if estimate is None and (
                 budget.input_tokens is not None or budget.usd is not None or (window and (wanted is not None or calls))
             ):
-                estimate = lm.count_tokens(messages)
+                estimate = await _counted(lm, messages)
             if calls and window and estimate is not None and estimate >= window:
                 raise LMError(
                     f"{lm.name}: the prompt has about {estimate:,} tokens; the model holds {window:,}, its reply "
@@ -120,8 +122,8 @@ class Tree:
                     answer = Message(role="assistant", content=reply.text)
                     counted = {
                         "calls": usage.calls or 1,
-                        "input_tokens": lm.count_tokens(messages),
-                        "output_tokens": lm.count_tokens([answer]),
+                        "input_tokens": await _counted(lm, messages),
+                        "output_tokens": await _counted(lm, [answer]),
                     }
                     usage = usage.model_copy(update=counted)
                 usage = reservation.settle(usage, depth=depth)
@@ -174,6 +176,10 @@ class Tree:
         self._environments.clear()
 
 
+async def _counted(lm: LM, messages: Sequence[Message]) -> int:
+    return await read(size_of([m.content for m in messages]), lm.count_tokens, messages)
+
+
 async def _wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
     await asyncio.wait(tasks, timeout=END_SECONDS)
 
@@ -199,7 +205,9 @@ async def finish(work: Coroutine[Any, Any, Any], seconds: float = END_SECONDS) -
         raise cancelled
 
 
-async def in_order(work: Callable[..., Awaitable[T]], items: Sequence[tuple[Any, ...]], width: int) -> list[T]:
+async def in_order(
+    work: Callable[..., Awaitable[T]], items: Sequence[tuple[Any, ...]], width: int, pace: Pace
+) -> list[T]:
     """`await work(*item)` for all items, `width` at a time; the results in the order of the items.
 
     A few workers share the list, so 100,000 items are not 100,000 tasks. Cancelling cancels all."""
@@ -211,8 +219,7 @@ async def in_order(work: Callable[..., Awaitable[T]], items: Sequence[tuple[Any,
     async def worker() -> None:
         for i, item in todo:
             results[i] = await work(*item)
-            if i % 64 == 0:
-                await asyncio.sleep(0)  # calls that are refused never wait: let others, a cancel above all, come in
+            await pace.step()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(width, len(items))):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +23,16 @@ from typing import Any
 
 from rlm_runtime.context import Context
 from rlm_runtime.errors import UsageError
+from rlm_runtime.replies import pieces
+from rlm_runtime.replies.reader import size_of
 from rlm_runtime.trajectory.events import AnyEvent, RunEnd, RunStart
 from rlm_runtime.trajectory.reader import EVENTS, Trajectory, decode
 
 LOG_BYTES = 256 << 20  # a record may take beside its contexts and its last answer
 SHARE = 4  # an event takes at most this part of what is left; else its long texts are cut
+DIGIT_BITS = 13_000  # of an integer that Python reads back; a longer one is recorded in hex
 TEXT = 8_000  # characters of a text that is cut
+LONG = 1 << 17  # characters of an event that is encoded on a thread: it would hold its run up for too long
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
@@ -53,9 +57,11 @@ class TrajectoryWriter:
         self.folder = Path(folder) if folder is not None else None
         self._listeners: list[Callable[[AnyEvent], None]] = [on_event] if on_event is not None else []
         self.error: OSError | None = None  # why recording stopped; None while it works
-        self.dropped = self.shortened = 0  # events that are not in the record, or not whole
+        self._dropped = self._shortened = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
+        self._waiting: deque[AnyEvent] = deque()  # a long event that is being encoded, and those behind it
+        self._written = threading.Condition(self._lock)
         self._lines: list[bytes] = []
         self._left = memory_bytes if self.folder is None else disk_bytes
         self._descriptor = -1
@@ -87,6 +93,7 @@ class TrajectoryWriter:
     @property
     def events(self) -> Trajectory:
         """The recorded events: from memory, or read back from the file."""
+        self.flush()
         if self.folder is None:
             with self._lock:
                 lines = list(self._lines)
@@ -98,9 +105,19 @@ class TrajectoryWriter:
     def write(self, event: AnyEvent) -> AnyEvent:
         """Record `event` and return it with its time. Never raises for a failing disk or callback."""
         stamped = event.model_copy(update={"t": round(time.monotonic() - self._started, 6)})
-        line = encode(stamped) + b"\n"
+        long, first = size_of_event(stamped) > LONG, False
+        line = b"" if long else encode(stamped, long) + b"\n"
         with self._lock:
-            self._record(line, stamped)
+            if not long and not self._waiting:
+                self._record(line, stamped)
+            else:
+                self._waiting.append(stamped)
+                first = len(self._waiting) == 1
+        if first:
+            try:
+                threading.Thread(target=self._write_waiting, name="rlm-record").start()
+            except RuntimeError:  # no thread can be had
+                self._write_waiting()
         for listener in tuple(self._listeners):
             try:
                 listener(stamped)
@@ -108,6 +125,46 @@ class TrajectoryWriter:
                 self.unlisten(listener)  # one warning, then silence: it would fail for every event
                 warnings.warn(f"on_event raised {error!r}; it is not called again in this run.", stacklevel=2)
         return stamped
+
+    def _write_waiting(self) -> None:
+        """Write what waits, in its order, until nothing does."""
+        while True:
+            event = self._waiting[0]
+            try:
+                line = encode(event, size_of_event(event) > LONG) + b"\n"
+            except Exception:  # no memory for it, perhaps
+                line = b""
+            with self._lock:
+                if line:
+                    self._record(line, event)
+                else:
+                    self._dropped += 1
+                self._waiting.popleft()
+                if not self._waiting:
+                    self._written.notify_all()
+                    return
+
+    @property
+    def dropped(self) -> int:
+        """Events that are not in the record."""
+        self.flush()
+        return self._dropped
+
+    @property
+    def shortened(self) -> int:
+        """Events that are in the record with their long texts cut."""
+        self.flush()
+        return self._shortened
+
+    @property
+    def behind(self) -> bool:
+        """Whether events wait to be recorded."""
+        return bool(self._waiting)
+
+    def flush(self) -> None:
+        """Wait until all events are recorded."""
+        with self._lock:
+            self._written.wait_for(lambda: not self._waiting)
 
     def listen(self, listener: Callable[[AnyEvent], None]) -> None:
         """Call `listener` with every event from now on, as `on_event`."""
@@ -121,9 +178,9 @@ class TrajectoryWriter:
         if len(line) > self._left // SHARE and not isinstance(event, RunStart | RunEnd):
             line = encode_short(event) + b"\n"
             if len(line) > self._left // SHARE:
-                self.dropped += 1
+                self._dropped += 1
                 return
-            self.shortened += 1
+            self._shortened += 1
         self._left -= len(line)
         if self.folder is None:
             self._lines.append(line)
@@ -132,7 +189,7 @@ class TrajectoryWriter:
 
     def _append(self, line: bytes) -> None:
         if self._descriptor < 0:
-            self.dropped += 1
+            self._dropped += 1
             return
         try:
             if os.fstat(self._descriptor).st_nlink == 0:
@@ -144,7 +201,7 @@ class TrajectoryWriter:
                 rest = rest[os.write(self._descriptor, rest) :]
         except OSError as error:
             self.error = error
-            self.dropped += 1
+            self._dropped += 1
             self._close()
 
     def blob(self, data: bytes) -> str | None:
@@ -166,7 +223,7 @@ class TrajectoryWriter:
             with self._lock:
                 if size is None or size > self._left // SHARE:
                     blobs = None
-                    self.shortened += 1
+                    self._shortened += 1
                 else:
                     self._left -= size
         try:
@@ -182,9 +239,9 @@ class TrajectoryWriter:
     def note(self) -> str | None:
         """What the record does not hold, as a sentence for the user; None where it holds everything."""
         if self.error is not None:
-            return f"The trajectory is incomplete ({self.error}); {self.dropped} events were not recorded."
-        if self.dropped or self.shortened:
-            lost = f"{self.dropped} events were not recorded, {self.shortened} with their long texts cut"
+            return f"The trajectory is incomplete ({self.error}); {self._dropped} events were not recorded."
+        if self._dropped or self._shortened:
+            lost = f"{self._dropped} events were not recorded, {self._shortened} with their long texts cut"
             more = "; pass log_dir=... to record more of them" if self.folder is None else ""
             return f"The trajectory has reached what it may take: {lost}{more}."
         return None
@@ -197,6 +254,7 @@ class TrajectoryWriter:
 
     def close(self) -> None:
         """Idempotent. Events written later are dropped."""
+        self.flush()
         with self._lock:
             self._close()
 
@@ -207,18 +265,25 @@ class TrajectoryWriter:
         self.close()
 
 
-def encode(event: AnyEvent) -> bytes:
-    """One JSON object without a newline. What is not JSON (lone surrogates, odd objects, endless depth) is kept as
-    well as JSON can: escaped, as `repr`, or as a note that says so."""
+def encode(event: AnyEvent, long: bool = False) -> bytes:
+    """One JSON object without a newline, written in pieces where it is long. What is not JSON (lone surrogates, odd
+    objects, endless depth) is kept as well as JSON can: escaped, as `repr`, or as a note that says so."""
     try:
-        return event.model_dump_json().encode()
-    except Exception:
-        return json.dumps(_plain(event.model_dump(mode="python")), ensure_ascii=True, allow_nan=False).encode("ascii")
+        if not long:
+            return event.model_dump_json().encode()
+    except Exception:  # what is no JSON: below
+        pass
+    return pieces.dumps(_plain(event.model_dump(mode="python")))
 
 
 def encode_short(event: AnyEvent) -> bytes:
     """The same with every long text cut."""
-    return json.dumps(shorten(_plain(event.model_dump(mode="python"))), allow_nan=False).encode("ascii")
+    return pieces.dumps(shorten(_plain(event.model_dump(mode="python"))))
+
+
+def size_of_event(event: AnyEvent) -> int:
+    """About how many characters an event has, counted up to more than LONG."""
+    return size_of(event, LONG + 1)
 
 
 def shorten(value: Any) -> Any:
@@ -239,7 +304,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
-        return value if abs(value) < 10**4000 else hex(value)
+        return value if value.bit_length() < DIGIT_BITS else hex(value)
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else repr(value)
     if depth > 200:

@@ -70,8 +70,14 @@ def run(place, command, text=None):
     return done.stdout
 
 
-def test_the_page_has_snippets():
+def test_every_block_of_the_page_is_run():
     assert len(PYTHON) >= 8 and len(COMMANDS) >= 5 and len(CLIENT) == 1 and len(SERVERS) >= 2
+    text = PAGE.read_text(encoding="utf-8")
+    fences = re.findall(r"^[ \t>]*(?:```|~~~)", text, re.M)
+    assert not re.search(r"^(?: {4}|\t)(?:rlm|pip|python) [^=]", text, re.M)  # a command in an indented block
+    served = [line for b in SHELL if b not in COMMANDS for line in b.splitlines() if line]
+    assert served == SERVERS  # such a block holds nothing else
+    assert len(fences) == 2 * (len(PYTHON) + len(CLIENT) + len(SHELL))
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))

@@ -27,7 +27,7 @@ TEACHING = tuple(v for v in prompts.VARIANTS if v != "native")  # native is for 
 NAMES = {"llm_query", "llm_batch", "rlm_query", "rlm_batch", "CallError", "lookup"}
 
 
-@pytest.mark.parametrize("variant", TEACHING)
+@pytest.mark.parametrize("variant", prompts.VARIANTS)
 @pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
 def test_only_what_exists_is_mentioned(variant, helpers):
     text = prompts.system(helpers, variant=variant)
@@ -38,17 +38,22 @@ def test_only_what_exists_is_mentioned(variant, helpers):
         there |= {"rlm_query", "rlm_batch"}
     if helpers.tools:
         there |= {"lookup"}
+    if variant == "native":  # it says less, and nothing that is not there
+        there -= {"CallError", "rlm_batch"}
     assert {name for name in NAMES if name in text} == there
-    for name in ("context", "answer", "outputs", "SHOW_VARS"):
+    for name in ("context", "outputs", "SHOW_VARS") if variant != "native" else ("context",):
         assert f"`{name}" in text
+    assert ("`answer" if variant != "native" else "answer[") in text
 
 
-@pytest.mark.parametrize("variant", TEACHING)
+@pytest.mark.parametrize("variant", prompts.VARIANTS)
 @pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
 def test_every_example_is_python_that_the_parser_reads(variant, helpers):
     text = prompts.system(helpers, variant=variant)
     blocks = re.findall(r"```repl\n(.*?)\n```", text, re.S)
-    assert len(blocks) >= 3
+    if variant == "native":  # no examples, but the words to finish with
+        blocks += re.findall(r"Finish: (.*?)\. ", text)
+    assert len(blocks) >= (3 if variant != "native" else 1)
     for code in blocks:
         ast.parse(code)
         assert parse(Reply(text=f"```repl\n{code}\n```")).cells == (code,)
@@ -89,8 +94,11 @@ def test_bounds_are_the_real_ones():
 
 
 def test_small_is_short_and_qwen_coder_is_frugal():
-    sizes = {v: len(prompts.system(Helpers(children=True), variant=v)) for v in TEACHING}
-    assert sizes["small"] < 0.8 * sizes["default"] < sizes["default"] < sizes["qwen-coder"] < 9_000
+    sizes = {v: len(prompts.system(Helpers(children=True), variant=v)) for v in prompts.VARIANTS}
+    assert (
+        sizes["native"] < 0.1 * sizes["small"]
+        and sizes["small"] < 0.8 * sizes["default"] < sizes["default"] < sizes["qwen-coder"] < 9_000
+    )
     assert "frugal" not in prompts.system(Helpers(sub_calls=False), variant="qwen-coder")
 
 

@@ -9,7 +9,7 @@ from rlm.loop_helpers import ScriptedLM, cell, done, echo, rlm, types
 from rlm_runtime.errors import LMError, UsageError
 from rlm_runtime.lms.base import Message, Reply, ToolCall
 from rlm_runtime.rlm.schemas import shape_of
-from rlm_runtime.rlm.subcalls import as_messages
+from rlm_runtime.rlm.subcalls import Prompt
 
 SAFE = "[r if not isinstance(r, CallError) else [r.kind, str(r)] for r in rs]"
 
@@ -63,9 +63,9 @@ def test_prompts_may_be_any_json():
 
 
 def test_only_chat_messages_are_taken_for_a_conversation():
-    assert len(as_messages([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])) == 2
+    assert len(Prompt.of([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).messages()) == 2
     for odd in ([], [{"role": "tool", "content": "a"}], [{"role": "user", "content": 1}], [{"role": "user"}]):
-        assert [m.role for m in as_messages(odd)] == ["user"]
+        assert [m.role for m in Prompt.of(odd).messages()] == ["user"]
 
 
 def test_models_by_name_and_by_depth():

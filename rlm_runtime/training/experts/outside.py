@@ -38,7 +38,10 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     dress = Dressing(rng, split)
     example.context.write_text(dress(example.context.read_text(encoding="utf-8")), encoding="utf-8")
     ask = rng.choice(of_split(ASK, split))
-    name = lambda: rng.choice((word, word, phrase, code))(rng, split)
+
+    def name() -> str:
+        return rng.choice((word, word, phrase, code))(rng, split)
+
     question = ask.format(
         a=name(), b=word(rng, split), A=name().capitalize(), B=name().capitalize(), n=number(rng, split),
         m=number(rng, split), d=rng.randint(1, 90),

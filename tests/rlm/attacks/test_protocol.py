@@ -101,7 +101,7 @@ def test_a_forged_end_with_the_right_id_ends_that_cell_and_no_other(arena):
 
 
 def test_an_end_said_many_times(arena):
-    cell = CHANNEL + PREFIX + "for _ in range(1000):\n    " + frame(DONE % "cell_id()") + "time.sleep(0.05)"
+    cell = CHANNEL + PREFIX + "i = cell_id()\nfor _ in range(1000):\n    " + frame(DONE % "i") + "time.sleep(0.05)"
     _first, second = arena.play(attack("many", cell, "print('second')", ends="ok"))
     assert second.stdout == "second\n" and not second.answer.ready
 

@@ -49,6 +49,14 @@ def ask(text: str) -> list[Message]:
     return [Message(role="user", content=text)]
 
 
+def test_a_plain_reply_ends_where_the_template_begins_another_speakers_line(lm):
+    from mor_jax.data.chat import PLAIN_STOPS
+
+    turns = [Message(role=role, content="x") for role in ("system", "user", "assistant")]
+    assert lm._stop == PLAIN_STOPS == tuple(f"\n{m.role}:" for m in turns)
+    assert all(f"\n{chat_text(turns)}".count(stop) >= 1 for stop in lm._stop)
+
+
 PROMPTS = ["a", "bcd", "what is it?", "x" * 40, "the depth of a token", "é", "1 2 3 4 5", "z" * 17, "end"]
 
 

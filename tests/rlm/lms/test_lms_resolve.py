@@ -54,11 +54,12 @@ def test_a_model_passes_through():
 
 
 def test_names_do_not_import_clients():
-    """Neither the HTTP client nor jax is paid for before it is used."""
+    """Neither the HTTP client, nor jax, nor the parser of replies is paid for before it is used."""
     code = (
-        "import sys\nfrom rlm_runtime.lms import resolve\n"
-        "resolve('openai:m', base_url='http://h/v1'); resolve('anthropic:m', base_url='http://h')\n"
-        "print([m for m in ('aiohttp', 'jax', 'mor_jax', 'genai_prices') if m in sys.modules])\n"
+        "import sys\nfrom rlm_runtime import RLM\nfrom rlm_runtime.lms import resolve\n"
+        "RLM(resolve('openai:m', base_url='http://h/v1'), resolve('anthropic:m', base_url='http://h'))\n"
+        "late = ('aiohttp', 'jax', 'mor_jax', 'genai_prices', 'rlm_runtime.parsing')\n"
+        "print([m for m in late if m in sys.modules])\n"
         "import threading\nlm = resolve('openai:m', base_url='http://h/v1'); lm.warm(); lm.warm()\n"
         "[t.join() for t in threading.enumerate() if t.name == 'rlm-import']\n"
         "print('aiohttp' in sys.modules)\n"
@@ -142,7 +143,7 @@ async def collect(chunks):
         for chunk in chunks:
             yield chunk
 
-    return [event async for event in sse.events(source())]
+    return [event async for event in sse.events(source(), 1 << 20)]
 
 
 FIELDS = st.lists(
