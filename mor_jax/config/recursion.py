@@ -95,7 +95,7 @@ def check_recursion(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> N
     _check_numbers(c)
     if not (c.reads or c.trains or c.exits):
         return
-    if depth.policy != "fixed":
+    if depth.routed:
         first = next(f.name for f in fields(c) if getattr(c, f.name) != f.default)
         raise ConfigError(
             f"{WHERE}.{first} = {getattr(c, first)!r} goes with config.depth.policy = 'fixed': a routed token has a gate "

@@ -99,7 +99,7 @@ class LM:
             raise UserError(f"a model applies its core at least once; {recursions} recursions were asked for.")
         if recursions == trained:
             return self
-        if self.depth.policy != "fixed" or m.sharing not in ("cycle", "middle_cycle"):
+        if self.depth.routed or m.sharing not in ("cycle", "middle_cycle"):
             raise UserError(
                 "only a model of depth policy 'fixed' with sharing 'cycle' or 'middle_cycle' runs at another number of "
                 f"recursions; this one has policy {self.depth.policy!r} and sharing {m.sharing!r}."
