@@ -39,7 +39,11 @@ def plain(h, table, targets, weights, teacher_h, teacher_table, mix):
     return (1 - mix.weight) * nll + mix.weight * distillation, nll, distillation
 
 
-@pytest.mark.parametrize("mix", [Mix(0.3, 1.0), Mix(0.7, 2.0, 3, cap, cap), Mix(1.0, 0.5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "mix",
+    [Mix(0.3, 1.0), Mix(0.7, 2.0, 3, cap, cap), Mix(1.0, 0.5, 7)],
+    ids=lambda mix: f"weight {mix.weight}, chunk {mix.chunk}",
+)
 def test_it_is_its_definition_in_value_and_gradient(arrays, mix):
     both = [
         jax.jit(jax.value_and_grad(lambda *a, f=f: (lambda r: (r[0], r))(f(*a, mix)), argnums=(0, 1), has_aux=True))
