@@ -101,6 +101,7 @@ setup(
             "jax[tpu]>=0.10.2",  # libtpu: training steps are compiled for TPUs by the tests
             "ipykernel>=6.29",  # the notebooks are executed by the tests
             "llguidance>=1.9",  # constrained output, held to jsonschema
+            "lm-eval>=0.4.9",  # its tasks, run in this process
             "mcp>=2.0",
             "mlflow-skinny>=2.16",  # trackers, on files and offline
             "moto[server]>=5.0",
