@@ -1,7 +1,8 @@
 """Packaging for mor_jax (recursion inside the network) and rlm_runtime (recursion around it).
 
-Floors only; the exact tested sets are in constraints/. Install for development with `make env`. From a checkout,
-`pip install .` installs the runtime for Recursive Language Models, and `pip install ".[jax]"` the model library too.
+Floors only; the exact tested sets are in constraints/. Install for development with `make env`.
+From a checkout, `pip install .` installs the runtime for Recursive Language Models, and `pip
+install ".[jax]"` the model library too.
 """
 
 import re
@@ -11,11 +12,14 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 # The version is written in mor_jax/__init__.py, and read as text: nothing is imported to build.
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "mor_jax/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "mor_jax/__init__.py").read_text(encoding="utf-8"), re.M
+)[1]
 
 # What rlm_runtime needs.
 RLM = [
-    "aiohttp>=3.11",  # endpoints: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
+    # endpoints: 0.2 ms a call and 100 at once; the openai client needs 0.4 s to import
+    "aiohttp>=3.11",
     "charset-normalizer>=3.3",  # names the likely encoding of a file that is not UTF-8
     "jsonschema>=4.21",  # structured answers
     "matplotlib>=3.9",  # the plot of `rlm eval`; the report page
@@ -69,7 +73,8 @@ setup(
         "jax": JAX,
         "gpu": [*JAX, "jax[cuda13]>=0.10.2"],
         "tpu": [*JAX, "jax[tpu]>=0.10.2"],
-        # XLA's compiler for TPUs, which needs no TPU: jax names the libtpu that is its own (137 MB).
+        # XLA's compiler for TPUs, which needs no TPU: jax names the libtpu that is its own (137
+        # MB).
         "tpu-compile": [*JAX, "jax[tpu]>=0.10.2"],
         "serve": [
             "llguidance>=1.9",  # JSON schemas, patterns and choices as token masks
@@ -125,7 +130,8 @@ setup(
             "wandb>=0.20",
             "zstandard>=0.23",
         ],
-        "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],  # the API reference: make docs
+        # the API reference: make docs
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],
         "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
     },
 )

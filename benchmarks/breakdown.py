@@ -17,15 +17,17 @@ from mor_jax.model.lm import positions_in_document
 from mor_jax.model.loss import next_token_targets
 from mor_jax.train.step import gradients, loss_fn, loss_scales
 
-# AdamW reads a parameter, its gradient and two moments and writes all but the gradient; clipping reads the gradient
-# once more. float32.
+# AdamW reads a parameter, its gradient and two moments and writes all but the gradient; clipping
+# reads the gradient once more. float32.
 OPTIMIZER_BYTES = 4 * 8
 
 
 class Piece:
     """One compiled piece. `flops` or `bytes_moved` is the least it has to do."""
 
-    def __init__(self, name: str, work: Callable[[], Any], *, flops: float = 0.0, bytes_moved: float = 0.0):
+    def __init__(
+        self, name: str, work: Callable[[], Any], *, flops: float = 0.0, bytes_moved: float = 0.0
+    ):
         self.name, self.flops, self.bytes_moved = name, flops, bytes_moved
         self.samples = Samples()
         self._work = work
@@ -36,8 +38,9 @@ class Piece:
 
 
 def pieces(run: Any) -> list[Piece]:
-    """Pieces of the step of `run` (a dense `ModelRun`); they share its parameters. Attention and MLP are chained
-    through all layers with each layer's own weights, without norms and without rematerialisation."""
+    """Pieces of the step of `run` (a dense `ModelRun`); they share its parameters. Attention and
+    MLP are chained through all layers with each layer's own weights, without norms and without
+    rematerialisation."""
     cfg, lm, batch = run.cfg, run.lm, run.batch
     m, tokens = cfg.model, accounting.tokens_per_step(cfg)
     flops = accounting.true_flops_per_token(m, cfg.depth)
@@ -77,7 +80,8 @@ def pieces(run: Any) -> list[Piece]:
         return lm.cross_entropy({"embed": {"table": table}}, h, targets, weights)
 
     def there_and_back(f):
-        """(gradient of the output, *args) -> output of f and the gradients of its arguments, on this batch."""
+        """(gradient of the output, *args) -> output of f and the gradients of its arguments, on
+        this batch."""
 
         def run_both(batch, gradient, *args):
             y, pull = jax.vjp(lambda *args: f(batch, *args), *args)
@@ -102,7 +106,9 @@ def pieces(run: Any) -> list[Piece]:
         run.state = state._replace(params=new, opt_state=opt_state)
         return run.state
 
-    attention_both, core_both, mlp_both = (there_and_back(f) for f in (attention_layers, attention_core, mlp_layers))
+    attention_both, core_both, mlp_both = (
+        there_and_back(f) for f in (attention_layers, attention_core, mlp_layers)
+    )
     head_both = there_and_back(head)
     one = jnp.float32(1)
     attention_flops = flops.blocks - mlp_flops + flops.attention
@@ -111,15 +117,26 @@ def pieces(run: Any) -> list[Piece]:
         Piece("forward", lambda: forward(params(), batch), flops=flops.total * tokens),
         Piece("forward + backward", lambda: both(params(), batch), flops=flops.training * tokens),
         Piece("optimizer", optimize, bytes_moved=OPTIMIZER_BYTES * count),
-        Piece("head + loss", lambda: head_both(one, x, params()["embed"]["table"]), flops=3 * flops.head * tokens),
+        Piece(
+            "head + loss",
+            lambda: head_both(one, x, params()["embed"]["table"]),
+            flops=3 * flops.head * tokens,
+        ),
         Piece("MLP", lambda: mlp_both(dx, layers("mlp"), x), flops=3 * mlp_flops * tokens),
-        Piece("attention", lambda: attention_both(dx, layers("attention"), x), flops=3 * attention_flops * tokens),
+        Piece(
+            "attention",
+            lambda: attention_both(dx, layers("attention"), x),
+            flops=3 * attention_flops * tokens,
+        ),
         Piece("attention core", lambda: core_both(dq, q, k, v), flops=3 * flops.attention * tokens),
     ]
 
 
-def analyse(step: float, parts: list[Piece], torch: dict[str, float] | None) -> list[dict[str, Any]]:
-    """Rows of the breakdown: name, seconds, share of the step, rate, and torch's seconds where they mean the same.
+def analyse(
+    step: float, parts: list[Piece], torch: dict[str, float] | None
+) -> list[dict[str, Any]]:
+    """Rows of the breakdown: name, seconds, share of the step, rate, and torch's seconds where they
+    mean the same.
 
     `step`: median seconds of the whole step.
     """
@@ -128,7 +145,14 @@ def analyse(step: float, parts: list[Piece], torch: dict[str, float] | None) -> 
     both, parts_of_both = t["forward + backward"], ("MLP", "attention", "head + loss")
     torch = torch or {}
 
-    def row(name: str, seconds: float, level: int, flops: float = 0.0, bytes_moved: float = 0.0, peer: str = ""):
+    def row(
+        name: str,
+        seconds: float,
+        level: int,
+        flops: float = 0.0,
+        bytes_moved: float = 0.0,
+        peer: str = "",
+    ):
         return {
             "name": name,
             "level": level,
@@ -143,10 +167,15 @@ def analyse(step: float, parts: list[Piece], torch: dict[str, float] | None) -> 
     return [
         row("whole step", step, 0, all_flops) | {"torch_seconds": sum(torch.values()) or None},
         row("forward", t["forward"], 1, ahead, peer="forward"),
-        row("backward (the difference)", both - t["forward"], 1, all_flops - ahead, peer="backward"),
-        row("optimizer, clipping included", t["optimizer"], 1, *need["optimizer"], peer="optimizer"),
+        row(
+            "backward (the difference)", both - t["forward"], 1, all_flops - ahead, peer="backward"
+        ),
+        row(
+            "optimizer, clipping included", t["optimizer"], 1, *need["optimizer"], peer="optimizer"
+        ),
         row("rest: metrics, finiteness check", step - both - t["optimizer"], 1),
-        row("forward + backward", both, 0, all_flops) | {"torch_seconds": _sum(torch, "forward", "backward")},
+        row("forward + backward", both, 0, all_flops)
+        | {"torch_seconds": _sum(torch, "forward", "backward")},
         row("head + loss", t["head + loss"], 1, *need["head + loss"]),
         row("MLP, all layers", t["MLP"], 1, *need["MLP"]),
         row("attention, all layers", t["attention"], 1, *need["attention"]),

@@ -1,14 +1,16 @@
-"""Processes killed at random steps: the job stops and names the victim, and the resumed run is the uninterrupted one.
+"""Processes killed at random steps: the job stops and names the victim, and the resumed run is the
+uninterrupted one.
 
     python -m benchmarks.chaos --kills=20 --processes=2,4 --out=benchmarks/results/chaos.json
 
-For each number of processes N: one run that nobody disturbs, on N real processes over loopback (gloo); then, `kills`
-times, a run of which one process, chosen at random and process 0 among them, gets SIGKILL at a random step. The others
-must leave with status 75 within the time-out and slack and name the victim; the run is then resumed on 1, 2 or 4
-processes in turn. Its losses must be those of the undisturbed run: bit for bit on N processes, within 1e-5 on another
-number. Half a minute to a minute a kill on two idle cores. Each result is written as soon as it is there, to --out as
-well; the same command with the same --out goes on after the kills that it holds. A table at the end; exits with 1 if
-anything was not as it must be.
+For each number of processes N: one run that nobody disturbs, on N real processes over loopback
+(gloo); then, `kills` times, a run of which one process, chosen at random and process 0 among them,
+gets SIGKILL at a random step. The others must leave with status 75 within the time-out and slack
+and name the victim; the run is then resumed on 1, 2 or 4 processes in turn. Its losses must be
+those of the undisturbed run: bit for bit on N processes, within 1e-5 on another number. Half a
+minute to a minute a kill on two idle cores. Each result is written as soon as it is there, to --out
+as well; the same command with the same --out goes on after the kills that it holds. A table at the
+end; exits with 1 if anything was not as it must be.
 """
 
 from __future__ import annotations
@@ -35,22 +37,42 @@ LOST = 75
 _KILLS = flags.DEFINE_integer("kills", 20, "Kills for each number of processes.")
 _PROCESSES = flags.DEFINE_list("processes", ["2", "4"], "Numbers of processes that are attacked.")
 _STEPS = flags.DEFINE_integer("steps", 40, "Steps of a run.")
-_TIMEOUT = flags.DEFINE_integer("timeout", 15, "Seconds of silence after which a process counts as lost.")
+_TIMEOUT = flags.DEFINE_integer(
+    "timeout", 15, "Seconds of silence after which a process counts as lost."
+)
 _SLACK = flags.DEFINE_integer("slack", 60, "Seconds more that a busy machine may take to stop.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of victims and steps.")
-_OUT = flags.DEFINE_string("out", None, "JSON file for the results; kills that it holds are not made again.")
+_OUT = flags.DEFINE_string(
+    "out", None, "JSON file for the results; kills that it holds are not made again."
+)
 
 
 def command(workdir: Path, steps: int) -> list[str]:
-    """A Mixture-of-Recursions model of a few thousand parameters, on this repository's own sources."""
+    """A Mixture-of-Recursions model of a few thousand parameters, on this repository's own
+    sources."""
     model = dict(
-        layers=3, sharing="cycle", prelude=0, width=16, heads=2, kv_heads=1, mlp_width=32, context=32, loss_chunk=0
+        layers=3,
+        sharing="cycle",
+        prelude=0,
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=32,
+        context=32,
+        loss_chunk=0,
     )
-    train = dict(steps=steps, batch_size=4, log_every=1, eval_every=20, eval_rows=4, checkpoint_every=5)
-    data = dict(source="files", paths=(str(ROOT / "mor_jax/model/*.py"),), tokenizer="bytes", holdout=0.2)
+    train = dict(
+        steps=steps, batch_size=4, log_every=1, eval_every=20, eval_rows=4, checkpoint_every=5
+    )
+    data = dict(
+        source="files", paths=(str(ROOT / "mor_jax/model/*.py"),), tokenizer="bytes", holdout=0.2
+    )
     groups = {"model": model, "train": train, "data": data}
-    overrides = [f"--config.{g}.{k}={v!r}" if not isinstance(v, str) else f"--config.{g}.{k}={v}"
-                 for g, fields in groups.items() for k, v in fields.items()]  # fmt: skip
+    overrides = [
+        f"--config.{g}.{k}={v!r}" if not isinstance(v, str) else f"--config.{g}.{k}={v}"
+        for g, fields in groups.items()
+        for k, v in fields.items()
+    ]
     return [
         sys.executable,
         "-m",
@@ -70,23 +92,40 @@ class Job:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_NUM_", "JAX_PROCESS_", "JAX_COORD"))}
-        env = env | {"JAX_PLATFORMS": "cpu", "MOR_JAX_HOST_TIMEOUT": str(timeout), "PYTHONPATH": str(ROOT)}
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("JAX_NUM_", "JAX_PROCESS_", "JAX_COORD"))
+        }
+        env = env | {
+            "JAX_PLATFORMS": "cpu",
+            "MOR_JAX_HOST_TIMEOUT": str(timeout),
+            "PYTHONPATH": str(ROOT),
+        }
         env.pop("XLA_FLAGS", None)
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"{rank}.log" for rank in range(count)]
         self.processes = []
         for rank, log in enumerate(self.logs):
-            of_job = {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(rank)
-            } if count > 1 else {}  # fmt: skip
+            of_job = (
+                {
+                    "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(rank),
+                }
+                if count > 1
+                else {}
+            )
             with log.open("w") as out:
                 self.processes.append(
-                    subprocess.Popen(argv, env=env | of_job, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        argv, env=env | of_job, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+                    )
                 )
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit status of each; None for one that is still there after `seconds`, and is then killed."""
+        """Exit status of each; None for one that is still there after `seconds`, and is then
+        killed."""
         end = time.monotonic() + seconds
         found: list[int | None] = []
         for process in self.processes:
@@ -128,9 +167,16 @@ def whole(argv: list[str], count: int, logs: Path, timeout: int) -> None:
 
 
 def attack(
-    count: int, victim: int, at: int, again: int, reference: dict[int, float], place: Path, argv_of: Callable
+    count: int,
+    victim: int,
+    at: int,
+    again: int,
+    reference: dict[int, float],
+    place: Path,
+    argv_of: Callable,
 ) -> dict[str, Any]:
-    """One kill of process `victim` after step `at`, and one resumption on `again` processes; what was seen."""
+    """One kill of process `victim` after step `at`, and one resumption on `again` processes; what
+    was seen."""
     workdir = place / "run"
     job = Job(argv_of(workdir), count, _TIMEOUT.value, place / "killed")
     try:
@@ -146,17 +192,35 @@ def attack(
         job.end()
     pid = job.processes[victim].pid
     others = [r for r in range(count) if r != victim]
-    named = [r for r in others if f"process {victim} (" in job.text(r) and f"pid {pid})" in job.text(r)]
+    named = [
+        r for r in others if f"process {victim} (" in job.text(r) and f"pid {pid})" in job.text(r)
+    ]
     whole(argv_of(workdir), again, place / "resumed", _TIMEOUT.value)
     found = losses(workdir)
-    difference = max(abs(found[s] - reference[s]) for s in reference) if found.keys() == reference.keys() else None
+    difference = (
+        max(abs(found[s] - reference[s]) for s in reference)
+        if found.keys() == reference.keys()
+        else None
+    )
     limit = 0.0 if again == count else 1e-5
-    good = named == others and all(status[r] == LOST for r in others) and difference is not None and difference <= limit
+    good = (
+        named == others
+        and all(status[r] == LOST for r in others)
+        and difference is not None
+        and difference <= limit
+    )
     return {
-        "processes": count, "victim": victim, "step": at, "status": status, "stopped_after_s": round(seconds, 1),
-        "named_by": named, "resumed_on": again, "largest_difference": difference, "good": good,
+        "processes": count,
+        "victim": victim,
+        "step": at,
+        "status": status,
+        "stopped_after_s": round(seconds, 1),
+        "named_by": named,
+        "resumed_on": again,
+        "largest_difference": difference,
+        "good": good,
         **({} if good else {"log": job.text(others[0])[-2000:]}),
-    }  # fmt: skip
+    }
 
 
 def run(place: Path, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -171,12 +235,16 @@ def run(place: Path, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 continue
             if not reference:
                 undisturbed = place / f"whole{count}"
-                whole(command(undisturbed, _STEPS.value), count, place / "whole_logs", _TIMEOUT.value)
+                whole(
+                    command(undisturbed, _STEPS.value), count, place / "whole_logs", _TIMEOUT.value
+                )
                 reference = losses(undisturbed)
                 assert sorted(reference) == list(range(1, _STEPS.value + 1))
             here = place / f"{count}_{number}"
             again = [count, *(c for c in COUNTS if c != count)][number % len(COUNTS)]
-            yield attack(count, victim, at, again, reference, here, lambda w: command(w, _STEPS.value))
+            yield attack(
+                count, victim, at, again, reference, here, lambda w: command(w, _STEPS.value)
+            )
             shutil.rmtree(here)
 
 
@@ -187,13 +255,17 @@ def recorded() -> list[dict[str, Any]]:
         return []
     found = json.loads(path.read_text())
     if (found["steps"], found.get("seed")) != (_STEPS.value, _SEED.value):
-        raise SystemExit(f"{path} has {found['steps']} steps and seed {found.get('seed')}; give another --out.")
+        raise SystemExit(
+            f"{path} has {found['steps']} steps and seed {found.get('seed')}; give another --out."
+        )
     return found["kills"]
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """What a person wants to know of each number of processes."""
-    lines = ["| processes | kills | as they must be | stopped after, s | resumed on | largest difference |"]
+    lines = [
+        "| processes | kills | as they must be | stopped after, s | resumed on | largest difference |"
+    ]
     lines.append("|---:|---:|---:|---|---|---:|")
     for count in sorted({r["processes"] for r in results}):
         of = [r for r in results if r["processes"] == count]

@@ -4,18 +4,20 @@
     python -m benchmarks.decode --shape tiny        # does the command itself run?
     python -m benchmarks.decode --checkpoint RUN    # also a trained router, in its own shape
 
-First table: for every case (vocabulary, length of the core: they set rho = T_h / T_b) and every distribution of depths,
-tokens a second at m = 1 (depth-wise), every m between, and m = R (lock-step), all lanes busy, beside the prediction
-from T_b and T_h measured alone (`mor_jax/inference/engine/choose.py` says how); full depth; and the vanilla engine of
-as many unrolled layers. The ticks of every m take turns on the very same lanes, a few ticks each, there and back;
-medians of the turns. Depths are forced by data (`benchmarks/forced_depth.py`), in the same compiled programs.
+First table: for every case (vocabulary, length of the core: they set rho = T_h / T_b) and every
+distribution of depths, tokens a second at m = 1 (depth-wise), every m between, and m = R
+(lock-step), all lanes busy, beside the prediction from T_b and T_h measured alone
+(`mor_jax/inference/engine/choose.py` says how); full depth; and the vanilla engine of as many
+unrolled layers. The ticks of every m take turns on the very same lanes, a few ticks each, there and
+back; medians of the turns. Depths are forced by data (`benchmarks/forced_depth.py`), in the same
+compiled programs.
 
 Second table: bytes of keys and values of a sequence, and how many sequences a fixed memory holds.
 
-Third: the published throughput protocol (arXiv 2507.10524, 3.3 and appendix E): no prompt, about 256 tokens a
-sequence, a finished sequence is replaced at once, four recursions against the vanilla engine of as many layers, at 32
-sequences and at as many as equal KV memory holds. Unlike there, everything is in the timing: KV writes, drawing, and
-putting new sequences into lanes.
+Third: the published throughput protocol (arXiv 2507.10524, 3.3 and appendix E): no prompt, about
+256 tokens a sequence, a finished sequence is replaced at once, four recursions against the vanilla
+engine of as many layers, at 32 sequences and at as many as equal KV memory holds. Unlike there,
+everything is in the timing: KV writes, drawing, and putting new sequences into lanes.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ from mor_jax.train.loop import mesh_device, versions
 
 
 class Size(NamedTuple):
-    """A shape: width, heads, kv heads, mlp width; the cases of the first table as (vocabulary, core blocks); lanes;
-    tokens a sequence; the protocol's core blocks, vocabulary, lanes and tokens; ticks of a turn; turns before each
-    measurement of T_b and T_h, of which there are two."""
+    """A shape: width, heads, kv heads, mlp width; the cases of the first table as (vocabulary, core
+    blocks); lanes; tokens a sequence; the protocol's core blocks, vocabulary, lanes and tokens;
+    ticks of a turn; turns before each measurement of T_b and T_h, of which there are two."""
 
     width: int
     heads: int
@@ -69,8 +71,12 @@ class Size(NamedTuple):
 
 SHAPES = {
     "tiny": Size(64, 4, 2, 96, ((128, 2),), 4, 64, (1, 128, 4, 24), 4, 1),
-    "cpu": Size(576, 9, 3, 1536, ((512, 9), (512, 3), (49152, 9)), 8, 256, (8, 49152, 32, 256), 8, 4),
-    "360m": Size(960, 15, 5, 2560, ((512, 10), (49152, 10), (49152, 3)), 32, 512, (8, 49152, 32, 256), 24, 5),
+    "cpu": Size(
+        576, 9, 3, 1536, ((512, 9), (512, 3), (49152, 9)), 8, 256, (8, 49152, 32, 256), 8, 4
+    ),
+    "360m": Size(
+        960, 15, 5, 2560, ((512, 10), (49152, 10), (49152, 3)), 32, 512, (8, 49152, 32, 256), 24, 5
+    ),
 }
 DISTRIBUTIONS = {
     "uniform": (1.0, 2 / 3, 1 / 3),  # the paper's capacities, too: what a balanced router gives
@@ -84,16 +90,23 @@ SPREAD = 32  # tokens, standard deviation of a sequence's length
 
 _SHAPE = flags.DEFINE_enum("shape", "cpu", list(SHAPES), "Shape of the models; see above.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of weights, keys and values.")
-_LANES = flags.DEFINE_integer("lanes", None, "Lanes of the first table instead of the shape's.", lower_bound=1)
+_LANES = flags.DEFINE_integer(
+    "lanes", None, "Lanes of the first table instead of the shape's.", lower_bound=1
+)
 _PARTS = flags.DEFINE_list("parts", ["depths", "protocol"], "Any of depths, protocol.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Also a trained model: its run directory.")
-_OUT = flags.DEFINE_string("out", None, "Result; default benchmarks/results/decode_<device>_<shape>_<dtype>.json.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Result; default benchmarks/results/decode_<device>_<shape>_<dtype>.json."
+)
 
 
-def forced(size: Size, vocab: int, core: int, recursions: int, context: int, dtype: str) -> ForcedLM:
+def forced(
+    size: Size, vocab: int, core: int, recursions: int, context: int, dtype: str
+) -> ForcedLM:
     """One block, `core` shared ones run `recursions` times, one block; depths forced."""
     return ForcedLM(
-        _model(size, vocab, 2 + core * recursions, context, dtype, recursions), DepthConfig("expert_choice")
+        _model(size, vocab, 2 + core * recursions, context, dtype, recursions),
+        DepthConfig("expert_choice"),
     )
 
 
@@ -102,19 +115,33 @@ def vanilla(size: Size, vocab: int, layers: int, context: int, dtype: str) -> LM
     return LM(_model(size, vocab, layers, context, dtype, 1))
 
 
-def _model(size: Size, vocab: int, layers: int, context: int, dtype: str, recursions: int) -> ModelConfig:
+def _model(
+    size: Size, vocab: int, layers: int, context: int, dtype: str, recursions: int
+) -> ModelConfig:
     sharing = "middle_cycle" if recursions > 1 else "none"
     return ModelConfig(
-        layers=layers, recursions=recursions, sharing=sharing, width=size.width, heads=size.heads,
-        kv_heads=size.kv_heads, mlp_width=size.mlp_width, vocab_size=vocab, context=context, dtype=dtype,
-    )  # fmt: skip
+        layers=layers,
+        recursions=recursions,
+        sharing=sharing,
+        width=size.width,
+        heads=size.heads,
+        kv_heads=size.kv_heads,
+        mlp_width=size.mlp_width,
+        vocab_size=vocab,
+        context=context,
+        dtype=dtype,
+    )
 
 
 class Bench:
     """A device whose ticks of several m take turns on the same lanes, always full."""
 
-    def __init__(self, lm: LM, params: Any, lanes: int, ms: Sequence[int], *, full: int, entries: int = 0):
-        config = EngineConfig(lanes=lanes, chunks=(1,), boundary_every=ms[0], full_lanes=full, entries=entries)
+    def __init__(
+        self, lm: LM, params: Any, lanes: int, ms: Sequence[int], *, full: int, entries: int = 0
+    ):
+        config = EngineConfig(
+            lanes=lanes, chunks=(1,), boundary_every=ms[0], full_lanes=full, entries=entries
+        )
         self.device = Device(lm, params, config)
         # What is timed, and no more: prompts are a token long, so that nothing is prefilled.
         self._made = self.device.uncompiled()
@@ -131,11 +158,13 @@ class Bench:
     def place(self, lane: int, tokens: int) -> None:
         """A new sequence of so many tokens, without a prompt."""
         self.device.open(lane)
-        self.device.start(lane, int(self._rng.integers(self.device.draw_config.vocab_size)), self._row, tokens)
+        self.device.start(
+            lane, int(self._rng.integers(self.device.draw_config.vocab_size)), self._row, tokens
+        )
 
     def turn(self, m: int, ticks: int, length: Callable[[], int]) -> tuple[float, int, np.ndarray]:
-        """(seconds, tokens drawn, their depths counted) of ticks of m passes, read one behind; a lane that ends gets
-        a new sequence at once."""
+        """(seconds, tokens drawn, their depths counted) of ticks of m passes, read one behind; a
+        lane that ends gets a new sequence at once."""
         self._made.tick = self.ticks[m]
         drawn, depths, before = 0, np.zeros(self.device.recursions + 1, int), None
         begin = time.perf_counter()
@@ -153,7 +182,8 @@ class Bench:
 
 
 def turns(bench: Bench, size: Size) -> tuple[dict[int, list[float]], np.ndarray]:
-    """(tokens a second of every turn by m, how many tokens had each depth) over the life of the lanes' sequences."""
+    """(tokens a second of every turn by m, how many tokens had each depth) over the life of the
+    lanes' sequences."""
     lanes, tokens = bench.device.lanes, size.tokens
     starts = itertools.cycle(range(tokens // 4, tokens, max(1, tokens // 7)))
     for lane in range(lanes):  # ends scattered over time, logs of every length
@@ -166,13 +196,17 @@ def turns(bench: Bench, size: Size) -> tuple[dict[int, list[float]], np.ndarray]
         order = list(bench.ticks) if i % 2 == 0 else list(reversed(bench.ticks))
         for m in order:
             # A tick of small m draws fewer tokens, so it gets more of them.
-            seconds, drawn, found = bench.turn(m, size.ticks * -(-bench.device.recursions // m), lambda: tokens - 1)
+            seconds, drawn, found = bench.turn(
+                m, size.ticks * -(-bench.device.recursions // m), lambda: tokens - 1
+            )
             rates[m].append(drawn / seconds)
             depths += found
     return rates, depths
 
 
-def one_case(name: str, bench: Bench, params: Any, shares: dict[str, tuple | None], size: Size, tell) -> list[dict]:
+def one_case(
+    name: str, bench: Bench, params: Any, shares: dict[str, tuple | None], size: Size, tell
+) -> list[dict]:
     """Rows of the first table: one a distribution (None: the model's own router)."""
     device, rows = bench.device, []
     probes = device.probes()
@@ -180,7 +214,8 @@ def one_case(name: str, bench: Bench, params: Any, shares: dict[str, tuple | Non
         tell(f"{name}: {label}")
         if wanted is not None:
             device.set_params(with_shares(params, wanted))
-        # Twice, each time with what the prediction is made of behind it: a machine that changes meanwhile changes both.
+        # Twice, each time with what the prediction is made of behind it: a machine that changes
+        # meanwhile changes both.
         rates: dict[int, list[float]] = {m: [] for m in bench.ticks}
         times, depths, half = [], 0, size.tokens // 2
         for _ in range(2):
@@ -192,16 +227,31 @@ def one_case(name: str, bench: Bench, params: Any, shares: dict[str, tuple | Non
             times.append(device.measure(probes, half, entries))
         rates = {m: statistics.median(of) for m, of in rates.items()}
         core_s, boundary_s = (statistics.mean(of) for of in zip(*times, strict=True))
-        predicted = {m: choose.throughput(device.lanes, found, m, core_s, boundary_s) for m in bench.ticks}
+        predicted = {
+            m: choose.throughput(device.lanes, found, m, core_s, boundary_s) for m in bench.ticks
+        }
         best = choose.best(device.lanes, found, core_s, boundary_s)
-        rows.append({
-            "case": name, "depths": label, "lanes": device.lanes, "recursions": device.recursions,
-            "shares": found, "mean_depth": sum(found), "core_ms": core_s * 1e3, "boundary_ms": boundary_s * 1e3,
-            "rho": boundary_s / core_s, "best_m": best, "tokens_per_s": rates, "predicted": predicted,
-            "of_predicted": {m: rates[m] / predicted[m] for m in rates},
-            "gain_over_lock_step": rates[best] / rates[device.recursions],
-            "bytes_per_sequence": device.bytes_per_sequence(size.tokens, device.expected_entries(size.tokens, sum(found))),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": name,
+                "depths": label,
+                "lanes": device.lanes,
+                "recursions": device.recursions,
+                "shares": found,
+                "mean_depth": sum(found),
+                "core_ms": core_s * 1e3,
+                "boundary_ms": boundary_s * 1e3,
+                "rho": boundary_s / core_s,
+                "best_m": best,
+                "tokens_per_s": rates,
+                "predicted": predicted,
+                "of_predicted": {m: rates[m] / predicted[m] for m in rates},
+                "gain_over_lock_step": rates[best] / rates[device.recursions],
+                "bytes_per_sequence": device.bytes_per_sequence(
+                    size.tokens, device.expected_entries(size.tokens, sum(found))
+                ),
+            }
+        )
     return rows
 
 
@@ -230,7 +280,14 @@ def trained_part(path: str, size: Size, lanes: int, tell: Callable[[str], None])
     tokens = min(size.tokens, loaded.lm.model.context)
     steps = tuple(range(1, loaded.lm.program.recursions + 1))
     bench = Bench(loaded.lm, loaded.params, lanes, steps, full=lanes)
-    return one_case(loaded.config.name, bench, None, {"trained router": None}, size._replace(tokens=tokens), tell)
+    return one_case(
+        loaded.config.name,
+        bench,
+        None,
+        {"trained router": None},
+        size._replace(tokens=tokens),
+        tell,
+    )
 
 
 def protocol_part(size: Size, dtype: str, tell: Callable[[str], None]) -> list[dict]:
@@ -239,7 +296,10 @@ def protocol_part(size: Size, dtype: str, tell: Callable[[str], None]) -> list[d
     longest = tokens + 4 * SPREAD
     rng = np.random.default_rng(0)
     length = lambda: int(np.clip(rng.normal(tokens, SPREAD), 1, longest))
-    plain, mor = vanilla(size, vocab, 2 + 4 * core, longest, dtype), forced(size, vocab, core, 4, longest, dtype)
+    plain, mor = (
+        vanilla(size, vocab, 2 + 4 * core, longest, dtype),
+        forced(size, vocab, core, 4, longest, dtype),
+    )
     rows, memory = [], 0
     for name, lm, batches in (("vanilla", plain, (lanes,)), ("mor-4", mor, (lanes, 0))):
         params = jax.jit(lm.init)(jax.random.key(0))
@@ -259,13 +319,21 @@ def protocol_part(size: Size, dtype: str, tell: Callable[[str], None]) -> list[d
                 bench.turn(m, tokens // 4, length)
             for i, m in itertools.product(range(3), ms):
                 tell(f"protocol: {name}, {batch} lanes, m = {m}, turn {i + 1} of 3")
-                seconds, drawn, _ = bench.turn(m, tokens // 4 * -(-lm.program.recursions // m) // 2, length)
+                seconds, drawn, _ = bench.turn(
+                    m, tokens // 4 * -(-lm.program.recursions // m) // 2, length
+                )
                 found[m].append(drawn / seconds)
             rates = {m: statistics.median(r) for m, r in found.items()}
-            rows.append({
-                "model": name, "lanes": batch, "bytes_per_sequence": one, "kv_bytes": batch * one,
-                "tokens_per_s": rates, "starved": bench.starved,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": name,
+                    "lanes": batch,
+                    "bytes_per_sequence": one,
+                    "kv_bytes": batch * one,
+                    "tokens_per_s": rates,
+                    "starved": bench.starved,
+                }
+            )
             del bench
     base = rows[0]["tokens_per_s"][1]
     for row in rows:
@@ -275,7 +343,13 @@ def protocol_part(size: Size, dtype: str, tell: Callable[[str], None]) -> list[d
 
 def _sequence_bytes(lm: LM, tokens: int, entries: int) -> int:
     _, kv_heads, head_dim = lm.model.dims
-    one = 2 * kv_heads * head_dim * np.dtype("float32").itemsize // (1 if lm.model.dtype == "float32" else 2)
+    one = (
+        2
+        * kv_heads
+        * head_dim
+        * np.dtype("float32").itemsize
+        // (1 if lm.model.dtype == "float32" else 2)
+    )
     return one * (tokens * (lm.program.prelude + lm.program.coda) + entries * lm.program.core)
 
 
@@ -293,28 +367,58 @@ def show(result: dict[str, Any], console: Console) -> None:
     """The tables, and what they say."""
     if rows := result.get("depths"):
         table = _table(
-            f"tokens/s, {result['lanes']} lanes, measured (of predicted)", "case", "depths", "E\\[d]", "T_b ms", "T_h ms",
-            "rho", "m = 1", "m = 2", "lock-step", "best m", "over lock-step",
-        )  # fmt: skip
+            f"tokens/s, {result['lanes']} lanes, measured (of predicted)",
+            "case",
+            "depths",
+            "E\\[d]",
+            "T_b ms",
+            "T_h ms",
+            "rho",
+            "m = 1",
+            "m = 2",
+            "lock-step",
+            "best m",
+            "over lock-step",
+        )
         for row in rows:
             cell = lambda m, row=row: f"{row['tokens_per_s'][m]:.0f} ({row['of_predicted'][m]:.0%})"
             top = row["recursions"]
             routed = top > 1
             table.add_row(
-                row["case"], row["depths"], f"{row['mean_depth']:.2f}", f"{row['core_ms']:.2f}",
-                f"{row['boundary_ms']:.2f}", f"{row['rho']:.2f}", cell(1), cell(2) if top > 2 else "",
-                cell(top) if routed else "", str(row["best_m"]), f"{row['gain_over_lock_step']:.2f}" if routed else "",
-            )  # fmt: skip
+                row["case"],
+                row["depths"],
+                f"{row['mean_depth']:.2f}",
+                f"{row['core_ms']:.2f}",
+                f"{row['boundary_ms']:.2f}",
+                f"{row['rho']:.2f}",
+                cell(1),
+                cell(2) if top > 2 else "",
+                cell(top) if routed else "",
+                str(row["best_m"]),
+                f"{row['gain_over_lock_step']:.2f}" if routed else "",
+            )
         console.print(table)
         low = min(min(row["of_predicted"].values()) for row in rows)
-        console.print(f"Measured is {low:.0%} of the prediction at least (target: 90 %).", markup=False)
-        worse = [r for r in rows if r["tokens_per_s"][r["best_m"]] < 0.98 * r["tokens_per_s"][r["recursions"]]]
-        console.print(f"Best m worse than lock-step by more than 2 %: {len(worse)} of {len(rows)} rows.", markup=False)
+        console.print(
+            f"Measured is {low:.0%} of the prediction at least (target: 90 %).", markup=False
+        )
+        worse = [
+            r
+            for r in rows
+            if r["tokens_per_s"][r["best_m"]] < 0.98 * r["tokens_per_s"][r["recursions"]]
+        ]
+        console.print(
+            f"Best m worse than lock-step by more than 2 %: {len(worse)} of {len(rows)} rows.",
+            markup=False,
+        )
         memory = result["fixed_memory_bytes"]
         table = _table(
-            f"KV memory, sequences of {result['tokens']} tokens, {memory / 2**20:.0f} MiB", "case", "depths",
-            "KiB a sequence", "largest batch",
-        )  # fmt: skip
+            f"KV memory, sequences of {result['tokens']} tokens, {memory / 2**20:.0f} MiB",
+            "case",
+            "depths",
+            "KiB a sequence",
+            "largest batch",
+        )
         for row in rows:
             one = row["bytes_per_sequence"]
             table.add_row(row["case"], row["depths"], f"{one / 1024:.0f}", str(int(memory // one)))
@@ -332,12 +436,19 @@ def show(result: dict[str, Any], console: Console) -> None:
         for row in rows:
             for m, rate in row["tokens_per_s"].items():
                 table.add_row(
-                    row["model"], str(row["lanes"]), f"{row['kv_bytes'] / 2**20:.0f}", str(m), f"{rate:.0f}",
+                    row["model"],
+                    str(row["lanes"]),
+                    f"{row['kv_bytes'] / 2**20:.0f}",
+                    str(m),
+                    f"{rate:.0f}",
                     f"{row['over_vanilla'][m]:.2f}",
-                )  # fmt: skip
+                )
         console.print(table)
         reached = max(max(r["over_vanilla"].values()) for r in rows)
-        console.print(f"Reached {reached:.2f} times vanilla; published {PAPER_GAIN}, without KV writes.", markup=False)
+        console.print(
+            f"Reached {reached:.2f} times vanilla; published {PAPER_GAIN}, without KV writes.",
+            markup=False,
+        )
 
 
 def main(_: list[str]) -> None:
@@ -347,7 +458,9 @@ def main(_: list[str]) -> None:
     size, dtype = SHAPES[_SHAPE.value], _DTYPE.value
     lanes = _LANES.value or size.lanes
     device = record.slug(jax.devices()[0].device_kind)
-    default = record.ROOT / "benchmarks" / "results" / f"decode_{device}_{_SHAPE.value}_{dtype}.json"
+    default = (
+        record.ROOT / "benchmarks" / "results" / f"decode_{device}_{_SHAPE.value}_{dtype}.json"
+    )
     out = Path(_OUT.value) if _OUT.value else default
     record.claim(out)
     status, console = Console(stderr=True), Console()
@@ -356,11 +469,19 @@ def main(_: list[str]) -> None:
     tell = lambda text: status.print(text, markup=False)
     load, begin = record._busy(), time.process_time()
     result: dict[str, Any] = {
-        "benchmark": "decode", "time": record.now(), "commit": record.commit(),
-        "device": mesh_device(make_mesh(MeshConfig())), "machine": platform.machine(),
-        "processor": record.processor(), "cores": record.cores(), "versions": versions(), "shape_name": _SHAPE.value,
-        "dtype": dtype, "lanes": lanes, "tokens": size.tokens,
-    }  # fmt: skip
+        "benchmark": "decode",
+        "time": record.now(),
+        "commit": record.commit(),
+        "device": mesh_device(make_mesh(MeshConfig())),
+        "machine": platform.machine(),
+        "processor": record.processor(),
+        "cores": record.cores(),
+        "versions": versions(),
+        "shape_name": _SHAPE.value,
+        "dtype": dtype,
+        "lanes": lanes,
+        "tokens": size.tokens,
+    }
     if "depths" in _PARTS.value:
         result["depths"] = depths_part(size, lanes, dtype, tell)
         # What the vanilla engine of the first case needs for 32 sequences.
@@ -373,7 +494,9 @@ def main(_: list[str]) -> None:
         result["protocol"] = protocol_part(size, dtype, tell)
     after, own = record._busy(), time.process_time() - begin
     if load and after:
-        result["others_share_of_cores"] = max(0.0, (after[0] - load[0] - own) / (after[1] - load[1]))
+        result["others_share_of_cores"] = max(
+            0.0, (after[0] - load[0] - own) / (after[1] - load[1])
+        )
     show(result, console)
     record.write(out, result)
     console.print(f"Written: {out}", markup=False)

@@ -1,11 +1,15 @@
-"""The mean-depth dial on trained checkpoints: loss against depth, and whether the depth asked for is the depth run.
+"""The mean-depth dial on trained checkpoints: loss against depth, and whether the depth asked for
+is the depth run.
 
-    python -m benchmarks.dial --corpus prose.jsonl.gz                  # after benchmarks.quality: two runs are its own
+    python -m benchmarks.dial --corpus prose.jsonl.gz # after benchmarks.quality: two runs are its
+    own
 
-Trains (or takes from --workdir) a Mixture-of-Recursions model as configured, expert-choice and token-choice, an
-expert-choice one that trained at varied depths (`depth.vary`), and a small one over bytes made for the dial
-(`quality_models.py`), all with the true FLOPs of `benchmarks/quality.py`; then asks each for mean depths from 1 to R on
-held-out text. Says whether the loss falls with every step of the dial, and how far the mean depth was off. Thresholds come from the survey that training left: nothing is fitted to held-out text.
+Trains (or takes from --workdir) a Mixture-of-Recursions model as configured, expert-choice and
+token-choice, an expert-choice one that trained at varied depths (`depth.vary`), and a small one
+over bytes made for the dial (`quality_models.py`), all with the true FLOPs of
+`benchmarks/quality.py`; then asks each for mean depths from 1 to R on held-out text. Says whether
+the loss falls with every step of the dial, and how far the mean depth was off. Thresholds come from
+the survey that training left: nothing is fitted to held-out text.
 """
 
 from __future__ import annotations
@@ -71,28 +75,57 @@ def sentence(name: str, found: Mapping[str, Any]) -> str:
 def show(curves: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """One column of losses a model."""
     asked = sorted({p["asked"] for c in curves.values() for p in c["dial"]})
-    table = Table(title="Held-out NLL, causal (mean depth measured)", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Held-out NLL, causal (mean depth measured)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("asked", justify="right")
     for name in curves:
         table.add_column(name, justify="right")
     for depth in asked:
-        at = {name: next((p for p in c["dial"] if p["asked"] == depth), None) for name, c in curves.items()}
-        table.add_row(f"{depth:g}", *(f"{p['nll']:.4f} ({p['mean_depth']:.3f})" if p else "" for p in at.values()))
-    table.add_row("configured", *(f"{c['as_configured']['nll']:.4f} ({c['as_configured']['mean_depth']:.3f})"
-                                  for c in curves.values()))  # fmt: skip
+        at = {
+            name: next((p for p in c["dial"] if p["asked"] == depth), None)
+            for name, c in curves.items()
+        }
+        table.add_row(
+            f"{depth:g}",
+            *(f"{p['nll']:.4f} ({p['mean_depth']:.3f})" if p else "" for p in at.values()),
+        )
+    table.add_row(
+        "configured",
+        *(
+            f"{c['as_configured']['nll']:.4f} ({c['as_configured']['mean_depth']:.3f})"
+            for c in curves.values()
+        ),
+    )
     console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--corpus", required=True, help="text to train on: a file or glob that config.data.paths takes")
-    parser.add_argument("--workdir", default="runs/quality", help="directory of the runs; created, or gone on with")
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        help="text to train on: a file or glob that config.data.paths takes",
+    )
+    parser.add_argument(
+        "--workdir", default="runs/quality", help="directory of the runs; created, or gone on with"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--flops", type=float, default=models.FLOPS, help="true training FLOPs of each run")
-    parser.add_argument("--points", type=int, default=9, help="settings of the dial, evenly from 1 to R")
+    parser.add_argument(
+        "--flops", type=float, default=models.FLOPS, help="true training FLOPs of each run"
+    )
+    parser.add_argument(
+        "--points", type=int, default=9, help="settings of the dial, evenly from 1 to R"
+    )
     parser.add_argument("--rows", type=int, default=256, help="held-out rows of each evaluation")
-    parser.add_argument("--models", default=",".join(models.DIALLED), help="of these, separated by commas")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the numbers (.json) and the picture (.png) go")
+    parser.add_argument(
+        "--models", default=",".join(models.DIALLED), help="of these, separated by commas"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="where the numbers (.json) and the picture (.png) go"
+    )
     args = parser.parse_args(arguments)
     use_compilation_cache()
     unknown = [name for name in args.models.split(",") if name not in models.DIALLED]
@@ -113,9 +146,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {name: verdict(curve) for name, curve in curves.items()}
     record.write(
         args.out.with_name(args.out.name + ".json"),
-        {"true_training_flops": args.flops, "seed": args.seed, "rows": args.rows, "curves": curves, "verdicts": found,
-         "processor": record.processor(), "cores": record.cores(), "commit": record.commit(), "versions": versions()},
-    )  # fmt: skip
+        {
+            "true_training_flops": args.flops,
+            "seed": args.seed,
+            "rows": args.rows,
+            "curves": curves,
+            "verdicts": found,
+            "processor": record.processor(),
+            "cores": record.cores(),
+            "commit": record.commit(),
+            "versions": versions(),
+        },
+    )
     save_png(depth_curves(curves), args.out.with_name(args.out.name + ".png"))
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
     show(curves, console)

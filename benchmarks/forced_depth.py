@@ -1,5 +1,6 @@
-"""A model whose tokens have depths of a given distribution, for measurements: the distribution is data, so that every
-one runs in the same compiled programs, and the work is that of a routed model of this shape."""
+"""A model whose tokens have depths of a given distribution, for measurements: the distribution is
+data, so that every one runs in the same compiled programs, and the work is that of a routed model
+of this shape."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Forced(AtOnce):
 
 @dataclass(frozen=True)
 class ForcedLM(LM):
-    """An `LM` of this shape under `Forced`; `depth` must be a routed policy, whose KV strategy counts."""
+    """An `LM` of this shape under `Forced`; `depth` must be a routed policy, whose KV strategy
+    counts."""
 
     @functools.cached_property
     def policy(self) -> Forced:

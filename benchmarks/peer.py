@@ -1,4 +1,5 @@
-"""The other end of `peers/torch_train_step.py`: a PyTorch process that steps when asked and is silent otherwise."""
+"""The other end of `peers/torch_train_step.py`: a PyTorch process that steps when asked and is
+silent otherwise."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def interpreter(choice: str) -> str | None:
 
 
 class TorchPeer:
-    """`LlamaForCausalLM` of the shape of the dense model `cfg`, on the same tokens with as many threads."""
+    """`LlamaForCausalLM` of the shape of the dense model `cfg`, on the same tokens with as many
+    threads."""
 
     name = "torch"
     elsewhere = True  # its CPU seconds are not this process's
@@ -59,7 +61,9 @@ class TorchPeer:
         expected = accounting.parameters(cfg.model, cfg.depth).total
         if self.facts["parameters"] != expected:
             self.close()
-            raise UserError(f"the torch peer has {self.facts['parameters']} parameters and the dense model {expected}.")
+            raise UserError(
+                f"the torch peer has {self.facts['parameters']} parameters and the dense model {expected}."
+            )
         self.first_loss = self._step()["loss"]  # the warm-up
 
     def once(self) -> tuple[float, float]:
@@ -67,8 +71,12 @@ class TorchPeer:
         return self.steps[-1]["wall"], self.steps[-1]["cpu"]
 
     def split(self) -> dict[str, float]:
-        """Median seconds of forward (loss included), backward, and optimizer (clipping included)."""
-        return {part: statistics.median(s[part] for s in self.steps) for part in ("forward", "backward", "optimizer")}
+        """Median seconds of forward (loss included), backward, and optimizer (clipping
+        included)."""
+        return {
+            part: statistics.median(s[part] for s in self.steps)
+            for part in ("forward", "backward", "optimizer")
+        }
 
     def close(self) -> None:
         """End of the input ends the process."""
@@ -97,7 +105,18 @@ def _settings(cfg: Config, platform: str) -> dict[str, Any]:
     m, o = cfg.model, cfg.optim
     heads, kv_heads, head_dim = m.dims
     return {
-        **{k: getattr(m, k) for k in ("vocab_size", "width", "mlp_width", "layers", "context", "norm_eps", "init_std")},
+        **{
+            k: getattr(m, k)
+            for k in (
+                "vocab_size",
+                "width",
+                "mlp_width",
+                "layers",
+                "context",
+                "norm_eps",
+                "init_std",
+            )
+        },
         **{k: getattr(o, k) for k in ("peak_lr", "b1", "b2", "eps", "weight_decay", "clip_norm")},
         "heads": heads,
         "kv_heads": kv_heads,

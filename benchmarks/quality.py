@@ -1,14 +1,16 @@
-"""Quality at equal training FLOPs: does what the paper found at scale show on two cores, and how sure can one be?
+"""Quality at equal training FLOPs: does what the paper found at scale show on two cores, and how
+sure can one be?
 
-    python -m benchmarks.quality --corpus prose.jsonl.gz               # about an hour on two quiet cores
-    python -m benchmarks.quality --corpus prose.jsonl.gz --seeds 0     # one seed: no claim can come of it
-    python -m benchmarks.quality --corpus prose.jsonl.gz --show        # only what is finished already
+    python -m benchmarks.quality --corpus prose.jsonl.gz # about an hour on two quiet cores python
+    -m benchmarks.quality --corpus prose.jsonl.gz --seeds 0 # one seed: no claim can come of it
+    python -m benchmarks.quality --corpus prose.jsonl.gz --show # only what is finished already
 
-Trains every model of `benchmarks/quality_models.py` with each seed, held-out documents kept apart by their ids, and
-prints the causal loss on them beside the paper's ordering, with a sentence on each contrast. Every model gets the same
-*true* FLOPs (forward and backward, head and router included, active tokens; token-choice at balanced depths), so that
-a cheaper token means more of them. A finished run is not run again and a stopped one goes on: repeat the command.
-Writes OUT.json, OUT.png; the runs themselves stay in --workdir, for launch.report and launch.depth_curve.
+Trains every model of `benchmarks/quality_models.py` with each seed, held-out documents kept apart
+by their ids, and prints the causal loss on them beside the paper's ordering, with a sentence on
+each contrast. Every model gets the same *true* FLOPs (forward and backward, head and router
+included, active tokens; token-choice at balanced depths), so that a cheaper token means more of
+them. A finished run is not run again and a stopped one goes on: repeat the command. Writes
+OUT.json, OUT.png; the runs themselves stay in --workdir, for launch.report and launch.depth_curve.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def values(outcomes: Sequence[Outcome], column: str) -> dict[str, dict[int, floa
 
 
 def judged(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Each contrast, JSON-ready: by the causal loss and, where a router looks ahead in training, by the top-k one."""
+    """Each contrast, JSON-ready: by the causal loss and, where a router looks ahead in training, by
+    the top-k one."""
     causal = contrast.judge(models.CONTRASTS, values(outcomes, "causal/nll"))
     topk = contrast.judge(models.CONTRASTS, values(outcomes, "topk/nll"))
     said = []
@@ -115,30 +118,47 @@ def write(sweep: Sweep, outcomes: Sequence[Outcome], flops: float, out: Path) ->
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--corpus", required=True, help="text to train on: a file or glob that config.data.paths takes")
-    parser.add_argument("--workdir", default="runs/quality", help="directory of the runs; created, or gone on with")
+    parser.add_argument(
+        "--corpus",
+        required=True,
+        help="text to train on: a file or glob that config.data.paths takes",
+    )
+    parser.add_argument(
+        "--workdir", default="runs/quality", help="directory of the runs; created, or gone on with"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="seeds, separated by commas")
-    parser.add_argument("--flops", type=float, default=models.FLOPS, help="true training FLOPs of each run")
-    parser.add_argument("--models", default="", help="only these, separated by commas; default: all")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the numbers (.json) and the picture (.png) go")
+    parser.add_argument(
+        "--flops", type=float, default=models.FLOPS, help="true training FLOPs of each run"
+    )
+    parser.add_argument(
+        "--models", default="", help="only these, separated by commas; default: all"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="where the numbers (.json) and the picture (.png) go"
+    )
     parser.add_argument("--show", action="store_true", help="train nothing, show what is finished")
     args = parser.parse_args(arguments)
     use_compilation_cache()
     try:
         seeds = tuple(map(int, args.seeds.split(",")))
     except ValueError as e:
-        raise UserError(f"--seeds must be whole numbers separated by commas, got {args.seeds!r}.") from e
+        raise UserError(
+            f"--seeds must be whole numbers separated by commas, got {args.seeds!r}."
+        ) from e
     sweep = dataclasses.replace(models.sweep(args.corpus, args.flops), seeds=seeds)
     if args.models:
         known = [p.name for p in sweep.points]
         unknown = [n for n in args.models.split(",") if n not in known]
         if unknown:
             raise UserError(f"--models: {', '.join(unknown)} is none of {', '.join(known)}.")
-        sweep = dataclasses.replace(sweep, points=tuple(p for p in sweep.points if p.name in args.models.split(",")))
+        sweep = dataclasses.replace(
+            sweep, points=tuple(p for p in sweep.points if p.name in args.models.split(","))
+        )
     record.claim(args.out)
     console = Console(width=None if sys.stdout.isatty() else 150)
     try:
-        # Groups one after the other, seeds outermost within each: a command that is stopped has whole groups of them.
+        # Groups one after the other, seeds outermost within each: a command that is stopped has
+        # whole groups of them.
         for group in () if args.show else models.groups(sweep):
             run_sweep(
                 group,
@@ -153,7 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(sweep, outcomes, console)
         missing = len(sweep.points) * len(sweep.seeds) - len(outcomes)
         if missing:
-            console.print(f"\n{missing} runs are not finished; the same command goes on from here.", highlight=False)
+            console.print(
+                f"\n{missing} runs are not finished; the same command goes on from here.",
+                highlight=False,
+            )
 
 
 if __name__ == "__main__":

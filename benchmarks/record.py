@@ -1,4 +1,5 @@
-"""What every benchmark shares: timing that alternates, and a record that says where its numbers come from."""
+"""What every benchmark shares: timing that alternates, and a record that says where its numbers
+come from."""
 
 from __future__ import annotations
 
@@ -63,10 +64,11 @@ def clock(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def rounds(runs: Sequence[Timed], repeats: int, tell: Callable[[str], None]) -> dict[str, Any]:
-    """Run everything once a round, there and back again, so that what disturbs the machine disturbs all alike.
+    """Run everything once a round, there and back again, so that what disturbs the machine disturbs
+    all alike.
 
-    Returns how busy the machine was: load average before and after, and the share of its cores that other processes
-    used in between (None where the operating system does not say).
+    Returns how busy the machine was: load average before and after, and the share of its cores that
+    other processes used in between (None where the operating system does not say).
     """
     before, own = _busy(), time.process_time()
     load = _load()
@@ -78,7 +80,11 @@ def rounds(runs: Sequence[Timed], repeats: int, tell: Callable[[str], None]) -> 
             run.samples.wall.append(wall)
             run.samples.cpu.append(cpu)
     after = _busy()
-    own = time.process_time() - own + sum(sum(r.samples.cpu) for r in runs if getattr(r, "elsewhere", False))
+    own = (
+        time.process_time()
+        - own
+        + sum(sum(r.samples.cpu) for r in runs if getattr(r, "elsewhere", False))
+    )
     others = None
     if before and after and after[1] > before[1]:
         others = max(0.0, (after[0] - before[0] - own) / (after[1] - before[1]))
@@ -96,7 +102,8 @@ def _busy() -> tuple[float, float] | None:
     except (OSError, ValueError):
         return None
     unit = os.sysconf("SC_CLK_TCK")
-    return (sum(ticks) - ticks[3] - ticks[4]) / unit, sum(ticks) / unit  # 3: idle, 4: waiting for disks
+    # 3: idle, 4: waiting for disks
+    return (sum(ticks) - ticks[3] - ticks[4]) / unit, sum(ticks) / unit
 
 
 def cores() -> int:
@@ -105,22 +112,31 @@ def cores() -> int:
 
 
 def processor() -> str:
-    """Name, family and model of the CPU and its widest vectors: libraries choose their kernels by them."""
+    """Name, family and model of the CPU and its widest vectors: libraries choose their kernels by
+    them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     except OSError:
         return platform.processor() or "unknown"
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    wide = [name for name in ("amx_tile", "avx512f", "avx2") if name in facts.get("flags", "").split()]
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    wide = [
+        name for name in ("amx_tile", "avx512f", "avx2") if name in facts.get("flags", "").split()
+    ]
     family = f"family {facts.get('cpu family', '?')} model {facts.get('model', '?')}"
-    return ", ".join([facts.get("model name", platform.processor() or "unknown"), family, *wide[:1]])
+    return ", ".join(
+        [facts.get("model name", platform.processor() or "unknown"), family, *wide[:1]]
+    )
 
 
 def commit() -> str:
     """Commit of the checkout, "+changes" when files differ from it, "unknown" outside git."""
     git = ["git", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         # A result of a benchmark is no change of what was measured.
         status = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,5 +1,6 @@
-"""What `rlm_overhead` measures: for each case a context, the cells that a scripted root replies with, and the figures
-that are read off. The same cells run in every runtime; only how a reply and an answer are written differs."""
+"""What `rlm_overhead` measures: for each case a context, the cells that a scripted root replies
+with, and the figures that are read off. The same cells run in every runtime; only how a reply and
+an answer are written differs."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from typing import Any
 
 MB = 1_000_000
 FORMS: dict[str, tuple[str, str]] = {  # how a root writes a cell, and how a cell hands in an answer
-    "fenced": ("Next step.\n```repl\n{}\n```", 'answer["content"] = str({})\nanswer["ready"] = True'),
+    "fenced": (
+        "Next step.\n```repl\n{}\n```",
+        'answer["content"] = str({})\nanswer["ready"] = True',
+    ),
     "dspy": (
         "[[ ## reasoning ## ]]\nNext step.\n\n[[ ## code ## ]]\n```python\n{}\n```\n\n[[ ## completed ## ]]",
         "SUBMIT(str({}))",
@@ -29,7 +33,8 @@ class Ran:
     log: dict[str, Any]
     host_rss: int  # bytes, highest
     worker_rss: int
-    samples: list[tuple[float, int, int, int, int]]  # time, host RSS and descriptors, worker RSS and descriptors
+    # time, host RSS and descriptors, worker RSS and descriptors
+    samples: list[tuple[float, int, int, int, int]]
 
     @property
     def gaps(self) -> list[float]:
@@ -92,18 +97,31 @@ def _memory(ran: Ran) -> dict[str, float]:
 
 
 def _first(ran: Ran) -> dict[str, float]:
-    return {"to_first_call": ran.first - ran.spawned, "import": ran.said["import_seconds"], **_memory(ran)}
+    return {
+        "to_first_call": ran.first - ran.spawned,
+        "import": ran.said["import_seconds"],
+        **_memory(ran),
+    }
 
 
 def _turns(ran: Ran) -> dict[str, float]:
     seconds = statistics.mean(ran.gaps)
-    return {"per_turn": seconds, "median_turn": statistics.median(ran.gaps), "sent": sum(ran.log["root_bytes"]),
-            **_memory(ran)}  # fmt: skip
+    return {
+        "per_turn": seconds,
+        "median_turn": statistics.median(ran.gaps),
+        "sent": sum(ran.log["root_bytes"]),
+        **_memory(ran),
+    }
 
 
 def _context(ran: Ran) -> dict[str, float]:
     run = ran.said["returned"] - ran.said["called"]
-    return {"load": ran.first - ran.said["called"], "per_turn": statistics.median(ran.gaps), "run": run, **_memory(ran)}
+    return {
+        "load": ran.first - ran.said["called"],
+        "per_turn": statistics.median(ran.gaps),
+        "run": run,
+        **_memory(ran),
+    }
 
 
 def _big_file(ran: Ran) -> dict[str, float]:
@@ -123,7 +141,9 @@ def _growth(ran: Ran) -> dict[str, float]:
     times = ran.log["root_times"]
     before, after = ran.at(times[2]), ran.at(times[-1])
     names = ("host_growth", "host_descriptors", "worker_growth", "worker_descriptors")
-    grown = dict(zip(names, (b - a for a, b in zip(before[1:], after[1:], strict=True)), strict=True))
+    grown = dict(
+        zip(names, (b - a for a, b in zip(before[1:], after[1:], strict=True)), strict=True)
+    )
     return {"per_call": (times[-1] - times[0]) / ran.log["sub_calls"], **grown, **_memory(ran)}
 
 
@@ -133,14 +153,20 @@ def cases(sizes: Sizes) -> list[Case]:
 
     def look(turns: int) -> tuple[str, ...]:
         """Cells that look at the context, as a root does."""
-        return tuple(f"x{i} = context[{i * 37} : {i * 37 + 40}]\nprint(len(context), x{i})" for i in range(turns))
+        return tuple(
+            f"x{i} = context[{i * 37} : {i * 37 + 40}]\nprint(len(context), x{i})"
+            for i in range(turns)
+        )
 
     def batch(count: int, prompt: str = '"piece %d" % i') -> str:
         return f"replies = llm_query_batched([{prompt} for i in range({count})])"
 
     def prints(size: int) -> tuple[str, ...]:
         piece, lines = sizes.prints[0] // 20, 20 * size // sizes.prints[0]
-        return "line = 'y' * 79 + '\\n'", f"for i in range({lines}):\n    print(line * {piece // 80}, end='')"
+        return (
+            "line = 'y' * 79 + '\\n'",
+            f"for i in range({lines}):\n    print(line * {piece // 80}, end='')",
+        )
 
     one = "replies = [llm_query('x' * %d)]"
     loop = "replies = [llm_query('piece %d' % i) for i in range({})]"
@@ -156,25 +182,80 @@ def cases(sizes: Sizes) -> list[Case]:
         Case("turns_few", f"{few} turns", look(few), _turns),
         Case("turns_many", f"{many} turns", look(many), _turns),
         Case("text", f"{sizes.text // MB} MB text", look(few), _context, context="text"),
-        Case("text_file", f"{sizes.text // MB} MB file", look(few), _context, context="text", file=True, peers=False),
         Case(
-            "big_file", f"{sizes.file // MB} MB file",
-            ("print(len(context))", f"print(context[{sizes.file // 2} : {sizes.file // 2 + 50}])",
-             "print(context.find('NEEDLE'))"), _big_file, context="big", file=True, peers=False,
+            "text_file",
+            f"{sizes.text // MB} MB file",
+            look(few),
+            _context,
+            context="text",
+            file=True,
+            peers=False,
         ),
-        Case("batch", f"{sizes.batch} sub-calls of 50 ms at once", (_timed(batch(sizes.batch)),), latency=0.05,
-             sub_calls=sizes.batch, **took),
-        Case("batch_of_10", "10 sub-calls of 50 ms at once", (_timed(batch(10)),), latency=0.05, sub_calls=10, **took),
-        Case("one_by_one", f"{sizes.batch} sub-calls of 0 ms, one after the other", (_timed(loop.format(sizes.batch)),),
-             sub_calls=sizes.batch, **took),
-        Case("many", f"{sizes.many} sub-calls of 0 ms at once", (_timed(batch(sizes.many)),), sub_calls=sizes.many, **took),
-        Case("long_prompt", f"one sub-call with a prompt of {sizes.prompt / MB:g} MB", (_timed(one % sizes.prompt),),
-             sub_calls=1, **took),
-        *(Case(name, f"print of {size // MB} MB", prints(size), _print)
-          for name, size in zip(("print", "print_large"), sizes.prints, strict=True)),
-        Case("flood", f"{sizes.tiny:,} tiny sub-calls in ten cells, recorded", flood, _growth, sub_calls=tenth * 10,
-             peers=False, log=True, once=True),
-    ]  # fmt: skip
+        Case(
+            "big_file",
+            f"{sizes.file // MB} MB file",
+            (
+                "print(len(context))",
+                f"print(context[{sizes.file // 2} : {sizes.file // 2 + 50}])",
+                "print(context.find('NEEDLE'))",
+            ),
+            _big_file,
+            context="big",
+            file=True,
+            peers=False,
+        ),
+        Case(
+            "batch",
+            f"{sizes.batch} sub-calls of 50 ms at once",
+            (_timed(batch(sizes.batch)),),
+            latency=0.05,
+            sub_calls=sizes.batch,
+            **took,
+        ),
+        Case(
+            "batch_of_10",
+            "10 sub-calls of 50 ms at once",
+            (_timed(batch(10)),),
+            latency=0.05,
+            sub_calls=10,
+            **took,
+        ),
+        Case(
+            "one_by_one",
+            f"{sizes.batch} sub-calls of 0 ms, one after the other",
+            (_timed(loop.format(sizes.batch)),),
+            sub_calls=sizes.batch,
+            **took,
+        ),
+        Case(
+            "many",
+            f"{sizes.many} sub-calls of 0 ms at once",
+            (_timed(batch(sizes.many)),),
+            sub_calls=sizes.many,
+            **took,
+        ),
+        Case(
+            "long_prompt",
+            f"one sub-call with a prompt of {sizes.prompt / MB:g} MB",
+            (_timed(one % sizes.prompt),),
+            sub_calls=1,
+            **took,
+        ),
+        *(
+            Case(name, f"print of {size // MB} MB", prints(size), _print)
+            for name, size in zip(("print", "print_large"), sizes.prints, strict=True)
+        ),
+        Case(
+            "flood",
+            f"{sizes.tiny:,} tiny sub-calls in ten cells, recorded",
+            flood,
+            _growth,
+            sub_calls=tenth * 10,
+            peers=False,
+            log=True,
+            once=True,
+        ),
+    ]
 
 
 def write_contexts(folder: Path, sizes: Sizes, wanted: set[str]) -> dict[str, Path]:

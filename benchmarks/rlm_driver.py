@@ -1,7 +1,9 @@
-"""One completion of `rlm_runtime` for `rlm_overhead`, in a process of its own: a job in, what happened out, as JSON.
+"""One completion of `rlm_runtime` for `rlm_overhead`, in a process of its own: a job in, what
+happened out, as JSON.
 
-The drivers of the peers (`peers/rlm_*.py`) do the same with their libraries. A job: `url` of the model server, `turns`
-the script takes at most, `context` (`text` or `path`: the file's text, or the file itself), `log_dir` or null.
+The drivers of the peers (`peers/rlm_*.py`) do the same with their libraries. A job: `url` of the
+model server, `turns` the script takes at most, `context` (`text` or `path`: the file's text, or the
+file itself), `log_dir` or null.
 """
 
 from __future__ import annotations
@@ -30,10 +32,23 @@ def main() -> None:
     result = rlm.completion(prompt, "What does it say?")
     returned = time.monotonic()
     sandbox = result.sandbox.layers if result.sandbox else {}
-    facts = {"stop_reason": result.stop_reason, "sandbox": sandbox, "error": result.error, "notes": result.notes}
-    print(json.dumps({
-        "answer": result.answer, "called": called, "returned": returned, "import_seconds": called - before, **facts
-    }))  # fmt: skip
+    facts = {
+        "stop_reason": result.stop_reason,
+        "sandbox": sandbox,
+        "error": result.error,
+        "notes": result.notes,
+    }
+    print(
+        json.dumps(
+            {
+                "answer": result.answer,
+                "called": called,
+                "returned": returned,
+                "import_seconds": called - before,
+                **facts,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

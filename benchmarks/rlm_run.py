@@ -1,4 +1,5 @@
-"""One run of a case: model server, driver process, and a look at the memory of the driver and its worker."""
+"""One run of a case: model server, driver process, and a look at the memory of the driver and its
+worker."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Driver:
-    """A runtime under measurement: which Python runs which script, and how its root has to write."""
+    """A runtime under measurement: which Python runs which script, and how its root has to
+    write."""
 
     name: str
     python: str
@@ -40,7 +42,8 @@ class Driver:
 
 @dataclass
 class CaseRun:
-    """A case in one runtime, as `record.rounds` wants it. What goes wrong is kept, and the case not tried again."""
+    """A case in one runtime, as `record.rounds` wants it. What goes wrong is kept, and the case not
+    tried again."""
 
     case: Case
     driver: Driver
@@ -71,12 +74,20 @@ def run(case: Case, driver: Driver, contexts: dict[str, Path]) -> Ran:
         Served(replies, latency=case.latency) as server,
     ):
         job = {
-            "root": str(ROOT), "url": server.url, "turns": len(replies), "log_dir": folder if case.log else None,
-            "context": {"kind": "file" if case.file else "text", "path": str(contexts[case.context])},
-        }  # fmt: skip
+            "root": str(ROOT),
+            "url": server.url,
+            "turns": len(replies),
+            "log_dir": folder if case.log else None,
+            "context": {
+                "kind": "file" if case.file else "text",
+                "path": str(contexts[case.context]),
+            },
+        }
         command = [driver.python, str(driver.script), json.dumps(job)]
         spawned = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_env(folder))
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=_env(folder)
+        )
         with Watch(process.pid) as watch:
             try:
                 out, err = process.communicate(timeout=PATIENCE)
@@ -97,7 +108,14 @@ def run(case: Case, driver: Driver, contexts: dict[str, Path]) -> Ran:
         problems.append(f"no answer: {said}")
     if problems:
         raise Failed(f"{driver.name}, {case.name}: {'; '.join(problems)}")
-    return Ran(spawned, said, log, watch.peak(process.pid), watch.peak_of_others(process.pid), watch.samples)
+    return Ran(
+        spawned,
+        said,
+        log,
+        watch.peak(process.pid),
+        watch.peak_of_others(process.pid),
+        watch.samples,
+    )
 
 
 def _last_json(text: str) -> dict[str, Any] | None:
@@ -110,8 +128,16 @@ def _last_json(text: str) -> dict[str, Any] | None:
 
 def _env(folder: str) -> dict[str, str]:
     """No key and no endpoint of the user's; caches of the peers go away with the run."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "ANTHROPIC_", "LITELLM_", "DSPY_"))}
-    return kept | {"DSPY_CACHEDIR": folder, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONWARNINGS": "ignore"}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("OPENAI_", "ANTHROPIC_", "LITELLM_", "DSPY_"))
+    }
+    return kept | {
+        "DSPY_CACHEDIR": folder,
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "PYTHONWARNINGS": "ignore",
+    }
 
 
 def _children() -> float:
@@ -120,7 +146,8 @@ def _children() -> float:
 
 
 class Watch:
-    """Looks at a process and those it starts: the highest resident memory of each, and samples over time."""
+    """Looks at a process and those it starts: the highest resident memory of each, and samples over
+    time."""
 
     def __init__(self, pid: int):
         self.pid, self._peaks, self._stop = pid, {}, threading.Event()
@@ -140,8 +167,12 @@ class Watch:
         return self._peaks.get(pid, 0)
 
     def peak_of_others(self, pid: int) -> int:
-        """Of the largest process that it started and that was there for more than a moment (as `uname` is not)."""
-        return max((peak for other, peak in self._peaks.items() if other != pid and self._seen[other] > 2), default=0)
+        """Of the largest process that it started and that was there for more than a moment (as
+        `uname` is not)."""
+        return max(
+            (peak for other, peak in self._peaks.items() if other != pid and self._seen[other] > 2),
+            default=0,
+        )
 
     def _watch(self) -> None:
         looks = 0
@@ -180,7 +211,9 @@ def _memory(pid: int) -> tuple[int, int] | None:
     except OSError:
         return None
     sizes = {
-        name: 1024 * int(rest.split()[0]) for name, _, rest in (x.partition(":") for x in lines) if name[:2] == "Vm"
+        name: 1024 * int(rest.split()[0])
+        for name, _, rest in (x.partition(":") for x in lines)
+        if name[:2] == "Vm"
     }
     return (sizes["VmRSS"], sizes["VmHWM"]) if "VmHWM" in sizes else None
 

@@ -1,13 +1,15 @@
-"""A thousand runs on bad days: crashes, kills, timeouts, failures and cancels, several runs at once.
+"""A thousand runs on bad days: crashes, kills, timeouts, failures and cancels, several runs at
+once.
 
     python -m benchmarks.rlm_soak                      # 1,000 runs
     python -m benchmarks.rlm_soak --runs 100 --seed 7
-    python -m benchmarks.rlm_soak --only 0/123         # one run again, by the seed that a violation was reported with
+    python -m benchmarks.rlm_soak --only 0/123 # one run again, by the seed that a violation was
+    reported with
 
-Afterwards there must be no process, descriptor, thread or temporary file that was not there before, and every run must
-have ended with a result or an error of `rlm_runtime`, and a trajectory that can be read from its start to its end. Last, some
-host processes are killed in the middle of their runs: their workers must end with them, the next host tidies up.
-Exit status 1 where that does not hold.
+Afterwards there must be no process, descriptor, thread or temporary file that was not there before,
+and every run must have ended with a result or an error of `rlm_runtime`, and a trajectory that can
+be read from its start to its end. Last, some host processes are killed in the middle of their runs:
+their workers must end with them, the next host tidies up. Exit status 1 where that does not hold.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class State:
     processes: tuple[str, ...]
     descriptors: tuple[str, ...]
     threads: tuple[str, ...]
-    files: tuple[str, ...]  # in the folder for temporary files, by the names that this process gives
+    # in the folder for temporary files, by the names that this process gives
+    files: tuple[str, ...]
     rss: int
 
     @classmethod
@@ -71,14 +74,19 @@ class State:
             processes=tuple(f"{pid} {_command(pid)}" for pid in descendants(me)),
             descriptors=tuple(sorted(links)),
             threads=tuple(sorted(t.name for t in threading.enumerate())),
-            files=tuple(sorted(n for n in os.listdir(temp) if n.startswith("rlm-") and f"-{me}-" in n)),
+            files=tuple(
+                sorted(n for n in os.listdir(temp) if n.startswith("rlm-") and f"-{me}-" in n)
+            ),
             rss=rss,
         )
 
     def more_than(self, before: State) -> dict[str, list[str]]:
         """What is here and was not `before`."""
         kinds = ("processes", "descriptors", "threads", "files")
-        return {k: sorted((Counter(getattr(self, k)) - Counter(getattr(before, k))).elements()) for k in kinds}
+        return {
+            k: sorted((Counter(getattr(self, k)) - Counter(getattr(before, k))).elements())
+            for k in kinds
+        }
 
     def counts(self) -> dict[str, int]:
         kinds = ("processes", "descriptors", "threads", "files")
@@ -87,13 +95,20 @@ class State:
 
 def _command(pid: int) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        return (
+            Path(f"/proc/{pid}/cmdline")
+            .read_bytes()
+            .replace(b"\0", b" ")
+            .decode(errors="replace")
+            .strip()
+        )
     except OSError:
         return "(gone)"
 
 
 class Complaints(logging.Handler):
-    """What asyncio says about tasks and errors that everybody has forgotten: work that was not waited for."""
+    """What asyncio says about tasks and errors that everybody has forgotten: work that was not
+    waited for."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -101,7 +116,9 @@ class Complaints(logging.Handler):
         self.running: set[str] = set()  # seeds
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.heard.append(f"{record.getMessage()} (runs at the time: {', '.join(sorted(self.running))})")
+        self.heard.append(
+            f"{record.getMessage()} (runs at the time: {', '.join(sorted(self.running))})"
+        )
 
     def __enter__(self) -> Complaints:
         logging.getLogger("asyncio").addHandler(self)
@@ -113,18 +130,32 @@ class Complaints(logging.Handler):
 
 
 def soak(
-    seeds: Sequence[str], *, jobs: int = JOBS, seconds: float = 1800.0, tell: Callable[[str], None] = lambda _: None
+    seeds: Sequence[str],
+    *,
+    jobs: int = JOBS,
+    seconds: float = 1800.0,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Run every seed's plan, `jobs` at once; begin none after `seconds`. JSON-ready: counts, leaks, violations."""
-    with Served([""], sub="sub says so") as server, tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    """Run every seed's plan, `jobs` at once; begin none after `seconds`. JSON-ready: counts, leaks,
+    violations."""
+    with (
+        Served([""], sub="sub says so") as server,
+        tempfile.TemporaryDirectory(prefix="soak-") as folder,
+    ):
         warm = [f"{seed}/warm" for seed in seeds[:2]]  # what is made once in a process is no leak
         asyncio.run(_all(warm, server.url, Path(folder), jobs, seconds, lambda _: None, set()))
         before, began = State.now(), time.monotonic()
         with Complaints() as complaints:
-            reports = asyncio.run(_all(seeds, server.url, Path(folder), jobs, seconds, tell, complaints.running))
+            reports = asyncio.run(
+                _all(seeds, server.url, Path(folder), jobs, seconds, tell, complaints.running)
+            )
         took, after = time.monotonic() - began, _settled(before)
     leaked = after.more_than(before)
-    violations = [{"seed": r.plan.seed, "problems": r.problems, "plan": str(r.plan)} for r in reports if r.problems]
+    violations = [
+        {"seed": r.plan.seed, "problems": r.problems, "plan": str(r.plan)}
+        for r in reports
+        if r.problems
+    ]
     return {
         "runs": len(reports),
         "not_begun": len(seeds) - len(reports),
@@ -140,12 +171,14 @@ def soak(
         "leaked": leaked,
         "violations": violations,
         "complaints": complaints.heard,
-        "passed": not (violations or complaints.heard or any(leaked.values())) and len(reports) == len(seeds),
+        "passed": not (violations or complaints.heard or any(leaked.values()))
+        and len(reports) == len(seeds),
     }
 
 
 def _settled(before: State) -> State:
-    """The state once what was told to end has ended: threads that were joined by nobody get a moment."""
+    """The state once what was told to end has ended: threads that were joined by nobody get a
+    moment."""
     deadline = time.monotonic() + 10
     while any((state := State.now()).more_than(before).values()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -153,9 +186,14 @@ def _settled(before: State) -> State:
 
 
 async def _all(
-    seeds: Sequence[str], url: str, folder: Path, jobs: int, seconds: float, tell: Callable[[str], None],
+    seeds: Sequence[str],
+    url: str,
+    folder: Path,
+    jobs: int,
+    seconds: float,
+    tell: Callable[[str], None],
     running: set[str],
-) -> list[Report]:  # fmt: skip
+) -> list[Report]:
     deadline = time.monotonic() + seconds
     http = OpenAILM("sub", base_url=url, api_key="k", max_retries=1, backoff=0.01)
     todo, reports = iter(seeds), []
@@ -191,8 +229,12 @@ def show(result: dict[str, Any], console: Console) -> None:
     for i, name in enumerate(("", "before", "after", "leaked")):
         left.add_column(name, justify="right" if i else "left")
     for kind, leaked in result["leaked"].items():
-        left.add_row(kind, str(result["before"][kind]), str(result["after"][kind]), str(len(leaked)))
-    left.add_row("RSS, MB", *(f"{result[when]['rss'] / 1e6:.0f}" for when in ("before", "after")), "")
+        left.add_row(
+            kind, str(result["before"][kind]), str(result["after"][kind]), str(len(leaked))
+        )
+    left.add_row(
+        "RSS, MB", *(f"{result[when]['rss'] / 1e6:.0f}" for when in ("before", "after")), ""
+    )
     for title, key in (("Injected", "faults"), ("How the runs ended", "outcomes")):
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_header=False)
         for name, count in result[key].items():
@@ -203,7 +245,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         for name in leaked[:10]:
             console.print(f"leaked, {kind}: {name}", markup=False)
     for violation in result["violations"]:
-        console.print(f"--only {violation['seed']}: {'; '.join(violation['problems'])}", markup=False)
+        console.print(
+            f"--only {violation['seed']}: {'; '.join(violation['problems'])}", markup=False
+        )
         console.print(f"    {violation['plan']}", markup=False, highlight=False)
     for line in (*result["complaints"], *result.get("host_problems", ())):
         console.print(line, markup=False)
@@ -214,7 +258,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if result["not_begun"]:
         console.print(f"{result['not_begun']} runs were not begun: the time was up.")
-    verdict = "[green]nothing leaked, every run ended well[/]" if result["passed"] else "[red]it does not hold[/]"
+    verdict = (
+        "[green]nothing leaked, every run ended well[/]"
+        if result["passed"]
+        else "[red]it does not hold[/]"
+    )
     console.print(
         f"{result['runs']} runs, {result['workers_started']} workers, {result['seconds']:.0f} s, "
         f"slowest run {result['slowest_run_seconds']:.1f} s: {verdict}"
@@ -223,15 +271,24 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rlm_soak", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.rlm_soak",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=JOBS, help="runs at once")
-    parser.add_argument("--hosts", type=int, default=20, help="processes that are killed with their runs (default 20)")
+    parser.add_argument(
+        "--hosts",
+        type=int,
+        default=20,
+        help="processes that are killed with their runs (default 20)",
+    )
     parser.add_argument("--minutes", type=float, default=30.0, help="begin no run after this time")
     parser.add_argument("--only", help="one run, by its seed: SEED/NUMBER")
-    parser.add_argument("--out", type=Path, default=record.ROOT / "benchmarks" / "results" / "rlm_soak.json")
+    parser.add_argument(
+        "--out", type=Path, default=record.ROOT / "benchmarks" / "results" / "rlm_soak.json"
+    )
     args = parser.parse_args(argv)
     if min(args.runs, args.jobs, args.hosts + 1) < 1:
         parser.error("--runs and --jobs: expected at least 1; --hosts: at least 0.")
@@ -243,17 +300,31 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as e:
             status.print(f"error: {e}", markup=False)
             return 2
-    result = soak(seeds, jobs=args.jobs, seconds=60 * args.minutes, tell=lambda line: status.print(line, markup=False))
+    result = soak(
+        seeds,
+        jobs=args.jobs,
+        seconds=60 * args.minutes,
+        tell=lambda line: status.print(line, markup=False),
+    )
     if args.hosts and not args.only:
         seen, problems = soak_hosts(str(args.seed), args.hosts)
-        result |= {"hosts_killed": args.hosts, "workers_of_killed_hosts": seen, "host_problems": problems}
+        result |= {
+            "hosts_killed": args.hosts,
+            "workers_of_killed_hosts": seen,
+            "host_problems": problems,
+        }
         result["passed"] = result["passed"] and not problems
     show(result, console)
     if args.only:
         console.print(str(plan(args.only)), markup=False)
     else:
         versions = {"python": platform.python_version(), "kernel": platform.release()}
-        facts = {"benchmark": "rlm_soak", "time": record.now(), "commit": record.commit(), "versions": versions}
+        facts = {
+            "benchmark": "rlm_soak",
+            "time": record.now(),
+            "commit": record.commit(),
+            "versions": versions,
+        }
         record.write(args.out, {**facts, "cores": record.cores(), "seed": args.seed, **result})
         console.print(f"Written: {args.out}", markup=False)
     return int(not result["passed"])

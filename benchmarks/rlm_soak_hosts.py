@@ -1,5 +1,6 @@
-"""The soak of hosts: the process that has the run is killed, as by a machine that runs out of memory. Its worker must end
-with it, what it recorded must be readable, and its work folder must be swept away by the next host."""
+"""The soak of hosts: the process that has the run is killed, as by a machine that runs out of
+memory. Its worker must end with it, what it recorded must be readable, and its work folder must be
+swept away by the next host."""
 
 from __future__ import annotations
 
@@ -30,44 +31,61 @@ GONE = 20.0  # seconds a worker may take to follow its host, on a machine that i
 
 
 def soak_hosts(seed: str, count: int) -> tuple[int, list[str]]:
-    """Kill `count` hosts, one after the other, at moments of the seed's choice: workers that were seen, and what is
-    wrong."""
+    """Kill `count` hosts, one after the other, at moments of the seed's choice: workers that were
+    seen, and what is wrong."""
     seen, problems, names = 0, [], []
     replies = [f"```repl\n{cell}\n```" for cell in CELLS * 20]
-    with tempfile.TemporaryDirectory(prefix="soak-hosts-") as folder, Served(replies, latency=0.02) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="soak-hosts-") as folder,
+        Served(replies, latency=0.02) as server,
+    ):
         context = Path(folder) / "context.txt"
         context.write_text("A text. " * 100, encoding="utf-8")
 
         def start(i: str, replies: int) -> subprocess.Popen[str]:
             job = {
-                "root": str(ROOT), "url": server.url, "turns": replies, "log_dir": str(Path(folder) / f"log-{i}"),
+                "root": str(ROOT),
+                "url": server.url,
+                "turns": replies,
+                "log_dir": str(Path(folder) / f"log-{i}"),
                 "context": {"kind": "text", "path": str(context)},
-            }  # fmt: skip
+            }
             quiet = subprocess.DEVNULL
             return subprocess.Popen(
-                [sys.executable, str(DRIVER), json.dumps(job)], stdout=quiet, stderr=quiet, text=True
+                [sys.executable, str(DRIVER), json.dumps(job)],
+                stdout=quiet,
+                stderr=quiet,
+                text=True,
             )
 
         for i in range(count):
             host = start(str(i), 60)
             chance = random.Random(f"{seed}/host/{i}")
-            deadline = time.monotonic() + (0 if i % 3 == 2 else START)  # every third may die before it has a worker
+            # every third may die before it has a worker
+            deadline = time.monotonic() + (0 if i % 3 == 2 else START)
             while not any(descendants(host.pid)) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(chance.uniform(0, 1.0))
             with suppress(ProcessLookupError):
                 host.send_signal(signal.SIGSTOP)
-            left = {pid: began for pid in descendants(host.pid) if (began := _began(pid)) is not None}
+            left = {
+                pid: began for pid in descendants(host.pid) if (began := _began(pid)) is not None
+            }
             seen += len(left)
             host.kill()
             host.wait()
             names.append(f"-{host.pid}-")
             deadline = time.monotonic() + GONE
-            while any(_began(pid) == began for pid, began in left.items()) and time.monotonic() < deadline:
+            while (
+                any(_began(pid) == began for pid, began in left.items())
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.02)
             for pid, began in left.items():
                 if _began(pid) == began:
-                    problems.append(f"host {i}: its worker {pid} is still there {GONE:.0f} s after its host was killed")
+                    problems.append(
+                        f"host {i}: its worker {pid} is still there {GONE:.0f} s after its host was killed"
+                    )
                     os.kill(pid, signal.SIGKILL)
             for run in (Path(folder) / f"log-{i}").glob("[!.]*"):
                 try:
@@ -78,7 +96,10 @@ def soak_hosts(seed: str, count: int) -> tuple[int, list[str]]:
         start("next", 1).wait()
     temp = Path(tempfile.gettempdir())
     left_over = [p.name for p in temp.glob("rlm-*") if any(name in p.name for name in names)]
-    problems += [f"the work folder {name} of a killed host was not swept away by the next one" for name in left_over]
+    problems += [
+        f"the work folder {name} of a killed host was not swept away by the next one"
+        for name in left_over
+    ]
     return seen, problems
 
 

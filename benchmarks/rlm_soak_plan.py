@@ -1,5 +1,6 @@
-"""What happens in one run of the soak: everything that is chosen is chosen here, by seed. When exactly a fault meets
-the run depends on the machine; which fault, how often and after how many seconds does not."""
+"""What happens in one run of the soak: everything that is chosen is chosen here, by seed. When
+exactly a fault meets the run depends on the machine; which fault, how often and after how many
+seconds does not."""
 
 from __future__ import annotations
 
@@ -41,10 +42,27 @@ CELLS: dict[str, str] = {
     "thread_left": "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint(1)",
 }
 WEIGHTS: dict[str, int] = {
-    "work": 6, "draft": 3, "one_call": 4, "fan": 6, "threads": 2, "child": 2, "children": 1, "files": 2, "flood": 2,
-    "error": 2, "syntax": 1, "deep": 1, "memory": 1, "exit": 3, "segfault": 3, "abort": 1, "exit_in_fan": 2, "loop": 2,
-    "stubborn_loop": 1, "thread_left": 1,
-}  # fmt: skip
+    "work": 6,
+    "draft": 3,
+    "one_call": 4,
+    "fan": 6,
+    "threads": 2,
+    "child": 2,
+    "children": 1,
+    "files": 2,
+    "flood": 2,
+    "error": 2,
+    "syntax": 1,
+    "deep": 1,
+    "memory": 1,
+    "exit": 3,
+    "segfault": 3,
+    "abort": 1,
+    "exit_in_fan": 2,
+    "loop": 2,
+    "stubborn_loop": 1,
+    "thread_left": 1,
+}
 TEXTS: dict[str, str] = {  # replies without a good cell
     "prose": "I would rather think about it first.",
     "empty": "",
@@ -73,7 +91,16 @@ class Plan:
 
     def faults(self) -> list[str]:
         """Names of what is injected, for the tables."""
-        bad = {"exit", "segfault", "abort", "exit_in_fan", "loop", "stubborn_loop", "memory", "flood"}
+        bad = {
+            "exit",
+            "segfault",
+            "abort",
+            "exit_in_fan",
+            "loop",
+            "stubborn_loop",
+            "memory",
+            "flood",
+        }
         found = [f"cell: {r}" for r in self.replies if r in bad]
         found += [f"root: {r[1:]}" for r in self.replies if r.startswith("!")]
         found += [f"kill: {name}" for _, name in self.kills]
@@ -93,15 +120,31 @@ def plan(seed: str) -> Plan:
     replies = tuple(_reply(r) for _ in range(r.randint(1, 5)))
     way = r.choices(("start", "task", "sync", "session"), (5, 3, 2, 2))[0]
     span = 0.1 + 0.25 * len(replies)  # seconds about which a run takes
-    kills = tuple((r.uniform(0, span), r.choice(SIGNALS)) for _ in range(r.choices((0, 1, 2, 4), (60, 25, 10, 5))[0]))
+    kills = tuple(
+        (r.uniform(0, span), r.choice(SIGNALS))
+        for _ in range(r.choices((0, 1, 2, 4), (60, 25, 10, 5))[0])
+    )
     cancel = None
     if r.random() < 0.35:
-        kinds = {"start": CANCELS[0:1] + CANCELS[3:], "task": CANCELS[1:], "sync": CANCELS[3:], "session": CANCELS[1:]}
+        kinds = {
+            "start": CANCELS[0:1] + CANCELS[3:],
+            "task": CANCELS[1:],
+            "sync": CANCELS[3:],
+            "session": CANCELS[1:],
+        }
         cancel = r.choice(kinds[way]), r.uniform(0, span)
-    disk = (r.choice(("full", "gone")), r.uniform(0, span)) if way == "start" and r.random() < 0.15 else None
+    disk = (
+        (r.choice(("full", "gone")), r.uniform(0, span))
+        if way == "start" and r.random() < 0.15
+        else None
+    )
     budget = []
     if r.random() < 0.15:
-        budget.append(r.choice([("turns", 2), ("sub_calls", 70), ("input_tokens", 5000), ("consecutive_errors", 2)]))
+        budget.append(
+            r.choice(
+                [("turns", 2), ("sub_calls", 70), ("input_tokens", 5000), ("consecutive_errors", 2)]
+            )
+        )
     return Plan(
         seed=seed,
         way=way,

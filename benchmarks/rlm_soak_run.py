@@ -98,18 +98,29 @@ class _Run:
                 timers.append(loop.call_later(plan.disk[1], self._hurt_disk, run))
             await self._await(run.result())
         elif plan.way == "task":
-            await self._task(rlm.acompletion(prompt, "What is it?", cancel=self.event), kind, when, timers)
+            await self._task(
+                rlm.acompletion(prompt, "What is it?", cancel=self.event), kind, when, timers
+            )
         elif plan.way == "session":
             async with rlm.session() as session:
-                await self._task(session.acompletion(prompt, "What is it?", cancel=self.event), kind, when, timers)
+                await self._task(
+                    session.acompletion(prompt, "What is it?", cancel=self.event),
+                    kind,
+                    when,
+                    timers,
+                )
                 self.event.clear()
                 await self._await(session.acompletion("Another text.", "And this?"))
         else:
-            call: Callable[[], RLMResult] = lambda: rlm.completion(prompt, "What is it?", cancel=self.event)
+            call: Callable[[], RLMResult] = lambda: rlm.completion(
+                prompt, "What is it?", cancel=self.event
+            )
             await self._await(loop.run_in_executor(self.world.threads, call))
         await rlm.aclose()
 
-    async def _task(self, work: Any, kind: str, when: float, timers: list[asyncio.TimerHandle]) -> None:
+    async def _task(
+        self, work: Any, kind: str, when: float, timers: list[asyncio.TimerHandle]
+    ) -> None:
         """As a task of its own, which the plan may cancel."""
         task = asyncio.ensure_future(work)
         if kind in ("task", "task_twice"):
@@ -131,7 +142,11 @@ class _Run:
 
     def _rlm(self) -> RLM:
         plan = self.plan
-        budget: dict[str, Any] = {"turns": len(plan.replies) + 4, "last_call_seconds": 10.0, **dict(plan.budget)}
+        budget: dict[str, Any] = {
+            "turns": len(plan.replies) + 4,
+            "last_call_seconds": 10.0,
+            **dict(plan.budget),
+        }
         if plan.cancel and plan.cancel[0] == "seconds":
             budget["seconds"] = max(0.05, plan.cancel[1])
         return RLM(
@@ -170,10 +185,16 @@ class _Run:
         plan = self.plan
         lines = [_line(name) for name in plan.replies]
         seconds = iter(plan.root_seconds)
-        return ScriptedLM([*lines, _cell(DONE)], latency=lambda _: next(seconds, 0.0), name="root", repeat_last=True)
+        return ScriptedLM(
+            [*lines, _cell(DONE)],
+            latency=lambda _: next(seconds, 0.0),
+            name="root",
+            repeat_last=True,
+        )
 
     def _sub(self) -> ScriptedLM:
-        """Answers pieces, and leads child RLMs; how long it takes and whether it fails is a matter of the prompt."""
+        """Answers pieces, and leads child RLMs; how long it takes and whether it fails is a matter
+        of the prompt."""
         plan = self.plan
 
         def chance(messages: Any) -> random.Random:
@@ -182,7 +203,9 @@ class _Run:
         def answer(messages: Any) -> Any:
             r = chance(messages)
             if plan.sub == "failing" and r.random() < 0.3:
-                return LMError("as planned", kind=r.choice(("server", "timeout", "rate_limit")), model="sub")
+                return LMError(
+                    "as planned", kind=r.choice(("server", "timeout", "rate_limit")), model="sub"
+                )
             if plan.sub == "buggy" and r.random() < 0.3:
                 return ZeroDivisionError("a bug of the client")
             if messages[0].role == "system":  # it leads a child
@@ -208,7 +231,8 @@ class _Run:
                 os.kill(process.pid, getattr(signal, name))
 
     def _hurt_disk(self, run: Any) -> None:
-        """From here on every write to the trajectory fails: the disk is full, or its folder is gone."""
+        """From here on every write to the trajectory fails: the disk is full, or its folder is
+        gone."""
         writer = run._writer
         if writer._descriptor < 0:
             return
@@ -243,14 +267,21 @@ class _Run:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _in_a_hurry(self) -> bool:
-        """Cancelled while it was being cancelled: the caller has gone, without a result; the run ends on its own."""
+        """Cancelled while it was being cancelled: the caller has gone, without a result; the run
+        ends on its own."""
         return self.plan.cancel is not None and self.plan.cancel[0] == "task_twice"
 
     def _let_it_end(self) -> None:
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            runs = [read(f) for f in self.folder.iterdir() if f.is_dir()] if self.folder.exists() else []
-            if all(events.complete for events in runs) and not any(e._process for e in self.environments):
+            runs = (
+                [read(f) for f in self.folder.iterdir() if f.is_dir()]
+                if self.folder.exists()
+                else []
+            )
+            if all(events.complete for events in runs) and not any(
+                e._process for e in self.environments
+            ):
                 return
             time.sleep(0.02)
 
@@ -310,7 +341,9 @@ class _Run:
 
     def _finished(self) -> list[RLMResult]:
         """What the outcomes have in the way of results; an error carries one."""
-        found = (r if isinstance(r, RLMResult) else getattr(r, "result", None) for r in self.results)
+        found = (
+            r if isinstance(r, RLMResult) else getattr(r, "result", None) for r in self.results
+        )
         return [r for r in found if r is not None]
 
 

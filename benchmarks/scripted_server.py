@@ -1,12 +1,14 @@
-"""A loopback model in a process of its own, as thin as can be: what it costs is in every figure of every runtime.
+"""A loopback model in a process of its own, as thin as can be: what it costs is in every figure of
+every runtime.
 
     with Served(["first reply", "last reply"], sub="ok", latency=0.05) as server:
         ...  # a client asks server.url + /chat/completions
     server.log  # what was asked, and when
 
-The model named `sub` says always the same, after `latency` seconds; any other model is the root and gets the script's
-replies in order (the last one again afterwards). For soak tests a prompt of `sub` can ask for trouble by its first
-word: `!fail` is a status of 400, `!busy` one of 500, `!cut` closes the connection, `!hang` never answers.
+The model named `sub` says always the same, after `latency` seconds; any other model is the root and
+gets the script's replies in order (the last one again afterwards). For soak tests a prompt of `sub`
+can ask for trouble by its first word: `!fail` is a status of 400, `!busy` one of 500, `!cut` closes
+the connection, `!hang` never answers.
 """
 
 from __future__ import annotations
@@ -34,11 +36,19 @@ PIECE = 16  # characters of a streamed piece: about four tokens
 
 def _reply(text: str) -> dict[bool, bytes]:
     """The response by whether a stream is asked for."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+    }
     whole = _http(200, {**COMPLETION, "choices": [choice], "usage": USAGE})
     chunk = {**COMPLETION, "object": "chat.completion.chunk"}
-    deltas: list[dict[str, Any]] = [{"content": text[i : i + PIECE]} for i in range(0, len(text), PIECE)]
-    choices: list[list[dict[str, Any]]] = [[{"index": 0, "delta": d, "finish_reason": None}] for d in deltas]
+    deltas: list[dict[str, Any]] = [
+        {"content": text[i : i + PIECE]} for i in range(0, len(text), PIECE)
+    ]
+    choices: list[list[dict[str, Any]]] = [
+        [{"index": 0, "delta": d, "finish_reason": None}] for d in deltas
+    ]
     choices.append([{"index": 0, "delta": {}, "finish_reason": "stop"}])
     events = [*({**chunk, "choices": c} for c in choices), {**chunk, "choices": [], "usage": USAGE}]
     body = "".join(f"data: {json.dumps(e)}\n\n" for e in events) + "data: [DONE]\n\n"
@@ -51,7 +61,8 @@ class Model:
 
     def __init__(self, replies: list[str], sub: str, latency: float):
         self.replies, self.sub, self.latency = [_reply(r) for r in replies], _reply(sub), latency
-        self.root_times: list[float] = []  # time.monotonic, which on Linux is the same clock in every process
+        # time.monotonic, which on Linux is the same clock in every process
+        self.root_times: list[float] = []
         self.root_bytes: list[int] = []
         self.sub_calls = self.active = self.most = 0
         self.sub_bytes = 0
@@ -62,7 +73,9 @@ class Model:
         if asked.get("model") != "sub":
             self.root_times.append(now)
             self.root_bytes.append(len(body))
-            return self.replies[min(len(self.root_times), len(self.replies)) - 1][bool(asked.get("stream"))]
+            return self.replies[min(len(self.root_times), len(self.replies)) - 1][
+                bool(asked.get("stream"))
+            ]
         self.sub_calls += 1
         self.sub_bytes += len(body)
         self.active += 1
@@ -137,7 +150,10 @@ class _Connection(asyncio.Protocol):
 
 async def _main() -> None:
     options = json.loads(sys.stdin.readline())
-    model, loop = Model(options["replies"], options["sub"], options["latency"]), asyncio.get_running_loop()
+    model, loop = (
+        Model(options["replies"], options["sub"], options["latency"]),
+        asyncio.get_running_loop(),
+    )
     server = await loop.create_server(lambda: _Connection(model), "127.0.0.1", 0, backlog=1024)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)  # until the parent closes it or ends
@@ -153,7 +169,9 @@ class Served:
 
     def __enter__(self) -> Served:
         command = [sys.executable, "-I", "-S", str(Path(__file__))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.process.stdin.write(self._options + "\n")
         self.process.stdin.flush()
         self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}/v1"

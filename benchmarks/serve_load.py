@@ -2,14 +2,16 @@
 
     python -m launch.serve runs/mor --lanes 16 &
     python -m benchmarks.serve_load --model mor --requests 200 --concurrency 32 --out load.json
-    python -m benchmarks.serve_load --model mor --prefix 512 --prompt 32 --output 16 --concurrency 32
+    python -m benchmarks.serve_load --model mor --prefix 512 --prompt 32 --output 16 --concurrency
+    32
     python -m benchmarks.serve_load --url http://127.0.0.1:9000/v1 --model other --rate 4
 
-First a closed loop (so many clients, each with one request under way), then Poisson arrivals at shares of the rate it
-reached; with --rate only arrivals at that rate. Lengths are in words; with --vocab in tokens, sent as ids.
+First a closed loop (so many clients, each with one request under way), then Poisson arrivals at
+shares of the rate it reached; with --rate only arrivals at that rate. Lengths are in words; with
+--vocab in tokens, sent as ids.
 
-Times are taken at the client. The first token's is that of the first chunk that carries text: a token that is only a
-part of a character shows with the next one.
+Times are taken at the client. The first token's is that of the first chunk that carries text: a
+token that is only a part of a character shows with the next one.
 """
 
 from __future__ import annotations
@@ -31,12 +33,53 @@ import aiohttp
 from rlm_runtime.errors import UsageError
 from rlm_runtime.serve.http.settings import read_keys
 
-WORDS = ["the", "model", "reads", "a", "long", "text", "and", "says", "what", "it", "found", "there", "before", "anyone", "asks", "how", "deep", "it", "had", "to", "think", "about", "each", "word", "while", "some", "tokens", "stop", "early", "others", "go", "on", "for", "all", "steps", "of", "one", "shared", "core"]  # fmt: skip
+WORDS = [
+    "the",
+    "model",
+    "reads",
+    "a",
+    "long",
+    "text",
+    "and",
+    "says",
+    "what",
+    "it",
+    "found",
+    "there",
+    "before",
+    "anyone",
+    "asks",
+    "how",
+    "deep",
+    "it",
+    "had",
+    "to",
+    "think",
+    "about",
+    "each",
+    "word",
+    "while",
+    "some",
+    "tokens",
+    "stop",
+    "early",
+    "others",
+    "go",
+    "on",
+    "for",
+    "all",
+    "steps",
+    "of",
+    "one",
+    "shared",
+    "core",
+]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts of `prefix` shared and `prompt` own words (or token ids, with `vocab`), `output` tokens each."""
+    """Prompts of `prefix` shared and `prompt` own words (or token ids, with `vocab`), `output`
+    tokens each."""
 
     model: str
     prompt: int = 64
@@ -53,9 +96,16 @@ class Workload:
         own = self._piece(random.Random(f"{self.seed} {index}"), self.prompt)
         prompt = shared + own if self.vocab else " ".join([*shared, *own])
         return {
-            "model": self.model, "prompt": prompt, "max_tokens": self.output, "temperature": self.temperature,
-            "seed": index, "stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, **self.extra,
-        }  # fmt: skip
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": self.output,
+            "temperature": self.temperature,
+            "seed": index,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+            **self.extra,
+        }
 
     def _piece(self, rng: random.Random, count: int) -> list[Any]:
         if self.vocab:
@@ -65,7 +115,8 @@ class Workload:
 
 @dataclass
 class Outcome:
-    """One request. Times in seconds from its start; `status` 0: the connection failed or broke off."""
+    """One request. Times in seconds from its start; `status` 0: the connection failed or broke
+    off."""
 
     status: int = 0
     error: str = ""
@@ -127,7 +178,9 @@ def read_chunk(out: Outcome, chunk: dict[str, Any], now: float) -> None:
         out.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
 
-async def closed_loop(ask: Callable[[int], Awaitable[Outcome]], requests: int, concurrency: int) -> list[Outcome]:
+async def closed_loop(
+    ask: Callable[[int], Awaitable[Outcome]], requests: int, concurrency: int
+) -> list[Outcome]:
     """`concurrency` clients, each with one request under way until all are done."""
     numbers, outcomes = iter(range(requests)), []
 
@@ -140,7 +193,11 @@ async def closed_loop(ask: Callable[[int], Awaitable[Outcome]], requests: int, c
 
 
 async def open_loop(
-    ask: Callable[[int], Awaitable[Outcome]], requests: int, rate: float, seed: int = 0, first: int = 0
+    ask: Callable[[int], Awaitable[Outcome]],
+    requests: int,
+    rate: float,
+    seed: int = 0,
+    first: int = 0,
 ) -> list[Outcome]:
     """Poisson arrivals, `rate` a second, whether or not earlier ones are done."""
     rng, began, at = random.Random(f"{seed} arrivals"), time.perf_counter(), 0.0
@@ -171,30 +228,46 @@ def quantiles(values: Iterable[float | None]) -> dict[str, float] | None:
     def at(q: float) -> float:
         return round(1e3 * found[min(len(found) - 1, int(q * len(found)))], 2)
 
-    return {"mean": round(1e3 * sum(found) / len(found), 2), "p50": at(0.5), "p90": at(0.9), "p99": at(0.99),
-            "max": round(1e3 * found[-1], 2)}  # fmt: skip
+    return {
+        "mean": round(1e3 * sum(found) / len(found), 2),
+        "p50": at(0.5),
+        "p90": at(0.9),
+        "p99": at(0.99),
+        "max": round(1e3 * found[-1], 2),
+    }
 
 
-def summary(outcomes: Sequence[Outcome], seconds: float, *, goal_ttft: float, goal_gap: float) -> dict[str, Any]:
+def summary(
+    outcomes: Sequence[Outcome], seconds: float, *, goal_ttft: float, goal_gap: float
+) -> dict[str, Any]:
     """Figures of one round. Good requests are those within both goals (seconds)."""
     ok = [o for o in outcomes if o.ok]
     good = [o for o in ok if (o.first or 0) <= goal_ttft and (o.gap or 0) <= goal_gap]
     failures = Counter(f"{o.status} {o.error}"[:120] for o in outcomes if not o.ok)
     return {
-        "requests": len(outcomes), "ok": len(ok), "failures": dict(failures.most_common(10)),
-        "seconds": round(seconds, 3), "requests_per_second": round(len(ok) / seconds, 3),
+        "requests": len(outcomes),
+        "ok": len(ok),
+        "failures": dict(failures.most_common(10)),
+        "seconds": round(seconds, 3),
+        "requests_per_second": round(len(ok) / seconds, 3),
         "output_tokens_per_second": round(sum(o.tokens for o in ok) / seconds, 2),
         "prompt_tokens_per_second": round(sum(o.prompt_tokens for o in ok) / seconds, 2),
-        "cached_share": round(sum(o.cached_tokens for o in ok) / max(1, sum(o.prompt_tokens for o in ok)), 4),
-        "goodput_requests_per_second": round(len(good) / seconds, 3), "good_share": round(len(good) / max(1, len(ok)), 4),
-        "ttft_ms": quantiles(o.first for o in ok), "token_ms": quantiles(o.gap for o in ok),
-        "total_ms": quantiles(o.total for o in ok), "sent_late_ms": quantiles(o.late for o in outcomes),
-    }  # fmt: skip
+        "cached_share": round(
+            sum(o.cached_tokens for o in ok) / max(1, sum(o.prompt_tokens for o in ok)), 4
+        ),
+        "goodput_requests_per_second": round(len(good) / seconds, 3),
+        "good_share": round(len(good) / max(1, len(ok)), 4),
+        "ttft_ms": quantiles(o.first for o in ok),
+        "token_ms": quantiles(o.gap for o in ok),
+        "total_ms": quantiles(o.total for o in ok),
+        "sent_late_ms": quantiles(o.late for o in outcomes),
+    }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `measure` does: a closed loop first; then a Poisson round at each share of the rate it reached."""
+    """What `measure` does: a closed loop first; then a Poisson round at each share of the rate it
+    reached."""
 
     url: str  # up to /v1
     workload: Workload
@@ -214,7 +287,9 @@ async def measure(plan: Plan, say: Callable[[str], None] = lambda text: None) ->
     timeout = aiohttp.ClientTimeout(total=plan.timeout)
     connector = aiohttp.TCPConnector(limit=0)
     url = plan.url.rstrip("/") + "/completions"
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
+    async with aiohttp.ClientSession(
+        headers=headers, timeout=timeout, connector=connector
+    ) as session:
 
         async def ask(number: int) -> Outcome:
             return await one(session, url, plan.workload.body(number))
@@ -224,10 +299,14 @@ async def measure(plan: Plan, say: Callable[[str], None] = lambda text: None) ->
             raise UsageError(f"{url} does not answer as it should: {warm.status} {warm.error}")
         rounds = []
 
-        async def play(name: str, outcomes: Awaitable[list[Outcome]], **about: Any) -> dict[str, Any]:
+        async def play(
+            name: str, outcomes: Awaitable[list[Outcome]], **about: Any
+        ) -> dict[str, Any]:
             began = time.perf_counter()
             got = await outcomes
-            found = summary(got, time.perf_counter() - began, goal_ttft=plan.goal_ttft, goal_gap=plan.goal_gap)
+            found = summary(
+                got, time.perf_counter() - began, goal_ttft=plan.goal_ttft, goal_gap=plan.goal_gap
+            )
             if not found["ok"]:
                 raise UsageError(f"{name}: no request succeeded: {found['failures']}")
             rounds.append({"round": name, **about, **found})
@@ -237,11 +316,14 @@ async def measure(plan: Plan, say: Callable[[str], None] = lambda text: None) ->
         n = plan.requests
         if not plan.rate:
             loop = closed_loop(ask, n, plan.concurrency)
-            found = await play(f"closed, {plan.concurrency} clients", loop, concurrency=plan.concurrency)
+            found = await play(
+                f"closed, {plan.concurrency} clients", loop, concurrency=plan.concurrency
+            )
             rates = {f"{load:.0%} load": load * found["requests_per_second"] for load in plan.loads}
         else:
             rates = {"open": plan.rate}
-        for number, (name, rate) in enumerate(rates.items(), 1):  # other prompts in each round: none is cached whole
+        # other prompts in each round: none is cached whole
+        for number, (name, rate) in enumerate(rates.items(), 1):
             loop = open_loop(ask, n, rate, plan.workload.seed, first=number * n)
             await play(f"{name}, {rate:.2f}/s", loop, rate=round(rate, 4))
     return {"plan": {**asdict(plan), "key": bool(plan.key)}, "rounds": rounds}
@@ -259,7 +341,9 @@ def line(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serve_load", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.serve_load",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000/v1", help="the server, up to /v1")
@@ -268,30 +352,53 @@ def main(argv: list[str] | None = None) -> int:
     add("--requests", type=positive, default=64, help="requests of each round")
     add("--concurrency", type=positive, default=8, help="clients of the closed loop")
     add("--loads", default="0.5,0.8,0.95", help="shares of the closed loop's rate; empty: none")
-    add("--rate", type=float, default=0.0, help="requests a second, instead of the closed loop and its shares")
+    add(
+        "--rate",
+        type=float,
+        default=0.0,
+        help="requests a second, instead of the closed loop and its shares",
+    )
     add("--prompt", type=int, default=64, help="words of a prompt that are its own")
     add("--prefix", type=int, default=0, help="words that all prompts begin with")
     add("--output", type=positive, default=64, help="tokens to generate")
     add("--vocab", type=int, default=0, help="send random token ids below this instead of words")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--seed", type=int, default=0, help="of prompts and arrivals")
-    add("--goal_ttft", type=float, default=1.0, help="a good request has its first token within so many seconds ...")
+    add(
+        "--goal_ttft",
+        type=float,
+        default=1.0,
+        help="a good request has its first token within so many seconds ...",
+    )
     add("--goal_token", type=float, default=0.1, help="... and then one in so many, on average")
     add("--timeout", type=float, default=600.0, help="seconds a request may take")
     add("--out", type=Path, help="where the figures go, as JSON")
     args = parser.parse_args(argv)
     try:
         workload = Workload(
-            args.model, prompt=args.prompt, prefix=args.prefix, output=args.output, vocab=args.vocab,
-            temperature=args.temperature, seed=args.seed,
-        )  # fmt: skip
+            args.model,
+            prompt=args.prompt,
+            prefix=args.prefix,
+            output=args.output,
+            vocab=args.vocab,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
         plan = Plan(
-            args.url, workload, requests=args.requests, concurrency=args.concurrency,
-            loads=tuple(float(x) for x in args.loads.split(",") if x), rate=args.rate, goal_ttft=args.goal_ttft,
-            goal_gap=args.goal_token, timeout=args.timeout,
+            args.url,
+            workload,
+            requests=args.requests,
+            concurrency=args.concurrency,
+            loads=tuple(float(x) for x in args.loads.split(",") if x),
+            rate=args.rate,
+            goal_ttft=args.goal_ttft,
+            goal_gap=args.goal_token,
+            timeout=args.timeout,
             key=read_keys(args.api_key_file, "--api_key_file")[0] if args.api_key_file else "",
-        )  # fmt: skip
-        found = asyncio.run(measure(plan, say=lambda text: print(text, file=sys.stderr, flush=True)))
+        )
+        found = asyncio.run(
+            measure(plan, say=lambda text: print(text, file=sys.stderr, flush=True))
+        )
         text = json.dumps(found, indent=1)
         if args.out:
             args.out.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
-"""What the clients of the serving soak do: good requests that are checked, and everything a server has to put up with."""
+"""What the clients of the serving soak do: good requests that are checked, and everything a server
+has to put up with."""
 
 from __future__ import annotations
 
@@ -22,11 +23,32 @@ SCHEMA = {
     "additionalProperties": False,
 }
 ACTS = {  # relative frequencies
-    "stream": 40, "whole": 12, "chat": 8, "many": 4, "schema": 3, "cancel": 14, "hang_up": 6, "too_long": 3, "malformed": 4,
-    "bad_value": 3, "huge_body": 1, "slow_head": 1, "slow_body": 1,
-}  # fmt: skip
-BAD_VALUES = ({"temperature": -1}, {"n": 0}, {"prompt": []}, {"logprobs": 99}, {"top_p": 2}, {"model": "nobody"},
-              {"prompt": [10**8]}, {"guided_regex": "("}, {"stop": [""]}, {"max_tokens": "many"})  # fmt: skip
+    "stream": 40,
+    "whole": 12,
+    "chat": 8,
+    "many": 4,
+    "schema": 3,
+    "cancel": 14,
+    "hang_up": 6,
+    "too_long": 3,
+    "malformed": 4,
+    "bad_value": 3,
+    "huge_body": 1,
+    "slow_head": 1,
+    "slow_body": 1,
+}
+BAD_VALUES = (
+    {"temperature": -1},
+    {"n": 0},
+    {"prompt": []},
+    {"logprobs": 99},
+    {"top_p": 2},
+    {"model": "nobody"},
+    {"prompt": [10**8]},
+    {"guided_regex": "("},
+    {"stop": [""]},
+    {"max_tokens": "many"},
+)
 
 
 @dataclass
@@ -47,7 +69,8 @@ class Tally:
 
 
 class Clients:
-    """`count` clients at once until `until()`; each does one thing after another, drawn by its own generator."""
+    """`count` clients at once until `until()`; each does one thing after another, drawn by its own
+    generator."""
 
     def __init__(self, port: int, model: str, window: int, *, seed: int = 0):
         self.port, self.model, self.window, self.seed = port, model, window, seed
@@ -79,17 +102,25 @@ class Clients:
         """One of a few hundred requests, so that most are asked more than once."""
         words = random.Random(rng.randrange(100))
         prompt = " ".join(
-            words.choice(["def", "return", "if", "loss", "step", "value", "depth", "for", "self"]) for _ in range(9)
+            words.choice(["def", "return", "if", "loss", "step", "value", "depth", "for", "self"])
+            for _ in range(9)
         )
         return {
-            "model": self.model, "prompt": prompt, "max_tokens": words.randint(1, max(2, self.window // 4)),
-            "temperature": words.choice([0, 0, 0.9]), "seed": words.randrange(3), "ignore_eos": words.random() < 0.5,
-            **({"stop": ["e s", "\n\n"]} if words.random() < 0.3 else {}), **fields,
-        }  # fmt: skip
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": words.randint(1, max(2, self.window // 4)),
+            "temperature": words.choice([0, 0, 0.9]),
+            "seed": words.randrange(3),
+            "ignore_eos": words.random() < 0.5,
+            **({"stop": ["e s", "\n\n"]} if words.random() < 0.3 else {}),
+            **fields,
+        }
 
     def _check(self, body: dict[str, Any], text: str) -> None:
         """The same request has the same answer, whoever else is served."""
-        key = json.dumps({k: v for k, v in body.items() if not k.startswith("stream")}, sort_keys=True)
+        key = json.dumps(
+            {k: v for k, v in body.items() if not k.startswith("stream")}, sort_keys=True
+        )
         if self.tally.known.setdefault(key, text) != text:
             self.tally.wrong(f"two answers to {key}: {self.tally.known[key]!r} and {text!r}")
 
@@ -141,7 +172,9 @@ class Clients:
                 usage = chunk.get("usage") or usage
         last = time.perf_counter()
         if not ended or usage is None or finish not in ("stop", "length"):
-            self.tally.wrong(f"a stream without its end: [DONE] {ended}, usage {usage}, finish {finish}")
+            self.tally.wrong(
+                f"a stream without its end: [DONE] {ended}, usage {usage}, finish {finish}"
+            )
             return
         self._check(body, text)
         self.tally.tokens += usage["completion_tokens"]
@@ -201,9 +234,13 @@ class Clients:
             await self._refused(response, 400)
 
     async def _malformed(self, rng: random.Random) -> None:
-        raw = rng.choice([b"{", b"", b"\xff\xfe\x00", b"[" * 9_000, b'{"model": ' + rng.randbytes(50)])
+        raw = rng.choice(
+            [b"{", b"", b"\xff\xfe\x00", b"[" * 9_000, b'{"model": ' + rng.randbytes(50)]
+        )
         headers = {"Content-Type": "application/json"}
-        async with self.session.post(f"{self.url}/completions", data=raw, headers=headers) as response:
+        async with self.session.post(
+            f"{self.url}/completions", data=raw, headers=headers
+        ) as response:
             await self._refused(response, 400)
 
     async def _bad_value(self, rng: random.Random) -> None:

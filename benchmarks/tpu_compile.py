@@ -1,14 +1,16 @@
-"""Training steps compiled by XLA's compiler for TPUs, without a TPU: seconds, bytes a device, collectives, and the plan.
+"""Training steps compiled by XLA's compiler for TPUs, without a TPU: seconds, bytes a device,
+collectives, and the plan.
 
-    python -m benchmarks.tpu_compile                             # small programs of every kind, on v5e-8 (minutes)
-    python -m benchmarks.tpu_compile --only token --json
-    python -m benchmarks.tpu_compile --paper --only 360m         # the paper's sizes (many minutes each)
+    python -m benchmarks.tpu_compile # small programs of every kind, on v5e-8 (minutes) python -m
+    benchmarks.tpu_compile --only token --json
+    python -m benchmarks.tpu_compile --paper --only 360m # the paper's sizes (many minutes each)
     python -m benchmarks.tpu_compile --paper --topology v5e-256 v6e-8 --limit 7200
 
-Needs libtpu of this jax (`pip install ".[tpu-compile]"`). Nothing is allocated, and the compilation cache is off.
-The paper's sizes are compiled on the mesh that the planner suggests, or are said not to fit. Exits with 1 if a program
-does not compile, sends other gathers or scatters than planned, or needs more bytes than `--within` over its plan (small
-programs live in the chip's vector memory, and are not held to bytes).
+Needs libtpu of this jax (`pip install ".[tpu-compile]"`). Nothing is allocated, and the compilation
+cache is off. The paper's sizes are compiled on the mesh that the planner suggests, or are said not
+to fit. Exits with 1 if a program does not compile, sends other gathers or scatters than planned, or
+needs more bytes than `--within` over its plan (small programs live in the chip's vector memory, and
+are not held to bytes).
 """
 
 from __future__ import annotations
@@ -28,17 +30,27 @@ from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainCo
 from mor_jax.parallel.rows import scatter_parts
 from mor_jax.train.aot import compiled_reports
 
-# Wide enough that a shard of each matrix is whole rows of a TPU's tiles: narrower ones are sent otherwise.
+# Wide enough that a shard of each matrix is whole rows of a TPU's tiles: narrower ones are sent
+# otherwise.
 SHAPE = dict(
-    width=1024, heads=2, kv_heads=2, head_dim=64, mlp_width=256, context=128, vocab_size=512, loss_chunk=64,
-    dtype="bfloat16", remat="block",
-)  # fmt: skip
+    width=1024,
+    heads=2,
+    kv_heads=2,
+    head_dim=64,
+    mlp_width=256,
+    context=128,
+    vocab_size=512,
+    loss_chunk=64,
+    dtype="bfloat16",
+    remat="block",
+)
 PLAIN = SHAPE | dict(layers=2, recursions=1)
 TIED = SHAPE | dict(layers=3, recursions=2, sharing="cycle", prelude=1)
 EXPERT, TOKEN = dict(policy="expert_choice"), dict(policy="token_choice", buckets=2)
 KERNEL = dict(attention="splash")
 FSDP, DATA, ALL, LONG, SLICES = (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 4, 1, 2), (2, 8, 1, 1, 2)
-# Every kind of model and of keys, every mesh with and without accumulation: name -> model, depth, mesh, micro-batches.
+# Every kind of model and of keys, every mesh with and without accumulation: name -> model, depth,
+# mesh, micro-batches.
 CASES: dict[str, tuple[dict, dict, tuple[int, ...], int]] = {
     "vanilla, fsdp, accum 4": (PLAIN, {}, FSDP, 4),
     "vanilla, all axes": (PLAIN, {}, ALL, 1),
@@ -64,32 +76,44 @@ def small(name: str) -> tuple[Config, str]:
     devices = 16 if mesh == SLICES else 8
     train = TrainConfig(steps=1, batch_size=devices * accum, accum=accum)
     place = "v5e-8x2" if mesh == SLICES else "v5e-8"
-    return Config(name, ModelConfig(**model), DepthConfig(**depth), train=train, mesh=MeshConfig(*mesh)), place
+    return Config(
+        name, ModelConfig(**model), DepthConfig(**depth), train=train, mesh=MeshConfig(*mesh)
+    ), place
 
 
 def published(size: str, kind: str) -> Config:
     """A model of the paper: "mor" with three recursions, or "vanilla"."""
-    made = importlib.import_module(f"configs.{kind}").get_config(f"{size},nr=3" if kind == "mor" else size)
+    made = importlib.import_module(f"configs.{kind}").get_config(
+        f"{size},nr=3" if kind == "mor" else size
+    )
     return with_vocabulary(from_dict(made.to_dict()))[0]
 
 
-# Gathers within a slice that the compiler makes of a reduction between slices, seen with libtpu 0.0.42 and 0.0.48; in all
-# it sends fewer bytes than the plan.
+# Gathers within a slice that the compiler makes of a reduction between slices, seen with libtpu
+# 0.0.42 and 0.0.48; in all it sends fewer bytes than the plan.
 BETWEEN_SLICES = 2
 
 
 def measure(cases: list[tuple[str, Config, str]], limit_s: float) -> Any:
-    """For each program its report, with the plan it is held against and a list of what is wrong; one at a time."""
+    """For each program its report, with the plan it is held against and a list of what is wrong;
+    one at a time."""
     places = [(cfg, topology(place)) for _, cfg, place in cases]
     for (name, cfg, place), report in zip(cases, compiled_reports(places, limit_s), strict=True):
         found = plan(cfg, topology(place))
-        row = {"program": name, "topology": place, "mesh": found.mesh._asdict(), "accum": cfg.train.accum} | report
+        row = {
+            "program": name,
+            "topology": place,
+            "mesh": found.mesh._asdict(),
+            "accum": cfg.train.accum,
+        } | report
         row["wrong"] = [report["error"].splitlines()[0]] if "error" in report else []
         if "error" not in report:
             row["against the plan"] = against_the_plan(found, report)
             row["gathers"] = {
                 kind: (
-                    sum(p.count for p in found.collectives if p.kind == kind and p.axes == ("fsdp",))
+                    sum(
+                        p.count for p in found.collectives if p.kind == kind and p.axes == ("fsdp",)
+                    )
                     * (len(scatter_parts(found.mesh.fsdp)) if kind == "reduce-scatter" else 1)
                     + (BETWEEN_SLICES if kind == "all-gather" and cfg.mesh.slices > 1 else 0),
                     report["collectives"].get(f"{kind} over fsdp", {"count": 0})["count"],
@@ -105,19 +129,37 @@ def measure(cases: list[tuple[str, Config, str]], limit_s: float) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="programs whose name has one of these in it")
-    parser.add_argument("--paper", action="store_true", help="the paper's sizes instead of the small programs")
-    parser.add_argument("--topology", nargs="+", default=["v5e-8", "v5e-256"], help="of the paper's sizes")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds a program may take to compile")
-    parser.add_argument("--within", type=float, default=0.10, help="how far over its plan a program of --paper may be")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="programs whose name has one of these in it"
+    )
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's sizes instead of the small programs"
+    )
+    parser.add_argument(
+        "--topology", nargs="+", default=["v5e-8", "v5e-256"], help="of the paper's sizes"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=3600.0, help="seconds a program may take to compile"
+    )
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=0.10,
+        help="how far over its plan a program of --paper may be",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a program")
     args = parser.parse_args()
     wanted = lambda name: any(part in name for part in args.only)
     cases, unfit = [], []
     if args.paper:
         for name, cfg, place in (
-            (f"{k} {s}", published(s, k), p) for p in args.topology for s in PAPER for k in ("mor", "vanilla")
+            (f"{k} {s}", published(s, k), p)
+            for p in args.topology
+            for s in PAPER
+            for k in ("mor", "vanilla")
         ):
             found = suggest(cfg, topology(place)) if wanted(name) else None
             if found:
@@ -127,11 +169,29 @@ def main() -> None:
     else:
         cases = [(name, *small(name)) for name in filter(wanted, CASES)]
     if not args.json:
-        head = ("program", "topology", "mesh", "accum", "compile, s", "CPU s", "lines", "planned", "compiled", "off")
-        print("| " + " | ".join((*head, "gathers", "scatters", "sent")) + " |\n|---|---|---|" + "---:|" * 10)
+        head = (
+            "program",
+            "topology",
+            "mesh",
+            "accum",
+            "compile, s",
+            "CPU s",
+            "lines",
+            "planned",
+            "compiled",
+            "off",
+        )
+        print(
+            "| "
+            + " | ".join((*head, "gathers", "scatters", "sent"))
+            + " |\n|---|---|---|"
+            + "---:|" * 10
+        )
     bad = False
     for row in measure(cases, args.limit):
-        over = "bytes" in row and args.paper and -row["against the plan"]["bytes"]["off"] > args.within
+        over = (
+            "bytes" in row and args.paper and -row["against the plan"]["bytes"]["off"] > args.within
+        )
         bad = bad or bool(row["wrong"]) or over
         print(json.dumps(row) if args.json else _row(row), flush=True)
     for line in unfit:
@@ -145,10 +205,16 @@ def _row(row: dict[str, Any]) -> str:
     if "error" in row:
         return begin + row["wrong"][0] + " |" * 9
     seconds, held, pairs = row["seconds"], row["against the plan"]["bytes"], row["gathers"]
-    cells = [f"{seconds['compile']:.0f}", f"{seconds['compile_cpu']:.0f}", f"{row['lines']['compiled']:,}"]
+    cells = [
+        f"{seconds['compile']:.0f}",
+        f"{seconds['compile_cpu']:.0f}",
+        f"{row['lines']['compiled']:,}",
+    ]
     cells += [units.size(held["planned"]), units.size(held["compiled"]), f"{held['off']:+.1%}"]
     cells += [f"{sent} of {planned}" for planned, sent in pairs.values()]
-    return begin + " | ".join([*cells, units.size(row["against the plan"]["sent"]["compiled"])]) + " |"
+    return (
+        begin + " | ".join([*cells, units.size(row["against the plan"]["sent"]["compiled"])]) + " |"
+    )
 
 
 if __name__ == "__main__":

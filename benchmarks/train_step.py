@@ -1,21 +1,22 @@
 """Speed of the full training step: forward, backward, clipping, AdamW.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --shape peer --models vanilla --breakdown --peer .venv-peer/bin/python
-    python -m benchmarks.train_step --shape tiny --repeats 2 --peer off
+    python -m benchmarks.train_step --shape peer --models vanilla --breakdown --peer
+    .venv-peer/bin/python python -m benchmarks.train_step --shape tiny --repeats 2 --peer off
 
 One H100, the 360m of the paper:
 
-    python -m benchmarks.train_step --shape 360m --dtype bfloat16 --context 2048 --models vanilla,recursive,mor \\
-        --peer off --out benchmarks/results/train_step_h100.json
+    python -m benchmarks.train_step --shape 360m --dtype bfloat16 --context 2048 --models
+        vanilla,recursive,mor \\ --peer off --out benchmarks/results/train_step_h100.json
 
-Models are timed in turns, one step each a round, so that a busy machine slows all alike; medians are reported, and CPU
-seconds beside wall seconds. Two questions are answered: does skipping tokens save the time it saves in FLOPs (mor
-against recursive; mor-masked computes everything and discards), and is the dense twin as fast as a Llama in PyTorch.
+Models are timed in turns, one step each a round, so that a busy machine slows all alike; medians
+are reported, and CPU seconds beside wall seconds. Two questions are answered: does skipping tokens
+save the time it saves in FLOPs (mor against recursive; mor-masked computes everything and
+discards), and is the dense twin as fast as a Llama in PyTorch.
 
-Shapes: cpu (matrix products dominate, seconds a step on two cores), peer (33M parameters, more than half of them
-vocabulary; 31.5M with --kv_heads=2), 360m (the paper's; one 80 GiB GPU), tiny (does it run). Flags override single
-fields of a shape.
+Shapes: cpu (matrix products dominate, seconds a step on two cores), peer (33M parameters, more than
+half of them vocabulary; 31.5M with --kv_heads=2), 360m (the paper's; one 80 GiB GPU), tiny (does it
+run). Flags override single fields of a shape.
 """
 
 from __future__ import annotations
@@ -56,23 +57,58 @@ SAVING_KEPT = {"mor": 0.9, "mor-token": 0.8, "mor-shared": 0.8}
 OF_TORCH = 0.8  # target: tokens a second of the dense twin over the peer's, float32
 
 _WIDTH, _HEADS, _KV, _MLP = paper.SIZES["360m"][1:]
-# Fields of the model, and the rows of a batch. All layer counts fit Middle-Cycle with three recursions.
+# Fields of the model, and the rows of a batch. All layer counts fit Middle-Cycle with three
+# recursions.
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(layers=5, width=64, heads=4, kv_heads=2, mlp_width=192, context=96, vocab_size=256, rows=2),
-    "cpu": dict(layers=8, width=512, heads=8, kv_heads=8, mlp_width=1408, context=512, vocab_size=2048, rows=4),
-    "peer": dict(layers=8, width=384, heads=6, kv_heads=6, mlp_width=1024, context=512, vocab_size=49152, rows=8),
-    "360m": dict(layers=paper.layers_for("360m", RECURSIONS), width=_WIDTH, heads=_HEADS, kv_heads=_KV, mlp_width=_MLP,
-                 context=2048, vocab_size=49152, loss_chunk=256, remat="dots_no_batch", rows=8),
-}  # fmt: skip
+    "tiny": dict(
+        layers=5, width=64, heads=4, kv_heads=2, mlp_width=192, context=96, vocab_size=256, rows=2
+    ),
+    "cpu": dict(
+        layers=8,
+        width=512,
+        heads=8,
+        kv_heads=8,
+        mlp_width=1408,
+        context=512,
+        vocab_size=2048,
+        rows=4,
+    ),
+    "peer": dict(
+        layers=8,
+        width=384,
+        heads=6,
+        kv_heads=6,
+        mlp_width=1024,
+        context=512,
+        vocab_size=49152,
+        rows=8,
+    ),
+    "360m": dict(
+        layers=paper.layers_for("360m", RECURSIONS),
+        width=_WIDTH,
+        heads=_HEADS,
+        kv_heads=_KV,
+        mlp_width=_MLP,
+        context=2048,
+        vocab_size=49152,
+        loss_chunk=256,
+        remat="dots_no_batch",
+        rows=8,
+    ),
+}
 
-# What each model changes. vanilla is the dense twin: as many layers, every one with its own weights.
+# What each model changes. vanilla is the dense twin: as many layers, every one with its own
+# weights.
 _SHARED = {"recursions": RECURSIONS, "sharing": "middle_cycle"}
 MODELS: dict[str, dict[str, dict[str, Any]]] = {
     "vanilla": {},
     "recursive": {"model": _SHARED},
     "mor": {"model": _SHARED, "depth": {"policy": "expert_choice", "executor": "gathered"}},
     "mor-token": {"model": _SHARED, "depth": {"policy": "token_choice", "executor": "gathered"}},
-    "mor-shared": {"model": _SHARED, "depth": {"policy": "expert_choice", "executor": "gathered", "kv": "shared"}},
+    "mor-shared": {
+        "model": _SHARED,
+        "depth": {"policy": "expert_choice", "executor": "gathered", "kv": "shared"},
+    },
     "mor-masked": {"model": _SHARED, "depth": {"policy": "expert_choice", "executor": "masked"}},
 }
 
@@ -80,21 +116,29 @@ ROUTED = tuple(name for name, fields in MODELS.items() if "depth" in fields)
 
 _SHAPE = flags.DEFINE_enum("shape", "cpu", list(SHAPES), "Shape of the models; see above.")
 _MODELS = flags.DEFINE_list("models", list(MODELS), f"Any of {', '.join(MODELS)}.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of matrix products; parameters stay float32.")
-_ATTENTION = flags.DEFINE_enum("attention", "blocked", list(ATTENTION), "cudnn: NVIDIA GPUs, bfloat16.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", list(DTYPES), "Of matrix products; parameters stay float32."
+)
+_ATTENTION = flags.DEFINE_enum(
+    "attention", "blocked", list(ATTENTION), "cudnn: NVIDIA GPUs, bfloat16."
+)
 _REMAT = flags.DEFINE_enum(
     "remat", None, list(REMAT), "Rematerialisation; by default the shape's: dots_no_batch for 360m."
 )
 _BATCH = flags.DEFINE_integer("batch", None, "Rows a step instead of the shape's.")
 _CONTEXT = flags.DEFINE_integer("context", None, "Tokens a row instead of the shape's.")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", None, "Key and value heads instead of the shape's.")
-_LOSS_CHUNK = flags.DEFINE_integer("loss_chunk", None, "Positions whose logits exist at once; 0: all.")
+_LOSS_CHUNK = flags.DEFINE_integer(
+    "loss_chunk", None, "Positions whose logits exist at once; 0: all."
+)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each model.", lower_bound=1)
 _PEER = flags.DEFINE_string(
     "peer", "auto", "PyTorch: auto (if installed here), off, or the path of a Python that has it."
 )
 _BREAKDOWN = flags.DEFINE_bool("breakdown", False, "Also time the pieces of the vanilla step.")
-_OUT = flags.DEFINE_string("out", None, "Result; default benchmarks/results/train_step_<device>_<shape>_<dtype>.json.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Result; default benchmarks/results/train_step_<device>_<shape>_<dtype>.json."
+)
 
 
 class ModelRun:
@@ -110,7 +154,9 @@ class ModelRun:
         batch = {"tokens": tokens_BxT, "segment_ids": np.ones_like(tokens_BxT)}
         self.batch = jax.device_put(batch, sharding)
         if "choice" in self.state.params["router"]:
-            self.state = self.state._replace(params=balanced(self.lm, self.state.params, self.batch))
+            self.state = self.state._replace(
+                params=balanced(self.lm, self.state.params, self.batch)
+            )
         step = jax.jit(make_train_step(self.lm, self.tx), donate_argnums=0)
 
         def build() -> None:
@@ -136,7 +182,8 @@ class ModelRun:
     def result(self, peak: float | None) -> dict[str, Any]:
         """Everything measured and counted about this model; `peak` FLOP/s of all devices."""
         cfg, seconds = self.cfg, self.samples.median
-        # Depths chosen at once are counted as they were taken (all tokens run step 1); the others at their capacities.
+        # Depths chosen at once are counted as they were taken (all tokens run step 1); the others
+        # at their capacities.
         counts = [share * cfg.model.context for share in self.selected]
         chosen = counts if cfg.depth.at_once else None
         per_token = accounting.true_flops_per_token(cfg.model, cfg.depth, mean_counts=chosen)
@@ -158,13 +205,17 @@ class ModelRun:
 
 
 def balanced(lm: LM, params: Any, batch: Any) -> Any:
-    """Parameters whose token-choice router loads all depths about alike in every row, as a trained balance does.
+    """Parameters whose token-choice router loads all depths about alike in every row, as a trained
+    balance does.
 
-    At random weights a row's tokens share a direction (what its first tokens left in the attention's mean), which
-    sends most of a row to one depth. So the router's vectors are turned orthogonal to the rows' mean states, the
-    overall one among them, and given one length: what is left of a score differs by token alone.
+    At random weights a row's tokens share a direction (what its first tokens left in the
+    attention's mean), which sends most of a row to one depth. So the router's vectors are turned
+    orthogonal to the rows' mean states, the overall one among them, and given one length: what is
+    left of a score differs by token alone.
     """
-    x_BxTxD = np.asarray(jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"]), np.float64)
+    x_BxTxD = np.asarray(
+        jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"]), np.float64
+    )
     means_DxB, _ = np.linalg.qr(x_BxTxD.mean(axis=1).T)
 
     def turn(w_RxD):
@@ -172,7 +223,11 @@ def balanced(lm: LM, params: Any, batch: Any) -> Any:
             return w_RxD
         turned = np.asarray(w_RxD, np.float64)
         turned -= turned @ means_DxB @ means_DxB.T
-        turned *= np.linalg.norm(w_RxD) / np.sqrt(len(turned)) / np.linalg.norm(turned, axis=1, keepdims=True)
+        turned *= (
+            np.linalg.norm(w_RxD)
+            / np.sqrt(len(turned))
+            / np.linalg.norm(turned, axis=1, keepdims=True)
+        )
         return jax.device_put(turned.astype(w_RxD.dtype), w_RxD.sharding)
 
     router = params["router"] | {"choice": jax.tree.map(turn, params["router"]["choice"])}
@@ -180,7 +235,8 @@ def balanced(lm: LM, params: Any, batch: Any) -> Any:
 
 
 def _memory(compiled: Any) -> int | None:
-    """Bytes one device needs for the step: state, batch and temporaries, as the compiler planned them."""
+    """Bytes one device needs for the step: state, batch and temporaries, as the compiler planned
+    them."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None
@@ -227,7 +283,9 @@ def measure(
     dense = configuration("vanilla", shape, jax.device_count())
     mesh = make_mesh(dense.mesh)
     m = dense.model
-    tokens_BxT = np.random.default_rng(0).integers(0, m.vocab_size, (dense.train.batch_size, m.context), np.int32)
+    tokens_BxT = np.random.default_rng(0).integers(
+        0, m.vocab_size, (dense.train.batch_size, m.context), np.int32
+    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         torch = None
@@ -285,7 +343,9 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
     if "vanilla" in models:
         dense = models["vanilla"]
         for name in found:
-            found[name]["flops_per_second_of_vanilla"] = models[name]["flops_per_second"] / dense["flops_per_second"]
+            found[name]["flops_per_second_of_vanilla"] = (
+                models[name]["flops_per_second"] / dense["flops_per_second"]
+            )
         if "torch" in result:
             torch = result["torch"]
             found["vanilla"] = {
@@ -338,7 +398,16 @@ def _models_table(result: dict[str, Any]) -> Table:
         f"median of {result['repeats']}"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    columns = ["model", "compile", "wall", "CPU time", "tokens", "FLOPs true", "FLOPs paper", "rate"]
+    columns = [
+        "model",
+        "compile",
+        "wall",
+        "CPU time",
+        "tokens",
+        "FLOPs true",
+        "FLOPs paper",
+        "rate",
+    ]
     columns += ["of vanilla", "MFU", "memory"]
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
@@ -379,7 +448,9 @@ def _models_table(result: dict[str, Any]) -> Table:
 
 def configured_flops(result: dict[str, Any]) -> float:
     """True FLOPs of the dense step, which is also torch's."""
-    return accounting.true_training_flops(configuration("vanilla", result["shape"], jax.device_count()), 1)
+    return accounting.true_training_flops(
+        configuration("vanilla", result["shape"], jax.device_count()), 1
+    )
 
 
 def _breakdown_table(result: dict[str, Any]) -> Table:
@@ -391,7 +462,12 @@ def _breakdown_table(result: dict[str, Any]) -> Table:
         rate = units.si(row["flops_per_second"], "FLOP/s")
         if row["bytes_per_second"]:
             rate = units.si(row["bytes_per_second"], "B/s")
-        cells = ["  " * row["level"] + row["name"], _seconds(row["seconds"]), units.percent(row["share_of_step"]), rate]
+        cells = [
+            "  " * row["level"] + row["name"],
+            _seconds(row["seconds"]),
+            units.percent(row["share_of_step"]),
+            rate,
+        ]
         table.add_row(*cells, *([_seconds(row["torch_seconds"])] if "torch" in result else []))
     return table
 
@@ -417,7 +493,11 @@ def _headline_lines(result: dict[str, Any]) -> list[str]:
             )
     if "vanilla" in found:
         h, dtype = found["vanilla"], result["shape"]["dtype"]
-        target = _verdict(h["speed_of_torch"], OF_TORCH) if dtype == "float32" else "no target in bfloat16"
+        target = (
+            _verdict(h["speed_of_torch"], OF_TORCH)
+            if dtype == "float32"
+            else "no target in bfloat16"
+        )
         lines.append(
             f"[bold]vanilla[/] runs at [bold]{units.fixed(h['speed_of_torch'], 2)}[/] of torch's tokens a second "
             f"({_range(h['speed_of_torch_rounds'], units.fixed, 2)}; by CPU time "
@@ -431,17 +511,25 @@ def _verdict(value: float, target: float) -> str:
     return f"target at least {units.percent(target, 0)}: {reached}"
 
 
-def _range(values: list[float], show: Callable[[float, int], str] = units.percent, decimals: int = 0) -> str:
+def _range(
+    values: list[float], show: Callable[[float, int], str] = units.percent, decimals: int = 0
+) -> str:
     if len(values) < 2:
         return "one round"
     low, middle, high = min(values), statistics.median(values), max(values)
-    return f"a round: median {show(middle, decimals)}, {show(low, decimals)} to {show(high, decimals)}"
+    return (
+        f"a round: median {show(middle, decimals)}, {show(low, decimals)} to {show(high, decimals)}"
+    )
 
 
 def _seconds(value: float | None) -> str:
     if value is None:
         return units.NONE
-    return f"{units.significant(1000 * value)}\u00a0ms" if value < 1 else f"{units.significant(value)}\u00a0s"
+    return (
+        f"{units.significant(1000 * value)}\u00a0ms"
+        if value < 1
+        else f"{units.significant(value)}\u00a0s"
+    )
 
 
 # -------------------------------------------------------------------- the command
@@ -449,9 +537,14 @@ def _seconds(value: float | None) -> str:
 
 def _shape() -> dict[str, Any]:
     given = {
-        "context": _CONTEXT.value, "rows": _BATCH.value, "remat": _REMAT.value, "loss_chunk": _LOSS_CHUNK.value,
-        "dtype": _DTYPE.value, "attention": _ATTENTION.value, "kv_heads": _KV_HEADS.value,
-    }  # fmt: skip
+        "context": _CONTEXT.value,
+        "rows": _BATCH.value,
+        "remat": _REMAT.value,
+        "loss_chunk": _LOSS_CHUNK.value,
+        "dtype": _DTYPE.value,
+        "attention": _ATTENTION.value,
+        "kv_heads": _KV_HEADS.value,
+    }
     return SHAPES[_SHAPE.value] | {k: v for k, v in given.items() if v is not None}
 
 
@@ -459,30 +552,41 @@ def _out(shape: dict[str, Any]) -> Path:
     if _OUT.value:
         return Path(_OUT.value)
     device = record.slug(jax.devices()[0].device_kind)
-    return record.ROOT / "benchmarks" / "results" / f"train_step_{device}_{_SHAPE.value}_{shape['dtype']}.json"
+    return (
+        record.ROOT
+        / "benchmarks"
+        / "results"
+        / f"train_step_{device}_{_SHAPE.value}_{shape['dtype']}.json"
+    )
 
 
 def main(_: list[str]) -> None:
     names = list(dict.fromkeys(_MODELS.value))
     unknown = [n for n in names if n not in MODELS]
     if unknown or not names:
-        raise UserError(f"--models: {', '.join(unknown) or 'nothing'} is none of {', '.join(MODELS)}.")
+        raise UserError(
+            f"--models: {', '.join(unknown) or 'nothing'} is none of {', '.join(MODELS)}."
+        )
     if _BREAKDOWN.value and "vanilla" not in names:
         raise UserError("--breakdown takes the vanilla step apart: add vanilla to --models.")
     peer = interpreter(_PEER.value)
     if peer:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to the peer
+        # leave GPU memory to the peer
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are reported
     shape = _shape()
     for name in names:
-        configuration(name, shape, jax.device_count())  # refuses what cannot run before anything has run
+        # refuses what cannot run before anything has run
+        configuration(name, shape, jax.device_count())
     out = _out(shape)
     record.claim(out)
 
     console, status = Console(), Console(stderr=True)
     if console.width < 140 and not console.is_terminal:
         console = Console(width=160)  # a file: tables unbroken
-    result = measure(shape, names, repeats=_REPEATS.value, peer=peer, pieces=_BREAKDOWN.value, tell=status.print)
+    result = measure(
+        shape, names, repeats=_REPEATS.value, peer=peer, pieces=_BREAKDOWN.value, tell=status.print
+    )
     result = {"shape_name": _SHAPE.value} | result
     show(result, console)
     if not peer and _PEER.value == "auto":

@@ -1,4 +1,5 @@
-"""What config files share: defaults, and the argument string: `configs/mor.py:360m,nr=3` calls `get_config("360m,nr=3")`."""
+"""What config files share: defaults, and the argument string: `configs/mor.py:360m,nr=3` calls
+`get_config("360m,nr=3")`."""
 
 from ml_collections import ConfigDict
 
@@ -7,15 +8,16 @@ from mor_jax.errors import ConfigError
 
 
 def complete(fields: dict) -> ConfigDict:
-    """These fields, and the default of every other, of every depth policy, so that the command line can override any
-    of them."""
+    """These fields, and the default of every other, of every depth policy, so that the command line
+    can override any of them."""
     config = ConfigDict(Config().to_dict() | {"depth": depth_defaults()})
     config.update(fields)
     return config
 
 
 def parse(arg: str | None, **defaults: str | int) -> dict:
-    """`"360m,nr=3"` -> {"size": "360m", "nr": 3}: one bare word for the first default, `key=value` for the others.
+    """`"360m,nr=3"` -> {"size": "360m", "nr": 3}: one bare word for the first default, `key=value`
+    for the others.
 
     Raises ConfigError naming the piece that is not understood and what would be.
     """
@@ -27,7 +29,9 @@ def parse(arg: str | None, **defaults: str | int) -> dict:
             key, value = first, piece
         if key not in defaults:
             valid = ", ".join(f"{k}={v}" for k, v in defaults.items())
-            raise ConfigError(f"config argument {piece!r} is not understood; valid, with their defaults: {valid}.")
+            raise ConfigError(
+                f"config argument {piece!r} is not understood; valid, with their defaults: {valid}."
+            )
         try:
             values[key] = type(defaults[key])(value)
         except ValueError as e:
@@ -36,7 +40,8 @@ def parse(arg: str | None, **defaults: str | int) -> dict:
 
 
 def source(run: str) -> tuple[dict, int, int]:
-    """(configuration, layers before and after the recursion, blocks of its core) of the run directory of a source.
+    """(configuration, layers before and after the recursion, blocks of its core) of the run
+    directory of a source.
 
     Raises ConfigError: it has no configuration.
     """

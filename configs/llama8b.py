@@ -1,10 +1,12 @@
-"""The shape of an 8B Llama: 32 layers of width 4096, as a Mixture-of-Recursions, a Recursive or a plain Transformer.
+"""The shape of an 8B Llama: 32 layers of width 4096, as a Mixture-of-Recursions, a Recursive or a
+plain Transformer.
 
     python -m launch.plan configs/llama8b.py --topology v5e-256 --suggest
     python -m launch.plan configs/llama8b.py:vanilla --topology v5e-256x4 --suggest
 
-Argument: mor (default) | recursive | vanilla. With three recursions 12 of the 32 layers are unique: 3.1B parameters, of
-which the table has 0.5B; unshared 7.5B. A shape to plan with; nobody has published a run of it.
+Argument: mor (default) | recursive | vanilla. With three recursions 12 of the 32 layers are unique:
+3.1B parameters, of which the table has 0.5B; unshared 7.5B. A shape to plan with; nobody has
+published a run of it.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +41,13 @@ def get_config(arg: str = "") -> ConfigDict:
             "depth": {"policy": "expert_choice", "aux_loss_weight": 0.016} if kind == "mor" else {},
             "data": {"source": "pystdlib", "tokenizer": "bpe", "bpe_vocab": 128256},
             "optim": {"schedule": "wsd", "peak_lr": 3e-4, "warmup": 0.01, "decay": 0.2},
-            "train": {"steps": 100_000, "batch_size": 1024, "accum": 1, "log_every": 10, "eval_every": 1000},
+            "train": {
+                "steps": 100_000,
+                "batch_size": 1024,
+                "accum": 1,
+                "log_every": 10,
+                "eval_every": 1000,
+            },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
         }
     )

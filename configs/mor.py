@@ -4,10 +4,11 @@
     python -m launch.train --config configs/mor.py:360m,nr=3,policy=token --workdir runs/mor-token
     python -m launch.train --config configs/mor.py:360m,nr=3,kv=shared --workdir runs/mor-shared
 
-Argument: the paper's size; nr, the recursions; policy, expert (default) or token; kv, whose keys a recursion sees:
-recursion_wise (default), shared, hybrid or hybrid_first. The paper's 360m reaches a validation NLL of 2.75 / 2.79 / 2.82 with two /
-three / four recursions and expert-choice (top-k; this code also reports the causal one), of 2.80 with three and shared
-keys, of 2.92 with three and token-choice, after 16.5e18 FLOPs.
+Argument: the paper's size; nr, the recursions; policy, expert (default) or token; kv, whose keys a
+recursion sees: recursion_wise (default), shared, hybrid or hybrid_first. The paper's 360m reaches a
+validation NLL of 2.75 / 2.79 / 2.82 with two / three / four recursions and expert-choice (top-k;
+this code also reports the causal one), of 2.80 with three and shared keys, of 2.92 with three and
+token-choice, after 16.5e18 FLOPs.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if args["policy"] == "token":
         config.name += "-token"
     if args["kv"] not in ("recursion_wise", "shared", "hybrid", "hybrid_first"):
-        raise ConfigError(f"mor: kv {args['kv']!r} is not one of recursion_wise, shared, hybrid, hybrid_first.")
+        raise ConfigError(
+            f"mor: kv {args['kv']!r} is not one of recursion_wise, shared, hybrid, hybrid_first."
+        )
     if args["kv"] != "recursion_wise":
         config.name += f"-{args['kv']}"
         config.depth.kv = args["kv"]
@@ -44,8 +47,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "policy": "expert_choice",
             "capacities": (),  # (R - r + 1) / R
             "alpha": 0.1,
-            # Nominal 0.001 in the released trainer, which scales it by its 16 accumulation steps; here every loss
-            # term means the same under any accumulation, so its effective weight is written out.
+            # Nominal 0.001 in the released trainer, which scales it by its 16 accumulation steps;
+            # here every loss term means the same under any accumulation, so its effective weight is
+            # written out.
             "aux_loss_weight": 0.016,
             "threshold": 0.5,
             "executor": "gathered",

@@ -1,11 +1,14 @@
-r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs (docs/native.md).
+r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs
+(docs/native.md).
 
-    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1 --samples 3000 \
-        --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
+    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1
+        --samples 3000 \ --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
     python -m launch.train --config configs/native_rlm.py --workdir runs/native
 
-NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
-Argument: tiny (default, 0.4M parameters) | small (2.4M); vanilla=1: the plain Transformer of the same unrolled depth.
+NEEDLES:
+s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
+Argument: tiny (default, 0.4M parameters) | small (2.4M); vanilla=1: the plain Transformer of the
+same unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +27,8 @@ def get_config(arg: str = "") -> ConfigDict:
     width, heads, kv_heads, mlp_width, steps = SIZES[chosen["size"]]
     depth = {"policy": "fixed"}
     if not chosen["vanilla"]:
-        depth = {"policy": "expert_choice", "capacities": (), "alpha": 1.0}  # 0.1 starves a small core
+        # 0.1 starves a small core
+        depth = {"policy": "expert_choice", "capacities": (), "alpha": 1.0}
     return arguments.complete(
         {
             "name": f"native-{chosen['size']}" + ("-vanilla" if chosen["vanilla"] else ""),
@@ -37,7 +41,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "kv_heads": kv_heads,
                 "mlp_width": mlp_width,
                 "vocab_size": 0,  # the tokenizer's
-                "context": 768,  # tokens; the longest conversation of the needle tasks has about 600
+                # tokens; the longest conversation of the needle tasks has about 600
+                "context": 768,
                 "smear": 3,  # previous embeddings mixed in, for copying
             },
             "depth": depth,

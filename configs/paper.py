@@ -1,8 +1,9 @@
-"""The four model sizes of the Mixture-of-Recursions paper (arXiv 2507.10524, table 6) and its recipe.
+"""The four model sizes of the Mixture-of-Recursions paper (arXiv 2507.10524, table 6) and its
+recipe.
 
-Llama-shaped: RMSNorm 1e-5, SwiGLU, RoPE, grouped queries, tied embeddings, no biases, vocabulary 49,152, 2,048 tokens.
-Unique non-embedding parameters: 106M / 315M / 654M / 1.61B unshared; Middle-Cycle shares them down, e.g. 360m to
-167M / 118M / 98M for two / three / four recursions.
+Llama-shaped: RMSNorm 1e-5, SwiGLU, RoPE, grouped queries, tied embeddings, no biases, vocabulary
+49,152, 2,048 tokens. Unique non-embedding parameters: 106M / 315M / 654M / 1.61B unshared;
+Middle-Cycle shares them down, e.g. 360m to 167M / 118M / 98M for two / three / four recursions.
 """
 
 from ml_collections import ConfigDict
@@ -20,13 +21,15 @@ SIZES = {
 
 
 def layers_for(size: str, recursions: int) -> int:
-    """Unrolled layers: the paper adds layers where (L - 2) is not divisible by the recursions (135m: 32 for three)."""
+    """Unrolled layers: the paper adds layers where (L - 2) is not divisible by the recursions
+    (135m: 32 for three)."""
     layers = SIZES[size][0]
     return layers + -(layers - 2) % recursions
 
 
 def base(name: str, size: str, recursions: int) -> ConfigDict:
-    """Model, data and training recipe at one size. Trapezoid schedule, 2.1M tokens a step (paper 3, released configs)."""
+    """Model, data and training recipe at one size. Trapezoid schedule, 2.1M tokens a step (paper 3,
+    released configs)."""
     if size not in SIZES:
         raise ConfigError(f"there is no size {size!r}; the paper's are {', '.join(SIZES)}.")
     if recursions < 1:

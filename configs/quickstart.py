@@ -59,7 +59,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "optim": {"schedule": "wsd", "peak_lr": 5e-3, "warmup": 0.05, "decay": 0.3},
             "train": {
                 "steps": 0,
-                "flops": 5e12,  # forward FLOPs after the paper's accounting, the same for every kind
+                # forward FLOPs after the paper's accounting, the same for every kind
+                "flops": 5e12,
                 "batch_size": 4,
                 "accum": 1,
                 "seed": 0,

@@ -2,8 +2,8 @@
 
     python -m launch.train --config configs/recursive.py:360m,nr=3 --workdir runs/recursive
 
-Argument: the paper's size, and nr, the recursions. The paper's 360m, nr=3 reaches a validation NLL of 2.85 after
-16.5e18 FLOPs.
+Argument: the paper's size, and nr, the recursions. The paper's 360m, nr=3 reaches a validation NLL
+of 2.85 after 16.5e18 FLOPs.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,12 @@
-"""A model of configs/quickstart.py, trained on conversations: only what the assistant says has a loss.
+"""A model of configs/quickstart.py, trained on conversations: only what the assistant says has a
+loss.
 
     python -m launch.train --config configs/sft.py --workdir runs/chat --init_from runs/mor \\
         --config.data.paths="('chats/*.jsonl',)" --config.data.tokenizer=runs/mor/tokenizer.json
 
-Each line of a file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}; a
-message may have a "weight" of its own. Without --init_from the model starts from nothing. How many replies of other
-conversations it then gives exactly:
+Each line of a file is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}; a message may have a "weight" of its own. Without --init_from the model starts
+from nothing. How many replies of other conversations it then gives exactly:
 
     python -m launch.evaluate --checkpoint runs/chat --chat chats/test.jsonl
 

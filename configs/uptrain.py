@@ -1,13 +1,16 @@
-"""A recursive model made of an unshared or recursive one, and trained on; optionally taught by its source.
+"""A recursive model made of an unshared or recursive one, and trained on; optionally taught by its
+source.
 
-    python -m launch.convert --checkpoint runs/vanilla --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
-    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
-    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/taught --init_from runs/up \\
-        --config.distill.weight=0.5
+    python -m launch.convert --checkpoint runs/vanilla --config
+    configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up python -m launch.train --config
+    configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
+    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/taught
+        --init_from runs/up \\ --config.distill.weight=0.5
 
-Arguments: mor (default) | recursive; nr, the recursions; ends, the blocks that an unshared source keeps on either side of
-the core (1; more of them start nearer to the source); source, its run directory, whose shape, tokenizer and text the
-configuration takes. Other text: --config.data.source=files --config.data.paths="('more/*.jsonl.gz',)".
+Arguments: mor (default) | recursive; nr, the recursions; ends, the blocks that an unshared source
+keeps on either side of the core (1; more of them start nearer to the source); source, its run
+directory, whose shape, tokenizer and text the configuration takes. Other text:
+--config.data.source=files --config.data.paths="('more/*.jsonl.gz',)".
 With config.distill.weight above 0 the source is also the teacher (docs/guide.md).
 """
 
@@ -32,7 +35,12 @@ def get_config(arg: str = "") -> ConfigDict:
         model["layers"] = unshared + core * recursions
     else:
         model |= {"sharing": "middle_cycle", "prelude": args["ends"], "coda": args["ends"]}
-    mor = {"policy": "expert_choice", "alpha": 1.0, "aux_loss_weight": 0.016, "executor": "gathered"}
+    mor = {
+        "policy": "expert_choice",
+        "alpha": 1.0,
+        "aux_loss_weight": 0.016,
+        "executor": "gathered",
+    }
     return arguments.complete(
         {
             "name": f"{old['name']}-{kind}{recursions}",

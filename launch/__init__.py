@@ -1,4 +1,5 @@
-"""One file a command; each is `python -m launch.NAME --help`, and `mor NAME --help` where the package is installed."""
+"""One file a command; each is `python -m launch.NAME --help`, and `mor NAME --help` where the
+package is installed."""
 
 import importlib.util
 import sys
@@ -8,15 +9,17 @@ from pathlib import Path
 def _bind_configs() -> None:
     """Make `configs` the package beside this one, whatever else has that name on the path.
 
-    A folder that people work in may have a package `configs` of its own. Where it does, its files are still found under
-    names that ours does not have.
+    A folder that people work in may have a package `configs` of its own. Where it does, its files
+    are still found under names that ours does not have.
     """
     home = Path(__file__).resolve().parents[1] / "configs"
     known = sys.modules.get("configs")
     if known is not None and Path(getattr(known, "__file__", None) or "/").resolve().parent == home:
         return
     spec = importlib.util.spec_from_file_location(
-        "configs", home / "__init__.py", submodule_search_locations=[str(home), str(Path.cwd() / "configs")]
+        "configs",
+        home / "__init__.py",
+        submodule_search_locations=[str(home), str(Path.cwd() / "configs")],
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules["configs"] = module

@@ -4,7 +4,8 @@
     mor generate --checkpoint runs/mor --prompt "def main("
     mor COMMAND --help
 
-The same as `python -m launch.COMMAND`, and works in a folder that has a package named `launch` of its own.
+The same as `python -m launch.COMMAND`, and works in a folder that has a package named `launch` of
+its own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     known = commands()
     name = arguments[0].replace("-", "_") if arguments else ""
     if name in known:
-        # What a command's own configuration imports from the working folder is found, after all that is installed.
+        # What a command's own configuration imports from the working folder is found, after all
+        # that is installed.
         sys.path[:] = [p for p in sys.path if p != ""] + [str(Path.cwd())]
         sys.argv = [f"mor {name}", *arguments[1:]]
         try:
@@ -48,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
             )
         return
     listing = "\n".join(f"  {key:<12} {text}" for key, text in known.items())
-    print(f"{__doc__}\nCommands:\n\n{listing}", file=sys.stdout if name in ("", "__help", "_h") else sys.stderr)
+    print(
+        f"{__doc__}\nCommands:\n\n{listing}",
+        file=sys.stdout if name in ("", "__help", "_h") else sys.stderr,
+    )
     if name not in ("", "__help", "_h"):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""

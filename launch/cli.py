@@ -23,7 +23,8 @@ from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
 from mor_jax.paths import as_path, reason, use_compilation_cache, write_text
 
-HOME = Path(__file__).resolve().parents[1]  # the folder that holds launch/ and configs/, of a checkout or of a wheel
+# the folder that holds launch/ and configs/, of a checkout or of a wheel
+HOME = Path(__file__).resolve().parents[1]
 
 
 def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoReturn:
@@ -32,7 +33,8 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
     A UserError becomes `error: ...` on stderr and exit status 2, without a traceback.
     """
     logging.set_verbosity(logging.ERROR)
-    sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows "?" where it cannot show a letter
+    # an ASCII terminal shows "?" where it cannot show a letter
+    sys.stdout.reconfigure(errors="replace")
     quiet_without_tpu()
 
     def guarded(argv: list[str]) -> None:
@@ -60,7 +62,8 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags, with the errors of config files and overrides in one line. `--help` shows the command's own flags."""
+    """Flags, with the errors of config files and overrides in one line. `--help` shows the
+    command's own flags."""
     argv = [argv[0], *_readable(argv[1:])]
     if any(a in ("--help", "-h", "-help") for a in argv):
         argv = [a for a in argv if a not in ("--help", "-h", "-help")] + ["--helpshort"]
@@ -70,12 +73,14 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(f"{e} (see --help)")
     except UserError:
         raise
-    except (AttributeError, KeyError, ValueError, TypeError) as e:  # how config_flags reports a bad override
+    # how config_flags reports a bad override
+    except (AttributeError, KeyError, ValueError, TypeError) as e:
         _fail(f"--config: {_override_error(e)}")
 
 
 def _readable(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--config configs/mor.py` found where our own are, and whole numbers spelt as such: 1e3 is 1000."""
+    """The arguments with `--config configs/mor.py` found where our own are, and whole numbers spelt
+    as such: 1e3 is 1000."""
     found, end = [], False
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
@@ -84,14 +89,21 @@ def _readable(arguments: Sequence[str]) -> list[str]:
             argument = find_config(argument)
         elif not end and argument.startswith("-") and equals and name == "config":
             argument = f"--config={find_config(value)}"
-        elif not end and argument.startswith("-") and equals and name.startswith("config.") and _is_whole(name, value):
+        elif (
+            not end
+            and argument.startswith("-")
+            and equals
+            and name.startswith("config.")
+            and _is_whole(name, value)
+        ):
             argument = f"--{name}={int(float(value))}"
         found.append(argument)
     return found
 
 
 def _is_whole(field: str, text: str) -> bool:
-    """Whether a field of whole numbers is given one in the notation of others, such as 1e3 or 2.5e4."""
+    """Whether a field of whole numbers is given one in the notation of others, such as 1e3 or
+    2.5e4."""
     default: Any = Config().to_dict()
     for key in field.split(".")[1:]:
         default = default.get(key) if isinstance(default, dict) else None
@@ -101,7 +113,8 @@ def _is_whole(field: str, text: str) -> bool:
 
 
 def find_config(spec: str) -> str:
-    """`file.py` or `file.py:argument`; where there is no such file here but one of ours has that name, ours.
+    """`file.py` or `file.py:argument`; where there is no such file here but one of ours has that
+    name, ours.
 
     So `configs/mor.py:360m` works in any folder."""
     path, colon, argument = spec.partition(":")
@@ -114,7 +127,8 @@ def find_config(spec: str) -> str:
 
 
 def _override_error(e: Exception) -> str:
-    """One line from what config_flags raises; a KeyError would print its message quoted, and may be a bare name."""
+    """One line from what config_flags raises; a KeyError would print its message quoted, and may be
+    a bare name."""
     cause = e
     while isinstance(cause, Exception) and cause.args:  # it wraps one KeyError in another
         cause = cause.args[0]
@@ -126,7 +140,8 @@ def _override_error(e: Exception) -> str:
 
 
 def _no_backend(error: Exception) -> str:
-    """What JAX says, in the file that looks for devices, when those it was told to use are not there."""
+    """What JAX says, in the file that looks for devices, when those it was told to use are not
+    there."""
     asked = os.environ.get("JAX_PLATFORMS", "")
     why = (str(error).strip().splitlines() or ["none was found"])[0][:200].rstrip(".")
     extras = {"cuda": "gpu", "gpu": "gpu", "tpu": "tpu"}
@@ -149,22 +164,28 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 def define_config(default: str | None = None) -> Any:
-    """The --config flag: a file under configs/, `:argument` after it, and --config.group.field=value overrides."""
+    """The --config flag: a file under configs/, `:argument` after it, and
+    --config.group.field=value overrides."""
     holder = config_flags.DEFINE_config_file(
-        "config", default and find_config(default), "Configuration file, e.g. configs/quickstart.py or configs/mor.py:360m,nr=3. "
-        "Any field can be overridden: --config.train.steps=200."
-    )  # fmt: skip
-    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])  # so that --help shows it
+        "config",
+        default and find_config(default),
+        "Configuration file, e.g. configs/quickstart.py or configs/mor.py:360m,nr=3. "
+        "Any field can be overridden: --config.train.steps=200.",
+    )
+    # so that --help shows it
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     return holder
 
 
 def read_config(holder: Any, *, devices: int | None = None) -> Config:
-    """The typed, checked configuration behind the --config flag. `devices`: those its mesh spans; default: all here."""
+    """The typed, checked configuration behind the --config flag. `devices`: those its mesh spans;
+    default: all here."""
     value = holder.value
     if value is None:
         raise ConfigError("--config is missing, e.g. --config configs/quickstart.py.")
     try:
-        value = value.to_dict()  # config_flags puts off the error of an unreadable file until it is used
+        # config_flags puts off the error of an unreadable file until it is used
+        value = value.to_dict()
     except OSError as e:
         why = str(e).strip().splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}. Configurations are under configs/.") from e
@@ -175,16 +196,25 @@ def read_config(holder: Any, *, devices: int | None = None) -> Config:
 
 
 def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
-    """The `Sweep` that a file's `get_sweep(argument)` returns; `spec` is `path.py` or `path.py:argument`.
+    """The `Sweep` that a file's `get_sweep(argument)` returns; `spec` is `path.py` or
+    `path.py:argument`.
 
     Raises ConfigError: no such file, no such function, or seeds that are not whole numbers.
     """
-    from mor_jax.analysis.sweep import Sweep  # it draws: half a second that no other command should pay
+    # it draws: half a second that no other command should pay
+    from mor_jax.analysis.sweep import Sweep
 
     path, _, argument = find_config(spec).partition(":")
     if not Path(path).is_file():
-        known = ", ".join(sorted(p.name for p in (HOME / "configs/ablations").glob("[!_]*.py") if p.stem != "sizes"))
-        raise ConfigError(f"there is no sweep file {path}." + (f" configs/ablations/ has {known}." if known else ""))
+        known = ", ".join(
+            sorted(
+                p.name for p in (HOME / "configs/ablations").glob("[!_]*.py") if p.stem != "sizes"
+            )
+        )
+        raise ConfigError(
+            f"there is no sweep file {path}."
+            + (f" configs/ablations/ has {known}." if known else "")
+        )
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
         raise ConfigError(f"{path} has no function get_sweep(arg), so it is no sweep file.")
@@ -196,12 +226,15 @@ def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
 
 
 def read_fields(settings: Sequence[str]) -> dict[str, Any]:
-    """`["train.steps=200", "data.source=files"]` as a dict; values are Python literals, or else text."""
+    """`["train.steps=200", "data.source=files"]` as a dict; values are Python literals, or else
+    text."""
     fields = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {setting!r} must have the form field=value, e.g. --set train.steps=200.")
+            raise ConfigError(
+                f"--set {setting!r} must have the form field=value, e.g. --set train.steps=200."
+            )
         try:
             fields[key.removeprefix("config.")] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

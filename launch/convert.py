@@ -1,19 +1,21 @@
 """Make a checkpoint of another one: of published weights, of an unshared model, or for other tools.
 
-Published weights become a run directory; a safetensors directory as Hugging Face writes it, or a GGUF file:
+Published weights become a run directory; a safetensors directory as Hugging Face writes it, or a
+GGUF file:
 
     python -m launch.convert --from hf:DIR --workdir runs/smollm2
     python -m launch.convert --from model.gguf --workdir runs/smollm2 --context 2048
 
-Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3 are read, with tokenizer, chat template and the tokens that end a text
-(the extra `weights`). The result is evaluated, generated from, served, and converted like any run; to train it, convert
-it first.
+Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3 are read, with tokenizer, chat template and the
+tokens that end a text (the extra `weights`). The result is evaluated, generated from, served, and
+converted like any run; to train it, convert it first.
 
 A plain model, or one of fixed recursions (unrolled), is written for other tools:
 
     python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
 
-Any model is written as two small files to ship, weights.npz in bfloat16 and model.json, which are read like a run:
+Any model is written as two small files to ship, weights.npz in bfloat16 and model.json, which are
+read like a run:
 
     python -m launch.convert --checkpoint runs/mor --to bundle:DIR
 
@@ -23,22 +25,27 @@ The weights alone, with fine-tuned adapters merged into them:
 
 A checkpoint initialises a recursive model, as step 0 of a new run:
 
-    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive --workdir runs/up
-    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py --method average --workdir runs/up2
-    python -m launch.train --config configs/quickstart.py:recursive --workdir runs/up     # goes on from there
+    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive
+    --workdir runs/up python -m launch.convert --checkpoint runs/vanilla --config
+    configs/quickstart.py --method average --workdir runs/up2 python -m launch.train --config
+    configs/quickstart.py:recursive --workdir runs/up # goes on from there
 
-Each shared block is filled from source layers: stepwise takes them at equal intervals, average the mean of all layers
-that are tied into one, lower and upper the first or the last ones, random a draw. Blocks before and after the
-recursion are the source's first and last. Of a recursive source these are the layers it unrolls to; keep, its default,
-takes its blocks as they are, for more or fewer recursions or a router. Optimiser, schedule and routers start fresh. Widths, heads and tokenizer are
-the source's; the corpus may be another one (then --config.data.tokenizer=runs/vanilla/tokenizer.json).
+Each shared block is filled from source layers: stepwise takes them at equal intervals, average the
+mean of all layers that are tied into one, lower and upper the first or the last ones, random a
+draw. Blocks before and after the recursion are the source's first and last. Of a recursive source
+these are the layers it unrolls to; keep, its default, takes its blocks as they are, for more or
+fewer recursions or a router. Optimiser, schedule and routers start fresh. Widths, heads and
+tokenizer are the source's; the corpus may be another one (then
+--config.data.tokenizer=runs/vanilla/tokenizer.json).
 
-With config.model.lora_rank or norms = 'own', --relaxation svd starts each recursion from the layer it stands for.
+With config.model.lora_rank or norms = 'own', --relaxation svd starts each recursion from the layer
+it stands for.
 
 From a notebook:
 
     from mor_jax.train.convert import convert_checkpoint
-    convert_checkpoint("runs/vanilla", from_config_dict(quickstart.get_config("recursive")), "runs/up", "stepwise")
+    convert_checkpoint("runs/vanilla", from_config_dict(quickstart.get_config("recursive")),
+    "runs/up", "stepwise")
 """
 
 import time
@@ -58,18 +65,33 @@ from mor_jax.weights.importing import import_weights
 
 _CONFIG = cli.define_config()
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.")
-_FROM = flags.DEFINE_string("from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf.")
-_TO = flags.DEFINE_string(
-    "to", None, "Write the checkpoint for other tools instead: hf:DIRECTORY, or bundle:DIRECTORY to ship."
+_FROM = flags.DEFINE_string(
+    "from", None, "Published weights instead of --checkpoint: hf:DIRECTORY or FILE.gguf."
 )
-_MERGE = flags.DEFINE_bool("merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir.")
-_CONTEXT = flags.DEFINE_integer("context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0)
-_TOKENIZER = flags.DEFINE_string("tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it.")
+_TO = flags.DEFINE_string(
+    "to",
+    None,
+    "Write the checkpoint for other tools instead: hf:DIRECTORY, or bundle:DIRECTORY to ship.",
+)
+_MERGE = flags.DEFINE_bool(
+    "merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir."
+)
+_CONTEXT = flags.DEFINE_integer(
+    "context", 0, "Of --from: longest sequence, tokens; 0: the model's own.", lower_bound=0
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", "", "Of --from: a tokenizer.json instead of the one that comes with it."
+)
 _STEP = flags.DEFINE_integer("step", None, "Its checkpoint step; the newest by default.")
-_AVERAGE = flags.DEFINE_bool("average", False, "Take the running mean of the weights (config.optim.ema).")
+_AVERAGE = flags.DEFINE_bool(
+    "average", False, "Take the running mean of the weights (config.optim.ema)."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The new run directory.")
 _METHOD = flags.DEFINE_enum(
-    "method", None, METHODS, "How blocks are made of source layers; default: stepwise, of a recursive source keep."
+    "method",
+    None,
+    METHODS,
+    "How blocks are made of source layers; default: stepwise, of a recursive source keep.",
 )
 _RELAXATION = flags.DEFINE_enum(
     "relaxation",
@@ -93,7 +115,9 @@ def main(_: list[str]) -> None:
     elif _MERGE.value:
         _refuse("merge", config=_CONFIG.value)
         workdir = _required("workdir", _WORKDIR.value)
-        step = merge_checkpoint(_CHECKPOINT.value, workdir, step=_STEP.value, average=_AVERAGE.value)
+        step = merge_checkpoint(
+            _CHECKPOINT.value, workdir, step=_STEP.value, average=_AVERAGE.value
+        )
         console.print(f"Wrote the weights of step {step} of {_CHECKPOINT.value} to {workdir}.")
     else:
         console.print(_recurse(_required("workdir", _WORKDIR.value)))
@@ -128,9 +152,15 @@ def _export(to: str) -> str:
 
 def _recurse(workdir: str) -> str:
     done = convert_checkpoint(
-        _CHECKPOINT.value, cli.read_config(_CONFIG), workdir, _METHOD.value or "", step=_STEP.value, seed=_SEED.value,
-        relaxation=_RELAXATION.value, average=_AVERAGE.value,
-    )  # fmt: skip
+        _CHECKPOINT.value,
+        cli.read_config(_CONFIG),
+        workdir,
+        _METHOD.value or "",
+        step=_STEP.value,
+        seed=_SEED.value,
+        relaxation=_RELAXATION.value,
+        average=_AVERAGE.value,
+    )
     return (
         f"{draw_program(done.config.model)}\n{draw_sources(done.table)}\n"
         f"Wrote step 0 to {workdir}, from step {done.source_step} of {_CHECKPOINT.value} ({done.method}). "

@@ -1,11 +1,12 @@
-"""The whole story in minutes: train a Mixture-of-Recursions model and its plain-Transformer twin, compare, generate.
+"""The whole story in minutes: train a Mixture-of-Recursions model and its plain-Transformer twin,
+compare, generate.
 
     python -m launch.demo
     python -m launch.demo --workdir runs/demo --flops 2e12
 
-Both read the same text (this computer's Python library) and spend the same training FLOPs, after the paper's
-accounting. Leaves two checkpoints, report.html, and a picture of how deep each token thought. What is already
-there is not done again.
+Both read the same text (this computer's Python library) and spend the same training FLOPs, after
+the paper's accounting. Leaves two checkpoints, report.html, and a picture of how deep each token
+thought. What is already there is not done again.
 """
 
 import dataclasses
@@ -51,8 +52,12 @@ def main(_: list[str]) -> None:
         loaded = load_model(run)
         console.print(Rule(f"{loaded.config.name} continues {_PROMPT.value!r}"))
         recursions = loaded.lm.program.recursions
-        for piece in stream_text(loaded, _PROMPT.value, max_tokens=120, sampling=Sampling(0.7, top_p=0.95)):
-            console.print(depth_ansi([piece.text], [piece.depth], recursions), end="", soft_wrap=True)
+        for piece in stream_text(
+            loaded, _PROMPT.value, max_tokens=120, sampling=Sampling(0.7, top_p=0.95)
+        ):
+            console.print(
+                depth_ansi([piece.text], [piece.depth], recursions), end="", soft_wrap=True
+            )
         console.print("\n", depth_legend_ansi(recursions))
 
     console.print(Rule("the comparison"))
@@ -61,8 +66,10 @@ def main(_: list[str]) -> None:
     found = read(mor, (runs[0] / "sample.txt").read_text(encoding="utf-8")[:PASSAGE], stretches=1)
     picture = root / "depth.png"
     save_depth_png(found.tokens, found.depths, mor.lm.program.recursions, picture)
-    console.print(f"\nReport: {page}\nHow deep each token thought: {picture}\nTry: python -m launch.generate "
-                  f"--checkpoint {runs[0]} --prompt 'import ' --show_depth")  # fmt: skip
+    console.print(
+        f"\nReport: {page}\nHow deep each token thought: {picture}\nTry: python -m launch.generate "
+        f"--checkpoint {runs[0]} --prompt 'import ' --show_depth"
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@
     python -m launch.evaluate --checkpoint runs/mor --paths "corpus/*.txt,more.jsonl.gz"
     python -m launch.evaluate --checkpoint runs/chat --chat "chats/test.jsonl" --out replies.json
 
-With --chat: the last reply of each conversation is generated anew, greedily, and compared with the one in the file.
+With --chat: the last reply of each conversation is generated anew, greedily, and compared with the
+one in the file.
 
-Without --paths: the held-out documents of the run's own corpus. With it: all text of these files. The causal loss is
-what generation gets; top-k routing sees the row's future and is printed for comparison with published numbers.
+Without --paths: the held-out documents of the run's own corpus. With it: all text of these files.
+The causal loss is what generation gets; top-k routing sees the row's future and is printed for
+comparison with published numbers.
 
 From a notebook:
 
@@ -30,16 +32,34 @@ from mor_jax.train.load import Loaded, check_tokenizer, load_model
 from mor_jax.train.replies import answer, to_json
 from mor_jax.train.score import score
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Run directory, or its checkpoints/.", required=True
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; the newest by default.")
-_AVERAGE = flags.DEFINE_bool("average", False, "The running mean of the weights (config.optim.ema) instead of them.")
-_PATHS = flags.DEFINE_list("paths", [], "Files (globs) to evaluate on instead of the run's held-out documents.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field that holds the text of jsonl and parquet files.")
-_CHAT = flags.DEFINE_list("chat", [], "Files (globs) of conversations whose last replies are generated and compared.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "Of --chat: longest reply, tokens.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows", None, "Rows or conversations to read at most; 0: all; default: as in training.")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Rows at a time; divisible by the number of devices.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead; it must be the model's own.")
+_AVERAGE = flags.DEFINE_bool(
+    "average", False, "The running mean of the weights (config.optim.ema) instead of them."
+)
+_PATHS = flags.DEFINE_list(
+    "paths", [], "Files (globs) to evaluate on instead of the run's held-out documents."
+)
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key", "text", "Field that holds the text of jsonl and parquet files."
+)
+_CHAT = flags.DEFINE_list(
+    "chat", [], "Files (globs) of conversations whose last replies are generated and compared."
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 200, "Of --chat: longest reply, tokens.", lower_bound=1
+)
+_ROWS = flags.DEFINE_integer(
+    "rows", None, "Rows or conversations to read at most; 0: all; default: as in training."
+)
+_BATCH = flags.DEFINE_integer(
+    "batch_size", 8, "Rows at a time; divisible by the number of devices."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer.json to use instead; it must be the model's own."
+)
 _OUT = flags.DEFINE_string("out", None, "Also write the numbers to this JSON file.")
 
 
@@ -51,7 +71,13 @@ def main(_: list[str]) -> None:
         if _PATHS.value:
             raise UserError("--paths means nothing with --chat.")
         return _compare_replies(loaded)
-    record = score(loaded, tuple(_PATHS.value), text_key=_TEXT_KEY.value, rows=_ROWS.value, batch_size=_BATCH.value)
+    record = score(
+        loaded,
+        tuple(_PATHS.value),
+        text_key=_TEXT_KEY.value,
+        rows=_ROWS.value,
+        batch_size=_BATCH.value,
+    )
     Console().print(evaluation_table(f"{loaded.config.name}, step {loaded.step}", record))
     if _OUT.value:
         cli.write_out(_OUT.value, json.dumps({"step": loaded.step, **record}, indent=1) + "\n")
@@ -66,7 +92,10 @@ def _compare_replies(loaded: Loaded) -> None:
     )
     if _OUT.value:
         answers = [to_json(reply) for reply in replies.answers]
-        cli.write_out(_OUT.value, json.dumps({"step": loaded.step, **record, "answers": answers}, indent=1) + "\n")
+        cli.write_out(
+            _OUT.value,
+            json.dumps({"step": loaded.step, **record, "answers": answers}, indent=1) + "\n",
+        )
 
 
 if __name__ == "__main__":

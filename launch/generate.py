@@ -1,17 +1,19 @@
 """Generate text with a trained model, streaming.
 
     python -m launch.generate --checkpoint runs/mor --prompt "def main("
-    python -m launch.generate --checkpoint runs/mor --prompt "class " --temperature 0.8 --top_p 0.95 --show_depth
-    python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5 --max_depth 2
-    python -m launch.generate --checkpoint runs/mor --prompts questions.txt --n 4 --stop "\\n\\n" --min_p 0.05
-    cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
+    python -m launch.generate --checkpoint runs/mor --prompt "class " --temperature 0.8 --top_p 0.95
+    --show_depth python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5
+    --max_depth 2
+    python -m launch.generate --checkpoint runs/mor --prompts questions.txt --n 4 --stop "\\n\\n"
+    --min_p 0.05 cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
 
-Without --prompt it reads standard input. --show_depth colours each token by the number of recursions it ran.
---mean_depth turns the dial of a routed model: how many recursions a token runs on average.
+Without --prompt it reads standard input. --show_depth colours each token by the number of
+recursions it ran. --mean_depth turns the dial of a routed model: how many recursions a token runs
+on average.
 
---prompts reads a prompt from each line of a text file, or from the field "prompt" of each line of a .jsonl file; all of
-them are decoded in one batch. With --prompts, or --n above 1, standard output gets a JSON object a line: prompt, index,
-text, finish.
+--prompts reads a prompt from each line of a text file, or from the field "prompt" of each line of a
+.jsonl file; all of them are decoded in one batch. With --prompts, or --n above 1, standard output
+gets a JSON object a line: prompt, index, text, finish.
 
 From a notebook:
 
@@ -36,24 +38,42 @@ from mor_jax.paths import as_path
 from mor_jax.train.curve import surveyed
 from mor_jax.train.load import check_tokenizer, load_model
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Run directory, or its checkpoints/.", required=True)
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "Run directory, or its checkpoints/.", required=True
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint step; the newest by default.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; standard input by default.")
-_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 200, "New tokens at most; the model's context is a limit too.")
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 200, "New tokens at most; the model's context is a limit too."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among the k most likely tokens; 0: all.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the most likely tokens that hold this much probability.")
-_MIN_P = flags.DEFINE_float("min_p", 0.0, "Draw no token less likely than this share of the likeliest; 0: off.")
-_STOP = flags.DEFINE_multi_string("stop", [], "End a text before this string; \\n is a line's end; repeatable.")
-_N = flags.DEFINE_integer("n", 1, "Continuations of each prompt; the i-th draws with seed + i.", lower_bound=1)
-_PROMPTS = flags.DEFINE_string("prompts", None, "A file of prompts, .jsonl or a prompt a line, instead of --prompt.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "Draw among the most likely tokens that hold this much probability."
+)
+_MIN_P = flags.DEFINE_float(
+    "min_p", 0.0, "Draw no token less likely than this share of the likeliest; 0: off."
+)
+_STOP = flags.DEFINE_multi_string(
+    "stop", [], "End a text before this string; \\n is a line's end; repeatable."
+)
+_N = flags.DEFINE_integer(
+    "n", 1, "Continuations of each prompt; the i-th draws with seed + i.", lower_bound=1
+)
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "A file of prompts, .jsonl or a prompt a line, instead of --prompt."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Same seed, same text.")
-_MEAN_DEPTH = flags.DEFINE_float("mean_depth", None, "Mean recursions a token runs; default: the model's own rule.")
+_MEAN_DEPTH = flags.DEFINE_float(
+    "mean_depth", None, "Mean recursions a token runs; default: the model's own rule."
+)
 _MIN_DEPTH = flags.DEFINE_integer("min_depth", None, "Recursions every token runs at least.")
 _MAX_DEPTH = flags.DEFINE_integer("max_depth", None, "Recursions a token runs at most.")
 _SHOW_DEPTH = flags.DEFINE_bool("show_depth", False, "Colour each token by its recursion depth.")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt before its continuation.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead; it must be the model's own.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer.json to use instead; it must be the model's own."
+)
 
 
 def main(_: list[str]) -> None:
@@ -61,7 +81,9 @@ def main(_: list[str]) -> None:
         raise UserError("give --prompt or --prompts, not both.")
     several = _PROMPTS.value is not None or _N.value > 1
     if _SHOW_DEPTH.value and (several or _STOP.value):
-        raise UserError("--show_depth colours one text as it appears; it goes with neither --prompts, --n nor --stop.")
+        raise UserError(
+            "--show_depth colours one text as it appears; it goes with neither --prompts, --n nor --stop."
+        )
     prompt = _PROMPT.value
     if prompt is None and _PROMPTS.value is None:
         if sys.stdin.isatty():
@@ -69,30 +91,48 @@ def main(_: list[str]) -> None:
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8")  # whatever the locale says
         except UnicodeDecodeError as e:
-            raise UserError(f"the prompt on standard input is not UTF-8 text ({e.reason} at byte {e.start}).") from e
+            raise UserError(
+                f"the prompt on standard input is not UTF-8 text ({e.reason} at byte {e.start})."
+            ) from e
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value)
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value is not None else [prompt]
     loaded = load_model(_CHECKPOINT.value, _STEP.value)
     if _TOKENIZER.value:
         check_tokenizer(loaded, load_tokenizer(_TOKENIZER.value), _TOKENIZER.value)
-    console = Console(highlight=False, soft_wrap=True, force_terminal=True if _SHOW_DEPTH.value else None)
+    console = Console(
+        highlight=False, soft_wrap=True, force_terminal=True if _SHOW_DEPTH.value else None
+    )
     recursions = loaded.lm.program.recursions
     if _MEAN_DEPTH.value is not None:
         loaded = surveyed(loaded)
     if several or _STOP.value:
         stop = [text.replace("\\n", "\n").replace("\\t", "\t") for text in _STOP.value]
         found = complete(
-            loaded, prompts, n=_N.value, stop=stop, max_tokens=_MAX_TOKENS.value, sampling=sampling, seed=_SEED.value,
-            mean_depth=_MEAN_DEPTH.value, min_depth=_MIN_DEPTH.value, max_depth=_MAX_DEPTH.value,
-        )  # fmt: skip
+            loaded,
+            prompts,
+            n=_N.value,
+            stop=stop,
+            max_tokens=_MAX_TOKENS.value,
+            sampling=sampling,
+            seed=_SEED.value,
+            mean_depth=_MEAN_DEPTH.value,
+            min_depth=_MIN_DEPTH.value,
+            max_depth=_MAX_DEPTH.value,
+        )
         for done in found:
             echo = done.prompt if _ECHO.value else ""
             print(json.dumps(done._asdict(), ensure_ascii=False) if several else echo + done.text)
         return
     pieces = stream_text(
-        loaded, prompt, max_tokens=_MAX_TOKENS.value, sampling=sampling, seed=_SEED.value,
-        mean_depth=_MEAN_DEPTH.value, min_depth=_MIN_DEPTH.value, max_depth=_MAX_DEPTH.value,
-    )  # fmt: skip
+        loaded,
+        prompt,
+        max_tokens=_MAX_TOKENS.value,
+        sampling=sampling,
+        seed=_SEED.value,
+        mean_depth=_MEAN_DEPTH.value,
+        min_depth=_MIN_DEPTH.value,
+        max_depth=_MAX_DEPTH.value,
+    )
     for piece in pieces:
         if piece.in_prompt and not _ECHO.value:
             continue

@@ -1,6 +1,7 @@
 """How one command becomes the processes of a job: environments, shell lines, a JobSet.
 
-Text alone, so that `--dry_run` prints exactly what would run; `local.py`, `gke.py` and `sweep.py` run it.
+Text alone, so that `--dry_run` prints exactly what would run; `local.py`, `gke.py` and `sweep.py`
+run it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 
 
 def python_command(arguments: Sequence[str], python: str = "python") -> list[str]:
-    """`["launch.train", "--config", ...]` as a command line. Raises UserError unless it starts with a module."""
+    """`["launch.train", "--config", ...]` as a command line. Raises UserError unless it starts with
+    a module."""
     if not arguments:
         raise UserError(
             "say what to run after --, e.g. -- launch.train --config configs/quickstart.py --workdir runs/x."
@@ -40,7 +42,8 @@ def python_command(arguments: Sequence[str], python: str = "python") -> list[str
 
 
 def run_line(command: Sequence[str]) -> list[str]:
-    """A command line of `python_command` that runs ours, whatever package the working folder has under our names."""
+    """A command line of `python_command` that runs ours, whatever package the working folder has
+    under our names."""
     python, _, module, *arguments = command
     if not module.startswith("launch."):
         return list(command)
@@ -49,16 +52,21 @@ def run_line(command: Sequence[str]) -> list[str]:
 
 def shell_line(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     """A command as one would type it."""
-    return " ".join([*(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items()), shlex.join(command)])
+    return " ".join(
+        [*(f"{k}={shlex.quote(v)}" for k, v in (env or {}).items()), shlex.join(command)]
+    )
 
 
 def job_name(text: str) -> str:
-    """A name that Kubernetes and Slurm take: lower case, digits and dashes, at most 40 characters."""
+    """A name that Kubernetes and Slurm take: lower case, digits and dashes, at most 40
+    characters."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return (name if name[:1].isalpha() else f"run-{name}")[:40].rstrip("-")
 
 
-def local_environments(processes: int, *, port: int, devices: int = 0, gpus: int = 0) -> list[dict[str, str]]:
+def local_environments(
+    processes: int, *, port: int, devices: int = 0, gpus: int = 0
+) -> list[dict[str, str]]:
     """What each process of a job on this machine finds in its environment, beside what is there.
 
     Args:
@@ -70,21 +78,30 @@ def local_environments(processes: int, *, port: int, devices: int = 0, gpus: int
     for rank in range(processes):
         env: dict[str, str] = {}
         if processes > 1:
-            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(processes),
+            }
             env |= {"JAX_PROCESS_ID": str(rank)}
         if devices:
-            env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            env |= {
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            }
         if gpus:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(rank * gpus, (rank + 1) * gpus)))
         found.append(env)
     return found
 
 
-def launcher_command(launcher: str, options: Sequence[str], arguments: Sequence[str], name: str) -> list[str]:
+def launcher_command(
+    launcher: str, options: Sequence[str], arguments: Sequence[str], name: str
+) -> list[str]:
     """The command line that runs a module with its arguments by one of the launchers.
 
     Args:
-      options: of the launcher, e.g. ("--processes=2",); those of tpu_vm must name a TPU that is there.
+      options: of the launcher, e.g. ("--processes=2",); those of tpu_vm must name a TPU that is
+        there.
       name: of the job; made fit for the scheduler.
     Raises:
       UserError: no such launcher, or nothing to run.
@@ -93,32 +110,60 @@ def launcher_command(launcher: str, options: Sequence[str], arguments: Sequence[
     if launcher == "local":
         return [sys.executable, "-m", "launch.local", *options, "--", *arguments]
     if launcher == "slurm":
-        return ["sbatch", f"--job-name={job_name(name)}", *options, str(HERE / "slurm.sbatch"), *arguments]
+        return [
+            "sbatch",
+            f"--job-name={job_name(name)}",
+            *options,
+            str(HERE / "slurm.sbatch"),
+            *arguments,
+        ]
     if launcher == "gke":
-        return [sys.executable, "-m", "launch.gke", f"--name={job_name(name)}", *options, "--", *arguments]
+        return [
+            sys.executable,
+            "-m",
+            "launch.gke",
+            f"--name={job_name(name)}",
+            *options,
+            "--",
+            *arguments,
+        ]
     if launcher == "tpu_vm":
         return [str(HERE / "tpu_vm.sh"), "run", *options, "--", *arguments]
     raise UserError(f"there is no launcher {launcher!r}; choose {', '.join(LAUNCHERS)}.")
 
 
 def render_jobset(
-    topology: Topology, arguments: Sequence[str], *, name: str, image: str, namespace: str = "default",
-    service_account: str = "default", bucket: str = "", restarts: int = 100, spot: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """The JobSet that runs a module with its arguments on these devices: one job a slice, one pod a machine.
+    topology: Topology,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    image: str,
+    namespace: str = "default",
+    service_account: str = "default",
+    bucket: str = "",
+    restarts: int = 100,
+    spot: bool = False,
+) -> dict[str, Any]:
+    """The JobSet that runs a module with its arguments on these devices: one job a slice, one pod a
+    machine.
 
     Args:
       image: container image with this project installed.
       bucket: Cloud Storage bucket mounted at /data, where workdir and corpus are; "": none.
-      restarts: how often the whole set is started again; each time it goes on from its last checkpoint.
+      restarts: how often the whole set is started again; each time it goes on from its last
+        checkpoint.
     Raises:
-      UserError, ConfigError: a name Kubernetes does not take, a topology that has no GKE name, or a document that does
-        not fit the published schema.
+      UserError, ConfigError: a name Kubernetes does not take, a topology that has no GKE name, or a
+        document that does not fit the published schema.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(f"--name {name!r}: lower-case letters, digits and dashes, 40 characters at most.")
+        raise UserError(
+            f"--name {name!r}: lower-case letters, digits and dashes, 40 characters at most."
+        )
     if not topology.chip.gke:
-        raise ConfigError(f"{topology.name} is nothing that GKE has; take a TPU or GPU topology, or launch.local.")
+        raise ConfigError(
+            f"{topology.name} is nothing that GKE has; take a TPU or GPU topology, or launch.local."
+        )
     gpu = not topology.is_tpu
     # A TPU slice is a job of its own; GPU nodes are alike, so one job holds them all.
     jobs, pods = (1, topology.slices) if gpu else (topology.slices, topology.hosts_per_slice)
@@ -128,11 +173,20 @@ def render_jobset(
     if spot:
         selector["cloud.google.com/gke-spot"] = "true"
     text = string.Template((HERE / "gke_jobset.yaml").read_text(encoding="utf-8")).substitute(
-        name=name, namespace=namespace, service_account=service_account, image=json.dumps(image), jobs=jobs, pods=pods,
-        processes=jobs * pods, restarts=restarts, resource="nvidia.com/gpu" if gpu else "google.com/tpu",
-        chips=topology.devices // (jobs * pods), selector=json.dumps(selector),
-        command=json.dumps(python_command(arguments)), exclusive="cloud.google.com/gke-nodepool",
-    )  # fmt: skip
+        name=name,
+        namespace=namespace,
+        service_account=service_account,
+        image=json.dumps(image),
+        jobs=jobs,
+        pods=pods,
+        processes=jobs * pods,
+        restarts=restarts,
+        resource="nvidia.com/gpu" if gpu else "google.com/tpu",
+        chips=topology.devices // (jobs * pods),
+        selector=json.dumps(selector),
+        command=json.dumps(python_command(arguments)),
+        exclusive="cloud.google.com/gke-nodepool",
+    )
     document = yaml.safe_load(text)
     if gpu:
         del document["metadata"]["annotations"]
@@ -147,9 +201,12 @@ def render_jobset(
 
 
 def check_jobset(document: Mapping[str, Any]) -> None:
-    """Raise UserError naming the first field that the JobSet schema (jobset.schema.json) does not take."""
+    """Raise UserError naming the first field that the JobSet schema (jobset.schema.json) does not
+    take."""
     schema = json.loads((HERE / "jobset.schema.json").read_text(encoding="utf-8"))
-    errors = sorted(Draft202012Validator(schema).iter_errors(document), key=lambda e: list(map(str, e.path)))
+    errors = sorted(
+        Draft202012Validator(schema).iter_errors(document), key=lambda e: list(map(str, e.path))
+    )
     if errors:
         where = ".".join(map(str, errors[0].absolute_path)) or "the document"
         raise UserError(f"not a valid JobSet: {where}: {errors[0].message}.")

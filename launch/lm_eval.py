@@ -1,10 +1,12 @@
 """Run tasks of lm-eval on a checkpoint, in this process (the extra `lm-eval`).
 
-    python -m launch.lm_eval --model mor --model_args path=runs/mor --tasks mine --include_path tasks
+    python -m launch.lm_eval --model mor --model_args path=runs/mor --tasks mine --include_path
+    tasks
 
-All arguments are lm-eval's own (`lm_eval --help`); this command adds the model `mor`. lm-eval has no entry points through
-which a package could add one, so its own command does not know of it. --model_args: path, and optionally step, average,
-max_length, max_gen_toks, lanes (`mor_jax/train/harness.py`).
+All arguments are lm-eval's own (`lm_eval --help`); this command adds the model `mor`. lm-eval has
+no entry points through which a package could add one, so its own command does not know of it.
+--model_args: path, and optionally step, average, max_length, max_gen_toks, lanes
+(`mor_jax/train/harness.py`).
 """
 
 import sys
@@ -17,7 +19,9 @@ def main(arguments: list[str]) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:
-        raise UserError('launch.lm_eval needs the package lm-eval: pip install ".[lm-eval]".') from None
+        raise UserError(
+            'launch.lm_eval needs the package lm-eval: pip install ".[lm-eval]".'
+        ) from None
     import mor_jax.train.harness  # noqa: F401 - registers the model
 
     sys.argv[1:] = arguments

@@ -1,14 +1,17 @@
-"""Will it fit, what will it send, and how should the mesh be cut: a plan for devices one does not have.
+"""Will it fit, what will it send, and how should the mesh be cut: a plan for devices one does not
+have.
 
     python -m launch.plan configs/mor.py:1.7b,nr=3 --topology v5e-256 --suggest
     python -m launch.plan configs/llama8b.py --topology v5e-256x4 --suggest --json
-    python -m launch.plan configs/mor.py:360m,nr=3 --topology h100x8 --config.mesh.fsdp=8 --config.train.accum=8
-    python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8 --suggest --compile
+    python -m launch.plan configs/mor.py:360m,nr=3 --topology h100x8 --config.mesh.fsdp=8
+    --config.train.accum=8 python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8 --suggest
+    --compile
 
-From shapes alone: nothing is allocated. The plan of the configuration as it is, or with --suggest of the mesh, the
-number of micro-batches and the rematerialisation that spend least time in collectives among those that fit. What does
-not fit is refused, with the numbers and what would. --compile compiles the very step: for simulated CPU devices (cpuxN),
-or for a TPU topology where libtpu is installed (no TPU is needed), and prints what the compiler says.
+From shapes alone: nothing is allocated. The plan of the configuration as it is, or with --suggest
+of the mesh, the number of micro-batches and the rematerialisation that spend least time in
+collectives among those that fit. What does not fit is refused, with the numbers and what would.
+--compile compiles the very step: for simulated CPU devices (cpuxN), or for a TPU topology where
+libtpu is installed (no TPU is needed), and prints what the compiler says.
 
 From a notebook:
 
@@ -31,22 +34,34 @@ from mor_jax.config import from_dict
 from mor_jax.errors import ConfigError, UserError
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, e.g. v5e-8, v5e-256, v5e-256x4, h100x8.", required=True)
-_SUGGEST = flags.DEFINE_bool("suggest", False, "Plan the best mesh instead of the configuration's own.")
-_COMPILE = flags.DEFINE_bool("compile", False, "Also compile the step for these devices and print what it needs.")
-_LIMIT = flags.DEFINE_float("compile_limit", 3600.0, "--compile for TPUs: seconds it may take at most.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Devices, e.g. v5e-8, v5e-256, v5e-256x4, h100x8.", required=True
+)
+_SUGGEST = flags.DEFINE_bool(
+    "suggest", False, "Plan the best mesh instead of the configuration's own."
+)
+_COMPILE = flags.DEFINE_bool(
+    "compile", False, "Also compile the step for these devices and print what it needs."
+)
+_LIMIT = flags.DEFINE_float(
+    "compile_limit", 3600.0, "--compile for TPUs: seconds it may take at most."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of tables.")
 
 
 def main(_: list[str]) -> None:
     place = topology(_TOPOLOGY.value)
     if _CONFIG.value is None:
-        raise UserError("name a configuration, e.g. python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8.")
+        raise UserError(
+            "name a configuration, e.g. python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8."
+        )
     cfg, _note = with_vocabulary(from_dict(_CONFIG.value.to_dict()))
     if _SUGGEST.value:
         found = suggest(cfg, place)
         if found is None:
-            raise ConfigError(f"{cfg.name} does not fit {place.name} on any mesh, with any number of micro-batches.")
+            raise ConfigError(
+                f"{cfg.name} does not fit {place.name} on any mesh, with any number of micro-batches."
+            )
     else:
         found = plan(cfg, place)
         require_fit(found)
@@ -59,7 +74,9 @@ def main(_: list[str]) -> None:
     if _JSON.value:
         print(json.dumps(report, indent=1))
         return
-    for part in plan_tables(found) + (compiled_tables(found, report["compiled"]) if _COMPILE.value else []):
+    for part in plan_tables(found) + (
+        compiled_tables(found, report["compiled"]) if _COMPILE.value else []
+    ):
         Console(highlight=False).print(part)
     print(report["flags"])
 

@@ -1,9 +1,11 @@
-"""Compare runs on one self-contained HTML page: table, curves, depth maps, samples, configs side by side.
+"""Compare runs on one self-contained HTML page: table, curves, depth maps, samples, configs side by
+side.
 
     python -m launch.report runs/mor runs/vanilla --out report.html
     python -m launch.report runs/mor --text my_file.py
 
-The page needs no server and no network. The depth map shows held-out text, each token coloured by its recursions.
+The page needs no server and no network. The depth map shows held-out text, each token coloured by
+its recursions.
 
 From a notebook:
 
@@ -19,12 +21,16 @@ from mor_jax.paths import as_path
 from mor_jax.train.present import present
 
 _OUT = flags.DEFINE_string("out", "report.html", "The page to write.")
-_TEXT = flags.DEFINE_string("text", None, "A text file for the depth map; a held-out passage of the run by default.")
+_TEXT = flags.DEFINE_string(
+    "text", None, "A text file for the depth map; a held-out passage of the run by default."
+)
 
 
 def main(runs: list[str]) -> None:
     if not runs:
-        raise UserError("name at least one run directory, e.g. python -m launch.report runs/mor runs/vanilla.")
+        raise UserError(
+            "name at least one run directory, e.g. python -m launch.report runs/mor runs/vanilla."
+        )
     try:
         text = as_path(_TEXT.value).read_text(encoding="utf-8") if _TEXT.value else None
     except (OSError, UnicodeDecodeError) as e:

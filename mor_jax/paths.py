@@ -1,10 +1,12 @@
 """Where files live: one kind of path for this machine, Google Cloud Storage and S3.
 
-`as_path` gives an `etils.epath.Path`, which reads and writes `gs://` and `s3://` through fsspec. Object stores differ
-from a file system in three ways that callers must know: a directory exists only through what lies in it, nothing can be
-appended to an object, and the write of one object is atomic while a rename of many is not.
+`as_path` gives an `etils.epath.Path`, which reads and writes `gs://` and `s3://` through fsspec.
+Object stores differ from a file system in three ways that callers must know: a directory exists
+only through what lies in it, nothing can be appended to an object, and the write of one object is
+atomic while a rename of many is not.
 
-S3-compatible stores are reached with `AWS_ENDPOINT_URL`, a Cloud Storage emulator with `STORAGE_EMULATOR_HOST`.
+S3-compatible stores are reached with `AWS_ENDPOINT_URL`, a Cloud Storage emulator with
+`STORAGE_EMULATOR_HOST`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
     """The path of a file or directory, here or in an object store whose bucket has been reached.
 
     Raises:
-      UserError: nothing serves such an address, its package is not installed, or its bucket cannot be reached.
+      UserError: nothing serves such an address, its package is not installed, or its bucket cannot
+        be reached.
     """
     text, scheme = os.fspath(path), scheme_of(path)
     if not scheme:
@@ -48,7 +51,9 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
         return epath.Path("/" + rest)
     if scheme not in SERVED:
         known = ", ".join(f"{name}://" for name in SERVED)
-        raise UserError(f"{text}: nothing here serves {scheme}://. Give a local path, or one of {known}.")
+        raise UserError(
+            f"{text}: nothing here serves {scheme}://. Give a local path, or one of {known}."
+        )
     bucket = rest.partition("/")[0]
     if not bucket:
         raise UserError(f"{text} names no bucket; the form is {scheme}://bucket/directory.")
@@ -57,19 +62,25 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def filesystem(path: str | os.PathLike[str]) -> Any:
-    """The fsspec file system of a remote address. Raises UserError if its package is not installed."""
+    """The fsspec file system of a remote address. Raises UserError if its package is not
+    installed."""
     scheme = scheme_of(path)
     import fsspec
 
-    # What other processes write must be seen, so directory listings are not kept. Set before the first use, since
-    # fsspec keeps one instance for each set of options, and epath asks for the same one.
+    # What other processes write must be seen, so directory listings are not kept. Set before the
+    # first use, since fsspec keeps one instance for each set of options, and epath asks for the
+    # same one.
     for name in ("gs", "gcs", "s3"):
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
     try:
         return fsspec.filesystem(scheme)
     except ImportError as e:
         package, extra = SERVED.get(scheme, ("", ""))
-        need = f'the package {package}: pip install ".[{extra}]"' if package else f"another package ({e})"
+        need = (
+            f'the package {package}: pip install ".[{extra}]"'
+            if package
+            else f"another package ({e})"
+        )
         raise UserError(f"{os.fspath(path)}: {scheme}:// needs {need}.") from None
     except ValueError as e:
         raise UserError(f"{os.fspath(path)}: nothing here serves {scheme}:// ({e}).") from e
@@ -77,7 +88,8 @@ def filesystem(path: str | os.PathLike[str]) -> Any:
 
 @functools.cache
 def _reach(scheme: str, bucket: str) -> None:
-    """Ask for a bucket once in a process, so that a wrong address costs seconds and not the first save."""
+    """Ask for a bucket once in a process, so that a wrong address costs seconds and not the first
+    save."""
     address = f"{scheme}://{bucket}"
     store = filesystem(address)
     try:
@@ -103,7 +115,8 @@ def reason(error: BaseException) -> str:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a whole file so that a reader, or a kill, never meets half of it. Its directory is made."""
+    """Write a whole file so that a reader, or a kill, never meets half of it. Its directory is
+    made."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -120,7 +133,8 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def move(source: epath.Path, target: epath.Path) -> None:
-    """Rename a directory; in an object store, copy every object there and delete it. Raises OSError."""
+    """Rename a directory; in an object store, copy every object there and delete it. Raises
+    OSError."""
     if is_local(source):
         source.rename(target)
         return
@@ -145,8 +159,8 @@ def steps_in(directory: epath.Path) -> bool:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax; where the user has set JAX's own
-    directory for them, there."""
+    """Keep compiled programs between processes, in $MOR_JAX_CACHE or ~/.cache/mor_jax; where the
+    user has set JAX's own directory for them, there."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:

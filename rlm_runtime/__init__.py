@@ -1,9 +1,11 @@
-"""Recursive Language Models: the prompt is a variable in a sandboxed Python REPL, over any language model.
+"""Recursive Language Models: the prompt is a variable in a sandboxed Python REPL, over any language
+model.
 
     from rlm_runtime import RLM
     result = RLM("openai:gpt-5-mini").completion(Path("book.txt"), "Who betrays whom?")
 
-Public names are imported when they are first used, so that importing the package costs next to nothing.
+Public names are imported when they are first used, so that importing the package costs next to
+nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,15 @@ _WHERE = {
     "lms.named": ("load_models",),
     "mcp": ("MCPTools",),
     "lms.base": ("LM", "Message", "Reply", "Sampling", "Usage"),
-    "errors": ("BudgetExceeded", "Cancelled", "ContextError", "LMError", "RlmError", "SandboxError", "UsageError"),
+    "errors": (
+        "BudgetExceeded",
+        "Cancelled",
+        "ContextError",
+        "LMError",
+        "RlmError",
+        "SandboxError",
+        "UsageError",
+    ),
 }
 _MODULE = {name: module for module, names in _WHERE.items() for name in names}
 

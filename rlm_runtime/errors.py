@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class RlmError(Exception):
-    """Anything `rlm_runtime` raises on purpose; the message names the thing, what was expected and what to do."""
+    """Anything `rlm_runtime` raises on purpose; the message names the thing, what was expected and
+    what to do."""
 
 
 class UsageError(RlmError):
@@ -22,17 +23,26 @@ class SandboxError(RlmError):
 class LMError(RlmError):
     """A language-model call that failed for good, after retries.
 
-    `kind`: auth | not_found | rate_limit | timeout | connection | bad_request | context_overflow | server | protocol |
-    empty (a reply without text) | truncated (cut before its first word, while thinking) | content_filter.
+    `kind`: auth | not_found | rate_limit | timeout | connection | bad_request | context_overflow |
+    server | protocol | empty (a reply without text) | truncated (cut before its first word, while
+    thinking) | content_filter.
     """
 
-    def __init__(self, message: str, *, kind: str = "server", status: int | None = None, model: str | None = None):
+    def __init__(
+        self,
+        message: str,
+        *,
+        kind: str = "server",
+        status: int | None = None,
+        model: str | None = None,
+    ):
         super().__init__(message)
         self.kind, self.status, self.model = kind, status, model
 
 
 class BudgetExceeded(RlmError):
-    """A call was refused because a limit of the run would be exceeded. `limit` is the field of `Budget`."""
+    """A call was refused because a limit of the run would be exceeded. `limit` is the field of
+    `Budget`."""
 
     def __init__(self, limit: str, used: float, allowed: float, message: str | None = None):
         super().__init__(message or f"budget: {limit} is used up ({used:g} of {allowed:g}).")

@@ -1,6 +1,8 @@
-"""What a person sees while a run goes on: finished turns above, one live block below; or plain lines.
+"""What a person sees while a run goes on: finished turns above, one live block below; or plain
+lines.
 
-Everything a model or a cell wrote is cleaned before it is shown: it may hold escape codes meant for the terminal.
+Everything a model or a cell wrote is cleaned before it is shown: it may hold escape codes meant for
+the terminal.
 """
 
 from __future__ import annotations
@@ -79,7 +81,8 @@ class State:
             case BudgetNote():
                 self.used = event.used
                 self.refused = event.refused or self.refused
-                if "input_tokens" in event.used:  # the books are right where the sum of events lags behind
+                # the books are right where the sum of events lags behind
+                if "input_tokens" in event.used:
                     self.input_tokens = int(event.used["input_tokens"])
                     self.output_tokens = int(event.used.get("output_tokens", 0))
                 if event.used.get("usd"):
@@ -94,10 +97,18 @@ class State:
     def share(self) -> tuple[str, float] | None:
         """The limit that is nearest to its end, and how much of it is used."""
         used = {
-            "turns": float(self.turn), "sub_calls": float(self.started), "input_tokens": float(self.input_tokens),
-            "output_tokens": float(self.output_tokens), "usd": self.cost or 0.0, "seconds": time.monotonic() - self.began,
-        }  # fmt: skip
-        shares = [(name, used[name] / limit) for name, limit in self.budget.items() if limit and name in used]
+            "turns": float(self.turn),
+            "sub_calls": float(self.started),
+            "input_tokens": float(self.input_tokens),
+            "output_tokens": float(self.output_tokens),
+            "usd": self.cost or 0.0,
+            "seconds": time.monotonic() - self.began,
+        }
+        shares = [
+            (name, used[name] / limit)
+            for name, limit in self.budget.items()
+            if limit and name in used
+        ]
         return max(shares, key=lambda pair: pair[1], default=None)
 
     def numbers(self) -> str:
@@ -146,7 +157,9 @@ class Lines:
             case Nudged() if mine:
                 self._say(f"  the reply had to be corrected: {event.reason}")
             case Compacted() if mine:
-                self._say(f"  history compacted: {event.tokens_before:,} to {event.tokens_after:,} tokens")
+                self._say(
+                    f"  history compacted: {event.tokens_before:,} to {event.tokens_after:,} tokens"
+                )
             case BudgetNote() if state.refused and state.refused != before:
                 self._say(f"  limit reached: {state.refused}")
 
@@ -155,7 +168,8 @@ class Lines:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads the progress: no reason to lose the run
+        # nobody reads the progress: no reason to lose the run
+        with contextlib.suppress(OSError, ValueError):
             self._stream.write(clean(text) + "\n")
             self._stream.flush()
 
@@ -203,7 +217,10 @@ class Screen:
                 u = event.usage
                 head = Text.assemble(
                     (f"turn {event.turn} ", "bold cyan"),
-                    (f"{short(u.input_tokens)} in · {short(u.output_tokens)} out · {event.seconds:.1f} s", "dim"),
+                    (
+                        f"{short(u.input_tokens)} in · {short(u.output_tokens)} out · {event.seconds:.1f} s",
+                        "dim",
+                    ),
                 )
                 self._print(head)
             case CellStart():
@@ -215,10 +232,17 @@ class Screen:
                     self._cell, calls = None, self.state.started - self._calls_before
                 self._print(self._output(event.result, calls))
             case Nudged():
-                self._print(Text(f"  ↺ the reply had to be corrected: {clean(event.reason)}", style="yellow"))
+                self._print(
+                    Text(
+                        f"  ↺ the reply had to be corrected: {clean(event.reason)}", style="yellow"
+                    )
+                )
             case Compacted():
                 self._print(
-                    Text(f"  history compacted: {event.tokens_before:,} → {event.tokens_after:,} tokens", style="dim")
+                    Text(
+                        f"  history compacted: {event.tokens_before:,} → {event.tokens_after:,} tokens",
+                        style="dim",
+                    )
                 )
 
     def say(self, text: str) -> None:
@@ -237,7 +261,8 @@ class Screen:
 
         text = "\n".join(preview(code, CODE_LINES))
         return Padding(
-            Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True), (0, 0, 0, 2)
+            Syntax(text, "python", theme="ansi_dark", background_color="default", word_wrap=True),
+            (0, 0, 0, 2),
         )
 
     def _output(self, result: Any, calls: int) -> Any:
@@ -249,7 +274,10 @@ class Screen:
             text.append("  │ ", "green" if good else "red")
             text.append(row + "\n", "dim" if good else "red")
         tail = [f"{result.wall_seconds:.1f} s"] + ([f"{calls} sub-calls"] if calls else [])
-        text.append(f"  {'✓' if good else '✗ ' + result.status} {' · '.join(tail)}", "green" if good else "red")
+        text.append(
+            f"  {'✓' if good else '✗ ' + result.status} {' · '.join(tail)}",
+            "green" if good else "red",
+        )
         return text
 
     def __rich__(self) -> Any:
@@ -260,23 +288,38 @@ class Screen:
 
         with self._lock:
             s = self.state
-            doing = s.doing if not (s.running and s.doing == "running the cell") else "waiting for sub-calls"
+            doing = (
+                s.doing
+                if not (s.running and s.doing == "running the cell")
+                else "waiting for sub-calls"
+            )
             self._spinner.update(
-                text=Text.assemble((f" {doing}", "bold"), (f"  turn {s.turn + (s.doing == 'asking the root')}", "dim"))
+                text=Text.assemble(
+                    (f" {doing}", "bold"),
+                    (f"  turn {s.turn + (s.doing == 'asking the root')}", "dim"),
+                )
             )
             rows: list[Any] = [self._spinner]
             if s.started:
                 bar = Table.grid(padding=(0, 1))
                 bar.add_row(
-                    Text("  sub-calls", style="dim"), ProgressBar(total=s.started, completed=s.done, width=30),
-                    Text(f"{s.done}/{s.started}" + (f" · {s.running} running" if s.running else "")
-                         + (f" · {s.failed} failed" if s.failed else "") + (f" · {s.children} child RLMs" if s.children else "")),
-                )  # fmt: skip
+                    Text("  sub-calls", style="dim"),
+                    ProgressBar(total=s.started, completed=s.done, width=30),
+                    Text(
+                        f"{s.done}/{s.started}"
+                        + (f" · {s.running} running" if s.running else "")
+                        + (f" · {s.failed} failed" if s.failed else "")
+                        + (f" · {s.children} child RLMs" if s.children else "")
+                    ),
+                )
                 rows.append(bar)
             line = Text.assemble(("  " + s.numbers(), "dim"))
             near = s.share()
             if near and near[1] >= 0.05:
-                line.append(f" · {near[0]} {min(1.0, near[1]):.0%} used", "yellow" if near[1] > 0.8 else "dim")
+                line.append(
+                    f" · {near[0]} {min(1.0, near[1]):.0%} used",
+                    "yellow" if near[1] > 0.8 else "dim",
+                )
             rows.append(line)
             return Group(*rows)
 
@@ -296,7 +339,9 @@ def output_of(result: Any) -> str:
         parts.append(f"{result.error.type}: {result.error.message}")
     if result.lost:
         parts.append(f"({result.lost})")
-    return "\n".join(p.rstrip("\n") for p in parts if p) or ("(no output)" if result.status == "ok" else result.status)
+    return "\n".join(p.rstrip("\n") for p in parts if p) or (
+        "(no output)" if result.status == "ok" else result.status
+    )
 
 
 def preview(text: str, lines: int) -> list[str]:
@@ -305,7 +350,11 @@ def preview(text: str, lines: int) -> list[str]:
     if len(rows) > lines:
         tail = lines // 3
         hidden = len(rows) - lines + 1
-        rows = [*rows[: lines - tail - 1], f"… {hidden} more lines", *(rows[-tail:] if tail else [])]
+        rows = [
+            *rows[: lines - tail - 1],
+            f"… {hidden} more lines",
+            *(rows[-tail:] if tail else []),
+        ]
     return rows
 
 

@@ -68,7 +68,9 @@ class MCPTools:
 
     def __enter__(self) -> list[Tool]:
         ready: Future[list[Any]] = Future()
-        self._thread = threading.Thread(target=self._main, args=(ready,), name="rlm-mcp", daemon=True)
+        self._thread = threading.Thread(
+            target=self._main, args=(ready,), name="rlm-mcp", daemon=True
+        )
         self._thread.start()
         try:
             listed = ready.result(self._timeout)
@@ -76,7 +78,9 @@ class MCPTools:
             self.__exit__()
             cause = _innermost(e)
             why = "no answer" if isinstance(e, TimeoutError) else f"{type(cause).__name__}: {cause}"
-            raise UsageError(f"the MCP server {_shown(self._server)} cannot be used: {why}") from cause
+            raise UsageError(
+                f"the MCP server {_shown(self._server)} cannot be used: {why}"
+            ) from cause
         wanted = [t.name for t in listed] if self._names is None else list(self._names)
         by_name = {t.name: t for t in listed}
         for name in wanted:
@@ -126,7 +130,9 @@ class MCPTools:
         if self._thread is None or not self._thread.is_alive():
             raise RlmError("the MCP server is closed.")
         asked = self._client.call_tool(name, arguments, read_timeout_seconds=self._timeout)
-        return _value(await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, self._loop)))
+        return _value(
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, self._loop))
+        )
 
     def _tool(self, listed: Any) -> Tool:
         schema = listed.input_schema or {"type": "object", "properties": {}}
@@ -212,7 +218,9 @@ def _value(result: Any) -> Any:
 
 
 def _part(content: Any) -> Any:
-    text = getattr(content, "text", None) or getattr(getattr(content, "resource", None), "text", None)
+    text = getattr(content, "text", None) or getattr(
+        getattr(content, "resource", None), "text", None
+    )
     return text if isinstance(text, str) else json.loads(content.model_dump_json(exclude_none=True))
 
 

@@ -48,7 +48,9 @@ class OTelExporter:
         try:
             from opentelemetry import trace
         except ImportError:
-            raise UsageError('traces need the package opentelemetry-api: pip install ".[otel]".') from None
+            raise UsageError(
+                'traces need the package opentelemetry-api: pip install ".[otel]".'
+            ) from None
         self._tracer = trace.get_tracer("rlm_runtime", tracer_provider=tracer_provider)
         self._content = content
 
@@ -109,7 +111,9 @@ class _Trace:
                 model = self._models.get(event.node, "")
                 about = {"turn": event.turn, **_named("lm", model)}
                 key = f"{event.node} reply"
-                self._begin(key, f"chat {model}", event, about, {}, parent=event.node, before=event.seconds)
+                self._begin(
+                    key, f"chat {model}", event, about, {}, parent=event.node, before=event.seconds
+                )
                 end = {
                     **_used(event.usage),
                     "gen_ai.response.finish_reasons": (event.finish_reason,),
@@ -139,7 +143,9 @@ class _Trace:
             case Nudged():
                 self._mark(event, "nudged", {"reason": event.reason})
             case Compacted():
-                self._mark(event, "compacted", {"before": event.tokens_before, "after": event.tokens_after})
+                self._mark(
+                    event, "compacted", {"before": event.tokens_before, "after": event.tokens_after}
+                )
             case BudgetNote() if event.refused:
                 self._mark(event, "limit reached", {"limit": event.refused})
             case RunEnd():
@@ -167,7 +173,9 @@ class _Trace:
         from opentelemetry import trace
 
         above = self._open.get(parent or "")
-        context = trace.set_span_in_context(above, self._around) if above is not None else self._around
+        context = (
+            trace.set_span_in_context(above, self._around) if above is not None else self._around
+        )
         span = self._tracer.start_span(
             name,
             context=context,
@@ -204,7 +212,9 @@ class _Trace:
             span.add_event(name, names, timestamp=self._began + int(event.t * 1e9))
 
     def _set(self, span: Any, about: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-        shown = {n: str(v)[:SHOWN] for n, v in text.items() if v is not None} if self._content else {}
+        shown = (
+            {n: str(v)[:SHOWN] for n, v in text.items() if v is not None} if self._content else {}
+        )
         for name, value in {**about, **shown}.items():
             if value is not None:
                 span.set_attribute(name if name.startswith("gen_ai.") else f"rlm.{name}", value)

@@ -1,9 +1,11 @@
-"""Running a recorded run's cells again, against the recorded outcomes of its calls, and comparing what comes out.
+"""Running a recorded run's cells again, against the recorded outcomes of its calls, and comparing
+what comes out.
 
-No model is asked. Every cell of every RLM node runs in a fresh REPL with the recorded context; a call a cell makes is
-answered with what the record holds for the same prompt in the same cell. The replies are parsed again, too, and must
-give the recorded cells. What a cell takes from elsewhere (clocks, addresses, random numbers without a seed) differs by
-nature; such differences are told apart by their cause and can be left out.
+No model is asked. Every cell of every RLM node runs in a fresh REPL with the recorded context; a
+call a cell makes is answered with what the record holds for the same prompt in the same cell. The
+replies are parsed again, too, and must give the recorded cells. What a cell takes from elsewhere
+(clocks, addresses, random numbers without a seed) differs by nature; such differences are told
+apart by their cause and can be left out.
 """
 
 from __future__ import annotations
@@ -49,10 +51,12 @@ class Difference(Frozen):
     node: str
     turn: int
     cell: int = 0
-    field: str  # stdout | stderr | status | error | answer | variables | calls | cells (of the reply)
+    # stdout | stderr | status | error | answer | variables | calls | cells (of the reply)
+    field: str
     recorded: str  # from shortly before the first difference, bounded
     replayed: str
-    cause: Cause = "other"  # addresses: equal but for 0x7f... · numbers: equal but for digits (times, random numbers)
+    # addresses: equal but for 0x7f... · numbers: equal but for digits (times, random numbers)
+    cause: Cause = "other"
 
     def line(self) -> str:
         place = f"node {self.node}, turn {self.turn}" + (f", cell {self.cell}" if self.cell else "")
@@ -116,17 +120,20 @@ async def areplay(
     children: bool = True,
     on_cell: Callable[[CellStart, bool], None] | None = None,
 ) -> ReplayReport:
-    """Replay a run. `context` is where a context file lies now, if it has been moved; `limits` bounds each REPL, and
-    what the record says may only lower it; `children=False` takes the recorded outcome of child RLMs without running
-    their cells; `on_cell` is told each cell and whether it was the same.
+    """Replay a run. `context` is where a context file lies now, if it has been moved; `limits`
+    bounds each REPL, and what the record says may only lower it; `children=False` takes the
+    recorded outcome of child RLMs without running their cells; `on_cell` is told each cell and
+    whether it was the same.
 
-    Raises UsageError (no trajectory there, or nothing in it to replay), ContextError (the context is gone or has
-    changed), SandboxError (no worker).
+    Raises UsageError (no trajectory there, or nothing in it to replay), ContextError (the context
+    is gone or has changed), SandboxError (no worker).
     """
     trajectory = read(path)
     record = _Record.of(trajectory)
     if not record.nodes:
-        raise UsageError(f"{trajectory.path}: no cell was run in this run, so there is nothing to replay.")
+        raise UsageError(
+            f"{trajectory.path}: no cell was run in this run, so there is nothing to replay."
+        )
     replayed = _Replay(
         record=record,
         blobs=trajectory.path.parent / "blobs",  # type: ignore[union-attr]
@@ -155,7 +162,11 @@ def _maker(kind: str, settings: dict[str, Any]) -> Callable[[Limits], Environmen
     from rlm_runtime import repl
 
     packages = settings.get("packages") or ()
-    named = tuple(name for name in packages if isinstance(name, str)) if isinstance(packages, list) else ()
+    named = (
+        tuple(name for name in packages if isinstance(name, str))
+        if isinstance(packages, list)
+        else ()
+    )
     return lambda limits: repl.make(kind, limits, packages=named)
 
 
@@ -166,7 +177,8 @@ CellKey = tuple[int, str, int, int]  # completion of the session, node, turn, ce
 class _Record:
     """A trajectory in the order in which a replay needs it."""
 
-    nodes: dict[str, list[tuple[int, AnyEvent]]]  # of RLM nodes with cells: events, with the completion they belong to
+    # of RLM nodes with cells: events, with the completion they belong to
+    nodes: dict[str, list[tuple[int, AnyEvent]]]
     starts: dict[CellKey, list[NodeStart]]  # calls a cell made, in their order
     ends: dict[tuple[int, str], NodeEnd]
     ended: dict[CellKey, CellEnd]
@@ -175,7 +187,8 @@ class _Record:
     @classmethod
     def of(cls, events: list[AnyEvent]) -> _Record:
         record = cls(defaultdict(list), defaultdict(list), {}, {}, {})
-        completion = -1  # a session's completions follow each other in one file, each numbering its calls anew
+        # a session's completions follow each other in one file, each numbering its calls anew
+        completion = -1
         for event in events:
             if isinstance(event, RunStart) and event.node == "0":
                 completion += 1
@@ -191,7 +204,9 @@ class _Record:
                 record.nodes[name].append((completion, event))
         for calls in record.starts.values():
             calls.sort(key=lambda c: _number(c.node))
-        kept = {n: e for n, e in record.nodes.items() if any(isinstance(x, CellStart) for _, x in e)}
+        kept = {
+            n: e for n, e in record.nodes.items() if any(isinstance(x, CellStart) for _, x in e)
+        }
         record.nodes = kept
         return record
 
@@ -199,7 +214,11 @@ class _Record:
         """The tools of a node, by name; values where the record has them."""
         names = self.settings.get("tools" if root else "sub_tools") or ()
         values = self.settings.get("tool_values") or {}
-        return tuple(ToolInfo(name=n, value=values.get(n), is_value=n in values) for n in names if isinstance(n, str))
+        return tuple(
+            ToolInfo(name=n, value=values.get(n), is_value=n in values)
+            for n in names
+            if isinstance(n, str)
+        )
 
 
 def _number(node: str) -> int:
@@ -237,8 +256,12 @@ class _Replay:
                 match event:
                     case RunStart():
                         history.begin(completion)
-                    case ContextLoaded() if event.blob is None and event.path is None and event.node != "0":
-                        self.warnings.append(f"node {event.node}: its context was too large to record; it was not run")
+                    case ContextLoaded() if (
+                        event.blob is None and event.path is None and event.node != "0"
+                    ):
+                        self.warnings.append(
+                            f"node {event.node}: its context was too large to record; it was not run"
+                        )
                         self.nodes_done -= 1
                         return
                     case ContextLoaded() if not started:
@@ -257,8 +280,11 @@ class _Replay:
                         await environment.bind("history", history.compact())
                     case CellStart():
                         if not started:
-                            raise UsageError(f"node {event.node}: a cell ran before the context was recorded.")
-                        if after_ready:  # a ready answer that did not end the node was refused, and taken back
+                            raise UsageError(
+                                f"node {event.node}: a cell ran before the context was recorded."
+                            )
+                        # a ready answer that did not end the node was refused, and taken back
+                        if after_ready:
                             await environment.reset_answer()
                         after_ready = await self._cell(environment, completion, event)
         finally:
@@ -276,14 +302,16 @@ class _Replay:
         return self.limits.model_copy(update=dict(self._lowered(recorded)))
 
     def _lowered(self, recorded: Limits) -> Iterator[tuple[str, float]]:
-        """The recorded limits that are below those of this replay: a record is somebody's file and grants nothing."""
+        """The recorded limits that are below those of this replay: a record is somebody's file and
+        grants nothing."""
         for name, allowed in self.limits:
             value = getattr(recorded, name)
             if 0 < value <= allowed:
                 yield name, value
-            elif (note := f"the recorded limit {name}={value:g} is not used: this replay allows {allowed:g}") not in (
-                self.warnings
-            ):
+            elif (
+                note
+                := f"the recorded limit {name}={value:g} is not used: this replay allows {allowed:g}"
+            ) not in (self.warnings):
                 self.warnings.append(note)
 
     def _context(self, event: ContextLoaded) -> Context:
@@ -292,7 +320,9 @@ class _Replay:
                 {**event.model_dump(), "blob": None, "path": str(self.moved), "sha256": None}, None
             )
             if event.sha256 is not None and context.sha256 != event.sha256:
-                raise ContextError(f"context: {self.moved} is not what the recorded run read (its hash differs).")
+                raise ContextError(
+                    f"context: {self.moved} is not what the recorded run read (its hash differs)."
+                )
             return context
         return Context.from_record(event.model_dump(), self.blobs)
 
@@ -301,7 +331,9 @@ class _Replay:
         key = (completion, start.node, start.turn, start.cell)
         ended = self.record.ended.get(key)
         if ended is None:
-            self.warnings.append(f"node {start.node}, turn {start.turn}: the cell has no recorded end; it was not run")
+            self.warnings.append(
+                f"node {start.node}, turn {start.turn}: the cell has no recorded end; it was not run"
+            )
             return False
         answers = _Answers(self.record, key)
         result = await environment.run(start.code, answers)
@@ -323,13 +355,19 @@ class _Replay:
         if cause in self.ignore:
             self.ignored += 1
             return
-        first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        first = next(
+            (i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b),
+            min(len(old), len(new)),
+        )
         cut = slice(max(0, first - 40), first + SHOWN)
         place = {"node": start.node, "turn": start.turn, "cell": getattr(start, "cell", 0)}
-        self.differences.append(Difference(**place, field=name, recorded=old[cut], replayed=new[cut], cause=cause))
+        self.differences.append(
+            Difference(**place, field=name, recorded=old[cut], replayed=new[cut], cause=cause)
+        )
 
     def _parse(self, reply: Replied, later: list[AnyEvent], tools: tuple[ToolInfo, ...]) -> None:
-        """The reply must still give the cells that were run; a cell that failed or answered ends its turn early."""
+        """The reply must still give the cells that were run; a cell that failed or answered ends
+        its turn early."""
         from rlm_runtime import parsing
 
         run = []
@@ -342,16 +380,21 @@ class _Replay:
         raw = reply.raw if reply.raw is not None else reply.message.content
         # Native tool calls are in the record only as the history has them: as blocks of code.
         for text, calls in ((raw, reply.message.tool_calls), (reply.message.content, ())):
-            parsed = parsing.parse(Reply(text=text, tool_calls=calls, finish_reason=reply.finish_reason), tools=names)
+            parsed = parsing.parse(
+                Reply(text=text, tool_calls=calls, finish_reason=reply.finish_reason), tools=names
+            )
             if list(parsed.cells[: len(run)]) == run and (run or not parsed.cells):
                 break
         else:
-            self._differ(reply, "cells", "\n\n".join(run) or "(none)", "\n\n".join(parsed.cells) or "(none)")
+            self._differ(
+                reply, "cells", "\n\n".join(run) or "(none)", "\n\n".join(parsed.cells) or "(none)"
+            )
         self.replies += 1
 
 
 class _Answers:
-    """The handler of a cell's calls: the first recorded call of this cell with the same prompt that is not used yet."""
+    """The handler of a cell's calls: the first recorded call of this cell with the same prompt that
+    is not used yet."""
 
     def __init__(self, record: _Record, key: CellKey):
         self._ends = record.ends
@@ -372,7 +415,10 @@ class _Answers:
             arguments = as_text({"args": list(request.args), "kwargs": request.kwargs})
             return [await self._outcome(request, (request.name or "", arguments, None))]
         question = request.question if request.method == "rlm" else None
-        return [await self._outcome(request, ("", as_text(prompt), question)) for prompt in request.prompts]
+        return [
+            await self._outcome(request, ("", as_text(prompt), question))
+            for prompt in request.prompts
+        ]
 
     async def _outcome(self, request: Request, key: tuple[str, str, str | None]) -> Outcome:
         if not self._waiting[key]:
@@ -397,7 +443,8 @@ class _Answers:
 
 
 class _History:
-    """What the node's conversation archived when it was compacted, from the messages in the record."""
+    """What the node's conversation archived when it was compacted, from the messages in the
+    record."""
 
     def __init__(self) -> None:
         self.archive: list[dict[str, str]] = []
@@ -406,7 +453,8 @@ class _History:
         self._repeats = False
 
     def begin(self, completion: int) -> None:
-        """A session's later completion repeats the whole history with its first call; its last message is new."""
+        """A session's later completion repeats the whole history with its first call; its last
+        message is new."""
         self._repeats = completion > 0
 
     def asked(self, messages: tuple[Message, ...]) -> None:
@@ -427,7 +475,11 @@ def _compared(old: CellResult, new: CellResult) -> list[tuple[str, str, str]]:
     """What differs between a recorded result, whose long texts may be cut, and one of now."""
     found = list(_differences(old, new))
     if found:
-        found = list(_differences(old, CellResult.model_validate(shorten(to_jsonable_python(new, fallback=repr)))))
+        found = list(
+            _differences(
+                old, CellResult.model_validate(shorten(to_jsonable_python(new, fallback=repr)))
+            )
+        )
     return found
 
 
@@ -436,15 +488,25 @@ def _differences(old: CellResult, new: CellResult) -> Iterator[tuple[str, str, s
     for name in ("status", "stdout", "stderr"):
         if getattr(old, name) != getattr(new, name):
             yield name, getattr(old, name), getattr(new, name)
-    errors = ["" if r.error is None else f"{r.error.type}: {r.error.message}\n{r.error.traceback}" for r in (old, new)]
+    errors = [
+        "" if r.error is None else f"{r.error.type}: {r.error.message}\n{r.error.traceback}"
+        for r in (old, new)
+    ]
     if errors[0] != errors[1]:
         yield "error", errors[0], errors[1]
     answers = [r.answer.model_dump() for r in (old, new)]
     if answers[0] != answers[1]:
         yield "answer", _text(answers[0]), _text(answers[1])
     if old.variables != new.variables:
-        names = sorted(k for k in old.variables.keys() | new.variables if old.variables.get(k) != new.variables.get(k))
-        before, after = ("; ".join(f"{k}: {v.get(k, '(none)')}" for k in names) for v in (old.variables, new.variables))
+        names = sorted(
+            k
+            for k in old.variables.keys() | new.variables
+            if old.variables.get(k) != new.variables.get(k)
+        )
+        before, after = (
+            "; ".join(f"{k}: {v.get(k, '(none)')}" for k in names)
+            for v in (old.variables, new.variables)
+        )
         yield "variables", before, after
 
 

@@ -1,4 +1,5 @@
-"""Answers of a given form: what the form is, whether a value has it, and what to tell a model whose value has not."""
+"""Answers of a given form: what the form is, whether a value has it, and what to tell a model whose
+value has not."""
 
 from __future__ import annotations
 
@@ -26,9 +27,10 @@ SCHEMA_CHARS = 100_000
 class Shape:
     """A JSON schema with, for Python types, the type that values are turned into.
 
-    `Shape.of` takes a pydantic model class, any type pydantic understands (int, list[str], a dataclass, a TypedDict,
-    Literal[...]), or a JSON schema as a dict. Methods that judge return (value, None) or (None, problem), where the
-    problem is for the model: short, and naming the field.
+    `Shape.of` takes a pydantic model class, any type pydantic understands (int, list[str], a
+    dataclass, a TypedDict, Literal[...]), or a JSON schema as a dict. Methods that judge return
+    (value, None) or (None, problem), where the problem is for the model: short, and naming the
+    field.
     """
 
     def __init__(self, schema: dict[str, Any], check: Callable[[Any], tuple[Any, list[str]]]):
@@ -46,8 +48,8 @@ class Shape:
         return cls(*_type_check(form))
 
     def check(self, value: Any) -> tuple[Any, str | None]:
-        """Hold a JSON value to the shape. A text of JSON is read as JSON and a number in a text as a number, but only
-        where the value as it is does not fit."""
+        """Hold a JSON value to the shape. A text of JSON is read as JSON and a number in a text as
+        a number, but only where the value as it is does not fit."""
         told: list[str] = []
         try:
             _work.begin(value)
@@ -106,8 +108,9 @@ class Shape:
         yield _loosened(value, self.schema, self.schema), not isinstance(value, str)
 
 
-# -- bounds -----------------------------------------------------------------------------------------------------------
-STEPS = 4_000  # for one value, besides two for each of its characters: a keyword applied, a place looked at
+# -- bounds ----------------------------------------------------------------------------------------
+# for one value, besides two for each of its characters: a keyword applied, a place looked at
+STEPS = 4_000
 TOO_LONG = "it takes too long to check against this schema; make either simpler"
 
 
@@ -116,7 +119,8 @@ class TooMuch(Exception):
 
 
 class _Work(threading.local):
-    """The steps left for the value that this thread judges, and the JSON found in its texts so far."""
+    """The steps left for the value that this thread judges, and the JSON found in its texts so
+    far."""
 
     left = STEPS
 
@@ -133,7 +137,8 @@ class _Work(threading.local):
             raise TooMuch
 
     def json_in(self, text: str) -> tuple[Any] | None:
-        """`model_json.in_reply`, once for each text: references may lead to the same one a thousand times."""
+        """`model_json.in_reply`, once for each text: references may lead to the same one a thousand
+        times."""
         self.spend(1)
         if text not in self._found:
             self._found[text] = model_json.in_reply(text, self._effort)
@@ -145,26 +150,42 @@ _work = _Work()
 LEAD = re.compile(r"(?:the )?(?:final )?(?:answer|result)(?: is)?[ *]*+[:=]?[ ]*+", re.I)
 
 
-# -- types ----------------------------------------------------------------------------------------------------------------
+# -- types -----------------------------------------------------------------------------------------
 def _type_check(form: Any) -> tuple[dict[str, Any], Callable[[Any], tuple[Any, list[str]]]]:
-    from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
+    from pydantic import (
+        PydanticSchemaGenerationError,
+        PydanticUserError,
+        TypeAdapter,
+        ValidationError,
+    )
 
-    if isinstance(form, str | bytes | int | float | list | tuple | set) or form is None or inspect.isroutine(form):
-        raise UsageError(f"output: expected a type, a pydantic model class or a JSON schema dict, got {_shown(form)}.")
+    if (
+        isinstance(form, str | bytes | int | float | list | tuple | set)
+        or form is None
+        or inspect.isroutine(form)
+    ):
+        raise UsageError(
+            f"output: expected a type, a pydantic model class or a JSON schema dict, got {_shown(form)}."
+        )
     try:
         adapter = TypeAdapter(form)
         schema = adapter.json_schema()
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError, NameError) as e:
         reason = str(e).split("\n")[0]
-        raise UsageError(f"output: {_shown(form)} is no type that answers can have: {reason}") from e
+        raise UsageError(
+            f"output: {_shown(form)} is no type that answers can have: {reason}"
+        ) from e
 
     def check(value: Any) -> tuple[Any, list[str]]:
         try:
-            # As JSON: dates come as texts, tuples as lists; but "3" is no int, and 1 no bool, unless loosened on purpose.
+            # As JSON: dates come as texts, tuples as lists; but "3" is no int, and 1 no bool,
+            # unless loosened on purpose.
             return adapter.validate_json(json.dumps(value, allow_nan=False), strict=True), []
         except ValidationError as e:
             if e.error_count() > TOLD_ONE_BY_ONE:
-                return None, [f"{e.error_count():,} places in it do not have the type that is wanted there"]
+                return None, [
+                    f"{e.error_count():,} places in it do not have the type that is wanted there"
+                ]
             return None, [_pydantic_problem(error) for error in e.errors(include_url=False)]
         except (TypeError, ValueError, RecursionError):
             return None, [f"{_shown(value)} is no JSON value"]
@@ -183,27 +204,33 @@ def _pydantic_problem(error: Mapping[str, Any]) -> str:
     return f"{where}: {expected}, got {_shown(error['input'])}"
 
 
-# -- JSON schemas -----------------------------------------------------------------------------------------------------------
+# -- JSON schemas ----------------------------------------------------------------------------------
 def _plain(form: Mapping[str, Any]) -> dict[str, Any]:
     try:
         schema: dict[str, Any] = json.loads(json.dumps(dict(form)))
     except (TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"output: a JSON schema holds JSON values only: {e}.") from e
-    if set(schema) == {"name", "schema"} or ("json_schema" in schema and schema.get("type") == "json_schema"):
-        schema = schema.get("json_schema", schema).get("schema", schema)  # as chat endpoints wrap it
+    if set(schema) == {"name", "schema"} or (
+        "json_schema" in schema and schema.get("type") == "json_schema"
+    ):
+        # as chat endpoints wrap it
+        schema = schema.get("json_schema", schema).get("schema", schema)
     return schema
 
 
 def _schema_check(schema: dict[str, Any]) -> Callable[[Any], tuple[Any, list[str]]]:
     text = json.dumps(schema)
     if len(text) > SCHEMA_CHARS:
-        raise UsageError(f"output: the JSON schema has {len(text):,} characters; at most {SCHEMA_CHARS:,} are taken.")
+        raise UsageError(
+            f"output: the JSON schema has {len(text):,} characters; at most {SCHEMA_CHARS:,} are taken."
+        )
     return _compiled(text) if schema else lambda value: (value, [])
 
 
 @lru_cache(256)  # a cell may pass the same schema with a hundred thousand calls
 def _compiled(schema_text: str) -> Callable[[Any], tuple[Any, list[str]]]:
-    """Schemas also come from cells, so nothing is fetched, patterns run in linear time and all work is bounded."""
+    """Schemas also come from cells, so nothing is fetched, patterns run in linear time and all work
+    is bounded."""
     import jsonschema
     import referencing
     import referencing.exceptions
@@ -227,7 +254,10 @@ def _compiled(schema_text: str) -> Callable[[Any], tuple[Any, list[str]]]:
 
     def check(value: Any) -> tuple[Any, list[str]]:
         try:
-            errors = sorted(islice(validator.iter_errors(value), 100), key=lambda e: [str(p) for p in e.absolute_path])
+            errors = sorted(
+                islice(validator.iter_errors(value), 100),
+                key=lambda e: [str(p) for p in e.absolute_path],
+            )
         except (TypeError, ValueError):
             return None, [f"{_shown(value)} is no JSON value"]
         except RecursionError:
@@ -239,26 +269,42 @@ def _compiled(schema_text: str) -> Callable[[Any], tuple[Any, list[str]]]:
         for reference in ["#", *_found(schema, "$ref")]:
             validator.evolve(schema={"$ref": reference}).is_valid(None)
     except referencing.exceptions.Unresolvable as e:
-        raise UsageError(f"output: the schema refers to {'#' + e.ref.removeprefix('#')!r}, which is not in it.") from e
+        raise UsageError(
+            f"output: the schema refers to {'#' + e.ref.removeprefix('#')!r}, which is not in it."
+        ) from e
     except (RecursionError, TooMuch) as e:
-        raise UsageError(f"output: the schema's reference {reference!r} leads back to itself.") from e
+        raise UsageError(
+            f"output: the schema's reference {reference!r} leads back to itself."
+        ) from e
     return check
 
 
-WALKING = ("additionalProperties", "propertyNames", "uniqueItems", "const", "enum", "items", "contains")
+WALKING = (
+    "additionalProperties",
+    "propertyNames",
+    "uniqueItems",
+    "const",
+    "enum",
+    "items",
+    "contains",
+)
 
 
 @cache
 def _bounded(draft: Any) -> Any:
-    """The draft's validator with every keyword counted, and linear-time versions of those that are not."""
+    """The draft's validator with every keyword counted, and linear-time versions of those that are
+    not."""
     import jsonschema
 
     keywords = {**draft.VALIDATORS, "pattern": _pattern, "uniqueItems": _unique_items}
-    return jsonschema.validators.extend(draft, {name: _counted(name, f) for name, f in keywords.items()})
+    return jsonschema.validators.extend(
+        draft, {name: _counted(name, f) for name, f in keywords.items()}
+    )
 
 
 def _counted(name: str, keyword: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
-    """`keyword` with its steps counted: what it walks over in schema and value, and the text of its errors."""
+    """`keyword` with its steps counted: what it walks over in schema and value, and the text of its
+    errors."""
     base = 8 if name == "$ref" else 1
 
     def counted(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
@@ -275,20 +321,25 @@ def _counted(name: str, keyword: Callable[..., Any]) -> Callable[..., Iterator[A
 
 @lru_cache(1024)
 def _regex(pattern: str) -> Any:
-    """pydantic's regular expressions take linear time whatever the pattern; look-around is not in them."""
+    """pydantic's regular expressions take linear time whatever the pattern; look-around is not in
+    them."""
     from pydantic_core import SchemaError, SchemaValidator, core_schema
 
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as e:
-        raise UsageError(f"output: the pattern {_shown(pattern)} cannot be used (look-around is not supported).") from e
+        raise UsageError(
+            f"output: the pattern {_shown(pattern)} cannot be used (look-around is not supported)."
+        ) from e
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
     import jsonschema
 
     if validator.is_type(instance, "string") and not _regex(pattern).isinstance_python(instance):
-        yield jsonschema.ValidationError(f"does not match {_shown(pattern)}, got {_shown(instance)}")
+        yield jsonschema.ValidationError(
+            f"does not match {_shown(pattern)}, got {_shown(instance)}"
+        )
 
 
 def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> Iterator[Any]:
@@ -300,7 +351,13 @@ def _unique_items(validator: Any, wanted: bool, instance: Any, schema: Any) -> I
             yield jsonschema.ValidationError("has an item twice")
 
 
-UNSUPPORTED = ("patternProperties", "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef")
+UNSUPPORTED = (
+    "patternProperties",
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "$dynamicRef",
+    "$recursiveRef",
+)
 
 
 def _refuse(schema: dict[str, Any]) -> None:
@@ -378,13 +435,19 @@ def _schema_problem(error: Any) -> str:
         missing = next((name for name in error.validator_value if name not in error.instance), "?")
         return f"{_path([*error.absolute_path, missing])} is missing"
     if error.validator == "type":
-        kinds = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+        kinds = (
+            error.validator_value
+            if isinstance(error.validator_value, list)
+            else [error.validator_value]
+        )
         return f"{where}: expected {' or '.join(kinds)}, got {_shown(error.instance)}"
     if error.validator in ("enum", "const"):
         allowed = error.validator_value if error.validator == "enum" else [error.validator_value]
         return f"{where}: expected one of {_shown(allowed)}, got {_shown(error.instance)}"
     if error.validator in ("anyOf", "oneOf"):
-        best = min(error.context or [error], key=lambda e: (-len(e.absolute_path), str(e.validator)))
+        best = min(
+            error.context or [error], key=lambda e: (-len(e.absolute_path), str(e.validator))
+        )
         return f"{where}: fits none of the allowed forms ({best.message[:SHOWN]})"
     return f"{where}: {error.message[: 2 * SHOWN]}"
 
@@ -409,14 +472,15 @@ def _shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 20]}... ({len(text):,} characters)"
 
 
-# -- leniency -----------------------------------------------------------------------------------------------------------------
+# -- leniency --------------------------------------------------------------------------------------
 NUMBER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?|[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 
 
 def _loosened(value: Any, schema: Any, root: Mapping[str, Any], depth: int = 0) -> Any:
-    """`value` with texts turned into what the schema wants in their place (numbers, booleans, null, whole JSON values),
-    and the other way round nothing: a text stays a text where a text may stand."""
+    """`value` with texts turned into what the schema wants in their place (numbers, booleans, null,
+    whole JSON values), and the other way round nothing: a text stays a text where a text may
+    stand."""
     if depth > 50 or not isinstance(schema, dict):
         return value
     _work.spend(1)
@@ -434,7 +498,12 @@ def _loosened(value: Any, schema: Any, root: Mapping[str, Any], depth: int = 0) 
     kinds = _kinds(schema)
     if isinstance(value, str) and kinds and "string" not in kinds:
         return _from_text(value, kinds, schema, root, depth)
-    if isinstance(value, float) and value.is_integer() and "integer" in kinds and "number" not in kinds:
+    if (
+        isinstance(value, float)
+        and value.is_integer()
+        and "integer" in kinds
+        and "number" not in kinds
+    ):
         return int(value)
     if isinstance(value, dict) and isinstance(schema.get("properties"), dict | None):
         properties, other = schema.get("properties") or {}, schema.get("additionalProperties")
@@ -448,7 +517,9 @@ def _loosened(value: Any, schema: Any, root: Mapping[str, Any], depth: int = 0) 
     return value
 
 
-def _from_text(text: str, kinds: set[str], schema: dict[str, Any], root: Mapping[str, Any], depth: int) -> Any:
+def _from_text(
+    text: str, kinds: set[str], schema: dict[str, Any], root: Mapping[str, Any], depth: int
+) -> Any:
     bare = text.strip()
     if kinds & {"integer", "number"} and len(bare) < 400 and NUMBER.fullmatch(bare):
         digits = bare.replace(",", "")

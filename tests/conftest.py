@@ -1,6 +1,7 @@
 """Shared by all tests: a private cache, a deterministic hypothesis, the kinds of small models.
 
-JAX is configured through the environment, and before anything imports it: tests of the RLM runtime never do.
+JAX is configured through the environment, and before anything imports it: tests of the RLM runtime
+never do.
 """
 
 import gc
@@ -14,8 +15,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/mor_jax/xla-tests"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# Most of the suite's time is compiling, and half of that is LLVM's work on machine code that runs once. Without it the
-# program, its buffers and its collectives are the same; a command that a test starts inherits this.
+# Most of the suite's time is compiling, and half of that is LLVM's work on machine code that runs
+# once. Without it the program, its buffers and its collectives are the same; a command that a test
+# starts inherits this.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,7 +25,10 @@ from kinds import KINDS
 
 # Compiling is deterministic work; examples run as long as they need, without a flaky deadline.
 settings.register_profile(
-    "default", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "default",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("default")
 
@@ -33,12 +38,18 @@ LONG = {"notebooks", "parallel", "train", "engine", "launch"}
 
 
 def pytest_collection_modifyitems(items):
-    """Those of the RLM runtime first, in processes that have no JAX and no gigabytes yet: they fork, and collect garbage."""
-    items.sort(key=lambda item: 0 if "rlm" in item.path.parts else 1 if item.path.parent.name in LONG else 2)
+    """Those of the RLM runtime first, in processes that have no JAX and no gigabytes yet: they
+    fork, and collect garbage."""
+    items.sort(
+        key=lambda item: (
+            0 if "rlm" in item.path.parts else 1 if item.path.parent.name in LONG else 2
+        )
+    )
 
 
 def pytest_collection_finish():
-    """What the imports made stays: looking through all of it, collection after collection, takes a few percent."""
+    """What the imports made stays: looking through all of it, collection after collection, takes a
+    few percent."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,5 @@
-"""Requests made from a server's own OpenAPI document, good and bad ones: never a 5xx, always as documented."""
+"""Requests made from a server's own OpenAPI document, good and bad ones: never a 5xx, always as
+documented."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ from loopback import Loopback
 MODES = ("POSITIVE", "NEGATIVE")
 
 
-def fuzz(server: Loopback, mode: str, examples: Mapping[str, int], others: int) -> dict[str, set[int]]:
-    """Statuses that each operation answered with. `examples`: of these operations, `others` of the rest; all of those
-    named must be there."""
-    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (it is in the extra dev)")
+def fuzz(
+    server: Loopback, mode: str, examples: Mapping[str, int], others: int
+) -> dict[str, set[int]]:
+    """Statuses that each operation answered with. `examples`: of these operations, `others` of the
+    rest; all of those named must be there."""
+    schemathesis = pytest.importorskip(
+        "schemathesis", reason="schemathesis is not installed (it is in the extra dev)"
+    )
     from schemathesis.checks import not_a_server_error
     from schemathesis.generation import GenerationMode
     from schemathesis.specs.openapi.checks import (
@@ -24,7 +29,12 @@ def fuzz(server: Loopback, mode: str, examples: Mapping[str, int], others: int) 
     )
 
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{server.port}/openapi.json")
-    checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+    checks = [
+        not_a_server_error,
+        status_code_conformance,
+        content_type_conformance,
+        response_schema_conformance,
+    ]
     statuses: dict[str, set[int]] = {}
     for found in schema.get_all_operations():
         operation = found.ok()
@@ -34,9 +44,13 @@ def fuzz(server: Loopback, mode: str, examples: Mapping[str, int], others: int) 
         strategy = operation.as_strategy(generation_mode=GenerationMode[mode])
 
         @settings(
-            max_examples=examples.get(name, others), deadline=None, derandomize=True, database=None,
-            phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
+            max_examples=examples.get(name, others),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.explicit, Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
         @given(strategy)
         def check(case):
             response = case.call(timeout=60)

@@ -5,17 +5,32 @@ KINDS = {
     "recursive": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {}),
     "sequence": ({"sharing": "middle_sequence", "recursions": 3, "layers": 8}, {}),
     "mor": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {"policy": "expert_choice"}),
-    "token": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {"policy": "token_choice"}),
+    "token": (
+        {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
+        {"policy": "token_choice"},
+    ),
     "token_every": (
         {"sharing": "cycle", "recursions": 3, "layers": 9, "prelude": 2, "coda": 1},
-        {"policy": "token_choice", "gate": "every", "score": "sigmoid", "router": "mlp", "bias_rate": 0.01},
+        {
+            "policy": "token_choice",
+            "gate": "every",
+            "score": "sigmoid",
+            "router": "mlp",
+            "bias_rate": 0.01,
+        },
     ),
-    "recursive_shared": ({"sharing": "middle_cycle", "recursions": 3, "layers": 8}, {"kv": "shared"}),
+    "recursive_shared": (
+        {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
+        {"kv": "shared"},
+    ),
     "mor_shared": (
         {"sharing": "middle_cycle", "recursions": 3, "layers": 8},
         {"policy": "expert_choice", "kv": "shared"},
     ),
-    "token_hybrid": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "hybrid"}),
+    "token_hybrid": (
+        {"sharing": "cycle", "recursions": 3, "layers": 6},
+        {"policy": "token_choice", "kv": "hybrid"},
+    ),
 }
 # Others, for tests that go over all policies and KV strategies.
 MORE_KV = {
@@ -27,7 +42,10 @@ MORE_KV = {
         {"sharing": "cycle", "recursions": 3, "layers": 6},
         {"policy": "expert_choice", "kv": "hybrid_first"},
     ),
-    "random_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "random", "kv": "shared"}),
+    "random_shared": (
+        {"sharing": "cycle", "recursions": 3, "layers": 6},
+        {"policy": "random", "kv": "shared"},
+    ),
     "mor_relaxed": (
         {
             "sharing": "middle_cycle",
@@ -39,9 +57,13 @@ MORE_KV = {
         },
         {"policy": "expert_choice", "kv": "hybrid", "inference": "auxiliary"},
     ),
-    "token_shared": ({"sharing": "cycle", "recursions": 3, "layers": 6}, {"policy": "token_choice", "kv": "shared"}),
+    "token_shared": (
+        {"sharing": "cycle", "recursions": 3, "layers": 6},
+        {"policy": "token_choice", "kv": "shared"},
+    ),
 }
-# Features of the block and the head, each a case of tests/model/test_block.py, and all at once in the engine.
+# Features of the block and the head, each a case of tests/model/test_block.py, and all at once in
+# the engine.
 FEATURES = {
     "none": {},
     "logit_cap": {"logit_cap": 3.0},
@@ -49,9 +71,26 @@ FEATURES = {
     "qkv_bias": {"qkv_bias": True},
     "qk_norm": {"qk_norm": True},
     "linear": {"rope_scaling": "linear", "rope_factor": 4.0},
-    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 96, "rope_theta": 500.0},
-    "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64, "rope_beta_fast": 4.0},
+    "llama3": {
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_context": 96,
+        "rope_theta": 500.0,
+    },
+    "yarn": {
+        "rope_scaling": "yarn",
+        "rope_factor": 4.0,
+        "rope_original_context": 64,
+        "rope_beta_fast": 4.0,
+    },
 }
-ALL_FEATURES = {field: value for name in ("logit_cap", "untied", "qkv_bias", "qk_norm", "yarn")
-                for field, value in FEATURES[name].items()} | {"smear": 3}  # fmt: skip
-ROUTED = tuple(kind for kind, (_, depth) in (KINDS | MORE_KV).items() if depth.get("policy", "fixed") != "fixed")
+ALL_FEATURES = {
+    field: value
+    for name in ("logit_cap", "untied", "qkv_bias", "qk_norm", "yarn")
+    for field, value in FEATURES[name].items()
+} | {"smear": 3}
+ROUTED = tuple(
+    kind
+    for kind, (_, depth) in (KINDS | MORE_KV).items()
+    if depth.get("policy", "fixed") != "fixed"
+)

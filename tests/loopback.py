@@ -1,4 +1,5 @@
-"""An application on a loopback port, served by `serve` itself in a thread of this process; and requests to it."""
+"""An application on a loopback port, served by `serve` itself in a thread of this process; and
+requests to it."""
 
 from __future__ import annotations
 
@@ -22,22 +23,39 @@ class Loopback:
         self.metrics, self.admission = app.state.metrics, app.state.admission
 
     def request(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 60
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
     ) -> tuple[int, dict[str, str], bytes]:
         connection = self.begin(method, path, body, headers, timeout)
         try:
             response = connection.getresponse()
-            return response.status, {k.lower(): v for k, v in response.getheaders()}, response.read()
+            return (
+                response.status,
+                {k.lower(): v for k, v in response.getheaders()},
+                response.read(),
+            )
         finally:
             connection.close()
 
     def begin(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 60
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
     ) -> http.client.HTTPConnection:
         """A request whose answer is not waited for."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         if isinstance(body, dict | list):
-            body, headers = json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})}
+            body, headers = (
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json", **(headers or {})},
+            )
         try:
             connection.request(method, path, body, headers or {})
         except BaseException:

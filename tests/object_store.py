@@ -1,4 +1,5 @@
-"""Object stores on this machine, for tests: S3 by moto, Cloud Storage by fake-gcs-server. Real servers over HTTP."""
+"""Object stores on this machine, for tests: S3 by moto, Cloud Storage by fake-gcs-server. Real
+servers over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _NUMBERS = itertools.count(1)
 
 
 class Store(NamedTuple):
-    """A running server with a bucket of its own. `env`: how clients, in this process or another, are told of it."""
+    """A running server with a bucket of its own. `env`: how clients, in this process or another,
+    are told of it."""
 
     scheme: str
     env: dict[str, str]
@@ -35,7 +37,8 @@ class Store(NamedTuple):
 
 @contextlib.contextmanager
 def serve(scheme: str) -> Iterator[Store]:
-    """A new bucket. A process has one server of each scheme, since clients keep the address that they saw first."""
+    """A new bucket. A process has one server of each scheme, since clients keep the address that
+    they saw first."""
     url, number = _server(scheme), next(_NUMBERS)
     bucket = f"bucket-{number}"
     new = urllib.request.Request(f"{url}/{bucket}", method="PUT")
@@ -54,7 +57,9 @@ def serve(scheme: str) -> Iterator[Store]:
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
         body, kind = b'{"name": "%s"}' % bucket.encode(), {"Content-Type": "application/json"}
-        new = urllib.request.Request(f"{url}/storage/v1/b?project=test", data=body, headers=kind, method="POST")
+        new = urllib.request.Request(
+            f"{url}/storage/v1/b?project=test", data=body, headers=kind, method="POST"
+        )
     _until_answers(new)
     yield Store(scheme, env, bucket)
 
@@ -66,8 +71,16 @@ def _server(scheme: str) -> str:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     if scheme == "gs":
-        command = [_fake_gcs(), "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=memory",
-                   f"-public-host=127.0.0.1:{port}", f"-external-url={url}", "-log-level=error"]  # fmt: skip
+        command = [
+            _fake_gcs(),
+            "-scheme=http",
+            "-host=127.0.0.1",
+            f"-port={port}",
+            "-backend=memory",
+            f"-public-host=127.0.0.1:{port}",
+            f"-external-url={url}",
+            "-log-level=error",
+        ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(process.kill)
     return url

@@ -1,4 +1,5 @@
-"""What must hold of every depth policy, as functions of its configuration; a new policy is tested without a new test."""
+"""What must hold of every depth policy, as functions of its configuration; a new policy is tested
+without a new test."""
 
 import dataclasses
 import functools
@@ -12,7 +13,16 @@ from small import random_params, spread_routers
 from mor_jax.analysis import accounting
 from mor_jax.analysis.collective_plan import planned_collectives
 from mor_jax.analysis.inspection import inspect_config
-from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, OptimConfig, TrainConfig, check, from_dict
+from mor_jax.config import (
+    Config,
+    DepthConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check,
+    from_dict,
+)
 from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.model import program
 from mor_jax.model.lm import LM
@@ -22,9 +32,17 @@ from mor_jax.train.step import gradients, make_train_step
 
 T = 32
 MODEL = ModelConfig(
-    layers=3, recursions=3, sharing="cycle", width=16, heads=2, kv_heads=1, mlp_width=24, vocab_size=64, context=T,
+    layers=3,
+    recursions=3,
+    sharing="cycle",
+    width=16,
+    heads=2,
+    kv_heads=1,
+    mlp_width=24,
+    vocab_size=64,
+    context=T,
     init_std=0.3,
-)  # fmt: skip
+)
 TOLERANCE = 1e-4  # float32 of order 10: other shapes, other summation order
 
 
@@ -63,7 +81,10 @@ def holds_in_executors(depth: DepthConfig) -> None:
             return out.h_BxTxD, out.depth_BxT, gradients(of, params, rows, 1)
 
         found[executor] = run(params)
-    (h_m, depth_m, (grad_m, sums_m)), (h_g, depth_g, (grad_g, sums_g)) = found["masked"], found["gathered"]
+    (h_m, depth_m, (grad_m, sums_m)), (h_g, depth_g, (grad_g, sums_g)) = (
+        found["masked"],
+        found["gathered"],
+    )
     np.testing.assert_array_equal(depth_m, depth_g)
     np.testing.assert_allclose(h_m, h_g, atol=TOLERANCE)
     np.testing.assert_allclose(sums_m["loss"], sums_g["loss"], rtol=1e-5)
@@ -72,10 +93,16 @@ def holds_in_executors(depth: DepthConfig) -> None:
 
 
 def holds_in_training(depth: DepthConfig) -> None:
-    """The loss of a batch falls over a few steps on it, and what the policy promises is in the metrics."""
+    """The loss of a batch falls over a few steps on it, and what the policy promises is in the
+    metrics."""
     lm, params = small(depth)
-    tx = optimizer_of(Config(model=MODEL, depth=depth, optim=OptimConfig(peak_lr=1e-2, schedule="constant")), 20)
-    state, step = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)), jax.jit(make_train_step(lm, tx))
+    tx = optimizer_of(
+        Config(model=MODEL, depth=depth, optim=OptimConfig(peak_lr=1e-2, schedule="constant")), 20
+    )
+    state, step = (
+        TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)),
+        jax.jit(make_train_step(lm, tx)),
+    )
     losses = []
     for _ in range(12):
         state, metrics = step(state, batch())
@@ -87,13 +114,16 @@ def holds_in_training(depth: DepthConfig) -> None:
 
 
 def holds_in_decoding(depth: DepthConfig) -> None:
-    """Prefill and cached decoding compute the full causal forward pass, and the cache holds what accounting says."""
+    """Prefill and cached decoding compute the full causal forward pass, and the cache holds what
+    accounting says."""
     lm, params = small(depth)
     tokens = jax.random.randint(jax.random.key(1), (2, T), 0, 64)
     full = jax.jit(lambda p: lm.forward(p, tokens, mode="causal"))(params)
     want, depths = np.asarray(lm.logits(params, full.h_BxTxD)), np.asarray(full.depth_BxT)
     lengths, rows = np.array([5, 9]), np.arange(2)
-    logits, cache, seen = jax.jit(prefill, static_argnums=(0, 4))(lm, params, tokens[:, :9], jnp.asarray(lengths), T)
+    logits, cache, seen = jax.jit(prefill, static_argnums=(0, 4))(
+        lm, params, tokens[:, :9], jnp.asarray(lengths), T
+    )
     np.testing.assert_allclose(logits, want[rows, lengths - 1], atol=TOLERANCE)
     for b, n in enumerate(lengths):
         np.testing.assert_array_equal(np.asarray(seen)[b, :n], depths[b, :n])
@@ -129,28 +159,44 @@ def holds_in_accounting(depth: DepthConfig) -> None:
     """Parameters, row sizes and shares are those of the program that runs."""
     lm, params = small(depth)
     leaves = {name: leaf for name, leaf in params["router"].items() if name != "survey"}
-    assert accounting.parameters(MODEL, depth).router == sum(leaf.size for leaf in jax.tree.leaves(leaves))
+    assert accounting.parameters(MODEL, depth).router == sum(
+        leaf.size for leaf in jax.tree.leaves(leaves)
+    )
     counts = lm.policy.counts(T)
-    assert counts.surveyed == math.prod(params["router"]["survey"].shape if "survey" in params["router"] else (0,))
+    assert counts.surveyed == math.prod(
+        params["router"]["survey"].shape if "survey" in params["router"] else (0,)
+    )
     tokens = jax.random.randint(jax.random.key(3), (8, T), 0, 64)
     run = jax.jit(lambda p: lm.forward(p, tokens, executor="masked").active_RxBxT)
     ran_RxB = np.asarray(run(params)).sum(axis=-1)
     assert (ran_RxB <= np.array(counts.row_sizes)[:, None]).all()
     if len(lm.policy.profiles(T)) == 1:  # known beforehand, so counted exactly
-        np.testing.assert_array_equal(ran_RxB, np.array([program.active_counts(depth.shares(MODEL), T)] * 8).T)
+        np.testing.assert_array_equal(
+            ran_RxB, np.array([program.active_counts(depth.shares(MODEL), T)] * 8).T
+        )
     assert len(lm.policy.expected_shares(params["router"])) == MODEL.recursions
     ran = ran_RxB.mean(axis=1)
-    at_all_depths = accounting.true_flops_per_token(MODEL, depth, mean_counts=[T] * MODEL.recursions)
+    at_all_depths = accounting.true_flops_per_token(
+        MODEL, depth, mean_counts=[T] * MODEL.recursions
+    )
     found = accounting.true_flops_per_token(MODEL, depth, mean_counts=ran.tolist())
     assert (found.blocks < at_all_depths.blocks) == (ran.sum() < T * MODEL.recursions)
     assert found.router * T == lm.policy.counts(T, ran).flops >= 0
-    cfg = Config(model=MODEL, depth=depth, train=TrainConfig(steps=10, batch_size=4), mesh=MeshConfig())
+    cfg = Config(
+        model=MODEL, depth=depth, train=TrainConfig(steps=10, batch_size=4), mesh=MeshConfig()
+    )
     report = inspect_config(cfg)
-    assert report["memory"]["total"] > 0 and report["program"]["capacities"] == list(depth.shares(MODEL))
+    assert report["memory"]["total"] > 0 and report["program"]["capacities"] == list(
+        depth.shares(MODEL)
+    )
     assert planned_collectives(cfg, devices=4)
 
 
 HOLDS = (
-    holds_in_configurations, holds_in_executors, holds_in_training, holds_in_decoding, holds_in_causality,
+    holds_in_configurations,
+    holds_in_executors,
+    holds_in_training,
+    holds_in_decoding,
+    holds_in_causality,
     holds_in_accounting,
-)  # fmt: skip
+)

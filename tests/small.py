@@ -12,17 +12,27 @@ from mor_jax.model.lm import LM
 def small_lm(kind: str, **model) -> LM:
     """A model of one of these kinds, small, with weights large enough that every part matters."""
     shape, depth = (KINDS | MORE_KV)[kind]
-    base = {"width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 64, "context": 64, "init_std": 0.2}
+    base = {
+        "width": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "mlp_width": 48,
+        "vocab_size": 64,
+        "context": 64,
+        "init_std": 0.2,
+    }
     return LM(ModelConfig(**{**base, **shape, **model}), DepthConfig(**depth))
 
 
 def random_params(lm: LM, seed: int = 0) -> dict:
-    """Parameters drawn by numpy, `init_std` large, norms near one: `LM.init` without compiling its generators."""
+    """Parameters drawn by numpy, `init_std` large, norms near one: `LM.init` without compiling its
+    generators."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         x = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[-1].key == "bias" and path[0].key == "router":  # of a selection, beside scores that are close
+        # of a selection, beside scores that are close
+        if path[-1].key == "bias" and path[0].key == "router":
             return jnp.asarray(0.003 * x)
         return jnp.asarray(1 + 0.1 * x if path[-1].key == "scale" else lm.model.init_std * x)
 

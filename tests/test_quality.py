@@ -1,4 +1,5 @@
-"""The quality benchmark's own claims: equal budgets, contrasts of models it has, groups that are everything once."""
+"""The quality benchmark's own claims: equal budgets, contrasts of models it has, groups that are
+everything once."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ def sweep():
 
 
 def test_every_model_gets_the_same_true_flops(sweep):
-    spent = [accounting.true_training_flops(job.config, job.config.train.steps) for job in jobs(sweep)]
+    spent = [
+        accounting.true_training_flops(job.config, job.config.train.steps) for job in jobs(sweep)
+    ]
     assert spent == pytest.approx([quality_models.FLOPS] * len(spent), rel=2e-3)
     (varied,) = quality_models.sweep("corpus.jsonl", names=(quality_models.VARIED,)).points
     assert varied.fields["depth.vary"] > 0
@@ -39,7 +42,9 @@ def test_contrasts_are_judged_by_both_losses(sweep):
         for name, causal, topk in (("vanilla", 5.0, 5.0), ("MoR_expert", 5.1, 4.9)):
             values = {"causal/nll": causal + 0.01 * seed, "topk/nll": topk + 0.01 * seed}
             outcomes.append(Outcome(points[name], seed, values))
-    said = next(s for s in judged(outcomes) if (s["better"], s["worse"]) == ("MoR_expert", "vanilla"))
+    said = next(
+        s for s in judged(outcomes) if (s["better"], s["worse"]) == ("MoR_expert", "vanilla")
+    )
     assert said["causal"]["verdict"] == "does not agree" and said["topk"]["verdict"] == "agrees"
     assert "opposite" in said["sentence"]
 

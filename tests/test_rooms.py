@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mor_jax"
-# From the top; rooms on one line do not import each other. `errors` and the package itself are the ground.
+# From the top; rooms on one line do not import each other. `errors` and the package itself are the
+# ground.
 ORDER = [
     ["weights"],
     ["train"],
@@ -30,10 +31,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RUNTIME = ROOT / "rlm_runtime"
 # From the top, as above; files of the package itself are rooms too.
 RUNTIME_ORDER = [
-    ["__main__"], ["cli"], ["training"], ["serve", "viewer", "tasks", "replay"], ["rlm", "mcp"], ["tools"],
-    ["prompts", "parsing", "structured", "live", "otel"], ["trajectory"], ["repl"], ["budget"], ["context"], ["lms"],
-    ["replies"], ["errors", "terminal"],
-]  # fmt: skip
+    ["__main__"],
+    ["cli"],
+    ["training"],
+    ["serve", "viewer", "tasks", "replay"],
+    ["rlm", "mcp"],
+    ["tools"],
+    ["prompts", "parsing", "structured", "live", "otel"],
+    ["trajectory"],
+    ["repl"],
+    ["budget"],
+    ["context"],
+    ["lms"],
+    ["replies"],
+    ["errors", "terminal"],
+]
 RUNTIME_LEVEL = {room: -i for i, rooms in enumerate(RUNTIME_ORDER) for room in rooms}
 RUNTIME_FILES = sorted(RUNTIME.rglob("*.py"))
 WORKER = RUNTIME / "repl" / "worker"
@@ -41,7 +53,9 @@ WORKER = RUNTIME / "repl" / "worker"
 
 def imports(path: Path) -> set[str]:
     """Full dotted names of everything a file imports, wherever in it the import stands."""
-    return names_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).with_suffix("").parts[:-1])
+    return names_in(
+        path.read_text(encoding="utf-8"), path.relative_to(ROOT).with_suffix("").parts[:-1]
+    )
 
 
 def names_in(source: str, package: tuple[str, ...]) -> set[str]:
@@ -108,8 +122,11 @@ def test_configs_are_data(path):
     # The tiny ablations read text that comes with every Python, wherever it is installed.
     standard = {"sysconfig"} if path.name == "sizes.py" else set()
     assert {n.split(".")[0] for n in names} <= {"ml_collections", "mor_jax"} | standard
-    # The helper that fills in defaults reads them from the typed configuration; no configuration itself does.
-    allowed = ("mor_jax.errors", "mor_jax.config") if path.name == "arguments.py" else ("mor_jax.errors",)
+    # The helper that fills in defaults reads them from the typed configuration; no configuration
+    # itself does.
+    allowed = (
+        ("mor_jax.errors", "mor_jax.config") if path.name == "arguments.py" else ("mor_jax.errors",)
+    )
     assert all(n.startswith(allowed) for n in names if n.startswith("mor_jax"))
 
 
@@ -122,7 +139,9 @@ def test_runtime_imports_point_down(path):
     for name in imports(path):
         first, *rest = name.split(".")
         if first == "rlm_runtime" and rest and rest[0] in RUNTIME_LEVEL and rest[0] != room:
-            assert RUNTIME_LEVEL[rest[0]] < RUNTIME_LEVEL[room], f"{room} imports {name}, which is above it"
+            assert RUNTIME_LEVEL[rest[0]] < RUNTIME_LEVEL[room], (
+                f"{room} imports {name}, which is above it"
+            )
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
@@ -145,8 +164,13 @@ def test_a_circle_is_found():
 
 @pytest.mark.parametrize("files", [FILES, RUNTIME_FILES], ids=["mor_jax", "rlm_runtime"])
 def test_files_import_each_other_in_no_circle(files):
-    """Imports inside functions and for type checkers count. `__init__.py` files, which collect names of their own package, are left out."""
-    modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in files if p.name != "__init__.py"}
+    """Imports inside functions and for type checkers count. `__init__.py` files, which collect
+    names of their own package, are left out."""
+    modules = {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+        for p in files
+        if p.name != "__init__.py"
+    }
     edges = {}
     for name, path in modules.items():
         found = imports(path)
@@ -159,11 +183,18 @@ def test_files_import_each_other_in_no_circle(files):
 
 
 def test_the_runtime_meets_jax_in_one_file():
-    """`import rlm_runtime` needs no JAX: a checkpoint as a language model is the one place that does."""
-    meet = {name_of(p) for p in RUNTIME_FILES if tops(p) & {"jax", "flax", "mor_jax", "launch", "configs"}}
+    """`import rlm_runtime` needs no JAX: a checkpoint as a language model is the one place that
+    does."""
+    meet = {
+        name_of(p)
+        for p in RUNTIME_FILES
+        if tops(p) & {"jax", "flax", "mor_jax", "launch", "configs"}
+    }
     assert meet == {"rlm_runtime/lms/checkpoint.py"}
     code = "import sys, rlm_runtime as r; [getattr(r, n) for n in r.__all__]; print('jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -173,7 +204,9 @@ def test_the_worker_is_the_standard_library_alone(path):
     beside = {p.stem for p in WORKER.glob("*.py")} | {"worker"}
     for name in imports(path):
         ours = name.startswith("rlm_runtime.repl.worker") or name.split(".")[0] in beside
-        assert ours or name.split(".")[0] in sys.stdlib_module_names | {"_frozen_importlib_external"}, name
+        assert ours or name.split(".")[0] in sys.stdlib_module_names | {
+            "_frozen_importlib_external"
+        }, name
 
 
 def test_tensorflow_nowhere():

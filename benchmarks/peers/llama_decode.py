@@ -1,4 +1,5 @@
-"""Greedy decoding of a random Llama with llama.cpp (bindings of llama-cpp-python; writing the model needs `gguf`).
+"""Greedy decoding of a random Llama with llama.cpp (bindings of llama-cpp-python; writing the model
+needs `gguf`).
 
     python llama_decode.py '{"vocab_size": 49152, ..., "folder": "/somewhere"}'
 
@@ -19,12 +20,15 @@ KEPT: list[Any] = []  # llama.cpp calls it for as long as it runs
 
 
 def write_model(path: Path, c: dict[str, Any]) -> None:
-    """A Llama of random weights without a tokenizer: matrices in the wanted type, norms in float32."""
+    """A Llama of random weights without a tokenizer: matrices in the wanted type, norms in
+    float32."""
     import gguf
     import numpy as np
 
     rng = np.random.default_rng(0)
-    kind = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}[c["dtype"]]
+    kind = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}[
+        c["dtype"]
+    ]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(c["context"])
     writer.add_embedding_length(c["width"])
@@ -52,8 +56,14 @@ def write_model(path: Path, c: dict[str, Any]) -> None:
     for i in range(c["layers"]):
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{i}.{name}.weight", ones)
-        for name, rows in (("attn_q", width), ("attn_k", kv), ("attn_v", kv), ("attn_output", width),
-                           ("ffn_gate", mlp), ("ffn_up", mlp)):  # fmt: skip
+        for name, rows in (
+            ("attn_q", width),
+            ("attn_k", kv),
+            ("attn_v", kv),
+            ("attn_output", width),
+            ("ffn_gate", mlp),
+            ("ffn_up", mlp),
+        ):
             matrix(f"blk.{i}.{name}.weight", rows, width)
         matrix(f"blk.{i}.ffn_down.weight", width, mlp)
     writer.write_header_to_file()
@@ -101,11 +111,19 @@ def start(c: dict[str, Any]):
                 raise SystemExit("llama_decode failed.")
 
         def drawn(places: Any) -> list[int]:
-            at = lambda i: np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), (c["vocab_size"],))
+            at = lambda i: np.ctypeslib.as_array(
+                lib.llama_get_logits_ith(context, i), (c["vocab_size"],)
+            )
             return [int(at(i).argmax()) for i in places]
 
         begin = time.perf_counter()
-        decode([(t, p, r, p == length - 1) for r, prompt in enumerate(prompts) for p, t in enumerate(prompt)])
+        decode(
+            [
+                (t, p, r, p == length - 1)
+                for r, prompt in enumerate(prompts)
+                for p, t in enumerate(prompt)
+            ]
+        )
         tokens, position = drawn([(r + 1) * length - 1 for r in range(rows)]), length
         prefill = time.perf_counter() - begin
 

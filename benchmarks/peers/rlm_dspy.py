@@ -1,4 +1,5 @@
-"""One completion of `dspy.RLM` (LocalInterpreter: a subprocess) for `rlm_overhead`; see `rlm_driver.py` for the job."""
+"""One completion of `dspy.RLM` (LocalInterpreter: a subprocess) for `rlm_overhead`; see
+`rlm_driver.py` for the job."""
 
 import json
 import sys
@@ -27,9 +28,16 @@ def main() -> None:
     called = time.monotonic()
     result = rlm(context=prompt, query="What does it say?")
     returned = time.monotonic()
-    print(json.dumps({
-        "answer": result.answer, "called": called, "returned": returned, "import_seconds": called - before
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "answer": result.answer,
+                "called": called,
+                "returned": returned,
+                "import_seconds": called - before,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

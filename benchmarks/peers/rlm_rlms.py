@@ -1,4 +1,5 @@
-"""One completion of the official `rlms` (its in-process REPL) for `rlm_overhead`; see `rlm_driver.py` for the job."""
+"""One completion of the official `rlms` (its in-process REPL) for `rlm_overhead`; see
+`rlm_driver.py` for the job."""
 
 import json
 import sys
@@ -26,9 +27,16 @@ def main() -> None:
     called = time.monotonic()
     result = rlm.completion(prompt, root_prompt="What does it say?")
     returned = time.monotonic()
-    print(json.dumps({
-        "answer": result.response, "called": called, "returned": returned, "import_seconds": called - before
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "answer": result.response,
+                "called": called,
+                "returned": returned,
+                "import_seconds": called - before,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

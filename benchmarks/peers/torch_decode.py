@@ -1,8 +1,11 @@
-"""Greedy decoding of a random Llama with PyTorch's transformers: the plain loop over `model(..., past_key_values)`.
+"""Greedy decoding of a random Llama with PyTorch's transformers: the plain loop over `model(...,
+past_key_values)`.
 
-    python torch_decode.py '{"vocab_size": 49152, "width": 576, ..., "dtype": "bfloat16", "threads": 2}'
+    python torch_decode.py '{"vocab_size": 49152, "width": 576, ..., "dtype": "bfloat16", "threads":
+    2}'
 
-then a line {"tokens": [[...], ...], "warm": 13, "blocks": 5, "block": 10} a measurement; it answers in seconds.
+then a line {"tokens": [[...], ...], "warm": 13, "blocks": 5, "block": 10} a measurement; it answers
+in seconds.
 """
 
 from __future__ import annotations
@@ -21,12 +24,18 @@ def start(c: dict[str, Any]):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=c["vocab_size"], hidden_size=c["width"], intermediate_size=c["mlp_width"],
-            num_hidden_layers=c["layers"], num_attention_heads=c["heads"], num_key_value_heads=c["kv_heads"],
-            max_position_embeddings=c["context"], initializer_range=c["init_std"], tie_word_embeddings=True,
+            vocab_size=c["vocab_size"],
+            hidden_size=c["width"],
+            intermediate_size=c["mlp_width"],
+            num_hidden_layers=c["layers"],
+            num_attention_heads=c["heads"],
+            num_key_value_heads=c["kv_heads"],
+            max_position_embeddings=c["context"],
+            initializer_range=c["init_std"],
+            tie_word_embeddings=True,
             attn_implementation="sdpa",
         )
-    )  # fmt: skip
+    )
     model = model.to(getattr(torch, c["dtype"])).eval()
 
     @torch.inference_mode()
@@ -49,8 +58,9 @@ def start(c: dict[str, Any]):
 
     facts = {
         "version": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "threads": torch.get_num_threads(), "parameters": sum(p.numel() for p in model.parameters()),
-    }  # fmt: skip
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     return facts, measure
 
 

@@ -4,10 +4,11 @@ Needs torch and transformers and nothing of this project, so any Python that has
 
     python torch_train_step.py '{"vocab_size": 2048, "width": 512, ...}'
 
-It speaks lines of JSON. On stdin: first the batch (a list of rows of token ids), then "step" for each step wanted; the
-end of the input ends it. On stdout: one object when ready, one a step. Between lines it is blocked on stdin and uses
-no core. The step is `LlamaForCausalLM` with fused attention ("sdpa") and tied embeddings, forward and loss, backward,
-clipping, fused AdamW with decay on matrices only; float32, or bfloat16 under autocast with float32 parameters.
+It speaks lines of JSON. On stdin: first the batch (a list of rows of token ids), then "step" for
+each step wanted; the end of the input ends it. On stdout: one object when ready, one a step.
+Between lines it is blocked on stdin and uses no core. The step is `LlamaForCausalLM` with fused
+attention ("sdpa") and tied embeddings, forward and loss, backward, clipping, fused AdamW with decay
+on matrices only; float32, or bfloat16 under autocast with float32 parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import time
 
 def main() -> None:
     config = json.loads(sys.argv[1])
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library that prints must not break the conversation
+    # a library that prints must not break the conversation
+    answers, sys.stdout = sys.stdout, sys.stderr
 
     def answer(record: dict) -> None:
         print(json.dumps(record), file=answers, flush=True)
@@ -32,7 +34,9 @@ def main() -> None:
     torch.manual_seed(config["seed"])
     device = torch.device(config["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch of this Python sees no GPU; give --peer another Python, or --peer off.")
+        raise SystemExit(
+            "torch of this Python sees no GPU; give --peer another Python, or --peer off."
+        )
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     model = transformers.LlamaForCausalLM(
@@ -59,7 +63,11 @@ def main() -> None:
         {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(
-        groups, lr=config["peak_lr"], betas=(config["b1"], config["b2"]), eps=config["eps"], fused=True
+        groups,
+        lr=config["peak_lr"],
+        betas=(config["b1"], config["b2"]),
+        eps=config["eps"],
+        fused=True,
     )
     half = config["dtype"] == "bfloat16"
     tokens = torch.tensor(json.loads(sys.stdin.readline()), dtype=torch.long, device=device)

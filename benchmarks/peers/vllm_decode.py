@@ -2,7 +2,8 @@
 
     python vllm_decode.py '{"vocab_size": 49152, ..., "folder": "/somewhere"}'
 
-The engine hands out whole generations, so the time of a block is the difference between a long and a short one.
+The engine hands out whole generations, so the time of a block is the difference between a long and
+a short one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,43 @@ def start(c: dict[str, Any]):
 
     folder = Path(c["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c["vocab_size"],
-        "hidden_size": c["width"], "intermediate_size": c["mlp_width"], "num_hidden_layers": c["layers"],
-        "num_attention_heads": c["heads"], "num_key_value_heads": c["kv_heads"], "hidden_act": "silu",
-        "max_position_embeddings": c["context"], "initializer_range": c["init_std"], "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": c["dtype"], "bos_token_id": 0,
-        "eos_token_id": 0,
-    }))  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": c["vocab_size"],
+                "hidden_size": c["width"],
+                "intermediate_size": c["mlp_width"],
+                "num_hidden_layers": c["layers"],
+                "num_attention_heads": c["heads"],
+                "num_key_value_heads": c["kv_heads"],
+                "hidden_act": "silu",
+                "max_position_embeddings": c["context"],
+                "initializer_range": c["init_std"],
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "tie_word_embeddings": True,
+                "torch_dtype": c["dtype"],
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            }
+        )
+    )
     engine = vllm.LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, dtype=c["dtype"], max_num_seqs=64,
-        max_model_len=c["context"], enable_prefix_caching=False,
-    )  # fmt: skip
+        model=str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype=c["dtype"],
+        max_num_seqs=64,
+        max_model_len=c["context"],
+        enable_prefix_caching=False,
+    )
 
     def run(tokens: list[list[int]], new: int) -> float:
-        wish = vllm.SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+        wish = vllm.SamplingParams(
+            temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False
+        )
         begin = time.perf_counter()
         engine.generate([{"prompt_token_ids": t} for t in tokens], wish, use_tqdm=False)
         return time.perf_counter() - begin

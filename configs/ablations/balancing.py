@@ -1,9 +1,11 @@
-"""Token-choice balancing: a loss, or a moved selection bias; score, alpha, router, z-loss (paper, table 14).
+"""Token-choice balancing: a loss, or a moved selection bias; score, alpha, router, z-loss (paper,
+table 14).
 
     python -m launch.sweep configs/ablations/balancing.py:small --workdir runs/balancing
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. MaxVio is the largest load over the mean, less one; entropy
-is of the mean scores, at most ln 3 = 1.099. The paper settles on the loss at 0.1 with a linear router and softmax.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. MaxVio is the largest load over the
+mean, less one; entropy is of the mean scores, at most ln 3 = 1.099. The paper settles on the loss
+at 0.1 with a linear router and softmax.
 """
 
 from configs.ablations import sizes
@@ -28,21 +30,33 @@ def get_sweep(arg: str = "") -> dict:
     size = sizes.parse(arg)
     base = sizes.base(size)
     base.model.update(
-        {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": sizes.fit(sizes.layers_of(size), 3, ends=2),
+        }
     )
     base.depth.policy = "token_choice"
     points = []
     for (kind, strength, score, alpha, router, z_loss), nll in PAPER.items():
-        labels = {"balancing": f"{kind} {strength:g}", "score": score, "alpha": f"a{alpha:g}", "router": router}
+        labels = {
+            "balancing": f"{kind} {strength:g}",
+            "score": score,
+            "alpha": f"a{alpha:g}",
+            "router": router,
+        }
         fields = {
             "depth.balance_loss_weight": strength if kind == "loss" else 0.0,
             "depth.bias_rate": strength if kind == "free" else 0.0,
             "depth.score": score,
             "depth.alpha": alpha,
             "depth.router": router,
-            "depth.z_loss_weight": 1e-3 if z_loss else 0.0,  # of the paper's text; its released configuration says 1e-5
+            # of the paper's text; its released configuration says 1e-5
+            "depth.z_loss_weight": 1e-3 if z_loss else 0.0,
         }
-        points.append({"labels": labels | {"z-loss": "z" if z_loss else ""}, "fields": fields, "paper": nll})
+        points.append(
+            {"labels": labels | {"z-loss": "z" if z_loss else ""}, "fields": fields, "paper": nll}
+        )
     return {
         "title": f"Token-choice balancing, {size}",
         "base": base,

@@ -1,9 +1,11 @@
-"""Vanilla, recursive and Mixture-of-Recursions at three equal training budgets (paper, table 9; N_r = 3).
+"""Vanilla, recursive and Mixture-of-Recursions at three equal training budgets (paper, table 9; N_r
+= 3).
 
     python -m launch.sweep configs/ablations/isoflop.py:small --workdir runs/isoflop
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. Budgets are forward FLOPs after the paper's accounting. At
-small budgets every model is far from done and the cheaper token wins; the paper's differences shrink as budgets grow.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. Budgets are forward FLOPs after the
+paper's accounting. At small budgets every model is far from done and the cheaper token wins; the
+paper's differences shrink as budgets grow.
 """
 
 from configs import paper
@@ -39,11 +41,14 @@ def get_sweep(arg: str = "") -> dict:
     }
     points = []
     for b, budget in enumerate(budgets):
-        # As many warm-up steps at every budget as 5 % of the smallest one (released configurations).
+        # As many warm-up steps at every budget as 5 % of the smallest one (released
+        # configurations).
         of_budget = {"train.flops": budget, "optim.warmup": 0.05 * budgets[0] / budget}
         for m, (model, fields) in enumerate(models.items()):
             labels = {"model": model, "FLOPs": f"{budget:g}".replace("+", "")}
-            points.append({"labels": labels, "fields": fields | of_budget, "paper": PAPER[scale][m][b]})
+            points.append(
+                {"labels": labels, "fields": fields | of_budget, "paper": PAPER[scale][m][b]}
+            )
     published = ", ".join(f"{b:g}".replace("+", "") for b in PUBLISHED)
     return {
         "title": f"Equal training FLOPs, {size}",

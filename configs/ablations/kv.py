@@ -1,9 +1,11 @@
-"""Whose keys and values a recursion sees: its own, the first recursion's, or a mixture (paper, table 15; N_r = 3).
+"""Whose keys and values a recursion sees: its own, the first recursion's, or a mixture (paper,
+table 15; N_r = 3).
 
     python -m launch.sweep configs/ablations/kv.py:small --workdir runs/kv
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. In the paper sharing costs a recursive model and expert-choice
-about 0.01 to 0.02 nats, helps token-choice as much, and the hybrid (of the released code, here hybrid_first) equals recursion-wise caching.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. In the paper sharing costs a recursive
+model and expert-choice about 0.01 to 0.02 nats, helps token-choice as much, and the hybrid (of the
+released code, here hybrid_first) equals recursion-wise caching.
 """
 
 from configs.ablations import sizes
@@ -24,7 +26,11 @@ def get_sweep(arg: str = "") -> dict:
     size = sizes.parse(arg)
     base = sizes.base(size)
     base.model.update(
-        {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": sizes.fit(sizes.layers_of(size), 3, ends=2),
+        }
     )
     router = {"expert_choice": {"depth.aux_loss_weight": 0.001 * sizes.RELEASED_ACCUMULATION}}
     points = [

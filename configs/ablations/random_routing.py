@@ -1,9 +1,11 @@
-"""Learned against random routing: the same capacities, with a router or drawn (paper, table 13; N_r = 3).
+"""Learned against random routing: the same capacities, with a router or drawn (paper, table 13; N_r
+= 3).
 
     python -m launch.sweep configs/ablations/random_routing.py:small --workdir runs/random
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. In the paper the router is worth 0.067 nats over a draw, and
-the two fixed ends of the scale stand beside them: no routing at all, and a draw whose gate is 1 instead of alpha.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. In the paper the router is worth 0.067
+nats over a draw, and the two fixed ends of the scale stand beside them: no routing at all, and a
+draw whose gate is 1 instead of alpha.
 """
 
 from configs.ablations import sizes
@@ -21,7 +23,11 @@ def get_sweep(arg: str = "") -> dict:
     size = sizes.parse(arg)
     base = sizes.base(size)
     base.model.update(
-        {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": sizes.fit(sizes.layers_of(size), 3, ends=2),
+        }
     )
     router = {"expert_choice": {"depth.aux_loss_weight": 0.001 * sizes.RELEASED_ACCUMULATION}}
     points = [

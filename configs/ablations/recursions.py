@@ -1,8 +1,10 @@
-"""One, two or three recursions over the same unique parameters: 1 + b + 1 blocks (paper, table 8; expert-choice).
+"""One, two or three recursions over the same unique parameters: 1 + b + 1 blocks (paper, table 8;
+expert-choice).
 
     python -m launch.sweep configs/ablations/recursions.py:small --workdir runs/recursions
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. More recursions cost more FLOPs a token and no parameters.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. More recursions cost more FLOPs a
+token and no parameters.
 """
 
 from configs.ablations import sizes
@@ -22,7 +24,9 @@ def get_sweep(arg: str = "") -> dict:
             "depth.policy": "expert_choice",
             "depth.aux_loss_weight": 0.001 * sizes.RELEASED_ACCUMULATION,
         }
-        points.append({"labels": {"N_r": str(recursions)}, "fields": fields, "paper": PAPER[recursions]})
+        points.append(
+            {"labels": {"N_r": str(recursions)}, "fields": fields, "paper": PAPER[recursions]}
+        )
     return {
         "title": f"Recursions at fixed unique parameters, {size}",
         "base": sizes.base(size),

@@ -1,9 +1,11 @@
-"""What a recursion has of its own: nothing, norms, an encoding, a low-rank addition (paper, table 16; N_r = 3).
+"""What a recursion has of its own: nothing, norms, an encoding, a low-rank addition (paper, table
+16; N_r = 3).
 
     python -m launch.sweep configs/ablations/relaxation.py:small --workdir runs/relaxation
 
-Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. Trained from scratch it hardly matters in the paper (whose
-unrelaxed row is that of shared keys); from pretrained weights see `launch.convert --relaxation svd`.
+Argument: tiny | small (default) | 135m | 360m | 730m | 1.7b. Trained from scratch it hardly matters
+in the paper (whose unrelaxed row is that of shared keys); from pretrained weights see
+`launch.convert --relaxation svd`.
 """
 
 from configs.ablations import sizes
@@ -23,7 +25,11 @@ def get_sweep(arg: str = "") -> dict:
     size = sizes.parse(arg)
     base = sizes.base(size)
     base.model.update(
-        {"sharing": "middle_cycle", "recursions": 3, "layers": sizes.fit(sizes.layers_of(size), 3, ends=2)}
+        {
+            "sharing": "middle_cycle",
+            "recursions": 3,
+            "layers": sizes.fit(sizes.layers_of(size), 3, ends=2),
+        }
     )
     points = []
     for name, (fields, nll) in PAPER.items():

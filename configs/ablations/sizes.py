@@ -1,4 +1,5 @@
-"""The sizes that ablations come in: `tiny` runs in seconds, `small` in minutes on two cores, the others are the paper's.
+"""The sizes that ablations come in: `tiny` runs in seconds, `small` in minutes on two cores, the
+others are the paper's.
 
 A sweep adds its own fields; `depth` and `sharing` are left plain here.
 """
@@ -12,8 +13,9 @@ from mor_jax.errors import ConfigError
 
 OURS = ("tiny", "small")
 TOKENS = 10e9  # of the paper's ablations (tables 8, 10, 13 to 15)
-# The released trainer multiplies its router loss by its 16 accumulation steps; every loss here means the same under any
-# accumulation, so that the paper's nominal coefficients are written out at what they amount to.
+# The released trainer multiplies its router loss by its 16 accumulation steps; every loss here
+# means the same under any accumulation, so that the paper's nominal coefficients are written out at
+# what they amount to.
 RELEASED_ACCUMULATION = 16
 
 
@@ -21,7 +23,9 @@ def parse(arg: str) -> str:
     """The size in a sweep's argument; `small` when there is none."""
     size = arguments.parse(arg, size="small")["size"]
     if size not in (*OURS, *paper.SIZES):
-        raise ConfigError(f"there is no size {size!r}; choose one of {', '.join((*OURS, *paper.SIZES))}.")
+        raise ConfigError(
+            f"there is no size {size!r}; choose one of {', '.join((*OURS, *paper.SIZES))}."
+        )
     return size
 
 
@@ -31,16 +35,23 @@ def layers_of(size: str) -> int:
 
 
 def fit(layers: int, recursions: int, ends: int) -> int:
-    """The most layers, not above `layers`, of which all but `ends` split into `recursions` (as the paper's ablations)."""
+    """The most layers, not above `layers`, of which all but `ends` split into `recursions` (as the
+    paper's ablations)."""
     return ends + (layers - ends) // recursions * recursions
 
 
 def base(size: str) -> ConfigDict:
-    """An unshared model of this size and the ablations' recipe: cosine to a tenth, the same tokens for every run."""
+    """An unshared model of this size and the ablations' recipe: cosine to a tenth, the same tokens
+    for every run."""
     if size not in OURS:
         config = paper.base("ablation", size, 1)
         config.optim.update({"schedule": "cosine", "warmup": 0.05, "final_lr": 0.1})
-        config.train.update({"flops": 0.0, "steps": round(TOKENS / (config.train.batch_size * config.model.context))})
+        config.train.update(
+            {
+                "flops": 0.0,
+                "steps": round(TOKENS / (config.train.batch_size * config.model.context)),
+            }
+        )
         return config
     tiny = size == "tiny"
     return arguments.complete(
@@ -58,7 +69,10 @@ def base(size: str) -> ConfigDict:
             "data": {
                 # tiny: two hundred kilobytes of text that every Python has.
                 "source": "files" if tiny else "pystdlib",
-                "paths": (sysconfig.get_path("stdlib") + "/json/*.py", sysconfig.get_path("stdlib") + "/email/*.py")
+                "paths": (
+                    sysconfig.get_path("stdlib") + "/json/*.py",
+                    sysconfig.get_path("stdlib") + "/email/*.py",
+                )
                 if tiny
                 else (),
                 "tokenizer": "bytes" if tiny else "bpe",

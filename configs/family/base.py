@@ -1,5 +1,6 @@
-"""What the presets of the family share: the sizes, the text and the recipe of configs/quickstart.py, so that any two
-compare at equal width, data and training FLOPs. Override `model`, `data` and `train` for another scale.
+"""What the presets of the family share: the sizes, the text and the recipe of
+configs/quickstart.py, so that any two compare at equal width, data and training FLOPs. Override
+`model`, `data` and `train` for another scale.
 """
 
 from ml_collections import ConfigDict
@@ -8,7 +9,11 @@ from configs import quickstart
 
 
 def preset(
-    name: str, layers: tuple[int, int, int], recursions: int, model: dict | None = None, recursion: dict | None = None
+    name: str,
+    layers: tuple[int, int, int],
+    recursions: int,
+    model: dict | None = None,
+    recursion: dict | None = None,
 ) -> ConfigDict:
     """`layers`: blocks of prelude, core and coda, each of its own."""
     prelude, core, coda = layers

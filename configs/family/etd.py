@@ -2,9 +2,10 @@
 
     python -m launch.train --config configs/family/etd.py --workdir runs/etd
 
-Argument: k, the repetitions. Reproduced: the program, here 2-2*k-2 (the paper's, on OLMo-2 1B: 7-4*k-5), no injection,
-the full gradient. Not reproduced: the paper repeats layers of a pretrained model in mid-training, at a cut found by the
-angles between layers; trained from scratch, as here, expect what a recursive Transformer with longer ends gives.
+Argument: k, the repetitions. Reproduced: the program, here 2-2*k-2 (the paper's, on OLMo-2 1B:
+7-4*k-5), no injection, the full gradient. Not reproduced: the paper repeats layers of a pretrained
+model in mid-training, at a cut found by the angles between layers; trained from scratch, as here,
+expect what a recursive Transformer with longer ends gives.
 """
 
 from ml_collections import ConfigDict

@@ -2,9 +2,9 @@
 
     python -m launch.train --config configs/family/looped.py --workdir runs/looped
 
-Argument: r, the loops. Reproduced: k distinct blocks applied r times with one set of weights, loss at the end. Expect, at
-equal FLOPs, a higher loss on text than unshared blocks and a lower one than k blocks used once; the gain shows on tasks
-that need depth and not knowledge.
+Argument: r, the loops. Reproduced: k distinct blocks applied r times with one set of weights, loss
+at the end. Expect, at equal FLOPs, a higher loss on text than unshared blocks and a lower one than
+k blocks used once; the gain shows on tasks that need depth and not knowledge.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,11 @@
 
     python -m launch.train --config configs/family/pondernet.py --workdir runs/pondernet
 
-Argument: r, the steps at most; rate, the prior's chance to stop in per cent. Reproduced: the expected loss over the steps
-and the divergence from a truncated geometric distribution, weight 0.01. At inference the paper draws the halt from the
-gate; here --config.recursion.exit=cdf --config.recursion.exit_threshold=0.5 stops at the median of it. Expect the
-expected exit (recursion/exit_step in the metrics) near 100 / rate steps on easy text.
+Argument: r, the steps at most; rate, the prior's chance to stop in per cent. Reproduced: the
+expected loss over the steps and the divergence from a truncated geometric distribution, weight
+0.01. At inference the paper draws the halt from the gate; here --config.recursion.exit=cdf
+--config.recursion.exit_threshold=0.5 stops at the median of it. Expect the expected exit
+(recursion/exit_step in the metrics) near 100 / rate steps on easy text.
 """
 
 from ml_collections import ConfigDict

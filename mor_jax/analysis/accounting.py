@@ -1,20 +1,23 @@
 """What a model costs, counted by hand: parameters, FLOPs, cache bytes.
 
-Nothing is computed on a device or compiled. Weights are counted in the parameter tree itself, by `jax.eval_shape` of
-`LM.init`; FLOPs and cache entries are arithmetic on the configuration. Compiler cost analysis is no substitute: it
-counts the body of a `scan` once, whatever its length, and would report a recursive model as R times cheaper than it is.
+Nothing is computed on a device or compiled. Weights are counted in the parameter tree itself, by
+`jax.eval_shape` of `LM.init`; FLOPs and cache entries are arithmetic on the configuration. Compiler
+cost analysis is no substitute: it counts the body of a `scan` once, whatever its length, and would
+report a recursive model as R times cheaper than it is.
 
 Two FLOPs conventions live side by side and must never be mixed:
 
-* **paper** - the accounting of the Mixture-of-Recursions paper (arXiv 2507.10524, appendix D; constants recovered in
-  the MoR spec, section 6.4): forward only, no LM head, no router, keys and values at full width as if every query head
-  had its own, causal half of the attention. A budget in `config.train.flops` is in these FLOPs, because every
-  published number is.
-* **true** - what the arithmetic of the network is: keys and values at grouped-query width, attention over the tokens
-  that take part, the head and the router included; training is three forwards (one forward, two for the gradients),
-  rematerialisation not counted. Use it for MFU and for honest comparisons.
+* **paper** - the accounting of the Mixture-of-Recursions paper (arXiv 2507.10524, appendix D;
+  constants recovered in the MoR spec, section 6.4): forward only, no LM head, no router, keys and
+  values at full width as if every query head had its own, causal half of the attention. A budget in
+  `config.train.flops` is in these FLOPs, because every published number is.
+* **true** - what the arithmetic of the network is: keys and values at grouped-query width,
+  attention over the tokens that take part, the head and the router included; training is three
+  forwards (one forward, two for the gradients), rematerialisation not counted. Use it for MFU and
+  for honest comparisons.
 
-Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabulary, T row length, R recursions.
+Letters: D width, N query heads, K kv heads, H head dim, F mlp width, V vocabulary, T row length, R
+recursions.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from typing import Any
 import jax
 
 from mor_jax import nn
-from mor_jax.analysis.peaks import peak_flops as peak_flops  # re-exported: accounting is where one looks for it
+
+# re-exported: accounting is where one looks for it
+from mor_jax.analysis.peaks import peak_flops as peak_flops
 from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model import program
@@ -49,7 +54,9 @@ class ParameterCount:
 
     embedding: int  # V * D of the embedding, and as many of the head unless it is the same array
     blocks: int  # matrices of the unique blocks, and the low-rank additions of each recursion
-    norms: int  # two a block (and recursion, if they are its own), and the final one; recursion encodings; biases
+    # two a block (and recursion, if they are its own), and the final one; recursion encodings;
+    # biases
+    norms: int
     router: int  # expert-choice: a router a recursion; token-choice: one with R outputs
 
     @property
@@ -91,15 +98,19 @@ class TrueFlops:
         return 3 * self.total
 
 
-def parameters(model: ModelConfig, depth: DepthConfig, recursion: RecursionConfig | None = None) -> ParameterCount:
-    """Count the unique parameters; those of `recursion` beside the core are among the blocks' and the norms'.
+def parameters(
+    model: ModelConfig, depth: DepthConfig, recursion: RecursionConfig | None = None
+) -> ParameterCount:
+    """Count the unique parameters; those of `recursion` beside the core are among the blocks' and
+    the norms'.
 
     Raises:
       ConfigError: `vocab_size` is still 0, i.e. not yet taken from the tokenizer.
     """
     _vocabulary(model)
     tree = parameter_shapes(model, depth, recursion)
-    router = {name: leaf for name, leaf in tree["router"].items() if name != SURVEY}  # the survey is no weight
+    # the survey is no weight
+    router = {name: leaf for name, leaf in tree["router"].items() if name != SURVEY}
     parts = [tree.get(part, {}) for part in ("prelude", "core", "coda", "recursion")]
     return ParameterCount(
         embedding=_size([tree["embed"], tree.get("head", {})]),
@@ -114,7 +125,9 @@ def parameter_shapes(
     model: ModelConfig, depth: DepthConfig, recursion: RecursionConfig | None = None
 ) -> dict[str, Any]:
     """Shapes of the parameters as `LM.init` makes them."""
-    return jax.eval_shape(lambda: LM(model, depth, recursion=recursion or RecursionConfig()).init(jax.random.key(0)))
+    return jax.eval_shape(
+        lambda: LM(model, depth, recursion=recursion or RecursionConfig()).init(jax.random.key(0))
+    )
 
 
 @functools.lru_cache(maxsize=512)
@@ -139,14 +152,19 @@ def active_counts(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:
 
 
 def paper_flops_per_token(
-    model: ModelConfig, depth: DepthConfig, context: int | None = None, *, shares: Sequence[float] | None = None
+    model: ModelConfig,
+    depth: DepthConfig,
+    context: int | None = None,
+    *,
+    shares: Sequence[float] | None = None,
 ) -> float:
     """Forward FLOPs a token in the paper's accounting (module docstring).
 
-    A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for causal attention over
-    n tokens; at capacity c it costs c a + c² b, since both queries and keys shrink. Under shared keys a step r > 1
-    costs c (a - 4 D²) + c b: no key or value is projected, and the queries that are left look at all tokens; under the
-    hybrid, which the paper does not count, c a + c b. Relaxation, which it does not count either, is left out.
+    A full layer costs a + b with a = 2(4 D² + 3 D F) for the matrices and b = 2 D (n + 1) for
+    causal attention over n tokens; at capacity c it costs c a + c² b, since both queries and keys
+    shrink. Under shared keys a step r > 1 costs c (a - 4 D²) + c b: no key or value is projected,
+    and the queries that are left look at all tokens; under the hybrid, which the paper does not
+    count, c a + c b. Relaxation, which it does not count either, is left out.
 
     Args:
       context: n, tokens a row; default the model's.
@@ -165,35 +183,46 @@ def paper_flops_per_token(
             return c * a + c * c * b
         return c * (a + b) - (c * projections if r and depth.kv_name == SHARED else 0.0)
 
-    return ends * (a + b) + layers.core * sum(step(r, c) for r, c in enumerate(shares or depth.shares(model)))
+    return ends * (a + b) + layers.core * sum(
+        step(r, c) for r, c in enumerate(shares or depth.shares(model))
+    )
 
 
 def paper_training_flops(cfg: Config, steps: int) -> float:
-    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of the true cost. Those
-    of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
+    """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of
+    the true cost. Those of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
     tokens = tokens_per_step(cfg)
     of = lambda shares: tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
-    return sum((s.last - s.first) * _mean(cfg, s.index, of) for s in stages(cfg.model, cfg.depth, steps))
+    return sum(
+        (s.last - s.first) * _mean(cfg, s.index, of) for s in stages(cfg.model, cfg.depth, steps)
+    )
 
 
 def true_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps, forward and backward, head and router included."""
-    return sum((s.last - s.first) * true_step_flops(cfg, s.last) for s in stages(cfg.model, cfg.depth, steps))
+    return sum(
+        (s.last - s.first) * true_step_flops(cfg, s.last)
+        for s in stages(cfg.model, cfg.depth, steps)
+    )
 
 
 def true_step_flops(cfg: Config, step: int | None = None) -> float:
-    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm. Where depths are varied, the mean
-    over them."""
+    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm. Where depths
+    are varied, the mean over them."""
 
     def of(shares: Sequence[float]) -> float:
         counts = program.active_counts(tuple(shares), cfg.model.context)
-        return tokens_per_step(cfg) * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
+        return (
+            tokens_per_step(cfg)
+            * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
+        )
 
     return _mean(cfg, None if step is None else stage_of(cfg.depth, step - 1), of)
 
 
 def _mean(cfg: Config, stage: int | None, of: Callable[[Sequence[float]], float]) -> float:
-    """What a step of this stage costs, by the shares it runs at; of a warm one, the mean over its depths."""
+    """What a step of this stage costs, by the shares it runs at; of a warm one, the mean over its
+    depths."""
     if not is_warm(cfg.depth, stage):
         return of(shares_in(cfg.model, cfg.depth, stage))
     return sum(part * of(shares) for part, shares in mixture(cfg.model, cfg.depth))
@@ -205,13 +234,16 @@ def tokens_per_step(cfg: Config) -> int:
 
 
 def steps_for_flops(cfg: Config) -> int:
-    """Optimiser steps that spend `config.train.flops`; rounded up, as in the paper's released configs.
+    """Optimiser steps that spend `config.train.flops`; rounded up, as in the paper's released
+    configs.
 
     Raises:
       ConfigError: the budget is not positive.
     """
     if cfg.train.flops <= 0:
-        raise ConfigError(f"config.train.flops must be positive to set the steps, got {cfg.train.flops:g}.")
+        raise ConfigError(
+            f"config.train.flops must be positive to set the steps, got {cfg.train.flops:g}."
+        )
     left = cfg.train.flops - paper_training_flops(cfg, cfg.depth.warmup)
     if left < 0 or (cfg.depth.warmup and not left):
         raise ConfigError(
@@ -219,13 +251,18 @@ def steps_for_flops(cfg: Config) -> int:
             "model would never be trained as it is evaluated. Use fewer steps of warm-up."
         )
     warm = _mean(
-        cfg, None, lambda shares: tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+        cfg,
+        None,
+        lambda shares: (
+            tokens_per_step(cfg) * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+        ),
     )
     return max(1, cfg.depth.warmup + math.ceil(left / warm))
 
 
 def training_steps(cfg: Config) -> int:
-    """Optimiser steps of the run: `config.train.steps`, or those that spend `config.train.flops`."""
+    """Optimiser steps of the run: `config.train.steps`, or those that spend
+    `config.train.flops`."""
     return cfg.train.steps or steps_for_flops(cfg)
 
 
@@ -234,15 +271,15 @@ def true_flops_per_token(
 ) -> TrueFlops:
     """Forward FLOPs a token, counted over the tokens that take part.
 
-    Only useful work counts: a masked executor that computes halted tokens as well, or a kernel that computes both
-    halves of the attention, shows up as a lower MFU and not as more FLOPs. Documents packed into one row are counted
-    as one causal row. Where queries of some tokens look at the keys of all (shared, hybrid), those tokens are taken to
-    lie evenly over the row.
+    Only useful work counts: a masked executor that computes halted tokens as well, or a kernel that
+    computes both halves of the attention, shows up as a lower MFU and not as more FLOPs. Documents
+    packed into one row are counted as one causal row. Where queries of some tokens look at the keys
+    of all (shared, hybrid), those tokens are taken to lie evenly over the row.
 
     Args:
-      mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the threshold rule; default
-        `active_counts`. Attention grows with the square of the count, so means over rows slightly undercount it.
-    Raises:
+      mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the
+        threshold rule; default `active_counts`. Attention grows with the square of the count, so
+        means over rows slightly undercount it. Raises:
       ConfigError: `vocab_size` is still 0, or `mean_counts` is not one number a recursion.
     """
     t = model.context
@@ -251,8 +288,8 @@ def true_flops_per_token(
     ends = layers.prelude + layers.coda
     heads, _, head_dim = model.dims
 
-    # Query-key pairs of a causal row of k tokens: k (k + 1) / 2; of k of them to all t: k (t + 1) / 2. A pair costs
-    # 2 N H for its score and 2 N H for its share of the weighted sum.
+    # Query-key pairs of a causal row of k tokens: k (k + 1) / 2; of k of them to all t: k (t + 1) /
+    # 2. A pair costs 2 N H for its score and 2 N H for its share of the weighted sum.
     if looks_back(depth.kv_name):
         ran = (t, *counts[1:])  # step 1 makes everyone's keys, whoever goes on
         core_pairs = sum(k * (t + 1) / 2 for k in ran)
@@ -261,11 +298,18 @@ def true_flops_per_token(
         core_pairs = sum(k * (k + 1) / 2 for k in ran)
     pairs = ends * t * (t + 1) / 2 + layers.core * core_pairs
     layer_tokens = ends * t + layers.core * sum(ran)
-    saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0  # applications that project no keys
+    # applications that project no keys
+    saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0
     query, value = _lora_matrices(model)
     additions = layers.core * sum(ran) * (query + value)
     return TrueFlops(
-        blocks=2 * (_block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved) / t,
+        blocks=2
+        * (
+            _block_matrices(model) * layer_tokens
+            + additions
+            - (_kv_matrices(model) + value) * saved
+        )
+        / t,
         attention=4 * heads * head_dim * pairs / t,
         head=2.0 * head_weights(model),
         router=build_policy(model, depth).counts(t, counts).flops / t,
@@ -279,16 +323,18 @@ def kv_bytes_per_token(
     mean_active: Sequence[float] | None = None,
     bytes_per_value: int | None = None,
 ) -> float:
-    """Bytes of keys and values that a token of context costs in the decode cache, averaged over tokens.
+    """Bytes of keys and values that a token of context costs in the decode cache, averaged over
+    tokens.
 
-    The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2), so the core costs
-    Σ_r share_r copies of its layers - (R+1)/2 at the default capacities. Shared keys cost one copy; full and hybrid,
-    where every token has an entry at every depth, R. The layers before and after the recursion store every token. What is
-    read is another count: `analysis/traffic.py`.
+    The recursion-wise cache stores a token at depth r only if it ran depth r (paper section 2.2.2),
+    so the core costs Σ_r share_r copies of its layers - (R+1)/2 at the default capacities. Shared
+    keys cost one copy; full and hybrid, where every token has an entry at every depth, R. The
+    layers before and after the recursion store every token. What is read is another count:
+    `analysis/traffic.py`.
 
     Args:
-      mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
-        capacities.
+      mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation;
+        default the capacities.
       bytes_per_value: default that of `model.dtype`.
     Raises:
       ConfigError: `mean_active` is not one number a recursion.
@@ -301,12 +347,21 @@ def kv_bytes_per_token(
 
 
 def kv_bytes_of_depths(
-    model: ModelConfig, depth: DepthConfig, depths: Sequence[int], *, bytes_per_value: int | None = None
+    model: ModelConfig,
+    depth: DepthConfig,
+    depths: Sequence[int],
+    *,
+    bytes_per_value: int | None = None,
 ) -> list[float]:
-    """Bytes in the decode cache after each token of a sequence, from the recursions each of them ran."""
-    copies = {"recursion_wise": lambda ran: ran, SHARED: lambda ran: 1}.get(depth.kv_name, lambda ran: model.recursions)
+    """Bytes in the decode cache after each token of a sequence, from the recursions each of them
+    ran."""
+    copies = {"recursion_wise": lambda ran: ran, SHARED: lambda ran: 1}.get(
+        depth.kv_name, lambda ran: model.recursions
+    )
     layers, total = build_program(model), 0.0
-    value = kv_values(model) * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
+    value = kv_values(model) * (
+        DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
+    )
     found = []
     for ran in depths:
         total += value * (layers.prelude + layers.coda + layers.core * copies(ran))
@@ -321,25 +376,33 @@ def kv_values(model: ModelConfig) -> int:
 
 
 def _kv_matrices(model: ModelConfig) -> int:
-    """Parameters of one block's key and value projections: two of the G + 2 parts of the fused one."""
+    """Parameters of one block's key and value projections: two of the G + 2 parts of the fused
+    one."""
     heads, kv_heads, _ = model.dims
-    return _size(_leaf_shapes(nn.Block, model), lambda name: name == "qkv") * 2 // (heads // kv_heads + 2)
+    return (
+        _size(_leaf_shapes(nn.Block, model), lambda name: name == "qkv")
+        * 2
+        // (heads // kv_heads + 2)
+    )
 
 
 def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of one block's low-rank additions at one recursion, to the queries and to the values."""
+    """Parameters of one block's low-rank additions at one recursion, to the queries and to the
+    values."""
     tree = _leaf_shapes(nn.Lora, model)
     of = lambda projection: _size(tree, lambda name: name.startswith(projection))
     return of("query"), of("value")
 
 
 def head_weights(model: ModelConfig) -> int:
-    """Parameters of the table that the head multiplies with. Of the embedding a token reads one row."""
+    """Parameters of the table that the head multiplies with. Of the embedding a token reads one
+    row."""
     return model.width * _vocabulary(model)
 
 
 def block_weights_read(model: ModelConfig) -> int:
-    """Matrix parameters that a token of full depth meets, a shared block once for each application."""
+    """Matrix parameters that a token of full depth meets, a shared block once for each
+    application."""
     layers = build_program(model)
     own = layers.core * layers.recursions * sum(_lora_matrices(model))
     return layers.unrolled_layers * _block_matrices(model) + own
@@ -359,7 +422,9 @@ def _vocabulary(model: ModelConfig) -> int:
     return model.vocab_size
 
 
-def _one_per_recursion(model: ModelConfig, values: Sequence[float] | None, name: str) -> tuple[float, ...]:
+def _one_per_recursion(
+    model: ModelConfig, values: Sequence[float] | None, name: str
+) -> tuple[float, ...]:
     """`values` as a tuple of R numbers; () for None."""
     if values is None:
         return ()

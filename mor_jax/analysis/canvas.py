@@ -1,4 +1,5 @@
-"""A matplotlib figure that goes into a page: no pyplot, no global state, colours that follow the page's theme."""
+"""A matplotlib figure that goes into a page: no pyplot, no global state, colours that follow the
+page's theme."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from matplotlib.ticker import EngFormatter
 from mor_jax.analysis.palette import GRID, INK, MUTED, SERIES
 from mor_jax.paths import write_bytes
 
-# Colours the figures draw with, and the CSS variables a page may give them. The fallback keeps a figure that stands
-# alone, e.g. in a notebook, as it is.
+# Colours the figures draw with, and the CSS variables a page may give them. The fallback keeps a
+# figure that stands alone, e.g. in a notebook, as it is.
 _VARIABLES = {
     INK[0]: "--ink",
     MUTED[0]: "--muted",
@@ -26,8 +27,11 @@ _VARIABLES = {
 }
 
 
-def new_axes(title: str, xlabel: str = "", width: float = 5.6, height: float = 3.2) -> tuple[Figure, Axes]:
-    """An empty figure of width x height inches with one quiet axis; the title says what the y axis shows."""
+def new_axes(
+    title: str, xlabel: str = "", width: float = 5.6, height: float = 3.2
+) -> tuple[Figure, Axes]:
+    """An empty figure of width x height inches with one quiet axis; the title says what the y axis
+    shows."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -52,8 +56,8 @@ def legend(axes: Axes) -> None:
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as an inline `<svg>` element that scales to the width of its container.
 
-    Text stays text; theme colours become CSS variables (`--ink`, `--muted`, `--grid`, `--s0`..); nothing refers to
-    anything outside, not even a namespace.
+    Text stays text; theme colours become CSS variables (`--ink`, `--muted`, `--grid`, `--s0`..);
+    nothing refers to anything outside, not even a namespace.
 
     Args:
       name: prefix of all ids, unique on the page.
@@ -66,8 +70,10 @@ def to_svg(figure: Figure, name: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)  # an HTML parser knows the namespaces of inline SVG
-    # An image is named after its content, so that two alike would share a name; nothing refers to it.
+    # an HTML parser knows the namespaces of inline SVG
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    # An image is named after its content, so that two alike would share a name; nothing refers to
+    # it.
     svg = re.sub(r'(<image\b[^>]*?)\sid="[^"]*"', r"\1", svg)
     svg = re.sub(r'\sid="([^"]+)"', rf' id="{name}-\1"', svg)
     svg = re.sub(r'(xlink:href="|url\()#', rf"\1#{name}-", svg)

@@ -1,20 +1,23 @@
-"""The collectives that the maths of a training step asks for, before anything is compiled: what, over which axes, bytes.
+"""The collectives that the maths of a training step asks for, before anything is compiled: what,
+over which axes, bytes.
 
-Per optimiser step and device, bytes as in `analysis/collectives.py`. n_a is the size of mesh axis a; c the bytes of a
-value in `model.dtype`. For every micro-batch:
+Per optimiser step and device, bytes as in `analysis/collectives.py`. n_a is the size of mesh axis
+a; c the bytes of a value in `model.dtype`. For every micro-batch:
 
-* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient scattered (float32, as
-  all sums of gradients are). The tied core once, however often it is used; a block that is used once twice, since it is
-  not kept for the backward pass. The table likewise, float32; twice under a policy with several row sizes, whose
-  prelude is differentiated apart.
+* over fsdp, each matrix of a block, cut over tensor: gathered (c bytes a value) and its gradient
+  scattered (float32, as all sums of gradients are). The tied core once, however often it is used; a
+  block that is used once twice, since it is not kept for the backward pass. The table likewise,
+  float32; twice under a policy with several row sizes, whose prelude is differentiated apart.
 * over data (and sequence): the gradients that are left on each device, reduced.
-* over sequence: keys and values of each block application gathered, their gradients scattered (once more gathered under
-  rematerialisation); where a step narrows the row, the tokens' states and, to put them back, their results.
-* over tensor: the result of the attention and of the mlp of each block application, and their gradients (the states'
-  size each); rows looked up in the table; the head's softmax over its share of the vocabulary, and the gradient of the
-  states.
+* over sequence: keys and values of each block application gathered, their gradients scattered (once
+  more gathered under rematerialisation); where a step narrows the row, the tokens' states and, to
+  put them back, their results.
+* over tensor: the result of the attention and of the mlp of each block application, and their
+  gradients (the states' size each); rows looked up in the table; the head's softmax over its share
+  of the vocabulary, and the gradient of the states.
 
-Norms, routers and the survey of scores are small and lumped together as "small"; metrics are left out.
+Norms, routers and the survey of scores are small and lumped together as "small"; metrics are left
+out.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from mor_jax.model.program import build_program
 
 @dataclass(frozen=True)
 class Planned:
-    """One line of the plan. `bytes`: sent by each device per optimiser step. `dcn`: crosses slices."""
+    """One line of the plan. `bytes`: sent by each device per optimiser step. `dcn`: crosses
+    slices."""
 
     what: str
     kind: str
@@ -49,8 +53,8 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     """The plan of the module's docstring.
 
     Args:
-      regather: whether weights that are used once are gathered again for the backward pass, as the step is written and
-        as accelerators run it. See `MERGES_GATHERS`.
+      regather: whether weights that are used once are gathered again for the backward pass, as the
+        step is written and as accelerators run it. See `MERGES_GATHERS`.
     Raises:
       ConfigError: the mesh does not fit `devices`, or `vocab_size` is still 0.
     """
@@ -65,7 +69,9 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     tables = 2 if len(policy.profiles(m.context)) > 1 and d.executor == "gathered" else 1
     found: list[Planned] = []
 
-    def add(what: str, kind: str, axes: tuple[str, ...], number: int, values: float, size: int) -> None:
+    def add(
+        what: str, kind: str, axes: tuple[str, ...], number: int, values: float, size: int
+    ) -> None:
         n = 1
         for axis in axes:
             n *= getattr(mesh, axis)
@@ -75,7 +81,9 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
             dcn = "data" in axes and cfg.mesh.slices > 1
             found.append(Planned(what, kind, axes, number, number * values * size * share, dcn))
 
-    axes_of_block = jax.tree.leaves(nn.logical_axes(nn.Block(m)), is_leaf=lambda names: isinstance(names, tuple))
+    axes_of_block = jax.tree.leaves(
+        nn.logical_axes(nn.Block(m)), is_leaf=lambda names: isinstance(names, tuple)
+    )
     matrices = sum("embed" in names for names in axes_of_block)  # qkv, out, gate and up, down
     uses = 2 if regather else 1
     add("core", "all-gather", ("fsdp",), matrices * kept, block / matrices, c)
@@ -84,7 +92,14 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     add("core gradient", "reduce-scatter", ("fsdp",), matrices * kept, block / matrices, FLOAT32)
     add("block gradients", "reduce-scatter", ("fsdp",), matrices * once, block / matrices, FLOAT32)
     add("embedding gradient", "reduce-scatter", ("fsdp",), tables, table, FLOAT32)
-    add("gradients", "all-reduce", ("data", "sequence"), 1, (kept + once) * block / mesh.fsdp, FLOAT32)
+    add(
+        "gradients",
+        "all-reduce",
+        ("data", "sequence"),
+        1,
+        (kept + once) * block / mesh.fsdp,
+        FLOAT32,
+    )
     add("embedding gradient", "all-reduce", ("data", "sequence"), 1, table / mesh.fsdp, FLOAT32)
     small = count.norms + count.router + policy.counts(m.context).surveyed
     add("small", "all-reduce", ("data", "fsdp", "sequence"), 1, small, FLOAT32)
@@ -92,13 +107,23 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     rows = cfg.train.batch_size / cfg.train.accum / (mesh.data * mesh.fsdp)
     _over_sequence(add, cfg, mesh, rows)
     # Block applications by the tokens that run them.
-    runs = [m.context] * (program.prelude + program.coda) + [k for k in row_sizes(m, d) for _ in range(program.core)]
+    runs = [m.context] * (program.prelude + program.coda) + [
+        k for k in row_sizes(m, d) for _ in range(program.core)
+    ]
     runs = runs if program.repeat == 1 else runs + [m.context] * program.core * (program.repeat - 1)
     tokens = rows * sum(runs) / mesh.sequence
     states = 4 + (2 if m.remat != "none" else 0)
-    add("attention and mlp results", "all-reduce", ("tensor",), states * len(runs), tokens * m.width / len(runs), c)
+    add(
+        "attention and mlp results",
+        "all-reduce",
+        ("tensor",),
+        states * len(runs),
+        tokens * m.width / len(runs),
+        c,
+    )
     head = rows * m.context / mesh.sequence
-    # The table is cut by rows: a lookup is a sum in which one device's share is not zero. Tokens, then targets.
+    # The table is cut by rows: a lookup is a sum in which one device's share is not zero. Tokens,
+    # then targets.
     add("rows of the table", "all-reduce", ("tensor",), 2, head * m.width, FLOAT32)
     add("states under the head", "all-reduce", ("tensor",), 1, head * (m.width + 3), FLOAT32)
     return found if cfg.train.accum == 1 else [_repeated(p, cfg.train.accum) for p in found]
@@ -120,8 +145,16 @@ def _over_sequence(add, cfg: Config, mesh: MeshShape, rows: float) -> None:
         add("their gradients", "reduce-scatter", ("sequence",), 2 * count, kv / 2 * tokens, FLOAT32)
     before = m.context
     for k in picked:
-        if k < before:  # taken from `before` tokens, put back among them; the gradients travel the other way
-            add("states of picked tokens", "all-gather", ("sequence",), 4, rows * m.width * (before + k) / 2, c)
+        # taken from `before` tokens, put back among them; the gradients travel the other way
+        if k < before:
+            add(
+                "states of picked tokens",
+                "all-gather",
+                ("sequence",),
+                4,
+                rows * m.width * (before + k) / 2,
+                c,
+            )
             before = k
 
 

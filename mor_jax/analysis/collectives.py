@@ -1,12 +1,15 @@
 """Which collectives a compiled step runs: kind, how often, over which mesh axes, how many bytes.
 
-Read off the text of the compiled program (`jax.stages.Compiled.as_text()`). A collective inside a loop counts as often
-as the loop runs; of a conditional, the branch that moves the most bytes counts.
+Read off the text of the compiled program (`jax.stages.Compiled.as_text()`). A collective inside a
+loop counts as often as the loop runs; of a conditional, the branch that moves the most bytes
+counts.
 
-XLA for TPUs overlaps a gather with the products around it: it writes the same gather into each of several fusions, the
-first of which starts it, the last of which ends it, and gives all of them one `chain_id`. Together they are one gather.
+XLA for TPUs overlaps a gather with the products around it: it writes the same gather into each of
+several fusions, the first of which starts it, the last of which ends it, and gives all of them one
+`chain_id`. Together they are one gather.
 
-Bytes are those a device sends over its links in a ring of n devices (all figures per device and per step):
+Bytes are those a device sends over its links in a ring of n devices (all figures per device and per
+step):
 
     all-gather           (n - 1) / n of the gathered array
     reduce-scatter       (n - 1) / n of the array before it is scattered
@@ -30,7 +33,9 @@ _BITS = {"pred": 8, "bf16": 16, "f16": 16, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|c\d+)\[([\d,]*)\]")
 _OP = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{\s*$")
-_CALLED = re.compile(r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:to_apply|calls|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
@@ -59,7 +64,9 @@ class Collective:
     def wire_bytes(self) -> float:
         """Bytes each device sends, all runs of a step together."""
         n = self.group_size
-        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(
+            self.kind, (n - 1) / n
+        )
         return self.times * share * self.payload
 
 
@@ -68,7 +75,8 @@ def read_collectives(hlo: str, mesh_shape: Mapping[str, int] | None = None) -> l
 
     Args:
       hlo: text of a compiled program.
-      mesh_shape: sizes of the mesh axes in device order, to name the axes that each collective spans.
+      mesh_shape: sizes of the mesh axes in device order, to name the axes that each collective
+        spans.
     """
     bodies, entry = _computations(hlo)
     found: list[Collective] = []
@@ -83,7 +91,9 @@ def summary(collectives: Iterable[Collective]) -> dict[str, dict[str, float]]:
     """By "kind over axes": count and bytes a device sends, per step. JSON-ready."""
     table: dict[str, dict[str, float]] = {}
     for c in collectives:
-        row = table.setdefault(f"{c.kind} over {'+'.join(c.axes) or '?'}", {"count": 0, "bytes": 0.0})
+        row = table.setdefault(
+            f"{c.kind} over {'+'.join(c.axes) or '?'}", {"count": 0, "bytes": 0.0}
+        )
         row["count"] += c.times
         row["bytes"] += c.wire_bytes
     return dict(sorted(table.items()))
@@ -91,7 +101,8 @@ def summary(collectives: Iterable[Collective]) -> dict[str, dict[str, float]]:
 
 def axes_of(groups: Sequence[Sequence[int]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
     """Mesh axes along which the devices of a group differ."""
-    places = np.array(np.unravel_index(np.asarray(groups).T, tuple(mesh_shape.values())))  # [axis, member, group]
+    # [axis, member, group]
+    places = np.array(np.unravel_index(np.asarray(groups).T, tuple(mesh_shape.values())))
     differ = (places != places[:, :1]).any(axis=(1, 2))
     return tuple(name for name, d in zip(mesh_shape, differ, strict=True) if d)
 
@@ -113,7 +124,8 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
         if head and "=" not in line.split("(")[0]:
             lines = bodies.setdefault(head.group(2), [])
             entry = head.group(2) if head.group(1) else entry
-        elif re.match(r"\}(\s|$)", line):  # "}}" is inside of a kernel's description, which runs over lines
+        # "}}" is inside of a kernel's description, which runs over lines
+        elif re.match(r"\}(\s|$)", line):
             lines = None
         elif lines is not None:
             lines.append(line)
@@ -122,7 +134,9 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _walk(bodies: dict[str, list[str]], name: str, times: int, in_loop: bool, found: list[Collective]) -> None:
+def _walk(
+    bodies: dict[str, list[str]], name: str, times: int, in_loop: bool, found: list[Collective]
+) -> None:
     for line in bodies.get(name, ()):
         if op := _OP.match(line):
             found.append(replace(_collective(op, line), times=times, in_loop=in_loop))
@@ -140,15 +154,17 @@ def _walk(bodies: dict[str, list[str]], name: str, times: int, in_loop: bool, fo
 
 
 def _trips(bodies: dict[str, list[str]], loop: str) -> int:
-    """How often a loop runs: as the compiler says, or else what its counter, from 0 by 1, is compared with; 1 where
-    that is not known."""
+    """How often a loop runs: as the compiler says, or else what its counter, from 0 by 1, is
+    compared with; 1 where that is not known."""
     if known := _TRIPS.search(loop):
         return int(known.group(1))
     condition = _CONDITION.search(loop)
     lines = bodies.get(condition.group(1), []) if condition else []
     for bound in filter(None, map(_COUNTED.match, lines)):
         for line in lines:
-            if number := re.match(rf"^\s*%?{re.escape(bound.group(1))} = [su]32\[\]\S* constant\((\d+)\)", line):
+            if number := re.match(
+                rf"^\s*%?{re.escape(bound.group(1))} = [su]32\[\]\S* constant\((\d+)\)", line
+            ):
                 return int(number.group(1))
     return 1
 
@@ -164,7 +180,9 @@ def _joined(found: Iterable[Collective]) -> list[Collective]:
     return kept
 
 
-def _heaviest(bodies: dict, branches: list[str], times: int, in_loop: bool, found: list[Collective]) -> None:
+def _heaviest(
+    bodies: dict, branches: list[str], times: int, in_loop: bool, found: list[Collective]
+) -> None:
     runs: list[list[Collective]] = []
     for branch in branches:
         runs.append([])
@@ -190,21 +208,36 @@ def _collective(op: re.Match, line: str) -> Collective:
 def _groups(line: str, kind: str) -> tuple[tuple[int, ...], ...]:
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
-        return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs.group(0))) if pairs else ()
+        return (
+            tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs.group(0)))
+            if pairs
+            else ()
+        )
     if named := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", line
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}",
+        line,
     ):
         return _named_groups(*named.groups())
     if listed := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line):
-        return tuple(tuple(int(d) for d in g.split(",") if d) for g in re.findall(r"\{([\d, ]*)\}", listed.group(1)))
+        return tuple(
+            tuple(int(d) for d in g.split(",") if d)
+            for g in re.findall(r"\{([\d, ]*)\}", listed.group(1))
+        )
     if tiled := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        return tuple(map(tuple, _iota(tiled.group(2), tiled.group(3)).reshape(_ints(tiled.group(1))).tolist()))
+        return tuple(
+            map(
+                tuple, _iota(tiled.group(2), tiled.group(3)).reshape(_ints(tiled.group(1))).tolist()
+            )
+        )
     return ()
 
 
-def _named_groups(mesh: str, dims: str | None, order: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups written as axes of a mesh of the compiler's own: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`;
-    a part of an axis is `'a':(1)2`, the second factor of size 2 after one of size 1."""
+def _named_groups(
+    mesh: str, dims: str | None, order: str | None, axes: str
+) -> tuple[tuple[int, ...], ...]:
+    """Groups written as axes of a mesh of the compiler's own: `mesh['a'=4,'b'=2],
+    device_ids=([2,4]T(1,0)) {'a'}`; a part of an axis is `'a':(1)2`, the second factor of size 2
+    after one of size 1."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
     shape, picked = [], []

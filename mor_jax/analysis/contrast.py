@@ -1,9 +1,10 @@
 """Does one setting beat another? A published ordering held against our own runs, seed by seed.
 
-Runs of the same seed read the same rows in the same order, so two settings are compared within a seed and the
-differences are what is averaged: what a seed does to both of them cancels. The interval is Student's t of the paired
-differences, two-sided; with few seeds it is wide, and says so. Every contrast is judged on its own: among many, one in
-twenty is expected to look clear by chance.
+Runs of the same seed read the same rows in the same order, so two settings are compared within a
+seed and the differences are what is averaged: what a seed does to both of them cancels. The
+interval is Student's t of the paired differences, two-sided; with few seeds it is wide, and says
+so. Every contrast is judged on its own: among many, one in twenty is expected to look clear by
+chance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ AGREES, DISAGREES, OPEN = "agrees", "does not agree", "no claim"
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two settings, the published better one first, and by how much it was better (nats a token, not negative)."""
+    """Two settings, the published better one first, and by how much it was better (nats a token,
+    not negative)."""
 
     better: str
     worse: str
@@ -32,7 +34,8 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences `worse - better` over the seeds that both have: positive where the ordering is the published one."""
+    """Differences `worse - better` over the seeds that both have: positive where the ordering is
+    the published one."""
 
     seeds: tuple[int, ...]
     differences: tuple[float, ...]

@@ -1,7 +1,8 @@
-"""A text with every token coloured by the number of recursions it ran: as HTML, in a terminal, as a picture.
+"""A text with every token coloured by the number of recursions it ran: as HTML, in a terminal, as a
+picture.
 
-Tokens are the strings of a tokenizer in order; joined they are the text. Depths are 0..max_depth; 0 is a token that
-the first router already let go.
+Tokens are the strings of a tokenizer in order; joined they are the text. Depths are 0..max_depth; 0
+is a token that the first router already let go.
 """
 
 from __future__ import annotations
@@ -26,18 +27,24 @@ COLUMNS = 96  # characters a line of the picture
 MAX_LINES = 60  # of the picture; the rest of a longer text is cut, and says so
 
 
-def depth_map_html(tokens: Sequence[str], depths: Sequence[int], max_depth: int, legend: bool = True) -> str:
-    """HTML fragment: the text, each token on its depth's colour with a hover title, and a legend with shares.
+def depth_map_html(
+    tokens: Sequence[str], depths: Sequence[int], max_depth: int, legend: bool = True
+) -> str:
+    """HTML fragment: the text, each token on its depth's colour with a hover title, and a legend
+    with shares.
 
-    The fragment carries its own style element and works alone, e.g. in a notebook. Everything that comes from a token
-    is escaped.
+    The fragment carries its own style element and works alone, e.g. in a notebook. Everything that
+    comes from a token is escaped.
 
     Raises:
       ValueError: lengths differ, or a depth is outside 0..max_depth.
     """
     _check(tokens, depths, max_depth)
     name = f"mor-d{max_depth}"  # fragments of several R share a page
-    rules = [f".{name} .r{d}{{background:{bg};color:{fg}}}" for d, (bg, fg) in enumerate(_colours(max_depth))]
+    rules = [
+        f".{name} .r{d}{{background:{bg};color:{fg}}}"
+        for d, (bg, fg) in enumerate(_colours(max_depth))
+    ]
     spans = [
         f'<span class="r{depth}" title="{html.escape(_visible(token))} · depth {depth}">{_body(token)}</span>'
         for token, depth in zip(tokens, depths, strict=True)
@@ -68,17 +75,22 @@ def depth_legend_ansi(max_depth: int) -> Text:
     return text
 
 
-def save_depth_png(tokens: Sequence[str], depths: Sequence[int], max_depth: int, path: str | os.PathLike[str]) -> None:
+def save_depth_png(
+    tokens: Sequence[str], depths: Sequence[int], max_depth: int, path: str | os.PathLike[str]
+) -> None:
     """The same as a PNG picture on white: COLUMNS characters a line, at most MAX_LINES lines.
 
     Characters the font does not have are drawn as boxes. Raises ValueError like `depth_map_html`.
     """
     _check(tokens, depths, max_depth)
     runs, lines, cut = _layout(tokens, depths)
-    cell_w, cell_h, size = 0.088, 0.19, 10.5  # inches, inches, points: DejaVu Sans Mono is 0.602 em wide
+    # inches, inches, points: DejaVu Sans Mono is 0.602 em wide
+    cell_w, cell_h, size = 0.088, 0.19, 10.5
     top = 2  # lines of legend
     height = top + lines + (1 if cut else 0)
-    figure = Figure(figsize=((COLUMNS + 4) * cell_w, (height + 1) * cell_h), dpi=160, facecolor="white")
+    figure = Figure(
+        figsize=((COLUMNS + 4) * cell_w, (height + 1) * cell_h), dpi=160, facecolor="white"
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-2, COLUMNS + 2), ylim=(height + 0.5, -0.5))
@@ -86,7 +98,15 @@ def save_depth_png(tokens: Sequence[str], depths: Sequence[int], max_depth: int,
     font = FontProperties(family="DejaVu Sans Mono", size=size)
 
     def write(x: float, y: float, text: str, colour: str) -> None:
-        axes.text(x, y + 0.52, text, color=colour, fontproperties=font, va="center_baseline", parse_math=False)
+        axes.text(
+            x,
+            y + 0.52,
+            text,
+            color=colour,
+            fontproperties=font,
+            va="center_baseline",
+            parse_math=False,
+        )
 
     colours = _colours(max_depth)
     x = 0
@@ -119,7 +139,8 @@ _BASE_STYLE = (
 
 def _legend(depths: Sequence[int], max_depth: int) -> str:
     pills = "".join(
-        f'<span class="r{d}">depth {d} · {units.percent(s, 0)}</span>' for d, s in enumerate(_shares(depths, max_depth))
+        f'<span class="r{d}">depth {d} · {units.percent(s, 0)}</span>'
+        for d, s in enumerate(_shares(depths, max_depth))
     )
     return f'<div class="mor-legend">{pills}</div>'
 
@@ -130,7 +151,10 @@ def _body(token: str) -> str:
 
 def _visible(token: str) -> str:
     """White space and control characters as escapes, so that a title shows them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token) or "(no text)"
+    return (
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+        or "(no text)"
+    )
 
 
 def _shares(depths: Sequence[int], max_depth: int) -> list[float]:
@@ -141,8 +165,11 @@ def _colours(max_depth: int) -> list[tuple[str, str]]:
     return [depth_colour(d, max_depth) for d in range(max_depth + 1)]
 
 
-def _layout(tokens: Sequence[str], depths: Sequence[int]) -> tuple[list[tuple[int, int, str, int]], int, int]:
-    """Pieces (column, line, text, depth) on a character grid, the number of lines, and how many tokens were cut."""
+def _layout(
+    tokens: Sequence[str], depths: Sequence[int]
+) -> tuple[list[tuple[int, int, str, int]], int, int]:
+    """Pieces (column, line, text, depth) on a character grid, the number of lines, and how many
+    tokens were cut."""
     pieces: list[tuple[int, int, str, int]] = []
     column = line = 0
     for i, (token, depth) in enumerate(zip(tokens, depths, strict=True)):
@@ -154,7 +181,8 @@ def _layout(tokens: Sequence[str], depths: Sequence[int]) -> tuple[list[tuple[in
                 return pieces, MAX_LINES, len(tokens) - i
             if pieces and pieces[-1][1:2] == (line,) and pieces[-1][3] == depth:
                 start, _, before, _ = pieces[-1]
-                pieces[-1] = (start, line, before + text, depth)  # neighbours of one depth are one piece
+                # neighbours of one depth are one piece
+                pieces[-1] = (start, line, before + text, depth)
             else:
                 pieces.append((column, line, text, depth))
             column += len(text)
@@ -170,7 +198,9 @@ def _drawable(text: str) -> str:
 
 def _check(tokens: Sequence[str], depths: Sequence[int], max_depth: int) -> None:
     if len(tokens) != len(depths):
-        raise ValueError(f"{len(tokens)} tokens, but {len(depths)} depths; there must be one depth a token.")
+        raise ValueError(
+            f"{len(tokens)} tokens, but {len(depths)} depths; there must be one depth a token."
+        )
     outside = [d for d in depths if not 0 <= d <= max_depth]
     if outside:
         raise ValueError(f"depth {outside[0]} is outside 0..{max_depth}.")

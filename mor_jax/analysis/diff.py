@@ -20,11 +20,14 @@ class Field:
 
 
 def side_by_side(configs: Sequence[Mapping[str, Any]]) -> list[Field]:
-    """All fields of all configurations, in the order they first appear; a dash where one has no such field."""
+    """All fields of all configurations, in the order they first appear; a dash where one has no
+    such field."""
     flat = [_flatten(config) for config in configs]
     names = list(dict.fromkeys(name for config in flat for name in config))
     rows = [tuple(config.get(name, units.NONE) for config in flat) for name in names]
-    return [Field(name, cells, len(set(cells)) > 1) for name, cells in zip(names, rows, strict=True)]
+    return [
+        Field(name, cells, len(set(cells)) > 1) for name, cells in zip(names, rows, strict=True)
+    ]
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

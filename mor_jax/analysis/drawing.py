@@ -2,8 +2,8 @@
 
     embed → [0] → (1 2 … 10) × 3 → [11] → norm → head
 
-Square brackets hold blocks of their own, round ones the shared core. Numbers are unique blocks: a number that comes
-again is the same weights again.
+Square brackets hold blocks of their own, round ones the shared core. Numbers are unique blocks: a
+number that comes again is the same weights again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def draw_unrolled(model: ModelConfig) -> str:
 
 
 def draw_shares(model: ModelConfig, depth: DepthConfig) -> str:
-    """Who runs each recursion in training: `r1 100 % · r2 66.7 % · r3 33.3 %`; "" when nothing is routed."""
+    """Who runs each recursion in training: `r1 100 % · r2 66.7 % · r3 33.3 %`; "" when nothing is
+    routed."""
     if not depth.routed:
         return ""
     return " · ".join(f"r{r} {units.percent(s)}" for r, s in enumerate(depth.shares(model), 1))
@@ -68,7 +69,10 @@ def _span(blocks: Sequence[int]) -> str:
 
 
 def draw_sources(table: Mapping[str, Sequence[Sequence[int]]]) -> str:
-    """Where each block of a converted model came from: `block 0 = layer 0 · block 1 = mean of layers 1 3 5 · ...`."""
+    """Where each block of a converted model came from: `block 0 = layer 0 · block 1 = mean of
+    layers 1 3 5 · ...`."""
     picks = [pick for part in ("prelude", "core", "coda") for pick in table[part]]
-    of = lambda pick: f"layer {pick[0]}" if len(pick) == 1 else f"mean of layers {' '.join(map(str, pick))}"
+    of = lambda pick: (
+        f"layer {pick[0]}" if len(pick) == 1 else f"mean of layers {' '.join(map(str, pick))}"
+    )
     return " · ".join(f"block {i} = {of(pick)}" for i, pick in enumerate(picks))

@@ -1,7 +1,7 @@
 """The one thing to remember of a comparison, in sentences made from the numbers.
 
-The sentences claim nothing the numbers do not hold: a worse result reads as worse, unequal budgets are named, and an
-unfinished run is called that.
+The sentences claim nothing the numbers do not hold: a worse result reads as worse, unequal budgets
+are named, and an unfinished run is called that.
 """
 
 from __future__ import annotations
@@ -40,11 +40,17 @@ def headline(runs: Sequence[RunRecord]) -> Headline:
     base = baseline(runs)
     # Without a common text there is nothing to compare, only scores to name.
     same_text = len({_validation(run) for run in runs if run.config}) < 2
-    sentences = [_versus(run, base) for run in runs if run is not base] if same_text else [_apart(runs, scores)]
+    sentences = (
+        [_versus(run, base) for run in runs if run is not base]
+        if same_text
+        else [_apart(runs, scores)]
+    )
     if not known:
         sentences = ["No run has been evaluated yet."]
     elif len(runs) == 1 and scores[0] is not None:
-        sentences = [f"{runs[0].name} reaches {units.fixed(scores[0])} bits per byte after {runs[0].steps:,} steps."]
+        sentences = [
+            f"{runs[0].name} reaches {units.fixed(scores[0])} bits per byte after {runs[0].steps:,} steps."
+        ]
     sentences += _floor(runs, scores)
     unfinished = [run.name for run in runs if not run.finished]
     if unfinished:
@@ -97,10 +103,12 @@ def _versus(run: RunRecord, base: RunRecord) -> str:
 
 def _apart(runs: Sequence[RunRecord], scores: Sequence[float | None]) -> str:
     """The scores of runs that were evaluated on different text."""
-    named = [f"{run.name} {units.fixed(score)}" for run, score in zip(runs, scores, strict=True) if score is not None]
-    return (
-        f"The runs were evaluated on different text, so their scores do not compare: {', '.join(named)} bits per byte."
-    )
+    named = [
+        f"{run.name} {units.fixed(score)}"
+        for run, score in zip(runs, scores, strict=True)
+        if score is not None
+    ]
+    return f"The runs were evaluated on different text, so their scores do not compare: {', '.join(named)} bits per byte."
 
 
 def _budget(run: RunRecord, base: RunRecord) -> str:
@@ -119,42 +127,68 @@ def _savings(run: RunRecord, base: RunRecord) -> str:
         ("the KV cache", tables.kv_bytes),
     )
     pairs = [(name, value(run), value(base)) for name, value in named]
-    parts = [f"{units.significant(a / b, 2)}× {name}" for name, a, b in pairs if a and b and abs(a / b - 1) > 0.01]
+    parts = [
+        f"{units.significant(a / b, 2)}× {name}"
+        for name, a, b in pairs
+        if a and b and abs(a / b - 1) > 0.01
+    ]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 def _validation(run: RunRecord) -> tuple[object, ...]:
     """What decides which text a run is evaluated on."""
     data, train = run.config.data, run.config.train
-    return data.source, data.paths, data.name, data.split, data.text_key, data.holdout, train.eval_rows
+    return (
+        data.source,
+        data.paths,
+        data.name,
+        data.split,
+        data.text_key,
+        data.holdout,
+        train.eval_rows,
+    )
 
 
 def _floor(runs: Sequence[RunRecord], scores: Sequence[float | None]) -> list[str]:
     """A sentence about the trigram model, if it was measured."""
     floors = [tables.trigram(run) for run in runs]
-    pairs = [(r.name, s, f) for r, s, f in zip(runs, scores, floors, strict=True) if s is not None and f is not None]
+    pairs = [
+        (r.name, s, f)
+        for r, s, f in zip(runs, scores, floors, strict=True)
+        if s is not None and f is not None
+    ]
     if not pairs:
         return []
     floor = " and ".join(dict.fromkeys(units.fixed(f) for _, _, f in pairs))
     losers = [
-        f"{name} did not beat a byte trigram model ({units.fixed(f)} bits per byte)" for name, s, f in pairs if s >= f
+        f"{name} did not beat a byte trigram model ({units.fixed(f)} bits per byte)"
+        for name, s, f in pairs
+        if s >= f
     ]
     if losers:
         return [f"Worse than the least to expect: {', '.join(losers)}."]
     if len(pairs) < len(runs):
-        subject = f"{', '.join(name for name, _, _ in pairs)} {'beats' if len(pairs) == 1 else 'beat'}"
+        subject = (
+            f"{', '.join(name for name, _, _ in pairs)} {'beats' if len(pairs) == 1 else 'beat'}"
+        )
     else:
         subject = {1: "It beats", 2: "Both beat"}.get(len(pairs), "All beat")
     return [f"{subject} the floor of a byte trigram model ({floor} bits per byte)."]
 
 
 def _facts(run: RunRecord) -> tuple[str, ...]:
-    parameters, depth, speed = tables.non_embedding(run), tables.mean_depth(run), tables.tokens_per_second(run)
+    parameters, depth, speed = (
+        tables.non_embedding(run),
+        tables.mean_depth(run),
+        tables.tokens_per_second(run),
+    )
     facts = []
     if parameters is not None:
         facts.append(f"{units.count(parameters)} unique parameters")
     if run.steps:
-        planned = accounting.training_steps(run.config) if run.config and not run.finished else run.steps
+        planned = (
+            accounting.training_steps(run.config) if run.config and not run.finished else run.steps
+        )
         of = f" of {planned:,}" if planned > run.steps else ""
         facts.append(f"{run.steps:,}{of} steps, {units.count(tables.tokens(run))} tokens")
     if depth is not None:

@@ -1,7 +1,9 @@
-"""Everything about a run that can be known before it: shape, cost, memory, time. Nothing is compiled.
+"""Everything about a run that can be known before it: shape, cost, memory, time. Nothing is
+compiled.
 
-`inspect_config` gives one JSON-ready dict; `inspection_tables` draws it for a terminal. The conventions are those of
-the modules it asks: `accounting` (parameters, FLOPs), `traffic` (cache), `memory` (training).
+`inspect_config` gives one JSON-ready dict; `inspection_tables` draws it for a terminal. The
+conventions are those of the modules it asks: `accounting` (parameters, FLOPs), `traffic` (cache),
+`memory` (training).
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ from mor_jax.errors import ConfigError
 from mor_jax.model.depth.warmup import stages
 from mor_jax.model.program import build_program
 
-CHIPS = ("H100", "H200", "B200", "A100", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e")  # names `peak_flops` knows
+# names `peak_flops` knows
+CHIPS = ("H100", "H200", "B200", "A100", "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e")
 
 
 def with_vocabulary(cfg: Config) -> tuple[Config, str]:
-    """The configuration with a vocabulary size, and a sentence on where it came from ("" if it was given).
+    """The configuration with a vocabulary size, and a sentence on where it came from ("" if it was
+    given).
 
-    Training takes the size from the tokenizer it builds; here a BPE still to be trained counts at the size it asks
-    for. Either way it is rounded up to a multiple of 64.
+    Training takes the size from the tokenizer it builds; here a BPE still to be trained counts at
+    the size it asks for. Either way it is rounded up to a multiple of 64.
 
     Raises:
       ConfigError, DataError: the tokenizer is neither bytes, bpe nor a readable tokenizer.json.
@@ -49,10 +53,14 @@ def with_vocabulary(cfg: Config) -> tuple[Config, str]:
     elif os.path.exists(os.path.expanduser(name)):
         size, why = load_tokenizer(name).vocab_size, f"that of {name}"
     else:
-        raise ConfigError(f"config.data.tokenizer = {name!r} is neither bytes, bpe nor an existing tokenizer.json.")
+        raise ConfigError(
+            f"config.data.tokenizer = {name!r} is neither bytes, bpe nor an existing tokenizer.json."
+        )
     size = -(-size // 64) * 64
     model = dataclasses.replace(cfg.model, vocab_size=size)
-    return dataclasses.replace(cfg, model=model), f"vocabulary {size}: {why}, rounded up to a multiple of 64"
+    return dataclasses.replace(
+        cfg, model=model
+    ), f"vocabulary {size}: {why}, rounded up to a multiple of 64"
 
 
 def inspect_config(
@@ -69,9 +77,10 @@ def inspect_config(
       devices: number of devices the mesh spans; memory and step time are per device.
       mfu: share of the chips' peak that a step is assumed to reach, true FLOPs of active tokens.
       context: tokens in the cache when the decode traffic is counted; default the model's context.
-      mean_active: measured share of tokens that run recursion r = 1..R at decode; default the training capacities.
-    Raises:
-      ConfigError: `mfu` is not in (0, 1], `context` is not positive, or the mesh does not fit `devices`.
+      mean_active: measured share of tokens that run recursion r = 1..R at decode; default the
+    training capacities. Raises:
+      ConfigError: `mfu` is not in (0, 1], `context` is not positive, or the mesh does not fit
+        `devices`.
     """
     if not 0 < mfu <= 1:
         raise ConfigError(f"an MFU is a share in (0, 1], got {mfu:g}.")
@@ -132,7 +141,9 @@ def inspect_config(
         "memory": training_memory(cfg, devices=devices).to_dict()
         | {
             "mesh": list(mesh_shape(cfg.mesh, devices)),
-            "activations_by_remat": {r: training_memory(cfg, devices=devices, remat=r).activations for r in REMAT},
+            "activations_by_remat": {
+                r: training_memory(cfg, devices=devices, remat=r).activations for r in REMAT
+            },
         },
         "time": {
             "mfu": mfu,
@@ -169,28 +180,58 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
     shape = _table("model", "", "")
     shape.add_row("layers", f"{p['unrolled_layers']} unrolled, {p['unique_layers']} unique", "")
     for key in ("total", "non_embedding", "embedding", "router"):
-        shape.add_row(f"parameters, {key.replace('_', '-')}", units.count(report["parameters"][key]), "")
+        shape.add_row(
+            f"parameters, {key.replace('_', '-')}", units.count(report["parameters"][key]), ""
+        )
     shape.add_section()
     forward = flops["true"]["total"]
-    shape.add_row("FLOPs a token, paper", units.si(flops["paper"], "FLOPs", 4), "forward; sets the steps")
-    shape.add_row("FLOPs a token, true", units.si(forward, "FLOPs", 4), "forward; training is three times this")
+    shape.add_row(
+        "FLOPs a token, paper", units.si(flops["paper"], "FLOPs", 4), "forward; sets the steps"
+    )
+    shape.add_row(
+        "FLOPs a token, true",
+        units.si(forward, "FLOPs", 4),
+        "forward; training is three times this",
+    )
     for key in ("blocks", "attention", "head", "router"):
-        shape.add_row(f"  {key}", units.si(flops["true"][key], "FLOPs"), units.percent(flops["true"][key] / forward))
+        shape.add_row(
+            f"  {key}",
+            units.si(flops["true"][key], "FLOPs"),
+            units.percent(flops["true"][key] / forward),
+        )
     shape.add_section()
     shape.add_row("steps", f"{run['steps']:,}", f"from {run['steps_from']}")
     shape.add_row("tokens", units.count(run["tokens"]), f"{run['tokens_per_step']:,} a step")
-    shape.add_row("training FLOPs, paper", units.si(run["paper_training_flops"], "FLOPs"), "forward only")
-    shape.add_row("training FLOPs, true", units.si(run["true_training_flops"], "FLOPs"), "forward and backward")
+    shape.add_row(
+        "training FLOPs, paper", units.si(run["paper_training_flops"], "FLOPs"), "forward only"
+    )
+    shape.add_row(
+        "training FLOPs, true",
+        units.si(run["true_training_flops"], "FLOPs"),
+        "forward and backward",
+    )
 
-    title = "cache at decode" + (", depths as measured" if kv["measured"] else ", depths as in training")
+    title = "cache at decode" + (
+        ", depths as measured" if kv["measured"] else ", depths as in training"
+    )
     cache = _table(title, "layers", "tokens kept", "a token", "a sequence")
     sequence = kv["bytes_per_sequence"] / kv["bytes_per_token"]
     for part in kv["by_depth"]:
         size = part["bytes_per_token"]
-        cache.add_row(part["part"], str(part["layers"]), units.percent(part["stored"]), units.size(size),
-                      units.size(size * sequence))  # fmt: skip
-    cache.add_row("all", str(sum(part["layers"] for part in kv["by_depth"])), "", units.size(kv["bytes_per_token"]),
-                  units.size(kv["bytes_per_sequence"]))  # fmt: skip
+        cache.add_row(
+            part["part"],
+            str(part["layers"]),
+            units.percent(part["stored"]),
+            units.size(size),
+            units.size(size * sequence),
+        )
+    cache.add_row(
+        "all",
+        str(sum(part["layers"] for part in kv["by_depth"])),
+        "",
+        units.size(kv["bytes_per_token"]),
+        units.size(kv["bytes_per_sequence"]),
+    )
     reads = Text(
         f"  decoding with {traffic['context']:,} tokens in the cache reads {units.size(traffic['read_mean'])} of it a token "
         f"({units.size(traffic['read_full_depth'])} at full depth), writes {units.size(traffic['written'])}, and reads "
@@ -198,22 +239,34 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
         "dim",
     )
 
-    needs = _table(f"training memory, each of {time['devices']} device{'s' * (time['devices'] > 1)}", "", "")
+    needs = _table(
+        f"training memory, each of {time['devices']} device{'s' * (time['devices'] > 1)}", "", ""
+    )
     for key, hint in MEMORY_ROWS.items():
         needs.add_row(key.replace("_", " "), units.size(memory[key]), hint.format(**memory))
     needs.add_section()
     needs.add_row(
-        "at the fullest moment", units.size(memory["total"]), f"when {memory['fullest']}; see analysis/memory.py"
+        "at the fullest moment",
+        units.size(memory["total"]),
+        f"when {memory['fullest']}; see analysis/memory.py",
     )
     needs.add_section()
     for policy, size in memory["activations_by_remat"].items():
         needs.add_row(f"activations, remat {policy}", units.size(size), "saved + working + head")
 
-    chips = _table(f"time at {units.percent(time['mfu'], 0)} MFU, {time['dtype']}, {time['devices']} x", "a step",
-                   "tokens a second", "the run")  # fmt: skip
+    chips = _table(
+        f"time at {units.percent(time['mfu'], 0)} MFU, {time['dtype']}, {time['devices']} x",
+        "a step",
+        "tokens a second",
+        "the run",
+    )
     for chip in time["chips"]:
-        chips.add_row(chip["chip"], units.duration(chip["step_s"]), units.count(chip["tokens_per_s"]),
-                      units.duration(chip["run_s"]))  # fmt: skip
+        chips.add_row(
+            chip["chip"],
+            units.duration(chip["step_s"]),
+            units.count(chip["tokens_per_s"]),
+            units.duration(chip["run_s"]),
+        )
     return [line, shape, cache, reads, needs, chips]
 
 
@@ -228,9 +281,16 @@ MEMORY_ROWS = {
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table whose first column names the row; without column names it has no header, and its last column is prose."""
+    """A table whose first column names the row; without column names it has no header, and its last
+    column is prose."""
     headed = any(columns)
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=headed)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_header=headed,
+    )
     table.add_column("")
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if headed or i == 0 else "left")

@@ -1,18 +1,20 @@
 """A byte-level trigram model: the floor a trained network has to beat.
 
-It counts which byte follows which two bytes and knows nothing else, is fitted in seconds, and depends on no
-tokenizer: bits per byte are comparable with those of any language model on the same bytes.
+It counts which byte follows which two bytes and knows nothing else, is fitted in seconds, and
+depends on no tokenizer: bits per byte are comparable with those of any language model on the same
+bytes.
 
-Smoothing is interpolated Witten-Bell (Bell, Cleary & Witten 1990) with a strength s per context length: a context seen
-n times with t different successors trusts its own counts with weight n / (n + s t) and the next shorter context with
-the rest,
+Smoothing is interpolated Witten-Bell (Bell, Cleary & Witten 1990) with a strength s per context
+length: a context seen n times with t different successors trusts its own counts with weight n / (n
++ s t) and the next shorter context with the rest,
 
     p(w | c) = (count(c, w) + s t(c) p(w | shorter c)) / (n(c) + s t(c)),
 
-down to the uniform distribution over the 256 bytes. It sums to one by construction and gives no byte probability zero.
-s is chosen from STRENGTHS on every tenth training document (the first 2 MiB of them) with the counts of the others; the
-counts of all make the model. (Leaving out single bytes instead needs no slice but flatters long contexts, for text
-repeats itself within a document.) A corpus of fewer than ten documents takes s = 1.
+down to the uniform distribution over the 256 bytes. It sums to one by construction and gives no
+byte probability zero. s is chosen from STRENGTHS on every tenth training document (the first 2 MiB
+of them) with the counts of the others; the counts of all make the model. (Leaving out single bytes
+instead needs no slice but flatters long contexts, for text repeats itself within a document.) A
+corpus of fewer than ten documents takes s = 1.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ CHUNK = 1 << 20  # symbols handled at once: bounds the memory of a long corpus, 
 
 
 class TrigramByteModel:
-    """Counts of the training bytes; use `fit`. Documents are independent: no context crosses their border."""
+    """Counts of the training bytes; use `fit`. Documents are independent: no context crosses their
+    border."""
 
     def __init__(self, counts: np.ndarray, strengths: tuple[float, float, float] = (1.0, 1.0, 1.0)):
         """
         Args:
-          counts: integers [257 * 257, 256], how often a byte followed (second to last, last) symbol.
+          counts: integers [257 * 257, 256], how often a byte followed (second to last, last)
+            symbol.
           strengths: s of the contexts of length 0, 1 and 2.
         """
         by_last = counts.reshape(SYMBOLS, SYMBOLS, 256).sum(axis=0, dtype=np.int64)
@@ -58,7 +62,8 @@ class TrigramByteModel:
         return cls(counts.reshape(-1, 256), strengths)
 
     def bits_per_byte(self, documents: Iterable[bytes]) -> float:
-        """Mean -log2 p of the bytes, each given the two before it in its document; nan when there are none."""
+        """Mean -log2 p of the bytes, each given the two before it in its document; nan when there
+        are none."""
         bits, total = 0.0, 0
         for context, byte in _trigrams(documents):
             bits -= float(np.log2(self._probability(context, byte)).sum())
@@ -66,7 +71,8 @@ class TrigramByteModel:
         return bits / total if total else math.nan
 
     def probabilities(self, context: bytes = b"") -> np.ndarray:
-        """Distribution over the next byte, float64 [256]; only the last two bytes of `context` matter."""
+        """Distribution over the next byte, float64 [256]; only the last two bytes of `context`
+        matter."""
         a, b = ([START, START, *context[-2:]])[-2:]
         return self._probability(np.full(256, a * SYMBOLS + b), np.arange(256))
 
@@ -78,7 +84,8 @@ class TrigramByteModel:
         return p
 
     def _tune(self, documents: list[bytes]) -> tuple[float, float, float]:
-        """The strengths that predict these documents best, chosen one context length after the other."""
+        """The strengths that predict these documents best, chosen one context length after the
+        other."""
         context, byte = (np.concatenate(part) for part in zip(*_trigrams(documents), strict=True))
         p = np.full(len(byte), 1 / 256)
         chosen = []
@@ -98,10 +105,15 @@ class _Order:
         self._seen = counts.sum(axis=1, dtype=np.int64)
         self._types = np.count_nonzero(counts, axis=1)
 
-    def refine(self, context: np.ndarray, byte: np.ndarray, shorter: np.ndarray, strength: float) -> np.ndarray:
-        """Mix the counts of these contexts with the probabilities under the shorter ones; all arrays [n]."""
+    def refine(
+        self, context: np.ndarray, byte: np.ndarray, shorter: np.ndarray, strength: float
+    ) -> np.ndarray:
+        """Mix the counts of these contexts with the probabilities under the shorter ones; all
+        arrays [n]."""
         seen, trust = self._seen[context], strength * self._types[context]
-        mixed = (self._counts[context, byte] + trust * shorter) / np.where(seen > 0, seen + trust, 1)
+        mixed = (self._counts[context, byte] + trust * shorter) / np.where(
+            seen > 0, seen + trust, 1
+        )
         return np.where(seen > 0, mixed, shorter)
 
 
@@ -118,7 +130,8 @@ def _count(documents: Iterable[bytes], counts: np.ndarray) -> None:
 
 
 def _all_but_every_tenth(documents: Iterable[bytes], tenth: list[bytes]) -> Iterator[bytes]:
-    """Pass the documents on, putting every tenth one aside in `tenth` until that holds TUNING_BYTES."""
+    """Pass the documents on, putting every tenth one aside in `tenth` until that holds
+    TUNING_BYTES."""
     size = 0
     for i, document in enumerate(documents):
         if i % 10 == 9 and size < TUNING_BYTES:
@@ -129,10 +142,13 @@ def _all_but_every_tenth(documents: Iterable[bytes], tenth: list[bytes]) -> Iter
 
 
 def _trigrams(documents: Iterable[bytes]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(context ids int64 [n], bytes int64 [n]) of batches of documents of about CHUNK bytes together."""
+    """(context ids int64 [n], bytes int64 [n]) of batches of documents of about CHUNK bytes
+    together."""
     start = np.full(2, START, np.int64)
     for batch in _batches(documents):
-        stream = np.concatenate([part for d in batch for part in (start, np.frombuffer(d, np.uint8))])
+        stream = np.concatenate(
+            [part for d in batch for part in (start, np.frombuffer(d, np.uint8))]
+        )
         real = stream[2:] != START  # START is context only
         yield (stream[:-2] * SYMBOLS + stream[1:-1])[real], stream[2:][real]
 
@@ -152,8 +168,9 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 def rows_to_bytes(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterator[bytes]:
     """The text of packed rows, one `bytes` for each piece of a document in a row.
 
-    A document that was cut at the end of a row starts anew in the next one, exactly as the network sees it, so the
-    two models are measured with the same contexts. Special tokens have no bytes and drop out.
+    A document that was cut at the end of a row starts anew in the next one, exactly as the network
+    sees it, so the two models are measured with the same contexts. Special tokens have no bytes and
+    drop out.
 
     Args:
       rows: each {"tokens": int32 [T], "segment_ids": int32 [T]}; segment 0 is padding.

@@ -1,8 +1,10 @@
-"""Colours: a few distinct ones for runs, a sequence for depth; both readable with any colour vision."""
+"""Colours: a few distinct ones for runs, a sequence for depth; both readable with any colour
+vision."""
 
 from __future__ import annotations
 
-# Runs: (on a light page, on a dark page). After Okabe & Ito's set, darkened or lightened to 3:1 against the page.
+# Runs: (on a light page, on a dark page). After Okabe & Ito's set, darkened or lightened to 3:1
+# against the page.
 SERIES = (
     ("#0072b2", "#5eb5ef"),  # blue
     ("#d55e00", "#f28c4b"),  # vermilion
@@ -25,8 +27,11 @@ def series(index: int) -> str:
 
 
 def depth_colour(depth: int, max_depth: int) -> tuple[str, str]:
-    """(background, text) hex colours of a token of this depth, 0..max_depth; the pair has a contrast above 4.5:1."""
-    position = min(max(depth / max_depth if max_depth else 1.0, 0.0), 1.0) * (len(DEPTH_ANCHORS) - 1)
+    """(background, text) hex colours of a token of this depth, 0..max_depth; the pair has a
+    contrast above 4.5:1."""
+    position = min(max(depth / max_depth if max_depth else 1.0, 0.0), 1.0) * (
+        len(DEPTH_ANCHORS) - 1
+    )
     low = min(int(position), len(DEPTH_ANCHORS) - 2)
     share = position - low
     pairs = zip(DEPTH_ANCHORS[low], DEPTH_ANCHORS[low + 1], strict=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# (whole words of jax's `device_kind`, lower case; dense bfloat16 FLOP/s; float32 FLOP/s), first match wins, so the special
-# name stands before the general one. Vendors' data sheets, without structured sparsity. float32 means what `jax`
+# (whole words of jax's `device_kind`, lower case; dense bfloat16 FLOP/s; float32 FLOP/s), first
+# match wins, so the special name stands before the general one. Vendors' data sheets, without
+# structured sparsity. float32 means what `jax`
 # does with float32 products by default: TF32 on NVIDIA, one bfloat16 pass on TPU.
 _PEAKS = (
     ("h100 pcie", 756e12, 378e12),
@@ -32,7 +33,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Dense peak FLOP/s of one device, or None when unknown (a CPU, a new chip, another dtype).
 
     Args:
-      device_kind: as in `jax.devices()[0].device_kind`, e.g. "NVIDIA H100 80GB HBM3" or "TPU v5 lite".
+      device_kind: as in `jax.devices()[0].device_kind`, e.g. "NVIDIA H100 80GB HBM3" or "TPU v5
+        lite".
       dtype: "bfloat16" or "float32", of the matrix products.
     """
     if dtype not in ("bfloat16", "float32"):

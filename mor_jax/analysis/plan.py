@@ -1,8 +1,10 @@
-"""A plan of a training run on devices one does not have: bytes a device, collectives a step, a mesh that fits.
+"""A plan of a training run on devices one does not have: bytes a device, collectives a step, a mesh
+that fits.
 
-Everything follows from shapes: parameters from `eval_shape`, their shards from the rule table on an abstract mesh, the
-rest from `analysis/memory.py` and `analysis/collective_plan.py`. Nothing is allocated or compiled, so a plan for a
-thousand devices takes a second anywhere. `train/aot.py` compiles the same step to check it.
+Everything follows from shapes: parameters from `eval_shape`, their shards from the rule table on an
+abstract mesh, the rest from `analysis/memory.py` and `analysis/collective_plan.py`. Nothing is
+allocated or compiled, so a plan for a thousand devices takes a second anywhere. `train/aot.py`
+compiles the same step to check it.
 """
 
 from __future__ import annotations
@@ -31,9 +33,12 @@ from mor_jax.errors import ConfigError
 from mor_jax.model.lm import LM
 from mor_jax.nn.attention import choose
 
-FILL = 0.92  # share of a device's memory that a plan may use: allocators lose the rest to fragmentation
-LEANER = ("none", "dots", "dots_no_batch", "block")  # rematerialisation, each needs less memory than the one before
-MFU = 0.4  # of the time of computation; a plan's share of time in collectives is no better than this
+# share of a device's memory that a plan may use: allocators lose the rest to fragmentation
+FILL = 0.92
+# rematerialisation, each needs less memory than the one before
+LEANER = ("none", "dots", "dots_no_batch", "block")
+# of the time of computation; a plan's share of time in collectives is no better than this
+MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Plan:
 
     @property
     def dcn_s(self) -> float:
-        """Seconds the network between slices needs. Each device sends its shard's reduction across once: 2 (s - 1) / s
-        of it, where the ring of the whole axis counts 2 (n - 1) / n."""
+        """Seconds the network between slices needs. Each device sends its shard's reduction across
+        once: 2 (s - 1) / s of it, where the ring of the whole axis counts 2 (n - 1) / n."""
         s, n = self.config.mesh.slices, self.mesh.data
         share = ((s - 1) / s) / ((n - 1) / n) if n > 1 else 0.0
         return share * sum(p.bytes for p in self.collectives if p.dcn) / self.topology.chip.dcn
@@ -98,8 +103,8 @@ class Plan:
 def plan(cfg: Config, topology: Topology) -> Plan:
     """The plan of a configuration as it is.
 
-    Raises ConfigError: its mesh does not fit the number of devices, something in it does not divide, or its attention
-    cannot run on them.
+    Raises ConfigError: its mesh does not fit the number of devices, something in it does not
+    divide, or its attention cannot run on them.
     """
     if topology.slices > 1 and cfg.mesh.slices == 1:
         cfg = dataclasses.replace(cfg, mesh=dataclasses.replace(cfg.mesh, slices=topology.slices))
@@ -111,14 +116,19 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     exact = state / memory.weights
     rest = {name: exact * getattr(memory, name) for name in ("gradients", "update", "added")}
     memory = dataclasses.replace(memory, weights=state, optimizer=2 * state, **rest)
-    peak = peak_flops(topology.chip.kind, cfg.model.dtype) or peak_flops(topology.chip.kind, "bfloat16") or 1e11
+    peak = (
+        peak_flops(topology.chip.kind, cfg.model.dtype)
+        or peak_flops(topology.chip.kind, "bfloat16")
+        or 1e11
+    )
     seconds = true_training_flops(cfg, 1) / (topology.devices * peak * MFU)
     collectives = tuple(planned_collectives(cfg, devices=topology.devices))
     return Plan(cfg, topology, mesh, memory, collectives, seconds)
 
 
 def with_attention(cfg: Config, topology: Topology) -> Config:
-    """With the attention that the step would run there in place of "auto". Raises ConfigError for one that cannot."""
+    """With the attention that the step would run there in place of "auto". Raises ConfigError for
+    one that cannot."""
     m = cfg.model
     attention = choose(m.attention, topology.backend, m.dtype, m.dims[2])
     return dataclasses.replace(cfg, model=dataclasses.replace(m, attention=attention))
@@ -139,27 +149,33 @@ def parameter_bytes(cfg: Config, mesh: MeshShape) -> int:
 
 @functools.lru_cache(maxsize=8)
 def _shapes(lm: LM) -> tuple[Any, Any]:
-    """Shapes and logical axes of the parameters; a search for a mesh asks for them a hundred times."""
+    """Shapes and logical axes of the parameters; a search for a mesh asks for them a hundred
+    times."""
     return jax.eval_shape(lm.init, jax.eval_shape(lambda: jax.random.key(0))), lm.logical_axes()
 
 
 def suggest(cfg: Config, topology: Topology) -> Plan | None:
-    """The plan of the mesh (and, where the batch forces it, number of micro-batches or rematerialisation) that spends
-    least time in collectives among those that fit; None when none does. Raises ConfigError: its attention cannot run
-    there."""
+    """The plan of the mesh (and, where the batch forces it, number of micro-batches or
+    rematerialisation) that spends least time in collectives among those that fit; None when none
+    does. Raises ConfigError: its attention cannot run there."""
     cfg = with_attention(cfg, topology)
     for remat in LEANER[LEANER.index(cfg.model.remat) :]:
         model = dataclasses.replace(cfg.model, remat=remat)
         found = [p for p in _candidates(dataclasses.replace(cfg, model=model), topology) if p.fits]
         if found:
             # Fewer micro-batches and fewer axes at equal cost.
-            key = lambda p: (round(p.collective_s, 4), p.config.train.accum, sum(n > 1 for n in p.mesh))
+            key = lambda p: (
+                round(p.collective_s, 4),
+                p.config.train.accum,
+                sum(n > 1 for n in p.mesh),
+            )
             return min(found, key=key)
     return None
 
 
 def _candidates(cfg: Config, topology: Topology) -> Iterator[Plan]:
-    """Plans of all meshes that pass the checks: tensor within 8 neighbours, the fewest micro-batches that fit."""
+    """Plans of all meshes that pass the checks: tensor within 8 neighbours, the fewest
+    micro-batches that fit."""
     for sequence in (1, 2, 4, 8):
         for tensor in (1, 2, 4, 8):
             rest = topology.per_slice // (sequence * tensor)
@@ -174,7 +190,10 @@ def _candidates(cfg: Config, topology: Topology) -> Iterator[Plan]:
 def _smallest_accum(cfg: Config, topology: Topology) -> Iterator[Plan]:
     for accum in (a for a in range(1, cfg.train.batch_size + 1) if cfg.train.batch_size % a == 0):
         try:
-            found = plan(dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=accum)), topology)
+            found = plan(
+                dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=accum)),
+                topology,
+            )
         except ConfigError:
             if accum > 1:  # more micro-batches divide no better
                 return
@@ -205,7 +224,13 @@ def require_fit(found: Plan) -> None:
 def overrides(found: Plan) -> str:
     """The flags that turn a configuration into this plan's."""
     m = found.config.mesh
-    fields = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor, "sequence": m.sequence, "slices": m.slices}
+    fields = {
+        "data": m.data,
+        "fsdp": m.fsdp,
+        "tensor": m.tensor,
+        "sequence": m.sequence,
+        "slices": m.slices,
+    }
     flags = [f"--config.mesh.{k}={v}" for k, v in fields.items() if v > 1 or k in ("data", "fsdp")]
     flags.append(f"--config.train.accum={found.config.train.accum}")
     return " ".join([*flags, f"--config.model.remat={found.config.model.remat}"])
@@ -216,9 +241,12 @@ def plan_tables(found: Plan) -> list[Table | Text]:
     t, chip = found.topology, found.topology.chip
     mesh = " x ".join(f"{axis} {n}" for axis, n in found.mesh._asdict().items())
     head = Text.assemble(
-        (found.config.name, "bold"), f"  on {t.name}: {t.devices} x {chip.kind}, {t.slices} slice(s)\n"
+        (found.config.name, "bold"),
+        f"  on {t.name}: {t.devices} x {chip.kind}, {t.slices} slice(s)\n",
     )
-    head.append(f"mesh {mesh}, {found.config.train.accum} micro-batch(es), remat {found.config.model.remat}, ")
+    head.append(
+        f"mesh {mesh}, {found.config.train.accum} micro-batch(es), remat {found.config.model.remat}, "
+    )
     head.append(f"attention {found.config.model.attention}")
     needs = Table("bytes a device", "", title=None, box=box.SIMPLE)
     for kind, n in found.bytes_by_kind().items():
@@ -226,10 +254,14 @@ def plan_tables(found: Plan) -> list[Table | Text]:
     needs.add_section()
     needs.add_row("needed", units.size(found.memory.total))
     needs.add_row(f"room ({FILL:.0%} of {units.size(chip.memory)})", units.size(found.room))
-    traffic = Table("collectives a step", "kind", "over", "times", "bytes a device", "links", box=box.SIMPLE)
+    traffic = Table(
+        "collectives a step", "kind", "over", "times", "bytes a device", "links", box=box.SIMPLE
+    )
     for p in found.collectives:
         links = "DCN" if p.dcn else "ICI"
         traffic.add_row(p.what, p.kind, "+".join(p.axes), str(p.count), units.size(p.bytes), links)
     time = Text(f"seconds a step: {found.compute_s:.3g} of computation at {MFU:.0%} of peak, ")
-    time.append(f"{found.ici_s:.3g} of collectives within slices, {found.dcn_s:.3g} between them if nothing overlaps")
+    time.append(
+        f"{found.ici_s:.3g} of collectives within slices, {found.dcn_s:.3g} between them if nothing overlaps"
+    )
     return [head, needs, traffic, time]

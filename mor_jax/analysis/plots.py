@@ -1,6 +1,8 @@
-"""The figures of a report. Each function draws one quantity of all runs on one axis, or returns None without data.
+"""The figures of a report. Each function draws one quantity of all runs on one axis, or returns
+None without data.
 
-A run keeps its colour through all figures; save with `canvas.save_png`, inline with `canvas.to_svg`.
+A run keeps its colour through all figures; save with `canvas.save_png`, inline with
+`canvas.to_svg`.
 """
 
 from __future__ import annotations
@@ -38,50 +40,94 @@ def all_plots(runs: Sequence[RunRecord]) -> list[Plot]:
 
 def _all(runs: Sequence[RunRecord]) -> Iterator[Plot]:
     shared: list[tuple[str, str, Callable[[Sequence[RunRecord]], Figure | None]]] = [
-        ("eval", "The headline over the budget; depths of a routed model are decided causally. A model below the "
-         "dashed line knows more than which byte follows which two.",
-         bits_per_byte_by_flops),
-        ("loss-steps", "Training loss, smoothed over the raw values; the first steps are cut off at the top.",
-         loss_by_step),
-        ("loss-flops", "The same against the paper's training FLOPs: at one budget, cheaper steps mean more of them.",
-         loss_by_flops),
-        ("depth", "Mean number of recursions a token ran: solid as decided causally in evaluation, dotted as the "
-         "capacities force in training. Where they meet, the threshold lets as many tokens go on as "
-         "training did.", mean_depth),
-        ("histogram", "How deep the tokens of the validation text went in the newest evaluation, decided causally.",
-         depth_histogram),
-        ("loss-depth", "Where the loss is: of the predictions made at tokens of each depth, decided causally; a dot is as "
-         "large as the depth's share of the tokens.", routing_plots.depth_against_loss),
-        ("dead", "Positions of a row that top-k never takes to the last recursion, over the held-out rows. Near zero: the "
-         "router looks at tokens, not at places.", routing_plots.dead_tokens),
+        (
+            "eval",
+            "The headline over the budget; depths of a routed model are decided causally. A model below the "
+            "dashed line knows more than which byte follows which two.",
+            bits_per_byte_by_flops,
+        ),
+        (
+            "loss-steps",
+            "Training loss, smoothed over the raw values; the first steps are cut off at the top.",
+            loss_by_step,
+        ),
+        (
+            "loss-flops",
+            "The same against the paper's training FLOPs: at one budget, cheaper steps mean more of them.",
+            loss_by_flops,
+        ),
+        (
+            "depth",
+            "Mean number of recursions a token ran: solid as decided causally in evaluation, dotted as the "
+            "capacities force in training. Where they meet, the threshold lets as many tokens go on as "
+            "training did.",
+            mean_depth,
+        ),
+        (
+            "histogram",
+            "How deep the tokens of the validation text went in the newest evaluation, decided causally.",
+            depth_histogram,
+        ),
+        (
+            "loss-depth",
+            "Where the loss is: of the predictions made at tokens of each depth, decided causally; a dot is as "
+            "large as the depth's share of the tokens.",
+            routing_plots.depth_against_loss,
+        ),
+        (
+            "dead",
+            "Positions of a row that top-k never takes to the last recursion, over the held-out rows. Near zero: the "
+            "router looks at tokens, not at places.",
+            routing_plots.dead_tokens,
+        ),
         ("speed", "Tokens a second in training.", speed),
-    ]  # fmt: skip
+    ]
     for key, caption, draw in shared:
         figure = draw(runs)
         if figure:
             yield Plot(key, caption, figure)
     for i, run in enumerate(runs):
         for key, caption, draw in (
-            ("scores-histogram", "Every column is the scores of a moment, darker where more of them lie; the dashed line is "
-             "where tokens go on. A router that has decided has two dark bands and nothing between them.",
-             routing_plots.score_histogram),
-            ("capacity", "Lines: training. Dots: decided causally in evaluation. Grey: the shares that were configured, or "
-             "that a balanced router would give.", routing_plots.capacity),
-            ("balance", "Share of tokens whose depth is exactly so many recursions; dashed: all alike. MaxVio is 0 then, "
-             "and R - 1 when all tokens take the same depth.", routing_plots.balance),
-        ):  # fmt: skip
+            (
+                "scores-histogram",
+                "Every column is the scores of a moment, darker where more of them lie; the dashed line is "
+                "where tokens go on. A router that has decided has two dark bands and nothing between them.",
+                routing_plots.score_histogram,
+            ),
+            (
+                "capacity",
+                "Lines: training. Dots: decided causally in evaluation. Grey: the shares that were configured, or "
+                "that a balanced router would give.",
+                routing_plots.capacity,
+            ),
+            (
+                "balance",
+                "Share of tokens whose depth is exactly so many recursions; dashed: all alike. MaxVio is 0 then, "
+                "and R - 1 when all tokens take the same depth.",
+                routing_plots.balance,
+            ),
+        ):
             figure = draw(run)
             if figure:
                 yield Plot(f"{key}-{i}", caption, figure)
-        # Where depths are decided at once there is one rule, in training and in decoding: they always agree.
+        # Where depths are decided at once there is one rule, in training and in decoding: they
+        # always agree.
         figure = None if routing_plots.at_once(run) else sampling_accuracy(run)
         if figure:
-            yield Plot(f"accuracy-{i}", "How often a router's score, cut at the threshold, agrees with the selection "
-                       "of training. The first recursion takes everything where its capacity is 1.", figure)  # fmt: skip
+            yield Plot(
+                f"accuracy-{i}",
+                "How often a router's score, cut at the threshold, agrees with the selection "
+                "of training. The first recursion takes everything where its capacity is 1.",
+                figure,
+            )
         figure = router_scores(run)
         if figure:
-            yield Plot(f"scores-{i}", "Router scores: mean and one standard deviation. Scores near 0 and 1 separate "
-                       "tokens clearly; a collapsed band does not.", figure)  # fmt: skip
+            yield Plot(
+                f"scores-{i}",
+                "Router scores: mean and one standard deviation. Scores near 0 and 1 separate "
+                "tokens clearly; a collapsed band does not.",
+                figure,
+            )
 
 
 def loss_by_step(runs: Sequence[RunRecord]) -> Figure | None:
@@ -95,8 +141,11 @@ def loss_by_flops(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def bits_per_byte_by_flops(runs: Sequence[RunRecord]) -> Figure | None:
-    """Causal validation bits per byte against training FLOPs after the paper, with the trigram floor."""
-    figure, axes = new_axes("Validation bits per byte, causal", "training FLOPs (paper: forward only)")
+    """Causal validation bits per byte against training FLOPs after the paper, with the trigram
+    floor."""
+    figure, axes = new_axes(
+        "Validation bits per byte, causal", "training FLOPs (paper: forward only)"
+    )
     lowest, highest = math.inf, -math.inf
     ends: list[tuple[float, float, str]] = []
     for i, run in enumerate(runs):
@@ -118,7 +167,13 @@ def bits_per_byte_by_flops(runs: Sequence[RunRecord]) -> Figure | None:
         return None
     floors = [f for f in map(tables.trigram, runs) if f is not None]
     if floors:
-        axes.axhline(floors[0], color=MUTED[0], linewidth=1.2, linestyle=(0, (4, 3)), label="byte trigram model")
+        axes.axhline(
+            floors[0],
+            color=MUTED[0],
+            linewidth=1.2,
+            linestyle=(0, (4, 3)),
+            label="byte trigram model",
+        )
         lowest, highest = min(lowest, floors[0]), max(highest, floors[0])
     margin = 0.08 * (highest - lowest or 1)
     axes.set_ylim(lowest - margin, highest + margin)
@@ -129,7 +184,8 @@ def bits_per_byte_by_flops(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def mean_depth(runs: Sequence[RunRecord]) -> Figure | None:
-    """Mean recursions a token: causal in evaluation (solid), by capacity in training (dotted); routed runs only."""
+    """Mean recursions a token: causal in evaluation (solid), by capacity in training (dotted);
+    routed runs only."""
     figure, axes = new_axes("Mean depth", "optimiser steps")
     drawn = False
     for i, run in enumerate(runs):
@@ -138,11 +194,24 @@ def mean_depth(runs: Sequence[RunRecord]) -> Figure | None:
         steps, values = run.series("causal/mean_depth", "eval")
         if values:
             axes.plot(
-                steps, values, color=series(i), linewidth=1.8, marker="o", markersize=4, label=f"{run.name}, causal"
+                steps,
+                values,
+                color=series(i),
+                linewidth=1.8,
+                marker="o",
+                markersize=4,
+                label=f"{run.name}, causal",
             )
         forced_steps, forced = _thin(*run.series("mean_depth"))
         if forced:
-            axes.plot(forced_steps, forced, color=series(i), linewidth=1.2, linestyle=":", label=f"{run.name}, top-k")
+            axes.plot(
+                forced_steps,
+                forced,
+                color=series(i),
+                linewidth=1.2,
+                linestyle=":",
+                label=f"{run.name}, top-k",
+            )
         drawn = drawn or bool(values or forced)
     if not drawn:
         return None
@@ -152,8 +221,11 @@ def mean_depth(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def depth_histogram(runs: Sequence[RunRecord]) -> Figure | None:
-    """Share of validation tokens by depth 0..R in the newest causal evaluation; routed runs only."""
-    shares = [(i, run, run.last_eval("causal/depth_share")) for i, run in enumerate(runs) if run.routed]
+    """Share of validation tokens by depth 0..R in the newest causal evaluation; routed runs
+    only."""
+    shares = [
+        (i, run, run.last_eval("causal/depth_share")) for i, run in enumerate(runs) if run.routed
+    ]
     shares = [(i, run, s) for i, run, s in shares if isinstance(s, list) and s]
     if not shares:
         return None
@@ -162,7 +234,9 @@ def depth_histogram(runs: Sequence[RunRecord]) -> Figure | None:
     for place, (i, run, share) in enumerate(shares):
         x = [d + (place - (len(shares) - 1) / 2) * width for d in range(len(share))]
         bars = axes.bar(x, share, width * 0.9, color=series(i), label=run.name)
-        axes.bar_label(bars, [units.percent(s, 0) for s in share], fontsize=8.5, color=INK[0], padding=2)
+        axes.bar_label(
+            bars, [units.percent(s, 0) for s in share], fontsize=8.5, color=INK[0], padding=2
+        )
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -192,41 +266,64 @@ def speed(runs: Sequence[RunRecord]) -> Figure | None:
 
 def sampling_accuracy(run: RunRecord) -> Figure | None:
     """Agreement of threshold and top-k for each router of a run, against optimiser steps."""
-    return _per_router(run, "sampling_accuracy", f"Sampling accuracy of {run.name}, by recursion", percent=True)
+    return _per_router(
+        run, "sampling_accuracy", f"Sampling accuracy of {run.name}, by recursion", percent=True
+    )
 
 
 def router_scores(run: RunRecord) -> Figure | None:
     """Mean router score with a band of one standard deviation for each router of a run."""
-    return _per_router(run, "score_mean", f"Router scores of {run.name}, by recursion", band="score_std")
+    return _per_router(
+        run, "score_mean", f"Router scores of {run.name}, by recursion", band="score_std"
+    )
 
 
 def depth_curve(record: Mapping[str, Any]) -> Figure:
-    """Causal loss against mean depth: by the dial, and under a cap on every token's depth (`train.curve`)."""
+    """Causal loss against mean depth: by the dial, and under a cap on every token's depth
+    (`train.curve`)."""
     figure, axes = new_axes("Validation NLL, nats a token", "mean depth: recursions a token ran")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     own = record["as_configured"]
-    for i, (key, label, marker) in enumerate((("dial", "mean-depth dial", "o"), ("cap", "cap on depth", "s"))):
+    for i, (key, label, marker) in enumerate(
+        (("dial", "mean-depth dial", "o"), ("cap", "cap on depth", "s"))
+    ):
         points = record[key]
         if points:
             x, y = [p["mean_depth"] for p in points], [p["nll"] for p in points]
-            axes.plot(x, y, color=series(i), linewidth=1.8, marker=marker, markersize=4, label=label)
+            axes.plot(
+                x, y, color=series(i), linewidth=1.8, marker=marker, markersize=4, label=label
+            )
     for point in record["cap"]:
         axes.annotate(
-            f"at most {point['max_depth']}", (point["mean_depth"], point["nll"]), xytext=(5, -13),
-            textcoords="offset points", color=MUTED[0], fontsize=8.5,
-        )  # fmt: skip
-    axes.plot([own["mean_depth"]], [own["nll"]], color=INK[0], linestyle="", marker="D", markersize=5,
-              label="as configured")  # fmt: skip
+            f"at most {point['max_depth']}",
+            (point["mean_depth"], point["nll"]),
+            xytext=(5, -13),
+            textcoords="offset points",
+            color=MUTED[0],
+            fontsize=8.5,
+        )
+    axes.plot(
+        [own["mean_depth"]],
+        [own["nll"]],
+        color=INK[0],
+        linestyle="",
+        marker="D",
+        markersize=5,
+        label="as configured",
+    )
     legend(axes)
     return figure
 
 
 def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """The dial of several checkpoints: what depth does to the causal loss, a diamond where each is configured.
+    """The dial of several checkpoints: what depth does to the causal loss, a diamond where each is
+    configured.
 
-    Against the loss at depth 1, so that models of other sizes and tokens can be seen side by side."""
+    Against the loss at depth 1, so that models of other sizes and tokens can be seen side by
+    side."""
     figure, axes = new_axes(
-        "Validation NLL less that at depth 1, nats", "mean depth: recursions a token ran, by the dial"
+        "Validation NLL less that at depth 1, nats",
+        "mean depth: recursions a token ran, by the dial",
     )
     axes.xaxis.set_major_formatter(ScalarFormatter())
     for i, (name, record) in enumerate(curves.items()):
@@ -241,7 +338,9 @@ def depth_curves(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _per_router(run: RunRecord, key: str, title: str, band: str = "", percent: bool = False) -> Figure | None:
+def _per_router(
+    run: RunRecord, key: str, title: str, band: str = "", percent: bool = False
+) -> Figure | None:
     figure, axes = new_axes(title, "optimiser steps")
     lowest = 1.0
     drawn = False
@@ -253,7 +352,9 @@ def _per_router(run: RunRecord, key: str, title: str, band: str = "", percent: b
         lines, smooth = _thin(steps, _smooth(values))
         # Colours after those of the runs: a recursion is not a run.
         colour, style = series(r + 1), ("-", (0, (5, 1.5)), (0, (2, 1.5)), "-.")[(r - 1) % 4]
-        axes.plot(lines, smooth, color=colour, linestyle=style, linewidth=1.8, label=f"recursion {r}")
+        axes.plot(
+            lines, smooth, color=colour, linestyle=style, linewidth=1.8, label=f"recursion {r}"
+        )
         lowest = min(lowest, *smooth)
         spread_steps, spread = run.series(f"router/{r}/{band}") if band else ([], [])
         if spread and spread_steps == steps:
@@ -272,7 +373,9 @@ def _per_router(run: RunRecord, key: str, title: str, band: str = "", percent: b
     return figure
 
 
-def _loss(runs: Sequence[RunRecord], xlabel: str, scale_of: Callable[[RunRecord], float | None]) -> Figure | None:
+def _loss(
+    runs: Sequence[RunRecord], xlabel: str, scale_of: Callable[[RunRecord], float | None]
+) -> Figure | None:
     figure, axes = new_axes("Training loss, nats a token", xlabel)
     lowest, highest = math.inf, -math.inf
     for i, run in enumerate(runs):
@@ -298,14 +401,22 @@ def _loss(runs: Sequence[RunRecord], xlabel: str, scale_of: Callable[[RunRecord]
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str]]) -> None:
-    """Write the last value (y, x, colour) of each line at its end, pushed apart where they would overlap."""
+    """Write the last value (y, x, colour) of each line at its end, pushed apart where they would
+    overlap."""
     bottom, top = axes.get_ylim()
     gap = 0.055 * (top - bottom)
     place = -math.inf
     for y, x, colour in sorted(ends):
         place = max(y, place + gap)
-        axes.annotate(units.fixed(y), (x, place), xytext=(7, 0), textcoords="offset points", va="center", color=colour,
-                      fontsize=9)  # fmt: skip
+        axes.annotate(
+            units.fixed(y),
+            (x, place),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=9,
+        )
 
 
 def _flops_a_step(run: RunRecord) -> float | None:

@@ -1,6 +1,7 @@
 """One page that shows what runs were, what they reached and what their tokens did.
 
-The page is a single HTML file: style, figures and data inline, no script, nothing fetched, fit to be mailed.
+The page is a single HTML file: style, figures and data inline, no script, nothing fetched, fit to
+be mailed.
 """
 
 from __future__ import annotations
@@ -48,16 +49,22 @@ def write_report(
       samples: by run name, generated text.
       commands: by run name, the exact command that repeats the run.
       classes: by run name, depths by token class of held-out text.
-      decoded: by run name, the depth of every token of a prompt and its continuation, for the growth of the cache.
-      curves: by run name, what `train.curve.depth_curve` found.
+      decoded: by run name, the depth of every token of a prompt and its continuation, for the
+      growth of the cache. curves: by run name, what `train.curve.depth_curve` found.
       title: of the page; default from the run names.
     Raises:
       UserError: no runs.
     """
     page = render(
-        runs, depth_maps=depth_maps, samples=samples, commands=commands, classes=classes, decoded=decoded,
-        curves=curves, title=title,
-    )  # fmt: skip
+        runs,
+        depth_maps=depth_maps,
+        samples=samples,
+        commands=commands,
+        classes=classes,
+        decoded=decoded,
+        curves=curves,
+        title=title,
+    )
     out = as_path(out)
     write_text(out, page)  # whole: a reader who reloads never sees half a page
     return out
@@ -76,9 +83,13 @@ def render(
 ) -> str:
     """The page of `write_report` as a string."""
     rows = tables.compare(runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["duration"] = units.duration
-    template = environment.from_string(resources.files(__package__).joinpath("report.html.j2").read_text("utf-8"))
+    template = environment.from_string(
+        resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    )
     return template.render(
         title=title or " vs ".join(run.name for run in runs),
         theme=_theme(),
@@ -86,7 +97,9 @@ def render(
         headers=tables.headers(runs),
         rows=rows,
         plots=[(p, Markup(to_svg(p.figure, f"p-{p.key}"))) for p in plots.all_plots(runs)],
-        depth_maps=[(name, Markup(depth_map_html(*args))) for name, args in (depth_maps or {}).items()],
+        depth_maps=[
+            (name, Markup(depth_map_html(*args))) for name, args in (depth_maps or {}).items()
+        ],
         looks=[
             (p, Markup(to_svg(p.figure, f"l-{p.key}")))
             for p in _looks(runs, classes or {}, decoded or {}, curves or {})
@@ -109,21 +122,33 @@ def _looks(
     for i, (name, lines) in enumerate(classes.items()):
         figure = routing_plots.depth_by_class(name, lines)
         if figure:
-            found.append(plots.Plot(
-                f"class-{i}", "Held-out text: share of each kind's tokens by depth; to the left their number, to the right "
-                "their mean depth and the mean loss of the predictions made at them.", figure,
-            ))  # fmt: skip
+            found.append(
+                plots.Plot(
+                    f"class-{i}",
+                    "Held-out text: share of each kind's tokens by depth; to the left their number, to the right "
+                    "their mean depth and the mean loss of the predictions made at them.",
+                    figure,
+                )
+            )
     for i, (name, curve) in enumerate(curves.items()):
-        found.append(plots.Plot(
-            f"curve-{i}", f"{name}, one checkpoint at many depths: the dial moves the thresholds, the cap cuts every "
-            "token.", plots.depth_curve(curve),
-        ))  # fmt: skip
+        found.append(
+            plots.Plot(
+                f"curve-{i}",
+                f"{name}, one checkpoint at many depths: the dial moves the thresholds, the cap cuts every "
+                "token.",
+                plots.depth_curve(curve),
+            )
+        )
     figure = routing_plots.kv_growth(runs, decoded)
     if figure:
-        found.append(plots.Plot(
-            "kv", "What the cache holds while the sample below is made. A token that stops early leaves less; the dashed "
-            "line is the first routed model with every token at full depth.", figure,
-        ))  # fmt: skip
+        found.append(
+            plots.Plot(
+                "kv",
+                "What the cache holds while the sample below is made. A token that stops early leaves less; the dashed "
+                "line is the first routed model with every token at full depth.",
+                figure,
+            )
+        )
     return found
 
 
@@ -148,4 +173,6 @@ def _theme() -> Markup:
         named |= {f"--s{n}": pair[i] for n, pair in enumerate(palette.SERIES)}
         return "".join(f"{name}:{value};" for name, value in named.items())
 
-    return Markup(f":root{{{variables(0)}}}@media(prefers-color-scheme:dark){{:root{{{variables(1)}}}}}")
+    return Markup(
+        f":root{{{variables(0)}}}@media(prefers-color-scheme:dark){{:root{{{variables(1)}}}}}"
+    )

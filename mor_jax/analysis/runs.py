@@ -4,8 +4,8 @@
     metrics.jsonl   one JSON object a line, "kind" is "train" or "eval"
     summary.json    written at the end
 
-A run that is still going, or was killed, has some of these and perhaps half a last line. It is read as far as it
-goes, and `notes` says what is missing.
+A run that is still going, or was killed, has some of these and perhaps half a last line. It is read
+as far as it goes, and `notes` says what is missing.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class RunRecord:
         """
         path = as_path(path)
         if not path.is_dir():
-            raise UserError(f"{path} is not a directory. Give the directory a training run wrote (its workdir).")
+            raise UserError(
+                f"{path} is not a directory. Give the directory a training run wrote (its workdir)."
+            )
         if not any((path / f).is_file() for f in ("config.json", "metrics.jsonl")):
             raise UserError(
                 f"{path} is not a run: it has neither config.json nor metrics.jsonl. Give the directory a training "
@@ -57,7 +59,9 @@ class RunRecord:
         records = _read_lines(path / "metrics.jsonl", notes)
         summary = _read_json(path / "summary.json", [])
         if summary is None:
-            notes.append("summary.json is missing: the run has not ended, numbers are of its last records.")
+            notes.append(
+                "summary.json is missing: the run has not ended, numbers are of its last records."
+            )
         train, evals = (_by_step(records, kind) for kind in ("train", "eval"))
         if summary and not evals and isinstance(summary.get("eval"), Mapping):
             evals = (summary["eval"],)
@@ -88,7 +92,8 @@ class RunRecord:
 
     @property
     def routed(self) -> bool:
-        """Whether tokens choose their depth; with a fixed depth, top-k and causal evaluation are one thing."""
+        """Whether tokens choose their depth; with a fixed depth, top-k and causal evaluation are
+        one thing."""
         return self.config is not None and self.config.depth.routed
 
     @property
@@ -98,13 +103,18 @@ class RunRecord:
     def series(self, key: str, kind: str = "train") -> tuple[list[int], list[float]]:
         """(steps, values) of a metric where it is a finite number."""
         records = self.train if kind == "train" else self.evals
-        points = [(int(r["step"]), v) for r in records if "step" in r and (v := number(r.get(key))) is not None]
+        points = [
+            (int(r["step"]), v)
+            for r in records
+            if "step" in r and (v := number(r.get(key))) is not None
+        ]
         return [p[0] for p in points], [p[1] for p in points]
 
     def last_eval(self, key: str) -> Any:
         """The newest evaluation's value of `key`, or None.
 
-        With a fixed depth, "causal/..." and "topk/..." stand in for each other: nothing is selected.
+        With a fixed depth, "causal/..." and "topk/..." stand in for each other: nothing is
+        selected.
         """
         for record in reversed(self.evals):
             for name in (key, *(() if self.routed else (_twin(key),))):
@@ -130,8 +140,13 @@ def _twin(key: str) -> str:
 
 
 def _by_step(records: list[Mapping[str, Any]], kind: str) -> tuple[Mapping[str, Any], ...]:
-    """Records of a kind by step; a resumed run repeats some steps, the later line is the one that counts."""
-    found = {int(r["step"]): r for r in records if r.get("kind") == kind and number(r.get("step")) is not None}
+    """Records of a kind by step; a resumed run repeats some steps, the later line is the one that
+    counts."""
+    found = {
+        int(r["step"]): r
+        for r in records
+        if r.get("kind") == kind and number(r.get("step")) is not None
+    }
     return tuple(found[step] for step in sorted(found))
 
 

@@ -1,8 +1,9 @@
 """A sweep as data, and its result: mean and spread over seeds as a table, a plot, JSON and CSV.
 
-A sweep file under configs/ablations/ returns a dict (`Sweep.from_dict` has the fields): a base configuration, the
-points to run, seeds, and what to show. Numbers of a paper stand beside ours under a heading that says at which scale
-they were measured; they are there for the ordering, not to be reached.
+A sweep file under configs/ablations/ returns a dict (`Sweep.from_dict` has the fields): a base
+configuration, the points to run, seeds, and what to show. Numbers of a paper stand beside ours
+under a heading that says at which scale they were measured; they are there for the ordering, not to
+be reached.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ class Point:
     @property
     def name(self) -> str:
         """Its directory."""
-        text = "-".join(f"{v}" if not re.fullmatch(r"[\d.]+", v) else f"{k}{v}" for k, v in self.labels.items())
+        text = "-".join(
+            f"{v}" if not re.fullmatch(r"[\d.]+", v) else f"{k}{v}" for k, v in self.labels.items()
+        )
         return re.sub(r"[^A-Za-z0-9.=_-]+", "_", text).strip("_-.") or "point"
 
 
@@ -82,8 +85,8 @@ class Sweep:
     def from_dict(cls, raw: Mapping[str, Any]) -> Sweep:
         """Read what a sweep file returns.
 
-        Fields: title, base, `points` (each {"labels", "fields", "paper"}) and/or `grid` ({field: values}, every
-        combination, for each point), seeds, metric, columns, x, paper.
+        Fields: title, base, `points` (each {"labels", "fields", "paper"}) and/or `grid` ({field:
+        values}, every combination, for each point), seeds, metric, columns, x, paper.
 
         Raises:
           ConfigError: an unknown or missing field, two points of one name.
@@ -91,11 +94,16 @@ class Sweep:
         known = {f.name for f in dataclasses.fields(cls)} | {"grid"}
         for key in raw:
             if key not in known:
-                raise ConfigError(f"the sweep has a field {key!r}; valid: {', '.join(sorted(known))}.")
+                raise ConfigError(
+                    f"the sweep has a field {key!r}; valid: {', '.join(sorted(known))}."
+                )
         for key in ("title", "base"):
             if key not in raw:
                 raise ConfigError(f"the sweep lacks its {key!r}.")
-        given = [Point(dict(p["labels"]), dict(p["fields"]), p.get("paper")) for p in raw.get("points", ())]
+        given = [
+            Point(dict(p["labels"]), dict(p["fields"]), p.get("paper"))
+            for p in raw.get("points", ())
+        ]
         grid = raw.get("grid", {})
         if not given and not grid:
             raise ConfigError("the sweep has neither points nor a grid: there is nothing to run.")
@@ -109,12 +117,14 @@ class Sweep:
         names = [p.name for p in points]
         if len(set(names)) < len(names):
             twice = next(n for n in names if names.count(n) > 1)
-            raise ConfigError(f"two points of the sweep are called {twice!r}; give them different labels.")
+            raise ConfigError(
+                f"two points of the sweep are called {twice!r}; give them different labels."
+            )
         rest = {key: raw[key] for key in ("metric", "x", "paper") if key in raw}
         sweep = cls(title=raw["title"], base=raw["base"], points=tuple(points), **rest)
         sweep = dataclasses.replace(
             sweep, seeds=tuple(raw.get("seeds", sweep.seeds)), columns=tuple(raw.get("columns", ()))
-        )  # fmt: skip
+        )
         for column in (sweep.metric, *sweep.columns):
             if column not in COLUMNS:
                 raise ConfigError(f"the sweep shows {column!r}; a run has {', '.join(COLUMNS)}.")
@@ -171,14 +181,18 @@ def summarise(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Line]:
 
 def cells(sweep: Sweep, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of the table as text. Only columns of which some run has a number."""
-    columns = [c for c in (sweep.metric, *sweep.columns) if any(line.values.get(c) for line in lines)]
+    columns = [
+        c for c in (sweep.metric, *sweep.columns) if any(line.values.get(c) for line in lines)
+    ]
     with_paper = any(line.point.paper is not None for line in lines)
     header = [*sweep.label_names, "seeds", *(COLUMNS[c][0] for c in columns)]
     header += [f"paper: {sweep.paper}" if sweep.paper else "paper"] * with_paper
     rows = []
     for line in lines:
         row = [str(line.point.labels.get(name, "")) for name in sweep.label_names]
-        row.append(str(line.runs) if not line.failures else f"{line.runs}, {line.failures} diverged")
+        row.append(
+            str(line.runs) if not line.failures else f"{line.runs}, {line.failures} diverged"
+        )
         for column in columns:
             write = COLUMNS[column][1]
             mean, spread = line.mean(column), line.spread(column)
@@ -198,13 +212,24 @@ def to_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Table:
     """For a terminal."""
     lines = summarise(sweep, outcomes)
     header, rows = cells(sweep, lines)
-    table = Table(title=sweep.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, caption=note(sweep),
-                  caption_justify="left")  # fmt: skip
+    table = Table(
+        title=sweep.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        caption=note(sweep),
+        caption_justify="left",
+    )
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i < len(sweep.label_names) else "right")
     winner, place = best(sweep, lines), len(sweep.label_names) + 1
     for n, row in enumerate(rows):
-        table.add_row(*(Text(c, style="bold green" if n == winner and i == place else "") for i, c in enumerate(row)))
+        table.add_row(
+            *(
+                Text(c, style="bold green" if n == winner and i == place else "")
+                for i, c in enumerate(row)
+            )
+        )
     return table
 
 
@@ -217,7 +242,9 @@ def to_markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
         rows[winner][place] = f"**{rows[winner][place]}**"
     text = lambda row: "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |"
     rule = "|" + "---|" * len(sweep.label_names) + "---:|" * (len(header) - len(sweep.label_names))
-    return "\n".join([f"# {sweep.title}", "", text(header), rule, *map(text, rows), "", note(sweep), ""])
+    return "\n".join(
+        [f"# {sweep.title}", "", text(header), rule, *map(text, rows), "", note(sweep), ""]
+    )
 
 
 def note(sweep: Sweep) -> str:
@@ -236,7 +263,9 @@ def to_csv(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     for o in outcomes:
         values = ["" if (v := o.values.get(c)) is None else v for c in COLUMNS]
         labels = [o.point.labels.get(n, "") for n in sweep.label_names]
-        writer.writerow([*labels, o.seed, *values, "" if o.point.paper is None else o.point.paper, o.failure])
+        writer.writerow(
+            [*labels, o.seed, *values, "" if o.point.paper is None else o.point.paper, o.failure]
+        )
     return out.getvalue()
 
 
@@ -248,20 +277,32 @@ def to_json(sweep: Sweep, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "metric": sweep.metric,
         "paper": sweep.paper,
         "runs": [
-            {"labels": dict(o.point.labels), "fields": dict(o.point.fields), "seed": o.seed, "values": dict(o.values),
-             "failure": o.failure}
+            {
+                "labels": dict(o.point.labels),
+                "fields": dict(o.point.fields),
+                "seed": o.seed,
+                "values": dict(o.values),
+                "failure": o.failure,
+            }
             for o in outcomes
         ],
         "points": [
-            {"labels": dict(line.point.labels), "seeds": line.runs, "diverged": line.failures, "paper": line.point.paper,
-             "mean": {c: line.mean(c) for c in shown}, "spread": {c: line.spread(c) for c in shown}}
+            {
+                "labels": dict(line.point.labels),
+                "seeds": line.runs,
+                "diverged": line.failures,
+                "paper": line.point.paper,
+                "mean": {c: line.mean(c) for c in shown},
+                "spread": {c: line.spread(c) for c in shown},
+            }
             for line in summarise(sweep, outcomes)
         ],
-    }  # fmt: skip
+    }
 
 
 def plot(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
-    """The metric: lines over `sweep.x`, or one row a point, with every seed's own value behind its mean ± spread."""
+    """The metric: lines over `sweep.x`, or one row a point, with every seed's own value behind its
+    mean ± spread."""
     lines = [line for line in summarise(sweep, outcomes) if line.values.get(sweep.metric)]
     title = f"{COLUMNS[sweep.metric][0]}: {sweep.title}"
     if sweep.x:
@@ -269,14 +310,25 @@ def plot(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
         others = [n for n in sweep.label_names if n != sweep.x]
         groups: dict[str, list[Line]] = {}
         for line in lines:
-            groups.setdefault(" ".join(line.point.labels.get(n, "") for n in others), []).append(line)
+            groups.setdefault(" ".join(line.point.labels.get(n, "") for n in others), []).append(
+                line
+            )
         for i, (name, group) in enumerate(groups.items()):
             x = [float(line.point.labels[sweep.x]) for line in group]
             y, error = zip(
-                *((line.mean(sweep.metric), line.spread(sweep.metric) or 0.0) for line in group), strict=True
+                *((line.mean(sweep.metric), line.spread(sweep.metric) or 0.0) for line in group),
+                strict=True,
             )
             axes.errorbar(
-                x, y, yerr=error, color=series(i), marker="o", markersize=4, capsize=3, linewidth=1.8, label=name
+                x,
+                y,
+                yerr=error,
+                color=series(i),
+                marker="o",
+                markersize=4,
+                capsize=3,
+                linewidth=1.8,
+                label=name,
             )
         ticks = sorted({float(line.point.labels[sweep.x]) for line in lines})
         if len(ticks) > 1:
@@ -289,8 +341,17 @@ def plot(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
     for row, line in enumerate(lines):
         values, mean = line.values[sweep.metric], line.mean(sweep.metric)
         axes.plot(values, [row] * len(values), "|", color=MUTED[0], markersize=8)
-        axes.errorbar([mean], [row], xerr=[line.spread(sweep.metric) or 0.0], fmt="o", color=series(0), capsize=3)
-    axes.set_yticks(range(len(lines)), [" ".join(line.point.labels.values()) for line in lines], color=INK[0])
+        axes.errorbar(
+            [mean],
+            [row],
+            xerr=[line.spread(sweep.metric) or 0.0],
+            fmt="o",
+            color=series(0),
+            capsize=3,
+        )
+    axes.set_yticks(
+        range(len(lines)), [" ".join(line.point.labels.values()) for line in lines], color=INK[0]
+    )
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=GRID[0], linewidth=0.8)

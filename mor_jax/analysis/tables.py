@@ -1,8 +1,9 @@
 """The comparison of runs as data, and the same data for a terminal, a README and a page.
 
-The headline is bits per byte under *causal* evaluation: the model decides depths the way it must when it generates.
-Evaluation with the top-k selection of training looks at the whole row, the future included, and is shown only as what
-the paper's numbers are comparable with (MoR spec, finding 2).
+The headline is bits per byte under *causal* evaluation: the model decides depths the way it must
+when it generates. Evaluation with the top-k selection of training looks at the whole row, the
+future included, and is shown only as what the paper's numbers are comparable with (MoR spec,
+finding 2).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Row:
     label: str
     hint: str  # what exactly is counted; one sentence
     cells: tuple[str, ...]
-    best: tuple[bool, ...]  # which cells to emphasise; none where a comparison has no better and worse
+    # which cells to emphasise; none where a comparison has no better and worse
+    best: tuple[bool, ...]
     headline: bool = False
 
 
@@ -51,28 +53,90 @@ class Quantity:
 def quantities() -> tuple[Quantity, ...]:
     """The rows of the comparison, in order."""
     return (
-        Quantity("Unique parameters", "without the embedding; a shared block counts once", non_embedding, units.count, "low"),
-        Quantity("Paper FLOPs / token", "forward, the paper's accounting: no head, full-width keys and values",
-                 paper_flops, _flops, "low"),
-        Quantity("True FLOPs / token", "forward, active tokens, head and router included", true_flops, _flops, "low"),
-        Quantity("Training FLOPs, paper", "what the budget is counted in: forward only", paper_training, _flops),
+        Quantity(
+            "Unique parameters",
+            "without the embedding; a shared block counts once",
+            non_embedding,
+            units.count,
+            "low",
+        ),
+        Quantity(
+            "Paper FLOPs / token",
+            "forward, the paper's accounting: no head, full-width keys and values",
+            paper_flops,
+            _flops,
+            "low",
+        ),
+        Quantity(
+            "True FLOPs / token",
+            "forward, active tokens, head and router included",
+            true_flops,
+            _flops,
+            "low",
+        ),
+        Quantity(
+            "Training FLOPs, paper",
+            "what the budget is counted in: forward only",
+            paper_training,
+            _flops,
+        ),
         Quantity("Training FLOPs, true", "forward and backward", true_training, _flops),
         Quantity("Steps", "optimiser steps done", lambda r: r.steps or None, _integer),
         Quantity("Training tokens", "read, all devices together", tokens, units.count),
-        Quantity("Validation bits / byte, causal", "depths decided without seeing the future, as in generation",
-                 bits_per_byte, units.fixed, "low", headline=True),
+        Quantity(
+            "Validation bits / byte, causal",
+            "depths decided without seeing the future, as in generation",
+            bits_per_byte,
+            units.fixed,
+            "low",
+            headline=True,
+        ),
         Quantity("Validation NLL, causal", "nats a token", _eval("causal/nll"), units.fixed, "low"),
-        Quantity("Validation NLL, top-k", "nats a token; the selection sees the whole row, so this is no honest score "
-                 "of a routed model", _eval("topk/nll"), units.fixed),
-        Quantity("Mean depth, causal", "recursions a token runs", mean_depth, lambda v: units.fixed(v, 2)),
-        Quantity("Sampling accuracy", "how often the threshold agrees with the top-k selection",
-                 _routed_eval("sampling_accuracy"), units.percent, "high"),
-        Quantity("Dead tokens", "positions never selected at the last recursion", _routed_eval("dead_token_ratio"),
-                 units.percent, "low"),
-        Quantity("Training speed", "tokens a second, median", tokens_per_second, lambda v: units.si(v, "tok/s"), "high"),
-        Quantity("KV cache / token", "bytes; at the measured depths where there are some", kv_bytes, units.size, "low"),
-        Quantity("Trigram floor", "bits per byte of a byte trigram model on the same text", trigram, units.fixed),
-    )  # fmt: skip
+        Quantity(
+            "Validation NLL, top-k",
+            "nats a token; the selection sees the whole row, so this is no honest score "
+            "of a routed model",
+            _eval("topk/nll"),
+            units.fixed,
+        ),
+        Quantity(
+            "Mean depth, causal", "recursions a token runs", mean_depth, lambda v: units.fixed(v, 2)
+        ),
+        Quantity(
+            "Sampling accuracy",
+            "how often the threshold agrees with the top-k selection",
+            _routed_eval("sampling_accuracy"),
+            units.percent,
+            "high",
+        ),
+        Quantity(
+            "Dead tokens",
+            "positions never selected at the last recursion",
+            _routed_eval("dead_token_ratio"),
+            units.percent,
+            "low",
+        ),
+        Quantity(
+            "Training speed",
+            "tokens a second, median",
+            tokens_per_second,
+            lambda v: units.si(v, "tok/s"),
+            "high",
+        ),
+        Quantity(
+            "KV cache / token",
+            "bytes; at the measured depths where there are some",
+            kv_bytes,
+            units.size,
+            "low",
+        ),
+        Quantity(
+            "Trigram floor",
+            "bits per byte of a byte trigram model on the same text",
+            trigram,
+            units.fixed,
+        ),
+    )
 
 
 def compare(runs: Sequence[RunRecord]) -> tuple[Row, ...]:
@@ -100,12 +164,17 @@ def compare(runs: Sequence[RunRecord]) -> tuple[Row, ...]:
 
 def rich_table(runs: Sequence[RunRecord]) -> Table:
     """The comparison for a terminal; the best cell of a row is bold green."""
-    table = Table(title="Comparison", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="Comparison", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD
+    )
     table.add_column("")
     for name in headers(runs):
         table.add_column(Text(name), justify="right")
     for row in compare(runs):
-        cells = [Text(c, style="bold green" if b else "") for c, b in zip(row.cells, row.best, strict=True)]
+        cells = [
+            Text(c, style="bold green" if b else "")
+            for c, b in zip(row.cells, row.best, strict=True)
+        ]
         table.add_row(Text(row.label, style="bold" if row.headline else ""), *cells)
     return table
 
@@ -122,7 +191,14 @@ def print_table(runs: Sequence[RunRecord], console: Console | None = None) -> No
 def depth_curve_table(title: str, record: Mapping[str, Any]) -> Table:
     """`train.curve.depth_curve` for a terminal: what was asked, what tokens ran, what it cost."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    for name in ("depth asked for", "mean depth", "off by", "NLL", "bits / byte", "% at depth 0, 1 .."):
+    for name in (
+        "depth asked for",
+        "mean depth",
+        "off by",
+        "NLL",
+        "bits / byte",
+        "% at depth 0, 1 ..",
+    ):
         table.add_column(name, justify="left" if name == "depth asked for" else "right")
 
     def add(asked: str, point: Mapping[str, Any], off: str = "") -> None:
@@ -135,7 +211,11 @@ def depth_curve_table(title: str, record: Mapping[str, Any]) -> Table:
         add(f"mean {point['asked']:g}", point, f"{point['mean_depth'] / point['asked'] - 1:+.1%}")
     for point in record["cap"]:
         add(f"at most {point['max_depth']}", point)
-    rises = [f"{a['asked']:g} to {b['asked']:g}" for a, b in pairwise(record["dial"]) if b["nll"] > a["nll"]]
+    rises = [
+        f"{a['asked']:g} to {b['asked']:g}"
+        for a, b in pairwise(record["dial"])
+        if b["nll"] > a["nll"]
+    ]
     if record["dial"]:
         fall = record["dial"][0]["nll"] - record["dial"][-1]["nll"]
         table.caption = f"Over the whole dial the NLL falls by {fall:.4f}" + (
@@ -151,9 +231,15 @@ def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
     table.add_column("held out")
     table.add_column("causal (as generated)", justify="right", style="bold")
     table.add_column("top-k (sees the row)", justify="right")
-    for label, key in (("bits / byte", "bits_per_byte"), ("NLL, nats / token", "nll"), ("mean depth", "mean_depth")):
+    for label, key in (
+        ("bits / byte", "bits_per_byte"),
+        ("NLL, nats / token", "nll"),
+        ("mean depth", "mean_depth"),
+    ):
         table.add_row(label, *(units.fixed(record[f"{mode}/{key}"]) for mode in ("causal", "topk")))
-    share = lambda mode: "  ".join(f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"]))
+    share = lambda mode: "  ".join(
+        f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"])
+    )
     table.add_row("depth of tokens", share("causal"), share("topk"))
     if "sampling_accuracy" in record:
         table.add_row("sampling accuracy", units.percent(record["sampling_accuracy"]), "")
@@ -165,7 +251,10 @@ def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
 
 def to_markdown(runs: Sequence[RunRecord]) -> str:
     """The comparison as a GitHub table; the best cell of a row is bold."""
-    lines = ["| | " + " | ".join(_pipe(n) for n in headers(runs)) + " |", "|---|" + "---:|" * len(runs)]
+    lines = [
+        "| | " + " | ".join(_pipe(n) for n in headers(runs)) + " |",
+        "|---|" + "---:|" * len(runs),
+    ]
     for row in compare(runs):
         cells = [f"**{c}**" if b else c for c, b in zip(row.cells, row.best, strict=True)]
         label = f"**{row.label}**" if row.headline else row.label
@@ -180,7 +269,11 @@ def headers(runs: Sequence[RunRecord]) -> tuple[str, ...]:
 
 def non_embedding(run: RunRecord) -> float | None:
     if _counted(run):
-        return float(accounting.parameters(run.config.model, run.config.depth, run.config.recursion).non_embedding)
+        return float(
+            accounting.parameters(
+                run.config.model, run.config.depth, run.config.recursion
+            ).non_embedding
+        )
     return number((run.summarised("parameters") or {}).get("non_embedding"))
 
 
@@ -229,7 +322,11 @@ def mean_depth(run: RunRecord) -> float | None:
 def tokens_per_second(run: RunRecord) -> float | None:
     _, speeds = run.series("tokens_per_s")
     # The first record contains the compilation.
-    return statistics.median(speeds[1:] or speeds) if speeds else number(run.summarised("tokens_per_s"))
+    return (
+        statistics.median(speeds[1:] or speeds)
+        if speeds
+        else number(run.summarised("tokens_per_s"))
+    )
 
 
 def kv_bytes(run: RunRecord) -> float | None:

@@ -1,8 +1,10 @@
-"""What kind of thing each token is: identifiers, keywords, punctuation of code; words, numbers, punctuation of prose.
+"""What kind of thing each token is: identifiers, keywords, punctuation of code; words, numbers,
+punctuation of prose.
 
-A token belongs to the class of its first character that is not white space, so " self" is an identifier and ":\\n" is
-punctuation; one that is all white space is white space. Code is read by Pygments' lexer for Python, which gives a
-sensible class to most tokens of other languages too and never fails on a fragment.
+A token belongs to the class of its first character that is not white space, so " self" is an
+identifier and ":\\n" is punctuation; one that is all white space is white space. Code is read by
+Pygments' lexer for Python, which gives a sensible class to most tokens of other languages too and
+never fails on a fragment.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ _CODE_SHARE = 0.03  # of a text that such signs make up: prose has almost none, 
 
 @dataclass(frozen=True)
 class ClassLine:
-    """The tokens of one class: how many, how deep they went, how well what follows them was predicted."""
+    """The tokens of one class: how many, how deep they went, how well what follows them was
+    predicted."""
 
     name: str
     tokens: int
@@ -43,13 +46,15 @@ class ClassLine:
 
 
 def looks_like_code(text: str) -> bool:
-    """A guess from the share of brackets and the like among the characters that are not white space."""
+    """A guess from the share of brackets and the like among the characters that are not white
+    space."""
     solid = [c for c in text if not c.isspace()]
     return bool(solid) and sum(c in _SIGNS for c in solid) / len(solid) > _CODE_SHARE
 
 
 def classify(tokens: Sequence[str], *, code: bool) -> list[str]:
-    """The class of each token, of CODE or PROSE. `tokens`: strings that make the text when joined."""
+    """The class of each token, of CODE or PROSE. `tokens`: strings that make the text when
+    joined."""
     kinds = _code_kinds("".join(tokens)) if code else []
     found, at = [], 0
     for token in tokens:
@@ -63,7 +68,12 @@ def classify(tokens: Sequence[str], *, code: bool) -> list[str]:
 
 
 def by_class(
-    tokens: Sequence[str], depths: Sequence[int], nlls: Sequence[float | None], max_depth: int, *, code: bool
+    tokens: Sequence[str],
+    depths: Sequence[int],
+    nlls: Sequence[float | None],
+    max_depth: int,
+    *,
+    code: bool,
 ) -> list[ClassLine]:
     """One line a class that occurs, in the order of CODE or PROSE.
 
@@ -86,7 +96,8 @@ def by_class(
 def _code_kinds(text: str) -> list[str]:
     """The class of every character."""
     kinds = ["punctuation"] * len(text)
-    # Unprocessed: `get_tokens` would drop and add line ends, and places would no longer be those of the text.
+    # Unprocessed: `get_tokens` would drop and add line ends, and places would no longer be those of
+    # the text.
     for at, kind, piece in PythonLexer().get_tokens_unprocessed(text):
         name = next((name for of, name in _LEXED if kind in of), "punctuation")
         kinds[at : at + len(piece)] = [name] * len(piece)

@@ -1,10 +1,12 @@
 """What a planner has to know about machines: how many devices, how much memory, which links.
 
-Names are those people use. TPUs: `v5e-256` (chips; `v5p-128` counts cores, two a chip, as Google does), `v5e-256x4` four
-such slices. GPUs: `h100x8` eight of them in one node of eight, `h100x64` eight nodes. `cpux8`: simulated devices.
+Names are those people use. TPUs: `v5e-256` (chips; `v5p-128` counts cores, two a chip, as Google
+does), `v5e-256x4` four such slices. GPUs: `h100x8` eight of them in one node of eight, `h100x64`
+eight nodes. `cpux8`: simulated devices.
 
-Memory is what a program may use of the chip's (a TPU keeps about a quarter of a GiB, CUDA and cuBLAS about 3 GiB a GPU).
-Link rates are one way and per device, from the vendors' data sheets; plans use them for orders of magnitude only.
+Memory is what a program may use of the chip's (a TPU keeps about a quarter of a GiB, CUDA and
+cuBLAS about 3 GiB a GPU). Link rates are one way and per device, from the vendors' data sheets;
+plans use them for orders of magnitude only.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ GRIDS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x
 
 @dataclass(frozen=True)
 class Topology:
-    """`slices` groups of `devices // slices` devices each; links within one are `chip.ici`, between them `chip.dcn`."""
+    """`slices` groups of `devices // slices` devices each; links within one are `chip.ici`, between
+    them `chip.dcn`."""
 
     name: str
     chip: Chip
@@ -70,8 +73,8 @@ class Topology:
 
     @property
     def hosts_per_slice(self) -> int:
-        """Machines, each a process. TPU slices of up to 8 chips (v4, v5p: 4) are one machine, larger ones have 4 chips
-        a machine."""
+        """Machines, each a process. TPU slices of up to 8 chips (v4, v5p: 4) are one machine,
+        larger ones have 4 chips a machine."""
         if not self.is_tpu:
             return 1
         return 1 if self.per_slice <= (8 if self._flat else 4) else self.per_slice // 4
@@ -83,7 +86,9 @@ class Topology:
         Raises ConfigError for a number of chips that is no shape of a slice."""
         shape = GRIDS.get(self.per_slice) if self._flat else _cuboid(self.per_slice)
         if shape is None:
-            raise ConfigError(f"{self.name}: there is no slice of {self.per_slice} chips of {self.chip.kind}.")
+            raise ConfigError(
+                f"{self.name}: there is no slice of {self.per_slice} chips of {self.chip.kind}."
+            )
         return shape
 
     @property
@@ -110,9 +115,22 @@ def topology(name: str) -> Topology:
     if found and found[1] in CHIPS and int(found[2]) > 0:
         chip, count = CHIPS[found[1]], int(found[2])
         if count > chip.slice_limit and count % chip.slice_limit:
-            raise ConfigError(f"topology {name!r}: nodes have {chip.slice_limit} devices, so give a multiple of that.")
+            raise ConfigError(
+                f"topology {name!r}: nodes have {chip.slice_limit} devices, so give a multiple of that."
+            )
         return Topology(text, chip, count, max(1, count // chip.slice_limit))
-    examples = ["v5e-8", "v5e-256", "v5e-256x4", "v5p-128", "v6e-256", "h100x8", "h100x64", "h200x8", "a100x8", "cpux8"]
+    examples = [
+        "v5e-8",
+        "v5e-256",
+        "v5e-256x4",
+        "v5p-128",
+        "v6e-256",
+        "h100x8",
+        "h100x64",
+        "h200x8",
+        "a100x8",
+        "cpux8",
+    ]
     near = difflib.get_close_matches(text, examples, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"there is no topology {name!r}.{hint} Examples: {', '.join(examples)}.")

@@ -1,8 +1,10 @@
-"""XLA's compiler for TPUs on a machine without one: it comes with the package libtpu and needs devices only described.
+"""XLA's compiler for TPUs on a machine without one: it comes with the package libtpu and needs
+devices only described.
 
-libtpu of another jax reads its programs wrongly or not at all, so the version is checked first. On its own it would ask
-Google Cloud's metadata server which TPU this is, and wait for many minutes where there is none; `ENVIRONMENT` answers in
-its place. It is read when libtpu is loaded, so it must be set before the first use of libtpu in a process.
+libtpu of another jax reads its programs wrongly or not at all, so the version is checked first. On
+its own it would ask Google Cloud's metadata server which TPU this is, and wait for many minutes
+where there is none; `ENVIRONMENT` answers in its place. It is read when libtpu is loaded, so it
+must be set before the first use of libtpu in a process.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any that exists: the topology is named when devices are described
+    # any that exists: the topology is named when devices are described
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two processes may compile at a time
 }
 
 
 def quiet_without_tpu() -> None:
-    """Where libtpu is installed to compile with and there is no TPU: answer what it asks when JAX looks for devices, or
-    else it complains on stderr, and on a virtual machine of Google Cloud waits. To be called before JAX looks."""
+    """Where libtpu is installed to compile with and there is no TPU: answer what it asks when JAX
+    looks for devices, or else it complains on stderr, and on a virtual machine of Google Cloud
+    waits. To be called before JAX looks."""
     if not (os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")):
         _answer()
 
@@ -77,7 +81,9 @@ def described_tpus(place: Topology) -> Sequence[Any]:
     name = f"{kind}:{place.grid}"
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=name, num_slices=place.slices, **more
-    ).devices  # fmt: skip
+    ).devices
     if len(devices) != place.devices:
-        raise UserError(f"libtpu describes {name} as {len(devices)} devices, and {place.name} is {place.devices}.")
+        raise UserError(
+            f"libtpu describes {name} as {len(devices)} devices, and {place.name} is {place.devices}."
+        )
     return devices

@@ -1,13 +1,15 @@
 """What decoding keeps and what it reads: keys and values by depth, bytes moved a token.
 
-Under recursion-wise caching a token has keys at recursion r only if it ran r, and a token that runs r attends to those
-alone (paper 2.2.2). With share_r of the tokens running r, after n tokens a depth holds share_r · n entries a layer. A
-token that goes all the way reads every one of them: Σ share_r of what a Recursive Transformer reads, the paper's
-(R + 1) / 2R at the default capacities. The mean token reads less still, Σ share_r², because it runs r only with
-probability share_r (as if depths were independent of the position). Shared keys are stored once and read at each
-recursion a token runs; under the hybrid every token has an entry at every depth.
+Under recursion-wise caching a token has keys at recursion r only if it ran r, and a token that runs
+r attends to those alone (paper 2.2.2). With share_r of the tokens running r, after n tokens a depth
+holds share_r · n entries a layer. A token that goes all the way reads every one of them: Σ share_r
+of what a Recursive Transformer reads, the paper's (R + 1) / 2R at the default capacities. The mean
+token reads less still, Σ share_r², because it runs r only with probability share_r (as if depths
+were independent of the position). Shared keys are stored once and read at each recursion a token
+runs; under the hybrid every token has an entry at every depth.
 
-Counted is what has to move. A decoder whose buffers are padded to the longest sequence reads the padding too.
+Counted is what has to move. A decoder whose buffers are padded to the longest sequence reads the
+padding too.
 
 Letters: D width, K kv heads, H head dim, R recursions.
 """
@@ -74,20 +76,25 @@ def kv_by_depth(
     mean_active: Sequence[float] | None = None,
     bytes_per_value: int | None = None,
 ) -> tuple[KvDepth, ...]:
-    """What each part of the program keeps; `sum(d.bytes_per_token)` is `accounting.kv_bytes_per_token`.
+    """What each part of the program keeps; `sum(d.bytes_per_token)` is
+    `accounting.kv_bytes_per_token`.
 
     Args:
-      mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation; default the
-        capacities.
+      mean_active: share of tokens that ran recursion r = 1..R, e.g. measured in causal evaluation;
+        default the capacities.
       bytes_per_value: default that of `model.dtype`.
     Raises:
       ConfigError: `mean_active` is not one number a recursion.
     """
     if mean_active is not None and len(mean_active) != model.recursions:
-        raise ConfigError(f"mean_active has {len(mean_active)} entries for recursions = {model.recursions}.")
+        raise ConfigError(
+            f"mean_active has {len(mean_active)} entries for recursions = {model.recursions}."
+        )
     shares = tuple(mean_active) if mean_active is not None else depth.shares(model)
     program = build_program(model)
-    layer = kv_values(model) * (DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value)
+    layer = kv_values(model) * (
+        DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
+    )
     part = lambda name, blocks, *of: KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)
     strategy, steps = depth.kv_name, program.recursions
     if program.repeat > 1:  # a block's repetitions are as many caches of one pass over the core
@@ -99,7 +106,8 @@ def kv_by_depth(
     else:
         core = [part(f"recursion {r}", program.core, s, s, s * s) for r, s in enumerate(shares, 1)]
     ends = [
-        part(name, blocks, 1.0, 1.0, 1.0) for name, blocks in (("prelude", program.prelude), ("coda", program.coda))
+        part(name, blocks, 1.0, 1.0, 1.0)
+        for name, blocks in (("prelude", program.prelude), ("coda", program.coda))
     ]
     return tuple(d for d in (ends[0], *core, ends[1]) if d.layers)
 
@@ -112,10 +120,12 @@ def decode_traffic(
     mean_active: Sequence[float] | None = None,
     bytes_per_value: int | None = None,
 ) -> DecodeTraffic:
-    """Bytes moved for one decoded token when `context` tokens (default: the model's) are in the cache.
+    """Bytes moved for one decoded token when `context` tokens (default: the model's) are in the
+    cache.
 
     Raises:
-      ConfigError: `vocab_size` is still 0 (the head's weights), or `mean_active` is not one number a recursion.
+      ConfigError: `vocab_size` is still 0 (the head's weights), or `mean_active` is not one number
+        a recursion.
     """
     n = model.context if context is None else context
     parts = kv_by_depth(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value)
@@ -123,6 +133,8 @@ def decode_traffic(
         context=n,
         read_full_depth=n * sum(d.read_full * d.bytes_per_entry for d in parts),
         read_mean=n * sum(d.read_mean * d.bytes_per_entry for d in parts),
-        written=kv_bytes_per_token(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value),
+        written=kv_bytes_per_token(
+            model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value
+        ),
         weights=DTYPE_BYTES[model.dtype] * (block_weights_read(model) + head_weights(model)),
     )

@@ -11,7 +11,8 @@ _PREFIXES = ((1e3, "k"), (1e6, "M"), (1e9, "G"), (1e12, "T"), (1e15, "P"), (1e18
 
 
 def si(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """`value` with an SI prefix and `digits` significant digits: si(555.7e6, "FLOPs") is "556 MFLOPs"."""
+    """`value` with an SI prefix and `digits` significant digits: si(555.7e6, "FLOPs") is "556
+    MFLOPs"."""
     if value is None or not math.isfinite(value):
         return NONE
     scale, prefix = 1.0, ""
@@ -30,7 +31,8 @@ def count(value: float | None) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Fixed notation with `digits` significant digits, never fewer digits than the integer part has."""
+    """Fixed notation with `digits` significant digits, never fewer digits than the integer part
+    has."""
     if value == 0:
         return "0"
     value = float(f"{value:.{digits - 1}e}")  # round first: 999.96 has four digits before the point
@@ -44,7 +46,11 @@ def fixed(value: float | None, decimals: int = 3) -> str:
 
 def percent(value: float | None, decimals: int = 1) -> str:
     """A share in [0, 1] as a percentage."""
-    return NONE if value is None or not math.isfinite(value) else f"{100 * value:.{decimals}f}{_SPACE}%"
+    return (
+        NONE
+        if value is None or not math.isfinite(value)
+        else f"{100 * value:.{decimals}f}{_SPACE}%"
+    )
 
 
 def size(value: float | None) -> str:

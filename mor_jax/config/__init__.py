@@ -1,9 +1,11 @@
-"""The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict` and validated.
+"""The typed configuration: frozen dataclasses, built from an `ml_collections.ConfigDict` and
+validated.
 
-A config file under `configs/` returns a ConfigDict with any subset of the fields (`config/fields.py`,
-`config/depth.py`, `config/recursion.py`);
-`from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and contradictions, and
-returns a `Config` whose parts are hashable and so usable as static arguments of `jax.jit`.
+A config file under `configs/` returns a ConfigDict with any subset of the fields
+(`config/fields.py`, `config/depth.py`, `config/recursion.py`);
+`from_config_dict` fills in the defaults, refuses unknown names (naming the nearest valid one) and
+contradictions, and returns a `Config` whose parts are hashable and so usable as static arguments of
+`jax.jit`.
 
 Nothing here touches a device, and only `saved_config` reads a file.
 """
@@ -16,7 +18,13 @@ from typing import Any
 from mor_jax.config.check_model import check_model, unshared_ends
 from mor_jax.config.check_train import check_data, check_train
 from mor_jax.config.config import Config
-from mor_jax.config.depth import DepthConfig, depth_defaults, depth_policies, refuse_other_policies, switched
+from mor_jax.config.depth import (
+    DepthConfig,
+    depth_defaults,
+    depth_policies,
+    refuse_other_policies,
+    switched,
+)
 from mor_jax.config.fields import (
     ATTENTION,
     DTYPES,
@@ -68,8 +76,8 @@ def from_config_dict(config: Mapping[str, Any], *, devices: int = 1) -> Config:
       config: a ConfigDict or a nested dict with any subset of the fields.
       devices: number of devices the mesh will span.
     Raises:
-      ConfigError: an unknown field, a wrong type, values that do not go together, or a field of another depth policy
-        than the chosen one that is set to anything but its default.
+      ConfigError: an unknown field, a wrong type, values that do not go together, or a field of
+        another depth policy than the chosen one that is set to anything but its default.
     """
     raw = config.to_dict() if hasattr(config, "to_dict") else config
     cfg = from_dict(raw)

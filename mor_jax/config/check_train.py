@@ -40,7 +40,9 @@ def check_data(d: DataConfig) -> None:
         raise ConfigError(f"{where}.holdout must be a share between 0 and 1, got {d.holdout}.")
     one_of(f"{where}.format", d.format, FORMATS)
     if d.format == "chat" and not d.train_roles:
-        raise ConfigError(f"{where}.train_roles is empty: no message would have a loss. Give at least one role.")
+        raise ConfigError(
+            f"{where}.train_roles is empty: no message would have a loss. Give at least one role."
+        )
     if d.format == "chat" and d.source == "pystdlib":
         raise ConfigError(
             f"{where}.format = 'chat' needs conversations: set {where}.source = 'files' and {where}.paths."
@@ -81,7 +83,9 @@ def check_train(cfg: Config) -> None:
         if not 0 <= value <= 1:
             raise ConfigError(f"config.optim.{name} is a share and must be in [0, 1], got {value}.")
     if o.schedule == "wsd" and o.warmup + o.decay > 1:
-        raise ConfigError(f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run.")
+        raise ConfigError(
+            f"config.optim: warmup {o.warmup} and decay {o.decay} together exceed the run."
+        )
     if o.clip_norm < 0 or o.weight_decay < 0 or not 0 <= o.core_lr < math.inf:
         raise ConfigError("config.optim: clip_norm, weight_decay and core_lr must not be negative.")
     if t.patience < 0 or (t.patience and not t.eval_every):
@@ -105,11 +109,15 @@ def check_train(cfg: Config) -> None:
         keep_checkpoints=t.keep_checkpoints,
     )
     if min(t.eval_every, t.eval_rows, t.checkpoint_every, t.seed, cfg.data.seed) < 0:
-        raise ConfigError("config.train: eval_every, eval_rows, checkpoint_every and the seeds must not be negative.")
+        raise ConfigError(
+            "config.train: eval_every, eval_rows, checkpoint_every and the seeds must not be negative."
+        )
     one_of("config.train.on_nonfinite", t.on_nonfinite, BAD_STEP)
     one_of("config.train.on_spike", t.on_spike, BAD_STEP)
     if not (t.spike_threshold >= 0 and math.isfinite(t.spike_threshold)):
-        raise ConfigError(f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}.")
+        raise ConfigError(
+            f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}."
+        )
     _check_distill(cfg.distill)
     if cfg.distill.weight and cfg.recursion.trains:
         raise ConfigError(
@@ -131,14 +139,20 @@ def _check_distill(d: DistillConfig) -> None:
     if not 0 < d.temperature < math.inf:
         raise ConfigError(f"{where}.temperature must be positive, got {d.temperature}.")
     if d.weight and not d.teacher:
-        raise ConfigError(f"{where}.weight = {d.weight} needs {where}.teacher, the run directory of the teacher.")
+        raise ConfigError(
+            f"{where}.weight = {d.weight} needs {where}.teacher, the run directory of the teacher."
+        )
 
 
 def _check_adapter(a: AdapterConfig) -> None:
     where = "config.adapter"
     if a.rank < 0 or not 0 < a.alpha < math.inf:
-        raise ConfigError(f"{where}: rank must not be negative, alpha positive; got {a.rank} and {a.alpha}.")
+        raise ConfigError(
+            f"{where}: rank must not be negative, alpha positive; got {a.rank} and {a.alpha}."
+        )
     for name in a.targets:
         one_of(f"{where}.targets", name, TARGETS)
     if a.rank and not a.targets:
-        raise ConfigError(f"{where}.targets is empty: nothing would be trained. Give some of {', '.join(TARGETS)}.")
+        raise ConfigError(
+            f"{where}.targets is empty: nothing would be trained. Give some of {', '.join(TARGETS)}."
+        )

@@ -1,12 +1,15 @@
-"""The depth part of a configuration: the fields that every policy has, and how a policy's own are found.
+"""The depth part of a configuration: the fields that every policy has, and how a policy's own are
+found.
 
-A policy lives in one file of `mor_jax/model/depth/`, which defines a frozen dataclass derived from `DepthConfig` with
-the policy's name as the default of `policy`, the policy's own fields, and their check. Defining the class registers
-it. `depth_policies` finds them all: it imports that package by name, when it is first asked. This is the one place
-where a room learns of a room above it, and it does so at run time: importing `mor_jax.config` imports no policy.
+A policy lives in one file of `mor_jax/model/depth/`, which defines a frozen dataclass derived from
+`DepthConfig` with the policy's name as the default of `policy`, the policy's own fields, and their
+check. Defining the class registers it. `depth_policies` finds them all: it imports that package by
+name, when it is first asked. This is the one place where a room learns of a room above it, and it
+does so at run time: importing `mor_jax.config` imports no policy.
 
-In a configuration file all fields of depth stand side by side in one flat group. A field of another policy than the
-chosen one is refused where it is set to anything but its default (`refuse_other_policies`).
+In a configuration file all fields of depth stand side by side in one flat group. A field of another
+policy than the chosen one is refused where it is set to anything but its default
+(`refuse_other_policies`).
 """
 
 from __future__ import annotations
@@ -26,8 +29,8 @@ from mor_jax.errors import ConfigError
 HOME = "mor_jax.model.depth"  # the package whose files are the policies
 EXECUTORS = ("gathered", "masked")
 KV_STRATEGIES = ("full", "recursion_wise", "shared", "hybrid", "hybrid_first")
-# Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full" (every token stored at
-# every depth) cannot exist.
+# Under a routed policy a token that stopped at recursion r has no keys deeper than r, so "full"
+# (every token stored at every depth) cannot exist.
 ROUTED_KV = ("recursion_wise", "shared", "hybrid", "hybrid_first")
 
 _REGISTERED: dict[str, type[DepthConfig]] = {}
@@ -35,30 +38,36 @@ _REGISTERED: dict[str, type[DepthConfig]] = {}
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """How often each token recurses. `DepthConfig("token_choice", buckets=2)` makes the configuration class of the
-    named policy, which adds fields of its own."""
+    """How often each token recurses. `DepthConfig("token_choice", buckets=2)` makes the
+    configuration class of the named policy, which adds fields of its own."""
 
-    policy: str = "fixed"  # name of a file's policy in model/depth/: fixed, expert_choice, token_choice, random, ...
+    # name of a file's policy in model/depth/: fixed, expert_choice, token_choice, random, ...
+    policy: str = "fixed"
     executor: str = "gathered"  # training: gathered (fast) | masked (oracle)
-    # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed: recursion_wise |
-    # shared (made once, at r = 1) | hybrid (renewed by the tokens that go on) |
-    # hybrid_first (the released code's hybrid: of tokens that stopped, the keys of r = 1); "": the policy's first.
+    # Whose keys a recursion step sees, in training and in decoding. fixed: full | shared; routed:
+    # recursion_wise | shared (made once, at r = 1) | hybrid (renewed by the tokens that go on) |
+    # hybrid_first (the released code's hybrid: of tokens that stopped, the keys of r = 1); "": the
+    # policy's first.
     kv: str = ""
-    # Optimiser steps of depth warm-up (model/depth/warmup.py); 0: none. Policies with capacities let them fall from 1
-    # to their target along a half cosine, in `warmup_stages` equal strides; token_choice runs every token at full
-    # depth, balance suspended.
+    # Optimiser steps of depth warm-up (model/depth/warmup.py); 0: none. Policies with capacities
+    # let them fall from 1 to their target along a half cosine, in `warmup_stages` equal strides;
+    # token_choice runs every token at full depth, balance suspended.
     warmup: int = 0
     warmup_stages: int = 4  # each is a program to compile
-    # Share of the warm steps that train at another mean depth, `vary_depths` of them evenly from 1 to R; 0: none. A
-    # model that has seen other depths can be dialled to them (model/depth/vary.py).
+    # Share of the warm steps that train at another mean depth, `vary_depths` of them evenly from 1
+    # to R; 0: none. A model that has seen other depths can be dialled to them
+    # (model/depth/vary.py).
     vary: float = 0.0
     vary_depths: int = 5  # each is a program to compile
-    tile: int = 1  # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
+    # tokens; row sizes of recursion steps are rounded to multiples of it (128 or 256 suit an H100)
+    tile: int = 1
 
     # What a policy says of itself, beside its fields.
     routed: ClassVar[bool] = True  # tokens may differ in depth
-    at_once: ClassVar[bool] = False  # depths are known before the first step, by one rule in training and inference
-    has_capacities: ClassVar[bool] = False  # training fills static capacities, `capacities`, row by row
+    # depths are known before the first step, by one rule in training and inference
+    at_once: ClassVar[bool] = False
+    # training fills static capacities, `capacities`, row by row
+    has_capacities: ClassVar[bool] = False
     staged: ClassVar[bool] = False  # `warmup` and `vary` mean something
     kv_strategies: ClassVar[tuple[str, ...]] = ROUTED_KV  # the first is the default
     does: ClassVar[str] = ""  # for messages: "lets each token choose its depth"
@@ -90,11 +99,13 @@ class DepthConfig:
         return self.kv or self.kv_strategies[0]
 
     def shares(self, model: ModelConfig) -> tuple[float, ...]:
-        """Share of a full row that runs recursion r = 1..R in training, once warm (`model/depth/warmup.py`)."""
+        """Share of a full row that runs recursion r = 1..R in training, once warm
+        (`model/depth/warmup.py`)."""
         return (1.0,) * model.recursions
 
     def learning_rates(self) -> dict[str, float]:
-        """Factor on the learning rate of groups of router parameters, by the name of their group."""
+        """Factor on the learning rate of groups of router parameters, by the name of their
+        group."""
         return {}
 
     @classmethod
@@ -103,8 +114,8 @@ class DepthConfig:
         return cls.does
 
     def check(self, model: ModelConfig) -> None:
-        """Raise ConfigError for the first value that cannot be run with this network. A policy extends it by its own
-        fields."""
+        """Raise ConfigError for the first value that cannot be run with this network. A policy
+        extends it by its own fields."""
         where, policy = "config.depth", repr(self.policy)
         one_of(f"{where}.executor", self.executor, EXECUTORS)
         self._check_kv(model)
@@ -112,7 +123,9 @@ class DepthConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(self, name)}.")
         if self.warmup < 0:
-            raise ConfigError(f"{where}.warmup counts optimiser steps and must not be negative, got {self.warmup}.")
+            raise ConfigError(
+                f"{where}.warmup counts optimiser steps and must not be negative, got {self.warmup}."
+            )
         why = "has no stages of training" if self.routed else "routes nothing"
         if self.warmup and not self.staged:
             raise ConfigError(
@@ -120,13 +133,17 @@ class DepthConfig:
                 "Remove it, or choose another policy."
             )
         if not 0 <= self.vary <= 1:
-            raise ConfigError(f"{where}.vary is a share of the steps and must be in [0, 1], got {self.vary}.")
+            raise ConfigError(
+                f"{where}.vary is a share of the steps and must be in [0, 1], got {self.vary}."
+            )
         if self.vary and not self.staged:
             raise ConfigError(
                 f"{where}.vary = {self.vary} varies what is routed, but policy {policy} {why}. Remove it."
             )
         if self.vary and self.vary_depths < 2:
-            raise ConfigError(f"{where}.vary_depths = {self.vary_depths} is one depth, 1; give at least 2.")
+            raise ConfigError(
+                f"{where}.vary_depths = {self.vary_depths} is one depth, 1; give at least 2."
+            )
         if self.tile > model.context:
             raise ConfigError(
                 f"{where}.tile = {self.tile} is more than a row, config.model.context = {model.context} tokens."
@@ -149,7 +166,9 @@ class DepthConfig:
                 else "every token runs every recursion"
             )
             fits = " or ".join(map(repr, self.kv_strategies))
-            raise ConfigError(f"{where} does not go with policy {self.policy!r} ({why}). Use {fits}.")
+            raise ConfigError(
+                f"{where} does not go with policy {self.policy!r} ({why}). Use {fits}."
+            )
         if self.kv not in ("shared", "hybrid", "hybrid_first"):
             return
         if model.sharing == "none":
@@ -177,7 +196,8 @@ def depth_policies() -> Mapping[str, type[DepthConfig]]:
 
 
 def policy_class(name: Any) -> type[DepthConfig]:
-    """The configuration class of this policy. Raises ConfigError with the nearest name for one that does not exist."""
+    """The configuration class of this policy. Raises ConfigError with the nearest name for one that
+    does not exist."""
     found = depth_policies()
     if name not in found:
         one_of("config.depth.policy", name, tuple(found))
@@ -194,8 +214,11 @@ def depth_hints() -> dict[str, Any]:
 
 
 def depth_defaults() -> dict[str, Any]:
-    """Every field of every policy with its default, in one flat group: what a configuration file can be overridden in."""
-    found = {f.name: f.default for cls in depth_policies().values() for f in dataclasses.fields(cls)}
+    """Every field of every policy with its default, in one flat group: what a configuration file
+    can be overridden in."""
+    found = {
+        f.name: f.default for cls in depth_policies().values() for f in dataclasses.fields(cls)
+    }
     return found | {"policy": DepthConfig.policy}
 
 
@@ -216,9 +239,11 @@ def own_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def switched(raw: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """A flat group of depth fields whose policy has been overridden: without what was set for another policy before.
+    """A flat group of depth fields whose policy has been overridden: without what was set for
+    another policy before.
 
-    `given`: names of the fields that were overridden; they stay, to be refused if they do not fit."""
+    `given`: names of the fields that were overridden; they stay, to be refused if they do not
+    fit."""
     if "policy" not in given:
         return dict(raw)
     own = own_fields(raw)

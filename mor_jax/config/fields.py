@@ -1,4 +1,5 @@
-"""The fields of a configuration, their defaults, and the words that some of them take (depth: `config/depth.py`)."""
+"""The fields of a configuration, their defaults, and the words that some of them take (depth:
+`config/depth.py`)."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ BAD_RECORDS = ("stop", "skip")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the network. Letters in array names: B batch, T time, D width, N heads, K kv heads, H head
-    dim, F mlp width, V vocabulary, R recursions."""
+    """Shape of the network. Letters in array names: B batch, T time, D width, N heads, K kv heads,
+    H head dim, F mlp width, V vocabulary, R recursions."""
 
     layers: int = 8  # unrolled depth: every application of a shared block counts
     recursions: int = 1  # R, times the core is applied
     sharing: str = "none"  # none (R = 1 only) | cycle | sequence | middle_cycle | middle_sequence
-    prelude: int = -1  # blocks of their own before the recursion; -1: the scheme's (1 in the middle schemes, else 0)
+    # blocks of their own before the recursion; -1: the scheme's (1 in the middle schemes, else 0)
+    prelude: int = -1
     coda: int = -1  # and after it
     width: int = 256  # D
     heads: int = 4  # N, query heads
@@ -43,21 +45,27 @@ class ModelConfig:
     rope_scaling: str = "none"  # none | linear | llama3 | yarn
     rope_factor: float = 1.0  # by which the context grew
     rope_original_context: int = 0  # tokens, before; llama3, yarn
-    rope_low_freq_factor: float = 1.0  # llama3: wavelengths in the original context at and below which all is scaled
+    # llama3: wavelengths in the original context at and below which all is scaled
+    rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0  # llama3: and at and above which nothing is
     rope_beta_slow: float = 1.0  # yarn: turns over the original context at which all is scaled
     rope_beta_fast: float = 32.0  # yarn: and at which nothing is
     rope_attention_factor: float = 0.0  # yarn: factor on cos and sin; 0: 0.1 ln(rope_factor) + 1
     norm_eps: float = 1e-5
     qkv_bias: bool = False  # a bias on queries, keys and values, as in Qwen2
-    qk_norm: bool = False  # RMSNorm of each head's query and key before they are rotated, as in Qwen3
+    # RMSNorm of each head's query and key before they are rotated, as in Qwen3
+    qk_norm: bool = False
     tied: bool = True  # the head reads the embedding's table; False: a table of its own
-    # Where a block's norms stand (model/block.py): pre | sandwich_in (a second norm on each branch, Ouro) |
-    # sandwich_out (a second norm after each addition, Huginn) | post (after each addition, none before)
+    # Where a block's norms stand (model/block.py): pre | sandwich_in (a second norm on each branch,
+    # Ouro) | sandwich_out (a second norm after each addition, Huginn) | post (after each addition,
+    # none before)
     norm_placement: str = "pre"
-    layer_scale: float = 0.0  # first value of a learned factor on each dimension of each branch; 0: none
+    # first value of a learned factor on each dimension of each branch; 0: none
+    layer_scale: float = 0.0
     smear: int = (
-        0  # previous tokens whose embeddings are mixed into each token's own, which makes copying cheap to learn
+        # previous tokens whose embeddings are mixed into each token's own, which makes copying
+        # cheap to learn
+        0
     )
     logit_cap: float = 0.0  # soft cap of the logits: cap * tanh(logits / cap); 0: none
     init_std: float = 0.02  # of every matrix, the router included
@@ -65,9 +73,11 @@ class ModelConfig:
     # Relaxation: what each recursion has of its own in the shared core (cycle schemes).
     norms: str = "shared"  # of the core's blocks: shared | own
     lora_rank: int = 0  # of an addition to the query and value projections; 0: none
-    recursion_encoding: bool = False  # a learned factor, at first 1, on each dimension of the state it reads
+    # a learned factor, at first 1, on each dimension of the state it reads
+    recursion_encoding: bool = False
     remat: str = "none"  # none | block | dots | dots_no_batch
-    # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16) | splash (TPUs) | auto (what suits the backend)
+    # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16) | splash (TPUs) | auto (what suits
+    # the backend)
     attention: str = "blocked"
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
 
@@ -87,23 +97,31 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     source: str = "pystdlib"  # pystdlib | files | tfds
-    paths: tuple[str, ...] = ()  # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
-    # files: several sources, each (globs joined by commas, weight), in place of paths; weights are shares of the rows
+    # files: globs, also gs:// and s3://; tfds: the directory of a prepared data set
+    paths: tuple[str, ...] = ()
+    # files: several sources, each (globs joined by commas, weight), in place of paths; weights are
+    # shares of the rows
     mixture: tuple[tuple[str, float], ...] = ()
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
     format: str = "text"  # text | chat (each record a list of messages with role and content)
-    text_key: str = ""  # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
-    chat_template: str = ""  # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
-    prompt_variant: str = ""  # chat: of rlm_runtime, that the conversations are in; travels with the weights
+    # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
+    text_key: str = ""
+    # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
+    chat_template: str = ""
+    # chat: of rlm_runtime, that the conversations are in; travels with the weights
+    prompt_variant: str = ""
     train_roles: tuple[str, ...] = ("assistant",)  # chat: roles whose messages have a loss
-    bad_records: str = "stop"  # stop | skip, with a count: records of jsonl and parquet files without a text
+    # stop | skip, with a count: records of jsonl and parquet files without a text
+    bad_records: str = "stop"
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json
     bpe_vocab: int = 4096  # bpe: vocabulary size, special tokens included
     holdout: float = 0.05  # share of documents held out for evaluation
-    # Texts that occur more than once: none (keep all) | holdout (no held-out text in training) | all (one copy of each)
+    # Texts that occur more than once: none (keep all) | holdout (no held-out text in training) |
+    # all (one copy of each)
     dedup: str = "holdout"
-    cache_dir: str = ""  # prepared rows, also gs:// or s3://; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
+    # prepared rows, also gs:// or s3://; "": $MOR_JAX_CACHE or ~/.cache/mor_jax
+    cache_dir: str = ""
     seed: int = 0  # of the global shuffle
 
     @property
@@ -127,9 +145,11 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # matrices only; norms have none
     clip_norm: float = 1.0  # of the global gradient norm; 0: off
-    # Learning rate of the shared core over the model's; 0: 1 under adamw, under muon 1 / (times a token runs the core)
+    # Learning rate of the shared core over the model's; 0: 1 under adamw, under muon 1 / (times a
+    # token runs the core)
     core_lr: float = 0.0
-    ema: float = 0.0  # decay of a running mean of the weights, e.g. 0.999, which is evaluated and saved too; 0: none
+    # decay of a running mean of the weights, e.g. 0.999, which is evaluated and saved too; 0: none
+    ema: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,34 +162,43 @@ class TrainConfig:
     accum: int = 1  # micro-batches a step
     seed: int = 0  # of the initialisation
     log_every: int = 10  # steps
-    # Beside metrics.jsonl: tensorboard | wandb | mlflow | "package.module:factory" (train/trackers.py)
+    # Beside metrics.jsonl: tensorboard | wandb | mlflow | "package.module:factory"
+    # (train/trackers.py)
     trackers: tuple[str, ...] = ("tensorboard",)
     eval_every: int = 200  # steps; 0: at the end only
     eval_rows: int = 128  # held-out rows an evaluation reads; 0: all
     checkpoint_every: int = 200  # steps; 0: at the end only
     keep_checkpoints: int = 3
-    keep_best: bool = False  # also the weights of the evaluation with the lowest causal loss, in best/
-    patience: int = 0  # evaluations in a row without a lower causal loss after which the run ends; 0: never
-    # Bad steps never change the weights (train/faults.py): skip | rewind to the last checkpoint, and other rows | stop
+    # also the weights of the evaluation with the lowest causal loss, in best/
+    keep_best: bool = False
+    # evaluations in a row without a lower causal loss after which the run ends; 0: never
+    patience: int = 0
+    # Bad steps never change the weights (train/faults.py): skip | rewind to the last checkpoint,
+    # and other rows | stop
     on_nonfinite: str = "stop"  # loss, gradient or update is not finite
     on_spike: str = "skip"
-    spike_threshold: float = 0.0  # nats above the median of the last 64 steps that are a loss spike; 0: none is
+    # nats above the median of the last 64 steps that are a loss spike; 0: none is
+    spike_threshold: float = 0.0
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Fine-tuning by low-rank adapters (LoRA): the weights of --init_from stay, adapters of block matrices are trained."""
+    """Fine-tuning by low-rank adapters (LoRA): the weights of --init_from stay, adapters of block
+    matrices are trained."""
 
     rank: int = 0  # 0: none, all weights are trained
     alpha: float = 16.0  # adapters are scaled by alpha / rank
-    targets: tuple[str, ...] = ("qkv", "out", "gate_up", "down")  # matrices of each block, those of the core once
+    # matrices of each block, those of the core once
+    targets: tuple[str, ...] = ("qkv", "out", "gate_up", "down")
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Training on what a teacher predicts: loss = (1 - weight) * next-token loss + weight * distillation loss."""
+    """Training on what a teacher predicts: loss = (1 - weight) * next-token loss + weight *
+    distillation loss."""
 
-    teacher: str = ""  # run directory or checkpoint of a model with the same tokenizer; used where weight is above 0
+    # run directory or checkpoint of a model with the same tokenizer; used where weight is above 0
+    teacher: str = ""
     weight: float = 0.0  # 0: off; 1: the teacher's predictions alone
     temperature: float = 1.0  # T of both softmaxes; the distillation loss is T^2 KL(teacher, model)
 

@@ -12,7 +12,8 @@ from mor_jax.errors import ConfigError
 
 
 class MeshShape(NamedTuple):
-    """Sizes of the mesh axes in device order: neighbours first differ in `tensor`, which talks the most."""
+    """Sizes of the mesh axes in device order: neighbours first differ in `tensor`, which talks the
+    most."""
 
     data: int
     fsdp: int
@@ -30,7 +31,9 @@ def mesh_shape(mesh: MeshConfig, devices: int) -> MeshShape:
     known = math.prod(s for s in sizes if s > 0)
     if -1 in sizes:
         if devices % known:
-            raise ConfigError(f"config.mesh: {devices} devices cannot be divided by the given axes (product {known}).")
+            raise ConfigError(
+                f"config.mesh: {devices} devices cannot be divided by the given axes (product {known})."
+            )
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:
         raise ConfigError(
@@ -61,7 +64,15 @@ def check_mesh(cfg: Config, devices: int) -> None:
             "along time in equal parts."
         )
     if m.width % fsdp:
-        raise ConfigError(f"config.model.width = {m.width} is not divisible by config.mesh.fsdp = {fsdp}.")
-    for name, value in (("kv_heads", m.kv_heads), ("mlp_width", m.mlp_width), ("vocab_size", m.vocab_size)):
+        raise ConfigError(
+            f"config.model.width = {m.width} is not divisible by config.mesh.fsdp = {fsdp}."
+        )
+    for name, value in (
+        ("kv_heads", m.kv_heads),
+        ("mlp_width", m.mlp_width),
+        ("vocab_size", m.vocab_size),
+    ):
         if value % tensor:
-            raise ConfigError(f"config.model.{name} = {value} is not divisible by config.mesh.tensor = {tensor}.")
+            raise ConfigError(
+                f"config.model.{name} = {value} is not divisible by config.mesh.tensor = {tensor}."
+            )

@@ -1,4 +1,5 @@
-"""From a nested dict to a `Config`: unknown fields and wrong types refused, naming the nearest valid field."""
+"""From a nested dict to a `Config`: unknown fields and wrong types refused, naming the nearest
+valid field."""
 
 from __future__ import annotations
 
@@ -15,9 +16,11 @@ from mor_jax.errors import ConfigError
 
 
 def from_dict(raw: Mapping[str, Any]) -> Config:
-    """Build a `Config` without the cross-field checks (used for configs read back from a checkpoint).
+    """Build a `Config` without the cross-field checks (used for configs read back from a
+    checkpoint).
 
-    Fields of another depth policy than the chosen one are left out: an older configuration may hold them."""
+    Fields of another depth policy than the chosen one are left out: an older configuration may hold
+    them."""
     config: Config = _build(Config, raw, "config")
     return config
 
@@ -46,7 +49,8 @@ def _build(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _unknown(key: str, where: str, hints: Mapping[str, Any]) -> str:
-    """Message for a field that does not exist: the nearest valid name, wherever in the tree it lives."""
+    """Message for a field that does not exist: the nearest valid name, wherever in the tree it
+    lives."""
     for group, cls in typing.get_type_hints(Config).items():
         if isinstance(cls, type) and dataclasses.is_dataclass(cls) and key in _hints(cls):
             return f"{where}.{key} does not exist. Did you mean config.{group}.{key}?"
@@ -57,7 +61,8 @@ def _unknown(key: str, where: str, hints: Mapping[str, Any]) -> str:
 
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Check a leaf against its annotation; int is accepted for float, list for tuple, str for a 1-tuple."""
+    """Check a leaf against its annotation; int is accepted for float, list for tuple, str for a
+    1-tuple."""
     origin = typing.get_origin(hint)
     if origin is tuple:
         args = typing.get_args(hint)
@@ -69,7 +74,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             args = (args[0],) * len(value)
         if len(args) != len(value):
             raise ConfigError(f"{where} must have {len(args)} entries, got {value!r}.")
-        return tuple(_coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+        return tuple(
+            _coerce(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

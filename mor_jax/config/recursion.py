@@ -1,8 +1,10 @@
-"""The recursion part of a configuration: what one step over the shared core reads, and how the steps are trained.
+"""The recursion part of a configuration: what one step over the shared core reads, and how the
+steps are trained.
 
-Each knob has a word, and each word is one small function or class in `mor_jax/model/recursion/`, in the file that is
-named after the knob. `choices` finds the words there at run time, as `config/depth.py` finds the policies. With every
-field at its default the programs are those of a model without this section.
+Each knob has a word, and each word is one small function or class in `mor_jax/model/recursion/`, in
+the file that is named after the knob. `choices` finds the words there at run time, as
+`config/depth.py` finds the policies. With every field at its default the programs are those of a
+model without this section.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     from mor_jax.config.depth import DepthConfig
 
 HOME = "mor_jax.model.recursion"
-KNOBS = ("state", "injection", "conditioning", "sampling", "loss", "exit")  # fields that take a word of their file
+# fields that take a word of their file
+KNOBS = ("state", "injection", "conditioning", "sampling", "loss", "exit")
 BEYOND = ("refuse", "clamp", "modulo")
 SCOPES = ("batch", "sequence")
 PRIORS = ("uniform", "geometric")
@@ -30,18 +33,24 @@ WHERE = "config.recursion"
 
 @dataclass(frozen=True)
 class RecursionConfig:
-    """How the steps over the shared core are made and trained. Policy "fixed" only, unless all is at its default."""
+    """How the steps over the shared core are made and trained. Policy "fixed" only, unless all is
+    at its default."""
 
     # What a step reads
-    state: str = "embed"  # before the first step: embed (the prelude's output) | zeros | const (learned) | random
+    # before the first step: embed (the prelude's output) | zeros | const (learned) | random
+    state: str = "embed"
     state_std: float = 0.0  # random: standard deviation of an element; 0: sqrt(2 / 5), as in Huginn
-    injection: str = "none"  # of the prelude's output at each step: none | add | channel | concat | diagonal
+    # of the prelude's output at each step: none | add | channel | concat | diagonal
+    injection: str = "none"
     conditioning: str = "none"  # on the number of the step: none | sinusoid | learned | time
-    beyond: str = "refuse"  # learned conditioning past the trained recursions: refuse | clamp | modulo
+    # learned conditioning past the trained recursions: refuse | clamp | modulo
+    beyond: str = "refuse"
     loop_norm: bool = False  # an RMSNorm of the state after each step, as in Ouro
     # How many steps training runs
-    sampling: str = "fixed"  # fixed | lognormal_poisson | poisson | binomial | uniform; mean: config.model.recursions
-    sampling_scope: str = "batch"  # one number for the batch, or one for each sequence: batch | sequence
+    # fixed | lognormal_poisson | poisson | binomial | uniform; mean: config.model.recursions
+    sampling: str = "fixed"
+    # one number for the batch, or one for each sequence: batch | sequence
+    sampling_scope: str = "batch"
     sampling_sigma: float = 0.5  # lognormal_poisson
     sampling_skip: float = 0.5  # binomial: chance that each round after the first is left out
     sampling_most: int = 0  # steps at most; 0: twice the recursions (binomial: the recursions)
@@ -57,12 +66,18 @@ class RecursionConfig:
     exit: str = "fixed"  # fixed | latent | cosine | acceleration | kl | entropy | argmax | cdf
     exit_threshold: float = 0.0
     exit_least: int = 1  # steps every token runs
-    missing: str = "latest"  # keys of tokens that stopped, at later steps: latest (their newest) | skip (none)
+    # keys of tokens that stopped, at later steps: latest (their newest) | skip (none)
+    missing: str = "latest"
 
     @property
     def reads(self) -> bool:
         """Whether a step is more than the core alone."""
-        return (self.state, self.injection, self.conditioning, self.loop_norm) != ("embed", "none", "none", False)
+        return (self.state, self.injection, self.conditioning, self.loop_norm) != (
+            "embed",
+            "none",
+            "none",
+            False,
+        )
 
     @property
     def trains(self) -> bool:
@@ -87,10 +102,16 @@ def choices(knob: str) -> tuple[str, ...]:
 
 
 def check_recursion(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> None:
-    """Raise ConfigError for the first value, or the first two values together, that cannot be run."""
+    """Raise ConfigError for the first value, or the first two values together, that cannot be
+    run."""
     for knob in KNOBS:
         one_of(f"{WHERE}.{knob}", getattr(c, knob), choices(knob))
-    for name, words in (("beyond", BEYOND), ("sampling_scope", SCOPES), ("gate_prior", PRIORS), ("missing", MISSING)):
+    for name, words in (
+        ("beyond", BEYOND),
+        ("sampling_scope", SCOPES),
+        ("gate_prior", PRIORS),
+        ("missing", MISSING),
+    ):
         one_of(f"{WHERE}.{name}", getattr(c, name), words)
     _check_numbers(c)
     if not (c.reads or c.trains or c.exits):
@@ -114,9 +135,13 @@ def check_recursion(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> N
 def _check_numbers(c: RecursionConfig) -> None:
     for name in ("state_std", "sampling_sigma", "loss_power", "gate_weight", "exit_threshold"):
         if not 0 <= getattr(c, name) < float("inf"):
-            raise ConfigError(f"{WHERE}.{name} must be a number and not negative, got {getattr(c, name)}.")
+            raise ConfigError(
+                f"{WHERE}.{name} must be a number and not negative, got {getattr(c, name)}."
+            )
     if not 0 <= c.sampling_skip < 1:
-        raise ConfigError(f"{WHERE}.sampling_skip is a chance and must be in [0, 1), got {c.sampling_skip}.")
+        raise ConfigError(
+            f"{WHERE}.sampling_skip is a chance and must be in [0, 1), got {c.sampling_skip}."
+        )
     for name in ("loss_decay", "gate_rate"):
         if not 0 < getattr(c, name) < 1:
             raise ConfigError(f"{WHERE}.{name} must be between 0 and 1, got {getattr(c, name)}.")
@@ -154,7 +179,12 @@ def _check_training(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> N
             f"{WHERE}.sampling = {c.sampling!r} runs steps past the last, for which config.model.lora_rank, norms = 'own' "
             "and recursion_encoding have nothing. Use sampling = 'fixed', or leave those out."
         )
-    if c.sampling != "fixed" and c.conditioning == "learned" and c.beyond == "refuse" and c.most(r) > r:
+    if (
+        c.sampling != "fixed"
+        and c.conditioning == "learned"
+        and c.beyond == "refuse"
+        and c.most(r) > r
+    ):
         raise ConfigError(
             f"{WHERE}.conditioning = 'learned' has a row for each of {r} steps, but sampling = {c.sampling!r} runs up to "
             f"{c.most(r)}. Set beyond = 'clamp' or 'modulo', or conditioning = 'sinusoid' or 'time'."
@@ -170,7 +200,9 @@ def _check_training(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> N
             "'zeros', 'embed' or 'random', or gradient_steps = 0."
         )
     own = "conditioning" if c.conditioning == "learned" else ""
-    own = own or next((name for name in ("lora_rank", "recursion_encoding") if getattr(m, name)), "")
+    own = own or next(
+        (name for name in ("lora_rank", "recursion_encoding") if getattr(m, name)), ""
+    )
     own = own or ("norms" if m.norms == "own" else "")
     if short and own:
         section = WHERE if own == "conditioning" else "config.model"
@@ -199,7 +231,9 @@ def _check_exit(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> None:
             f"config.depth.kv = {depth.kv_name!r}. Use kv = 'full'."
         )
     if c.exit == "cdf" and c.loss != "gate":
-        raise ConfigError(f"{WHERE}.exit = 'cdf' reads the learned gate, which only loss = 'gate' trains. Set it.")
+        raise ConfigError(
+            f"{WHERE}.exit = 'cdf' reads the learned gate, which only loss = 'gate' trains. Set it."
+        )
     coda = unshared_ends(m)[1]
     if c.exit in ("kl", "entropy", "argmax") and coda:
         raise ConfigError(
@@ -208,4 +242,6 @@ def _check_exit(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> None:
             "or 'cdf', or config.model.coda = 0."
         )
     if c.exit_least > m.recursions:
-        raise ConfigError(f"{WHERE}.exit_least = {c.exit_least} is more than config.model.recursions = {m.recursions}.")
+        raise ConfigError(
+            f"{WHERE}.exit_least = {c.exit_least} is more than config.model.recursions = {m.recursions}."
+        )

@@ -11,7 +11,8 @@ from mor_jax.paths import as_path, reason
 
 
 def saved_config(run: str) -> Config:
-    """config.json of a run directory, of this machine or an object store. Raises ConfigError: there is none."""
+    """config.json of a run directory, of this machine or an object store. Raises ConfigError: there
+    is none."""
     path = as_path(run) / "config.json"
     try:
         return from_dict(json.loads(path.read_text()))

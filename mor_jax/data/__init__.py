@@ -8,5 +8,6 @@
     loader = Loader(data.train, cfg.train.batch_size, seed=cfg.data.seed, sharding=batch_sharding)
     batch = loader.at(step)                              # {"tokens": [B, T], "segment_ids": [B, T]}
 
-Nothing is imported here, so that a process that only decodes text pays neither for TFDS nor for grain.
+Nothing is imported here, so that a process that only decodes text pays neither for TFDS nor for
+grain.
 """

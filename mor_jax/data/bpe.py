@@ -1,4 +1,5 @@
-"""Subword tokenizers: byte-level BPE trained here, and anything else that comes as a tokenizer.json."""
+"""Subword tokenizers: byte-level BPE trained here, and anything else that comes as a
+tokenizer.json."""
 
 from __future__ import annotations
 
@@ -17,8 +18,18 @@ from mor_jax.data.words import WordEncoder
 from mor_jax.errors import DataError
 
 BOS, EOS = "<|bos|>", "<|eos|>"
-# Most telling name first; chat turn markers last, since a base model never saw them close a document.
-BOS_NAMES = (BOS, "<|begin_of_text|>", "<|startoftext|>", "<｜begin▁of▁sentence｜>", "<s>", "<bos>", "[BOS]", "[CLS]")
+# Most telling name first; chat turn markers last, since a base model never saw them close a
+# document.
+BOS_NAMES = (
+    BOS,
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "[CLS]",
+)
 EOS_NAMES = (
     EOS,
     "<|end_of_text|>",
@@ -32,10 +43,13 @@ EOS_NAMES = (
 )
 
 PIECE = 1 << 10  # characters; texts are cut to about this, which sets apart what is not ASCII
-LONG = 1 << 18  # characters; the same for other patterns than GPT-2's, only to bound the library's memory
+# characters; the same for other patterns than GPT-2's, only to bound the library's memory
+LONG = 1 << 18
 LONGEST_WORD = 256  # bytes; longer words are cut where a BPE is trained
-GROUP = 1 << 22  # characters handed to the library at once; it holds about 100 bytes a token meanwhile
-# Between two words in Latin letters every byte-level pre-tokenizer starts anew, so a cut there changes nothing.
+# characters handed to the library at once; it holds about 100 bytes a token meanwhile
+GROUP = 1 << 22
+# Between two words in Latin letters every byte-level pre-tokenizer starts anew, so a cut there
+# changes nothing.
 _CUT = re.compile(r"(?<=[A-Za-z])(?=[ \n][A-Za-z])")
 
 
@@ -43,13 +57,15 @@ class BpeTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer`, byte-level BPE or not.
 
     Args:
-      framing: which tokens open and close texts; default: by their usual names, and bos is always put first.
-    Raises:
-      DataError: there is no framing, and none of the usual names of an end-of-document token is in the vocabulary; or
-        the framing names ids that do not exist.
+      framing: which tokens open and close texts; default: by their usual names, and bos is always
+    put first. Raises:
+      DataError: there is no framing, and none of the usual names of an end-of-document token is in
+        the vocabulary; or the framing names ids that do not exist.
     """
 
-    def __init__(self, hf: tokenizers.Tokenizer, where: str = "tokenizer", framing: Framing | None = None):
+    def __init__(
+        self, hf: tokenizers.Tokenizer, where: str = "tokenizer", framing: Framing | None = None
+    ):
         hf.no_truncation()
         hf.no_padding()
         hf.encode_special_tokens = True  # "<|eos|>" in a text is text
@@ -65,7 +81,9 @@ class BpeTokenizer(Tokenizer):
             raise DataError(f"{where}: token id {self.vocab_size - 1} does not fit int32.")
         self._names = {i: name for name, i in ids.items()}
         for i in {self.bos, *self.ends} - self._names.keys():
-            raise DataError(f"{where}: token {i} is to open or close texts, but the vocabulary does not have it.")
+            raise DataError(
+                f"{where}: token {i} is to open or close texts, but the vocabulary does not have it."
+            )
         spelling = Spelling(json.loads(hf.to_str()))
         self._words = WordEncoder(self._encode_whole) if spelling.gpt2_words else None
         self._piece = PIECE if spelling.gpt2_words else LONG if spelling.cuttable else sys.maxsize
@@ -121,7 +139,9 @@ class BpeTokenizer(Tokenizer):
         text = self._hf.to_str()
         if self._framing is None:
             return text
-        return json.dumps({**json.loads(text), "framing": self._framing._asdict()}, ensure_ascii=False)
+        return json.dumps(
+            {**json.loads(text), "framing": self._framing._asdict()}, ensure_ascii=False
+        )
 
     def library_json(self) -> str:
         """The tokenizer.json that the library reads, without what this project adds."""
@@ -129,15 +149,19 @@ class BpeTokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = ()) -> BpeTokenizer:
-    """Byte-level BPE with GPT-2's word pattern and the special tokens <|bos|> = 0, <|eos|> = 1, then `specials`.
+    """Byte-level BPE with GPT-2's word pattern and the special tokens <|bos|> = 0, <|eos|> = 1,
+    then `specials`.
 
-    Deterministic. `vocab_size` counts the specials and the 256 bytes; a small corpus may yield fewer tokens.
-    Words longer than `LONGEST_WORD` bytes (base64, DNA, minified JSON) are learned from in pieces, since the library's
-    trainer takes time quadratic in the length of a word; encoding is not affected.
+    Deterministic. `vocab_size` counts the specials and the 256 bytes; a small corpus may yield
+    fewer tokens. Words longer than `LONGEST_WORD` bytes (base64, DNA, minified JSON) are learned
+    from in pieces, since the library's trainer takes time quadratic in the length of a word;
+    encoding is not affected.
     """
     hf = tokenizers.Tokenizer(tokenizers.models.BPE())
     words = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cut_words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")
+    cut_words = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(f".{{1,{LONGEST_WORD}}}"), "isolated"
+    )
     hf.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, cut_words])
     hf.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -146,13 +170,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, specials: Sequence[str] = (
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    hf.train_from_iterator((piece for text in texts for piece in cut_text(valid_text(text), PIECE)), trainer)
+    hf.train_from_iterator(
+        (piece for text in texts for piece in cut_text(valid_text(text), PIECE)), trainer
+    )
     hf.pre_tokenizer = words
     return BpeTokenizer(hf)
 
 
 def cut_text(text: str, size: int) -> Iterator[str]:
-    """`text` in pieces of at least `size` characters, cut only where byte-level tokens end anyway (else not at all)."""
+    """`text` in pieces of at least `size` characters, cut only where byte-level tokens end anyway
+    (else not at all)."""
     start = 0
     while len(text) - start > size and (cut := _CUT.search(text, start + size)):
         yield text[start : cut.start()]
@@ -176,7 +203,8 @@ def _groups(pieces: list[str]) -> Iterator[list[str]]:
 def _document_ends(hf: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
     """(bos, eos); one stands in for the other where only one exists."""
     found = [
-        next((i for name in names if (i := hf.token_to_id(name)) is not None), None) for names in (BOS_NAMES, EOS_NAMES)
+        next((i for name in names if (i := hf.token_to_id(name)) is not None), None)
+        for names in (BOS_NAMES, EOS_NAMES)
     ]
     bos, eos = found
     if bos is None and eos is None:

@@ -1,7 +1,7 @@
 """Packed rows on disk: a TFDS data set of array_record files, written and read without TensorFlow.
 
-TFDS's own default format, tfrecord, can be neither written nor read without TensorFlow; array_record can, and gives
-random access.
+TFDS's own default format, tfrecord, can be neither written nor read without TensorFlow;
+array_record can, and gives random access.
 """
 
 from __future__ import annotations
@@ -26,22 +26,31 @@ WEIGHTS = {"weights": np.float32}  # of conversations: see `packing.pack_whole`
 
 
 class PackedRows(tfds.core.GeneratorBasedBuilder):
-    """`rows`: for each split, a function that yields its rows in the order they are to be stored."""
+    """`rows`: for each split, a function that yields its rows in the order they are to be
+    stored."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Found otherwise with importlib_resources, which TFDS 4.9 uses on every Python but only installs below 3.9. It
-    # would lead to checksums of downloads, of which there are none.
+    # Found otherwise with importlib_resources, which TFDS 4.9 uses on every Python but only
+    # installs below 3.9. It would lead to checksums of downloads, of which there are none.
     code_path = None
 
     def __init__(
-        self, *, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int, data_dir: str, weighted: bool = False
+        self,
+        *,
+        rows: Mapping[str, Callable[[], Iterator[Row]]],
+        context: int,
+        data_dir: str,
+        weighted: bool = False,
     ):
         self._rows, self._context = rows, context
         self._fields = FIELDS | WEIGHTS if weighted else FIELDS
         super().__init__(file_format="array_record", data_dir=data_dir)
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = {n: tfds.features.Tensor(shape=(self._context,), dtype=t) for n, t in self._fields.items()}
+        features = {
+            n: tfds.features.Tensor(shape=(self._context,), dtype=t)
+            for n, t in self._fields.items()
+        }
         return tfds.core.DatasetInfo(
             builder=self,
             description="Token rows of one length; segment_ids count documents, 0 is padding; weights are those of the loss.",
@@ -57,13 +66,18 @@ class PackedRows(tfds.core.GeneratorBasedBuilder):
 
 
 def write_rows(
-    directory: Path, rows: Mapping[str, Callable[[], Iterator[Row]]], context: int, *, weighted: bool = False
+    directory: Path,
+    rows: Mapping[str, Callable[[], Iterator[Row]]],
+    context: int,
+    *,
+    weighted: bool = False,
 ) -> Path:
-    """Write the splits `rows` somewhere under `directory`; returns the data set's own directory. `weighted`: whether
-    rows have loss weights."""
+    """Write the splits `rows` somewhere under `directory`; returns the data set's own directory.
+    `weighted`: whether rows have loss weights."""
     builder = PackedRows(rows=rows, context=context, data_dir=str(directory), weighted=weighted)
     shown = getattr(tqdm_utils, "_active", True)
-    tfds.display_progress_bar(False)  # ours is shown instead; TFDS has no public way to ask for the state
+    # ours is shown instead; TFDS has no public way to ask for the state
+    tfds.display_progress_bar(False)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself there
             builder.download_and_prepare()
@@ -73,10 +87,11 @@ def write_rows(
 
 
 class Rows(Sequence):
-    """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids": int32[context]}, of
-    conversations also "weights": float32[context].
+    """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids":
+    int32[context]}, of conversations also "weights": float32[context].
 
-    Reading is thread-safe. Raises DataError naming the file and the record where one cannot be read.
+    Reading is thread-safe. Raises DataError naming the file and the record where one cannot be
+    read.
     """
 
     def __init__(self, directory: Path, split: str):
@@ -122,7 +137,6 @@ class Rows(Sequence):
 
 
 def _damaged(why: object, directory: Path) -> str:
-    """What to do about a cache that cannot be read. `directory`: the data set's, one below the cache entry's."""
-    return (
-        f"damaged data cache ({why}). Delete the directory {directory.parent} and run again; it will be prepared anew."
-    )
+    """What to do about a cache that cannot be read. `directory`: the data set's, one below the
+    cache entry's."""
+    return f"damaged data cache ({why}). Delete the directory {directory.parent} and run again; it will be prepared anew."

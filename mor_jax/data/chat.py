@@ -1,9 +1,9 @@
 """Chat messages as tokens: prompts for a served model, and training samples with loss weights.
 
-A template is Jinja and comes with the weights, so it runs in Jinja's immutable sandbox. The spelling of a special
-token (`<|im_end|>`) is that token where the template wrote it, and ordinary text where a message has it: nobody can
-forge a turn. Serving, in-process language models and training share this module, so a model is asked exactly what it
-was trained on.
+A template is Jinja and comes with the weights, so it runs in Jinja's immutable sandbox. The
+spelling of a special token (`<|im_end|>`) is that token where the template wrote it, and ordinary
+text where a message has it: nobody can forge a turn. Serving, in-process language models and
+training share this module, so a model is asked exactly what it was trained on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class ChatError(DataError):
 
 
 class Sample(NamedTuple):
-    """A conversation to train on. Position t holds a token and the weight of the loss of predicting it."""
+    """A conversation to train on. Position t holds a token and the weight of the loss of predicting
+    it."""
 
     ids: np.ndarray  # int32 [N]
     weights: np.ndarray  # float32 [N]
@@ -57,10 +58,12 @@ class Sample(NamedTuple):
 class ChatTemplate:
     """Messages to token ids.
 
-    `source`: Jinja, or None for the plain one (`role: text` paragraphs, for models trained on text alone).
+    `source`: Jinja, or None for the plain one (`role: text` paragraphs, for models trained on text
+    alone).
 
-    `stops` are strings that end a reply; under the plain template those that begin another speaker's line. The plain
-    template puts the document start before the prompt; one of the checkpoint's writes it where it wants it.
+    `stops` are strings that end a reply; under the plain template those that begin another
+    speaker's line. The plain template puts the document start before the prompt; one of the
+    checkpoint's writes it where it wants it.
     Raises DataError: no valid Jinja.
     """
 
@@ -81,7 +84,8 @@ class ChatTemplate:
         opened: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Token ids of the prompt. `opened`: the model's turn is begun. Raises ChatError from the template."""
+        """Token ids of the prompt. `opened`: the model's turn is begun. Raises ChatError from the
+        template."""
         start = tokenizer.start if self.plain else []
         text = self.text(tokenizer, messages, opened=opened, options=options)
         return [*start, *_encode(tokenizer, text)] or [tokenizer.bos]
@@ -94,8 +98,12 @@ class ChatTemplate:
         opened: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """What the template writes, with `MARK` inside the spelling of special tokens that a message contains."""
-        names = {"bos_token": tokenizer.token_text(tokenizer.bos), "eos_token": tokenizer.token_text(tokenizer.eos)}
+        """What the template writes, with `MARK` inside the spelling of special tokens that a
+        message contains."""
+        names = {
+            "bos_token": tokenizer.token_text(tokenizer.bos),
+            "eos_token": tokenizer.token_text(tokenizer.eos),
+        }
         safe = [_broken(m, tokenizer.specials) for m in messages]
         values = {**(options or {}), **names, "messages": safe, "add_generation_prompt": opened}
         parts: list[str] = []
@@ -108,8 +116,11 @@ class ChatTemplate:
                     raise ChatError("The chat template makes too much text of these messages.")
         except ChatError:
             raise
-        except Exception as e:  # the template's own raise_exception, undefined names, the sandbox, a bad option
-            raise ChatError(f"The chat template cannot be applied to these messages: {str(e)[:300]}.") from e
+        # the template's own raise_exception, undefined names, the sandbox, a bad option
+        except Exception as e:
+            raise ChatError(
+                f"The chat template cannot be applied to these messages: {str(e)[:300]}."
+            ) from e
         return "".join(parts)
 
     def save(self, directory: str | os.PathLike[str]) -> epath.Path:
@@ -119,26 +130,34 @@ class ChatTemplate:
         return path
 
     def stop_tokens(self, tokenizer: Tokenizer) -> frozenset[int]:
-        """What ends any text of the model, and under a template of its own the tokens that close a turn."""
+        """What ends any text of the model, and under a template of its own the tokens that close a
+        turn."""
         ends = () if self.plain else TURN_ENDS
-        return frozenset({*tokenizer.ends, *(tokenizer.specials[n] for n in ends if n in tokenizer.specials)})
+        return frozenset(
+            {*tokenizer.ends, *(tokenizer.specials[n] for n in ends if n in tokenizer.specials)}
+        )
 
     def sample(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], roles: Sequence[str], limit: int = 0
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        roles: Sequence[str],
+        limit: int = 0,
     ) -> Sample | None:
         """A conversation as tokens with loss weights.
 
-        A message of one of `roles` has weight 1, any other 0; its own "weight" goes first. Weighted are the tokens of
-        the message itself, what closes its turn, and under the plain template the next speaker's name, so that the
-        model learns to stop; never the header that opens its turn, which the prompt of `ids` ends with.
+        A message of one of `roles` has weight 1, any other 0; its own "weight" goes first. Weighted
+        are the tokens of the message itself, what closes its turn, and under the plain template the
+        next speaker's name, so that the model learns to stop; never the header that opens its turn,
+        which the prompt of `ids` ends with.
 
         Args:
-          limit: tokens; a longer conversation is cut after the last weighted message that fits. 0: none.
-        Returns:
+          limit: tokens; a longer conversation is cut after the last weighted message that fits. 0:
+        none. Returns:
           None where no weighted message fits.
         Raises:
-          ChatError: the template rewrites earlier messages as the conversation goes on, so that what a reply is
-            trained on is not what it would be asked with.
+          ChatError: the template rewrites earlier messages as the conversation goes on, so that
+            what a reply is trained on is not what it would be asked with.
         """
         weights = [float(m.get("weight", 1.0 if m["role"] in roles else 0.0)) for m in messages]
         ids = list(tokenizer.start) if self.plain else []
@@ -182,7 +201,8 @@ class ChatTemplate:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a template's text: spellings of special tokens are these tokens, except where `MARK` breaks them."""
+    """Ids of a template's text: spellings of special tokens are these tokens, except where `MARK`
+    breaks them."""
     ids: list[int] = []
     for piece in _split(text, tokenizer.specials):
         if piece in tokenizer.specials:
@@ -220,7 +240,9 @@ def _split(text: str, specials: Mapping[str, int]) -> list[str]:
 
 @functools.cache
 def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -237,8 +259,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
 def find_template(directory: str | os.PathLike[str], tokenizer_json: str = "{}") -> ChatTemplate:
     """The template that a checkpoint or tokenizer carries, else the plain one.
 
-    Looked for in `directory`/chat_template.jinja, then under "chat_template" in `directory`/tokenizer_config.json and
-    in the tokenizer's own JSON. Raises DataError: one that cannot be read, or is no Jinja.
+    Looked for in `directory`/chat_template.jinja, then under "chat_template" in
+    `directory`/tokenizer_config.json and in the tokenizer's own JSON. Raises DataError: one that
+    cannot be read, or is no Jinja.
     """
     folder = as_path(directory)
     try:
@@ -259,8 +282,11 @@ def find_template(directory: str | os.PathLike[str], tokenizer_json: str = "{}")
     return ChatTemplate()
 
 
-def build_template(name: str, tokenizer: Tokenizer, directory: str | os.PathLike[str] = "") -> ChatTemplate:
-    """The template that `config.data.chat_template` names: plain | chatml | path of a Jinja file | "".
+def build_template(
+    name: str, tokenizer: Tokenizer, directory: str | os.PathLike[str] = ""
+) -> ChatTemplate:
+    """The template that `config.data.chat_template` names: plain | chatml | path of a Jinja file |
+    "".
 
     "" is the one found beside the tokenizer in `directory`, else the plain one.
     Raises DataError: a file that cannot be read, or ChatML without its two special tokens."""
@@ -279,7 +305,9 @@ def build_template(name: str, tokenizer: Tokenizer, directory: str | os.PathLike
         try:
             return ChatTemplate(as_path(name).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as e:
-            raise DataError(f"{where} is neither plain, chatml nor a file that can be read ({e}).") from e
+            raise DataError(
+                f"{where} is neither plain, chatml nor a file that can be read ({e})."
+            ) from e
     if not directory:
         return ChatTemplate()
     folder = as_path(directory)
@@ -291,16 +319,28 @@ def conversation_text(value: Any, where: str) -> str:
 
     Raises DataError naming the place and what is wrong."""
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a list of messages with role and content, got {_short(value)}.")
+        raise DataError(
+            f"{where}: expected a list of messages with role and content, got {_short(value)}."
+        )
     for i, message in enumerate(value):
         if not isinstance(message, Mapping):
-            raise DataError(f"{where}: message {i} must be an object with role and content, got {_short(message)}.")
+            raise DataError(
+                f"{where}: message {i} must be an object with role and content, got {_short(message)}."
+            )
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise DataError(f"{where}: message {i} has no text under {name!r}: {_short(message)}.")
+                raise DataError(
+                    f"{where}: message {i} has no text under {name!r}: {_short(message)}."
+                )
         weight = message.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise DataError(f"{where}: the weight of message {i} must be a finite number, got {_short(weight)}.")
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not np.isfinite(weight)
+        ):
+            raise DataError(
+                f"{where}: the weight of message {i} must be a finite number, got {_short(weight)}."
+            )
     messages = [{k: v for k, v in message.items() if v is not None} for message in value]
     return json.dumps(messages, ensure_ascii=False)
 

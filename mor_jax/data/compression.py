@@ -1,4 +1,5 @@
-"""Reading .gz, .xz and .zst as streams of bytes, where a damaged or cut-off file is an error and never a short read."""
+"""Reading .gz, .xz and .zst as streams of bytes, where a damaged or cut-off file is an error and
+never a short read."""
 
 from __future__ import annotations
 
@@ -35,8 +36,8 @@ def open_file(path: str) -> BinaryIO:
 class _ZstdReader(io.RawIOBase):
     """All frames of a .zst file, one after another.
 
-    `zstandard.ZstdDecompressor.stream_reader` ends without an error when its input is cut off; this one raises
-    EOFError then.
+    `zstandard.ZstdDecompressor.stream_reader` ends without an error when its input is cut off; this
+    one raises EOFError then.
     """
 
     def __init__(self, path: str):

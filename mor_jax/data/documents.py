@@ -9,7 +9,8 @@ Digest = Callable[[str], str]  # path of a local file -> hex digest of its conte
 
 
 class Document(NamedTuple):
-    """One text. `id` is stable under moving the corpus to another directory; the held-out split hangs on it."""
+    """One text. `id` is stable under moving the corpus to another directory; the held-out split
+    hangs on it."""
 
     id: str
     text: str
@@ -21,7 +22,8 @@ class Source(Protocol):
     label: str  # for messages: "files corpus/*.jsonl"
 
     def documents(self) -> Iterator[Document]:
-        """All documents, streamed. Raises DataError naming the file and place of the first one that cannot be read."""
+        """All documents, streamed. Raises DataError naming the file and place of the first one that
+        cannot be read."""
 
     def fingerprint(self) -> str:
         """Hex digest that changes when any document or id does."""

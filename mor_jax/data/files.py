@@ -1,4 +1,5 @@
-"""The `files` source: globs over .txt, .md, .py, .jsonl and .parquet, each optionally .gz, .xz or .zst."""
+"""The `files` source: globs over .txt, .md, .py, .jsonl and .parquet, each optionally .gz, .xz or
+.zst."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ RECORDS = (".jsonl", ".parquet")  # one document a line or row
 
 
 class Files:
-    """Documents of the files that match `cfg.paths`, in order of relative path, then of line or row.
+    """Documents of the files that match `cfg.paths`, in order of relative path, then of line or
+    row.
 
-    Ids are "relative/path" for texts and "relative/path:n" (n from 1) for records, relative to the deepest directory
-    that no glob of `cfg.paths` can leave: they do not change when files are added or the corpus is moved.
+    Ids are "relative/path" for texts and "relative/path:n" (n from 1) for records, relative to the
+    deepest directory that no glob of `cfg.paths` can leave: they do not change when files are added
+    or the corpus is moved.
 
     Raises:
       DataError: a glob matches nothing, or a file has an unknown suffix.
@@ -69,7 +72,11 @@ class Files:
 
     def fingerprint(self) -> str:
         parts = (self._key, *(["skip"] if self._skip else []), *(["chat"] if self._chat else []))
-        return digest_of("files", *parts, *(part for n, p in self._files.items() for part in (n, self._digest(p))))
+        return digest_of(
+            "files",
+            *parts,
+            *(part for n, p in self._files.items() for part in (n, self._digest(p))),
+        )
 
     def _field(self, record: dict, where: str) -> str:
         """The text of a record; of a conversation, its messages as JSON."""
@@ -79,13 +86,18 @@ class Files:
         if self._chat:
             return conversation_text(value, where)
         if not isinstance(value, str):
-            raise DataError(f"{where}: field {self._key!r} must be text, got {_short(repr(value))}.")
+            raise DataError(
+                f"{where}: field {self._key!r} must be text, got {_short(repr(value))}."
+            )
         return value
 
     def _jsonl(self, name: str, path: str, compression: str) -> Iterator[Document]:
         with open_bytes(path, compression) as f:
             for number, raw in enumerate(f, 1):
-                if len(raw) < 64 and not raw.decode("utf-8", "ignore").removeprefix("\ufeff").strip():
+                if (
+                    len(raw) < 64
+                    and not raw.decode("utf-8", "ignore").removeprefix("\ufeff").strip()
+                ):
                     continue  # a blank line
                 text = self._or_skip(self._line, raw, f"{path}, line {number}")
                 if text is not None:
@@ -100,7 +112,9 @@ class Files:
             return read(*args, **kwargs)
         except DataError as e:
             if not self._skip:
-                raise DataError(f"{e} To leave such records out: --config.data.bad_records=skip.") from e
+                raise DataError(
+                    f"{e} To leave such records out: --config.data.bad_records=skip."
+                ) from e
             self.skipped_records += 1
             return None
 
@@ -126,7 +140,9 @@ class Files:
                             if text is not None:
                                 yield Document(f"{name}:{number}", text)
             except pa.ArrowException as e:
-                raise DataError(f"{path}: not a readable parquet file ({e}). Fetch or write it again.") from e
+                raise DataError(
+                    f"{path}: not a readable parquet file ({e}). Fetch or write it again."
+                ) from e
 
 
 def _find(patterns: tuple[str, ...]) -> dict[str, str]:
@@ -147,17 +163,29 @@ def _find(patterns: tuple[str, ...]) -> dict[str, str]:
             found = [p for p in glob.glob(full, recursive=True) if not os.path.isdir(p)]
             root = _fixed_directory(full)
         if not found:
-            hint = f" It is a directory: give a glob such as {exact}/*.jsonl." if os.path.isdir(exact) else ""
+            hint = (
+                f" It is a directory: give a glob such as {exact}/*.jsonl."
+                if os.path.isdir(exact)
+                else ""
+            )
             raise DataError(f"config.data.paths: {exact} matches no file.{hint}")
         paths.update(found)
         roots.append(root)
-    common = sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*map(_parts, roots), strict=False)))
+    common = sum(
+        1
+        for _ in itertools.takewhile(
+            lambda at: len(set(at)) == 1, zip(*map(_parts, roots), strict=False)
+        )
+    )
     return dict(sorted(("/".join(_parts(p)[common:]), p) for p in paths))
 
 
 def _parts(path: str) -> list[str]:
     """From the root down; the first says on which machine or in which store."""
-    return [scheme_of(path), *filter(None, (path.partition("://")[2] or path).replace(os.sep, "/").split("/"))]
+    return [
+        scheme_of(path),
+        *filter(None, (path.partition("://")[2] or path).replace(os.sep, "/").split("/")),
+    ]
 
 
 def _find_remote(pattern: str) -> tuple[list[str], str]:
@@ -220,7 +248,9 @@ def _record(raw: bytes, key: str, where: str) -> dict:
             f"{where}: not valid JSON ({e}): {_short(line)}. A .jsonl file holds one JSON object a line."
         ) from e
     if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a JSON object with a field {key!r}, got {_short(line)}.")
+        raise DataError(
+            f"{where}: expected a JSON object with a field {key!r}, got {_short(line)}."
+        )
     return record
 
 

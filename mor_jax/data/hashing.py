@@ -15,7 +15,8 @@ from mor_jax.errors import DataError, UserError
 from mor_jax.paths import filesystem, is_local, reason
 
 SMALL = 1 << 20  # bytes; hashing less than this costs about as much as looking it up
-SETTLED_NS = 2_000_000_000  # a file changed more recently than this may change again within one clock tick
+# a file changed more recently than this may change again within one clock tick
+SETTLED_NS = 2_000_000_000
 
 
 def digest_of(*parts: str) -> str:
@@ -36,15 +37,19 @@ def hash_file(path: str) -> str:
     except UserError:
         raise
     except Exception as e:  # clients of object stores have their own kinds
-        raise DataError(f"{path}: cannot be read ({reason(e)}). Check that it exists and its permissions.") from e
+        raise DataError(
+            f"{path}: cannot be read ({reason(e)}). Check that it exists and its permissions."
+        ) from e
     return h.hexdigest()
 
 
 class HashMemo:
-    """`hash_file`, remembering the digest of large files by (path, size, mtime, inode) in one JSON file.
+    """`hash_file`, remembering the digest of large files by (path, size, mtime, inode) in one JSON
+    file.
 
-    The memo is an optimisation only: if it is unreadable or unwritable the files are hashed again. A file that was
-    changed in the last two seconds is never remembered, since a further change could leave its times equal.
+    The memo is an optimisation only: if it is unreadable or unwritable the files are hashed again.
+    A file that was changed in the last two seconds is never remembered, since a further change
+    could leave its times equal.
     """
 
     def __init__(self, path: Path):
@@ -77,16 +82,20 @@ class HashMemo:
 
 
 def _settled(version: int | str) -> bool:
-    """Whether a version tells any two contents apart: a time of change does after a while, an object's tag always."""
+    """Whether a version tells any two contents apart: a time of change does after a while, an
+    object's tag always."""
     return isinstance(version, str) or time.time_ns() - version > SETTLED_NS
 
 
 def _state(path: str) -> list[Any] | None:
-    """What changes when the content does: size, time of change or tag, and inode. None: it cannot be seen."""
+    """What changes when the content does: size, time of change or tag, and inode. None: it cannot
+    be seen."""
     if not is_local(path):
         with contextlib.suppress(Exception):
             info = filesystem(path).info(path)
-            tags = [info[name] for name in ("ETag", "etag", "generation", "md5Hash") if info.get(name)]
+            tags = [
+                info[name] for name in ("ETag", "etag", "generation", "md5Hash") if info.get(name)
+            ]
             return [info["size"], str(tags[0]), 0] if tags else None
         return None
     try:

@@ -1,11 +1,12 @@
 """Which documents are held out for evaluation.
 
-A document's id is hashed to a number in [0, 1); it is held out when that is below the share. So the split does not
-depend on order, on other documents, or on the machine. Every corpus gets at least one document on each side; a
-corpus of one document gives its tail.
+A document's id is hashed to a number in [0, 1); it is held out when that is below the share. So the
+split does not depend on order, on other documents, or on the machine. Every corpus gets at least
+one document on each side; a corpus of one document gives its tail.
 
-Texts that occur more than once are found by a hash of their content. By default (`data.dedup = "holdout"`) a text that
-is held out is left out of the training split, wherever its copies stand; "all" keeps one copy of every text.
+Texts that occur more than once are found by a hash of their content. By default (`data.dedup =
+"holdout"`) a text that is held out is left out of the training split, wherever its copies stand;
+"all" keeps one copy of every text.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ SALT = b"mor_jax holdout 1"
 
 def place(document_id: str) -> float:
     """A number in [0, 1) that only depends on the id."""
-    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogateescape"), digest_size=8, key=SALT).digest()
+    digest = hashlib.blake2b(
+        document_id.encode("utf-8", "surrogateescape"), digest_size=8, key=SALT
+    ).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def content_hash(text: str) -> int:
-    """64 bits of blake2b over the UTF-8 text. Among 10^8 different texts a collision has a chance of 3 in 10^4."""
+    """64 bits of blake2b over the UTF-8 text. Among 10^8 different texts a collision has a chance
+    of 3 in 10^4."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -50,12 +54,14 @@ class Plan:
       share: of documents held out.
       dedup: none | holdout | all, see `DataConfig.dedup`.
       documents, bytes: of the corpus, UTF-8; documents without text not counted.
-      lowest, highest: ids with the extreme places; they settle the split when one side would be empty.
+      lowest, highest: ids with the extreme places; they settle the split when one side would be
+        empty.
       lowest_place, highest_place: theirs.
       duplicates: documents whose text occurred before.
       crossing: training documents whose text is also held out.
       dropped: documents that `dedup` leaves out.
-      repeated: for each text that occurs more than once, its content hash in hex, and whether a copy is held out.
+      repeated: for each text that occurs more than once, its content hash in hex, and whether a
+        copy is held out.
     """
 
     share: float
@@ -99,7 +105,9 @@ class Plan:
         """(document, held out) for each that is kept; one document becomes two."""
         if self.documents == 1:
             for document in documents:
-                cut = min(max(1, round(len(document.text) * (1 - self.share))), len(document.text) - 1)
+                cut = min(
+                    max(1, round(len(document.text) * (1 - self.share))), len(document.text) - 1
+                )
                 yield Document(f"{document.id}#head", document.text[:cut]), False
                 yield Document(f"{document.id}#tail", document.text[cut:]), True
             return
@@ -137,7 +145,9 @@ class Survey:
         low = {"lowest": document.id, "lowest_place": at} if at < p.lowest_place else {}
         high = {"highest": document.id, "highest_place": at} if at > p.highest_place else {}
         text = document.text.encode()
-        self._plan = dataclasses.replace(p, documents=p.documents + 1, bytes=p.bytes + len(text), **low, **high)
+        self._plan = dataclasses.replace(
+            p, documents=p.documents + 1, bytes=p.bytes + len(text), **low, **high
+        )
         self._longest = max(self._longest, len(document.text))
         self._contents.append(content_hash(document.text))
         self._places.append(at)
@@ -146,9 +156,13 @@ class Survey:
         """Raises DataError when there is nothing to split; `label` names the source."""
         p = self._plan
         if not p.documents:
-            raise DataError(f"{label}: the corpus is empty (no document has any text). Check config.data.")
+            raise DataError(
+                f"{label}: the corpus is empty (no document has any text). Check config.data."
+            )
         if p.documents == 1 and self._longest < 2:
-            raise DataError(f"{label}: the corpus is a single character; there is nothing to hold out.")
+            raise DataError(
+                f"{label}: the corpus is a single character; there is nothing to hold out."
+            )
         contents_N, places_N = np.array(self._contents, np.uint64), np.array(self._places)
         unique_U, index_N, copies_U = np.unique(contents_N, return_inverse=True, return_counts=True)
         held_N = places_N < p.share

@@ -1,7 +1,7 @@
 """Batches by step number. B: rows a global batch, T: tokens a row.
 
-The position in the data is a function of the step and of nothing else, so a run resumes at any step on any number of
-hosts and sees the same rows.
+The position in the data is a function of the step and of nothing else, so a run resumes at any step
+on any number of hosts and sees the same rows.
 """
 
 from __future__ import annotations
@@ -24,22 +24,28 @@ PREFETCH = 2  # batches
 
 
 class Loader:
-    """Training batches: step s is positions [s*B, (s+1)*B) of the rows, shuffled anew each epoch, without end.
+    """Training batches: step s is positions [s*B, (s+1)*B) of the rows, shuffled anew each epoch,
+    without end.
 
     Args:
-      rows: anything with `len()` and `[i] -> {"tokens": int32[T], "segment_ids": int32[T]}`; with `order(seed)`, in an
-        order of its own (`data.mixture`).
+      rows: anything with `len()` and `[i] -> {"tokens": int32[T], "segment_ids": int32[T]}`; with
+        `order(seed)`, in an order of its own (`data.mixture`).
       batch_size: B, over all hosts. May exceed the number of rows; they repeat.
       seed: of the shuffle.
-      sharding: of [B, T] arrays. With it, batches are global jax arrays of which each host reads only its own rows;
-        without it, numpy arrays.
+      sharding: of [B, T] arrays. With it, batches are global jax arrays of which each host reads
+        only its own rows; without it, numpy arrays.
 
     Raises:
       DataError: there are no rows.
     """
 
     def __init__(
-        self, rows: Sequence[Row], batch_size: int, *, seed: int, sharding: jax.sharding.Sharding | None = None
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        *,
+        seed: int,
+        sharding: jax.sharding.Sharding | None = None,
     ):
         if not len(rows):
             raise DataError("there are no training rows; is the corpus empty?")
@@ -52,7 +58,10 @@ class Loader:
     def indices_at(self, step: int, positions: Iterable[int] | None = None) -> list[int]:
         """Row numbers of a batch, or of some positions 0..B-1 in it."""
         first = step * self._batch_size
-        return [self._order[first + int(i)] for i in (range(self._batch_size) if positions is None else positions)]
+        return [
+            self._order[first + int(i)]
+            for i in (range(self._batch_size) if positions is None else positions)
+        ]
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
@@ -60,10 +69,13 @@ class Loader:
         return _place(read, self._shape, self._sharding)
 
     def iter_from_step(self, step: int) -> Iterator[Batch]:
-        """`at(step)`, `at(step + 1)`, ... read ahead by a thread, which ends when the iterator is closed."""
+        """`at(step)`, `at(step + 1)`, ... read ahead by a thread, which ends when the iterator is
+        closed."""
         ready: queue.Queue = queue.Queue(PREFETCH)
         stop = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(step, ready, stop), name="prefetch", daemon=True)
+        thread = threading.Thread(
+            target=self._read_ahead, args=(step, ready, stop), name="prefetch", daemon=True
+        )
         thread.start()
         try:
             while True:
@@ -94,9 +106,14 @@ class Loader:
 
 
 def eval_batches(
-    rows: Sequence[Row], batch_size: int, *, limit: int = 0, sharding: jax.sharding.Sharding | None = None
+    rows: Sequence[Row],
+    batch_size: int,
+    *,
+    limit: int = 0,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Iterator[Batch]:
-    """Batches in order from row 0, without shuffling; the last is filled up with rows whose segment_ids are all 0.
+    """Batches in order from row 0, without shuffling; the last is filled up with rows whose
+    segment_ids are all 0.
 
     limit: rows to read; 0: all. Every host yields the same number of batches."""
     total = min(limit or len(rows), len(rows))
@@ -104,18 +121,25 @@ def eval_batches(
 
         def read(at: np.ndarray, first: int = first) -> Batch:
             found = _read(rows, [i for i in first + at if i < total])
-            blank = {name: np.zeros_like(array) for name, array in (found[0] if found else rows[0]).items()}
+            blank = {
+                name: np.zeros_like(array)
+                for name, array in (found[0] if found else rows[0]).items()
+            }
             return _stack([*found, *[blank] * (len(at) - len(found))])
 
         yield _place(read, (batch_size, _width(rows)), sharding)
 
 
 def _place(
-    read: Callable[[np.ndarray], Batch], shape: tuple[int, int], sharding: jax.sharding.Sharding | None
+    read: Callable[[np.ndarray], Batch],
+    shape: tuple[int, int],
+    sharding: jax.sharding.Sharding | None,
 ) -> Batch:
-    """The [B, T] batch that `read` gives for sorted positions in 0..B; with `sharding`, reading only this host's.
+    """The [B, T] batch that `read` gives for sorted positions in 0..B; with `sharding`, reading
+    only this host's.
 
-    Devices that hold the same rows (replicas, tensor parallelism) and the two arrays share one read."""
+    Devices that hold the same rows (replicas, tensor parallelism) and the two arrays share one
+    read."""
     positions = np.arange(shape[0])
     if sharding is None:
         return read(positions)

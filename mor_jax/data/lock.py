@@ -16,8 +16,8 @@ except ImportError:  # Windows: the atomic renames still keep a cache whole, wor
 def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock file `path`; calls `on_wait` once if another process has it.
 
-    The kernel releases the lock when its process ends, however it ends; the file itself stays, since removing it
-    would let two processes lock two different files of the same name."""
+    The kernel releases the lock when its process ends, however it ends; the file itself stays,
+    since removing it would let two processes lock two different files of the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as f:
         if fcntl is not None:

@@ -1,8 +1,9 @@
 """Several sources in one stream of rows, each with its share (`config.data.mixture`).
 
-Shares are kept exactly over every CYCLE rows: of each cycle every source has a fixed number of places, spread evenly. So
-which source and which of its rows stands at position n of the stream follows from n alone, as the loader needs it; the
-rows of each source are shuffled on their own, anew each time all of them have been read.
+Shares are kept exactly over every CYCLE rows: of each cycle every source has a fixed number of
+places, spread evenly. So which source and which of its rows stands at position n of the stream
+follows from n alone, as the loader needs it; the rows of each source are shuffled on their own,
+anew each time all of them have been read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ CYCLE = 1000  # rows: shares are multiples of 1 / CYCLE, and a source has at lea
 
 
 def cycle(weights: Sequence[float]) -> np.ndarray:
-    """The source of each place of a cycle, int [CYCLE]. Shares are rounded to whole places by largest remainders."""
+    """The source of each place of a cycle, int [CYCLE]. Shares are rounded to whole places by
+    largest remainders."""
     share = np.asarray(weights, np.float64) / sum(weights) * CYCLE
     places = np.maximum(1, np.floor(share)).astype(int)
     while (rest := CYCLE - places.sum()) > 0:
@@ -42,7 +44,8 @@ class Mixture(Sequence):
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float]):
         self._parts, self._weights = tuple(parts), tuple(weights)
-        self.first = [0, *itertools.accumulate(len(part) for part in parts)]  # of each source, and the end
+        # of each source, and the end
+        self.first = [0, *itertools.accumulate(len(part) for part in parts)]
         self.context = parts[0].context
 
     def __len__(self) -> int:
@@ -66,8 +69,8 @@ class Mixture(Sequence):
         return MixedOrder([len(part) for part in self._parts], self._weights, seed)
 
     def fair(self) -> list[int]:
-        """All rows once, in the shares of the mixture as long as there are rows of each source: for evaluations, which read
-        the first so many."""
+        """All rows once, in the shares of the mixture as long as there are rows of each source: for
+        evaluations, which read the first so many."""
         sizes = [len(part) for part in self._parts]
         of_cycle, taken, result = cycle(self._weights), [0] * len(sizes), []
         for source in itertools.cycle(of_cycle):
@@ -101,7 +104,10 @@ class MixedOrder:
     def __getitem__(self, position: int) -> int:
         turn, place = divmod(position, CYCLE)
         source = int(self._cycle[place])
-        return self._first[source] + self._orders[source][int(turn * self._places[source] + self._before[place])]
+        return (
+            self._first[source]
+            + self._orders[source][int(turn * self._places[source] + self._before[place])]
+        )
 
 
 class Picked(Sequence):

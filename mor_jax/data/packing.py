@@ -1,4 +1,5 @@
-"""Documents become rows of one length: text is concatenated and cut, conversations are placed whole."""
+"""Documents become rows of one length: text is concatenated and cut, conversations are placed
+whole."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ import numpy as np
 
 from mor_jax.data.parts import Encoded
 
-# {"tokens": int32[context], "segment_ids": int32[context]}, for conversations also "weights": float32[context]
+# {"tokens": int32[context], "segment_ids": int32[context]}, for conversations also "weights":
+# float32[context]
 Row = dict[str, np.ndarray]
 OPEN_ROWS = 64  # that a conversation may be placed in
 
 
-def pack(documents: Iterable[np.ndarray], context: int, *, bos: int | None, eos: int) -> Iterator[Row]:
+def pack(
+    documents: Iterable[np.ndarray], context: int, *, bos: int | None, eos: int
+) -> Iterator[Row]:
     """Rows of exactly `context` tokens from token ids of documents, streamed.
 
-    Each document becomes [bos, *ids, eos], or [*ids, eos] where bos is None; the documents follow one another without gaps and a document may run
-    over any number of rows. `segment_ids` starts at 1 in each row and grows by one at each document start after the
-    row's first position. What is left of the last row holds eos with segment 0.
+    Each document becomes [bos, *ids, eos], or [*ids, eos] where bos is None; the documents follow
+    one another without gaps and a document may run over any number of rows. `segment_ids` starts at
+    1 in each row and grows by one at each document start after the row's first position. What is
+    left of the last row holds eos with segment 0.
     """
     tokens, segments = _blank(context, eos)
     at = segment = 0  # next free position, segment of the position before it
@@ -42,8 +47,9 @@ def pack(documents: Iterable[np.ndarray], context: int, *, bos: int | None, eos:
 def pack_whole(samples: Iterable[Encoded], context: int, *, eos: int) -> Iterator[Row]:
     """Rows of `context` tokens in which no sample is cut, streamed.
 
-    Best fit: each sample goes into the open row with the least room that holds it. A sample is a segment of its own, so
-    samples do not see each other. What is left of a row holds eos with segment 0 and weight 0.
+    Best fit: each sample goes into the open row with the least room that holds it. A sample is a
+    segment of its own, so samples do not see each other. What is left of a row holds eos with
+    segment 0 and weight 0.
 
     Args:
       samples: of at most `context` tokens each, with weights; empty ones are passed over.

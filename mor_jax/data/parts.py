@@ -1,4 +1,5 @@
-"""Tokenised documents in part files: each is written atomically, so a killed preparation goes on from the last one."""
+"""Tokenised documents in part files: each is written atomically, so a killed preparation goes on
+from the last one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ PART_BYTES = 4 << 20  # of UTF-8 text; what a kill can lose, and what one tokeni
 
 
 class Encoded(NamedTuple):
-    """One document as tokens. `weights`: float32, of the loss of predicting each token; None: 1 for all."""
+    """One document as tokens. `weights`: float32, of the loss of predicting each token; None: 1 for
+    all."""
 
     ids: np.ndarray
     weights: np.ndarray | None = None
@@ -28,8 +30,9 @@ Encode = Callable[[list[str]], list[Encoded]]
 class Part(NamedTuple):
     """Documents in corpus order.
 
-    tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that holds them.
-    lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of each.
+    tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that
+    holds them. lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of
+    each.
     held_out: bool[documents]. weights: float32, one a token, or empty where all are 1.
     """
 
@@ -49,8 +52,8 @@ def write_parts(
 ) -> list[Path]:
     """Tokenise (document, held out) pairs into part files, reusing those already in `directory`.
 
-    `documents` must be the same sequence each time. `advance` is called with UTF-8 bytes done. Returns the files in
-    order."""
+    `documents` must be the same sequence each time. `advance` is called with UTF-8 bytes done.
+    Returns the files in order."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     documents = iter(documents)
@@ -79,7 +82,9 @@ def read_documents(paths: Iterable[Path], held_out: bool) -> Iterator[Encoded]:
         for end, length, out in zip(ends, part.lengths, part.held_out, strict=True):
             if out == held_out:
                 place = slice(end - length, end)
-                yield Encoded(part.tokens[place], part.weights[place] if len(part.weights) else None)
+                yield Encoded(
+                    part.tokens[place], part.weights[place] if len(part.weights) else None
+                )
 
 
 def read_part(path: Path) -> Part:
@@ -95,7 +100,9 @@ def _read_finished(path: Path) -> Part | None:
         return None
 
 
-def _batches(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[bytes, Document, bool]]]:
+def _batches(
+    documents: Iterable[tuple[Document, bool]],
+) -> Iterator[list[tuple[bytes, Document, bool]]]:
     batch: list = []
     size = 0
     for document, held_out in documents:

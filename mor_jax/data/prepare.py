@@ -1,12 +1,13 @@
 """A corpus becomes token rows on disk: once, in resumable steps, never half-read.
 
-    <cache>/data/<fingerprint>/        complete: prepared.json, tokenizer.json, rows/ (a TFDS data set);
+    <cache>/data/<fingerprint>/ complete: prepared.json, tokenizer.json, rows/ (a TFDS data set);
                                        of conversations also chat_template.jinja
     <cache>/data/<fingerprint>.work/   under way: plan.json, tokenizer.json, parts/, out/
     <cache>/data/<fingerprint>.lock
 
-The fingerprint covers the corpus, the tokenizer, the context, the held-out share and the format, so a cache that no
-longer fits is never found. The last step is the rename of work/out to its final name.
+The fingerprint covers the corpus, the tokenizer, the context, the held-out share and the format, so
+a cache that no longer fits is never found. The last step is the rename of work/out to its final
+name.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class PreparedData:
     """Rows of both splits, read on demand.
 
     stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int,
-    "skipped_records": int, "duplicates": int, "crossing": int, "dropped": int} with, for each split, documents, tokens
-    (bos and eos included), bytes (UTF-8 text) and rows; the last three as in `holdout.Plan`. Of conversations also, for
-    each split, trained (tokens with a loss) and skipped (conversations of which no weighted message fits a row). `note`
-    says what is unusual about the split; else it is empty.
+    "skipped_records": int, "duplicates": int, "crossing": int, "dropped": int} with, for each
+    split, documents, tokens (bos and eos included), bytes (UTF-8 text) and rows; the last three as
+    in `holdout.Plan`. Of conversations also, for each split, trained (tokens with a loss) and
+    skipped (conversations of which no weighted message fits a row). `note` says what is unusual
+    about the split; else it is empty.
     """
 
     train: Rows | Mixture
@@ -74,12 +76,14 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
     """The packed rows of a corpus, prepared now or before.
 
     Args:
-      cfg: source, tokenizer and held-out share. `cfg.seed` plays no part: shuffling is the loader's.
+      cfg: source, tokenizer and held-out share. `cfg.seed` plays no part: shuffling is the
+        loader's.
       context: tokens a row.
       progress: whether to show progress on stderr.
 
     Raises:
-      DataError: anything wrong with the corpus, the tokenizer file or the cache; the message names it.
+      DataError: anything wrong with the corpus, the tokenizer file or the cache; the message names
+        it.
     """
     if cfg.mixture:
         return _mixed(cfg, context, progress)
@@ -94,16 +98,26 @@ def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> Prepared
     tokenizer = None if cfg.tokenizer == "bpe" else build_tokenizer(cfg)
     spelling = tokenizer.fingerprint() if tokenizer else f"bpe {cfg.bpe_vocab}"
     corpus = source.fingerprint()
-    how = () if cfg.format == "text" else (cfg.format, _template_source(cfg, tokenizer), *cfg.train_roles)
-    fingerprint = digest_of(str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout), cfg.dedup, *how)
+    how = (
+        ()
+        if cfg.format == "text"
+        else (cfg.format, _template_source(cfg, tokenizer), *cfg.train_roles)
+    )
+    fingerprint = digest_of(
+        str(FORMAT), corpus, spelling, str(context), repr(cfg.holdout), cfg.dedup, *how
+    )
     final = root / fingerprint
     if not final.exists():
         try:
             wait = functools.partial(
-                say, "another process is preparing the same data; waiting for it ...", shown=progress
+                say,
+                "another process is preparing the same data; waiting for it ...",
+                shown=progress,
             )
             with exclusive(root / f"{fingerprint}.lock", wait):
-                if not (final.exists() or (shared and _fetch(shared / fingerprint, final, progress))):
+                if not (
+                    final.exists() or (shared and _fetch(shared / fingerprint, final, progress))
+                ):
                     _write(final, source, corpus, tokenizer, cfg, context, progress)
                     if shared:
                         _publish(final, shared / fingerprint, progress)
@@ -119,7 +133,11 @@ def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
     """Each source prepared on its own; counts are sums, with those of each under "sources"."""
     names, weights = zip(*cfg.mixture, strict=True)
     each = [
-        prepare(dataclasses.replace(cfg, mixture=(), paths=tuple(name.split(","))), context, progress=progress)
+        prepare(
+            dataclasses.replace(cfg, mixture=(), paths=tuple(name.split(","))),
+            context,
+            progress=progress,
+        )
         for name in names
     ]
     train, held_out = (Mixture([getattr(d, split) for d in each], weights) for split in SPLITS)
@@ -128,8 +146,13 @@ def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
     for key, value in each[0].stats.items():
         if isinstance(value, int):
             stats[key] = sum(d.stats[key] for d in each)
-    notes = [f"{name}: {d.stats['note']}" for name, d in zip(names, each, strict=True) if d.stats["note"]]
-    stats |= {"note": " ".join(notes), "source": "mixture of " + ", ".join(d.stats["source"] for d in each)}
+    notes = [
+        f"{name}: {d.stats['note']}" for name, d in zip(names, each, strict=True) if d.stats["note"]
+    ]
+    stats |= {
+        "note": " ".join(notes),
+        "source": "mixture of " + ", ".join(d.stats["source"] for d in each),
+    }
     stats["sources"] = {name: d.stats for name, d in zip(names, each, strict=True)}
     return dataclasses.replace(
         each[0],
@@ -142,17 +165,20 @@ def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
 
 
 def cache_root(cfg: DataConfig) -> Path:
-    """Where prepared data is read from: config.data.cache_dir, else $MOR_JAX_CACHE, else ~/.cache/mor_jax; then data/.
+    """Where prepared data is read from: config.data.cache_dir, else $MOR_JAX_CACHE, else
+    ~/.cache/mor_jax; then data/.
 
-    Rows are read from this machine's files only. Where one of those is in an object store it is passed over here, and
-    `shared_root` is where what is prepared goes to, and comes from on the next machine."""
+    Rows are read from this machine's files only. Where one of those is in an object store it is
+    passed over here, and `shared_root` is where what is prepared goes to, and comes from on the
+    next machine."""
     given = (cfg.cache_dir, os.environ.get("MOR_JAX_CACHE"), "~/.cache/mor_jax")
     root = next(place for place in given if place and is_local(place))
     return Path(root).expanduser().absolute() / "data"
 
 
 def shared_root(cfg: DataConfig) -> epath.Path | None:
-    """The directory of an object store that machines share prepared data through, if the configuration names one."""
+    """The directory of an object store that machines share prepared data through, if the
+    configuration names one."""
     root = cfg.cache_dir or os.environ.get("MOR_JAX_CACHE") or ""
     return None if is_local(root) else as_path(root) / "data"
 
@@ -164,10 +190,14 @@ def _fetch(source: epath.Path, final: Path, shown: bool) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, ValueError) as e:
-        raise DataError(f"{source / MANIFEST}: damaged data cache ({e!r}). Delete {source} and run again.") from e
+        raise DataError(
+            f"{source / MANIFEST}: damaged data cache ({e!r}). Delete {source} and run again."
+        ) from e
     work = final.with_name(f"{final.name}.fetched")
     shutil.rmtree(work, ignore_errors=True)
-    with progress(f"fetching the prepared data from {source}", sum(manifest["files"].values()), shown=shown) as advance:
+    with progress(
+        f"fetching the prepared data from {source}", sum(manifest["files"].values()), shown=shown
+    ) as advance:
         for name, size in manifest["files"].items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes((source / name).read_bytes())
@@ -178,9 +208,12 @@ def _fetch(source: epath.Path, final: Path, shown: bool) -> bool:
 
 
 def _publish(final: Path, target: epath.Path, shown: bool) -> None:
-    """Copy a complete cache entry into an object store, its manifest last: without it there is none."""
+    """Copy a complete cache entry into an object store, its manifest last: without it there is
+    none."""
     manifest = json.loads((final / MANIFEST).read_text())
-    with progress(f"copying the prepared data to {target}", sum(manifest["files"].values()), shown=shown) as advance:
+    with progress(
+        f"copying the prepared data to {target}", sum(manifest["files"].values()), shown=shown
+    ) as advance:
         for name, size in manifest["files"].items():
             (target / name).write_bytes((final / name).read_bytes())
             advance(size)
@@ -200,7 +233,9 @@ def load_prepared(directory: Path) -> PreparedData:
         found = (directory / name).stat().st_size if (directory / name).exists() else None
         if found != size:
             is_now = "is missing" if found is None else f"has {found} bytes"
-            raise DataError(f"{directory / name}: damaged data cache (the file {is_now}, was {size} bytes). {todo}")
+            raise DataError(
+                f"{directory / name}: damaged data cache (the file {is_now}, was {size} bytes). {todo}"
+            )
     return PreparedData(
         train=Rows(directory / "rows", "train"),
         validation=Rows(directory / "rows", "validation"),
@@ -213,20 +248,32 @@ def load_prepared(directory: Path) -> PreparedData:
 
 
 def _write(
-    final: Path, source: Source, corpus: str, tokenizer: Tokenizer | None, cfg: DataConfig, context: int, shown: bool
+    final: Path,
+    source: Source,
+    corpus: str,
+    tokenizer: Tokenizer | None,
+    cfg: DataConfig,
+    context: int,
+    shown: bool,
 ) -> None:
     """Prepare into `final`, going on from whatever an earlier attempt finished."""
     work = final.with_name(f"{final.name}.work")
     plan, tokenizer = _plan(work, source, tokenizer, cfg, shown)
     chat = cfg.format == "chat"
     template = build_template(cfg.chat_template, tokenizer, cfg.tokenizer) if chat else None
-    encode = _text_encoder(tokenizer) if template is None else _chat_encoder(tokenizer, template, cfg, context)
+    encode = (
+        _text_encoder(tokenizer)
+        if template is None
+        else _chat_encoder(tokenizer, template, cfg, context)
+    )
     with progress(f"tokenizing {source.label}", plan.bytes, shown=shown) as advance:
         documents = plan.split(nonempty(source))
         parts = write_parts(documents, encode, tokenizer.vocab_size, work / "parts", advance)
     if source.fingerprint() != corpus:
         shutil.rmtree(work)
-        raise DataError(f"{source.label}: the corpus changed while it was being prepared. Run again.")
+        raise DataError(
+            f"{source.label}: the corpus changed while it was being prepared. Run again."
+        )
 
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
@@ -265,18 +312,28 @@ def _write(
     tokenizer.save(out)
     if template is not None:
         template.save(out)
-    stats |= {"note": plan.note, "source": source.label, "skipped_files": getattr(source, "skipped", 0)}
+    stats |= {
+        "note": plan.note,
+        "source": source.label,
+        "skipped_files": getattr(source, "skipped", 0),
+    }
     stats |= {"duplicates": plan.duplicates, "crossing": plan.crossing, "dropped": plan.dropped}
     stats["skipped_records"] = getattr(source, "skipped_records", 0)
     if stats["skipped_records"]:
-        say(f"{source.label}: {stats['skipped_records']:,} records without a text were skipped.", shown=shown)
-    files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
+        say(
+            f"{source.label}: {stats['skipped_records']:,} records without a text were skipped.",
+            shown=shown,
+        )
+    files = {
+        str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()
+    }
     manifest = {"fingerprint": final.name, "context": context, "stats": stats, "files": files}
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2))
     try:
         os.rename(out, final)
     except OSError:
-        if not final.exists():  # else another process without our lock was faster; its result is the same
+        # else another process without our lock was faster; its result is the same
+        if not final.exists():
             raise
     shutil.rmtree(work, ignore_errors=True)
     if plan.note:
@@ -302,18 +359,22 @@ def _plan(
             advance(len(document.text))
     plan = survey.plan(source.label)
     if cfg.format == "chat" and plan.documents == 1:
-        raise DataError(f"{source.label}: one conversation cannot be split into training and held-out data; give more.")
+        raise DataError(
+            f"{source.label}: one conversation cannot be split into training and held-out data; give more."
+        )
     if sample:
         say(f"training a BPE of {cfg.bpe_vocab} tokens ...", shown=shown)
         texts = (d for d, held_out in plan.split(sample.documents()) if not held_out)
         tokenizer = build_tokenizer(cfg, map(_spoken, texts) if cfg.format == "chat" else texts)
     tokenizer.save(work)
-    path.write_text(json.dumps(dataclasses.asdict(plan)))  # last: it says that the tokenizer is there
+    # last: it says that the tokenizer is there
+    path.write_text(json.dumps(dataclasses.asdict(plan)))
     return plan, tokenizer
 
 
 class _Sample:
-    """The documents with the highest places, up to a number of bytes: an even sample that any machine repeats.
+    """The documents with the highest places, up to a number of bytes: an even sample that any
+    machine repeats.
 
     High places, since low ones are held out and must not shape the tokenizer."""
 
@@ -342,12 +403,18 @@ def _text_encoder(tokenizer: Tokenizer) -> Encode:
     return lambda texts: [Encoded(ids) for ids in tokenizer.encode_arrays(texts)]
 
 
-def _chat_encoder(tokenizer: Tokenizer, template: ChatTemplate, cfg: DataConfig, context: int) -> Encode:
+def _chat_encoder(
+    tokenizer: Tokenizer, template: ChatTemplate, cfg: DataConfig, context: int
+) -> Encode:
     nothing = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
     def encode(texts: list[str]) -> list[Encoded]:
-        made = (template.sample(tokenizer, json.loads(text), cfg.train_roles, context) for text in texts)
-        return [nothing if sample is None else Encoded(sample.ids, sample.weights) for sample in made]
+        made = (
+            template.sample(tokenizer, json.loads(text), cfg.train_roles, context) for text in texts
+        )
+        return [
+            nothing if sample is None else Encoded(sample.ids, sample.weights) for sample in made
+        ]
 
     return encode
 

@@ -19,7 +19,8 @@ MEGABYTE = 1e6
 def progress(
     what: str, total: float | None, unit: str = "MB", *, shown: bool = True
 ) -> Iterator[Callable[[float], None]]:
-    """Yields `advance(amount)`. `total` may be None where it is not known; unit "MB" takes amounts in bytes.
+    """Yields `advance(amount)`. `total` may be None where it is not known; unit "MB" takes amounts
+    in bytes.
 
     Writes to stderr: stdout belongs to the command's result."""
     if not shown:
@@ -34,7 +35,9 @@ def progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(),
         rich.progress.TextColumn(
-            "{task.completed:,.0f}" + ("/{task.total:,.0f}" if total is not None else "") + f" {unit}"
+            "{task.completed:,.0f}"
+            + ("/{task.total:,.0f}" if total is not None else "")
+            + f" {unit}"
         ),
         rich.progress.TimeElapsedColumn(),
     )
@@ -45,7 +48,8 @@ def progress(
 
 @contextlib.contextmanager
 def still(what: str, tell: Callable[[str], None], *, first: float = 3.0) -> Iterator[None]:
-    """Long work without progress of its own: `tell` gets "what ..." after `first` seconds, then its time now and then."""
+    """Long work without progress of its own: `tell` gets "what ..." after `first` seconds, then its
+    time now and then."""
     done, began = threading.Event(), time.monotonic()
 
     def talk() -> None:

@@ -1,4 +1,5 @@
-"""The `pystdlib` source: the Python standard library that runs this process. About 12 MB, on every machine."""
+"""The `pystdlib` source: the Python standard library that runs this process. About 12 MB, on every
+machine."""
 
 from __future__ import annotations
 
@@ -12,19 +13,28 @@ from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
 from mor_jax.errors import DataError
 
-# Generated files would make the held-out share measure table lookup: 1.6 MB of character tables in `encodings`, the
-# paths of this machine's build in `_sysconfigdata*`.
+# Generated files would make the held-out share measure table lookup: 1.6 MB of character tables in
+# `encodings`, the paths of this machine's build in `_sysconfigdata*`.
 GENERATED = "_sysconfigdata"
 EXCLUDED = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "__pycache__"}
+    {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "encodings",
+        "__pycache__",
+    }
 )
 
 
 class PyStdlib:
     """One document a .py file, in order of relative path, which is also its id.
 
-    Files are decoded by their coding cookie. The few whose bytes do not fit it are left out; `skipped` counts them
-    during the latest run through `documents`.
+    Files are decoded by their coding cookie. The few whose bytes do not fit it are left out;
+    `skipped` counts them during the latest run through `documents`.
     """
 
     label = "pystdlib"
@@ -51,7 +61,9 @@ class PyStdlib:
             yield Document(name, text)
 
     def fingerprint(self) -> str:
-        parts = (part for n in self._names() for part in (n, self._digest(os.path.join(self._root, n))))
+        parts = (
+            part for n in self._names() for part in (n, self._digest(os.path.join(self._root, n)))
+        )
         return digest_of("pystdlib", *parts)
 
     def _names(self) -> list[str]:

@@ -16,7 +16,8 @@ REGISTRY = {"pystdlib": PyStdlib, "files": Files, "tfds": TfdsText}
 
 
 def open_source(cfg: DataConfig, digest: Digest = hash_file) -> Source:
-    """The source that `cfg.source` names. `digest` hashes a file; pass a HashMemo to remember large ones.
+    """The source that `cfg.source` names. `digest` hashes a file; pass a HashMemo to remember large
+    ones.
 
     Raises DataError where the source cannot be opened (see the class of each)."""
     if cfg.source not in REGISTRY:

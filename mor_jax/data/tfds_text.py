@@ -1,4 +1,5 @@
-"""The `tfds` source: a text data set already prepared by TFDS as array_record. TensorFlow is not needed."""
+"""The `tfds` source: a text data set already prepared by TFDS as array_record. TensorFlow is not
+needed."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ READ_AT_ONCE = 64  # records
 class TfdsText:
     """Documents of one split, in stored order; ids are "data set:index".
 
-    `cfg.paths[0]` is the directory that holds dataset_info.json; or `cfg.name` is looked up where TFDS keeps its data
-    ($TFDS_DATA_DIR, else ~/tensorflow_datasets); with both, under `cfg.paths[0]`.
+    `cfg.paths[0]` is the directory that holds dataset_info.json; or `cfg.name` is looked up where
+    TFDS keeps its data ($TFDS_DATA_DIR, else ~/tensorflow_datasets); with both, under
+    `cfg.paths[0]`.
 
     Raises:
       DataError: no such data set, not prepared, not array_record, no such split, no such field.
@@ -44,7 +46,8 @@ class TfdsText:
             indices = list(range(start, min(total, start + READ_AT_ONCE)))
             try:
                 batch = self._records.__getitems__(indices)
-            except Exception as e:  # array_record raises bare RuntimeError for anything wrong with a file
+            # array_record raises bare RuntimeError for anything wrong with a file
+            except Exception as e:
                 raise DataError(
                     f"{self.label}: record {start} or one of the {len(indices) - 1} after it cannot be read ({e}). "
                     "Prepare the data set again."
@@ -62,21 +65,35 @@ class TfdsText:
                 yield Document(f"{self._info.full_name}:{index}", text)
 
     def fingerprint(self) -> str:
-        parts = ["tfds", self._info.full_name, self._split, self._key, *(["chat"] if self._chat else [])]
+        parts = [
+            "tfds",
+            self._info.full_name,
+            self._split,
+            self._key,
+            *(["chat"] if self._chat else []),
+        ]
         for name in sorted(self._info.splits):
             split = self._info.splits[name]
             parts += [name, str(split.num_bytes), str(split.shard_lengths)]
             for path in map(str, split.filepaths):
                 # A remote shard is not downloaded just to be hashed; sizes and lengths have to do.
-                parts += [os.path.basename(path), self._digest(path) if os.path.exists(path) else ""]
+                parts += [
+                    os.path.basename(path),
+                    self._digest(path) if os.path.exists(path) else "",
+                ]
         return digest_of(*parts)
 
 
 def _messages(value: Any) -> Any:
-    """Messages as a list of objects. TFDS gives a sequence of records as one record of arrays, and text as bytes."""
+    """Messages as a list of objects. TFDS gives a sequence of records as one record of arrays, and
+    text as bytes."""
     if isinstance(value, dict):
-        value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
-    text = lambda v: v.decode("utf-8", "replace") if isinstance(v, bytes) else getattr(v, "item", lambda: v)()
+        value = [
+            dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)
+        ]
+    text = lambda v: (
+        v.decode("utf-8", "replace") if isinstance(v, bytes) else getattr(v, "item", lambda: v)()
+    )
     return [{k: text(v) for k, v in m.items()} if isinstance(m, dict) else m for m in value]
 
 

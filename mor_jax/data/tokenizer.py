@@ -12,7 +12,14 @@ from mor_jax.config import DataConfig
 from mor_jax.data.bpe import BpeTokenizer, train_bpe
 from mor_jax.data.chat import CHATML_TOKENS
 from mor_jax.data.documents import Document
-from mor_jax.data.vocabulary import BYTES_FORMAT, FILE, ByteTokenizer, Framing, StreamDecoder, Tokenizer
+from mor_jax.data.vocabulary import (
+    BYTES_FORMAT,
+    FILE,
+    ByteTokenizer,
+    Framing,
+    StreamDecoder,
+    Tokenizer,
+)
 from mor_jax.errors import DataError
 from mor_jax.paths import as_path, reason
 
@@ -46,8 +53,8 @@ def build_tokenizer(cfg: DataConfig, documents: Iterable[Document] = ()) -> Toke
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer in `path`, a tokenizer.json or a directory with one.
 
-    Which tokens open and close texts is read from "framing" (`vocabulary.Framing`); without it, begin and end of a
-    document are found by their usual names (`bpe.BOS_NAMES`, `bpe.EOS_NAMES`).
+    Which tokens open and close texts is read from "framing" (`vocabulary.Framing`); without it,
+    begin and end of a document are found by their usual names (`bpe.BOS_NAMES`, `bpe.EOS_NAMES`).
     Raises DataError naming the file when it is missing, broken, or has no such tokens."""
     path = as_path(path)
     if path.is_dir():
@@ -68,7 +75,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     try:
         hf = tokenizers.Tokenizer.from_str(text)
     except Exception as e:  # the library raises bare Exception
-        raise DataError(f"{path}: not a tokenizer.json that the tokenizers library can load ({e}).") from e
+        raise DataError(
+            f"{path}: not a tokenizer.json that the tokenizers library can load ({e})."
+        ) from e
     return BpeTokenizer(hf, str(path), framing)
 
 
@@ -78,4 +87,6 @@ def _framing(given: object, where: str) -> Framing:
         bos, eos, ends, add_bos = (given[name] for name in Framing._fields)
         return Framing(int(bos), int(eos), tuple(map(int, ends)), bool(add_bos))
     except (TypeError, KeyError, ValueError) as e:
-        raise DataError(f'{where}: "framing" must hold {", ".join(Framing._fields)}, got {given!r}.') from e
+        raise DataError(
+            f'{where}: "framing" must hold {", ".join(Framing._fields)}, got {given!r}.'
+        ) from e

@@ -22,7 +22,8 @@ BYTES_FORMAT = "mor_jax.bytes"  # how a saved ByteTokenizer names itself
 
 
 class Framing(NamedTuple):
-    """Which tokens open and close texts. A tokenizer.json of this project may state it, under "framing"."""
+    """Which tokens open and close texts. A tokenizer.json of this project may state it, under
+    "framing"."""
 
     bos: int
     eos: int  # closes a document
@@ -52,7 +53,8 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos or eos. The spelling of a special token is encoded as ordinary text."""
+        """Ids of `text`, without bos or eos. The spelling of a special token is encoded as ordinary
+        text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -98,7 +100,8 @@ class Tokenizer(abc.ABC):
         return {name: i for i, name in names.items() if name}
 
     def token_text(self, token: int) -> str:
-        """One token for a person to look at; incomplete UTF-8 shows as U+FFFD, special tokens by name."""
+        """One token for a person to look at; incomplete UTF-8 shows as U+FFFD, special tokens by
+        name."""
         return self.piece(token).decode("utf-8", "replace")
 
     @abc.abstractmethod
@@ -153,7 +156,9 @@ class ByteTokenizer(Tokenizer):
         return list(valid_text(text).encode())
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.frombuffer(valid_text(text).encode(), np.uint8).astype(np.int32) for text in texts]
+        return [
+            np.frombuffer(valid_text(text).encode(), np.uint8).astype(np.int32) for text in texts
+        ]
 
     def token_text(self, token: int) -> str:
         return {self.bos: "<|bos|>", self.eos: "<|eos|>"}.get(token) or super().token_text(token)

@@ -1,9 +1,10 @@
 """The walk task: follow pointers to their end, one hop a recursion step.
 
-A forest of disjoint chains over N nodes. Token i is the parent of node i, a root is its own parent; then comes the node
-to start from, then the root of its chain, the answer. One application of a core can follow one pointer, so a start at
-distance D from its root needs D of them, and more change nothing: the task shows whether a recursion runs on past the
-depth of training, and whether it knows when it is done. Every row is made from a seed.
+A forest of disjoint chains over N nodes. Token i is the parent of node i, a root is its own parent;
+then comes the node to start from, then the root of its chain, the answer. One application of a core
+can follow one pointer, so a start at distance D from its root needs D of them, and more change
+nothing: the task shows whether a recursion runs on past the depth of training, and whether it knows
+when it is done. Every row is made from a seed.
 """
 
 from __future__ import annotations
@@ -26,18 +27,25 @@ class Walks(NamedTuple):
         return self.tokens_BxT[:, -1]
 
     def batch(self) -> dict[str, np.ndarray]:
-        """As a training step reads them: the loss is at the start node alone, and its target after recursion step t is
-        the node after t hops."""
+        """As a training step reads them: the loss is at the start node alone, and its target after
+        recursion step t is the node after t hops."""
         rows, length = self.tokens_BxT.shape
         weights = np.zeros((rows, length), np.float32)
         weights[:, -1] = 1
         targets = np.zeros((rows, length, self.steps_BxM.shape[1]), np.int32)
         targets[:, -2] = self.steps_BxM
         ones = np.ones((rows, length), np.int32)
-        return {"tokens": self.tokens_BxT, "segment_ids": ones, "weights": weights, "step_targets": targets}
+        return {
+            "tokens": self.tokens_BxT,
+            "segment_ids": ones,
+            "weights": weights,
+            "step_targets": targets,
+        }
 
 
-def walks(seed: int | tuple[int, ...], rows: int, nodes: int, distances: tuple[int, ...], hops: int) -> Walks:
+def walks(
+    seed: int | tuple[int, ...], rows: int, nodes: int, distances: tuple[int, ...], hops: int
+) -> Walks:
     """Random forests and starts.
 
     Args:
@@ -53,8 +61,9 @@ def walks(seed: int | tuple[int, ...], rows: int, nodes: int, distances: tuple[i
     rng = np.random.default_rng(seed)
     order = rng.permuted(np.tile(np.arange(nodes, dtype=np.int32), (rows, 1)), axis=1)
     distance = rng.choice(np.asarray(distances, np.int32), rows)
-    # Along `order`, a node hangs on the one before it, unless a chain begins there. The first chain is the start's: it
-    # is cut off somewhere after the start. Elsewhere every second node is a root: with few roots, guessing one is easy.
+    # Along `order`, a node hangs on the one before it, unless a chain begins there. The first chain
+    # is the start's: it is cut off somewhere after the start. Elsewhere every second node is a
+    # root: with few roots, guessing one is easy.
     index = np.arange(nodes)
     end = rng.integers(distance + 1, nodes + 1)[:, None]
     begins = (index == 0) | (index == end) | ((index > end) & (rng.random((rows, nodes)) < 0.5))

@@ -1,9 +1,10 @@
 """Encoding word by word with a memory of the words seen.
 
-Text repeats its words: the 2.6 million of the Python standard library are 48,000 different ones, and looking them up
-is several times faster than the tokenizers library is (12 MB in 3 s against 11 s, one core). The words must be exactly
-those that the library would cut the text into, so this is for GPT-2's pattern and ASCII text only; all else goes to
-the library, which is also the oracle in the tests.
+Text repeats its words: the 2.6 million of the Python standard library are 48,000 different ones,
+and looking them up is several times faster than the tokenizers library is (12 MB in 3 s against 11
+s, one core). The words must be exactly those that the library would cut the text into, so this is
+for GPT-2's pattern and ASCII text only; all else goes to the library, which is also the oracle in
+the tests.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-# GPT-2's pattern on ASCII text. re.A matters: Python's own \s includes \x1c-\x1f, Unicode's White_Space does not.
-WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.A)
+# GPT-2's pattern on ASCII text. re.A matters: Python's own \s includes \x1c-\x1f, Unicode's
+# White_Space does not.
+WORD = re.compile(
+    r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.A
+)
 LIMIT = 1 << 18  # words remembered, about 50 MB; then it starts anew
 
 

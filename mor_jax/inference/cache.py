@@ -1,18 +1,21 @@
-"""The key-value cache: append-only streams, packed to the front, each entry with the position it had.
+"""The key-value cache: append-only streams, packed to the front, each entry with the position it
+had.
 
 Prelude and coda keep every token. What the core keeps is the KV strategy's (`model/kv.py`):
 
     full            R streams; every token is in each
-    recursion_wise  R streams; stream r holds only the tokens that ran r. One that stopped earlier takes no room there
-                    and is invisible, exactly as in the full causal forward pass
-    shared          one stream, the keys of r = 1 of every token; steps r > 1 read it and write nothing
-    hybrid          R streams; every token is in each. Where it did not run r its entry is a copy of its entry at
-                    r - 1, so that a step reads one stream and not the newest of several
+    recursion_wise R streams; stream r holds only the tokens that ran r. One that stopped earlier
+                    takes no room there and is invisible, exactly as in the full causal forward pass
+    shared one stream, the keys of r = 1 of every token; steps r > 1 read it and write nothing
+    hybrid R streams; every token is in each. Where it did not run r its entry is a copy of its
+                    entry at r - 1, so that a step reads one stream and not the newest of several
 
-    hybrid_first    as hybrid, but where a token did not run r its entry is a copy of its entry at step 1
+    hybrid_first as hybrid, but where a token did not run r its entry is a copy of its entry at step
+    1
 
-Under shared and the hybrids a token of depth 0 (stopped before step 1 by the causal rule of expert-choice) is in the
-stream of r = 1 like any other: step 1 always runs, for everyone, and only the state of the token is left as it was.
+Under shared and the hybrids a token of depth 0 (stopped before step 1 by the causal rule of
+expert-choice) is in the stream of r = 1 like any other: step 1 always runs, for everyone, and only
+the state of the token is left as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from mor_jax.model.kv import KeyValue
 
 
 class Stream(NamedTuple):
-    """Keys and values of the blocks of one part at one depth. S slots, of which `length` are in use."""
+    """Keys and values of the blocks of one part at one depth. S slots, of which `length` are in
+    use."""
 
     k: tuple[jax.Array, ...]  # one a block, [B, K, S, H], rotary embedding applied
     v: tuple[jax.Array, ...]
@@ -81,7 +85,9 @@ def last_entries(stream: Stream) -> list[KeyValue]:
 def _attention(q_BxKxGx1xH, k, v, pos_B, pos_BxS, used_BxS) -> jax.Array:
     """Of one token a sequence, to the entries in use."""
     ones = jnp.ones_like(pos_B[:, None])
-    return nn.attention(q_BxKxGx1xH, k, v, pos_B[:, None], pos_BxS, ones, used_BxS.astype(jnp.int32), "xla")
+    return nn.attention(
+        q_BxKxGx1xH, k, v, pos_B[:, None], pos_BxS, ones, used_BxS.astype(jnp.int32), "xla"
+    )
 
 
 def _used(stream: Stream) -> jax.Array:
@@ -89,7 +95,8 @@ def _used(stream: Stream) -> jax.Array:
 
 
 def readers(stream: Stream, pos_B: jax.Array) -> list[nn.Attend]:
-    """Attention of each block for one token per sequence that looks at the stream and adds nothing to it."""
+    """Attention of each block for one token per sequence that looks at the stream and adds nothing
+    to it."""
     used_BxS = _used(stream)
     return [
         lambda q, _k, _v, k=k, v=v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
@@ -98,8 +105,8 @@ def readers(stream: Stream, pos_B: jax.Array) -> list[nn.Attend]:
 
 
 class New(NamedTuple):
-    """Which sequences get a new entry, and where it comes from: made by the blocks, or, for those not in `fresh_B`,
-    the `kept` (k, v) of each block."""
+    """Which sequences get a new entry, and where it comes from: made by the blocks, or, for those
+    not in `fresh_B`, the `kept` (k, v) of each block."""
 
     writes_B: jax.Array
     fresh_B: jax.Array | None = None
@@ -107,14 +114,15 @@ class New(NamedTuple):
 
 
 class Appender:
-    """One more token per sequence: attention of each block that appends to the stream, then looks at it; and the grown
-    stream."""
+    """One more token per sequence: attention of each block that appends to the stream, then looks
+    at it; and the grown stream."""
 
     def __init__(self, stream: Stream, pos_B: jax.Array, new: New):
         slots = stream.pos_BxS.shape[1]
         self._before, self._new, self._pos_B = stream, new, pos_B
         self._row = jnp.arange(pos_B.shape[0])
-        # Sequences without a new entry write out of bounds, which `mode="drop"` makes nothing at all.
+        # Sequences without a new entry write out of bounds, which `mode="drop"` makes nothing at
+        # all.
         self._slot_B = jnp.where(new.writes_B, stream.length_B, slots)
         self._after = stream._replace(
             pos_BxS=stream.pos_BxS.at[self._row, self._slot_B].set(pos_B, mode="drop"),
@@ -126,10 +134,15 @@ class Appender:
         put = lambda x, new: x.at[self._row, :, self._slot_B].set(new[:, :, 0], mode="drop")
         return put(self._before.k[block], k_BxKx1xH), put(self._before.v[block], v_BxKx1xH)
 
-    def _attend(self, block: int, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def _attend(
+        self, block: int, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, KeyValue]:
         if self._new.kept is not None:
             fresh = self._new.fresh_B[:, None, None, None]
-            k, v = (jnp.where(fresh, made, kept) for made, kept in zip((k, v), self._new.kept[block], strict=True))
+            k, v = (
+                jnp.where(fresh, made, kept)
+                for made, kept in zip((k, v), self._new.kept[block], strict=True)
+            )
         grown = self._write(block, k, v)
         return _attention(q, *grown, self._pos_B, self._after.pos_BxS, self._used_BxS), grown
 
@@ -139,7 +152,9 @@ class Appender:
 
     def grown(self, key_values: list[KeyValue]) -> Stream:
         """The stream afterwards, of what the blocks returned."""
-        return self._after._replace(k=tuple(k for k, _ in key_values), v=tuple(v for _, v in key_values))
+        return self._after._replace(
+            k=tuple(k for k, _ in key_values), v=tuple(v for _, v in key_values)
+        )
 
     def copied(self) -> Stream:
         """The stream afterwards when no block runs and everyone writes what was kept."""

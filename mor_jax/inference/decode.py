@@ -1,6 +1,7 @@
 """Causal inference with a cache: `prefill` a prompt, then `decode_step` token by token.
 
-Both compute what the full causal forward pass (`LM.forward(mode="causal")`) computes; tests hold them equal.
+Both compute what the full causal forward pass (`LM.forward(mode="causal")`) computes; tests hold
+them equal.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from mor_jax.model.recurse import run_masked
 
 
 def prefill(
-    lm: LM, params: dict, tokens_BxT: jax.Array, lengths_B: jax.Array, slots: int,
+    lm: LM,
+    params: dict,
+    tokens_BxT: jax.Array,
+    lengths_B: jax.Array,
+    slots: int,
     control: DepthControl | None = None,
-) -> tuple[jax.Array, Cache, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, Cache, jax.Array]:
     """Run prompts through the model and fill a cache.
 
     Args:
@@ -41,7 +46,13 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT, pos), rope, keep)
     core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
-    how = {"causal": True, "kv": kv, "keep_extra": True, "numbered": lm.numbered, "ids_BxT": tokens_BxT}
+    how = {
+        "causal": True,
+        "kv": kv,
+        "keep_extra": True,
+        "numbered": lm.numbered,
+        "ids_BxT": tokens_BxT,
+    }
     result = run_masked(lm.steered(control, params), params["router"], core, x, pos, seg, **how)
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
@@ -50,11 +61,17 @@ def prefill(
     real = seg > 0
     streams = [[(k[i], v[i]) for k, v in result.extra] for i in range(result.extra[0][0].shape[0])]
     kept = [real] * len(streams) if looks_back(kv) else result.active_RxBxT
-    core_streams = tuple(compact(of_blocks, who, slots) for of_blocks, who in zip(streams, kept, strict=True))
-    cache = Cache(compact(prelude, real, slots), core_streams, compact(coda, real, slots), lengths_B)
+    core_streams = tuple(
+        compact(of_blocks, who, slots) for of_blocks, who in zip(streams, kept, strict=True)
+    )
+    cache = Cache(
+        compact(prelude, real, slots), core_streams, compact(coda, real, slots), lengths_B
+    )
     if lm.model.smear:
         at_BxS = lengths_B[:, None] - jnp.arange(lm.model.smear, 0, -1)
-        cache = cache._replace(recent_BxS=jnp.take_along_axis(tokens_BxT, jnp.maximum(at_BxS, 0), axis=1))
+        cache = cache._replace(
+            recent_BxS=jnp.take_along_axis(tokens_BxT, jnp.maximum(at_BxS, 0), axis=1)
+        )
     return logits, cache, result.depth_BxT
 
 
@@ -74,20 +91,30 @@ def decode_step(
     everyone = jnp.ones(pos_B.shape, bool)
     rope = lm.rope(pos_B[:, None])
 
-    x, recent = lm.embed(params, token_B[:, None], pos_B[:, None], cache.recent_BxS), cache.recent_BxS
+    x, recent = (
+        lm.embed(params, token_B[:, None], pos_B[:, None], cache.recent_BxS),
+        cache.recent_BxS,
+    )
     h, prelude = _append(lm, params["prelude"], x, rope, cache.prelude, pos_B)
     if recent is not None:
         recent = jnp.concatenate([recent[:, 1:], token_B[:, None]], axis=1)
 
     core_params, kv = lm.gathered_core(params), lm.kv()
-    blocks = lambda h, attends, **how: lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
+    blocks = lambda h, attends, **how: lm.blocks(
+        core_params, h, rope, attends, lm.program.repeat, **how
+    )
     blocks, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     policy = lm.steered(control, params)
     memory = policy.remember(h)
-    route = policy.begin(params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None]))
+    route = policy.begin(
+        params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None])
+    )
     for r in range(lm.program.recursions):
-        step, core = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps), functools.partial(blocks, recursion=r)
+        step, core = (
+            jax.tree.map(lambda leaf, r=r: leaf[r], route.steps),
+            functools.partial(blocks, recursion=r),
+        )
         z = policy.score(step, h)
         active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
@@ -105,7 +132,8 @@ def decode_step(
             new, needed = New(active), jnp.any(active)
         elif r == 0:
             new, needed = New(everyone), jnp.any(everyone)
-        else:  # who does not run the step takes its entry of the step before along, or that of step 1
+        # who does not run the step takes its entry of the step before along, or that of step 1
+        else:
             source = streams[0] if kv == HYBRID_FIRST else streams[-1]
             new, needed = New(everyone, active, last_entries(source)), jnp.any(active)
         h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
@@ -128,9 +156,16 @@ def _append(
 
 
 def _grow(
-    core: Callable, h: jax.Array, stream: Stream, pos_B: jax.Array, new: New, needed: jax.Array, update: Callable
+    core: Callable,
+    h: jax.Array,
+    stream: Stream,
+    pos_B: jax.Array,
+    new: New,
+    needed: jax.Array,
+    update: Callable,
 ) -> tuple[jax.Array, Stream]:
-    """A recursion step that writes keys. One that is not `needed` is skipped, not computed and thrown away."""
+    """A recursion step that writes keys. One that is not `needed` is skipped, not computed and
+    thrown away."""
 
     def run(h, stream):
         append = Appender(stream, pos_B, new)

@@ -22,14 +22,16 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Generated(NamedTuple):
-    """One token of each sequence. A depth is known once the model has read the token, so it comes one step late."""
+    """One token of each sequence. A depth is known once the model has read the token, so it comes
+    one step late."""
 
     token_B: np.ndarray
     previous_depth_B: np.ndarray  # of the token before this one (the prompt's last, at first)
 
 
 class Generation:
-    """Streams tokens for a batch of prompts; iterate over it. Greedy or sampled, reproducible by seed.
+    """Streams tokens for a batch of prompts; iterate over it. Greedy or sampled, reproducible by
+    seed.
 
     Args:
       prompts: token ids of each sequence, at least one each.
@@ -38,22 +40,31 @@ class Generation:
       vocab_size: ids from here on are padding of the table and are never drawn (default: none).
       control: dial, floor and cap of each sequence's depth (`dial.depth_control`).
 
-    After construction `prompt_depths` holds the depth of every prompt token. `last_depths()` gives that of
-    the token drawn last.
+    After construction `prompt_depths` holds the depth of every prompt token. `last_depths()` gives
+    that of the token drawn last.
 
     Raises:
       UserError: an empty prompt, or a prompt that leaves no room in the context.
     """
 
     def __init__(
-        self, lm: LM, params: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int,
-        sampling: Sampling = GREEDY, seed: int = 0, vocab_size: int | None = None,
+        self,
+        lm: LM,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        vocab_size: int | None = None,
         control: DepthControl | None = None,
-    ):  # fmt: skip
+    ):
         lengths = [len(p) for p in prompts]
         context = lm.model.context
         if not lengths or min(lengths) == 0:
-            raise UserError("a prompt has no tokens; give at least one (the document start will do).")
+            raise UserError(
+                "a prompt has no tokens; give at least one (the document start will do)."
+            )
         if max(lengths) >= context:
             raise UserError(
                 f"the prompt has {max(lengths)} tokens, the model's context is {context}, which must also hold what is "
@@ -71,7 +82,9 @@ class Generation:
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
         self._length_B = jnp.asarray(lengths, jnp.int32)
-        logits, self._cache, depth_BxT = _prefill(lm, params, jnp.asarray(tokens), self._length_B, context, control)
+        logits, self._cache, depth_BxT = _prefill(
+            lm, params, jnp.asarray(tokens), self._length_B, context, control
+        )
         self._token_B = _draw(logits, self._key, self._length_B, sampling, self._limit)
         depths = np.asarray(depth_BxT)
         self.prompt_depths = [depths[b, :n] for b, n in enumerate(lengths)]
@@ -90,22 +103,33 @@ class Generation:
             yield Generated(np.asarray(token), np.asarray(depth))
 
     def last_depths(self) -> np.ndarray:
-        """Depth of the token drawn last; runs it through the model. Only after iterating to the end."""
+        """Depth of the token drawn last; runs it through the model. Only after iterating to the
+        end."""
         if int(self._cache.length_B.max()) < self._lm.model.context:
             self._step()
         return np.asarray(self._depth_B)
 
     def _step(self) -> None:
         self._token_B, self._cache, self._depth_B = _advance(
-            self._lm, self._params, self._cache, self._token_B, self._key, self._sampling, self._limit,
+            self._lm,
+            self._params,
+            self._cache,
+            self._token_B,
+            self._key,
+            self._sampling,
+            self._limit,
             self._control,
-        )  # fmt: skip
+        )
 
 
 def _draw(logits_BxV, key, position_B, sampling: Sampling, limit: int) -> jax.Array:
     rows = jnp.arange(logits_BxV.shape[0])
-    keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(key, b), t))(rows, position_B)
-    return sample(jnp.where(jnp.arange(logits_BxV.shape[1]) < limit, logits_BxV, -jnp.inf), keys, sampling)
+    keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(key, b), t))(
+        rows, position_B
+    )
+    return sample(
+        jnp.where(jnp.arange(logits_BxV.shape[1]) < limit, logits_BxV, -jnp.inf), keys, sampling
+    )
 
 
 _draw = jax.jit(_draw, static_argnums=(3, 4))

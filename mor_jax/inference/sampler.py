@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from mor_jax.errors import UserError
 
-TOP_P_CAP = 1024  # top-p looks among this many most likely tokens; sorting a 49k vocabulary costs more than a layer
+# top-p looks among this many most likely tokens; sorting a 49k vocabulary costs more than a layer
+TOP_P_CAP = 1024
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: greedy. top_k 0: off. top_p 1: off. min_p 0: off, else a share of the likeliest token's
-    probability below which none is drawn. Static under jit."""
+    """temperature 0: greedy. top_k 0: off. top_p 1: off. min_p 0: off, else a share of the
+    likeliest token's probability below which none is drawn. Static under jit."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -51,8 +52,12 @@ def sample(logits_BxV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.
     candidates = min(sampling.top_k or TOP_P_CAP, vocab)
     top_BxC, index_BxC = jax.lax.top_k(scaled, candidates)
     if sampling.top_p < 1:
-        share = jnp.exp(top_BxC - jax.nn.logsumexp(scaled if not sampling.top_k else top_BxC, axis=-1, keepdims=True))
+        share = jnp.exp(
+            top_BxC
+            - jax.nn.logsumexp(scaled if not sampling.top_k else top_BxC, axis=-1, keepdims=True)
+        )
         before = jnp.cumsum(share, axis=-1) - share
-        top_BxC = jnp.where(before < sampling.top_p, top_BxC, -jnp.inf)  # the most likely token always stays
+        # the most likely token always stays
+        top_BxC = jnp.where(before < sampling.top_p, top_BxC, -jnp.inf)
     choice = jax.vmap(jax.random.categorical)(keys_B, top_BxC)
     return jnp.take_along_axis(index_BxC, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,4 +1,5 @@
-"""Text in, text out: tokens of a prompt and of its continuation, each with its depth, as they appear."""
+"""Text in, text out: tokens of a prompt and of its continuation, each with its depth, as they
+appear."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig, can_serve
 from mor_jax.inference.engine.plain import PlainService
-from mor_jax.inference.engine.request import DepthWish, Drawing, Finished, PromptRead, Request, Service, Token
+from mor_jax.inference.engine.request import (
+    DepthWish,
+    Drawing,
+    Finished,
+    PromptRead,
+    Request,
+    Service,
+    Token,
+)
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
 
@@ -32,7 +41,8 @@ class Model(Protocol):
 
 
 class Piece(NamedTuple):
-    """Text of one token (empty while a multi-byte character is incomplete) and the recursions that token ran."""
+    """Text of one token (empty while a multi-byte character is incomplete) and the recursions that
+    token ran."""
 
     text: str
     depth: int
@@ -40,24 +50,35 @@ class Piece(NamedTuple):
 
 
 def stream_text(
-    model: Model, prompt: str, *, max_tokens: int = 200, sampling: Sampling | None = None, seed: int = 0,
-    mean_depth: float | None = None, min_depth: int | None = None, max_depth: int | None = None,
+    model: Model,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    mean_depth: float | None = None,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
     service: Service | None = None,
-) -> Iterator[Piece]:  # fmt: skip
-    """Yield the prompt's pieces, then the continuation's, up to the end of the document or `max_tokens`.
+) -> Iterator[Piece]:
+    """Yield the prompt's pieces, then the continuation's, up to the end of the document or
+    `max_tokens`.
 
     A piece appears one token late: its depth is known once the model has read it.
 
     Args:
       model: of `train.load.load_model`.
       sampling: default temperature 0.8.
-      mean_depth, min_depth, max_depth: see `dial.depth_control`; default: as the model was configured.
-      service: an engine of this model to run on (`engine.build.build_service`); default: one for this text alone.
-    Raises:
+      mean_depth, min_depth, max_depth: see `dial.depth_control`; default: as the model was
+        configured.
+      service: an engine of this model to run on (`engine.build.build_service`); default: one for
+    this text alone. Raises:
       UserError: the prompt does not fit the context, or the model cannot have such depths.
     """
     tokenizer, context = model.tokenizer, model.lm.model.context
-    request = _request(model, prompt, max_tokens, sampling, seed, DepthWish(mean_depth, min_depth, max_depth))
+    request = _request(
+        model, prompt, max_tokens, sampling, seed, DepthWish(mean_depth, min_depth, max_depth)
+    )
     ids, room = list(request.prompt), context - len(request.prompt)
     # One more, which says how deep the last one thought.
     request = dataclasses.replace(request, max_tokens=min(max_tokens + 1, room), prompt_depths=True)
@@ -77,7 +98,8 @@ def stream_text(
 
 
 class Completion(NamedTuple):
-    """What one prompt was continued with. `finish`: "stop" (end of the document, or a stop string) or "length"."""
+    """What one prompt was continued with. `finish`: "stop" (end of the document, or a stop string)
+    or "length"."""
 
     prompt: str | Sequence[int]
     index: int  # among the n of its prompt
@@ -86,10 +108,20 @@ class Completion(NamedTuple):
 
 
 def complete(
-    model: Model, prompts: Sequence[str | Sequence[int]], *, n: int = 1, stop: Sequence[str] = (), max_tokens: int = 200,
-    sampling: Sampling | None = None, seed: int = 0, mean_depth: float | None = None, min_depth: int | None = None,
-    max_depth: int | None = None, lanes: int = 16, stop_tokens: Collection[int] | None = None,
-) -> list[Completion]:  # fmt: skip
+    model: Model,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    n: int = 1,
+    stop: Sequence[str] = (),
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    mean_depth: float | None = None,
+    min_depth: int | None = None,
+    max_depth: int | None = None,
+    lanes: int = 16,
+    stop_tokens: Collection[int] | None = None,
+) -> list[Completion]:
     """Continue all prompts in one batch: n times each, in the order of the prompts.
 
     Args:
@@ -111,7 +143,11 @@ def complete(
     requests = [_request(model, p, max_tokens, sampling, seed + i, wish) for p, i in wanted]
     if stop_tokens is not None:
         requests = [dataclasses.replace(r, stop_tokens=frozenset(stop_tokens)) for r in requests]
-    service = _service(model, EngineConfig(lanes=max(2, min(lanes, len(requests)))), ServiceConfig(queue=len(requests)))
+    service = _service(
+        model,
+        EngineConfig(lanes=max(2, min(lanes, len(requests)))),
+        ServiceConfig(queue=len(requests)),
+    )
     with contextlib.closing(service):
         events: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in requests]
         tickets = [service.submit(r, q.put) for r, q in zip(requests, events, strict=True)]
@@ -128,7 +164,9 @@ def _service(model: Model, engine: EngineConfig, config: ServiceConfig) -> Servi
     return PlainService(model, queue=max(config.queue, 1))
 
 
-def _finished(tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequence[str]) -> tuple[str, str]:
+def _finished(
+    tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequence[str]
+) -> tuple[str, str]:
     """(text, why it ended) of one request, when it has."""
     decoder, text = tokenizer.stream(), ""
     while True:
@@ -146,7 +184,12 @@ def _finished(tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequ
 
 
 def _request(
-    model: Model, prompt: str | Sequence[int], max_tokens: int, sampling: Sampling | None, seed: int, wish: DepthWish
+    model: Model,
+    prompt: str | Sequence[int],
+    max_tokens: int,
+    sampling: Sampling | None,
+    seed: int,
+    wish: DepthWish,
 ) -> Request:
     """Raises UserError."""
     tokenizer, context = model.tokenizer, model.lm.model.context
@@ -159,8 +202,16 @@ def _request(
     if max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, got {max_tokens}.")
     s = sampling or Sampling(0.8)
-    drawing = Drawing(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed)
-    return Request(tuple(ids), min(max_tokens, context - len(ids)), drawing, stop_tokens=tokenizer.ends, depth=wish)
+    drawing = Drawing(
+        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, seed=seed
+    )
+    return Request(
+        tuple(ids),
+        min(max_tokens, context - len(ids)),
+        drawing,
+        stop_tokens=tokenizer.ends,
+        depth=wish,
+    )
 
 
 def _pieces(tokenizer, ids: list[int], most: int, events: queue.SimpleQueue) -> Iterator[Piece]:

@@ -1,23 +1,30 @@
-"""Attention on TPUs by JAX's splash kernel: no array of tokens by tokens, forward or backward, leaves the chip.
+"""Attention on TPUs by JAX's splash kernel: no array of tokens by tokens, forward or backward,
+leaves the chip.
 
-The kernel knows two things of a query and a key: the places of both in their rows, and their segments. Where queries are
-the keys' own tokens, in row order, place i sees places up to i. Where they are some of the tokens (shared keys, rows cut
-along time) each query brings the place of the last key it sees; the kernel then skips the blocks of keys that no query
-of a block could see, wherever the picked tokens lie. Both are exact as long as the keys of a document lie in the row in
+The kernel knows two things of a query and a key: the places of both in their rows, and their
+segments. Where queries are the keys' own tokens, in row order, place i sees places up to i. Where
+they are some of the tokens (shared keys, rows cut along time) each query brings the place of the
+last key it sees; the kernel then skips the blocks of keys that no query of a block could see,
+wherever the picked tokens lie. Both are exact as long as the keys of a document lie in the row in
 the order of their positions, which they do in training.
 
-Copies of the kernel's tensors: heads of less than 128 values stay as they are; rows are padded to whole blocks.
+Copies of the kernel's tensors: heads of less than 128 values stay as they are; rows are padded to
+whole blocks.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 from mor_jax.errors import ConfigError
 
-LANES, BLOCK = 128, 512  # of a vector register; tokens a block, for queries and keys, forward and backward
+# of a vector register; tokens a block, for queries and keys, forward and backward
+LANES, BLOCK = 128, 512
 NO_QUERY, NO_KEY = -2, -3  # segments of padding: they match nothing
 
 
@@ -44,8 +51,9 @@ def splash_attention(
     """Attention output [B, K, G, T, H] in the dtype of q; softmax in float32.
 
     Args:
-      last_BxT: place among the S keys of the last that each query sees, int32, -1 where it sees none. It must be at
-        most S - T + t: as it is for t-th of T queries in row order. None: T = S and it is t.
+      last_BxT: place among the S keys of the last that each query sees, int32, -1 where it sees
+        none. It must be at most S - T + t: as it is for t-th of T queries in row order. None: T = S
+        and it is t.
       interpret: run the kernel as plain JAX operations, on any backend.
 
     A query that sees no key gives some mean of values, as the oracle does, not the same one.
@@ -56,7 +64,9 @@ def splash_attention(
     why = refusal(q_BxKxGxTxH.dtype.name, head_dim, "tpu")
     if why:
         raise ConfigError(f"config.model.attention = 'splash' {why}. Use 'blocked'.")
-    assert last_BxT is not None or length == keys, "without places, queries are the keys' own tokens"
+    assert last_BxT is not None or length == keys, (
+        "without places, queries are the keys' own tokens"
+    )
     block_q, block_kv = (min(BLOCK, _up(n, LANES)) for n in (length, keys))
     rows, columns = _up(length, block_q), _up(keys, block_kv)
     # Exact for powers of 4, else half a unit in the last place of q.
@@ -66,23 +76,32 @@ def splash_attention(
     segments = splash_attention_kernel.SegmentIds(
         _pad(q_seg_BxT, 1, rows, NO_QUERY), _pad(kv_seg_BxS, 1, columns, NO_KEY)
     )
-    # The mask says which blocks are skipped, and its function which pairs within the others are seen: those whose key
-    # lies at most `offset` places behind the query's number. That number is ours to choose.
+    # The mask says which blocks are skipped, and its function which pairs within the others are
+    # seen: those whose key lies at most `offset` places behind the query's number. That number is
+    # ours to choose.
     offset = keys - length
     mask = splash_attention_mask.CausalMask((rows, columns), offset=offset)
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * (kv_heads * groups)),
         block_sizes=splash_attention_kernel.BlockSizes(
-            block_q=block_q, block_kv=block_kv, block_q_dkv=block_q, block_kv_dkv=block_kv, block_q_dq=block_q,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
             block_kv_dq=block_kv,
         ),
-        head_shards=1, q_seq_shards=1, interpret=interpret,
-    )  # fmt: skip
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
     if last_BxT is None:
         out = jax.vmap(kernel)(q, k, v, segments)
     else:
         place = _pad(last_BxT - offset, 1, rows, -columns)
-        out = jax.vmap(lambda place, *arrays: _placed(kernel, place)(*arrays))(place, q, k, v, segments)
+        out = jax.vmap(lambda place, *arrays: _placed(kernel, place)(*arrays))(
+            place, q, k, v, segments
+        )
     return out[:, :, :length].reshape(q_BxKxGxTxH.shape)
 
 

@@ -1,9 +1,11 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): what a fine-tuning run trains in place of the weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): what a fine-tuning run trains in place of the
+weights.
 
-Of each chosen matrix W of a block, W + alpha / rank * (adapter_up @ adapter_down) takes its place. All matrices of a block
-name their outputs first and their inputs last, so both halves contract over the rank. A shared core has one adapter, used
-wherever the core is. They have nothing to do with `model.lora_rank`, the additions that each recursion has for its own,
-which are weights like any other: those stay as they are while adapters are trained.
+Of each chosen matrix W of a block, W + alpha / rank * (adapter_up @ adapter_down) takes its place.
+All matrices of a block name their outputs first and their inputs last, so both halves contract over
+the rank. A shared core has one adapter, used wherever the core is. They have nothing to do with
+`model.lora_rank`, the additions that each recursion has for its own, which are weights like any
+other: those stay as they are while adapters are trained.
 """
 
 from __future__ import annotations
@@ -37,9 +39,14 @@ class Adapters:
         return self.lm.rules
 
     def _each(self, make: Callable[[str, Any], dict], tree: dict) -> dict:
-        """{part: {block: {attention|mlp: {name: make(name, leaf)}}}} over the chosen matrices of a tree like `lm`'s."""
-        chosen = lambda leaves: {name: make(name, x) for name, x in leaves.items() if name in self.config.targets}
-        block = lambda b: {group: made for group in ("attention", "mlp") if (made := chosen(b[group]))}
+        """{part: {block: {attention|mlp: {name: make(name, leaf)}}}} over the chosen matrices of a
+        tree like `lm`'s."""
+        chosen = lambda leaves: {
+            name: make(name, x) for name, x in leaves.items() if name in self.config.targets
+        }
+        block = lambda b: {
+            group: made for group in ("attention", "mlp") if (made := chosen(b[group]))
+        }
         return {part: {i: block(b) for i, b in tree[part].items()} for part in PARTS if tree[part]}
 
     def init(self, key: jax.Array) -> dict:
@@ -49,7 +56,9 @@ class Adapters:
         def make(name: str, shape: jax.ShapeDtypeStruct) -> dict[str, jax.Array]:
             out, into = _split(name, shape.shape)
             std = 1 / math.sqrt(math.prod(into))
-            down = std * jax.random.normal(jax.random.fold_in(key, next(count)), (self.config.rank, *into), jnp.float32)
+            down = std * jax.random.normal(
+                jax.random.fold_in(key, next(count)), (self.config.rank, *into), jnp.float32
+            )
             return {DOWN: down, UP: jnp.zeros((*out, self.config.rank), jnp.float32)}
 
         return self._each(make, jax.eval_shape(self.lm.init, key))
@@ -70,7 +79,9 @@ class Adapters:
         def put(old: Any, new: Any) -> Any:
             if DOWN in new:
                 return old + scale * jnp.tensordot(new[UP], new[DOWN], axes=1)
-            return {name: put(leaf, new[name]) if name in new else leaf for name, leaf in old.items()}
+            return {
+                name: put(leaf, new[name]) if name in new else leaf for name, leaf in old.items()
+            }
 
         return put(params, adapters)
 

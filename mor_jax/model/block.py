@@ -1,15 +1,18 @@
-"""The arithmetic of the network, once: embedding, Transformer block, head. Pure functions of arrays.
+"""The arithmetic of the network, once: embedding, Transformer block, head. Pure functions of
+arrays.
 
 Training, the plain decode and the engine call the same functions. They differ in what they pass in:
 
-* `x`: whole rows [B, T, D], or single tokens [M, D] (the engine: one a lane, or a chunk of a prompt).
+* `x`: whole rows [B, T, D], or single tokens [M, D] (the engine: one a lane, or a chunk of a
+  prompt).
 * `attend`: who attends to what, and where keys and values are kept.
-* `product`: how a matrix product is computed and how its weight lies, see `nn.dense.Product`. With `dense`, weights are
-  the parameters as `LM.init` returns them. Another product may read weights prepared for it; the block only asks that
-  their elements are in the same order, and says itself what shape it reads.
+* `product`: how a matrix product is computed and how its weight lies, see `nn.dense.Product`. With
+  `dense`, weights are the parameters as `LM.init` returns them. Another product may read weights
+  prepared for it; the block only asks that their elements are in the same order, and says itself
+  what shape it reads.
 
-Letters: D width, K kv heads, G query heads a kv head, E = G + 2 (query heads, key, value), H head dim, F mlp width, V
-vocabulary, R recursions, A rank of an addition.
+Letters: D width, K kv heads, G query heads a kv head, E = G + 2 (query heads, key, value), H head
+dim, F mlp width, V vocabulary, R recursions, A rank of an addition.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from mor_jax.nn.mlp import swiglu
 from mor_jax.nn.norm import rms_norm
 from mor_jax.nn.rope import apply_rope
 
-# attend(q_BxKxGxTxH, k_BxKxTxH, v_BxKxTxH) -> (o_BxKxGxTxH, extra); of single tokens q_MxKxGxH, k_MxKxH, v_MxKxH ->
-# o_MxKxGxH. Keys are rotated. A training row, a prefill or one decode step are three such functions. Where a block
-# projects queries only, k and v are None.
+# attend(q_BxKxGxTxH, k_BxKxTxH, v_BxKxTxH) -> (o_BxKxGxTxH, extra); of single tokens q_MxKxGxH,
+# k_MxKxH, v_MxKxH -> o_MxKxGxH. Keys are rotated. A training row, a prefill or one decode step are
+# three such functions. Where a block projects queries only, k and v are None.
 Attend = Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]]
 Params = Mapping[str, Any]
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of single tokens
@@ -44,8 +47,9 @@ def embed(
 ) -> jax.Array:
     """States [..., D] of tokens [...], in the compute dtype.
 
-    With `m.smear` = S each is e_t + sum of smear_i * e_(t - i) over i = 1..S within its document: a causal depth-wise
-    convolution of the embeddings, so that one match of attention compares several tokens.
+    With `m.smear` = S each is e_t + sum of smear_i * e_(t - i) over i = 1..S within its document: a
+    causal depth-wise convolution of the embeddings, so that one match of attention compares several
+    tokens.
 
     Args, which only that reads:
       tokens: [..., T], one after the other.
@@ -75,15 +79,16 @@ def block(
     queries_only: bool = False,
     product: Product = dense,
 ) -> tuple[jax.Array, Any]:
-    """One Llama block, residuals included: x + attention(norm(x)), then + mlp(norm(.)); or with its norms elsewhere, see
-    `_joined`.
+    """One Llama block, residuals included: x + attention(norm(x)), then + mlp(norm(.)); or with its
+    norms elsewhere, see `_joined`.
 
     Args:
-      params: {attention, mlp, norm_1, norm_2, ...} as `nn.Block` declares them. In a relaxed core also "own", leaves [R, ...]:
-        what each recursion has of its own, each part optional: "encoding" a factor on the state, "norm_1" and "norm_2"
-        in place of the shared ones, "lora" an addition to the query and value projections (`nn.Lora`).
-      x: states [B, T, D] or [M, D] in the compute dtype. Products and residuals have that dtype; norms, rotation and
-        softmax are computed in float32.
+      params: {attention, mlp, norm_1, norm_2, ...} as `nn.Block` declares them. In a relaxed core
+        also "own", leaves [R, ...]: what each recursion has of its own, each part optional:
+        "encoding" a factor on the state, "norm_1" and "norm_2" in place of the shared ones, "lora"
+        an addition to the query and value projections (`nn.Lora`).
+      x: states [B, T, D] or [M, D] in the compute dtype. Products and residuals have that dtype;
+        norms, rotation and softmax are computed in float32.
       step: the recursion step the block is applied for; needed where there is an "own".
       queries_only: project queries alone; `attend` gets None for keys and values.
     Returns:
@@ -103,20 +108,28 @@ def block(
     pre = m.norm_placement != "post"
     n = rms_norm(x, scale("norm_1"), m.norm_eps) if pre else x
     add = _addition(n, own["lora"], step, queries_only, product) if "lora" in own else None
-    a, extra = attention(m, params["attention"], n, rope, attend, add=add, queries_only=queries_only, product=product)
+    a, extra = attention(
+        m, params["attention"], n, rope, attend, add=add, queries_only=queries_only, product=product
+    )
     x = _joined(m, params, x, a, 1, scale)
     n = rms_norm(x, scale("norm_2"), m.norm_eps) if pre else x
     return _joined(m, params, x, mlp(params["mlp"], n, product), 2, scale), extra
 
 
 def _joined(
-    m: ModelConfig, params: Params, x: jax.Array, y: jax.Array, n: int, scale: Callable[[str], jax.Array]
+    m: ModelConfig,
+    params: Params,
+    x: jax.Array,
+    y: jax.Array,
+    n: int,
+    scale: Callable[[str], jax.Array],
 ) -> jax.Array:
     """The state x and the n-th branch y: x + y, and whatever norm stands here.
 
     * sandwich_in: x + norm(y) (Ouro, arXiv 2510.25741).
     * sandwich_out: norm(x + y) (Huginn, arXiv 2502.05171).
-    * post: norm(x + y) by the block's own first norms, nothing before the branch (the original Transformer).
+    * post: norm(x + y) by the block's own first norms, nothing before the branch (the original
+      Transformer).
 
     A factor on y holds a residual back, as in CaiT's LayerScale (arXiv 2103.17239).
     """
@@ -126,7 +139,9 @@ def _joined(
         return x + y
     if m.norm_placement == "sandwich_in":
         return x + rms_norm(y, params[f"after_{n}"]["scale"], m.norm_eps)
-    return rms_norm(x + y, scale(f"norm_{n}" if m.norm_placement == "post" else f"after_{n}"), m.norm_eps)
+    return rms_norm(
+        x + y, scale(f"norm_{n}" if m.norm_placement == "post" else f"after_{n}"), m.norm_eps
+    )
 
 
 def attention(
@@ -140,7 +155,8 @@ def attention(
     queries_only: bool = False,
     product: Product = dense,
 ) -> tuple[jax.Array, Any]:
-    """Grouped-query attention with its projections. `add`: what is added to the fused projection, [..., K, E, H]."""
+    """Grouped-query attention with its projections. `add`: what is added to the fused projection,
+    [..., K, E, H]."""
     heads, kv_heads, head_dim = m.dims
     groups, rows = heads // kv_heads, x.shape[:-1]
     qkv = params["qkv"]
@@ -151,7 +167,8 @@ def attention(
         h += params["bias"][:, : h.shape[-2]].astype(h.dtype)
     if add is not None:
         h += add
-    # Attention works on all tokens of a head at once, so heads come before time. Single tokens have no time axis.
+    # Attention works on all tokens of a head at once, so heads come before time. Single tokens have
+    # no time axis.
     h = jnp.moveaxis(h, 1, 3) if x.ndim == 3 else h
 
     def rotated(part: jax.Array, norm: str) -> jax.Array:
@@ -180,7 +197,8 @@ def blocks(
     attend: Attend | Sequence[Attend],
     repeat: int = 1,
 ) -> tuple[jax.Array, list]:
-    """All blocks of one part in order, each `repeat` times in place; the `extra` of every application as a list.
+    """All blocks of one part in order, each `repeat` times in place; the `extra` of every
+    application as a list.
 
     Args:
       one: `block` with all but these three arguments given.
@@ -207,26 +225,33 @@ def head(m: ModelConfig, params: Params, h: jax.Array, product: Product = dense)
 
 
 def head_table(params: Params) -> jax.Array:
-    """The table [V, D] that states are multiplied with: the head's own, or, if input and output are tied, the
-    embedding's."""
+    """The table [V, D] that states are multiplied with: the head's own, or, if input and output are
+    tied, the embedding's."""
     return params["head" if "head" in params else "embed"]["table"]
 
 
 def finish(m: ModelConfig, products: jax.Array) -> jax.Array:
-    """Logits from the products of states and table, element by element. The loss differentiates it (`model/loss.py`).
+    """Logits from the products of states and table, element by element. The loss differentiates it
+    (`model/loss.py`).
 
     A soft cap holds them within +-logit_cap, smoothly (Gemma 2, arXiv 2408.00118, section 2)."""
     return m.logit_cap * jnp.tanh(products / m.logit_cap) if m.logit_cap else products
 
 
 def _of_step(leaf: jax.Array, step: Step, x: jax.Array) -> jax.Array:
-    """The part [D] of this step from [R, D]. Of a step for each row: [B, D], with axes put in to go with x."""
+    """The part [D] of this step from [R, D]. Of a step for each row: [B, D], with axes put in to go
+    with x."""
     mine = leaf[step]
-    return mine if mine.ndim == 1 else mine.reshape(mine.shape[0], *(1,) * (x.ndim - 2), mine.shape[1])
+    return (
+        mine if mine.ndim == 1 else mine.reshape(mine.shape[0], *(1,) * (x.ndim - 2), mine.shape[1])
+    )
 
 
-def _addition(x: jax.Array, lora: Params, step: Step, queries_only: bool, product: Product) -> jax.Array:
-    """What a recursion adds to the fused projection: to its queries and its value, not to its key."""
+def _addition(
+    x: jax.Array, lora: Params, step: Step, queries_only: bool, product: Product
+) -> jax.Array:
+    """What a recursion adds to the fused projection: to its queries and its value, not to its
+    key."""
     query = _low_rank(x, lora["query_down"], lora["query_up"], step, product)
     if queries_only:
         return query
@@ -234,11 +259,13 @@ def _addition(x: jax.Array, lora: Params, step: Step, queries_only: bool, produc
     return jnp.concatenate([query, jnp.zeros_like(value), value], axis=-2)
 
 
-def _low_rank(x: jax.Array, down_RxAxD: jax.Array, up: jax.Array, step: Step, product: Product) -> jax.Array:
+def _low_rank(
+    x: jax.Array, down_RxAxD: jax.Array, up: jax.Array, step: Step, product: Product
+) -> jax.Array:
     """[..., out...] = x down^T up^T of this step; up is [R, out..., A].
 
-    Of a step for each row, the matrices of all steps are applied, and between the two what is not of the row's own step
-    is set to zero: ranks are small, and no weights are gathered for each row.
+    Of a step for each row, the matrices of all steps are applied, and between the two what is not
+    of the row's own step is set to zero: ranks are small, and no weights are gathered for each row.
     """
     rows, out = x.shape[:-1], up.shape[1:-1]
     if jnp.ndim(step) == 0:

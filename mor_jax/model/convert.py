@@ -1,16 +1,18 @@
 """A recursive model from the weights of another one, unshared or recursive.
 
-Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices): `stepwise` picks
-them at equal intervals, the first and the last included; `average` takes the mean of all source blocks that the
-sharing scheme ties into one; `lower` and `upper` take the first or the last ones; `random` draws them, in order of
-depth. Blocks before and after the recursion are the source's first and last. Embedding, head and final norm are copied;
-routers are left to the caller's fresh initialisation. Layers of a recursive source are those it unrolls to. `keep` makes
-the target's core the source's: with more or fewer recursions, or a router, but the same blocks.
+Each shared block is filled from blocks of the source (paper 2.1 and appendix; released choices):
+`stepwise` picks them at equal intervals, the first and the last included; `average` takes the mean
+of all source blocks that the sharing scheme ties into one; `lower` and `upper` take the first or
+the last ones; `random` draws them, in order of depth. Blocks before and after the recursion are the
+source's first and last. Embedding, head and final norm are copied; routers are left to the caller's
+fresh initialisation. Layers of a recursive source are those it unrolls to. `keep` makes the
+target's core the source's: with more or fewer recursions, or a router, but the same blocks.
 
 `source_table` is the whole rule as data; `convert` only carries it out.
 
-Of a relaxed target (`model/lm.py`), "zero" leaves what recursions have of their own where a fresh model has it, and
-the model is the tied one; "svd" makes each recursion of the layer it stands for (`model/relax.py`).
+Of a relaxed target (`model/lm.py`), "zero" leaves what recursions have of their own where a fresh
+model has it, and the model is the tied one; "svd" makes each recursion of the layer it stands for
+(`model/relax.py`).
 """
 
 from __future__ import annotations
@@ -31,12 +33,25 @@ from mor_jax.model.relax import check_relaxation, relaxed
 
 METHODS = ("stepwise", "average", "lower", "upper", "random", "keep")
 PARTS = ("prelude", "core", "coda")
-# Fields of the configuration that two models with the same weights may differ in: how blocks are shared, and how the
-# model is executed. Another value of any other field makes the weights another function, or does not fit them.
+# Fields of the configuration that two models with the same weights may differ in: how blocks are
+# shared, and how the model is executed. Another value of any other field makes the weights another
+# function, or does not fit them.
 FREE = (
-    "layers", "recursions", "sharing", "prelude", "coda", "norms", "lora_rank", "recursion_encoding",
-    "context", "init_std", "dtype", "remat", "attention", "loss_chunk",
-)  # fmt: skip
+    "layers",
+    "recursions",
+    "sharing",
+    "prelude",
+    "coda",
+    "norms",
+    "lora_rank",
+    "recursion_encoding",
+    "context",
+    "init_std",
+    "dtype",
+    "remat",
+    "attention",
+    "loss_chunk",
+)
 
 
 def source_table(
@@ -45,9 +60,10 @@ def source_table(
     """Which layers of the source (0 = first, unrolled) each block of the target is the mean of.
 
     Returns:
-      {"prelude": ..., "core": ..., "coda": ...}, one tuple of source layers a block; all but `average` give one layer.
-    Raises:
-      ConfigError: an unknown method, fewer source layers than blocks to fill, or, of `keep`, another core.
+      {"prelude": ..., "core": ..., "coda": ...}, one tuple of source layers a block; all but
+    `average` give one layer. Raises:
+      ConfigError: an unknown method, fewer source layers than blocks to fill, or, of `keep`,
+        another core.
     """
     if method not in METHODS:
         raise ConfigError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}.")
@@ -62,7 +78,9 @@ def source_table(
             f"({target.prelude} before, {target.core} in, {target.coda} after the recursion). Use a source of at least "
             f"{target.unique_layers} layers, or more recursions."
         )
-    picks = _core(inner, target.core, method, first=target.prelude, in_place=target.repeat > 1, seed=seed)
+    picks = _core(
+        inner, target.core, method, first=target.prelude, in_place=target.repeat > 1, seed=seed
+    )
     return {
         "prelude": tuple((i,) for i in range(target.prelude)),
         "core": tuple(tuple(target.prelude + i for i in pick) for pick in picks),
@@ -93,12 +111,15 @@ def _kept(source: Program, target: Program) -> dict[str, tuple[tuple[int, ...], 
     }
 
 
-def _core(inner: int, blocks: int, method: str, *, first: int, in_place: bool, seed: int) -> list[tuple[int, ...]]:
-    """Of `inner` source layers, of which the source's layer `first` is number 0, those that each of the shared `blocks`
-    is made of."""
+def _core(
+    inner: int, blocks: int, method: str, *, first: int, in_place: bool, seed: int
+) -> list[tuple[int, ...]]:
+    """Of `inner` source layers, of which the source's layer `first` is number 0, those that each of
+    the shared `blocks` is made of."""
     if method == "average":
-        # What is tied in the target is averaged: layer l belongs to block l mod b, or, repeated in place, to the l-th
-        # of b equal runs. A source of another length than the unrolled target is cut the same way.
+        # What is tied in the target is averaged: layer l belongs to block l mod b, or, repeated in
+        # place, to the l-th of b equal runs. A source of another length than the unrolled target is
+        # cut the same way.
         tied = (lambda i: i * blocks // inner) if in_place else (lambda i: i % blocks)
         return [tuple(i for i in range(inner) if tied(i) == block) for block in range(blocks)]
     if method == "stepwise":
@@ -113,11 +134,17 @@ def _core(inner: int, blocks: int, method: str, *, first: int, in_place: bool, s
 
 
 def convert(
-    params: Mapping[str, Any], from_model: ModelConfig, to_model: ModelConfig, method: str, *, seed: int = 0,
+    params: Mapping[str, Any],
+    from_model: ModelConfig,
+    to_model: ModelConfig,
+    method: str,
+    *,
+    seed: int = 0,
     relaxation: str = "zero",
-) -> dict[str, Any]:  # fmt: skip
-    """Parameters of the target that have a counterpart: `LM(to_model, depth).init`'s tree less `router`, and less what a
-    relaxed target leaves to its own initialisation (`overlay` puts the two together).
+) -> dict[str, Any]:
+    """Parameters of the target that have a counterpart: `LM(to_model, depth).init`'s tree less
+    `router`, and less what a relaxed target leaves to its own initialisation (`overlay` puts the
+    two together).
 
     Args:
       params: of a model of shape `from_model`.
@@ -135,18 +162,22 @@ def convert(
     made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
     made |= {part: fill(table[part]) for part in PARTS}
     if from_model.relaxed:  # `_check_own`: so is the target
-        made["core"] = {i: _of_recursions(block, to_model.recursions) for i, block in made["core"].items()}
+        made["core"] = {
+            i: _of_recursions(block, to_model.recursions) for i, block in made["core"].items()
+        }
     elif to_model.relaxed:
         program = build_program(to_model)
         for i, shared in made["core"].items():
-            own = lambda r, i=int(i): layers[program.prelude + r * program.core + i]  # the layer recursion r stands for
+            # the layer recursion r stands for
+            own = lambda r, i=int(i): layers[program.prelude + r * program.core + i]
             theirs = [own(r) for r in range(program.recursions)] if relaxation == "svd" else None
             made["core"][i] = relaxed(shared, theirs, to_model)
     return made
 
 
 def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> None:
-    """Raise ConfigError where what recursions of the source have of their own has no place in the target."""
+    """Raise ConfigError where what recursions of the source have of their own has no place in the
+    target."""
     own = lambda m: (m.norms, m.lora_rank, m.recursion_encoding)
     if from_model.relaxed and (method != "keep" or own(from_model) != own(to_model)):
         raise ConfigError(
@@ -169,7 +200,8 @@ def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]
 
 
 def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
-    """Raise ConfigError unless a block of one model can be a block of the other, computing the same."""
+    """Raise ConfigError unless a block of one model can be a block of the other, computing the
+    same."""
     old, new = (dataclasses.asdict(m) | {"head_dim": m.dims[2]} for m in (from_model, to_model))
     wrong = [
         f"{name} {old[name]} there, {new[name]} here"
@@ -185,7 +217,11 @@ def check_fit(from_model: ModelConfig, to_model: ModelConfig) -> None:
 
 def _same(a: object, b: object) -> bool:
     """Floats up to the rounding of float32, in which other formats keep them."""
-    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
+    return (
+        math.isclose(a, b, rel_tol=1e-6)
+        if isinstance(a, float) and isinstance(b, float)
+        else a == b
+    )
 
 
 def _mean(blocks: list[Any]) -> Any:

@@ -1,17 +1,18 @@
 """KV strategies: whose keys and values a recursion step looks at (paper 2.2.2, A.3).
 
-* "full" (fixed policy) and "recursion_wise": a step looks at the keys of the tokens that run it, made at that step.
-  Steps know nothing of each other.
-* "shared": keys and values are made once, at r = 1, for all tokens. Later steps project queries only and look at all
-  tokens up to and including their own, however deep those went.
-* "hybrid": as shared, but a token that runs step r makes its keys anew there; each query sees, of every token, the
-  newest version at or below its own step.
-* "hybrid_first": the released code's reading of the hybrid, that of the paper's table 15. A query of step r sees the keys
-  made at step r by the tokens that run it, and of every other token those of step 1. The two agree up to R = 2.
+* "full" (fixed policy) and "recursion_wise": a step looks at the keys of the tokens that run it,
+  made at that step. Steps know nothing of each other.
+* "shared": keys and values are made once, at r = 1, for all tokens. Later steps project queries
+  only and look at all tokens up to and including their own, however deep those went.
+* "hybrid": as shared, but a token that runs step r makes its keys anew there; each query sees, of
+  every token, the newest version at or below its own step.
+* "hybrid_first": the released code's reading of the hybrid, that of the paper's table 15. A query
+  of step r sees the keys made at step r by the tokens that run it, and of every other token those
+  of step 1. The two agree up to R = 2.
 
-Under the last three, step 1 makes keys of *every* real token, also of one that the causal rule of expert-choice stops
-before it (depth 0): its state does not change, yet later tokens see it, at every depth. That is what training with
-capacity 1 at r = 1 shows them.
+Under the last three, step 1 makes keys of *every* real token, also of one that the causal rule of
+expert-choice stops before it (depth 0): its state does not change, yet later tokens see it, at
+every depth. That is what training with capacity 1 at r = 1 shows them.
 """
 
 from __future__ import annotations
@@ -48,12 +49,20 @@ class Past(NamedTuple):
         KeyValue
     ]  # of each block, of every token: the newest version, or under "hybrid_first" that of step 1
     pos_BxT: jax.Array
-    # Hybrids: (kept [B, K, T, H], fresh [B, K, tokens of the step, H]) -> [B, K, T, H]. None: nothing is made anew.
+    # Hybrids: (kept [B, K, T, H], fresh [B, K, tokens of the step, H]) -> [B, K, T, H]. None:
+    # nothing is made anew.
     merge: Callable[[jax.Array, jax.Array], jax.Array] | None
 
 
-def past(kv: str, kept: Sequence[KeyValue], pos_BxT: jax.Array, active_BxT: jax.Array, picked: Subset | None) -> Past:
-    """Past of a step that the tokens `active_BxT` of the row run; `picked`: the positions it computes (None: all)."""
+def past(
+    kv: str,
+    kept: Sequence[KeyValue],
+    pos_BxT: jax.Array,
+    active_BxT: jax.Array,
+    picked: Subset | None,
+) -> Past:
+    """Past of a step that the tokens `active_BxT` of the row run; `picked`: the positions it
+    computes (None: all)."""
 
     def merge(kept_BxKxTxH: jax.Array, fresh: jax.Array) -> jax.Array:
         if picked is not None:
@@ -63,8 +72,11 @@ def past(kv: str, kept: Sequence[KeyValue], pos_BxT: jax.Array, active_BxT: jax.
     return Past(kept, pos_BxT, merge if renews(kv) else None)
 
 
-def attend_past(past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str) -> list[Attend]:
-    """Attention of each block of a step r > 1; beside its output, the keys and values it looked at."""
+def attend_past(
+    past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str
+) -> list[Attend]:
+    """Attention of each block of a step r > 1; beside its output, the keys and values it looked
+    at."""
 
     def of_block(kept: KeyValue) -> Attend:
         def attend(q, k, v):

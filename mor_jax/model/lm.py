@@ -1,14 +1,16 @@
 """The language model: embed -> prelude -> (depth policy, core) x R -> coda -> norm, head.
 
-`LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can be a static
-argument. Parameters are a plain nested dict:
+`LM` is a frozen dataclass of configuration with pure functions of parameters: hashable, so it can
+be a static argument. Parameters are a plain nested dict:
 
-    embed/table [V, D], embed/smear [S, D] with `model.smear` · prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2}
-    · router/... · norm/scale [D] · head/table [V, D], unless it is tied to the embedding's
+    embed/table [V, D], embed/smear [S, D] with `model.smear` ·
+    prelude|core|coda/<i>/{attention,mlp,norm_1,norm_2} · router/... · norm/scale [D] · head/table
+    [V, D], unless it is tied to the embedding's
     · recursion/..., if a step has parameters beside the core's
 
-Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared, core/<i>/own with a
-leading axis R: what each recursion has of its own (`model.norms`, `model.lora_rank`, `model.recursion_encoding`).
+Recursion shares `core` by construction: it exists once. A relaxed one has, beside what is shared,
+core/<i>/own with a leading axis R: what each recursion has of its own (`model.norms`,
+`model.lora_rank`, `model.recursion_encoding`).
 """
 
 from __future__ import annotations
@@ -27,19 +29,41 @@ from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, un
 from mor_jax.errors import UserError
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
-from mor_jax.model.depth import Controlled, DepthControl, DepthPolicy, RouterStats, TokenInfo, build_policy
+from mor_jax.model.depth import (
+    Controlled,
+    DepthControl,
+    DepthPolicy,
+    RouterStats,
+    TokenInfo,
+    build_policy,
+)
 from mor_jax.model.kv import HYBRID, Past, attend_past, looks_back
 from mor_jax.model.loss import cross_entropy_sum, token_nll
 from mor_jax.model.program import Program, build_program
-from mor_jax.model.recurse import Core, Recursed, depths_at_once, fitting_profile, run_gathered, run_masked
+from mor_jax.model.recurse import (
+    Core,
+    Recursed,
+    depths_at_once,
+    fitting_profile,
+    run_gathered,
+    run_masked,
+)
 from mor_jax.model.recursion.exit import Exiting, Reader
 from mor_jax.model.recursion.loop import Loop
 from mor_jax.model.recursion.unroll import Unrolled, run_unrolled
 from mor_jax.nn.rope import rope_table
-from mor_jax.parallel.rows import forget_gathered, gather_weight, join_rows, manual_axes, over_rows, own_part
+from mor_jax.parallel.rows import (
+    forget_gathered,
+    gather_weight,
+    join_rows,
+    manual_axes,
+    over_rows,
+    own_part,
+)
 from mor_jax.parallel.rules import Rules
 
-TOPK, CAUSAL = "topk", "causal"  # selection over the row (training), or by each token's own score (inference)
+# selection over the row (training), or by each token's own score (inference)
+TOPK, CAUSAL = "topk", "causal"
 
 # Logical axes of what a pass over rows takes and gives.
 ROW, STATES = ("batch", "time"), ("batch", "time", None)
@@ -64,7 +88,9 @@ class Forward(NamedTuple):
 def positions_in_document(segment_ids_BxT: jax.Array) -> jax.Array:
     """Position of each token since the start of its packing segment, [B, T] int32."""
     index = jnp.arange(segment_ids_BxT.shape[1], dtype=jnp.int32)[None]
-    starts = jnp.pad(segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    starts = jnp.pad(
+        segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1], ((0, 0), (1, 0)), constant_values=True
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
@@ -75,12 +101,14 @@ def _positions(seg_BxT: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class LM:
-    """A recursive-depth language model of this shape, with this depth policy, under these sharding rules."""
+    """A recursive-depth language model of this shape, with this depth policy, under these sharding
+    rules."""
 
     model: ModelConfig
     depth: DepthConfig = field(default_factory=DepthConfig)
     rules: Rules = field(default_factory=Rules)
-    stage: int | None = None  # of training (`depth/warmup.py`, `depth/vary.py`); None: warm, at the configured shares
+    # of training (`depth/warmup.py`, `depth/vary.py`); None: warm, at the configured shares
+    stage: int | None = None
     recursion: RecursionConfig = field(default_factory=RecursionConfig)
 
     @classmethod
@@ -89,14 +117,18 @@ class LM:
         return cls(cfg.model, cfg.depth, Rules.create(cfg.mesh.rules), recursion=cfg.recursion)
 
     def at_depth(self, recursions: int) -> LM:
-        """This model at so many recursions, fewer or more than it was trained with, for the same parameters.
+        """This model at so many recursions, fewer or more than it was trained with, for the same
+        parameters.
 
         Raises:
-          UserError: a routed model, a core that is not applied as a whole, or steps for which nothing was learned.
+          UserError: a routed model, a core that is not applied as a whole, or steps for which
+            nothing was learned.
         """
         m, trained = self.model, self.model.recursions
         if recursions < 1:
-            raise UserError(f"a model applies its core at least once; {recursions} recursions were asked for.")
+            raise UserError(
+                f"a model applies its core at least once; {recursions} recursions were asked for."
+            )
         if recursions == trained:
             return self
         if self.depth.routed or m.sharing not in ("cycle", "middle_cycle"):
@@ -104,7 +136,9 @@ class LM:
                 "only a model of depth policy 'fixed' with sharing 'cycle' or 'middle_cycle' runs at another number of "
                 f"recursions; this one has policy {self.depth.policy!r} and sharing {m.sharing!r}."
             )
-        own = m.relaxed or (self.recursion.conditioning == "learned" and self.recursion.beyond == "refuse")
+        own = m.relaxed or (
+            self.recursion.conditioning == "learned" and self.recursion.beyond == "refuse"
+        )
         if own and recursions > trained:
             raise UserError(
                 f"each of the {trained} recursions of this model has parameters of its own, so there is nothing for "
@@ -113,10 +147,16 @@ class LM:
             )
         prelude, coda = unshared_ends(m)
         model = dataclasses.replace(
-            m, recursions=recursions, layers=prelude + self.program.core * recursions + coda, prelude=prelude, coda=coda
+            m,
+            recursions=recursions,
+            layers=prelude + self.program.core * recursions + coda,
+            prelude=prelude,
+            coda=coda,
         )
         least = min(self.recursion.exit_least, recursions)
-        return dataclasses.replace(self, model=model, recursion=dataclasses.replace(self.recursion, exit_least=least))
+        return dataclasses.replace(
+            self, model=model, recursion=dataclasses.replace(self.recursion, exit_least=least)
+        )
 
     @functools.cached_property
     def loop(self) -> Loop:
@@ -134,8 +174,8 @@ class LM:
         return self.policy.draws or self.recursion.state == "random"
 
     def kv(self, mode: str = "causal") -> str:
-        """The KV strategy of a pass. Tokens stop early in causal mode alone; their keys are then the newest they have,
-        or none."""
+        """The KV strategy of a pass. Tokens stop early in causal mode alone; their keys are then
+        the newest they have, or none."""
         if mode != CAUSAL or not self.recursion.exits:
             return self.depth.kv_name
         return HYBRID if self.recursion.missing == "latest" else "recursion_wise"
@@ -149,8 +189,8 @@ class LM:
         return build_policy(self.model, self.depth, self.stage)
 
     def steered(self, control: DepthControl | None, params: dict | None = None) -> DepthPolicy:
-        """The policy of causal inference: with the exit rule, if the model has one, which reads `params`, and under
-        `control`, if it is given."""
+        """The policy of causal inference: with the exit rule, if the model has one, which reads
+        `params`, and under `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
@@ -160,19 +200,29 @@ class LM:
         return policy if control is None else Controlled(policy, control)
 
     def _leaves(self) -> dict[str, Any]:
-        """The modules that own the parameters, by the name of their subtree; those of a block as "block"."""
+        """The modules that own the parameters, by the name of their subtree; those of a block as
+        "block"."""
         m = self.model
         table = nn.Table(m.vocab_size, m.width, m.init_std)
-        leaves = {"embed": dataclasses.replace(table, smear=m.smear), "norm": nn.Scale(m.width), "block": nn.Block(m)}
+        leaves = {
+            "embed": dataclasses.replace(table, smear=m.smear),
+            "norm": nn.Scale(m.width),
+            "block": nn.Block(m),
+        }
         return leaves if m.tied else leaves | {"head": table}
 
     def _parts(self) -> dict[str, int]:
-        return {"prelude": self.program.prelude, "core": self.program.core, "coda": self.program.coda}
+        return {
+            "prelude": self.program.prelude,
+            "core": self.program.core,
+            "coda": self.program.coda,
+        }
 
     # ---------------------------------------------------------------- parameters
 
     def init(self, key: jax.Array) -> dict:
-        """Float32 parameters. Run it under `jax.jit` with `out_shardings` so that they never exist unsharded."""
+        """Float32 parameters. Run it under `jax.jit` with `out_shardings` so that they never exist
+        unsharded."""
         leaves = self._leaves()
         embed_key, block_key, router_key, norm_key = jax.random.split(key, 4)
         params = {
@@ -182,25 +232,35 @@ class LM:
         }
         if "head" in leaves:
             params["head"] = nn.init(leaves["head"], jax.random.fold_in(embed_key, 1))
-        # One initialiser for all blocks, mapped over their keys: it compiles once, not once a layer.
+        # One initialiser for all blocks, mapped over their keys: it compiles once, not once a
+        # layer.
         keys = jax.random.split(block_key, self.program.unique_layers)
         stacked = jax.vmap(lambda key: nn.init(leaves["block"], key))(keys)
         first = 0
         for part, count in self._parts().items():
-            params[part] = {str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)}
+            params[part] = {
+                str(i): jax.tree.map(lambda w, n=first + i: w[n], stacked) for i in range(count)
+            }
             first += count
         if beside := self.loop.init(jax.random.fold_in(block_key, 2)):
             params["recursion"] = beside
         if self.model.relaxed:
             keys = jax.random.split(jax.random.fold_in(block_key, 1), self.program.core)
-            params["core"] = {i: self._relax(w, self._own(int(i), keys[int(i)])) for i, w in params["core"].items()}
+            params["core"] = {
+                i: self._relax(w, self._own(int(i), keys[int(i)]))
+                for i, w in params["core"].items()
+            }
         return params
 
     def _own(self, block: int, key: jax.Array | None = None) -> dict:
-        """What each recursion has of its own in one block of the core, leaves [R, ...]; without a key, the logical axes
-        of it."""
+        """What each recursion has of its own in one block of the core, leaves [R, ...]; without a
+        key, the logical axes of it."""
         m, steps = self.model, self.program.recursions
-        scale = {"scale": ("recursion", "norm") if key is None else jnp.ones((steps, m.width), jnp.float32)}
+        scale = {
+            "scale": ("recursion", "norm")
+            if key is None
+            else jnp.ones((steps, m.width), jnp.float32)
+        }
         own = {"norm_1": scale, "norm_2": scale} if m.norms == "own" else {}
         if m.recursion_encoding and block == 0:
             own["encoding"] = scale  # of the state the core reads
@@ -208,12 +268,19 @@ class LM:
             names = nn.logical_axes(nn.Lora(m))
             own["lora"] = {name: ("recursion", *axes) for name, axes in names.items()}
         elif m.lora_rank:
-            own["lora"] = jax.vmap(lambda key: nn.init(nn.Lora(m), key))(jax.random.split(key, steps))
+            own["lora"] = jax.vmap(lambda key: nn.init(nn.Lora(m), key))(
+                jax.random.split(key, steps)
+            )
         return own
 
     def _relax(self, shared: dict, own: dict) -> dict:
-        """A block of the core with what recursions have of their own, and without what that replaces."""
-        kept = {name: leaf for name, leaf in shared.items() if self.model.norms == "shared" or "norm" not in name}
+        """A block of the core with what recursions have of their own, and without what that
+        replaces."""
+        kept = {
+            name: leaf
+            for name, leaf in shared.items()
+            if self.model.norms == "shared" or "norm" not in name
+        }
         return kept | ({"own": own} if own else {})
 
     def logical_axes(self) -> dict:
@@ -225,7 +292,9 @@ class LM:
             axes["recursion"] = beside
         axes |= {part: {str(i): block for i in range(n)} for part, n in self._parts().items()}
         if self.model.relaxed:
-            axes["core"] = {i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()}
+            axes["core"] = {
+                i: self._relax(names, self._own(int(i))) for i, names in axes["core"].items()
+            }
         return axes
 
     # ---------------------------------------------------------------- building blocks of every pass
@@ -245,30 +314,38 @@ class LM:
         step: Step = None,
         gather: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """One block (`model.block.block`), rematerialised as configured. `gather`: its weights may be cut over the
-        devices of the rows."""
+        """One block (`model.block.block`), rematerialised as configured. `gather`: its weights may
+        be cut over the devices of the rows."""
         gather = gather and self._cut()
 
-        def run(p, x, r):  # the step stays outside: it may be a number, which chooses a part at no cost
+        # the step stays outside: it may be a number, which chooses a part at no cost
+        def run(p, x, r):
             p = self._gathered_block(p) if gather else p
             return network.block(self.model, p, x, r, attend, step=step, queries_only=queries_only)
 
         remat = self.model.remat
         if remat == "none" and not gather:
             return run(params, x_BxTxD, rope)
-        # A gathered weight that is used once is not kept for the backward pass: all of them are the whole model.
-        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(params, x_BxTxD, rope)
+        # A gathered weight that is used once is not kept for the backward pass: all of them are the
+        # whole model.
+        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(
+            params, x_BxTxD, rope
+        )
 
     def _cut(self) -> bool:
-        """Whether matrices of a block lie cut over the devices of the rows here. Where they do not (data parallelism
-        alone), a block needs no checkpoint to forget the whole ones, and keeps fewer copies without."""
+        """Whether matrices of a block lie cut over the devices of the rows here. Where they do not
+        (data parallelism alone), a block needs no checkpoint to forget the whole ones, and keeps
+        fewer copies without."""
         return not manual_axes().isdisjoint(self.rules.axes("embed"))
 
     def _gathered_block(self, params: dict) -> dict:
-        """The weights of one block, whole over the axes of the rows, matrices in the compute dtype."""
+        """The weights of one block, whole over the axes of the rows, matrices in the compute
+        dtype."""
         axes = nn.logical_axes(self._leaves()["block"])
         dtype = lambda w: self.model.dtype if w.ndim > 1 else w.dtype
-        return jax.tree.map(lambda w, names: gather_weight(self.rules, w, names, dtype(w)), params, axes)
+        return jax.tree.map(
+            lambda w, names: gather_weight(self.rules, w, names, dtype(w)), params, axes
+        )
 
     def blocks(
         self,
@@ -283,34 +360,48 @@ class LM:
     ) -> tuple[jax.Array, list]:
         """All blocks of one part in order, see `model.block.blocks`.
 
-        `recursion`: index from 0 of the step the core is applied for, of the batch or [B] of each row; a relaxed core
-        must be told."""
+        `recursion`: index from 0 of the step the core is applied for, of the batch or [B] of each
+        row; a relaxed core must be told."""
 
         def one(p: dict, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-            return self.block(p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather)
+            return self.block(
+                p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather
+            )
 
         return network.blocks(one, params, x_BxTxD, attend, repeat)
 
     def embed(
-        self, params: dict, tokens_BxT: jax.Array, pos_BxT: jax.Array, before_BxS: jax.Array | None = None
+        self,
+        params: dict,
+        tokens_BxT: jax.Array,
+        pos_BxT: jax.Array,
+        before_BxS: jax.Array | None = None,
     ) -> jax.Array:
-        """Token states [B, T, D] in the compute dtype. `before_BxS`: of `block.embed`; default: those of the row, which
-        may be cut along time."""
+        """Token states [B, T, D] in the compute dtype. `before_BxS`: of `block.embed`; default:
+        those of the row, which may be cut along time."""
         if before_BxS is None and self.model.smear:
             row = join_rows(tokens_BxT)
             shifted = lambda i: own_part(jnp.pad(row, ((0, 0), (i, 0)))[:, : row.shape[1]])
-            before_BxS = jnp.concatenate([shifted(i)[:, :1] for i in range(self.model.smear, 0, -1)], axis=1)
+            before_BxS = jnp.concatenate(
+                [shifted(i)[:, :1] for i in range(self.model.smear, 0, -1)], axis=1
+            )
         return network.embed(self.model, self.with_table(params), tokens_BxT, before_BxS, pos_BxT)
 
     def with_table(self, params: dict) -> dict:
-        """The parameters with the tables of embedding and head whole over the axes of the rows, gathered once however
-        often they are asked for. Float32: they are read by rows, and in the head chunk by chunk."""
-        if not manual_axes() or params["embed"]["table"].shape[1] == self.model.width:  # whole already
+        """The parameters with the tables of embedding and head whole over the axes of the rows,
+        gathered once however often they are asked for. Float32: they are read by rows, and in the
+        head chunk by chunk."""
+        # whole already
+        if not manual_axes() or params["embed"]["table"].shape[1] == self.model.width:
             return params
         axes = self.logical_axes()
-        whole_table = lambda name: gather_weight(self.rules, params[name]["table"], axes[name]["table"])
+        whole_table = lambda name: gather_weight(
+            self.rules, params[name]["table"], axes[name]["table"]
+        )
         return params | {
-            name: params[name] | {"table": whole_table(name)} for name in ("embed", "head") if name in params
+            name: params[name] | {"table": whole_table(name)}
+            for name in ("embed", "head")
+            if name in params
         }
 
     def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
@@ -323,14 +414,18 @@ class LM:
 
     def token_nll(self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
         """Negative log-likelihood of each target in nats, [B, T] float32, of final states."""
-        return token_nll(h_BxTxD, self._head_table(params), targets_BxT, self.model.loss_chunk, self._finish)
+        return token_nll(
+            h_BxTxD, self._head_table(params), targets_BxT, self.model.loss_chunk, self._finish
+        )
 
     def cross_entropy(
         self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array
     ) -> jax.Array:
         """Weighted sum of next-token losses in nats, of final states (`loss.cross_entropy_sum`)."""
         table = self._head_table(params)
-        return cross_entropy_sum(h_BxTxD, table, targets_BxT, weights_BxT, self.model.loss_chunk, self._finish)
+        return cross_entropy_sum(
+            h_BxTxD, table, targets_BxT, weights_BxT, self.model.loss_chunk, self._finish
+        )
 
     def _head_table(self, params: dict) -> jax.Array:
         return network.head_table(self.with_table(params))
@@ -340,7 +435,8 @@ class LM:
         return functools.partial(network.finish, self.model)
 
     def gathered_core(self, params: dict) -> dict:
-        """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses them R times."""
+        """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses
+        them R times."""
         axes = self.logical_axes()["core"]
         gather = lambda w, names: gather_weight(self.rules, w, names, self.model.dtype)
         return jax.tree.map(gather, params["core"], axes)
@@ -358,34 +454,69 @@ class LM:
         )
 
     def core(self, params: dict, pos_BxT: jax.Array, *, keep: bool) -> Core:
-        """The core over rows with tokens at these positions, as the executors run it. `keep`: beside its output, the
-        keys and values of each block."""
-        # A core that is used once has nothing to share: its blocks are gathered one by one, like any others.
-        once = self.program.recursions * self.program.repeat == 1 and not self.model.relaxed and self._cut()
-        core_params, rope = params["core"] if once else self.gathered_core(params), self.rope(pos_BxT)
+        """The core over rows with tokens at these positions, as the executors run it. `keep`:
+        beside its output, the keys and values of each block."""
+        # A core that is used once has nothing to share: its blocks are gathered one by one, like
+        # any others.
+        once = (
+            self.program.recursions * self.program.repeat == 1
+            and not self.model.relaxed
+            and self._cut()
+        )
+        core_params, rope = (
+            params["core"] if once else self.gathered_core(params),
+            self.rope(pos_BxT),
+        )
 
-        def run(h, pos_BxK, q_seg, kv_seg, past: Past | None = None, recursion: jax.Array | int | None = None):
+        def run(
+            h,
+            pos_BxK,
+            q_seg,
+            kv_seg,
+            past: Past | None = None,
+            recursion: jax.Array | int | None = None,
+        ):
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
             if past is None:
                 attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
             else:
                 attend = attend_past(past, pos_BxK, q_seg, kv_seg, self.model.attention)
                 queries_only = past.merge is None
-            return self.blocks(core_params, h, table, attend, self.program.repeat, queries_only, recursion, gather=once)
+            return self.blocks(
+                core_params,
+                h,
+                table,
+                attend,
+                self.program.repeat,
+                queries_only,
+                recursion,
+                gather=once,
+            )
 
         return run
 
     def looped(
-        self, core: Core, params: dict, e_BxTxD: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None,
+        self,
+        core: Core,
+        params: dict,
+        e_BxTxD: jax.Array,
+        pos_BxT: jax.Array,
+        salt_B: jax.Array | None = None,
         steps: jax.Array | int | None = None,
-    ) -> tuple[Core, jax.Array]:  # fmt: skip
-        """(the core as a step reads and leaves states, the state before the first step), from what the prelude returned.
+    ) -> tuple[Core, jax.Array]:
+        """(the core as a step reads and leaves states, the state before the first step), from what
+        the prelude returned.
 
         `steps`: of each row [B], or of all; default the model's."""
         if not self.recursion.reads:
             return core, e_BxTxD
-        own, steps = params.get("recursion", {}), self.program.recursions if steps is None else steps
-        return self.loop.around(core, own, e_BxTxD, steps), self.loop.begin(own, e_BxTxD, pos_BxT, salt_B)
+        own, steps = (
+            params.get("recursion", {}),
+            self.program.recursions if steps is None else steps,
+        )
+        return self.loop.around(core, own, e_BxTxD, steps), self.loop.begin(
+            own, e_BxTxD, pos_BxT, salt_B
+        )
 
     def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
         """States [B, T, D] before the recursion."""
@@ -393,76 +524,118 @@ class LM:
         def run(params, tokens, seg):
             pos = _positions(seg)
             x = self.rules.constrain(self.embed(params, tokens, pos), "batch", "time", None)
-            x, _ = self.blocks(params["prelude"], x, self.rope(pos), self.attend_row(pos, seg, seg), gather=True)
+            x, _ = self.blocks(
+                params["prelude"], x, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
+            )
             return x, ()
 
         in_axes = (self.logical_axes(), ROW, ROW)
         return over_rows(self.rules, run, in_axes, STATES)(params, tokens_BxT, segment_ids_BxT)[0]
 
     def route(
-        self, params: dict, x_BxTxD: jax.Array, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array,
+        self,
+        params: dict,
+        x_BxTxD: jax.Array,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array,
         salt_B: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-        """(profile, depth_BxT) of whole rows from what `enter` returned, for a policy that decides before the
-        recursion.
+    ) -> tuple[jax.Array, jax.Array]:
+        """(profile, depth_BxT) of whole rows from what `enter` returned, for a policy that decides
+        before the recursion.
 
-        A training step calls it to differentiate one program of static sizes at a time. The depths travel along, so
-        that a rounding difference between two compilations of the router cannot send a token to another depth.
+        A training step calls it to differentiate one program of static sizes at a time. The depths
+        travel along, so that a rounding difference between two compilations of the router cannot
+        send a token to another depth.
         """
 
         def run(routers, x, tokens, seg, salt):
             info = TokenInfo(seg > 0, _positions(seg), tokens, salt)
             return depths_at_once(self.policy, routers, x, info), ()
 
-        in_axes = (self.logical_axes()["router"], STATES, ROW, ROW, None if salt_B is None else ("batch",))
+        in_axes = (
+            self.logical_axes()["router"],
+            STATES,
+            ROW,
+            ROW,
+            None if salt_B is None else ("batch",),
+        )
         depth_BxT, _ = over_rows(self.rules, run, in_axes, ROW)(
             params["router"], x_BxTxD, tokens_BxT, segment_ids_BxT, salt_B
         )
         return fitting_profile(self.policy.profiles(x_BxTxD.shape[1]), depth_BxT), depth_BxT
 
     def forward(
-        self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None,
-        *, mode: str = TOPK, executor: str | None = None, profile: int | None = None,
-        depth_BxT: jax.Array | None = None, entered_BxTxD: jax.Array | None = None,
-        control: DepthControl | None = None, salt_B: jax.Array | None = None,
-    ) -> Forward:  # fmt: skip
+        self,
+        params: dict,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        *,
+        mode: str = TOPK,
+        executor: str | None = None,
+        profile: int | None = None,
+        depth_BxT: jax.Array | None = None,
+        entered_BxTxD: jax.Array | None = None,
+        control: DepthControl | None = None,
+        salt_B: jax.Array | None = None,
+    ) -> Forward:
         """Final states of whole rows.
 
         Args:
           segment_ids_BxT: packing segments, 0 = padding; None: every row is one document.
-          mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation computes).
-          executor: "gathered" or "masked"; default: the configuration's. Causal mode is always masked, its counts
-            depend on the data, and so are steps with knobs of `config.recursion`, which run all tokens alike.
-          profile, depth_BxT: what `route` said of these very rows, for the gathered executor under token-choice.
-          entered_BxTxD: what `enter` returned for them, if it has run already.
+          mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation
+          computes). executor: "gathered" or "masked"; default: the configuration's. Causal mode is
+          always masked, its counts depend on the data, and so are steps with knobs of
+          `config.recursion`, which run all tokens alike. profile, depth_BxT: what `route` said of
+          these very rows, for the gathered executor under token-choice. entered_BxTxD: what `enter`
+          returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
           salt_B: of each row's draws, for a policy that draws (`TokenInfo`).
         """
         if control is not None and mode != CAUSAL:
-            raise ValueError("a depth control goes with mode='causal'; top-k selection fills its capacities")
+            raise ValueError(
+                "a depth control goes with mode='causal'; top-k selection fills its capacities"
+            )
         seg = jnp.ones_like(tokens_BxT) if segment_ids_BxT is None else segment_ids_BxT
-        gathered = mode == TOPK and (executor or self.depth.executor) == "gathered" and not self.recursion.reads
+        gathered = (
+            mode == TOPK
+            and (executor or self.depth.executor) == "gathered"
+            and not self.recursion.reads
+        )
 
         def run(params, tokens, seg, depth, entered, control, salt):
             pos, kv = _positions(seg), self.kv(mode)
             x = self.enter(params, tokens, seg) if entered is None else entered
             core, x = self.looped(self.core(params, pos, keep=looks_back(kv)), params, x, pos, salt)
-            how = {"kv": kv, "numbered": self.numbered, "depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
+            how = {
+                "kv": kv,
+                "numbered": self.numbered,
+                "depth_BxT": depth,
+                "ids_BxT": tokens,
+                "salt_B": salt,
+            }
             if gathered:
-                result = run_gathered(self.policy, params["router"], core, x, pos, seg, profile=profile, **how)
+                result = run_gathered(
+                    self.policy, params["router"], core, x, pos, seg, profile=profile, **how
+                )
             else:
                 steered = self.steered(control, params if mode == CAUSAL else None)
-                result = run_masked(steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how)
+                result = run_masked(
+                    steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how
+                )
             attend = self.attend_row(pos, seg, seg)
             x, _ = self.blocks(params["coda"], result.h_BxTxD, self.rope(pos), attend, gather=True)
             h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
             return (h, result.depth_BxT, result.active_RxBxT), result.stats
 
         axes = (
-            self.logical_axes(), ROW, ROW, None if depth_BxT is None else ROW,
-            None if entered_BxTxD is None else STATES, None if control is None else CONTROL,
+            self.logical_axes(),
+            ROW,
+            ROW,
+            None if depth_BxT is None else ROW,
+            None if entered_BxTxD is None else STATES,
+            None if control is None else CONTROL,
             None if salt_B is None else ("batch",),
-        )  # fmt: skip
+        )
         rows, stats = over_rows(self.rules, run, axes, (STATES, ROW, (None, *ROW)))(
             params, tokens_BxT, seg, depth_BxT, entered_BxTxD, control, salt_B
         )
@@ -470,13 +643,20 @@ class LM:
         return Forward(h, depth, stats, active_RxBxT)
 
     def unroll(
-        self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, *,
-        steps_B: jax.Array | None = None, salt_B: jax.Array | None = None,
-    ) -> tuple[Unrolled, jax.Array | None]:  # fmt: skip
-        """Rows as training with `recursion.trains` runs them: (the recursion, final normalised states).
+        self,
+        params: dict,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array,
+        *,
+        steps_B: jax.Array | None = None,
+        salt_B: jax.Array | None = None,
+    ) -> tuple[Unrolled, jax.Array | None]:
+        """Rows as training with `recursion.trains` runs them: (the recursion, final normalised
+        states).
 
-        Final states are [S, B, T, D], after each step that has a gradient, if the loss asks for more than the last, else
-        [B, T, D]. To be called on the rows of one device (`parallel.rows.over_rows`).
+        Final states are [S, B, T, D], after each step that has a gradient, if the loss asks for
+        more than the last, else [B, T, D]. To be called on the rows of one device
+        (`parallel.rows.over_rows`).
 
         Args:
           steps_B: steps of each row, int32; None: the configured recursions.
@@ -485,22 +665,46 @@ class LM:
         pos, most = _positions(seg), c.most(self.program.recursions)
         e = self.enter(params, tokens_BxT, seg)
         steps = self.program.recursions if steps_B is None else steps_B
-        make_core = lambda params, e: self.looped(self.core(params, pos, keep=False), params, e, pos, salt_B, steps)[0]
+        make_core = lambda params, e: self.looped(
+            self.core(params, pos, keep=False), params, e, pos, salt_B, steps
+        )[0]
         s = self.looped(make_core, params, e, pos, salt_B, steps)[1]  # the first state alone
         out = run_unrolled(
-            make_core, params, s, e, pos, seg, most=steps if steps_B is None else most, window=c.gradient_steps,
-            steps_B=steps_B, keep=c.loss != "final",
-        )  # fmt: skip
-        h = out.h_BxTxD if out.states_SxBxTxD is None else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
+            make_core,
+            params,
+            s,
+            e,
+            pos,
+            seg,
+            most=steps if steps_B is None else most,
+            window=c.gradient_steps,
+            steps_B=steps_B,
+            keep=c.loss != "final",
+        )
+        h = (
+            out.h_BxTxD
+            if out.states_SxBxTxD is None
+            else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
+        )
         tile = lambda x: jnp.tile(x, (h.shape[0] // x.shape[0], 1))
         pos, seg = tile(pos), tile(seg)
-        h, _ = self.blocks(params["coda"], h, self.rope(pos), self.attend_row(pos, seg, seg), gather=True)
+        h, _ = self.blocks(
+            params["coda"], h, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
+        )
         h = self.rules.constrain(self.final_norm(params, h), "batch", "time", None)
         return out, h if out.states_SxBxTxD is None else h.reshape(out.states_SxBxTxD.shape)
 
-    def apply(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array | None = None, **kwargs: Any):
+    def apply(
+        self,
+        params: dict,
+        tokens_BxT: jax.Array,
+        segment_ids_BxT: jax.Array | None = None,
+        **kwargs: Any,
+    ):
         """float32 logits [B, T, V]; keyword arguments as in `forward`."""
-        return self.logits(params, self.forward(params, tokens_BxT, segment_ids_BxT, **kwargs).h_BxTxD)
+        return self.logits(
+            params, self.forward(params, tokens_BxT, segment_ids_BxT, **kwargs).h_BxTxD
+        )
 
 
 __all__ = ["CAUSAL", "LM", "ROW", "STATES", "TOPK", "Forward", "Recursed", "positions_in_document"]

@@ -1,13 +1,14 @@
-"""Next-token cross-entropy straight from hidden states, without the logits of a whole batch in memory.
+"""Next-token cross-entropy straight from hidden states, without the logits of a whole batch in
+memory.
 
-`cross_entropy_sum` walks over chunks of positions. When it is differentiated, the gradients with respect to the
-hidden states and the table are formed in the same walk, while a chunk's logits are at hand, and only scaled in the
-backward pass: three matrix products per chunk, as many as with stored logits (recomputing would take four).
-Softmax and loss are float32.
+`cross_entropy_sum` walks over chunks of positions. When it is differentiated, the gradients with
+respect to the hidden states and the table are formed in the same walk, while a chunk's logits are
+at hand, and only scaled in the backward pass: three matrix products per chunk, as many as with
+stored logits (recomputing would take four). Softmax and loss are float32.
 
-Both functions take the head apart: logits = finish(products of states and table), where `finish` works element by
-element (`model.block.finish`; by default nothing is done). `LM.cross_entropy` and `LM.token_nll` call them with what
-the model says.
+Both functions take the head apart: logits = finish(products of states and table), where `finish`
+works element by element (`model.block.finish`; by default nothing is done). `LM.cross_entropy` and
+`LM.token_nll` call them with what the model says.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ def _as_it_is(products: jax.Array) -> jax.Array:
 def next_token_targets(
     tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, weights_BxT: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """(targets, weights) [B, T]: position t predicts t + 1 if both belong to the same document; padding is 0.
+    """(targets, weights) [B, T]: position t predicts t + 1 if both belong to the same document;
+    padding is 0.
 
     `weights_BxT`: of the loss of predicting each token, any float; None: 1."""
     targets = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))
     same = (segment_ids_BxT[:, 1:] == segment_ids_BxT[:, :-1]) & (segment_ids_BxT[:, 1:] > 0)
-    weights = same.astype(jnp.float32) if weights_BxT is None else jnp.where(same, weights_BxT[:, 1:], 0.0)
+    weights = (
+        same.astype(jnp.float32)
+        if weights_BxT is None
+        else jnp.where(same, weights_BxT[:, 1:], 0.0)
+    )
     return targets, jnp.pad(weights, ((0, 0), (0, 1)))
 
 
@@ -64,13 +70,19 @@ def _nll(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def token_nll(
-    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, chunk: int = 0, finish: Finish = _as_it_is
+    h_BxTxD: jax.Array,
+    table_VxD: jax.Array,
+    targets_BxT: jax.Array,
+    chunk: int = 0,
+    finish: Finish = _as_it_is,
 ) -> jax.Array:
     """Negative log-likelihood of each target in nats, [B, T] float32."""
     length = h_BxTxD.shape[1]
     chunk = min(chunk or length, length)
     one = lambda args: _nll(finish(_products(args[0], table_VxD)), args[1])[0]
-    return _unchunk(jax.lax.map(one, (_chunks(h_BxTxD, chunk), _chunks(targets_BxT, chunk))), length)
+    return _unchunk(
+        jax.lax.map(one, (_chunks(h_BxTxD, chunk), _chunks(targets_BxT, chunk))), length
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -84,17 +96,19 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """Weighted sum of next-token losses in nats (float32 scalar).
 
-    `chunk` positions at a time have logits (0: all). Differentiable in the states and the table, once.
+    `chunk` positions at a time have logits (0: all). Differentiable in the states and the table,
+    once.
     """
     return jnp.sum(token_nll(h_BxTxD, table_VxD, targets_BxT, chunk, finish) * weights_BxT)
 
 
 def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
-    """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum is left to the
-    small factors, and the target's own term, where p - 1 would cancel, is added apart as one row a token. The table's
-    gradient is gathered as [D, V], from states transposed beforehand, so that every product is one of plain
-    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed. Where `finish` does something, both terms are
-    pulled back through it, each at its own place."""
+    """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum
+    is left to the small factors, and the target's own term, where p - 1 would cancel, is added
+    apart as one row a token. The table's gradient is gathered as [D, V], from states transposed
+    beforehand, so that every product is one of plain
+    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed. Where `finish` does
+    something, both terms are pulled back through it, each at its own place."""
     length = h.shape[1]
     chunk = min(chunk or length, length)
     w = table.astype(h.dtype)
@@ -105,7 +119,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
         products_NxV = _products(h_NxD, w)
         logits_NxV, pull = jax.vjp(finish, products_NxV)
         top_N = jnp.max(logits_NxV, axis=-1)
-        own_logit_N, pull_own = jax.vjp(finish, jnp.take_along_axis(products_NxV, t_N[:, None], axis=-1)[:, 0])
+        own_logit_N, pull_own = jax.vjp(
+            finish, jnp.take_along_axis(products_NxV, t_N[:, None], axis=-1)[:, 0]
+        )
         hit_N = own_logit_N - top_N
         p32_NxV = jnp.where(t_N[:, None] == vocab, 0.0, jnp.exp(logits_NxV - top_N[:, None]))
         p_NxV, others_N = pull(p32_NxV)[0].astype(h.dtype), jnp.sum(p32_NxV, axis=-1)
@@ -116,12 +132,13 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
         dtable_DxV += jnp.matmul(scaled_DxN, p_NxV, preferred_element_type=jnp.float32)
         return dtable_DxV, (jnp.sum((jnp.log(sum_N) - hit_N) * weight_N), dh_NxD, own_N)
 
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])  # [chunks, B, chunk, ...] -> [chunks, N, ...]
+    # [chunks, B, chunk, ...] -> [chunks, N, ...]
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
     h_CxNxD, t_CxN, weight_CxN = (flat(_chunks(x, chunk)) for x in (h, targets, weights))
     xs = (h_CxNxD, h_CxNxD.swapaxes(1, 2), t_CxN, weight_CxN)
     dtable_DxV, (loss, dh, own) = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), xs)
-    # A single chunk is no loop to XLA, which then folds the transposition below into the product; of bfloat16 on CPUs
-    # it has none in that form.
+    # A single chunk is no loop to XLA, which then folds the transposition below into the product;
+    # of bfloat16 on CPUs it has none in that form.
     dtable_DxV = jax.lax.optimization_barrier(dtable_DxV)
     own = own[..., None]
     dh = (dh + own * w[t_CxN]).astype(h.dtype)
@@ -150,17 +167,26 @@ class Mix(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def distilled_sum(
-    h_BxTxD: jax.Array, table_VxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array,
-    teacher_h_BxTxE: jax.Array, teacher_table_VxE: jax.Array, mix: Mix,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    h_BxTxD: jax.Array,
+    table_VxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    teacher_h_BxTxE: jax.Array,
+    teacher_table_VxE: jax.Array,
+    mix: Mix,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss, nll, distillation), weighted sums over the targets, in nats.
 
-    nll is that of `cross_entropy_sum`; the distillation loss of a target is T^2 KL(p, q), p the teacher's and q the model's
-    distribution at temperature T (Hinton et al., arXiv 1503.02531: T^2 keeps the gradient's size). A target whose weight is
-    negative has none. loss = (1 - weight) nll + weight distillation, differentiable in the states and the table, once;
-    the other two are figures without a gradient. Chunks and gradients as in `cross_entropy_sum`.
+    nll is that of `cross_entropy_sum`; the distillation loss of a target is T^2 KL(p, q), p the
+    teacher's and q the model's distribution at temperature T (Hinton et al., arXiv 1503.02531: T^2
+    keeps the gradient's size). A target whose weight is negative has none. loss = (1 - weight) nll
+    + weight distillation, differentiable in the states and the table, once; the other two are
+    figures without a gradient. Chunks and gradients as in `cross_entropy_sum`.
     """
-    table, teacher_table = table_VxD.astype(h_BxTxD.dtype), teacher_table_VxE.astype(teacher_h_BxTxE.dtype)
+    table, teacher_table = (
+        table_VxD.astype(h_BxTxD.dtype),
+        teacher_table_VxE.astype(teacher_h_BxTxE.dtype),
+    )
     chunks = _distilled_chunks(h_BxTxD, targets_BxT, weights_BxT, teacher_h_BxTxE, mix.chunk)
     sums = jax.lax.map(lambda xs: _distilled(xs[0], table, *xs[1:], teacher_table, mix), chunks)
     loss, (nll, distillation) = jax.tree.map(jnp.sum, sums)
@@ -193,7 +219,9 @@ def _distilled_fwd(h, table, targets, weights, teacher_h, teacher_table, mix):
         return dtable + d.astype(jnp.float32), (loss, *parts, dh)
 
     chunks = _distilled_chunks(h, targets, weights, teacher_h, mix.chunk)
-    dtable, (loss, nll, distillation, dh) = jax.lax.scan(one, jnp.zeros(table.shape, jnp.float32), chunks)
+    dtable, (loss, nll, distillation, dh) = jax.lax.scan(
+        one, jnp.zeros(table.shape, jnp.float32), chunks
+    )
     sums = tuple(jnp.sum(x) for x in (loss, nll, distillation))
     return sums, (_unchunk(dh, h.shape[1]), dtable.astype(table.dtype))
 

@@ -2,9 +2,10 @@
 
     x -> prelude (own weights) -> core x R (shared weights) -> coda (own weights)
 
-The sharing schemes of the paper (table 1) are settings of it. `cycle` repeats the whole core, (012)(012)(012);
-`sequence` repeats each block in place, (000)(111)(222); their `middle_` forms keep the first and the last layer
-unique, and `model.prelude`, `model.coda` set any other number of own blocks. A plain Transformer is R = 1.
+The sharing schemes of the paper (table 1) are settings of it. `cycle` repeats the whole core,
+(012)(012)(012); `sequence` repeats each block in place, (000)(111)(222); their `middle_` forms keep
+the first and the last layer unique, and `model.prelude`, `model.coda` set any other number of own
+blocks. A plain Transformer is R = 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Program:
 
 
 def build_program(model: ModelConfig) -> Program:
-    """The program of a checked model configuration (`config.check` refuses layer counts that do not divide)."""
+    """The program of a checked model configuration (`config.check` refuses layer counts that do not
+    divide)."""
     prelude, coda = unshared_ends(model)
     in_place = model.sharing.endswith("sequence")
     return Program(
@@ -50,7 +52,8 @@ def build_program(model: ModelConfig) -> Program:
 
 
 def unrolled_blocks(program: Program) -> list[tuple[str, str]]:
-    """The block of every layer a token of full depth goes through: its part and number, as parameters are named."""
+    """The block of every layer a token of full depth goes through: its part and number, as
+    parameters are named."""
     core = [("core", str(i)) for i in range(program.core) for _ in range(program.repeat)]
     return [
         *(("prelude", str(i)) for i in range(program.prelude)),
@@ -60,11 +63,13 @@ def unrolled_blocks(program: Program) -> list[tuple[str, str]]:
 
 
 def tiled(shares: tuple[float, ...], length: int, tile: int) -> tuple[float, ...]:
-    """Shares whose counts in a row of `length` are the nearest multiples of `tile` (at least one, at most the row)."""
+    """Shares whose counts in a row of `length` are the nearest multiples of `tile` (at least one,
+    at most the row)."""
     if tile == 1:
         return shares
     counts = [min(length, max(1, round(k / tile)) * tile) for k in active_counts(shares, length)]
-    return tuple(min(1.0, (k + 1e-6) / length) for k in counts)  # just above, so that the floor below is k
+    # just above, so that the floor below is k
+    return tuple(min(1.0, (k + 1e-6) / length) for k in counts)
 
 
 def active_counts(shares: tuple[float, ...], length: int) -> tuple[int, ...]:

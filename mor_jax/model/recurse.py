@@ -1,13 +1,14 @@
 """The executors: how a depth policy is run over the tied core.
 
-`run_masked` computes every token at every recursion step and freezes the halted ones: one `lax.scan` with per-token
-halting masks, any policy, causal or not. It is the oracle. `run_gathered` computes only the tokens a step has
-capacity for, with static shapes, and equals it in values and gradients; the steps are unrolled because each has its
-own length.
+`run_masked` computes every token at every recursion step and freezes the halted ones: one
+`lax.scan` with per-token halting masks, any policy, causal or not. It is the oracle. `run_gathered`
+computes only the tokens a step has capacity for, with static shapes, and equals it in values and
+gradients; the steps are unrolled because each has its own length.
 
-Both see the core as a function `core(h, pos, q_seg, kv_seg) -> (y, extra)` of [B, K, D] states and [B, K] integers;
-a token whose kv_seg is HIDDEN is nobody's key. Under a KV strategy that looks back (`model/kv.py`) `extra` is the keys
-and values of each block, and steps r > 1 get a `Past` as a fifth argument; kv_seg is then the whole row's.
+Both see the core as a function `core(h, pos, q_seg, kv_seg) -> (y, extra)` of [B, K, D] states and
+[B, K] integers; a token whose kv_seg is HIDDEN is nobody's key. Under a KV strategy that looks back
+(`model/kv.py`) `extra` is the keys and values of each block, and steps r > 1 get a `Past` as a
+fifth argument; kv_seg is then the whole row's.
 """
 
 from __future__ import annotations
@@ -36,21 +37,33 @@ class Recursed(NamedTuple):
     depth_BxT: jax.Array  # recursion steps each token ran
     stats: RouterStats
     active_RxBxT: jax.Array  # who ran each step
-    # What `core` returned beside its output, stacked over the steps that made any: all, or the first alone under
-    # shared keys (masked executor, if asked for); else None.
+    # What `core` returned beside its output, stacked over the steps that made any: all, or the
+    # first alone under shared keys (masked executor, if asked for); else None.
     extra: Any
 
 
 def run_masked(
-    policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, causal: bool, kv: str = "", keep_extra: bool = False, numbered: bool = False, **known: jax.Array | None,
-) -> Recursed:  # fmt: skip
-    """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as keys.
+    policy: DepthPolicy,
+    routers: dict,
+    core: Core,
+    h_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    seg_BxT: jax.Array,
+    *,
+    causal: bool,
+    kv: str = "",
+    keep_extra: bool = False,
+    numbered: bool = False,
+    **known: jax.Array | None,
+) -> Recursed:
+    """All tokens through all steps under `lax.scan`; halted tokens are frozen and invisible as
+    keys.
 
     Args:
       routers: the policy's parameters.
       seg_BxT: packing segments, 0 = padding (never recurses).
-      causal: select by the threshold rule, from each token's own score, instead of top-k over the row.
+      causal: select by the threshold rule, from each token's own score, instead of top-k over the
+        row.
       kv: the KV strategy.
       keep_extra: stack what `core` returns beside its output (keys and values, for a prefill).
       numbered: tell `core` the index of the step, from 0, as `recursion`.
@@ -74,7 +87,9 @@ def run_masked(
         else:
             y, made = apply(h, pos_BxT, seg_BxT, jnp.where(active, seg_BxT, HIDDEN))
         before, h = h, jnp.where(active[..., None], policy.combine(step, h, y, z, route.tokens), h)
-        stats = None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
+        stats = (
+            None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
+        )
         goes_on, memory = policy.judge(step, memory, before, h)
         left = active if goes_on is None else active & goes_on
         return (h, left, kept, memory), ((stats, active), made if keep_extra else None)
@@ -92,36 +107,61 @@ def run_masked(
         join = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a[None], b]))
         stats, active_RxBxT = join(first, rest)
         extra = jax.tree.map(lambda a: a[None], extra) if kv == SHARED else join(extra, later)
-    return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), route.stats or stats, active_RxBxT, extra)
+    return Recursed(
+        h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), route.stats or stats, active_RxBxT, extra
+    )
 
 
 def run_gathered(
-    policy: DepthPolicy, routers: dict, core: Core, h_BxTxD: jax.Array, pos_BxT: jax.Array, seg_BxT: jax.Array,
-    *, kv: str = "", profile: int | None = None, numbered: bool = False, **known: jax.Array | None,
-) -> Recursed:  # fmt: skip
+    policy: DepthPolicy,
+    routers: dict,
+    core: Core,
+    h_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    seg_BxT: jax.Array,
+    *,
+    kv: str = "",
+    profile: int | None = None,
+    numbered: bool = False,
+    **known: jax.Array | None,
+) -> Recursed:
     """Only the selected tokens through each step. Arguments as in `run_masked`.
 
     Args:
-      profile: which of the policy's row sizes to run with; it must hold the tokens there are (`fitting_profile`).
-        None: chosen at run time. Every profile is compiled, so no token is ever dropped; but under differentiation a
-        run-time choice keeps room for the intermediate results of all of them, so a training step chooses outside of
-        the gradient (`train/step.py`).
+      profile: which of the policy's row sizes to run with; it must hold the tokens there are
+        (`fitting_profile`). None: chosen at run time. Every profile is compiled, so no token is
+        ever dropped; but under differentiation a run-time choice keeps room for the intermediate
+        results of all of them, so a training step chooses outside of the gradient
+        (`train/step.py`).
     """
-    cut = parts()  # of a row that lies on several devices, each of which runs an equal part of every step
+    # of a row that lies on several devices, each of which runs an equal part of every step
+    cut = parts()
     profiles = policy.profiles(h_BxTxD.shape[1] * cut)
     if len(profiles) == 1:
         profile = 0
     info = TokenInfo(seg_BxT > 0, pos_BxT, **known)
     if profile is None:
-        depth_BxT = depths_at_once(policy, routers, h_BxTxD, info) if info.depth_BxT is None else info.depth_BxT
+        depth_BxT = (
+            depths_at_once(policy, routers, h_BxTxD, info)
+            if info.depth_BxT is None
+            else info.depth_BxT
+        )
         how = known | {"kv": kv, "numbered": numbered}
         branches = [
             lambda routers, h, depth, i=i: run_gathered(
-                policy, routers, core, h, pos_BxT, seg_BxT, **how | {"profile": i, "depth_BxT": depth}
+                policy,
+                routers,
+                core,
+                h,
+                pos_BxT,
+                seg_BxT,
+                **how | {"profile": i, "depth_BxT": depth},
             )
             for i in range(len(profiles))
         ]
-        return jax.lax.switch(fitting_profile(profiles, join_rows(depth_BxT)), branches, routers, h_BxTxD, depth_BxT)
+        return jax.lax.switch(
+            fitting_profile(profiles, join_rows(depth_BxT)), branches, routers, h_BxTxD, depth_BxT
+        )
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, info.real_BxT
     route = policy.begin(routers, h, info)
     tokens = route.tokens
@@ -135,7 +175,8 @@ def run_gathered(
         if route.stats is None:
             all_stats.append(policy.step_stats(step, z, valid, active, tokens))
         if room < h.shape[1] * cut:
-            # Rows with fewer tokens than there is room for are filled up, so that every row gives exactly as many.
+            # Rows with fewer tokens than there is room for are filled up, so that every row gives
+            # exactly as many.
             row = join_rows(active)
             chosen = subset(row | _fill(row, room), room)
             outer.append((chosen, h))
@@ -149,7 +190,9 @@ def run_gathered(
         if not looks_back(kv):
             y, _ = apply(h, pos, seg, jnp.where(active, seg, HIDDEN))
         elif r == 0:
-            assert k == seg_BxT.shape[1] * cut, "everyone's keys are made at step 1, so it must run all tokens"
+            assert k == seg_BxT.shape[1] * cut, (
+                "everyone's keys are made at step 1, so it must run all tokens"
+            )
             y, kept = apply(h, pos, seg, seg)
         else:
             y, made = apply(h, pos, seg, seg_BxT, past(kv, kept, pos_BxT, all_active[-1], picked))
@@ -163,13 +206,16 @@ def run_gathered(
     return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), stats, active_RxBxT, None)
 
 
-def depths_at_once(policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> jax.Array:
+def depths_at_once(
+    policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, info: TokenInfo
+) -> jax.Array:
     """Depths [B, T] of a policy that decides before the first step."""
     return jax.lax.stop_gradient(policy.begin(routers, h_BxTxD, info).tokens.depth_BxT)
 
 
 def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array) -> jax.Array:
-    """Index of the smallest profile whose row sizes hold these depths of whole rows; the last one always does."""
+    """Index of the smallest profile whose row sizes hold these depths of whole rows; the last one
+    always does."""
     sizes_PxR = jnp.asarray(profiles)
     ran_RxBxT = depth_BxT[None] > jnp.arange(sizes_PxR.shape[1])[:, None, None]
     need_R = jnp.max(jnp.sum(ran_RxBxT, axis=-1), axis=-1)

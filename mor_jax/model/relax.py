@@ -1,9 +1,10 @@
 """What recursions over a shared core get of their own when the core is made from unshared layers.
 
-Each recursion stands for one layer of the source. "svd" gives it that layer's norms, if norms are a recursion's own, and
-the best low-rank addition to the shared query and value projections: the truncated singular value decomposition of the
-difference, its root on either side (Relaxed Recursive Transformers, arXiv 2410.20672). At full rank the projection is
-the layer's own. "zero" gives every recursion the shared norms and leaves the additions to their initialisation, zero.
+Each recursion stands for one layer of the source. "svd" gives it that layer's norms, if norms are a
+recursion's own, and the best low-rank addition to the shared query and value projections: the
+truncated singular value decomposition of the difference, its root on either side (Relaxed Recursive
+Transformers, arXiv 2410.20672). At full rank the projection is the layer's own. "zero" gives every
+recursion the shared norms and leaves the additions to their initialisation, zero.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ RELAXATIONS = ("zero", "svd")
 def check_relaxation(from_model: ModelConfig, to_model: ModelConfig, relaxation: str) -> None:
     """Raise ConfigError unless the target can be relaxed this way."""
     if relaxation not in RELAXATIONS:
-        raise ConfigError(f"there is no relaxation {relaxation!r}; choose one of {', '.join(RELAXATIONS)}.")
+        raise ConfigError(
+            f"there is no relaxation {relaxation!r}; choose one of {', '.join(RELAXATIONS)}."
+        )
     if relaxation == "zero":
         return
     if not (to_model.lora_rank or to_model.norms == "own"):
@@ -35,7 +38,8 @@ def check_relaxation(from_model: ModelConfig, to_model: ModelConfig, relaxation:
 
 
 def relaxed(shared: dict, theirs: list[dict] | None, model: ModelConfig) -> dict:
-    """A shared block with what its recursions have of their own; `theirs`: the layer of each (None: "zero")."""
+    """A shared block with what its recursions have of their own; `theirs`: the layer of each (None:
+    "zero")."""
     own, kept = {}, dict(shared)
     if model.norms == "own":
         for name in ("norm_1", "norm_2"):
@@ -48,11 +52,15 @@ def relaxed(shared: dict, theirs: list[dict] | None, model: ModelConfig) -> dict
 
 
 def additions(shared: dict, theirs: list[dict], model: ModelConfig) -> dict[str, np.ndarray]:
-    """Leaves [R, ...] as of `nn.Lora`: of each recursion the nearest of its rank to its own layer less the shared one."""
+    """Leaves [R, ...] as of `nn.Lora`: of each recursion the nearest of its rank to its own layer
+    less the shared one."""
     heads, kv_heads, _ = model.dims
     groups = heads // kv_heads
-    cut = {"query": np.s_[:, :groups], "value": np.s_[:, groups + 1]}  # of the fused [K, G + 2, H, D]
-    found: dict[str, list[np.ndarray]] = {f"{name}_{side}": [] for name in cut for side in ("down", "up")}
+    # of the fused [K, G + 2, H, D]
+    cut = {"query": np.s_[:, :groups], "value": np.s_[:, groups + 1]}
+    found: dict[str, list[np.ndarray]] = {
+        f"{name}_{side}": [] for name in cut for side in ("down", "up")
+    }
     tied = np.asarray(shared["attention"]["qkv"], np.float64)
     for layer in theirs:
         rest = np.asarray(layer["attention"]["qkv"], np.float64) - tied

@@ -1,10 +1,12 @@
 """Rows of a sequence picked by a mask, and put back: gathers in both directions.
 
-The transpose of a gather is a scatter, which is slow on CPUs and not deterministic on GPUs. Because the picked
-positions are distinct and known from the mask, both directions (and both gradients) are gathers here.
+The transpose of a gather is a scatter, which is slow on CPUs and not deterministic on GPUs. Because
+the picked positions are distinct and known from the mask, both directions (and both gradients) are
+gathers here.
 
-A row may be cut along time over devices (`parallel/rows.py`): the mask and the places are then those of the whole row,
-arrays are this device's part of theirs, and what is gathered from is put together first.
+A row may be cut along time over devices (`parallel/rows.py`): the mask and the places are then
+those of the whole row, arrays are this device's part of theirs, and what is gathered from is put
+together first.
 """
 
 from __future__ import annotations
@@ -92,7 +94,11 @@ def _put_fwd(s, x, y):
 
 
 def _put_bwd(s, g):
-    return None, jnp.where(_spread(own_part(s.mask_BxT), g), jnp.zeros((), g.dtype), g), _picked(s, g)
+    return (
+        None,
+        jnp.where(_spread(own_part(s.mask_BxT), g), jnp.zeros((), g.dtype), g),
+        _picked(s, g),
+    )
 
 
 _put.defvjp(_put_fwd, _put_bwd)

@@ -1,4 +1,5 @@
-"""Flax Linen leaves. The only room that imports Flax: parameters leave it as a plain nested dict."""
+"""Flax Linen leaves. The only room that imports Flax: parameters leave it as a plain nested
+dict."""
 
 from __future__ import annotations
 
@@ -11,7 +12,18 @@ from mor_jax.nn.attention import attention
 from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table
 from mor_jax.nn.router import Router, router_size
 
-__all__ = ["VECTORS", "Block", "Lora", "Router", "Scale", "Table", "apply", "attention", "init", "router_size"]
+__all__ = [
+    "VECTORS",
+    "Block",
+    "Lora",
+    "Router",
+    "Scale",
+    "Table",
+    "apply",
+    "attention",
+    "init",
+    "router_size",
+]
 
 
 def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:
@@ -20,7 +32,8 @@ def init(module: nn.Module, key: jax.Array, *args: Any) -> dict:
 
 
 def logical_axes(module: nn.Module, *args: Any) -> dict:
-    """Tree of tuples of logical axis names, one for every parameter of `init`; nothing is computed."""
+    """Tree of tuples of logical axis names, one for every parameter of `init`; nothing is
+    computed."""
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
     is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)

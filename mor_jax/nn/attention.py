@@ -1,8 +1,10 @@
-"""Attention as one function of arrays; the plain XLA version is the oracle of every other implementation.
+"""Attention as one function of arrays; the plain XLA version is the oracle of every other
+implementation.
 
 A key is visible to a query when it is not later in its document and belongs to the same document:
-`kv_pos <= q_pos and kv_seg == q_seg`. Segment 0 is padding. Anything that selects tokens (recursion-wise caching,
-gathered recursion steps, a decode cache with unused entries) is expressed through these four integer arrays alone.
+`kv_pos <= q_pos and kv_seg == q_seg`. Segment 0 is padding. Anything that selects tokens
+(recursion-wise caching, gathered recursion steps, a decode cache with unused entries) is expressed
+through these four integer arrays alone.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from mor_jax.kernels import splash
 from mor_jax.parallel.mesh import backend
 from mor_jax.parallel.rows import join_rows, manual_axes, parts
 
-MASKED = -1e30  # finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
+# finite: a row with nothing visible stays finite, and its gradient is zeroed by the caller
+MASKED = -1e30
 
 
 def attention(
@@ -34,31 +37,42 @@ def attention(
 ) -> jax.Array:
     """Grouped-query attention output [B, K, G, T, H] in the dtype of q; softmax in float32.
 
-    `impl`: "xla" for any arrays; "blocked" when the queries are those of the keys' tokens, or of some of them, both in
-    row order (training rows, gathered or not), so that no block of queries needs every key; "splash" for the same on
-    TPUs; "cudnn" on NVIDIA GPUs in bfloat16, segments included as a mask; "auto" what suits the backend (`choose`).
+    `impl`: "xla" for any arrays; "blocked" when the queries are those of the keys' tokens, or of
+    some of them, both in row order (training rows, gathered or not), so that no block of queries
+    needs every key; "splash" for the same on TPUs; "cudnn" on NVIDIA GPUs in bfloat16, segments
+    included as a mask; "auto" what suits the backend (`choose`).
 
-    Where rows are cut along time over devices (`parallel/rows.py`), every argument is a part of its row: keys and
-    values of the whole row are gathered, queries stay where they are.
+    Where rows are cut along time over devices (`parallel/rows.py`), every argument is a part of its
+    row: keys and values of the whole row are gathered, queries stay where they are.
 
-    Raises ConfigError: the implementation cannot run on this backend, with this dtype or head dimension.
+    Raises ConfigError: the implementation cannot run on this backend, with this dtype or head
+    dimension.
     """
     impl = choose(impl, backend(), q_BxKxGxTxH.dtype.name, q_BxKxGxTxH.shape[-1])
     if parts() > 1:
-        k_BxKxSxH, v_BxKxSxH = join_rows(k_BxKxSxH, axis=2, heads=1), join_rows(v_BxKxSxH, axis=2, heads=1)
+        k_BxKxSxH, v_BxKxSxH = (
+            join_rows(k_BxKxSxH, axis=2, heads=1),
+            join_rows(v_BxKxSxH, axis=2, heads=1),
+        )
         kv_pos_BxS, kv_seg_BxS = join_rows(kv_pos_BxS), join_rows(kv_seg_BxS)
-    return _IMPLEMENTATIONS[impl](q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
+    return _IMPLEMENTATIONS[impl](
+        q_BxKxGxTxH, k_BxKxSxH, v_BxKxSxH, q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS
+    )
 
 
 def choose(impl: str, backend: str, dtype: str, head_dim: int) -> str:
-    """The implementation to run: "auto" becomes "splash" on TPUs and "blocked" elsewhere, any other stays. ("cudnn" is
-    only taken by name: it is given an array of queries by keys, for each head, as its mask.)
+    """The implementation to run: "auto" becomes "splash" on TPUs and "blocked" elsewhere, any other
+    stays. ("cudnn" is only taken by name: it is given an array of queries by keys, for each head,
+    as its mask.)
 
-    Raises ConfigError for one that cannot run on this backend, with this dtype or head dimension."""
+    Raises ConfigError for one that cannot run on this backend, with this dtype or head
+    dimension."""
     if impl == "auto":
         return "splash" if _refusal("splash", backend, dtype, head_dim) is None else "blocked"
     if impl not in _IMPLEMENTATIONS:
-        raise ConfigError(f"No attention implementation {impl!r}. Valid: auto, {', '.join(_IMPLEMENTATIONS)}.")
+        raise ConfigError(
+            f"No attention implementation {impl!r}. Valid: auto, {', '.join(_IMPLEMENTATIONS)}."
+        )
     if why := _refusal(impl, backend, dtype, head_dim):
         other = choose("auto", backend, dtype, head_dim)
         raise ConfigError(
@@ -99,12 +113,14 @@ def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
 
 
 def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
-    """Queries in blocks, each against the keys up to its own end: about half the products of the full square, and
-    no [T, T] array. The division by the softmax's sum is left to the much smaller output.
+    """Queries in blocks, each against the keys up to its own end: about half the products of the
+    full square, and no [T, T] array. The division by the softmax's sum is left to the much smaller
+    output.
 
-    Where T queries are picked from S > T tokens, nothing is known of which, but the i-th of them has T - i picked ones
-    behind it, so its place is at most S - T + i: that is where the keys of its block end. (The same holds of a part of
-    the queries of a row that is cut along time, so the bound is right there too, only loose.)"""
+    Where T queries are picked from S > T tokens, nothing is known of which, but the i-th of them
+    has T - i picked ones behind it, so its place is at most S - T + i: that is where the keys of
+    its block end. (The same holds of a part of the queries of a row that is cut along time, so the
+    bound is right there too, only loose.)"""
     length, unpicked = q.shape[-2], k.shape[-2] - q.shape[-2]
     scale = q.shape[-1] ** -0.5
     out = []
@@ -113,18 +129,26 @@ def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
         last = end + unpicked
         seen = visible(q_pos[:, start:end], kv_pos[:, :last], q_seg[:, start:end], kv_seg[:, :last])
         s_BxKxGxTxS = jnp.einsum(
-            "BKGTH,BKSH->BKGTS", q[..., start:end, :], k[..., :last, :], preferred_element_type=jnp.float32
+            "BKGTH,BKSH->BKGTS",
+            q[..., start:end, :],
+            k[..., :last, :],
+            preferred_element_type=jnp.float32,
         )
         s = s_BxKxGxTxS * scale + jnp.where(seen, 0.0, MASKED)[:, None, None]
         p = jnp.exp(s - jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True)))
-        o = jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v[..., :last, :], preferred_element_type=jnp.float32)
+        o = jnp.einsum(
+            "BKGTS,BKSH->BKGTH",
+            p.astype(v.dtype),
+            v[..., :last, :],
+            preferred_element_type=jnp.float32,
+        )
         out.append((o / jnp.sum(p, axis=-1, keepdims=True)).astype(q.dtype))
     return jnp.concatenate(out, axis=-2) if len(out) > 1 else out[0]
 
 
 def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str = "cudnn"):
-    """Through `jax.nn.dot_product_attention` (layout [B, T, heads, H]). The mask must be of full [B, N, T, S] shape:
-    cuDNN turns it into a bias and broadcasts nothing (jax issue 28974)."""
+    """Through `jax.nn.dot_product_attention` (layout [B, T, heads, H]). The mask must be of full
+    [B, N, T, S] shape: cuDNN turns it into a bias and broadcasts nothing (jax issue 28974)."""
     batch, kv_heads, groups, length, head_dim = q.shape
     q_BxTxNxH = q.reshape(batch, kv_heads * groups, length, head_dim).swapaxes(1, 2)
     mask = visible(q_pos, kv_pos, q_seg, kv_seg)[:, None]
@@ -139,8 +163,8 @@ def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str 
 
 
 def _splash_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, interpret: bool = False):
-    """By `kernels/splash.py`. The partitioner cannot cut a kernel, so every axis of the mesh is made manual: heads lie
-    over `tensor`, and the axes of rows are manual already or of size 1."""
+    """By `kernels/splash.py`. The partitioner cannot cut a kernel, so every axis of the mesh is
+    made manual: heads lie over `tensor`, and the axes of rows are manual already or of size 1."""
     own = q.shape[3] == k.shape[2]  # queries are the keys' own tokens
     last_BxT = None if own else _last_seen(q_pos, kv_pos, q_seg, kv_seg)
 
@@ -150,14 +174,18 @@ def _splash_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, interpret: bool = F
     return _by_heads(run, (q, k, v), (q_seg, kv_seg, last_BxT))
 
 
-def _by_heads(run: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple) -> jax.Array:
+def _by_heads(
+    run: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple
+) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     others = set(mesh.axis_names) - manual_axes()
     if not others:
         return run(*heads, *rows)
     cut = PartitionSpec(None, "tensor" if "tensor" in others else None)
     specs = (*[cut] * len(heads), *[PartitionSpec()] * len(rows))
-    return jax.shard_map(run, in_specs=specs, out_specs=cut, axis_names=others, check_vma=False)(*heads, *rows)
+    return jax.shard_map(run, in_specs=specs, out_specs=cut, axis_names=others, check_vma=False)(
+        *heads, *rows
+    )
 
 
 def _last_seen(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:

@@ -11,9 +11,10 @@ import jax
 class Product(Protocol):
     """x [..., in...] times w [out..., in...] -> [..., out...], over the last `contract` axes of x.
 
-    The result has the dtype of x, or `dtype`, in which it is then accumulated, too. How the product is computed, and how
-    the weight lies, is the implementation's: `dense` reads parameters as they are, `inference/engine/layers.py` reads
-    [out, in] matrices that were prepared once and returns their outputs flat, [..., O].
+    The result has the dtype of x, or `dtype`, in which it is then accumulated, too. How the product
+    is computed, and how the weight lies, is the implementation's: `dense` reads parameters as they
+    are, `inference/engine/layers.py` reads [out, in] matrices that were prepared once and returns
+    their outputs flat, [..., O].
     """
 
     def __call__(self, x: jax.Array, w: Any, contract: int = 1, dtype: Any = None) -> jax.Array: ...
@@ -22,10 +23,10 @@ class Product(Protocol):
 def dense(x: jax.Array, w: jax.Array, contract: int = 1, dtype: Any = None) -> jax.Array:
     """The product of training and of the plain decode; see `Product`.
 
-    Written as a product of two plain matrices, tokens by features: with the axes left apart, XLA on CPUs runs the
-    weight gradient at two thirds of the speed. When the weight is split over devices its axes stay apart, since
-    flattening across a sharded axis would gather it; so do those of the head (the product with a `dtype`), whose
-    gradient is written by hand.
+    Written as a product of two plain matrices, tokens by features: with the axes left apart, XLA on
+    CPUs runs the weight gradient at two thirds of the speed. When the weight is split over devices
+    its axes stay apart, since flattening across a sharded axis would gather it; so do those of the
+    head (the product with a `dtype`), whose gradient is written by hand.
     """
     w = w.astype(x.dtype)
     rows, first = x.shape[: x.ndim - contract], w.ndim - contract

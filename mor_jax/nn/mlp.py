@@ -10,8 +10,8 @@ import jax.numpy as jnp
 def swiglu(h: jax.Array) -> jax.Array:
     """silu(gate) * up of gate and up stacked, [..., 2, F] -> [..., F].
 
-    Its backward pass is written out: it needs the argument alone, where automatic differentiation keeps the sigmoid,
-    its product with gate, and more."""
+    Its backward pass is written out: it needs the argument alone, where automatic differentiation
+    keeps the sigmoid, its product with gate, and more."""
     return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
 
 

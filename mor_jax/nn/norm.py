@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, in the dtype of `x`. `scale`: [D], or [B, 1, D] of each row its own (not
-    to be differentiated).
+    """x / rms(x) * scale over the last axis, in the dtype of `x`. `scale`: [D], or [B, 1, D] of
+    each row its own (not to be differentiated).
 
-    Its backward pass is written out: of what it needs, only x and one number a row are kept, where automatic
-    differentiation keeps up to four arrays of the size of x."""
+    Its backward pass is written out: of what it needs, only x and one number a row are kept, where
+    automatic differentiation keeps up to four arrays of the size of x."""
     return _rms_norm_fwd(x, scale, eps)[0]
 
 

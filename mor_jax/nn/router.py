@@ -1,7 +1,7 @@
 """Routers: scores of a token from its raw hidden state, in float32 (no norm, no bias: paper A.2).
 
-"linear" is D -> n; "mlp" D -> 2D -> GELU (exact, not the tanh form) -> n; "wide_mlp" has 4D hidden units, as the paper says (the released code
-builds the 2D one under both names).
+"linear" is D -> n; "mlp" D -> 2D -> GELU (exact, not the tanh form) -> n; "wide_mlp" has 4D hidden
+units, as the paper says (the released code builds the 2D one under both names).
 """
 
 from __future__ import annotations

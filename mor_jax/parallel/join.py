@@ -1,4 +1,5 @@
-"""Joining the job that the environment describes: `jax.distributed` with messages that name who is missing."""
+"""Joining the job that the environment describes: `jax.distributed` with messages that name who is
+missing."""
 
 from __future__ import annotations
 
@@ -27,12 +28,13 @@ def hosts() -> Hosts:
 
 
 def initialize(cluster: Cluster | None = None, *, timeout: float = 0.0, meet: float = 0.0) -> Hosts:
-    """Join the job that the environment (or `cluster`) describes; before JAX is used for anything else.
+    """Join the job that the environment (or `cluster`) describes; before JAX is used for anything
+    else.
 
     Args:
-      timeout: seconds without a heartbeat after which a process counts as lost; 0: $MOR_JAX_HOST_TIMEOUT, else 60.
-      meet: seconds in which all must have come; 0: $MOR_JAX_MEET_TIMEOUT, else 300. Process 0 lists those that did not.
-    Raises:
+      timeout: seconds without a heartbeat after which a process counts as lost; 0:
+      $MOR_JAX_HOST_TIMEOUT, else 60. meet: seconds in which all must have come; 0:
+      $MOR_JAX_MEET_TIMEOUT, else 300. Process 0 lists those that did not. Raises:
       ConfigError: the environment contradicts itself.
     """
     global _HOSTS
@@ -47,23 +49,32 @@ def initialize(cluster: Cluster | None = None, *, timeout: float = 0.0, meet: fl
     try:
         with _absent_listed(int(meet)):
             jax.distributed.initialize(
-                cluster.coordinator, cluster.count, cluster.rank,
+                cluster.coordinator,
+                cluster.count,
+                cluster.rank,
                 initialization_timeout=int(meet) + 30,
                 heartbeat_timeout_seconds=int(max(100, 2 * timeout)),  # ours comes first
-            )  # fmt: skip
+            )
     except ValueError as e:
-        if cluster.kind == "tpu" and "should be defined" in str(e):  # a single TPU VM that describes no job
+        # a single TPU VM that describes no job
+        if cluster.kind == "tpu" and "should be defined" in str(e):
             return _HOSTS
         raise ConfigError(f"cannot join the {cluster.kind} job: {e}") from e
     finally:
         arrived.set()
-    # The store has no public name; Orbax takes it from here, too. Devices are not asked for: that would have every
-    # process wait for all others' once more.
+    # The store has no public name; Orbax takes it from here, too. Devices are not asked for: that
+    # would have every process wait for all others' once more.
     from jax._src.distributed import global_state
 
     if global_state.num_processes > 1:
         state = global_state
-        _HOSTS = Hosts(state.client, state.process_id, state.num_processes, timeout, state.coordinator_address or "")
+        _HOSTS = Hosts(
+            state.client,
+            state.process_id,
+            state.num_processes,
+            timeout,
+            state.coordinator_address or "",
+        )
         atexit.register(_HOSTS.close)  # before JAX's own, which was registered first
     return _HOSTS
 
@@ -75,7 +86,9 @@ def _seconds(name: str, default: float) -> float:
     except ValueError:
         value = 0.0
     if value < 1:
-        raise ConfigError(f"the environment variable {name} = {text!r} must be a number of seconds, 1 or more.")
+        raise ConfigError(
+            f"the environment variable {name} = {text!r} must be a number of seconds, 1 or more."
+        )
     return value
 
 
@@ -94,9 +107,11 @@ def _give_up(arrived: threading.Event, seconds: float, cluster: Cluster) -> None
 
 @contextlib.contextmanager
 def _absent_listed(seconds: int) -> Iterator[None]:
-    """Makes the service time out before the client, because its message lists the missing processes.
+    """Makes the service time out before the client, because its message lists the missing
+    processes.
 
-    `jax.distributed` has no argument for it; without the private name everything works, only less well said.
+    `jax.distributed` has no argument for it; without the private name everything works, only less
+    well said.
     """
     from jax._src import distributed
 
@@ -105,7 +120,9 @@ def _absent_listed(seconds: int) -> Iterator[None]:
     if module is None or plain is None or "cluster_register_timeout" not in (plain.__doc__ or ""):
         yield
         return
-    module.get_distributed_runtime_service = functools.partial(plain, cluster_register_timeout=seconds)
+    module.get_distributed_runtime_service = functools.partial(
+        plain, cluster_register_timeout=seconds
+    )
     try:
         yield
     finally:
@@ -113,9 +130,10 @@ def _absent_listed(seconds: int) -> Iterator[None]:
 
 
 def _delay_abort() -> None:
-    """JAX's client aborts the process as soon as process 0 closes its end, before anyone could say so. With libc's
-    `sleep` as the handler of SIGABRT the aborting thread first waits as many seconds as the signal's number, 6, in
-    which the watch names process 0. `sleep` may be called from a handler (POSIX) and takes one integer, as they do."""
+    """JAX's client aborts the process as soon as process 0 closes its end, before anyone could say
+    so. With libc's `sleep` as the handler of SIGABRT the aborting thread first waits as many
+    seconds as the signal's number, 6, in which the watch names process 0. `sleep` may be called
+    from a handler (POSIX) and takes one integer, as they do."""
     if sys.platform == "win32" or int(signal.SIGABRT) != 6:
         return
     libc = ctypes.CDLL(None)

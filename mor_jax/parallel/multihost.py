@@ -1,10 +1,11 @@
 """The processes of one job: barriers, heartbeats, and an orderly end of all when one fails.
 
 It uses the key-value store of JAX's coordination service, which `jax.distributed` starts. Each
-process writes a heartbeat there; process 0 reads all of them and, when one falls silent or a process reports an error
-of its own, writes the *verdict*, a sentence with the name of the process. Everyone who reads it prints it and leaves
-with status LOST. So a lost host costs `timeout` seconds and is named, where a collective would wait without end
-and JAX's own heartbeat would abort without the name of the lost process.
+process writes a heartbeat there; process 0 reads all of them and, when one falls silent or a
+process reports an error of its own, writes the *verdict*, a sentence with the name of the process.
+Everyone who reads it prints it and leaves with status LOST. So a lost host costs `timeout` seconds
+and is named, where a collective would wait without end and JAX's own heartbeat would abort without
+the name of the lost process.
 
 Process 0 is watched too: where its store does not answer, it is the one that is lost.
 """
@@ -24,14 +25,18 @@ from typing import Any, NoReturn
 
 from mor_jax.errors import UserError
 
-LOST = 75  # exit status of a process that ends because of another one: EX_TEMPFAIL, "run the same command again"
+# exit status of a process that ends because of another one: EX_TEMPFAIL, "run the same command
+# again"
+LOST = 75
 _KEY = "mor_jax"
 
 
 class Hosts:
-    """This process and the others of its job. A single process is a job of one, and all calls return at once.
+    """This process and the others of its job. A single process is a job of one, and all calls
+    return at once.
 
-    Attributes: rank, count, names (by rank), and `advice`, a sentence for the message of a loss: what to do about it.
+    Attributes: rank, count, names (by rank), and `advice`, a sentence for the message of a loss:
+    what to do about it.
 
     Args:
       client: of JAX's coordination service.
@@ -39,7 +44,14 @@ class Hosts:
       coordinator: host:port of the service, in process 0.
     """
 
-    def __init__(self, client: Any = None, rank: int = 0, count: int = 1, timeout: float = 60.0, coordinator: str = ""):
+    def __init__(
+        self,
+        client: Any = None,
+        rank: int = 0,
+        count: int = 1,
+        timeout: float = 60.0,
+        coordinator: str = "",
+    ):
         self.rank, self.count, self.timeout = rank, count, timeout
         self._coordinator = coordinator
         self.names, self.advice = [process_name()], ""
@@ -64,7 +76,8 @@ class Hosts:
         return f"process {rank} ({self.names[rank]})"
 
     def report(self, **state: Any) -> None:
-        """Publishes what this process is doing: `phase`, `step`, and numbers for process 0 (see `reports`)."""
+        """Publishes what this process is doing: `phase`, `step`, and numbers for process 0 (see
+        `reports`)."""
         if self.count > 1:
             self._state = self._state | state
 
@@ -78,7 +91,8 @@ class Hosts:
         """Wait until every process calls this with the same `name`, as often as the others.
 
         Raises:
-          UserError: some did not come within `timeout` seconds; the message names them and what each was doing.
+          UserError: some did not come within `timeout` seconds; the message names them and what
+            each was doing.
         """
         if self.count == 1:
             return
@@ -94,7 +108,9 @@ class Hosts:
             beats = self._dir("beat")
             doing = lambda r: _read(beats.get(r, "")).get("phase", "unknown")
             who = ", ".join(f"{self.describe(r)}, last known: {doing(r)}" for r in missing)
-            raise UserError(f"{timeout:g} s at the meeting point {name!r} and these did not come: {who}.") from e
+            raise UserError(
+                f"{timeout:g} s at the meeting point {name!r} and these did not come: {who}."
+            ) from e
 
     def assert_equal(self, what: str, value: str, todo: str) -> None:
         """Check that `value` of every process equals that of process 0.
@@ -110,12 +126,15 @@ class Hosts:
         values = self._by_rank(key)
         other = [self.describe(r) for r in range(self.count) if values[r] != values[0]]
         if other:
-            error = UserError(f"{what} of {', '.join(other)} is not that of {self.describe(0)}. {todo}")
+            error = UserError(
+                f"{what} of {', '.join(other)} is not that of {self.describe(0)}. {todo}"
+            )
             error.everywhere = True
             raise error
 
     def stop_at(self, tick: int) -> bool:
-        """Whether all processes stop here, after a SIGTERM to any of them; call it with growing `tick`, all alike.
+        """Whether all processes stop here, after a SIGTERM to any of them; call it with growing
+        `tick`, all alike.
 
         XLA's preemption service finds the first tick that no process has passed yet.
         """
@@ -125,7 +144,8 @@ class Hosts:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """An error inside this context ends all processes of the job; the message names the process that failed.
+        """An error inside this context ends all processes of the job; the message names the process
+        that failed.
 
         Errors that all processes raise alike carry `everywhere = True` and are left to pass.
         """
@@ -135,7 +155,8 @@ class Hosts:
             if self.count == 1 or isinstance(e, SystemExit) or getattr(e, "everywhere", False):
                 raise
             if not _own(e):
-                self._suspect = True  # most often a collective that lost its other end: the watch will know
+                # most often a collective that lost its other end: the watch will know
+                self._suspect = True
                 if self._closing.wait(self.timeout + 3 * self._period):
                     time.sleep(60)  # the watch has the verdict and is ending this process
             text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {str(e)[:200]}"
@@ -149,13 +170,15 @@ class Hosts:
     def leave(self, status: int, *, farewell: bool = True) -> NoReturn:
         """Ends this process at once. (`sys.exit` would wait in JAX for processes that are gone.)
 
-        farewell: report the end to process 0, which waits until the others have read the verdict from it.
+        farewell: report the end to process 0, which waits until the others have read the verdict
+          from it.
         """
         if self.count == 1:
             sys.exit(status)
         self._closing.set()
         if farewell:
-            saying = threading.Thread(target=self._farewell, daemon=True)  # calls to a store that is gone may hang
+            # calls to a store that is gone may hang
+            saying = threading.Thread(target=self._farewell, daemon=True)
             saying.start()
             saying.join(5.0 if self.rank == 0 else 1.0)
         sys.stdout.flush()
@@ -185,7 +208,9 @@ class Hosts:
 
     def _dir(self, key: str) -> dict[int, str]:
         """{rank: value} of the keys `key`/<rank>."""
-        return {int(k.rsplit("/", 1)[1]): v for k, v in self._client.key_value_dir_get(f"{_KEY}/{key}/")}
+        return {
+            int(k.rsplit("/", 1)[1]): v for k, v in self._client.key_value_dir_get(f"{_KEY}/{key}/")
+        }
 
     def _by_rank(self, key: str) -> list[str]:
         found = self._dir(key)
@@ -214,21 +239,32 @@ class Hosts:
     def _listen(self, beats: dict[int, str]) -> None:
         now = time.monotonic()
         for rank, beat in beats.items():
-            if self._beats.get(rank, ("", 0.0))[0] != beat or not beat:  # an empty one: it has left in order
+            # an empty one: it has left in order
+            if self._beats.get(rank, ("", 0.0))[0] != beat or not beat:
                 self._beats[rank] = (beat, now)
         limit = min(self.timeout, 10.0) if self._suspect else self.timeout
-        silent = {r: _read(beat) for r, (beat, since) in self._beats.items() if now - since > limit and r != self.rank}
+        silent = {
+            r: _read(beat)
+            for r, (beat, since) in self._beats.items()
+            if now - since > limit and r != self.rank
+        }
         if silent:
-            last = (f"{self.describe(r)}, last at step {s.get('step')} ({s.get('phase')})" for r, s in silent.items())
+            last = (
+                f"{self.describe(r)}, last at step {s.get('step')} ({s.get('phase')})"
+                for r, s in silent.items()
+            )
             self._publish(f"no heartbeat for {limit:g} s from {'; '.join(last)}")
 
     def _watch(self) -> None:
-        """For a store that does not answer: calls to it hang. Where its port refuses, process 0 is gone; where it does
-        not even refuse, the process is stopped, or its network is gone, and it has the usual time."""
+        """For a store that does not answer: calls to it hang. Where its port refuses, process 0 is
+        gone; where it does not even refuse, the process is stopped, or its network is gone, and it
+        has the usual time."""
         while not self._closing.wait(0.25):
             late = time.monotonic() - self._answered
             if late > self.timeout + 2 * self._period:
-                self._end(f"no answer for {self.timeout:g} s from {self.describe(0)}, at which the others meet")
+                self._end(
+                    f"no answer for {self.timeout:g} s from {self.describe(0)}, at which the others meet"
+                )
             elif late > self._period + 1 and self.rank != 0 and _refuses(self._coordinator):
                 self._end(f"{self.describe(0)}, at which the others meet, is gone", farewell=False)
 
@@ -254,11 +290,12 @@ def _refuses(address: str) -> bool:
 
 
 def _own(error: BaseException) -> bool:
-    """Whether an error is surely of this process: one of ours, and not made of something that came out of JAX, such as
-    the failed collective inside of a save."""
+    """Whether an error is surely of this process: one of ours, and not made of something that came
+    out of JAX, such as the failed collective inside of a save."""
     cause = error.__cause__
     return isinstance(error, KeyboardInterrupt) or (
-        isinstance(error, UserError) and (cause is None or isinstance(cause, OSError) or _own(cause))
+        isinstance(error, UserError)
+        and (cause is None or isinstance(cause, OSError) or _own(cause))
     )
 
 

@@ -1,4 +1,5 @@
-"""Runs the processes of a job on this machine: start, output with process numbers, common end, restart."""
+"""Runs the processes of a job on this machine: start, output with process numbers, common end,
+restart."""
 
 from __future__ import annotations
 
@@ -14,23 +15,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from mor_jax.parallel.multihost import LOST
 
 
-def run_job(command: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace: float = 120.0) -> int:
+def run_job(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace: float = 120.0
+) -> int:
     """Run a command once for each environment (beside this process's own), to the end of all.
 
-    Every line carries the number of its process. SIGINT and SIGTERM are passed on as SIGTERM, on which a training run
-    saves and ends. When a process fails, the others get SIGTERM too and, `grace` seconds later, SIGKILL.
+    Every line carries the number of its process. SIGINT and SIGTERM are passed on as SIGTERM, on
+    which a training run saves and ends. When a process fails, the others get SIGTERM too and,
+    `grace` seconds later, SIGKILL.
 
     Returns 0, or the status of the first process that failed; negative: the signal that killed it.
     """
     # Sessions of their own: a signal to this process is passed on once, not seen twice.
     jobs = [
         subprocess.Popen(
-            command, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
+            command,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
         for env in environments
-    ]  # fmt: skip
-    echoes = [threading.Thread(target=_echo, args=(rank, job), daemon=True) for rank, job in enumerate(jobs)]
+    ]
+    echoes = [
+        threading.Thread(target=_echo, args=(rank, job), daemon=True)
+        for rank, job in enumerate(jobs)
+    ]
     for thread in echoes:
         thread.start()
     first, deadline = 0, None
@@ -52,7 +65,8 @@ def run_job(command: Sequence[str], environments: Sequence[Mapping[str, str]], *
 
 
 def lost_a_process(status: int) -> bool:
-    """Whether a job that ended so goes on when it is started again: told by another process, or killed by a signal."""
+    """Whether a job that ended so goes on when it is started again: told by another process, or
+    killed by a signal."""
     return status == LOST or status < 0
 
 

@@ -1,7 +1,8 @@
-"""The training step compiled ahead of time, for devices that may only be described: what a plan is held against.
+"""The training step compiled ahead of time, for devices that may only be described: what a plan is
+held against.
 
-`compiled_reports` compiles for TPUs in a process of its own, which is ended when it takes longer than it may: neither
-libtpu nor its compiler can be interrupted from Python.
+`compiled_reports` compiles for TPUs in a process of its own, which is ended when it takes longer
+than it may: neither libtpu nor its compiler can be interrupted from Python.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_state
 from mor_jax.train.step import make_train_step
 
-DESCRIBED_WITHIN = 120.0  # seconds to load libtpu and describe devices; it takes less than one where nothing is wrong
+# seconds to load libtpu and describe devices; it takes less than one where nothing is wrong
+DESCRIBED_WITHIN = 120.0
 
 
 def described_devices(place: Topology) -> Sequence[Any]:
-    """Devices to compile for: simulated ones, this machine's, or a description of TPUs (libtpu compiles for them).
+    """Devices to compile for: simulated ones, this machine's, or a description of TPUs (libtpu
+    compiles for them).
 
     Raises UserError where there is none of these.
     """
@@ -52,17 +55,21 @@ def described_devices(place: Topology) -> Sequence[Any]:
 
 
 def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered, jax.sharding.Mesh]:
-    """The training step of a configuration for these devices, as it is written; nothing is allocated.
+    """The training step of a configuration for these devices, as it is written; nothing is
+    allocated.
 
     Raises ConfigError: `vocab_size` is still 0, or the mesh does not fit the devices.
     """
     if not cfg.model.vocab_size:
-        raise ConfigError("config.model.vocab_size is 0, i.e. left to the tokenizer; give it to compile the step.")
+        raise ConfigError(
+            "config.model.vocab_size is 0, i.e. left to the tokenizer; give it to compile the step."
+        )
     mesh, lm = make_mesh(cfg.mesh, devices), LM.from_config(cfg)
     tx = optimizer_of(cfg, max(cfg.train.steps, 1))
     rows = NamedSharding(mesh, lm.rules.spec(("batch", "time")))
     one = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.model.context), jnp.int32, sharding=rows)
-    # Outside of the mesh's scope: optax computes a little, which devices that are only described cannot.
+    # Outside of the mesh's scope: optax computes a little, which devices that are only described
+    # cannot.
     state = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
     step = jax.jit(make_train_step(lm, tx, cfg.train.accum, ema=cfg.optim.ema), donate_argnums=0)
     with jax.set_mesh(mesh):
@@ -72,7 +79,9 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
         return step.lower(state, batch), mesh
 
 
-def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compiled, jax.sharding.Mesh]:
+def compile_step(
+    cfg: Config, devices: Sequence[Any]
+) -> tuple[jax.stages.Compiled, jax.sharding.Mesh]:
     """`lower_step`, compiled."""
     lowered, mesh = lower_step(cfg, devices)
     with jax.set_mesh(mesh):
@@ -80,8 +89,9 @@ def compile_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Compil
 
 
 def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
-    """What the compiler says of a step; JSON-ready. Bytes of a device, collectives of an optimiser step in and out of
-    loops, seconds to trace and to compile (of the clock and of all processors), lines of the program."""
+    """What the compiler says of a step; JSON-ready. Bytes of a device, collectives of an optimiser
+    step in and out of loops, seconds to trace and to compile (of the clock and of all processors),
+    lines of the program."""
     begun = time.perf_counter()
     lowered, mesh = lower_step(cfg, devices)
     traced, cpu = time.perf_counter(), time.process_time()
@@ -106,8 +116,8 @@ def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
 def compiled_report(cfg: Config, place: Topology, limit_s: float = 3600.0) -> dict[str, Any]:
     """`step_report` on a topology. For TPUs in a process of its own, `limit_s` seconds at most.
 
-    Raises UserError: there are no such devices, libtpu is missing or of another jax, or the compiler gave up, was
-    killed, or did not end in time.
+    Raises UserError: there are no such devices, libtpu is missing or of another jax, or the
+    compiler gave up, was killed, or did not end in time.
     """
     if not place.is_tpu:
         return step_report(cfg, described_devices(place))
@@ -117,11 +127,15 @@ def compiled_report(cfg: Config, place: Topology, limit_s: float = 3600.0) -> di
     return report
 
 
-def compiled_reports(cases: Sequence[tuple[Config, Topology]], limit_s: float) -> Iterator[dict[str, Any]]:
-    """`step_report` of each configuration on each TPU topology, in order, or {"error": what went wrong}.
+def compiled_reports(
+    cases: Sequence[tuple[Config, Topology]], limit_s: float
+) -> Iterator[dict[str, Any]]:
+    """`step_report` of each configuration on each TPU topology, in order, or {"error": what went
+    wrong}.
 
-    One process compiles them, one after another; it is started anew after one that took longer than `limit_s` seconds
-    or took the process with it. Raises UserError where libtpu is missing or of another jax.
+    One process compiles them, one after another; it is started anew after one that took longer than
+    `limit_s` seconds or took the process with it. Raises UserError where libtpu is missing or of
+    another jax.
     """
     require_libtpu()
     left = [{"config": cfg.to_dict(), "topology": place.name} for cfg, place in cases]
@@ -131,16 +145,26 @@ def compiled_reports(cases: Sequence[tuple[Config, Topology]], limit_s: float) -
             yield report
 
 
-def _compiled_until_one_fails(cases: list[dict[str, Any]], limit_s: float) -> Iterator[dict[str, Any]]:
-    # The cache would answer in place of the compiler; and no device of this machine has a part in it.
-    env = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+def _compiled_until_one_fails(
+    cases: list[dict[str, Any]], limit_s: float
+) -> Iterator[dict[str, Any]]:
+    # The cache would answer in place of the compiler; and no device of this machine has a part in
+    # it.
+    env = (
+        os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    )
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-m", "mor_jax.train.aot"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env, bufsize=0,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=env,
+            bufsize=0,
+        )
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has ended already; its last words are read below
+            # it has ended already; its last words are read below
+            with contextlib.suppress(BrokenPipeError):
                 child.stdin.write(json.dumps(cases).encode())
                 child.stdin.close()
             for _ in cases:
@@ -153,7 +177,10 @@ def _compiled_until_one_fails(cases: list[dict[str, Any]], limit_s: float) -> It
                     child.wait()
                     errors.seek(0)
                     said = errors.read().decode(errors="replace").strip().splitlines()[-12:]
-                    yield {"error": f"the compiler ended with status {child.returncode}:\n" + "\n".join(said)}
+                    yield {
+                        "error": f"the compiler ended with status {child.returncode}:\n"
+                        + "\n".join(said)
+                    }
                     return
                 yield json.loads(line)
         finally:
@@ -163,7 +190,8 @@ def _compiled_until_one_fails(cases: list[dict[str, Any]], limit_s: float) -> It
 
 
 def main() -> None:
-    """Cases from the standard input, a line of JSON for each to the standard output; libtpu may print there, too."""
+    """Cases from the standard input, a line of JSON for each to the standard output; libtpu may
+    print there, too."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for case in json.load(sys.stdin):

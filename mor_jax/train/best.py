@@ -31,10 +31,15 @@ class Best:
 
     def state(self) -> dict[str, Any] | None:
         """Plain JSON, for a checkpoint; None before the first evaluation."""
-        return {"step": self.step, "nll": self.nll, "since": self.since} if self.nll < math.inf else None
+        return (
+            {"step": self.step, "nll": self.nll, "since": self.since}
+            if self.nll < math.inf
+            else None
+        )
 
     def go_on_from(self, step: int, state: Mapping[str, Any] | None) -> None:
-        """Back to `state`, of a checkpoint of `step`; weights of later steps are removed, they come again."""
+        """Back to `state`, of a checkpoint of `step`; weights of later steps are removed, they come
+        again."""
         known = state or {"step": 0, "nll": math.inf, "since": 0}
         self.step, self.nll, self.since = known["step"], known["nll"], known["since"]
         self.close()

@@ -1,7 +1,9 @@
-"""A new run that branches off another one's plateau and lets the learning rate fall: the same run, brought to its end.
+"""A new run that branches off another one's plateau and lets the learning rate fall: the same run,
+brought to its end.
 
-The branch begins with the whole state of the parent, optimiser and step included, so its directory looks like a run that
-was stopped there. Its schedule is the parent's up to that step, then the linear fall of "wsd".
+The branch begins with the whole state of the parent, optimiser and step included, so its directory
+looks like a run that was stopped there. Its schedule is the parent's up to that step, then the
+linear fall of "wsd".
 """
 
 from __future__ import annotations
@@ -28,28 +30,36 @@ from mor_jax.train.workdir import claim, differences, kind_of
 
 
 def anneal(
-    cfg: Config, parent: str | os.PathLike[str], workdir: str | os.PathLike[str], steps: int,
-    *, step: int | None = None, progress: bool = True,
-) -> Config:  # fmt: skip
-    """Make `workdir` a branch of `parent` and return its configuration, with which `train.loop.train` goes on.
+    cfg: Config,
+    parent: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    steps: int,
+    *,
+    step: int | None = None,
+    progress: bool = True,
+) -> Config:
+    """Make `workdir` a branch of `parent` and return its configuration, with which
+    `train.loop.train` goes on.
 
-    A branch that has begun already is left as it is. The data may be other than the parent's, of the same tokenizer; batch
-    size, weights and optimiser are the parent's.
+    A branch that has begun already is left as it is. The data may be other than the parent's, of
+    the same tokenizer; batch size, weights and optimiser are the parent's.
 
     Args:
       cfg: of the parent, but for what may differ; its steps and schedule are set here.
       steps: of the branch, over which the rate falls to `optim.final_lr`.
       step: the parent's checkpoint to branch off; the newest by default.
     Raises:
-      ConfigError: the parent's rate is not constant at that step, or `cfg` differs in what the state depends on.
-      CheckpointError: there is no such checkpoint, or it has another tokenizer.
+      ConfigError: the parent's rate is not constant at that step, or `cfg` differs in what the
+      state depends on. CheckpointError: there is no such checkpoint, or it has another tokenizer.
     """
     workdir, directory = as_path(workdir), checkpoint_directory(parent)
     begun = bool(steps_in(workdir / "checkpoints"))
     if begun:
         came = load_meta(workdir / "checkpoints")[1].get("lineage") or {}
         if came.get("parent") != os.fspath(parent) or not came.get("annealed"):
-            raise CheckpointError(f"{workdir} holds a run that is no branch of {parent}; give another --workdir.")
+            raise CheckpointError(
+                f"{workdir} holds a run that is no branch of {parent}; give another --workdir."
+            )
         step = came["step"]
     step, meta = load_meta(directory, step)
     old = from_dict(meta["config"])
@@ -64,16 +74,30 @@ def anneal(
         cfg = resolve(cfg, data)
         check(cfg, devices=mesh.size)
         if data.tokenizer.to_json() != meta["tokenizer"]:
-            raise CheckpointError(f"config.data.tokenizer gives another tokenizer than {parent} was trained with.")
+            raise CheckpointError(
+                f"config.data.tokenizer gives another tokenizer than {parent} was trained with."
+            )
         _same_state(old, cfg, parent)
         lm, tx = LM.from_config(cfg), optimizer_of(cfg, training_steps(cfg))
         wanted = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
-        read = lambda name, like: None if like is None else restore_params(directory, like, step, entry=name)[0]
+        read = lambda name, like: (
+            None if like is None else restore_params(directory, like, step, entry=name)[0]
+        )
         state = TrainState(*(read(name, like) for name, like in wanted._asdict().items()))
-        lineage = {"parent": os.fspath(parent), "step": step, "data": meta["data"], "annealed": steps}
+        lineage = {
+            "parent": os.fspath(parent),
+            "step": step,
+            "data": meta["data"],
+            "annealed": steps,
+        }
         lineage |= {"before": meta["lineage"]} if meta.get("lineage") else {}
         kept = {name: meta[name] for name in ("chat_template",) if name in meta}
-        more = {"config": cfg.to_dict(), "tokenizer": meta["tokenizer"], "data": data.fingerprint, "step": step}
+        more = {
+            "config": cfg.to_dict(),
+            "tokenizer": meta["tokenizer"],
+            "data": data.fingerprint,
+            "step": step,
+        }
         with Checkpointer(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
             checkpoints.save(step, state, more | {"lineage": lineage} | kept)
         data.tokenizer.save(workdir)
@@ -95,15 +119,23 @@ def _annealed(cfg: Config, old: Config, step: int, steps: int) -> Config:
         )
     end = step + steps
     optim = dataclasses.replace(cfg.optim, schedule="wsd", warmup=warm / end, decay=steps / end)
-    return dataclasses.replace(cfg, optim=optim, train=dataclasses.replace(cfg.train, steps=end, flops=0.0))
+    return dataclasses.replace(
+        cfg, optim=optim, train=dataclasses.replace(cfg.train, steps=end, flops=0.0)
+    )
 
 
 def _same_state(old: Config, cfg: Config, parent: str | os.PathLike[str]) -> None:
     """Raises ConfigError for a field that the parent's state depends on."""
     changed = differences(old.to_dict(), cfg.to_dict())
-    wrong = [text for text in changed if kind_of(text.partition(":")[0].removeprefix("config.")) == "never"]
+    wrong = [
+        text
+        for text in changed
+        if kind_of(text.partition(":")[0].removeprefix("config.")) == "never"
+    ]
     if old.train.batch_size != cfg.train.batch_size:
-        wrong.append(f"config.train.batch_size: {old.train.batch_size} there, {cfg.train.batch_size} here")
+        wrong.append(
+            f"config.train.batch_size: {old.train.batch_size} there, {cfg.train.batch_size} here"
+        )
     if bool(old.optim.ema) != bool(cfg.optim.ema):
         wrong.append(f"config.optim.ema: {old.optim.ema} there, {cfg.optim.ema} here")
     if old.adapter.rank:

@@ -1,6 +1,8 @@
-"""A model to ship in two small files: weights.npz, and model.json with all that a checkpoint says of itself.
+"""A model to ship in two small files: weights.npz, and model.json with all that a checkpoint says
+of itself.
 
-Weights are rounded to bfloat16. Training cannot be resumed from it; `load.load_model` reads it like a run directory.
+Weights are rounded to bfloat16. Training cannot be resumed from it; `load.load_model` reads it like
+a run directory.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
 
 
 def write_bundle(
-    path: str | os.PathLike[str], params: Any, meta: Mapping[str, Any], provenance: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    params: Any,
+    meta: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> int:
     """Write the two files; returns their bytes.
 
@@ -42,7 +47,9 @@ def write_bundle(
     folder.mkdir(parents=True, exist_ok=True)
     flat = jax.tree_util.tree_leaves_with_path(params)
     arrays = {
-        "/".join(key.key for key in where): np.asarray(jnp.asarray(leaf, jnp.bfloat16)).view(np.uint16)
+        "/".join(key.key for key in where): np.asarray(jnp.asarray(leaf, jnp.bfloat16)).view(
+            np.uint16
+        )
         for where, leaf in flat
     }
     with (folder / WEIGHTS).open("wb") as file:
@@ -53,20 +60,26 @@ def write_bundle(
 
 
 def read_bundle(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(model.json, weights by their path in the tree, as uint16). Raises CheckpointError: damaged, or too new."""
+    """(model.json, weights by their path in the tree, as uint16). Raises CheckpointError: damaged,
+    or too new."""
     folder = as_path(path)
     try:
         meta = json.loads((folder / MODEL).read_text(encoding="utf-8"))
         if meta["format"] > FORMAT:
-            raise CheckpointError(f"{folder}: this bundle was written by a newer version; update mor_jax.")
+            raise CheckpointError(
+                f"{folder}: this bundle was written by a newer version; update mor_jax."
+            )
         with (folder / WEIGHTS).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return meta, dict(arrays)
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
-        raise CheckpointError(f"{folder}: not a bundle of {WEIGHTS} and {MODEL} that can be read ({e}).") from e
+        raise CheckpointError(
+            f"{folder}: not a bundle of {WEIGHTS} and {MODEL} that can be read ({e})."
+        ) from e
 
 
 def restore(arrays: Mapping[str, np.ndarray], abstract: Any, path: epath.PathLike) -> Any:
-    """Float32 parameters of these shapes and places. Raises CheckpointError: one is missing or of another shape."""
+    """Float32 parameters of these shapes and places. Raises CheckpointError: one is missing or of
+    another shape."""
 
     def leaf(where: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
         name = "/".join(key.key for key in where)

@@ -1,12 +1,14 @@
 """Checkpoints: a thin, suspicious layer over Orbax's `CheckpointManager`.
 
-A checkpoint of step N is the directory `DIR/N`: the arrays of the training state (sharded, written in the
-background) and one JSON document with whatever the caller wants to travel along (config, tokenizer, ...) and a
-digest of every array. Nothing is believed on the way back: the document carries its own SHA-256, and the digests
-are computed again from the restored arrays, so a flipped bit or a missing file is an error with a name and never
-a strange loss curve. Digests do not depend on the sharding, so any mesh may read what another one wrote.
+A checkpoint of step N is the directory `DIR/N`: the arrays of the training state (sharded, written
+in the background) and one JSON document with whatever the caller wants to travel along (config,
+tokenizer, ...) and a digest of every array. Nothing is believed on the way back: the document
+carries its own SHA-256, and the digests are computed again from the restored arrays, so a flipped
+bit or a missing file is an error with a name and never a strange loss curve. Digests do not depend
+on the sharding, so any mesh may read what another one wrote.
 
-On object stores a step is finished when its `commit_success.txt` is there, as Orbax does it: they have no rename.
+On object stores a step is finished when its `commit_success.txt` is there, as Orbax does it: they
+have no rename.
 """
 
 from __future__ import annotations
@@ -39,14 +41,16 @@ _FORMAT = 1
 _FROM_ZERO = ("survey",)
 _TMP = ".orbax-checkpoint-tmp"
 _PHRASES = tuple(
-    os.strerror(e) for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
+    os.strerror(e)
+    for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
 )
 _FULL = _PHRASES[:2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A verified checkpoint. `skipped` names the newer steps that were damaged, each with the reason."""
+    """A verified checkpoint. `skipped` names the newer steps that were damaged, each with the
+    reason."""
 
     step: int
     state: Any
@@ -66,8 +70,8 @@ class Checkpointer:
     Args:
       directory: created if missing; a path of this machine, gs:// or s3://.
       keep: newest checkpoints kept; older ones are deleted once a newer one is durable.
-      async_save: write in the background. The arrays are copied to the host before `save` returns, so the
-        caller may donate them.
+      async_save: write in the background. The arrays are copied to the host before `save` returns,
+        so the caller may donate them.
     Raises:
       CheckpointError: the directory cannot be created or written to.
     """
@@ -75,7 +79,8 @@ class Checkpointer:
     def __init__(self, directory: os.PathLike | str, *, keep: int = 3, async_save: bool = True):
         self._directory = _absolute(directory)
         self._keep, self._async = keep, async_save
-        self._manager: Any = None  # made by the first save: importing Orbax and listing the directory take a second
+        # made by the first save: importing Orbax and listing the directory take a second
+        self._manager: Any = None
         self._pending: int | None = None  # the step being written
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -99,7 +104,9 @@ class Checkpointer:
         body = {"meta": json.loads(json.dumps(meta)), "leaves": _table(state)}
         ocp = _orbax()
         if is_local(self._directory) and not self._directory.exists():
-            _LOG.warning("%s has vanished, and the checkpoints in it; it is made anew.", self._directory)
+            _LOG.warning(
+                "%s has vanished, and the checkpoints in it; it is made anew.", self._directory
+            )
         try:
             manager = self._manager = self._manager or self._open()
             newest = manager.latest_step()
@@ -111,7 +118,9 @@ class Checkpointer:
                     "Resume from it or use another directory."
                 )
             document = {"format": _FORMAT, "sha256": _sha256(body), "body": body}
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document))
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document)
+            )
             manager.save(step, args=items, force=True)
         except CheckpointError:
             raise
@@ -123,13 +132,14 @@ class Checkpointer:
 
     def check(self) -> None:
         """Raise CheckpointError if the save in the background has failed; costs a lock."""
-        # Not `manager.check_for_errors()`: it takes the exception away from Orbax's own finalizing thread, which
-        # would then believe in success and delete the oldest good checkpoint.
+        # Not `manager.check_for_errors()`: it takes the exception away from Orbax's own finalizing
+        # thread, which would then believe in success and delete the oldest good checkpoint.
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Block until everything handed to `save` is durable. Raises CheckpointError if it could not be."""
+        """Block until everything handed to `save` is durable. Raises CheckpointError if it could
+        not be."""
         if self._pending is None:
             return
         step = self._pending
@@ -147,13 +157,15 @@ class Checkpointer:
     def restore_latest(self, abstract_state: Any) -> Restored | None:
         """Restore the newest checkpoint that verifies; None if the directory has none.
 
-        Newer ones that do not verify are renamed to `<step>.damaged` with a warning, never deleted; the run can
-        then save those steps again. They are touched only once an older one has proved good.
+        Newer ones that do not verify are renamed to `<step>.damaged` with a warning, never deleted;
+        the run can then save those steps again. They are touched only once an older one has proved
+        good.
 
         Args:
           abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) with the target shardings.
         Raises:
-          CheckpointError: there are checkpoints but none verifies, or they do not fit `abstract_state`.
+          CheckpointError: there are checkpoints but none verifies, or they do not fit
+            `abstract_state`.
         """
         self.wait()
         skipped: dict[int, str] = {}
@@ -198,8 +210,10 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             cleanup_tmp_directories=True,
-            lightweight_initialize=True,  # a damaged metadata file must not stop the run before it starts
-            # In the background, a failed mkdir would leave the writers waiting for it for 20 minutes.
+            # a damaged metadata file must not stop the run before it starts
+            lightweight_initialize=True,
+            # In the background, a failed mkdir would leave the writers waiting for it for 20
+            # minutes.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
@@ -215,7 +229,8 @@ class Checkpointer:
         self._close_manager()
         if jax.process_index() == 0:
             quiet = 0  # looks in a row that found nothing
-            for _ in range(50):  # writers of other arrays may still be at it, for seconds on a busy machine
+            # writers of other arrays may still be at it, for seconds on a busy machine
+            for _ in range(50):
                 found = list(self._directory.glob(f"{step}{_TMP}*"))
                 for path in found:
                     _remove(path)
@@ -225,7 +240,9 @@ class Checkpointer:
                 time.sleep(0.2)
         steps = self.steps()
         intact = (
-            f"Earlier checkpoints are intact (steps {_join(steps)})." if steps else "There is no earlier checkpoint."
+            f"Earlier checkpoints are intact (steps {_join(steps)})."
+            if steps
+            else "There is no earlier checkpoint."
         )
         reason = _reason(error)
         todo = "Free space" if reason in _FULL else "Repair the cause"
@@ -248,35 +265,48 @@ class Checkpointer:
                 ) from e
             _LOG.warning(
                 "the checkpoint of step %d in %s is damaged (%s); it is now called %s. Going on from step %d.",
-                step, self._directory, reason, target.name, good,
-            )  # fmt: skip
+                step,
+                self._directory,
+                reason,
+                target.name,
+                good,
+            )
         _barrier("mor_jax_moved_aside")
 
 
-def save_weights(directory: os.PathLike | str, params: Any, meta: Mapping[str, Any], *, step: int = 0) -> None:
-    """Write a checkpoint of weights alone, which every command but `launch.train` reads; durable on return.
+def save_weights(
+    directory: os.PathLike | str, params: Any, meta: Mapping[str, Any], *, step: int = 0
+) -> None:
+    """Write a checkpoint of weights alone, which every command but `launch.train` reads; durable on
+    return.
 
     `launch.convert --checkpoint` makes of it a run to train.
 
     Args:
       directory: the checkpoints/ of a run directory; created if missing.
       params: as `LM.init` returns them, arrays of jax or numpy.
-      meta: plain JSON: "config" (`Config.to_dict`), "tokenizer" (`Tokenizer.to_json`), "data" (a fingerprint of what the
-        model was trained on, or "") and, if it has one of its own, "chat_template" (Jinja).
+      meta: plain JSON: "config" (`Config.to_dict`), "tokenizer" (`Tokenizer.to_json`), "data" (a
+        fingerprint of what the model was trained on, or "") and, if it has one of its own,
+        "chat_template" (Jinja).
     Raises:
       CheckpointError: it cannot be written, or that step or a later one is there.
     """
     missing = {"config", "tokenizer", "data"} - meta.keys()
     if missing:
-        raise CheckpointError(f"cannot write weights to {directory}: meta lacks {', '.join(sorted(missing))}.")
+        raise CheckpointError(
+            f"cannot write weights to {directory}: meta lacks {', '.join(sorted(missing))}."
+        )
     if steps := _steps(_absolute(directory)):
-        raise CheckpointError(f"{directory} already holds checkpoints (steps {_join(steps)}); give another directory.")
+        raise CheckpointError(
+            f"{directory} already holds checkpoints (steps {_join(steps)}); give another directory."
+        )
     with Checkpointer(directory, async_save=False) as to:
         to.save(step, {"params": params}, {**meta, "step": step})
 
 
 def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[int, dict[str, Any]]:
-    """(step, meta) of one checkpoint, the newest by default, without reading an array. Raises CheckpointError."""
+    """(step, meta) of one checkpoint, the newest by default, without reading an array. Raises
+    CheckpointError."""
     directory, step = _choose(directory, step)
     try:
         return step, _document(directory, step)["meta"]
@@ -285,14 +315,18 @@ def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[in
 
 
 def restore_params(
-    directory: os.PathLike | str, abstract_params: Any, step: int | None = None, *, entry: str = "params"
+    directory: os.PathLike | str,
+    abstract_params: Any,
+    step: int | None = None,
+    *,
+    entry: str = "params",
 ) -> tuple[Any, int]:
     """(params, step): one `entry` of the saved state alone, verified. It writes nothing.
 
     Args:
       directory: where a `Checkpointer` saved a state with an entry or field of that name.
-      abstract_params: pytree of `jax.ShapeDtypeStruct` with target shardings; another floating dtype is cast to.
-      step: the newest by default.
+      abstract_params: pytree of `jax.ShapeDtypeStruct` with target shardings; another floating
+      dtype is cast to. step: the newest by default.
     Raises:
       CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """
@@ -305,11 +339,13 @@ def restore_params(
 
 
 def digest(x: jax.Array) -> jax.Array:
-    """uint32[2] that depends on every bit of `x` and its place, but not on sharding, order or host count.
+    """uint32[2] that depends on every bit of `x` and its place, but not on sharding, order or host
+    count.
 
-    Each element's bits are mixed with its flat index by the murmur3 finalizer (a bijection: damage to a single
-    element is always seen) and summed modulo 2^32; the second sum is of the first one's terms, mixed again. One
-    variadic reduction, because XLA on CPU would otherwise keep a temporary as large as `x`.
+    Each element's bits are mixed with its flat index by the murmur3 finalizer (a bijection: damage
+    to a single element is always seen) and summed modulo 2^32; the second sum is of the first one's
+    terms, mixed again. One variadic reduction, because XLA on CPU would otherwise keep a temporary
+    as large as `x`.
     """
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
@@ -326,7 +362,10 @@ def digest(x: jax.Array) -> jax.Array:
     second = _mix(first ^ jnp.uint32(0x5BD1E995))
     zero = jnp.zeros((), jnp.uint32)
     sums = jax.lax.reduce(
-        (first, second), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(bits.ndim))
+        (first, second),
+        (zero, zero),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        tuple(range(bits.ndim)),
     )
     return jnp.stack(sums)
 
@@ -343,11 +382,15 @@ def _digest_on(sharding: NamedSharding | None) -> Any:
 
 
 def _table(tree: Any) -> dict[str, list]:
-    """{leaf name: [shape, dtype, digest]} of a pytree of arrays. One small compilation a distinct leaf shape."""
+    """{leaf name: [shape, dtype, digest]} of a pytree of arrays. One small compilation a distinct
+    leaf shape."""
     names, leaves = _named(tree)
     # Replicated over the leaf's own mesh, so that every process can read it.
     mesh = [getattr(getattr(x, "sharding", None), "mesh", None) for x in leaves]
-    sums = [_digest_on(m and NamedSharding(m, PartitionSpec()))(x) for m, x in zip(mesh, leaves, strict=True)]
+    sums = [
+        _digest_on(m and NamedSharding(m, PartitionSpec()))(x)
+        for m, x in zip(mesh, leaves, strict=True)
+    ]
     rows = zip(names, leaves, jax.device_get(sums), strict=True)
     return {name: [list(np.shape(x)), _dtype(x), f"{s[0]:08x}{s[1]:08x}"] for name, x, s in rows}
 
@@ -364,8 +407,11 @@ def _dtype(x: Any) -> str:
     return str(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
 
 
-def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) -> tuple[Any, dict[str, Any]]:
-    """(state, meta) of one step, verified. Raises _Damaged, or CheckpointError if it does not fit `abstract`."""
+def _restore(
+    directory: epath.Path, step: int, abstract: Any, *, partial: bool
+) -> tuple[Any, dict[str, Any]]:
+    """(state, meta) of one step, verified. Raises _Damaged, or CheckpointError if it does not fit
+    `abstract`."""
     problem = None
     try:
         body = _document(directory, step)
@@ -383,7 +429,9 @@ def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) 
         [
             jax.ShapeDtypeStruct(
                 x.shape,
-                x.dtype if jnp.issubdtype(x.dtype, jax.dtypes.extended) else jnp.dtype(saved[name][1]),
+                x.dtype
+                if jnp.issubdtype(x.dtype, jax.dtypes.extended)
+                else jnp.dtype(saved[name][1]),
                 sharding=_sharding(x),
             )
             for name, x in zip(names, leaves, strict=True)
@@ -393,7 +441,9 @@ def _restore(directory: epath.Path, step: int, abstract: Any, *, partial: bool) 
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=arguments, partial_restore=True
+            )
             state = reader.restore(directory / str(step) / "state", args=arguments)
     except Exception as e:  # Orbax and TensorStore raise whatever they stumble over
         problem = _Damaged(f"its arrays cannot be read: {_reason(e)}")
@@ -418,15 +468,20 @@ def _sharding(x: Any) -> Any:
 
 
 def _without(tree: Any, missing: set[str]) -> Any:
-    """The tree without the leaves of `_FROM_ZERO` if any of them is missing: all of one save are, or none."""
+    """The tree without the leaves of `_FROM_ZERO` if any of them is missing: all of one save are,
+    or none."""
     if not missing:
         return tree
     holds = lambda x: isinstance(x, dict) and any(name in x for name in _FROM_ZERO)
-    drop = lambda x: {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
+    drop = lambda x: (
+        {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
+    )
     return jax.tree.map(drop, tree, is_leaf=holds)
 
 
-def _check_fit(directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool) -> None:
+def _check_fit(
+    directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool
+) -> None:
     expected = dict(zip(*_named(abstract), strict=True))
     entries = {name.partition("/")[0] for name in expected}
     wrong = []
@@ -468,7 +523,9 @@ def _document(directory: epath.Path, step: int) -> dict[str, Any]:
         version, body, recorded = document["format"], document["body"], document["sha256"]
         good = _sha256(body) == recorded
     except FileNotFoundError:
-        raise _Damaged("meta/metadata is missing; the save was not completed or files were deleted") from None
+        raise _Damaged(
+            "meta/metadata is missing; the save was not completed or files were deleted"
+        ) from None
     except OSError as e:
         raise _Damaged(f"meta/metadata cannot be read: {_reason(e)}") from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
@@ -476,7 +533,9 @@ def _document(directory: epath.Path, step: int) -> dict[str, Any]:
     if not good:
         raise _Damaged("meta/metadata has changed since it was saved")
     if version != _FORMAT:
-        raise CheckpointError(f"{path} has format {version!r}; this mor_jax reads format {_FORMAT}.")
+        raise CheckpointError(
+            f"{path} has format {version!r}; this mor_jax reads format {_FORMAT}."
+        )
     return body
 
 
@@ -489,9 +548,13 @@ def _choose(directory: os.PathLike | str, step: int | None) -> tuple[epath.Path,
     steps = _steps(directory)
     if not steps:
         what = "holds no checkpoint" if directory.is_dir() else "is not a directory"
-        raise CheckpointError(f"{directory} {what}; give the checkpoint directory of a training run.")
+        raise CheckpointError(
+            f"{directory} {what}; give the checkpoint directory of a training run."
+        )
     if step is not None and step not in steps:
-        raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has steps {_join(steps)}.")
+        raise CheckpointError(
+            f"{directory} has no checkpoint of step {step}; it has steps {_join(steps)}."
+        )
     return directory, steps[-1] if step is None else step
 
 
@@ -507,10 +570,15 @@ def _unusable(directory: epath.Path, step: int, why: _Damaged) -> CheckpointErro
 
 def _steps(directory: epath.Path) -> list[int]:
     try:
-        found = [p for p in directory.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name and p.is_dir()]
+        found = [
+            p
+            for p in directory.iterdir()
+            if p.name.isdecimal() and str(int(p.name)) == p.name and p.is_dir()
+        ]
     except OSError:
         return []
-    if not is_local(directory):  # object stores have no atomic rename; Orbax marks the finished ones
+    # object stores have no atomic rename; Orbax marks the finished ones
+    if not is_local(directory):
         found = [p for p in found if (p / "commit_success.txt").exists()]
     return sorted(int(p.name) for p in found)
 
@@ -551,7 +619,8 @@ def _join(steps: list[int]) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, without the page of status text TensorStore and Orbax wrap it in."""
+    """What the operating system said, without the page of status text TensorStore and Orbax wrap it
+    in."""
     text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
     for phrase in _PHRASES:
         if phrase in text:
@@ -564,39 +633,48 @@ def _reason(error: BaseException) -> str:
 
 @functools.cache
 def _orbax() -> Any:
-    """Import Orbax (0.4 s) when it is first needed, and keep its log lines out of the user's terminal.
+    """Import Orbax (0.4 s) when it is first needed, and keep its log lines out of the user's
+    terminal.
 
-    It logs through absl's logger, with tracebacks of what is reported here as one sentence; the filters drop what
-    comes from its files and nothing else.
+    It logs through absl's logger, with tracebacks of what is reported here as one sentence; the
+    filters drop what comes from its files and nothing else.
     """
     import orbax.checkpoint as ocp
 
     home = os.path.dirname(ocp.__file__)
     logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(home))
 
-    # When one of several reads or writes fails Orbax drops the others and closes its event loop. Asyncio then logs
-    # their exceptions, and Python prints those of their coroutines and of TensorStore's callbacks (object None).
-    logging.getLogger("asyncio").addFilter(lambda record: home not in logging.Formatter().format(record))
+    # When one of several reads or writes fails Orbax drops the others and closes its event loop.
+    # Asyncio then logs their exceptions, and Python prints those of their coroutines and of
+    # TensorStore's callbacks (object None).
+    logging.getLogger("asyncio").addFilter(
+        lambda record: home not in logging.Formatter().format(record)
+    )
     previous = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
         theirs = code is not None and code.co_filename.startswith(home)
-        if not theirs and (unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed"):
+        if not theirs and (
+            unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed"
+        ):
             previous(unraisable)
 
     sys.unraisablehook = hook
     _serve_s3()
     if host := os.environ.get("STORAGE_EMULATOR_HOST"):  # what the other clients go by
-        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}")
+        os.environ.setdefault(
+            "TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}"
+        )
     return ocp
 
 
 def _serve_s3() -> None:
-    """Teach Orbax that s3:// is an object store like gs://, which it knows: files under their final names and a commit
-    file at the end, arrays through TensorStore's own driver.
+    """Teach Orbax that s3:// is an object store like gs://, which it knows: files under their final
+    names and a commit file at the end, arrays through TensorStore's own driver.
 
-    Orbax 0.12 has no public way. Where its private names are others, saving to s3:// fails and says so; all else works.
+    Orbax 0.12 has no public way. Where its private names are others, saving to s3:// fails and says
+    so; all else works.
     """
     try:
         from orbax.checkpoint._src.path import gcs_utils
@@ -605,11 +683,16 @@ def _serve_s3() -> None:
         plain, normal = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
         prefixes, _ = gcs_utils._GCS_PATH_PREFIX, tensorstore_utils._use_gcs_driver
     except (ImportError, AttributeError) as e:
-        _LOG.warning("this version of Orbax cannot be taught s3:// (%s); use gs:// or the tested set of packages.", e)
+        _LOG.warning(
+            "this version of Orbax cannot be taught s3:// (%s); use gs:// or the tested set of packages.",
+            e,
+        )
         return
     ours = "s3://"
     gcs_utils._GCS_PATH_PREFIX = (*prefixes, ours)
-    gcs_utils.get_kvstore_for_gcs = lambda path: _s3_store(path) if path.startswith(ours) else plain(path)
+    gcs_utils.get_kvstore_for_gcs = lambda path: (
+        _s3_store(path) if path.startswith(ours) else plain(path)
+    )
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", ours))
     tensorstore_utils._normalize_path = lambda path: (
         normal(path).replace("s3:/", ours) if scheme_of(path) else normal(path)
@@ -617,7 +700,8 @@ def _serve_s3() -> None:
 
 
 def _s3_store(path: str) -> dict[str, Any]:
-    """TensorStore's specification of an s3:// directory, with what the environment says of region, endpoint and keys."""
+    """TensorStore's specification of an s3:// directory, with what the environment says of region,
+    endpoint and keys."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     store: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

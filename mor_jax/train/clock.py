@@ -6,7 +6,8 @@ import time
 
 
 class Clock:
-    """Time spent stepping: evaluation and saving are not in it, nor is the first step, which compiles."""
+    """Time spent stepping: evaluation and saving are not in it, nor is the first step, which
+    compiles."""
 
     def __init__(self) -> None:
         self._since = time.perf_counter()
@@ -39,16 +40,19 @@ class Clock:
         return steps / elapsed if elapsed > 0 else 0.0
 
     def own(self, input_s: float, dispatch_s: float) -> None:
-        """What this host did before it joined a step: reading rows, and handing the step to the device."""
+        """What this host did before it joined a step: reading rows, and handing the step to the
+        device."""
         self._input, self._dispatch = self._input + input_s, self._dispatch + dispatch_s
         self._joined += 1
 
     def pace(self, rate: float) -> dict[str, float]:
-        """Seconds a step since the last call, for `goodput.stragglers`: `own_s`, of it `input_s`, and `step_s`."""
+        """Seconds a step since the last call, for `goodput.stragglers`: `own_s`, of it `input_s`,
+        and `step_s`."""
         steps = max(self._joined, 1)
         found = {
-            "own_s": (self._input + self._dispatch) / steps, "input_s": self._input / steps,
+            "own_s": (self._input + self._dispatch) / steps,
+            "input_s": self._input / steps,
             "step_s": 1 / rate if rate else 0.0,
-        }  # fmt: skip
+        }
         self._input, self._dispatch, self._joined = 0.0, 0.0, 0
         return found

@@ -34,7 +34,8 @@ class Converted(NamedTuple):
     config: Config
     source_step: int
     method: str
-    table: dict[str, tuple[tuple[int, ...], ...]]  # source layers of each block, see `model.convert.source_table`
+    # source layers of each block, see `model.convert.source_table`
+    table: dict[str, tuple[tuple[int, ...], ...]]
 
 
 def convert_checkpoint(
@@ -49,22 +50,26 @@ def convert_checkpoint(
     average: bool = False,
     progress: bool = True,
 ) -> Converted:
-    """Write a run directory whose checkpoint of step 0 is the model of `cfg` made of the weights of `source`.
+    """Write a run directory whose checkpoint of step 0 is the model of `cfg` made of the weights of
+    `source`.
 
-    The optimiser, the schedule and the routers start fresh; `train.loop.train` on the same configuration and directory
-    goes on from it. The corpus of `cfg` is prepared here, so that the checkpoint carries its fingerprint; it may be
-    another than the source's, but must be cut by the source's tokenizer.
+    The optimiser, the schedule and the routers start fresh; `train.loop.train` on the same
+    configuration and directory goes on from it. The corpus of `cfg` is prepared here, so that the
+    checkpoint carries its fingerprint; it may be another than the source's, but must be cut by the
+    source's tokenizer.
 
     Args:
       cfg: checked configuration of the target; a `vocab_size` of 0 is the source's.
-      method: one of `model.convert.METHODS`; "": `keep` from a source that shares blocks, else `stepwise`.
+      method: one of `model.convert.METHODS`; "": `keep` from a source that shares blocks, else
+        `stepwise`.
       step: checkpoint of the source, the newest by default.
       seed: of the method `random`.
       relaxation: zero | svd, see `model.relax`.
       average: take the running mean of the source's weights.
     Raises:
       ConfigError: the shapes do not fit, or there are too few source layers.
-      CheckpointError: the source cannot be read, its tokenizer is another one, or `workdir` holds a run already.
+      CheckpointError: the source cannot be read, its tokenizer is another one, or `workdir` holds a
+        run already.
     """
     workdir = as_path(workdir)
     if (workdir / "config.json").exists() or steps_in(workdir / "checkpoints"):
@@ -78,7 +83,8 @@ def convert_checkpoint(
     method = method or default_method(old)
     check_fit(old, cfg.model)
     check_relaxation(old, cfg.model, relaxation)
-    table = source_table(old, cfg.model, method, seed=seed)  # before the corpus is prepared: a mistake costs no time
+    # before the corpus is prepared: a mistake costs no time
+    table = source_table(old, cfg.model, method, seed=seed)
     with jax.set_mesh(mesh), hold(workdir):
         data = prepare(cfg.data, cfg.model.context, progress=progress)
         if data.tokenizer.fingerprint() != loaded.tokenizer.fingerprint():
@@ -107,7 +113,8 @@ def convert_checkpoint(
                 "relaxation": relaxation,
             },
         }
-        # The configuration last: a directory left half-made must not look like a run that starts from nothing.
+        # The configuration last: a directory left half-made must not look like a run that starts
+        # from nothing.
         with Checkpointer(workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as checkpoints:
             checkpoints.save(0, state.starting_from(params), meta)
         data.tokenizer.save(workdir)
@@ -124,7 +131,8 @@ def merge_checkpoint(
     step: int | None = None,
     average: bool = False,
 ) -> int:
-    """Write a run directory with the weights of `source` alone, its adapters (`config.adapter`) merged; returns the step.
+    """Write a run directory with the weights of `source` alone, its adapters (`config.adapter`)
+    merged; returns the step.
 
     Every command reads it but `launch.train`, which takes it as --init_from.
 
@@ -139,7 +147,9 @@ def merge_checkpoint(
         raise CheckpointError(f"{workdir} already holds a run; give another --workdir.")
     loaded = load_model(source, step, average=average)
     old = loaded.config
-    cfg = dataclasses.replace(old, adapter=AdapterConfig(), optim=dataclasses.replace(old.optim, ema=0.0))
+    cfg = dataclasses.replace(
+        old, adapter=AdapterConfig(), optim=dataclasses.replace(old.optim, ema=0.0)
+    )
     meta = {"config": cfg.to_dict(), "tokenizer": loaded.tokenizer.to_json(), "data": loaded.data}
     meta |= {} if loaded.chat_template is None else {"chat_template": loaded.chat_template}
     came = {"parent": os.fspath(source), "step": loaded.step, "data": loaded.data}

@@ -1,4 +1,5 @@
-"""Loss against depth on one checkpoint: the mean-depth dial, and test-time scaling under a cap on every depth."""
+"""Loss against depth on one checkpoint: the mean-depth dial, and test-time scaling under a cap on
+every depth."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from mor_jax.train.score import held_out
 CALIBRATION_ROWS = 128
 
 
-def surveyed(loaded: Loaded, *, rows: int = 0, batch_size: int = 8, progress: bool = True) -> Loaded:
+def surveyed(
+    loaded: Loaded, *, rows: int = 0, batch_size: int = 8, progress: bool = True
+) -> Loaded:
     """The model with a survey of its router scores, so that its mean depth can be dialled.
 
     Args:
@@ -39,17 +42,22 @@ def surveyed(loaded: Loaded, *, rows: int = 0, batch_size: int = 8, progress: bo
 
 
 def depth_curve(
-    loaded: Loaded, paths: tuple[str, ...] = (), *, points: int = 9, calibration_rows: int = 0, **of_rows: Any
+    loaded: Loaded,
+    paths: tuple[str, ...] = (),
+    *,
+    points: int = 9,
+    calibration_rows: int = 0,
+    **of_rows: Any,
 ) -> dict[str, Any]:
     """Causal evaluations of one checkpoint at many depths.
 
     Args:
       paths, of_rows: the text, as in `train.score.score`.
-      points: settings of the dial, evenly from 1 to R recursions; a model that cannot be dialled has none.
-      calibration_rows: see `surveyed`.
+      points: settings of the dial, evenly from 1 to R recursions; a model that cannot be dialled
+      has none. calibration_rows: see `surveyed`.
     Returns:
-      `as_configured`, `dial` (one entry a mean depth, `asked`) and `cap` (one a `max_depth` 1..R, under the
-      configured rule), each an `evaluate_at`.
+      `as_configured`, `dial` (one entry a mean depth, `asked`) and `cap` (one a `max_depth` 1..R,
+      under the configured rule), each an `evaluate_at`.
     Raises:
       UserError: a model of one recursion has no depths to compare; else as `score`.
     """

@@ -1,4 +1,5 @@
-"""Looking inside a run: traces, the compiled step's text and memory, NaN hunting, and the step without XLA's help."""
+"""Looking inside a run: traces, the compiled step's text and memory, NaN hunting, and the step
+without XLA's help."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ MEMORY = ("argument", "output", "alias", "temp", "generated_code")  # sizes XLA 
 class Debug:
     """Switches of one start; none of them changes what is computed, but for rounding.
 
-    profile_steps: (first, last) step, both included, whose trace goes to <workdir>/profile (TensorBoard, Perfetto).
-    nans: stop at the operation that first makes a NaN, with its line; slower.
+    profile_steps: (first, last) step, both included, whose trace goes to <workdir>/profile
+    (TensorBoard, Perfetto). nans: stop at the operation that first makes a NaN, with its line;
+    slower.
     scan: False unrolls every `lax.scan`, so that a trace or an error names the recursion step.
-    jit: False runs operation by operation, so that a debugger or `print` sees every array; very slow, one process.
+    jit: False runs operation by operation, so that a debugger or `print` sees every array; very
+    slow, one process.
     """
 
     profile_steps: tuple[int, int] | None = None
@@ -55,15 +58,17 @@ class Debug:
     def applied(self) -> Iterator[None]:
         """Applies the switches inside this context."""
         if not self.jit and jax.process_count() > 1:
-            raise ConfigError("--no_jit runs on one process only: without compilation nothing joins several.")
+            raise ConfigError(
+                "--no_jit runs on one process only: without compilation nothing joins several."
+            )
         with contextlib.ExitStack() as stack:
             if self.nans:
                 stack.enter_context(jax.debug_nans(True))
             if not self.jit:
                 stack.enter_context(jax.disable_jit())
             elif not self.scan:
-                # XLA sees a loop of one iteration as its body. Only callers of `jax.lax.scan` by that name, which is
-                # all of ours, are changed.
+                # XLA sees a loop of one iteration as its body. Only callers of `jax.lax.scan` by
+                # that name, which is all of ours, are changed.
                 plain = jax.lax.scan
                 jax.lax.scan = functools.partial(plain, unroll=True)
                 stack.callback(setattr, jax.lax, "scan", plain)
@@ -85,7 +90,8 @@ class Tracer:
             self._on = True
 
     def after(self, step: int, result: Any) -> Path | None:
-        """Call after; `result`: arrays of the step. The directory, once a trace has been written."""
+        """Call after; `result`: arrays of the step. The directory, once a trace has been
+        written."""
         if not self._on or step < self._steps[1]:
             return None
         jax.block_until_ready(result)
@@ -100,19 +106,26 @@ class Tracer:
         return self._directory
 
 
-def compile_step(step: Callable, arguments: tuple, debug: Debug, directory: Path | None) -> tuple[Callable, str]:
-    """(program, how long that took): `step` compiled for `arguments`, the first donated; its summary in `directory`.
+def compile_step(
+    step: Callable, arguments: tuple, debug: Debug, directory: Path | None
+) -> tuple[Callable, str]:
+    """(program, how long that took): `step` compiled for `arguments`, the first donated; its
+    summary in `directory`.
 
-    `directory` (None on all hosts but one) receives train_step.hlo.txt.gz, the optimised program, and memory.json: bytes
-    a device for arguments, outputs, the part of them that shares memory, intermediate results, and code.
+    `directory` (None on all hosts but one) receives train_step.hlo.txt.gz, the optimised program,
+    and memory.json: bytes a device for arguments, outputs, the part of them that shares memory,
+    intermediate results, and code.
     """
     if not debug.jit:
         return step, "not compiled"
     if debug.nans:
-        # To find the operation JAX runs the step once more, one by one: its arguments must still be there.
+        # To find the operation JAX runs the step once more, one by one: its arguments must still be
+        # there.
         return jax.jit(step), "compiled at the first call, to look for NaNs"
     begin, hits = time.perf_counter(), []
-    listen = lambda event, **_: hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
+    listen = lambda event, **_: (
+        hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
+    )
     jax.monitoring.register_event_listener(listen)
     try:
         lowered = jax.jit(step, donate_argnums=0).lower(*arguments)
@@ -130,7 +143,9 @@ def compile_step(step: Callable, arguments: tuple, debug: Debug, directory: Path
 
 def _summarize(compiled: Any, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    with gzip.open(directory / "train_step.hlo.txt.gz", "wt", encoding="utf-8", compresslevel=1) as f:
+    with gzip.open(
+        directory / "train_step.hlo.txt.gz", "wt", encoding="utf-8", compresslevel=1
+    ) as f:
         f.write(compiled.as_text())
     found = compiled.memory_analysis()
     if found is not None:

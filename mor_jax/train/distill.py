@@ -1,8 +1,9 @@
 """Distillation: a run also learns what a teacher, another checkpoint, predicts (`config.distill`).
 
-The teacher's weights lie on the mesh by the run's rules, beside the state and outside of it: a checkpoint of the run does
-not hold them. Each micro-batch passes through the teacher once, as it generates (causal depths); its final states travel
-with the batch, and its logits exist a chunk at a time (`model.loss.distilled_sum`).
+The teacher's weights lie on the mesh by the run's rules, beside the state and outside of it: a
+checkpoint of the run does not hold them. Each micro-batch passes through the teacher once, as it
+generates (causal depths); its final states travel with the batch, and its logits exist a chunk at a
+time (`model.loss.distilled_sum`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Teacher(NamedTuple):
         return batch | {"taught": jax.lax.stop_gradient(out.h_BxTxD)}
 
     def tables(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(parameters of embedding and head, their logical axes): what its logits need beside the states."""
+        """(parameters of embedding and head, their logical axes): what its logits need beside the
+        states."""
         axes = self.lm.logical_axes()
         pick = lambda tree: {name: tree[name] for name in ("embed", "head") if name in tree}
         return pick(self.params), pick(axes)
@@ -48,18 +50,33 @@ class Teacher(NamedTuple):
 
 
 def distilled(
-    lm: LM, params: Any, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array, teacher: Teacher,
-    tables: dict[str, Any], taught_BxTxE: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """(loss, nll, distillation loss), sums over the targets, of final states; see `model.loss.distilled_sum`."""
+    lm: LM,
+    params: Any,
+    h_BxTxD: jax.Array,
+    targets_BxT: jax.Array,
+    weights_BxT: jax.Array,
+    teacher: Teacher,
+    tables: dict[str, Any],
+    taught_BxTxE: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(loss, nll, distillation loss), sums over the targets, of final states; see
+    `model.loss.distilled_sum`."""
     finish = lambda model: functools.partial(network.finish, model)
     table = network.head_table(lm.with_table(params))
     teacher_table = network.head_table(teacher.lm.with_table(tables))
-    mix = Mix(teacher.weight, teacher.temperature, lm.model.loss_chunk, finish(lm.model), finish(teacher.lm.model))
+    mix = Mix(
+        teacher.weight,
+        teacher.temperature,
+        lm.model.loss_chunk,
+        finish(lm.model),
+        finish(teacher.lm.model),
+    )
     return distilled_sum(h_BxTxD, table, targets_BxT, weights_BxT, taught_BxTxE, teacher_table, mix)
 
 
-def load_teacher(cfg: Config, tokenizer: Tokenizer, lm: LM, mesh: jax.sharding.Mesh) -> Teacher | None:
+def load_teacher(
+    cfg: Config, tokenizer: Tokenizer, lm: LM, mesh: jax.sharding.Mesh
+) -> Teacher | None:
     """The teacher of a run, its weights placed by the rules of `lm`; None: the run has none.
 
     Raises:
@@ -86,7 +103,9 @@ def load_teacher(cfg: Config, tokenizer: Tokenizer, lm: LM, mesh: jax.sharding.M
             f"config.model.context = {model.context}, or another teacher."
         )
     # How it is computed is the run's choice; what it computes is its own.
-    ours = {name: getattr(cfg.model, name) for name in ("context", "dtype", "attention", "loss_chunk")}
+    ours = {
+        name: getattr(cfg.model, name) for name in ("context", "dtype", "attention", "loss_chunk")
+    }
     model = dataclasses.replace(model, remat="none", **ours)
     try:
         check(dataclasses.replace(cfg, model=model, depth=loaded.lm.depth), devices=mesh.size)

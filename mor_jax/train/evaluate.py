@@ -1,9 +1,10 @@
 """Held-out evaluation, always in both modes.
 
-Top-k selection over a row looks at future tokens, so its loss is not what the model can generate with; the causal
-(threshold) loss is. Both are reported, with the numbers that tell whether they belong together: sampling accuracy
-(does the threshold agree with top-k?), dead tokens (positions no row ever takes to the last recursion: high accuracy
-can hide that routing has degenerated to "always the same positions"), and mean depth.
+Top-k selection over a row looks at future tokens, so its loss is not what the model can generate
+with; the causal (threshold) loss is. Both are reported, with the numbers that tell whether they
+belong together: sampling accuracy (does the threshold agree with top-k?), dead tokens (positions no
+row ever takes to the last recursion: high accuracy can hide that routing has degenerated to "always
+the same positions"), and mean depth.
 """
 
 from __future__ import annotations
@@ -26,16 +27,24 @@ from mor_jax.parallel.rows import over_rows
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def eval_step(
-    lm: LM, params: Any, batch: dict, token_bytes_V: jax.Array, mode: str, control: DepthControl | None = None
+    lm: LM,
+    params: Any,
+    batch: dict,
+    token_bytes_V: jax.Array,
+    mode: str,
+    control: DepthControl | None = None,
 ) -> dict[str, jax.Array]:
-    """Sums over one batch; nothing that cannot be added up over batches. `control`: of each row, in causal mode."""
+    """Sums over one batch; nothing that cannot be added up over batches. `control`: of each row, in
+    causal mode."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     out = lm.forward(params, tokens, seg, mode=mode, control=control)
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     weights = (weights > 0).astype(jnp.float32)  # a token counts whole or not at all
 
     losses = lambda params, h, targets: (lm.token_nll(params, h, targets), ())
-    nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(params, out.h_BxTxD, targets)
+    nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(
+        params, out.h_BxTxD, targets
+    )
     real = seg > 0
     depths = jnp.arange(lm.program.recursions + 1)
     at_depth = (out.depth_BxT[..., None] == depths) & real[..., None]
@@ -81,11 +90,13 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
       batches: tokens and segment_ids [B, T] each; walked over once per mode.
       token_bytes_V: see `padded_token_bytes`.
     Returns:
-      `topk/` and `causal/` nll (nats a token), bits_per_byte, mean_depth, depth_share (share of tokens with depth
-      0..R), active_share (share that ran step 1..R), depth_nll (nll of the predictions made at tokens of depth 0..R; 0
-      where there are none); sampling_accuracy (mean over routers) and per router;
-      dead_token_ratio. Bits per byte divide the loss of all predicted tokens, document ends included, by the bytes of
-      the predicted text. Under the fixed policy both modes are the same computation, run once.
+      `topk/` and `causal/` nll (nats a token), bits_per_byte, mean_depth, depth_share (share of
+      tokens with depth 0..R), active_share (share that ran step 1..R), depth_nll (nll of the
+      predictions made at tokens of depth 0..R; 0 where there are none); sampling_accuracy (mean
+      over routers) and per router;
+      dead_token_ratio. Bits per byte divide the loss of all predicted tokens, document ends
+      included, by the bytes of the predicted text. Under the fixed policy both modes are the same
+      computation, run once.
     """
     routed = lm.depth.routed
     record: dict[str, Any] = {}
@@ -100,7 +111,9 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
             f"{mode}/mean_depth": float(share @ np.arange(len(share))),
             f"{mode}/depth_share": [float(s) for s in share],
             f"{mode}/active_share": [float(s) for s in share[::-1].cumsum()[::-1][1:]],
-            f"{mode}/depth_nll": [float(v) for v in t["nll_by_depth"] / np.maximum(t["targets_by_depth"], 1.0)],
+            f"{mode}/depth_nll": [
+                float(v) for v in t["nll_by_depth"] / np.maximum(t["targets_by_depth"], 1.0)
+            ],
         }
     if routed:
         accuracy = topk["agree"] / topk["candidates"]
@@ -113,8 +126,11 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
     return record | {"tokens": float(topk["targets"]), "bytes": float(topk["bytes"])}
 
 
-def evaluate_at(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array, **limits: Any) -> dict[str, Any]:
-    """Causal evaluation at one setting of the depth: nll, bits_per_byte, mean_depth, depth_share, as in `evaluate`.
+def evaluate_at(
+    lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array, **limits: Any
+) -> dict[str, Any]:
+    """Causal evaluation at one setting of the depth: nll, bits_per_byte, mean_depth, depth_share,
+    as in `evaluate`.
 
     Args:
       limits: mean_depth, min_depth, max_depth of `inference.dial.depth_control`.

@@ -1,15 +1,17 @@
-"""What happens after a bad step: one that is not finite, or whose loss jumps. Policies: skip, rewind, stop.
+"""What happens after a bad step: one that is not finite, or whose loss jumps. Policies: skip,
+rewind, stop.
 
     skip    the step's update is thrown away, the run goes on with the next rows
-    rewind  back to the last good checkpoint (or the beginning), and on from there with the rows that come after the bad
-            ones, as PaLM did (arXiv:2204.02311, section 5.1)
+    rewind back to the last good checkpoint (or the beginning), and on from there with the rows that
+            come after the bad ones, as PaLM did (arXiv:2204.02311, section 5.1)
     stop    the run ends with an error; the last good checkpoint is kept
 
-A step that is not finite never changes the state, whatever the policy; nor does a spike, since the step itself compares
-its loss with a limit it is given. So no checkpoint ever holds the result of a bad step.
+A step that is not finite never changes the state, whatever the policy; nor does a spike, since the
+step itself compares its loss with a limit it is given. So no checkpoint ever holds the result of a
+bad step.
 
-Everything here is a function of the losses seen, which all hosts see alike, and travels in the checkpoint: a resumed
-run judges as the uninterrupted one.
+Everything here is a function of the losses seen, which all hosts see alike, and travels in the
+checkpoint: a resumed run judges as the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ OK, SKIP, REWIND = "ok", "skip", "rewind"
 
 
 class TrainingError(UserError):
-    """The run cannot go on; checkpoints already written are good. All hosts raise it at the same step."""
+    """The run cannot go on; checkpoints already written are good. All hosts raise it at the same
+    step."""
 
     everywhere = True
 
@@ -43,7 +46,9 @@ class Faults:
     def __init__(self, cfg: TrainConfig, saved: Mapping[str, Any] | None = None):
         saved = saved or {}
         self._cfg = cfg
-        self._losses: list[tuple[int, float]] = [(int(s), float(x)) for s, x in saved.get("losses", [])]
+        self._losses: list[tuple[int, float]] = [
+            (int(s), float(x)) for s, x in saved.get("losses", [])
+        ]
         self._rewinds: list[list[int]] = [list(map(int, r)) for r in saved.get("rewinds", [])]
         self._skips: list[int] = list(map(int, saved.get("skips", [])))
         self._in_a_row = int(saved.get("in_a_row", 0))
@@ -51,19 +56,25 @@ class Faults:
     def state(self) -> dict[str, Any]:
         """Plain JSON for the checkpoint."""
         return {
-            "losses": self._losses, "rewinds": self._rewinds, "skips": self._skips, "in_a_row": self._in_a_row
-        }  # fmt: skip
+            "losses": self._losses,
+            "rewinds": self._rewinds,
+            "skips": self._skips,
+            "in_a_row": self._in_a_row,
+        }
 
     def position(self, step: int) -> int:
-        """Number of the batch that step `step` (from 1) trains on: step - 1, plus the batches rewinds left out."""
+        """Number of the batch that step `step` (from 1) trains on: step - 1, plus the batches
+        rewinds left out."""
         return step - 1 + sum(bad - good for bad, good in self._rewinds)
 
     def skipped(self, before: int) -> int:
-        """Steps below `before` whose update was thrown away: so many is the optimiser's own count behind."""
+        """Steps below `before` whose update was thrown away: so many is the optimiser's own count
+        behind."""
         return sum(s < before for s in self._skips)
 
     def limit(self, step: int) -> np.float32:
-        """float32: the loss of `step` above which its update is not applied; infinite where there is none.
+        """float32: the loss of `step` above which its update is not applied; infinite where there
+        is none.
 
         Of the steps up to `step` - 2: step - 1 may still be running when `step` is dispatched.
         """

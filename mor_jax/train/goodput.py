@@ -1,7 +1,7 @@
 """Where the wall time of a run goes, over all its restarts, and who is slow.
 
-`goodput.json` in the run directory has one entry for each time the run was started: when it began, when it was last
-heard of, which steps it did, and its seconds by kind:
+`goodput.json` in the run directory has one entry for each time the run was started: when it began,
+when it was last heard of, which steps it did, and its seconds by kind:
 
     start      from the command to the first step: data, restoring, initialising
     compile    tracing and compiling
@@ -12,8 +12,9 @@ heard of, which steps it did, and its seconds by kind:
     rewind     going back after a bad step
     other      none of these
 
-Over several entries come two more: `down`, between the last sign of one start and the next one's beginning, and
-`again`, steps that were done but lost because no checkpoint had them. Goodput is the share of `step` in everything.
+Over several entries come two more: `down`, between the last sign of one start and the next one's
+beginning, and `again`, steps that were done but lost because no checkpoint had them. Goodput is the
+share of `step` in everything.
 """
 
 from __future__ import annotations
@@ -75,21 +76,27 @@ class Goodput:
         return summarize([*self._earlier, self._entry()])
 
     def write(self) -> None:
-        """Writes the file. An error while writing is ignored: the run goes on without the record."""
+        """Writes the file. An error while writing is ignored: the run goes on without the
+        record."""
         self._written = time.perf_counter()
         if self._path is None:
             return
         draft = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):
-            draft.write_text(json.dumps([*self._earlier, self._entry()], indent=1) + "\n", encoding="utf-8")
+            draft.write_text(
+                json.dumps([*self._earlier, self._entry()], indent=1) + "\n", encoding="utf-8"
+            )
             draft.replace(self._path)
 
     def _entry(self) -> dict[str, Any]:
         seconds = self.seconds()
         return {
-            "begin": self._begin, "end": self._begin + sum(seconds.values()), "first": self._steps[0],
-            "last": self._steps[1], "seconds": seconds,
-        }  # fmt: skip
+            "begin": self._begin,
+            "end": self._begin + sum(seconds.values()),
+            "first": self._steps[0],
+            "last": self._steps[1],
+            "seconds": seconds,
+        }
 
 
 def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,9 +110,15 @@ def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         total["down"] += max(after["begin"] - entry["end"], 0.0)
         done = entry["last"] - entry["first"] + 1 if entry["first"] else 0
-        again = min(max(entry["last"] - after["first"] + 1, 0), done) if done and after["first"] else 0
+        again = (
+            min(max(entry["last"] - after["first"] + 1, 0), done) if done and after["first"] else 0
+        )
         share = again / done * entry["seconds"]["step"] if again else 0.0
-        total["again"], total["step"], lost = total["again"] + share, total["step"] - share, lost + again
+        total["again"], total["step"], lost = (
+            total["again"] + share,
+            total["step"] - share,
+            lost + again,
+        )
     wall = sum(total.values())
     return {
         "goodput": total["step"] / wall if wall else 0.0,
@@ -117,21 +130,32 @@ def summarize(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def stragglers(reports: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    """Lists over the hosts, by rank, of what each last reported: `own_s`, seconds a step it kept the others waiting
-    (reading rows and dispatching), `input_s` of them reading, and `step_s` from step to step; and `slow`, the names of
-    those whose own time is SLOW times the median and more than it by a tenth of the step. {} until all have reported.
+    """Lists over the hosts, by rank, of what each last reported: `own_s`, seconds a step it kept
+    the others waiting (reading rows and dispatching), `input_s` of them reading, and `step_s` from
+    step to step; and `slow`, the names of those whose own time is SLOW times the median and more
+    than it by a tenth of the step. {} until all have reported.
 
-    All hosts of a synchronous step take as long as the slowest: only what each does before it joins tells them apart.
+    All hosts of a synchronous step take as long as the slowest: only what each does before it joins
+    tells them apart.
     """
     if not reports or any("own_s" not in r for r in reports):
         return {}
     own = [float(r["own_s"]) for r in reports]
-    typical, step = statistics.median_low(own), statistics.median(float(r["step_s"]) for r in reports)
-    slow = [name for name, s in zip(names, own, strict=True) if s > SLOW * typical and s - typical > 0.1 * step]
+    typical, step = (
+        statistics.median_low(own),
+        statistics.median(float(r["step_s"]) for r in reports),
+    )
+    slow = [
+        name
+        for name, s in zip(names, own, strict=True)
+        if s > SLOW * typical and s - typical > 0.1 * step
+    ]
     return {
-        "own_s": own, "input_s": [float(r["input_s"]) for r in reports],
-        "step_s": [float(r["step_s"]) for r in reports], "slow": slow,
-    }  # fmt: skip
+        "own_s": own,
+        "input_s": [float(r["input_s"]) for r in reports],
+        "step_s": [float(r["step_s"]) for r in reports],
+        "slow": slow,
+    }
 
 
 def _read(path: Path | None) -> list[dict[str, Any]]:

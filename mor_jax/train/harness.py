@@ -28,8 +28,8 @@ class MorLM(TemplateLM):
       path: run directory or checkpoint, as of `train.load.load_model`.
       step: its checkpoint, the newest by default.
       average: the running mean of its weights.
-      max_length: longest sequence scored; default: the model's context. Over HTTP it is one less, for the token that each
-        request draws.
+      max_length: longest sequence scored; default: the model's context. Over HTTP it is one less,
+        for the token that each request draws.
       max_gen_toks: of a task that does not say.
       lanes: texts generated at once.
     Others that lm-eval passes on its own (batch_size, device, ...) mean nothing here.
@@ -37,20 +37,35 @@ class MorLM(TemplateLM):
     """
 
     def __init__(
-        self, path: str, step: int | None = None, average: bool = False, max_length: int | None = None,
-        max_gen_toks: int = 256, lanes: int = 16, **_: Any,
-    ):  # fmt: skip
+        self,
+        path: str,
+        step: int | None = None,
+        average: bool = False,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        lanes: int = 16,
+        **_: Any,
+    ):
         super().__init__()
         self._loaded = load_model(str(path), step, average=average)
         context = self._loaded.lm.model.context
-        self.max_length, self._max_gen_toks, self._lanes = int(max_length or context), int(max_gen_toks), int(lanes)
+        self.max_length, self._max_gen_toks, self._lanes = (
+            int(max_length or context),
+            int(max_gen_toks),
+            int(lanes),
+        )
         if not 2 <= self.max_length <= context:
-            raise UserError(f"max_length = {self.max_length} must be from 2 to the model's context, {context}.")
+            raise UserError(
+                f"max_length = {self.max_length} must be from 2 to the model's context, {context}."
+            )
         self._words = self._loaded.tokenizer
         self._scorer = Scorer(
-            self._loaded.lm, self._loaded.params, vocab_size=self._words.vocab_size, max_logprobs=1,
+            self._loaded.lm,
+            self._loaded.params,
+            vocab_size=self._words.vocab_size,
+            max_logprobs=1,
             mesh=self._loaded.mesh,
-        )  # fmt: skip
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -58,22 +73,28 @@ class MorLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is scored after; as over HTTP, the token that opens documents."""
+        """What a text without a context is scored after; as over HTTP, the token that opens
+        documents."""
         return self._words.bos
 
     @property
     def tokenizer_name(self) -> str:
         return self._words.fingerprint()
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         """Ids of the text alone."""
         return list(self._words.encode(string))
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_: Any,
     ) -> list[tuple[float, bool]]:
-        """(sum over the continuation, whether it is what greedy decoding gives) of each; a context that is too long loses
-        its beginning."""
+        """(sum over the continuation, whether it is what greedy decoding gives) of each; a context
+        that is too long loses its beginning."""
         found = []
         for key, context, continuation in requests:
             ids = [*context, *continuation][-self.max_length :]
@@ -86,20 +107,25 @@ class MorLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", key, found[-1])
         return found
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Of whole texts, each token once, in windows of max_length."""
         totals = []
         for (text,) in (r.args for r in requests):
             windows = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length - 1,
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - 1,
                 context_len=1,
-            )  # fmt: skip
+            )
             pairs = [(None, *utils.make_disjoint_window(window)) for window in windows]
             totals.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts up to a stop string, the end of a document or the longest length; those with equal settings in one batch."""
+        """Texts up to a stop string, the end of a document or the longest length; those with equal
+        settings in one batch."""
         texts: dict[int, str] = {}
         settings = lambda i: repr(sorted(requests[i].args[1].items()))
         for _, group in itertools.groupby(sorted(range(len(requests)), key=settings), key=settings):
@@ -108,13 +134,22 @@ class MorLM(TemplateLM):
             until = wanted.get("until") or []
             longest = int(wanted.get("max_gen_toks", wanted.get("max_tokens", self._max_gen_toks)))
             longest = min(longest, self.max_length - 1)
-            temperature = float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0
-            prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - longest) :] for i in members]
+            temperature = (
+                float(wanted.get("temperature", 0.0)) if wanted.get("do_sample", True) else 0.0
+            )
+            prompts = [
+                self.tok_encode(requests[i].args[0])[-(self.max_length - longest) :]
+                for i in members
+            ]
             prompts = [ids or [self.prefix_token_id] for ids in prompts]
             done = complete(
-                self._loaded, prompts, stop=[until] if isinstance(until, str) else list(until), max_tokens=longest,
-                sampling=Sampling(temperature, top_p=float(wanted.get("top_p", 1.0))), lanes=self._lanes,
-            )  # fmt: skip
+                self._loaded,
+                prompts,
+                stop=[until] if isinstance(until, str) else list(until),
+                max_tokens=longest,
+                sampling=Sampling(temperature, top_p=float(wanted.get("top_p", 1.0))),
+                lanes=self._lanes,
+            )
             texts |= {i: made.text for i, made in zip(members, done, strict=True)}
             for i in members:
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])

@@ -1,4 +1,5 @@
-"""Weights that a new run starts from: those of another run's checkpoint, whatever architecture it has."""
+"""Weights that a new run starts from: those of another run's checkpoint, whatever architecture it
+has."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from mor_jax.errors import CheckpointError
 from mor_jax.model.lm import LM
 from mor_jax.train.load import Loaded, load_model
 
-# Fields of `model` that may differ between the checkpoint and the run: how it is executed, how long its rows are, and how
-# positions are scaled for longer ones.
+# Fields of `model` that may differ between the checkpoint and the run: how it is executed, how long
+# its rows are, and how positions are scaled for longer ones.
 FREE = frozenset({"context", "init_std", "dtype", "remat", "attention", "loss_chunk"})
 
 
@@ -27,10 +28,11 @@ def initial_params(
     mesh: jax.sharding.Mesh,
     step: int | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(parameters as `lm.init` would make them, lineage) from the newest checkpoint in `path`, or that of `step`.
+    """(parameters as `lm.init` would make them, lineage) from the newest checkpoint in `path`, or
+    that of `step`.
 
-    The optimiser, the schedule and the position in the data start fresh. `lineage` says where the weights came from:
-    parent, step, data (fingerprint of its rows), and the parent's own lineage.
+    The optimiser, the schedule and the position in the data start fresh. `lineage` says where the
+    weights came from: parent, step, data (fingerprint of its rows), and the parent's own lineage.
 
     Raises:
       CheckpointError: the checkpoint cannot be read, has another architecture or another tokenizer.
@@ -54,7 +56,9 @@ def _check(loaded: Loaded, path: str | os.PathLike[str], cfg: Config, tokenizer:
     if old_policy != new_policy:
         wrong.append(f"depth.policy {old_policy!r} there, {new_policy!r} here")
     shapes = jax.eval_shape(LM.from_config(cfg).init, jax.random.key(0))
-    if not wrong and jax.tree.map(lambda x: x.shape, shapes) != jax.tree.map(lambda x: x.shape, loaded.params):
+    if not wrong and jax.tree.map(lambda x: x.shape, shapes) != jax.tree.map(
+        lambda x: x.shape, loaded.params
+    ):
         wrong.append("the routers have other shapes")
     if wrong:
         raise CheckpointError(

@@ -47,13 +47,16 @@ class Loaded(NamedTuple):
         return ChatTemplate(self.chat_template)
 
 
-def save_bundle(loaded: Loaded, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> int:
+def save_bundle(
+    loaded: Loaded, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None
+) -> int:
     """Write a model as a bundle (`train.bundle`), which `load_model` reads; returns its bytes.
 
     Args:
       provenance: how the weights were made and measured, in JSON; kept in model.json.
     """
-    config = dataclasses.replace(loaded.config, adapter=AdapterConfig())  # `load_model` has merged them
+    # `load_model` has merged them
+    config = dataclasses.replace(loaded.config, adapter=AdapterConfig())
     meta = {
         "config": config.to_dict(),
         "tokenizer": loaded.tokenizer.to_json(),
@@ -62,7 +65,12 @@ def save_bundle(loaded: Loaded, path: str | os.PathLike[str], provenance: Mappin
         "lineage": loaded.lineage,
         "chat_template": loaded.chat_template,
     }
-    return write_bundle(path, loaded.params, {name: x for name, x in meta.items() if x is not None}, provenance or {})
+    return write_bundle(
+        path,
+        loaded.params,
+        {name: x for name, x in meta.items() if x is not None},
+        provenance or {},
+    )
 
 
 def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
@@ -73,12 +81,17 @@ def checkpoint_directory(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def load_model(
-    path: str | os.PathLike[str], step: int | None = None, *, mesh: Mesh | None = None, average: bool = False
+    path: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    average: bool = False,
 ) -> Loaded:
     """Model, weights and tokenizer of a checkpoint.
 
     Args:
-      path: a run directory, its checkpoints/, or a bundle (`train.bundle`); on this machine, gs:// or s3://.
+      path: a run directory, its checkpoints/, or a bundle (`train.bundle`); on this machine, gs://
+        or s3://.
       step: the newest by default.
       mesh: where the weights go; default: all devices, weights whole on each.
       average: the running mean of the weights in place of the weights (`config.optim.ema`).
@@ -106,15 +119,21 @@ def load_model(
     place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
     if average and (shipped or not config.optim.ema):
-        raise CheckpointError(f"{directory} holds no running mean of the weights, which config.optim.ema keeps.")
+        raise CheckpointError(
+            f"{directory} holds no running mean of the weights, which config.optim.ema keeps."
+        )
     if shipped:
         params = restore(arrays, abstract, path)
     else:
-        params, step = restore_params(directory, abstract, step, entry="average" if average else "params")
+        params, step = restore_params(
+            directory, abstract, step, entry="average" if average else "params"
+        )
     lineage, template = meta.get("lineage"), chat_template(path, meta)
     if config.adapter.rank:
         params = saved.merged(_base(directory, lineage, mesh), params)
-    return Loaded(lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template)
+    return Loaded(
+        lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template
+    )
 
 
 def _base(directory: epath.Path, lineage: dict[str, Any] | None, mesh: Mesh) -> Any:
@@ -132,7 +151,8 @@ def _base(directory: epath.Path, lineage: dict[str, Any] | None, mesh: Mesh) -> 
 def chat_template(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> str | None:
     """The Jinja source of the chat template of a checkpoint; None: it has none of its own.
 
-    A file beside it goes first (chat_template.jinja, tokenizer_config.json), then what the checkpoint itself holds."""
+    A file beside it goes first (chat_template.jinja, tokenizer_config.json), then what the
+    checkpoint itself holds."""
     directory = checkpoint_directory(path)
     beside = directory.parent if directory.name == "checkpoints" else directory
     stored = meta.get("chat_template")
@@ -142,22 +162,34 @@ def chat_template(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> str 
     return None if found.plain else found.source
 
 
-def describe(path: str | os.PathLike[str], step: int | None = None) -> tuple[Config, tuple[float, ...] | None]:
-    """(configuration, measured share of tokens that run recursion r = 1..R) of a checkpoint, no array read.
+def describe(
+    path: str | os.PathLike[str], step: int | None = None
+) -> tuple[Config, tuple[float, ...] | None]:
+    """(configuration, measured share of tokens that run recursion r = 1..R) of a checkpoint, no
+    array read.
 
-    The shares are those of the newest causal evaluation in the run directory; None when nothing is routed, or nothing
-    was measured. The mesh is left out: it was that of the machine that trained. Raises CheckpointError.
+    The shares are those of the newest causal evaluation in the run directory; None when nothing is
+    routed, or nothing was measured. The mesh is left out: it was that of the machine that trained.
+    Raises CheckpointError.
     """
     directory = checkpoint_directory(path)
     if is_bundle(path):
         return from_dict(read_bundle(path)[0]["config"]), None
     step, meta = load_meta(directory, step)
     if "config" not in meta:
-        raise CheckpointError(f"the checkpoint of step {step} in {directory} has no config; is it one of mor_jax?")
+        raise CheckpointError(
+            f"the checkpoint of step {step} in {directory} has no config; is it one of mor_jax?"
+        )
     config = dataclasses.replace(from_dict(meta["config"]), mesh=MeshConfig())
     run = directory.parent
-    shares = RunRecord.load(run).last_eval("causal/active_share") if (run / "metrics.jsonl").exists() else None
-    routed = config.depth.routed and isinstance(shares, list) and len(shares) == config.model.recursions
+    shares = (
+        RunRecord.load(run).last_eval("causal/active_share")
+        if (run / "metrics.jsonl").exists()
+        else None
+    )
+    routed = (
+        config.depth.routed and isinstance(shares, list) and len(shares) == config.model.recursions
+    )
     return config, tuple(shares) if routed else None
 
 

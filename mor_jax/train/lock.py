@@ -1,10 +1,10 @@
 """One process at a time in a run directory: a lock that says who has it.
 
-`run.lock` in the run directory is a small JSON document: host, pid, when the process began, and a number that it raises
-every BEAT seconds. A lock whose number has not changed for EXPIRES seconds has no holder any more and is taken over; so
-it is a lease, which works on object stores and shared file systems and compares no clocks of two machines. Where the
-file system has `flock` that is held too: it is exact, and ends with the process. A pid of this host that is gone also
-says so at once.
+`run.lock` in the run directory is a small JSON document: host, pid, when the process began, and a
+number that it raises every BEAT seconds. A lock whose number has not changed for EXPIRES seconds
+has no holder any more and is taken over; so it is a lease, which works on object stores and shared
+file systems and compares no clocks of two machines. Where the file system has `flock` that is held
+too: it is exact, and ends with the process. A pid of this host that is gone also says so at once.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ except ImportError:  # Windows: the lease alone
 FILE = "run.lock"
 BEAT = 10.0  # seconds between two signs of life
 EXPIRES = 4.5  # beats without one after which the holder counts as gone
-SETTLE = 0.1  # beats after which a lease taken over is looked at again, since two may have taken it at once
-REMOTE_SETTLE = 0.5  # beats, on object stores: a rival that read the old lock may be a request behind
+# beats after which a lease taken over is looked at again, since two may have taken it at once
+SETTLE = 0.1
+# beats, on object stores: a rival that read the old lock may be a request behind
+REMOTE_SETTLE = 0.5
 ENV = "MOR_JAX_LOCK_SECONDS"  # instead of BEAT
 WIDTH = 512  # bytes of the document
 SCHEDULERS = ("SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST")
-WAIT = 600.0  # seconds a scheduled job waits by default: it may be started again before its last start has ended
+# seconds a scheduled job waits by default: it may be started again before its last start has ended
+WAIT = 600.0
 
 
 class InUse(UserError):
@@ -60,7 +63,9 @@ class _Holder(NamedTuple):
         return value if isinstance(value, dict) else {}
 
     def __str__(self) -> str:
-        return "host {}, pid {}, since {}".format(*(self.fields.get(k, "unknown") for k in ("host", "pid", "since")))
+        return "host {}, pid {}, since {}".format(
+            *(self.fields.get(k, "unknown") for k in ("host", "pid", "since"))
+        )
 
 
 class RunLock:
@@ -70,7 +75,12 @@ class RunLock:
         self._workdir, self._path, self._wait, self._say = workdir, workdir / FILE, wait, say
         self._period = float(os.environ.get(ENV) or BEAT)
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        self._mine = {"host": socket.gethostname(), "namespace": _namespace(), "pid": os.getpid(), "since": since}
+        self._mine = {
+            "host": socket.gethostname(),
+            "namespace": _namespace(),
+            "pid": os.getpid(),
+            "since": since,
+        }
         self._mine |= {"id": uuid.uuid4().hex, "beat": 0}
         self._found = b""  # what a holder that is gone had left
         self._file: IO[bytes] | None = None  # keeps the flock
@@ -85,7 +95,9 @@ class RunLock:
         try:
             self._acquire()
         except OSError as e:
-            raise UserError(f"cannot write to the run directory {self._workdir}: {reason(e)}.") from e
+            raise UserError(
+                f"cannot write to the run directory {self._workdir}: {reason(e)}."
+            ) from e
         self._thread.start()
 
     def check(self) -> None:
@@ -94,7 +106,8 @@ class RunLock:
             raise InUse(self._lost)
 
     def release(self, *, put_back: bool = False) -> None:
-        """Releases the lock. put_back: restore the lock file of the holder before, because this process did nothing."""
+        """Releases the lock. put_back: restore the lock file of the holder before, because this
+        process did nothing."""
         self._closing.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -126,12 +139,15 @@ class RunLock:
                 )
             if not told:
                 told = True
-                doing = "waiting for it" if holder.certain else "waiting to see whether it still runs"
+                doing = (
+                    "waiting for it" if holder.certain else "waiting to see whether it still runs"
+                )
                 self._say(f"{self._workdir} is in use by another process ({holder}); {doing} ...")
             time.sleep(min(1.0, self._period / 4))
 
     def _try(self, dead: bytes) -> _Holder | None:
-        """Take the lock if nobody has it, or a holder known to be gone: by itself, or because what it wrote is `dead`.
+        """Take the lock if nobody has it, or a holder known to be gone: by itself, or because what
+        it wrote is `dead`.
 
         None: it is ours."""
         take = self._try_file if is_local(self._path) else self._try_object
@@ -155,8 +171,11 @@ class RunLock:
             content = file.read()
             if locked is False:
                 return _Holder(content, certain=True)
-            if not os.path.exists(self._path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(self._path)):
-                return _Holder(content)  # let go of, and removed, between our opening and locking it: look again
+            if not os.path.exists(self._path) or not os.path.samestat(
+                os.fstat(file.fileno()), os.stat(self._path)
+            ):
+                # let go of, and removed, between our opening and locking it: look again
+                return _Holder(content)
             if content and content != dead and not self._gone(content, unlocked=bool(locked)):
                 return _Holder(content)
             self._found = self._found or content
@@ -180,9 +199,9 @@ class RunLock:
                 if content and content != dead and not self._gone(content):
                     return _Holder(content)
                 if content:
-                    # Of those that found it dead, whoever claims it first replaces it. Claims stay: one that looked long
-                    # ago must not come back to a lock that has changed hands. A claimer that died itself is passed over
-                    # after another lease.
+                    # Of those that found it dead, whoever claims it first replaces it. Claims stay:
+                    # one that looked long ago must not come back to a lock that has changed hands.
+                    # A claimer that died itself is passed over after another lease.
                     claim = f"{os.fspath(self._path)}.taken-{hashlib.sha256(content).hexdigest()[:16]}-{self._leases}"
                     try:
                         store.pipe_file(claim, self._document(), mode="create")
@@ -198,13 +217,16 @@ class RunLock:
         return _Holder(self._read() or b"")
 
     def _gone(self, content: bytes, *, unlocked: bool = False) -> bool:
-        """Whether the process that wrote this is known to have ended. unlocked: it holds no flock any more."""
+        """Whether the process that wrote this is known to have ended. unlocked: it holds no flock
+        any more."""
         holder = _Holder(content).fields
         if not holder.get("id") or holder["id"] == self._mine["id"]:
             return True
         if holder.get("host") != self._mine["host"]:
             return False
-        return unlocked or (holder.get("namespace") == self._mine["namespace"] and not _runs(int(holder["pid"])))
+        return unlocked or (
+            holder.get("namespace") == self._mine["namespace"] and not _runs(int(holder["pid"]))
+        )
 
     def _keep(self) -> None:
         """Updates the lock file regularly, and checks that this process still holds the lock."""
@@ -225,7 +247,8 @@ class RunLock:
         try:
             if is_local(self._path):
                 return self._path.read_bytes()
-            # In one request: opening an object asks what it is first, and reading what has changed since is an error.
+            # In one request: opening an object asks what it is first, and reading what has changed
+            # since is an error.
             return filesystem(self._path).cat_file(os.fspath(self._path))
         except FileNotFoundError:
             return None
@@ -234,7 +257,8 @@ class RunLock:
         if self._file is None:
             write_bytes(self._path, content)
             return
-        # In place, since another file would not be locked; of one size and at once, so that nobody reads half of it.
+        # In place, since another file would not be locked; of one size and at once, so that nobody
+        # reads half of it.
         self._file.seek(0)
         self._file.write(content)
         self._file.truncate(len(content))
@@ -252,9 +276,14 @@ class RunLock:
 
 @contextlib.contextmanager
 def hold(
-    workdir: epath.Path, *, wait: float | None = None, active: bool = True, say: Callable[[str], None] = print
+    workdir: epath.Path,
+    *,
+    wait: float | None = None,
+    active: bool = True,
+    say: Callable[[str], None] = print,
 ) -> Iterator[RunLock | None]:
-    """Holds the lock of the run directory inside this context. The directory is made if it is missing.
+    """Holds the lock of the run directory inside this context. The directory is made if it is
+    missing.
 
     Args:
       wait: seconds to wait for another process that lives; None: WAIT under a scheduler, else none.

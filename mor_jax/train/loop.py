@@ -55,7 +55,8 @@ from mor_jax.train.trackers import IDS as TRACKERS
 from mor_jax.train.trackers import TrackedRun, open_trackers
 from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
-SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000  # held-out rows, and characters of them, that a run leaves for reports
+# held-out rows, and characters of them, that a run leaves for reports
+SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000
 # A measure of a model that is more than its loss, by name: {"rlm/s_niah/8000/success": 0.9}
 Measure = Callable[[Loaded], Mapping[str, float]]
 TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
@@ -76,12 +77,16 @@ def resolve(cfg: Config, data: PreparedData) -> Config:
     return dataclasses.replace(cfg, model=model)
 
 
-def _with_table(cfg: Config, workdir: epath.Path, init_from: str | os.PathLike[str], data: PreparedData) -> Config:
-    """A `vocab_size` of 0 is that of the weights a run begins with: published tables are often longer than `resolve`'s."""
+def _with_table(
+    cfg: Config, workdir: epath.Path, init_from: str | os.PathLike[str], data: PreparedData
+) -> Config:
+    """A `vocab_size` of 0 is that of the weights a run begins with: published tables are often
+    longer than `resolve`'s."""
     rows = 0
     if cfg.model.vocab_size:
         return cfg
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no run yet, or one that `claim` refuses
+    # no run yet, or one that `claim` refuses
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if (workdir / TOKENIZER).read_text(encoding="utf-8") == data.tokenizer.to_json():
             rows = json.loads((workdir / "config.json").read_text())["model"]["vocab_size"]
     if not rows and init_from:
@@ -101,23 +106,26 @@ def train(
     init_from: str | os.PathLike[str] = "",
     measure: Measure | None = None,
 ) -> dict[str, Any]:
-    """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with gs:// or s3://.
+    """Train, or go on with, the run in `workdir`, a path of this machine or one that starts with
+    gs:// or s3://.
 
-    The directory then holds config.json, tokenizer.json, metrics.jsonl, goodput.json, tensorboard/, program/,
-    checkpoints/<step>/ and, once finished, summary.json (which is returned). A run that was stopped resumes from its
-    last good checkpoint with the same rows and the same numbers, on any mesh and any number of hosts that divide the
-    batch. SIGTERM, SIGUSR1 and the first SIGINT save and return early, with {"finished": False}.
+    The directory then holds config.json, tokenizer.json, metrics.jsonl, goodput.json, tensorboard/,
+    program/, checkpoints/<step>/ and, once finished, summary.json (which is returned). A run that
+    was stopped resumes from its last good checkpoint with the same rows and the same numbers, on
+    any mesh and any number of hosts that divide the batch. SIGTERM, SIGUSR1 and the first SIGINT
+    save and return early, with {"finished": False}.
 
     Args:
-      wait: seconds to wait for another process that works in `workdir`; None: see `train.lock.hold`.
+      wait: seconds to wait for another process that works in `workdir`; None: see
+        `train.lock.hold`.
       allow: fields that may differ from those of the run in `workdir`, see `train.workdir`.
-      init_from: run directory or checkpoints whose weights a new run starts from, see `train.initial`; a run that goes
-        on in `workdir` must have started from the same.
-      measure: called at each evaluation with the model as it stands; what it returns joins the evaluation's record. One
-        process only.
+      init_from: run directory or checkpoints whose weights a new run starts from, see
+        `train.initial`; a run that goes on in `workdir` must have started from the same.
+      measure: called at each evaluation with the model as it stands; what it returns joins the
+        evaluation's record. One process only.
 
-    In a job of several processes (`parallel.join.initialize`) all of them call this with the same arguments and a
-    directory that all see; a signal to any of them stops all after the same step.
+    In a job of several processes (`parallel.join.initialize`) all of them call this with the same
+    arguments and a directory that all see; a signal to any of them stops all after the same step.
 
     Raises:
       ConfigError, DataError, CheckpointError: see their messages.
@@ -128,15 +136,20 @@ def train(
     mesh, first = make_mesh(cfg.mesh), hosts.rank == 0
     tell = lambda line: say(line, shown=progress)
     with (
-        jax.set_mesh(mesh), debug.applied(), hosts.guard(),
-        hold(workdir, wait=wait, active=first, say=tell) as lock,  # before signals: one ends a process that waits
+        jax.set_mesh(mesh),
+        debug.applied(),
+        hosts.guard(),
+        # before signals: one ends a process that waits
+        hold(workdir, wait=wait, active=first, say=tell) as lock,
         stop_signals(hosts) as stop,
-    ):  # fmt: skip
+    ):
         outbox = Outbox(workdir, (METRICS, GOODPUT, TRACKERS) if first else ())
         goodput = Goodput(outbox.directory / GOODPUT if first else None)
         hosts.report(phase="preparing the data")
         data = prepare(cfg.data, cfg.model.context, progress=progress)
-        hosts.assert_equal("the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer.")
+        hosts.assert_equal(
+            "the prepared data", data.fingerprint, "Give all hosts the same corpus and tokenizer."
+        )
         cfg = resolve(_with_table(cfg, workdir, init_from, data), data)
         try:
             check(cfg, devices=mesh.size)
@@ -144,18 +157,39 @@ def train(
         except ConfigError as e:
             e.everywhere = True
             raise
-        hosts.assert_equal("the configuration", json.dumps(cfg.to_dict()), "Start all processes with the same command.")
+        hosts.assert_equal(
+            "the configuration",
+            json.dumps(cfg.to_dict()),
+            "Start all processes with the same command.",
+        )
         changed = claim(workdir, cfg, data, allow)
         hosts.barrier("the run directory is claimed")
         seen = str([(workdir / name).exists() for name in ("config.json", "summary.json")])
-        hosts.assert_equal("what is in the run directory", seen, f"{workdir} must be one that all hosts see.")
-        run = _Run(cfg, workdir, data, mesh, progress, hosts, goodput, debug, lock, outbox, changed, allow, init_from)
+        hosts.assert_equal(
+            "what is in the run directory", seen, f"{workdir} must be one that all hosts see."
+        )
+        run = _Run(
+            cfg,
+            workdir,
+            data,
+            mesh,
+            progress,
+            hosts,
+            goodput,
+            debug,
+            lock,
+            outbox,
+            changed,
+            allow,
+            init_from,
+        )
         run.measure = measure if hosts.count == 1 else None
         try:
             done = run.finished() or run.go(stop)
         finally:
             run.bar.close()  # else a terminal that saw an error would stay without its cursor
-            with contextlib.suppress(OSError):  # what a checkpoint knows of has been uploaded before it
+            # what a checkpoint knows of has been uploaded before it
+            with contextlib.suppress(OSError):
                 outbox.close()
         hosts.barrier("the end")
         return done
@@ -163,12 +197,29 @@ def train(
 
 class _Run:
     def __init__(
-        self, cfg: Config, workdir: epath.Path, data: PreparedData, mesh: jax.sharding.Mesh, progress: bool,
-        hosts: Hosts, goodput: Goodput, debug: Debug, lock: RunLock | None, outbox: Outbox, changed: Sequence[str],
-        allow: Sequence[str], init_from: str | os.PathLike[str],
-    ):  # fmt: skip
+        self,
+        cfg: Config,
+        workdir: epath.Path,
+        data: PreparedData,
+        mesh: jax.sharding.Mesh,
+        progress: bool,
+        hosts: Hosts,
+        goodput: Goodput,
+        debug: Debug,
+        lock: RunLock | None,
+        outbox: Outbox,
+        changed: Sequence[str],
+        allow: Sequence[str],
+        init_from: str | os.PathLike[str],
+    ):
         self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
-        self.hosts, self.goodput, self.debug, self.lock, self.outbox = hosts, goodput, debug, lock, outbox
+        self.hosts, self.goodput, self.debug, self.lock, self.outbox = (
+            hosts,
+            goodput,
+            debug,
+            lock,
+            outbox,
+        )
         self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
         self.adapters = Adapters(self.lm, cfg.adapter) if cfg.adapter.rank else None
@@ -184,7 +235,8 @@ class _Run:
             "tokenizer": data.tokenizer.to_json(),
             "data": data.fingerprint,
         }
-        chat = data.template or find_template(workdir)  # of the corpus, or of the weights that the run began with
+        # of the corpus, or of the weights that the run began with
+        chat = data.template or find_template(workdir)
         if not chat.plain:
             self.meta["chat_template"] = chat.source
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
@@ -207,7 +259,8 @@ class _Run:
             return None
         summary = json.loads(path.read_text())
         meta = None
-        with contextlib.suppress(CheckpointError):  # without any checkpoint there is nothing to compare with
+        # without any checkpoint there is nothing to compare with
+        with contextlib.suppress(CheckpointError):
             meta = load_meta(self.workdir / "checkpoints")[1]
         if meta:
             self._same_data(meta)
@@ -221,24 +274,30 @@ class _Run:
     def go(self, stop: Stop) -> dict[str, Any]:
         cfg = self.cfg
         with (
-            Checkpointer(self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints) as self.checkpoints,
+            Checkpointer(
+                self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints
+            ) as self.checkpoints,
             contextlib.closing(Best(self.workdir / "best", cfg.train.keep_best)) as self.best,
         ):
             state, first = self._start()
             self.metrics = self._writer(first)
             if self.changed:
-                self.metrics.write("event", first, {"event": "changed", "fields": list(self.changed)})
+                self.metrics.write(
+                    "event", first, {"event": "changed", "fields": list(self.changed)}
+                )
             try:
                 if self.owes_evaluation:
                     self._evaluate(first, state)
                 patience = cfg.train.patience
-                if patience and self.best.since >= patience:  # it was stopped between its end and the summary
+                # it was stopped between its end and the summary
+                if patience and self.best.since >= patience:
                     self.ended = last = first
                 else:
                     state, last = self._steps(state, first, stop)
                 if last < self.steps and not self.ended:
                     every = cfg.train.eval_every
-                    self._save(last, state, owes_evaluation=bool(every) and last % every == 0)  # the end is in a hurry
+                    # the end is in a hurry
+                    self._save(last, state, owes_evaluation=bool(every) and last % every == 0)
                     self.checkpoints.wait()
                     self.bar.say(
                         f"Stopped by {stop.name} after step {last}; saved. The same command goes on from hosts."
@@ -253,7 +312,9 @@ class _Run:
         active, directory = self.hosts.rank == 0, self.outbox.directory
         run = TrackedRun(self.cfg.name, self.cfg.to_dict(), directory, step)
         trackers = open_trackers(self.cfg.train.trackers, run) if active else {}
-        return MetricWriter(directory, resume_step=step, active=active, trackers=trackers, say=self.bar.say)
+        return MetricWriter(
+            directory, resume_step=step, active=active, trackers=trackers, say=self.bar.say
+        )
 
     def _start(self) -> tuple[TrainState, int]:
         """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
@@ -285,7 +346,9 @@ class _Run:
         return restored.state, restored.step, restored.meta
 
     def _fresh(self) -> TrainState:
-        state = create_state(self.trained, self.tx, self.mesh, self.cfg.train.seed, bool(self.cfg.optim.ema))
+        state = create_state(
+            self.trained, self.tx, self.mesh, self.cfg.train.seed, bool(self.cfg.optim.ema)
+        )
         if not self.init_from:
             if self.adapters:
                 raise ConfigError(
@@ -293,9 +356,13 @@ class _Run:
                     "--init_from, or set it to 0 to train all weights."
                 )
             return state
-        params, lineage = initial_params(self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh)
+        params, lineage = initial_params(
+            self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh
+        )
         self.meta["lineage"] = lineage
-        if template := chat_template(self.init_from, load_meta(checkpoint_directory(self.init_from))[1]):
+        if template := chat_template(
+            self.init_from, load_meta(checkpoint_directory(self.init_from))[1]
+        ):
             self.meta.setdefault("chat_template", template)
         self.bar.say(f"Starting from the weights of {self.init_from}, step {lineage['step']}.")
         if self.adapters:
@@ -334,7 +401,8 @@ class _Run:
         )
 
     def _same_data(self, meta: dict[str, Any]) -> None:
-        """Raises CheckpointError if the checkpoint was trained with another tokenizer or other data."""
+        """Raises CheckpointError if the checkpoint was trained with another tokenizer or other
+        data."""
         if meta["tokenizer"] != self.meta["tokenizer"]:
             raise CheckpointError(
                 f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
@@ -350,12 +418,21 @@ class _Run:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
         t, goodput, faults = self.cfg.train, self.goodput, self.faults
         step_fn = StagedStep(
-            self.lm, self.tx, t.accum, self.token_bytes, self._compile, self.teacher, self.cfg.optim.ema, self.adapters
+            self.lm,
+            self.tx,
+            t.accum,
+            self.token_bytes,
+            self._compile,
+            self.teacher,
+            self.cfg.optim.ema,
+            self.adapters,
         )
         beside = {} if self.teacher is None else {"teacher": self.teacher.params}
         beside |= {} if self.adapters is None else {"base": self.base}
         beside = (beside,) if beside else ()
-        loader = Loader(self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding)
+        loader = Loader(
+            self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding
+        )
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
         tracer = Tracer(self.debug.profile_steps, self.outbox.directory / "profile")
@@ -378,7 +455,9 @@ class _Run:
                 pending = (step, metrics, limit)
                 goodput.step(step)
                 if written := tracer.after(step, metrics):
-                    self.bar.say(f"The trace is in {self.workdir / written.relative_to(self.outbox.directory)}.")
+                    self.bar.say(
+                        f"The trace is in {self.workdir / written.relative_to(self.outbox.directory)}."
+                    )
                 self.checkpoints.check()
                 if self.lock:
                     self.lock.check()
@@ -426,14 +505,16 @@ class _Run:
                 f"The first step begins after {sum(s.values()):.1f} s: data and state {s['start']:.1f} s, first rows "
                 f"{s['input']:.1f} s, step {note}. Attention: {chosen_for(self.cfg.model)}."
             )
-        # Compiling takes hosts unequally long, and the first collective waits for the others half a minute at most.
+        # Compiling takes hosts unequally long, and the first collective waits for the others half a
+        # minute at most.
         self.compiled += 1
         self.hosts.barrier(f"program {self.compiled} is compiled")
         self.hosts.report(phase="training")
         return program
 
     def _rewind(self, bad: int) -> tuple[TrainState, int]:
-        """Back to the last good checkpoint; the rows up to the bad step are left out from now on."""
+        """Back to the last good checkpoint; the rows up to the bad step are left out from now
+        on."""
         with self.goodput.during("rewind"):
             self.clock.pause()
             self.checkpoints.wait()
@@ -443,7 +524,9 @@ class _Run:
             self.metrics.close()
             self.metrics = self._writer(good)
             self.metrics.write("event", good, {"event": REWIND, "from": bad})
-            self.bar.say(f"Back to step {good}; the {bad - good} batches up to the bad one are left out.")
+            self.bar.say(
+                f"Back to step {good}; the {bad - good} batches up to the bad one are left out."
+            )
             self.clock.go_on()
         return state, good
 
@@ -462,7 +545,10 @@ class _Run:
             return verdict
         rate = self.clock.rate()  # steps a second since the last record
         self.hosts.report(step=step, **self.clock.pace(rate))
-        tokens, flops = accounting.tokens_per_step(self.cfg), accounting.true_step_flops(self.cfg, step)
+        tokens, flops = (
+            accounting.tokens_per_step(self.cfg),
+            accounting.true_step_flops(self.cfg, step),
+        )
         flops += 0 if self.teacher is None else tokens * self.teacher.flops_per_token()
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
@@ -480,34 +566,53 @@ class _Run:
         with contextlib.suppress(CheckpointError):
             self.checkpoints.wait()  # one under way counts, if it succeeds
         steps = self.checkpoints.steps()
-        return f"the last good checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint yet"
+        return (
+            f"the last good checkpoint is of step {steps[-1]}"
+            if steps
+            else "there is no checkpoint yet"
+        )
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
         t = self.cfg.train
         rows = t.batch_size // t.accum
         with self.goodput.during("evaluate"):
-            batches = eval_batches(self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding)
+            batches = eval_batches(
+                self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding
+            )
             batches = list(batches)
             record = evaluate(self.lm, self._whole(state.params), batches, self.token_bytes)
             if state.average is not None:
-                self.last_average = evaluate(self.lm, self._whole(state.average), batches, self.token_bytes)
+                self.last_average = evaluate(
+                    self.lm, self._whole(state.average), batches, self.token_bytes
+                )
             for name, held_out in self.data.sources:
                 limit = -(-t.eval_rows // len(self.data.sources))
                 own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
                 found = evaluate(self.lm, self._whole(state.params), list(own), self.token_bytes)
-                record |= {f"source/{name}/{key}": found[key] for key in ("causal/nll", "causal/bits_per_byte")}
+                record |= {
+                    f"source/{name}/{key}": found[key]
+                    for key in ("causal/nll", "causal/bits_per_byte")
+                }
             if self.measure is not None:
                 source = self.meta.get("chat_template")
                 model = Loaded(
-                    self.lm, self._whole(state.params), self.data.tokenizer, self.cfg, step, self.data.fingerprint, self.mesh,
+                    self.lm,
+                    self._whole(state.params),
+                    self.data.tokenizer,
+                    self.cfg,
+                    step,
+                    self.data.fingerprint,
+                    self.mesh,
                     chat_template=source,
-                )  # fmt: skip
+                )
                 record |= self.measure(model)
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
         if state.average is not None:
             self.metrics.write("eval_average", step, self.last_average)
-            self.bar.say(f"step {step} · running mean of the weights: causal NLL {self.last_average['causal/nll']:.3f}")
+            self.bar.say(
+                f"step {step} · running mean of the weights: causal NLL {self.last_average['causal/nll']:.3f}"
+            )
         self.last_eval = record
         self.best.see(step, record["causal/nll"], state.params, self.meta)
         return record
@@ -519,7 +624,13 @@ class _Run:
             self.checkpoints.save(
                 step,
                 state,
-                {**self.meta, "step": step, "faults": self.faults.state(), "best": self.best.state(), **more},
+                {
+                    **self.meta,
+                    "step": step,
+                    "faults": self.faults.state(),
+                    "best": self.best.state(),
+                    **more,
+                },
             )
         whole = self.checkpoints.steps()
         if whole:
@@ -529,12 +640,15 @@ class _Run:
         if paces:
             self.metrics.write("hosts", step, paces)
             if paces["slow"]:
-                self.bar.say(f"Slower than the other hosts before they join a step: {', '.join(paces['slow'])}.")
+                self.bar.say(
+                    f"Slower than the other hosts before they join a step: {', '.join(paces['slow'])}."
+                )
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Waits for the last checkpoint, then writes the summary."""
         self.checkpoints.wait()
-        record = self.last_eval or self._evaluate(self.ended or self.steps, state)  # resumed after the last step
+        # resumed after the last step
+        record = self.last_eval or self._evaluate(self.ended or self.steps, state)
         self._push()
         cfg = self.cfg
         summary = {
@@ -549,7 +663,8 @@ class _Run:
             "paper_training_flops": accounting.paper_training_flops(cfg, self.steps),
             "true_training_flops": accounting.true_training_flops(cfg, self.steps),
             "kv_bytes_per_token": accounting.kv_bytes_per_token(
-                # With a fixed depth there is nothing to measure, and a block repeated in place has no steps to share.
+                # With a fixed depth there is nothing to measure, and a block repeated in place has
+                # no steps to share.
                 cfg.model,
                 cfg.depth,
                 mean_active=record["causal/active_share"] if cfg.depth.routed else None,
@@ -568,14 +683,17 @@ class _Run:
         if self.hosts.rank == 0:
             # Held-out passages for reports, which then need no corpus.
             rows = min(SAMPLE_ROWS, len(self.data.validation))
-            text = "".join(self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows))
+            text = "".join(
+                self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows)
+            )
             text = text[:SAMPLE_TEXT]
             write_text(self.workdir / "sample.txt", text)
             write_json(self.workdir / "summary.json", summary)
         return summary
 
     def _push(self) -> None:
-        """Uploads the metrics before a checkpoint, so that no checkpoint is ahead of the loss curve."""
+        """Uploads the metrics before a checkpoint, so that no checkpoint is ahead of the loss
+        curve."""
         try:
             self.metrics.flush()
             self.outbox.push()
@@ -586,12 +704,17 @@ class _Run:
             ) from e
 
     def _trigram(self) -> float | None:
-        """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained model must beat."""
+        """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained
+        model must beat."""
         tokenizer, cfg = self.data.tokenizer, self.cfg
         if not tokenizer.token_bytes.any() or self.hosts.rank != 0:
             return None
         bytes_per_row = self.data.stats["train"]["bytes"] / max(len(self.data.train), 1)
         rows = min(len(self.data.train), int(TRIGRAM_BYTES / max(bytes_per_row, 1.0)) + 1)
         held_out = min(cfg.train.eval_rows or len(self.data.validation), len(self.data.validation))
-        model = TrigramByteModel.fit(rows_to_bytes((self.data.train[i] for i in range(rows)), tokenizer))
-        return model.bits_per_byte(rows_to_bytes((self.data.validation[i] for i in range(held_out)), tokenizer))
+        model = TrigramByteModel.fit(
+            rows_to_bytes((self.data.train[i] for i in range(rows)), tokenizer)
+        )
+        return model.bits_per_byte(
+            rows_to_bytes((self.data.validation[i] for i in range(held_out)), tokenizer)
+        )

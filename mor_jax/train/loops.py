@@ -1,7 +1,9 @@
-"""The loss of a training step whose recursions are more than a fixed number with the loss at the end.
+"""The loss of a training step whose recursions are more than a fixed number with the loss at the
+end.
 
-`config.recursion`: a drawn number of steps, a gradient through the last ones, a loss after each step with weights that
-are given or learned. `train/step.py` calls `loop_loss` in place of its own loss then.
+`config.recursion`: a drawn number of steps, a gradient through the last ones, a loss after each
+step with weights that are given or learned. `train/step.py` calls `loop_loss` in place of its own
+loss then.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from mor_jax.parallel.rows import over_rows
 
 
 def loop_loss(
-    lm: LM, params: Any, batch: dict[str, jax.Array], scales: tuple[jax.Array, jax.Array],
+    lm: LM,
+    params: Any,
+    batch: dict[str, jax.Array],
+    scales: tuple[jax.Array, jax.Array],
     token_bytes_V: jax.Array | None = None,
-) -> tuple[jax.Array, dict]:  # fmt: skip
-    """As `step.loss_fn`: the trained objective, and sums. `lm_loss` and the bits per byte are those of the last step.
+) -> tuple[jax.Array, dict]:
+    """As `step.loss_fn`: the trained objective, and sums. `lm_loss` and the bits per byte are those
+    of the last step.
 
-    A batch may have step_targets [B, T, M] int32: what each position shall say after step 1..M (after later ones, as
-    after M), in place of the next token, under a loss over steps.
+    A batch may have step_targets [B, T, M] int32: what each position shall say after step 1..M
+    (after later ones, as after M), in place of the next token, under a loss over steps.
 
-    Under a loss over steps the sums hold recursion/<t>/nll, the mean loss after step t in nats a token (where the number
-    of steps is fixed, else the mean cannot be told apart by t); under the gate also recursion/exit_step, the expected
-    step of stopping, and recursion/divergence from its prior."""
+    Under a loss over steps the sums hold recursion/<t>/nll, the mean loss after step t in nats a
+    token (where the number of steps is fixed, else the mean cannot be told apart by t); under the
+    gate also recursion/exit_step, the expected step of stopping, and recursion/divergence from its
+    prior."""
     seg = batch["segment_ids"]
     targets, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
     target_count, _ = scales
@@ -45,17 +52,23 @@ def loop_loss(
         targets_SxBxT = jnp.broadcast_to(targets, h.shape[:-1])
         if answers is not None:
             index_SxB = jnp.clip(out.index_SxB, 0, answers.shape[-1] - 1)
-            targets_SxBxT = jax.vmap(lambda i_B: jnp.take_along_axis(answers, i_B[:, None, None], axis=-1)[..., 0])(
-                index_SxB
-            )
+            targets_SxBxT = jax.vmap(
+                lambda i_B: jnp.take_along_axis(answers, i_B[:, None, None], axis=-1)[..., 0]
+            )(index_SxB)
         return depth_BxT, _over_steps(lm, params, out, h, targets_SxBxT, weights)
 
     given = lambda name, axes: None if batch.get(name) is None else axes
     row_only = ("batch",)
     axes = (
-        lm.logical_axes(), ROW, ROW, ROW, ROW, given("steps", row_only), given("salt", row_only),
+        lm.logical_axes(),
+        ROW,
+        ROW,
+        ROW,
+        ROW,
+        given("steps", row_only),
+        given("salt", row_only),
         given("step_targets", STATES),
-    )  # fmt: skip
+    )
     depth_BxT, sums = over_rows(lm.rules, run, axes, ROW)(
         params,
         batch["tokens"],
@@ -78,7 +91,9 @@ def loop_loss(
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": nll,
-        "bytes": jnp.sum((weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])),
+        "bytes": jnp.sum(
+            (weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])
+        ),
         "router": stats,
         **{f"recursion/{name}": value / target_count for name, value in sums.items()},
     }
@@ -86,11 +101,17 @@ def loop_loss(
 
 
 def _over_steps(
-    lm: LM, params: Any, out: Unrolled, h_SxBxTxD: jax.Array, targets_SxBxT: jax.Array, weights_BxT: jax.Array
+    lm: LM,
+    params: Any,
+    out: Unrolled,
+    h_SxBxTxD: jax.Array,
+    targets_SxBxT: jax.Array,
+    weights_BxT: jax.Array,
 ) -> dict[str, jax.Array]:
     """Sums over the rows of one device of a loss after each step."""
     c, (steps, rows, time, _) = lm.recursion, h_SxBxTxD.shape
-    # One after the other along time, so that the head's chunks hold as many logits at once as for one step.
+    # One after the other along time, so that the head's chunks hold as many logits at once as for
+    # one step.
     along = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, steps * time, *x.shape[3:])
     apart = lambda x: jnp.moveaxis(x.reshape(rows, steps, time), 1, 0)
     h, targets = along(h_SxBxTxD), along(targets_SxBxT)
@@ -108,9 +129,14 @@ def _over_steps(
     p_SxBxT = jnp.exp(log_p)
     counted_BxT = (weights_BxT != 0).astype(jnp.float32)
     away = jnp.sum(divergence(log_p, log_prior(c, steps)) * counted_BxT)
-    # `cross_entropy` has no gradient for its weights, so the gate's own comes from the losses as numbers.
+    # `cross_entropy` has no gradient for its weights, so the gate's own comes from the losses as
+    # numbers.
     expected = lm.cross_entropy(params, h, targets, along(still(p_SxBxT) * weights_BxT))
     expected += jnp.sum((p_SxBxT - still(p_SxBxT)) * nll_SxBxT * weights_BxT)
     number_S = jnp.arange(1, steps + 1, dtype=jnp.float32)
     stop = jnp.sum(p_SxBxT * number_S[:, None, None] * counted_BxT)
-    return sums | {"objective": expected + c.gate_weight * away, "exit_step": stop, "divergence": away}
+    return sums | {
+        "objective": expected + c.gate_weight * away,
+        "exit_step": stop,
+        "divergence": away,
+    }

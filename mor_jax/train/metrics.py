@@ -21,13 +21,19 @@ class MetricWriter:
       workdir: the run directory.
       resume_step: steps after this one are forgotten (they come again with the same numbers).
       active: False on all hosts but one; then nothing is written.
-      trackers: what else gets the numbers, by name. One that raises is left out from then on, with a line to `say`.
+      trackers: what else gets the numbers, by name. One that raises is left out from then on, with
+        a line to `say`.
     """
 
     def __init__(
-        self, workdir: Path, *, resume_step: int = 0, active: bool = True, trackers: Mapping[str, Tracker] | None = None,
+        self,
+        workdir: Path,
+        *,
+        resume_step: int = 0,
+        active: bool = True,
+        trackers: Mapping[str, Tracker] | None = None,
         say: Callable[[str], None] = print,
-    ):  # fmt: skip
+    ):
         self._file, self._trackers, self._say = None, dict(trackers or {}), say
         if not active:
             return
@@ -40,7 +46,10 @@ class MetricWriter:
         """One record; values are numbers, None or lists of numbers."""
         if self._file is None:
             return
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         record = {"kind": kind, "step": step, **finite}  # JSON has no infinity
         self._file.write(json.dumps(record, allow_nan=False, default=float) + "\n")
         self._each("write", kind, step, scalars(values))
@@ -63,7 +72,9 @@ class MetricWriter:
                 getattr(tracker, method)(*arguments)
             except Exception as e:  # each has its own kinds; the record is in metrics.jsonl
                 del self._trackers[name]
-                self._say(f"The tracker {name} gets no more records: {reason(e)}. metrics.jsonl has them all.")
+                self._say(
+                    f"The tracker {name} gets no more records: {reason(e)}. metrics.jsonl has them all."
+                )
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -38,13 +38,15 @@ class Reading(NamedTuple):
 
     tokens: list[str]
     depths: list[int]
-    nlls: list[float | None]  # nats, of the prediction made at each token; None at the end of a stretch
+    # nats, of the prediction made at each token; None at the end of a stretch
+    nlls: list[float | None]
 
 
 def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
     """Tokens of `text`, their causal depths, and the loss of the prediction made at each.
 
-    Longer text than the context is cut into stretches that begin anew, at most so many; all are one shape.
+    Longer text than the context is cut into stretches that begin anew, at most so many; all are one
+    shape.
     """
     context, tokenizer = loaded.lm.model.context, loaded.tokenizer
     ids, step = tokenizer.encode(text), context - 1
@@ -53,9 +55,12 @@ def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
         for start in range(0, min(len(ids), stretches * step), step):
             cut = ids[start : start + step]
             row, seg = np.zeros((2, 1, context), np.int32)
-            row[0, : len(cut) + 1] = [tokenizer.bos, *cut]  # the first token has to be predicted from something
+            # the first token has to be predicted from something
+            row[0, : len(cut) + 1] = [tokenizer.bos, *cut]
             seg[0, : len(cut) + 1] = 1
-            depth, nll = map(np.asarray, _look(loaded.lm, loaded.params, jnp.asarray(row), jnp.asarray(seg)))
+            depth, nll = map(
+                np.asarray, _look(loaded.lm, loaded.params, jnp.asarray(row), jnp.asarray(seg))
+            )
             found.tokens.extend(tokenizer.token_text(i) for i in cut)
             found.depths.extend(depth[0, 1 : len(cut) + 1].tolist())
             found.nlls.extend([*nll[0, 1 : len(cut)].tolist(), None])
@@ -63,14 +68,19 @@ def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _look(lm: LM, params: Any, tokens_BxT: jax.Array, seg_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _look(
+    lm: LM, params: Any, tokens_BxT: jax.Array, seg_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     out = lm.forward(params, tokens_BxT, seg_BxT, mode=CAUSAL)
     targets, _ = next_token_targets(tokens_BxT, seg_BxT)
     return out.depth_BxT, lm.token_nll(params, out.h_BxTxD, targets)
 
 
-def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int = 0) -> tuple[str, list[int]]:
-    """The first words of `text` and what the model makes of them, and the depth of every token of both."""
+def continuation(
+    loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int = 0
+) -> tuple[str, list[int]]:
+    """The first words of `text` and what the model makes of them, and the depth of every token of
+    both."""
     cut = text[:PROMPT_CHARACTERS]
     prompt = cut[: max(cut.rfind(" "), cut.rfind("\n"))] or cut
     # A short context, of bytes perhaps, keeps half of itself for the continuation.
@@ -79,7 +89,11 @@ def continuation(loaded: Loaded, text: str, *, max_tokens: int = 160, seed: int 
     room = loaded.lm.model.context - len(loaded.tokenizer.encode(prompt)) - 1
     pieces = list(
         stream_text(
-            loaded, prompt, max_tokens=max(1, min(max_tokens, room)), sampling=Sampling(0.7, top_p=0.95), seed=seed
+            loaded,
+            prompt,
+            max_tokens=max(1, min(max_tokens, room)),
+            sampling=Sampling(0.7, top_p=0.95),
+            seed=seed,
         )
     )
     return "".join(piece.text for piece in pieces), [piece.depth for piece in pieces]
@@ -95,7 +109,11 @@ def curve_of(run: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def present(
-    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, text: str | None = None, table: bool = True
+    runs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    text: str | None = None,
+    table: bool = True,
 ) -> epath.Path:
     """Print the comparison table and write the page.
 
@@ -115,7 +133,9 @@ def present(
         try:
             loaded = load_model(path)
         except CheckpointError as e:  # a run that has not saved yet still has curves to show
-            records[i] = dataclasses.replace(record, notes=(*record.notes, f"no depth map and no sample: {e}"))
+            records[i] = dataclasses.replace(
+                record, notes=(*record.notes, f"no depth map and no sample: {e}")
+            )
             continue
         if record.routed:
             steps, found = loaded.lm.program.recursions, read(loaded, text)
@@ -130,7 +150,13 @@ def present(
     out = as_path(out)
     try:
         return write_report(
-            records, out, depth_maps=maps, samples=samples, classes=classes, decoded=decoded, curves=curves
+            records,
+            out,
+            depth_maps=maps,
+            samples=samples,
+            classes=classes,
+            decoded=decoded,
+            curves=curves,
         )
     except OSError as e:
         raise UserError(f"cannot write the page {out}: {e.strerror or e}.") from e
@@ -139,4 +165,7 @@ def present(
 def _distinct(records: list[RunRecord]) -> list[RunRecord]:
     """Adds the directory to the name of runs that share one."""
     names = Counter(r.name for r in records)
-    return [r if names[r.name] == 1 else dataclasses.replace(r, name=f"{r.name} ({r.path})") for r in records]
+    return [
+        r if names[r.name] == 1 else dataclasses.replace(r, name=f"{r.name} ({r.path})")
+        for r in records
+    ]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 
 
@@ -31,9 +37,7 @@ class Progress:
 
     def update(self, step: int, values: dict[str, Any]) -> None:
         """After a logged training step."""
-        info = (
-            f"loss {values['loss']:.3f} · {values['bits_per_byte']:.3f} bits/byte · {values['tokens_per_s']:,.0f} tok/s"
-        )
+        info = f"loss {values['loss']:.3f} · {values['bits_per_byte']:.3f} bits/byte · {values['tokens_per_s']:,.0f} tok/s"
         if values["mfu"] is not None:
             info += f" · MFU {values['mfu']:.1%}"
         self._bar.update(self._task, completed=step, info=info)

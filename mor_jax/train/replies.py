@@ -30,7 +30,8 @@ class Reply(NamedTuple):
 
 
 class Replies(NamedTuple):
-    """All answers, and the ids of conversations that leave no room for one in the model's context."""
+    """All answers, and the ids of conversations that leave no room for one in the model's
+    context."""
 
     answers: tuple[Reply, ...]
     too_long: tuple[str, ...]
@@ -38,15 +39,27 @@ class Replies(NamedTuple):
     def record(self) -> dict[str, float]:
         """replies, exact (a count), exact_share, too_long."""
         n, exact = len(self.answers), sum(a.exact for a in self.answers)
-        return {"replies": n, "exact": exact, "exact_share": exact / n if n else 0.0, "too_long": len(self.too_long)}
+        return {
+            "replies": n,
+            "exact": exact,
+            "exact_share": exact / n if n else 0.0,
+            "too_long": len(self.too_long),
+        }
 
 
 def answer(
-    loaded: Loaded, paths: Sequence[str], *, messages_key: str = "messages", rows: int = 0, max_tokens: int = 200
+    loaded: Loaded,
+    paths: Sequence[str],
+    *,
+    messages_key: str = "messages",
+    rows: int = 0,
+    max_tokens: int = 200,
 ) -> Replies:
-    """Answer the last reply of each conversation anew: greedily, from the messages before it, in one batch.
+    """Answer the last reply of each conversation anew: greedily, from the messages before it, in
+    one batch.
 
-    The prompt is that of the model's chat template, the same that training and the server put before a reply.
+    The prompt is that of the model's chat template, the same that training and the server put
+    before a reply.
 
     Args:
       paths: globs of files with conversations (jsonl, parquet), as in training.
@@ -67,7 +80,9 @@ def answer(
         if rows and len(asked) + len(too_long) >= rows:
             break
         messages: list[dict[str, Any]] = json.loads(document.text)
-        last = next((i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None)
+        last = next(
+            (i for i in reversed(range(len(messages))) if messages[i]["role"] == "assistant"), None
+        )
         if last is None:
             continue
         try:
@@ -80,11 +95,17 @@ def answer(
         asked.append((document.id, messages[last]["content"]))
         prompts.append(ids)
     if not asked and not too_long:
-        raise DataError(f"{', '.join(paths)}: no conversation has a message of the role 'assistant'.")
+        raise DataError(
+            f"{', '.join(paths)}: no conversation has a message of the role 'assistant'."
+        )
     done = complete(
-        loaded, prompts, max_tokens=max_tokens, sampling=Sampling(0.0), stop=template.stops,
+        loaded,
+        prompts,
+        max_tokens=max_tokens,
+        sampling=Sampling(0.0),
+        stop=template.stops,
         stop_tokens=template.stop_tokens(tokenizer),
-    )  # fmt: skip
+    )
     answers = (Reply(*known, c.text, c.finish) for known, c in zip(asked, done, strict=True))
     return Replies(tuple(answers), tuple(too_long))
 

@@ -14,23 +14,25 @@ from mor_jax.config import Config, OptimConfig
 from mor_jax.model.depth.survey import SURVEY
 
 CORE = "core"  # the shared blocks among the parameters
-# Of the matrices of a block, (axes that are summed over, axes of the output); the rest are matrices side by side: each head
-# of queries, keys and values, the gate and the up projection.
+# Of the matrices of a block, (axes that are summed over, axes of the output); the rest are matrices
+# side by side: each head of queries, keys and values, the gate and the up projection.
 MATRICES = {
     "qkv": (3, 2),  # [K, G + 2, H, D]
     "out": ((1, 2, 3), 0),  # [D, K, G, H]
     "gate_up": (2, 1),  # [2, F, D]
     "down": (1, 0),  # [D, F]
 }
-# Muon's update of a matrix is multiplied by this and the root of its longer side: its entries are then as large as AdamW's
-# (Liu et al., arXiv 2502.16982), and one learning rate and weight decay serve both.
+# Muon's update of a matrix is multiplied by this and the root of its longer side: its entries are
+# then as large as AdamW's (Liu et al., arXiv 2502.16982), and one learning rate and weight decay
+# serve both.
 MUON_RMS = 0.2
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     """step -> learning rate over a run of `steps`.
 
-    "wsd": linear warm-up, constant, linear cool-down (the paper's trapezoid); "cosine"; "constant" after warm-up.
+    "wsd": linear warm-up, constant, linear cool-down (the paper's trapezoid); "cosine"; "constant"
+    after warm-up.
     """
     warmup = round(config.warmup * steps)
     peak, final = config.peak_lr, config.peak_lr * config.final_lr
@@ -43,12 +45,17 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         return optax.join_schedules([ramp, optax.constant_schedule(peak)], [warmup])
     decay = round(config.decay * steps)
     down = optax.linear_schedule(peak, final, max(decay, 1))
-    return optax.join_schedules([ramp, optax.constant_schedule(peak), down], [warmup, steps - decay])
+    return optax.join_schedules(
+        [ramp, optax.constant_schedule(peak), down], [warmup, steps - decay]
+    )
 
 
 def is_matrix(params: dict) -> dict:
-    """True for the leaves weight decay applies to: everything but vectors and what of a router is moved by rule."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in (*nn.VECTORS, SURVEY), params)
+    """True for the leaves weight decay applies to: everything but vectors and what of a router is
+    moved by rule."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in (*nn.VECTORS, SURVEY), params
+    )
 
 
 def matrices(params: dict) -> dict:
@@ -64,9 +71,11 @@ def matrices(params: dict) -> dict:
 def optimizer(
     config: OptimConfig, steps: int, factors: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW with decay on matrices only; or Muon of the blocks' matrices, AdamW of the rest.
+    """Clip by global norm, then AdamW with decay on matrices only; or Muon of the blocks' matrices,
+    AdamW of the rest.
 
-    `factors`: on the learning rate of groups of parameters, by the group's name (`DepthConfig.learning_rates`).
+    `factors`: on the learning rate of groups of parameters, by the group's name
+    (`DepthConfig.learning_rates`).
     """
     rate = learning_rate(config, steps)
 
@@ -113,11 +122,12 @@ def optimizer_of(cfg: Config, steps: int) -> optax.GradientTransformation:
 def core_factor(cfg: Config) -> float:
     """Learning rate of the shared core over that of the other blocks.
 
-    An update of a block that a token runs n times enters the function n times, and these changes point the same way: to
-    first order the output moves n times as far as by an update of a block that is used once. Muon gives every matrix an
-    update of the same size, whatever its gradient, so under it the core's rate is divided by n, which leaves each matrix
-    the same share in the step. n is the mean over tokens of full rows: R, or the sum of the capacities. AdamW's default
-    stays 1, the published recipe.
+    An update of a block that a token runs n times enters the function n times, and these changes
+    point the same way: to first order the output moves n times as far as by an update of a block
+    that is used once. Muon gives every matrix an update of the same size, whatever its gradient, so
+    under it the core's rate is divided by n, which leaves each matrix the same share in the step. n
+    is the mean over tokens of full rows: R, or the sum of the capacities. AdamW's default stays 1,
+    the published recipe.
     """
     if cfg.optim.core_lr:
         return cfg.optim.core_lr

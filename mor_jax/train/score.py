@@ -31,13 +31,19 @@ class _Joined(Sequence):
 
 
 def score(
-    loaded: Loaded, paths: tuple[str, ...] = (), *, text_key: str = "text", rows: int | None = None,
-    batch_size: int = 8, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    loaded: Loaded,
+    paths: tuple[str, ...] = (),
+    *,
+    text_key: str = "text",
+    rows: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> dict[str, Any]:
     """The record of `train.evaluate.evaluate`.
 
     Args:
-      paths: globs of files whose whole text is scored; (): the held-out documents of the run's corpus.
+      paths: globs of files whose whole text is scored; (): the held-out documents of the run's
+        corpus.
       rows: at most so many; 0: all; None: as in training for its own documents, all of other files.
       batch_size: rows at a time, divisible by the number of devices.
     Raises:
@@ -51,12 +57,19 @@ def score(
 
 
 def held_out(
-    loaded: Loaded, paths: tuple[str, ...] = (), *, text_key: str = "text", rows: int | None = None,
-    batch_size: int = 8, progress: bool = True,
-) -> tuple[list[dict], jax.Array]:  # fmt: skip
+    loaded: Loaded,
+    paths: tuple[str, ...] = (),
+    *,
+    text_key: str = "text",
+    rows: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[list[dict], jax.Array]:
     """(batches, bytes of each token) to evaluate on; arguments and errors as in `score`."""
     if batch_size < 1 or batch_size % loaded.mesh.size:
-        raise ConfigError(f"batch_size = {batch_size} must be a positive multiple of the {loaded.mesh.size} devices.")
+        raise ConfigError(
+            f"batch_size = {batch_size} must be a positive multiple of the {loaded.mesh.size} devices."
+        )
     cfg, context = loaded.config, loaded.lm.model.context
     if paths:
         data = prepare(_other_text(loaded, paths, text_key), context, progress=progress)
@@ -76,7 +89,9 @@ def held_out(
 
 def _other_text(loaded: Loaded, paths: tuple[str, ...], text_key: str) -> DataConfig:
     """A data configuration that reads `paths` with the model's own tokenizer."""
-    directory = cache_root(loaded.config.data).parent / "tokenizers" / loaded.tokenizer.fingerprint()
+    directory = (
+        cache_root(loaded.config.data).parent / "tokenizers" / loaded.tokenizer.fingerprint()
+    )
     path = loaded.tokenizer.save(directory)
     return dataclasses.replace(
         loaded.config.data,

@@ -13,8 +13,8 @@ from mor_jax.model.lm import LM
 
 
 class TrainState(NamedTuple):
-    """Step counter (optimiser steps done), parameters, optimiser state, and the running mean of the parameters
-    (`config.optim.ema`), if one is kept."""
+    """Step counter (optimiser steps done), parameters, optimiser state, and the running mean of the
+    parameters (`config.optim.ema`), if one is kept."""
 
     step: jax.Array
     params: Any
@@ -33,29 +33,46 @@ def _create(lm: LM, tx: optax.GradientTransformation, average: bool, key: jax.Ar
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean)
 
 
-def state_shardings(lm: LM, tx: optax.GradientTransformation, mesh: Mesh, average: bool = False) -> TrainState:
+def state_shardings(
+    lm: LM, tx: optax.GradientTransformation, mesh: Mesh, average: bool = False
+) -> TrainState:
     """Shardings of every leaf; the optimiser's moments lie as their parameters do."""
     params = lm.rules.shardings(mesh, lm.logical_axes())
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: _create(lm, tx, average, jax.random.key(0)))
-    # Under a partition (`schedule.optimizer`) each optimiser has a hole where the parameters are another's.
+    # Under a partition (`schedule.optimizer`) each optimiser has a hole where the parameters are
+    # another's.
     hole = lambda leaf: isinstance(leaf, optax.MaskedNode)
     opt_state = optax.tree_map_params(
-        tx, lambda leaf, sharding: leaf if hole(leaf) else sharding, abstract.opt_state, params,
-        transform_non_params=lambda _: replicated, is_leaf=hole,
-    )  # fmt: skip
+        tx,
+        lambda leaf, sharding: leaf if hole(leaf) else sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: replicated,
+        is_leaf=hole,
+    )
     return TrainState(replicated, params, opt_state, params if average else None)
 
 
-def abstract_state(lm: LM, tx: optax.GradientTransformation, mesh: Mesh, average: bool = False) -> TrainState:
-    """Shapes, dtypes and shardings, nothing allocated: the template a checkpoint is restored into."""
+def abstract_state(
+    lm: LM, tx: optax.GradientTransformation, mesh: Mesh, average: bool = False
+) -> TrainState:
+    """Shapes, dtypes and shardings, nothing allocated: the template a checkpoint is restored
+    into."""
     shapes = jax.eval_shape(lambda: _create(lm, tx, average, jax.random.key(0)))
     make = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
     return jax.tree.map(make, shapes, state_shardings(lm, tx, mesh, average))
 
 
-def create_state(lm: LM, tx: optax.GradientTransformation, mesh: Mesh, seed: int, average: bool = False) -> TrainState:
-    """Fresh state, each device computing its own shards. `average`: with a running mean of the parameters."""
-    # Same numbers on every mesh: the partitionable generator draws each element independently of the layout.
-    init = jax.jit(lambda key: _create(lm, tx, average, key), out_shardings=state_shardings(lm, tx, mesh, average))
+def create_state(
+    lm: LM, tx: optax.GradientTransformation, mesh: Mesh, seed: int, average: bool = False
+) -> TrainState:
+    """Fresh state, each device computing its own shards. `average`: with a running mean of the
+    parameters."""
+    # Same numbers on every mesh: the partitionable generator draws each element independently of
+    # the layout.
+    init = jax.jit(
+        lambda key: _create(lm, tx, average, key),
+        out_shardings=state_shardings(lm, tx, mesh, average),
+    )
     return init(jax.random.key(seed))

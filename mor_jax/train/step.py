@@ -23,18 +23,22 @@ from mor_jax.train.distill import Teacher, distilled
 from mor_jax.train.loops import loop_loss
 from mor_jax.train.state import TrainState
 
-# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a model that draws salt: [B] uint32;
-# where the number of recursions is drawn, steps: [B] int32; see also step_targets of `train/loops.py`
+# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a model that
+# draws salt: [B] uint32; where the number of recursions is drawn, steps: [B] int32; see also
+# step_targets of `train/loops.py`
 Batch = dict[str, jax.Array]
 
-AUXILIARY_LOSSES = ("router_loss", "router_z_loss")  # metrics of every run, 0 under a policy that has none
+# metrics of every run, 0 under a policy that has none
+AUXILIARY_LOSSES = ("router_loss", "router_z_loss")
 
 
 def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What the sums of a whole batch are divided by: target tokens, and router candidates of each step [R].
+    """What the sums of a whole batch are divided by: target tokens, and router candidates of each
+    step [R].
 
-    Both follow from the segment ids and loss weights alone, so every micro-batch can divide by the whole batch's counts: each loss
-    term is then the same number under any gradient accumulation (the released trainer scales its terms unequally).
+    Both follow from the segment ids and loss weights alone, so every micro-batch can divide by the
+    whole batch's counts: each loss term is then the same number under any gradient accumulation
+    (the released trainer scales its terms unequally).
     """
     seg = batch["segment_ids"]
     _, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
@@ -46,13 +50,20 @@ def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def loss_fn(
-    lm: LM, params: Any, batch: Batch, scales: tuple[jax.Array, jax.Array], token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None, **of_forward: Any,
-) -> tuple[jax.Array, dict]:  # fmt: skip
-    """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted auxiliary losses.
+    lm: LM,
+    params: Any,
+    batch: Batch,
+    scales: tuple[jax.Array, jax.Array],
+    token_bytes_V: jax.Array | None = None,
+    teacher: Teacher | None = None,
+    **of_forward: Any,
+) -> tuple[jax.Array, dict]:
+    """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted
+    auxiliary losses.
 
-    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`. With a `teacher` the
-    batch holds its states (`Teacher.teach`), and the LM loss is mixed with the distillation loss."""
+    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`.
+    With a `teacher` the batch holds its states (`Teacher.teach`), and the LM loss is mixed with the
+    distillation loss."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
     target_count, candidates_R = scales
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
@@ -72,9 +83,17 @@ def loss_fn(
     salt, taught = batch.get("salt"), batch.get("taught")
     tables, table_axes = (None, None) if teacher is None else teacher.tables()
     axes = (
-        lm.logical_axes(), ROW, ROW, ROW, ROW, given(depth, ROW), given(entered, STATES), given(salt, ("batch",)),
-        given(taught, STATES), table_axes,
-    )  # fmt: skip
+        lm.logical_axes(),
+        ROW,
+        ROW,
+        ROW,
+        ROW,
+        given(depth, ROW),
+        given(entered, STATES),
+        given(salt, ("batch",)),
+        given(taught, STATES),
+        table_axes,
+    )
     depth_BxT, (learned, nll, distillation, stats) = over_rows(lm.rules, run, axes, ROW)(
         params, tokens, seg, targets, weights, depth, entered, salt, taught, tables
     )
@@ -91,34 +110,52 @@ def loss_fn(
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
-        "bytes": jnp.sum((weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])),
+        "bytes": jnp.sum(
+            (weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])
+        ),
         "router": jax.lax.stop_gradient(stats),
     }
     return loss, aux
 
 
 def _micro_batches(batch: Batch, accum: int) -> Batch:
-    """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows throughout."""
+    """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows
+    throughout."""
     split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 1, 0)
     return jax.tree.map(split, batch)
 
 
 def _grad(
-    lm: LM, scales: Any, token_bytes_V: jax.Array | None, teacher: Teacher | None, params: Any, batch: Batch
+    lm: LM,
+    scales: Any,
+    token_bytes_V: jax.Array | None,
+    teacher: Teacher | None,
+    params: Any,
+    batch: Batch,
 ) -> tuple[Any, dict]:
     if lm.recursion.trains:
-        return jax.grad(lambda p: loop_loss(lm, p, batch, scales, token_bytes_V), has_aux=True)(params)
+        return jax.grad(lambda p: loop_loss(lm, p, batch, scales, token_bytes_V), has_aux=True)(
+            params
+        )
     batch = batch if teacher is None else teacher.teach(batch)
-    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, teacher), has_aux=True)(params)
+    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, teacher), has_aux=True)(
+        params
+    )
 
 
 def _grad_by_profile(
-    lm: LM, scales: Any, token_bytes_V: jax.Array | None, teacher: Teacher | None, params: Any, batch: Batch
+    lm: LM,
+    scales: Any,
+    token_bytes_V: jax.Array | None,
+    teacher: Teacher | None,
+    params: Any,
+    batch: Batch,
 ) -> tuple[Any, dict]:
     """As `_grad`, for a policy whose row sizes are known only once the prelude has run.
 
-    The choice of sizes stands outside of the differentiation of the rest, so that one program's intermediate results
-    exist at a time (JAX keeps room for those of every branch of a differentiated `switch`).
+    The choice of sizes stands outside of the differentiation of the rest, so that one program's
+    intermediate results exist at a time (JAX keeps room for those of every branch of a
+    differentiated `switch`).
     """
     batch = batch if teacher is None else teacher.teach(batch)
     tokens, seg = batch["tokens"], batch["segment_ids"]
@@ -133,18 +170,28 @@ def _grad_by_profile(
         return jax.grad(loss, argnums=(0, 1), has_aux=True)
 
     count = len(lm.policy.profiles(tokens.shape[-1]))
-    (grads, dx), aux = jax.lax.switch(profile, [rest(i) for i in range(count)], params, x, depth_BxT)
+    (grads, dx), aux = jax.lax.switch(
+        profile, [rest(i) for i in range(count)], params, x, depth_BxT
+    )
     return jax.tree.map(jnp.add, grads, pull(dx)[0]), aux
 
 
 def gradients(
-    lm: LM, params: Any, batch: Batch, accum: int, token_bytes_V: jax.Array | None = None,
+    lm: LM,
+    params: Any,
+    batch: Batch,
+    accum: int,
+    token_bytes_V: jax.Array | None = None,
     teacher: Teacher | None = None,
-) -> tuple[Any, dict]:  # fmt: skip
+) -> tuple[Any, dict]:
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
     scales = loss_scales(lm, batch)
-    many = len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
-    grad = functools.partial(_grad_by_profile if many else _grad, lm, scales, token_bytes_V, teacher)
+    many = (
+        len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
+    )
+    grad = functools.partial(
+        _grad_by_profile if many else _grad, lm, scales, token_bytes_V, teacher
+    )
     if accum == 1:
         return grad(params, batch)
     micro = _micro_batches(batch, accum)
@@ -158,42 +205,57 @@ def _learned(params: dict) -> dict:
     """Without the survey of the router's scores, which is no weight."""
     if SURVEY not in params.get("router", {}):
         return params
-    return params | {"router": {name: leaf for name, leaf in params["router"].items() if name != SURVEY}}
+    return params | {
+        "router": {name: leaf for name, leaf in params["router"].items() if name != SURVEY}
+    }
 
 
 def averaged(average: dict, params: dict, decay: float, step: jax.Array) -> dict:
-    """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that the random start is
-    soon gone. What is no weight is taken as it is."""
+    """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that
+    the random start is soon gone. What is no weight is taken as it is."""
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     mean = lambda path, a, p: p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
     return jax.tree_util.tree_map_with_path(mean, average, params)
 
 
 def make_train_step(
-    lm: LM, tx: optax.GradientTransformation, accum: int = 1, token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None, ema: float = 0.0, adapters: Adapters | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the state donated.
+    lm: LM,
+    tx: optax.GradientTransformation,
+    accum: int = 1,
+    token_bytes_V: jax.Array | None = None,
+    teacher: Teacher | None = None,
+    ema: float = 0.0,
+    adapters: Adapters | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the
+    state donated.
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
-      teacher: whose predictions are learned, too. Its weights are `beside["teacher"]`: closed over, they would be constants
-        of the program.
+      teacher: whose predictions are learned, too. Its weights are `beside["teacher"]`: closed over,
+        they would be constants of the program.
       ema: decay of the running mean of the parameters, of a state that has one.
-      adapters: what the state's parameters are, in place of the model's, which are `beside["base"]` and stay.
+      adapters: what the state's parameters are, in place of the model's, which are `beside["base"]`
+        and stay.
 
-    A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32 scalar), leaves the
-    state as it was; the caller sees it in the metrics.
+    A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32
+    scalar), leaves the state as it was; the caller sees it in the metrics.
     """
 
-    def train_step(state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None):
+    def train_step(
+        state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None
+    ):
         teaches = None if teacher is None else teacher._replace(params=beside["teacher"])
         whole, pull = state.params, None
-        if adapters is not None:  # a step forms the gradient of the whole weights once, and takes the adapters' from it
+        # a step forms the gradient of the whole weights once, and takes the adapters' from it
+        if adapters is not None:
             whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
         rows = batch["tokens"].shape[0]
-        if lm.draws:  # of each row of each step its own draw, whatever the accumulation and the mesh
-            salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(1, rows + 1, dtype=jnp.uint32)
+        # of each row of each step its own draw, whatever the accumulation and the mesh
+        if lm.draws:
+            salt_B = state.step.astype(jnp.uint32) * rows + jnp.arange(
+                1, rows + 1, dtype=jnp.uint32
+            )
             batch = batch | {"salt": lm.rules.constrain(salt_B, "batch")}
         if lm.recursion.sampling != "fixed":
             steps_B = draw(lm.recursion, lm.program.recursions, state.step, rows)
@@ -202,19 +264,24 @@ def make_train_step(
         grads = grads if pull is None else pull(grads)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-        # Through the update's norm, the choice also comes after everything that reads the old state. So the new state lies
-        # beside the old until the norm is known, when activations are gone; without it XLA for CPUs copies the moments
-        # before the step, and keeps the copies through it.
+        # Through the update's norm, the choice also comes after everything that reads the old
+        # state. So the new state lies beside the old until the norm is known, when activations are
+        # gone; without it XLA for CPUs copies the moments before the step, and keeps the copies
+        # through it.
         finite = jnp.isfinite(aux["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
         good = finite if limit is None else finite & (aux["loss"] <= limit)
         params, router = optax.apply_updates(state.params, updates), aux.pop("router")
         if adapters is None:
             params = params | {"router": lm.policy.rebalance(params["router"], router)}
-        average = None if state.average is None else averaged(state.average, params, ema, state.step)
+        average = (
+            None if state.average is None else averaged(state.average, params, ema, state.step)
+        )
         new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         metrics = {
-            **{k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())},
+            **{
+                k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())
+            },
             **({} if teacher is None else {"distill_loss": aux["distill_loss"]}),
             **{k: v for k, v in aux.items() if k.startswith("recursion/")},
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
@@ -231,23 +298,35 @@ def make_train_step(
 class StagedStep:
     """The jitted train step of each stage of training (`LM.stage`), compiled when it is reached.
 
-    Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program; without it, `jax.jit`
-    with the state donated. `StagedStep(...)(step, *arguments)` is the program for the step after `step` others.
+    Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program;
+    without it, `jax.jit` with the state donated. `StagedStep(...)(step, *arguments)` is the program
+    for the step after `step` others.
     """
 
     def __init__(
-        self, lm: LM, tx: optax.GradientTransformation, accum: int, token_bytes_V: jax.Array | None = None,
-        compile: Callable[[Callable, tuple], Callable] | None = None, teacher: Teacher | None = None,
-        ema: float = 0.0, adapters: Adapters | None = None,
-    ):  # fmt: skip
-        self._lm, self._rest, self._made = lm, (tx, accum, token_bytes_V, teacher, ema, adapters), {}
+        self,
+        lm: LM,
+        tx: optax.GradientTransformation,
+        accum: int,
+        token_bytes_V: jax.Array | None = None,
+        compile: Callable[[Callable, tuple], Callable] | None = None,
+        teacher: Teacher | None = None,
+        ema: float = 0.0,
+        adapters: Adapters | None = None,
+    ):
+        self._lm, self._rest, self._made = (
+            lm,
+            (tx, accum, token_bytes_V, teacher, ema, adapters),
+            {},
+        )
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
     def __call__(self, step: int, *arguments: Any) -> Callable:
         stage = stage_of(self._lm.depth, step)
         if stage not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
-            # A stage of the warm-up is done when another begins; those of a warm run come again and again.
+            # A stage of the warm-up is done when another begins; those of a warm run come again and
+            # again.
             kept = {old: step for old, step in self._made.items() if is_warm(lm.depth, old)}
             self._made = kept | {stage: self._compile(make_train_step(lm, *self._rest), arguments)}
         return self._made[stage]

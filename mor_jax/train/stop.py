@@ -10,8 +10,8 @@ from typing import Any
 
 from mor_jax.parallel.multihost import Hosts
 
-# SIGTERM is the notice of Kubernetes, of cloud machines about to be taken back and of Slurm, which can also be told to
-# send SIGUSR1 some time before the limit (sbatch --signal=USR1@120).
+# SIGTERM is the notice of Kubernetes, of cloud machines about to be taken back and of Slurm, which
+# can also be told to send SIGUSR1 some time before the limit (sbatch --signal=USR1@120).
 SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
 
@@ -35,7 +35,8 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(hosts: Hosts) -> Iterator[Stop]:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a save and an early end; a second SIGINT interrupts at once."""
+    """SIGTERM, SIGUSR1 and SIGINT ask for a save and an early end; a second SIGINT interrupts at
+    once."""
     stop, previous = Stop(hosts), {}
 
     def handler(number: int, _frame: Any) -> None:
@@ -43,11 +44,13 @@ def stop_signals(hosts: Hosts) -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.name = signal.Signals(number).name
         if hosts.count > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # to the preemption service, which tells the other processes
+            # to the preemption service, which tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)
 
     # In a job of several, SIGTERM stays with JAX's preemption service.
     ours = [number for number in SIGNALS if hosts.count == 1 or number != signal.SIGTERM]
-    with contextlib.suppress(ValueError):  # not the main thread (a notebook server, say): no handlers then
+    # not the main thread (a notebook server, say): no handlers then
+    with contextlib.suppress(ValueError):
         for number in ours:
             previous[number] = signal.signal(number, handler)
     try:

@@ -4,8 +4,9 @@
     <workdir>/sweep.json, .csv, .md, .png
     <workdir>/logs/              what runs in other processes printed
 
-What is finished is not run again, what was interrupted goes on by `train`'s own resume. A run that diverged leaves
-diverged.json and counts as finished: its divergence is the result (delete the file to try again).
+What is finished is not run again, what was interrupted goes on by `train`'s own resume. A run that
+diverged leaves diverged.json and counts as finished: its divergence is the result (delete the file
+to try again).
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def jobs(sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int 
       fields: configuration fields that override those of every point, e.g. {"train.steps": 100}.
       devices: number that the mesh of each run spans.
     Raises:
-      ConfigError: a configuration that cannot be run, with the name of its point; nothing has been run then.
+      ConfigError: a configuration that cannot be run, with the name of its point; nothing has been
+        run then.
     """
     found = []
     for seed in sweep.seeds:
@@ -75,7 +77,9 @@ def jobs(sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int 
                 _set(raw, key, value, point.name)
             try:
                 if "depth.policy" in given:  # what the base set for another policy is left behind
-                    raw["depth"] = switched(raw["depth"], [key.removeprefix("depth.") for key in given])
+                    raw["depth"] = switched(
+                        raw["depth"], [key.removeprefix("depth.") for key in given]
+                    )
                 found.append(Job(point, seed, from_config_dict(raw, devices=devices)))
             except ConfigError as e:
                 raise ConfigError(f"point {point.name!r} of the sweep: {e}") from e
@@ -97,13 +101,14 @@ def run_sweep(
 
     Args:
       fields: see `jobs`.
-      command: the command line that runs the job of a name alone; with it, jobs run in other processes, one in each of
-        `slots` at a time. Without it: one after the other in this one.
+      command: the command line that runs the job of a name alone; with it, jobs run in other
+        processes, one in each of `slots` at a time. Without it: one after the other in this one.
       slots: device number of each process, "" for whatever it finds.
       say: takes a line about what happens.
       tables: write the sweep's results into `workdir`.
     Raises:
-      UserError: a run failed for another reason than divergence, or the sweep was stopped; finished runs are kept.
+      UserError: a run failed for another reason than divergence, or the sweep was stopped; finished
+        runs are kept.
     """
     workdir = as_path(workdir)
     # Counting devices would take hold of them, and they are for the other processes.
@@ -136,15 +141,20 @@ def run_job(job: Job, workdir: str | os.PathLike[str], *, progress: bool = True)
 
 
 def finished(directory: epath.Path, cfg: Config) -> bool:
-    """Whether `directory` holds this very run, ended. Raises ConfigError if it holds another one."""
+    """Whether `directory` holds this very run, ended. Raises ConfigError if it holds another
+    one."""
     if not any((directory / name).exists() for name in ("summary.json", DIVERGED)):
         return False
     try:
         saved = from_dict(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as e:
-        raise ConfigError(f"{directory}/config.json cannot be read ({e}); delete the directory to run it anew.") from e
+        raise ConfigError(
+            f"{directory}/config.json cannot be read ({e}); delete the directory to run it anew."
+        ) from e
     if not cfg.model.vocab_size:  # left to the tokenizer, which the run has asked
-        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, vocab_size=saved.model.vocab_size))
+        cfg = dataclasses.replace(
+            cfg, model=dataclasses.replace(cfg.model, vocab_size=saved.model.vocab_size)
+        )
     changed = differences(saved.to_dict(), cfg.to_dict(), paths=True)
     if changed:
         raise ConfigError(
@@ -193,7 +203,9 @@ def write_results(sweep: Sweep, outcomes: Sequence[Outcome], workdir: epath.Path
     """sweep.json, sweep.csv, sweep.md and sweep.png of the runs there are."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / "sweep.json", json.dumps(results.to_json(sweep, outcomes), indent=1) + "\n")
+        write_text(
+            workdir / "sweep.json", json.dumps(results.to_json(sweep, outcomes), indent=1) + "\n"
+        )
         write_text(workdir / "sweep.csv", results.to_csv(sweep, outcomes))
         write_text(workdir / "sweep.md", results.to_markdown(sweep, outcomes))
         if any(not o.failure for o in outcomes):
@@ -215,7 +227,11 @@ def _in_processes(
     """One process a job, one in each slot at a time; stops them all, saved, when told to stop."""
     queue, free, running = list(waiting), list(slots), {}
     # A process can write to a file of this machine only.
-    logs = Path(workdir) / "logs" if is_local(workdir) else Path(tempfile.mkdtemp(prefix="mor_jax_logs_"))
+    logs = (
+        Path(workdir) / "logs"
+        if is_local(workdir)
+        else Path(tempfile.mkdtemp(prefix="mor_jax_logs_"))
+    )
     broken: list[str] = []
     with _stop_signal() as stop:
         while running or (queue and not broken and not stop):
@@ -225,18 +241,25 @@ def _in_processes(
                 log.parent.mkdir(parents=True, exist_ok=True)
                 env = os.environ | ({name: slot for name in ONE_DEVICE} if slot else {})
                 with log.open("w") as out:
-                    # A session of its own: Ctrl-C reaches this process alone, which then asks each run once to save.
+                    # A session of its own: Ctrl-C reaches this process alone, which then asks each
+                    # run once to save.
                     process = subprocess.Popen(
-                        command(job.name), stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env,
+                        command(job.name),
+                        stdout=out,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                        env=env,
                         start_new_session=True,
-                    )  # fmt: skip
+                    )
                 running[process] = (job, slot, log)
                 say(f"started {job.name}" + (f" on device {slot}" if slot else ""))
             for process in [p for p in running if p.poll() is not None]:
                 job, slot, log = running.pop(process)
                 free.append(slot)
                 if process.returncode and not stop:
-                    broken.append(f"{job.name} ended with status {process.returncode}: {_last_line(log)}")
+                    broken.append(
+                        f"{job.name} ended with status {process.returncode}: {_last_line(log)}"
+                    )
                 say(f"{'stopped' if stop else 'ended'} {job.name}")
             if stop and not stop.sent:
                 stop.sent = True
@@ -291,7 +314,9 @@ def _set(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
     for group in groups:
         raw = raw.setdefault(group, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f"point {where!r} of the sweep: config.{key} is below a field that holds no others.")
+            raise ConfigError(
+                f"point {where!r} of the sweep: config.{key} is below a field that holds no others."
+            )
     raw[leaf] = value
 
 

@@ -1,5 +1,5 @@
-"""Where the numbers of a run go beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, or anything with three
-methods (`config.train.trackers`)."""
+"""Where the numbers of a run go beside `metrics.jsonl`: TensorBoard, Weights & Biases, MLflow, or
+anything with three methods (`config.train.trackers`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 from mor_jax.errors import ConfigError, UserError
 
-IDS = "trackers.json"  # in the run directory: what each tracker calls this run, so that a resumed run goes on there
+# in the run directory: what each tracker calls this run, so that a resumed run goes on there
+IDS = "trackers.json"
 
 
 class TrackedRun(NamedTuple):
@@ -60,13 +61,19 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases; project, entity and mode are its own environment variables (WANDB_PROJECT, ...)."""
+    """A run of Weights & Biases; project, entity and mode are its own environment variables
+    (WANDB_PROJECT, ...)."""
 
     def __init__(self, run: TrackedRun):
         wandb = _package("wandb", "wandb")
         made = _id_of(run.directory, "wandb", lambda: uuid.uuid4().hex[:16])
         self._run = wandb.init(
-            id=made, resume="allow", name=run.name, config=dict(run.config), dir=str(run.directory), reinit="create_new"
+            id=made,
+            resume="allow",
+            name=run.name,
+            config=dict(run.config),
+            dir=str(run.directory),
+            reinit="create_new",
         )
         # Its own step may not go back, as a run that resumes does.
         self._run.define_metric("step")
@@ -92,20 +99,27 @@ class MLflow:
         def made() -> str:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "mor_jax")
             experiment = self._client.get_experiment_by_name(name)
-            number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+            number = (
+                experiment.experiment_id if experiment else self._client.create_experiment(name)
+            )
             return self._client.create_run(number, run_name=run.name).info.run_id
 
         self._id = _id_of(run.directory, "mlflow", made)
         self._client.update_run(self._id, status="RUNNING")
         self._entities = importlib.import_module("mlflow.entities")
         if not run.resume_step:
-            params = [self._entities.Param(name, str(value)[:500]) for name, value in _flat(run.config)]
+            params = [
+                self._entities.Param(name, str(value)[:500]) for name, value in _flat(run.config)
+            ]
             for first in range(0, len(params), 100):  # at most so many a request
                 self._client.log_batch(self._id, params=params[first : first + 100])
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
-        made = [self._entities.Metric(f"{kind}/{name}", value, now, step) for name, value in values.items()]
+        made = [
+            self._entities.Metric(f"{kind}/{name}", value, now, step)
+            for name, value in values.items()
+        ]
         self._client.log_batch(self._id, metrics=made)
 
     def flush(self) -> None:
@@ -115,11 +129,16 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+TRACKERS: dict[str, Callable[[TrackedRun], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
 
 
 def open_trackers(names: Sequence[str], run: TrackedRun) -> dict[str, Tracker]:
-    """Trackers by name: one of TRACKERS, or "package.module:factory", which is called with the TrackedRun.
+    """Trackers by name: one of TRACKERS, or "package.module:factory", which is called with the
+    TrackedRun.
 
     Raises:
       ConfigError: no such tracker.
@@ -171,5 +190,9 @@ def _flat(tree: Mapping[str, Any], where: str = "") -> list[tuple[str, Any]]:
     return [
         pair
         for name, value in tree.items()
-        for pair in (_flat(value, f"{where}{name}.") if isinstance(value, Mapping) else [(f"{where}{name}", value)])
+        for pair in (
+            _flat(value, f"{where}{name}.")
+            if isinstance(value, Mapping)
+            else [(f"{where}{name}", value)]
+        )
     ]

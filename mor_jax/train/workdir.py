@@ -20,19 +20,50 @@ from mor_jax.paths import reason, steps_in, write_text
 
 # What may differ between a run and its resumption, by field or by group. Three kinds:
 #
-# FREE may always. These fields change what is reported, where things lie, what follows a bad step, or how the same sums
-# are computed (a micro-batch divides by the whole batch's counts), up to rounding. `data.paths` is judged by its content.
-FREE = frozenset({
-    "name", "mesh", "model.remat", "model.attention", "model.loss_chunk", "depth.executor", "data.cache_dir",
-    "data.paths", "train.log_every", "train.trackers", "train.eval_every", "train.eval_rows", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.keep_best", "train.patience", "train.accum", "train.on_nonfinite", "train.on_spike", "train.spike_threshold",
-})  # fmt: skip
-# NEVER may. They say what the weights and the token ids are. In `model` everything does but what is FREE, and `dtype`.
-NEVER = frozenset({
-    "model", "depth.policy", "depth.router", "depth.score", "depth.gate", "depth.inference", "data.bpe_vocab",
-    "optim.algorithm", "adapter",
-})  # fmt: skip
-# The rest may where `--allow` names it: the weights and the optimiser's state still fit, the numbers become others.
+# FREE may always. These fields change what is reported, where things lie, what follows a bad step,
+# or how the same sums are computed (a micro-batch divides by the whole batch's counts), up to
+# rounding. `data.paths` is judged by its content.
+FREE = frozenset(
+    {
+        "name",
+        "mesh",
+        "model.remat",
+        "model.attention",
+        "model.loss_chunk",
+        "depth.executor",
+        "data.cache_dir",
+        "data.paths",
+        "train.log_every",
+        "train.trackers",
+        "train.eval_every",
+        "train.eval_rows",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+        "train.keep_best",
+        "train.patience",
+        "train.accum",
+        "train.on_nonfinite",
+        "train.on_spike",
+        "train.spike_threshold",
+    }
+)
+# NEVER may. They say what the weights and the token ids are. In `model` everything does but what is
+# FREE, and `dtype`.
+NEVER = frozenset(
+    {
+        "model",
+        "depth.policy",
+        "depth.router",
+        "depth.score",
+        "depth.gate",
+        "depth.inference",
+        "data.bpe_vocab",
+        "optim.algorithm",
+        "adapter",
+    }
+)
+# The rest may where `--allow` names it: the weights and the optimiser's state still fit, the
+# numbers become others.
 ALLOWED = frozenset({"model.dtype"})
 
 
@@ -44,12 +75,15 @@ def kind_of(field: str) -> str:
     return "never" if {field, group} & NEVER and field not in ALLOWED else "allow"
 
 
-def claim(workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[str] = ()) -> list[str]:
-    """Make `workdir` this run's: config.json and tokenizer.json. Returns what differs by leave of `allow`, in phrases.
+def claim(
+    workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[str] = ()
+) -> list[str]:
+    """Make `workdir` this run's: config.json and tokenizer.json. Returns what differs by leave of
+    `allow`, in phrases.
 
     Args:
-      allow: fields or groups of fields that may differ from those of the run there, e.g. "optim.peak_lr", "optim".
-    Raises:
+      allow: fields or groups of fields that may differ from those of the run there, e.g.
+    "optim.peak_lr", "optim". Raises:
       ConfigError: it holds a run of another configuration, or `allow` names what may never differ.
       UserError: it cannot be written.
     """
@@ -65,14 +99,17 @@ def claim(workdir: epath.Path, cfg: Config, data: PreparedData, allow: Iterable[
             _refuse(workdir, {f: text for f, text in changed.items() if not _named(f, allowed)})
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, cfg.to_dict())
-        if not steps_in(workdir / "checkpoints"):  # else it is kept until it has been compared with theirs
+        # else it is kept until it has been compared with theirs
+        if not steps_in(workdir / "checkpoints"):
             data.tokenizer.save(workdir)
             if data.template is not None:
                 data.template.save(workdir)
     except OSError as e:
         raise UserError(f"cannot write to the run directory {workdir}: {reason(e)}.") from e
     except ValueError as e:
-        raise ConfigError(f"{path} is not readable JSON ({e}); repair it or give another --workdir.") from e
+        raise ConfigError(
+            f"{path} is not readable JSON ({e}); repair it or give another --workdir."
+        ) from e
     return list(changed.values())
 
 
@@ -96,17 +133,24 @@ def _refuse(workdir: epath.Path, changed: Mapping[str, str]) -> None:
 def _checked(allow: Iterable[str]) -> Iterator[str]:
     """Raises ConfigError for names that are no fields, or of what may never change."""
     fields = {name for name, _ in _flat(Config().to_dict())}
-    fields |= {f"depth.{f.name}" for policy in depth_policies().values() for f in dataclasses.fields(policy)}
+    fields |= {
+        f"depth.{f.name}"
+        for policy in depth_policies().values()
+        for f in dataclasses.fields(policy)
+    }
     names = fields | {name.partition(".")[0] for name in fields}
     for given in allow:
         name = given.strip().removeprefix("config.")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             raise ConfigError(
-                f"--allow={given}: there is no such field." + (f" Did you mean {near[0]}?" if near else "")
+                f"--allow={given}: there is no such field."
+                + (f" Did you mean {near[0]}?" if near else "")
             )
         if kind_of(name) == "never":
-            raise ConfigError(f"--allow={given}: config.{name} can never change within a run. Give another --workdir.")
+            raise ConfigError(
+                f"--allow={given}: config.{name} can never change within a run. Give another --workdir."
+            )
         yield name
 
 
@@ -120,8 +164,11 @@ def _named(field: str, allowed: tuple[str, ...]) -> bool:
     return kind_of(field) != "never" and bool({field, field.partition(".")[0]} & set(allowed))
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, paths: bool = False) -> list[str]:
-    """What keeps a run of configuration `new` from going on as it is where one of `old` stopped; a phrase for each field.
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, paths: bool = False
+) -> list[str]:
+    """What keeps a run of configuration `new` from going on as it is where one of `old` stopped; a
+    phrase for each field.
 
     paths: count data.paths, which else is left to a comparison of the content."""
     return list(_changes(old, new, paths).values())
@@ -153,7 +200,11 @@ def write_json(path: epath.Path, value: Any) -> None:
 def mesh_device(mesh: jax.sharding.Mesh) -> str:
     """For example "8 x TPU v5 lite, mesh 2x2x2" or "1 x cpu (2 cores)"."""
     device = mesh.devices.flat[0]
-    kind = f"{device.device_kind} ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    kind = (
+        f"{device.device_kind} ({os.cpu_count()} cores)"
+        if device.platform == "cpu"
+        else device.device_kind
+    )
     shape = f", mesh {'x'.join(map(str, mesh.devices.shape))}" if mesh.size > 1 else ""
     return f"{mesh.size} x {kind}{shape}"
 

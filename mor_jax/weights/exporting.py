@@ -44,10 +44,11 @@ def export_weights(
     average: bool = False,
     shard_bytes: int = SHARD,
 ) -> Exported:
-    """Write a checkpoint as a Llama, Qwen2 or Qwen3 model in float32; importing it again gives the same bits.
+    """Write a checkpoint as a Llama, Qwen2 or Qwen3 model in float32; importing it again gives the
+    same bits.
 
-    A shared block is written once for each time it runs, so a recursive model becomes an ordinary one of its unrolled
-    depth.
+    A shared block is written once for each time it runs, so a recursive model becomes an ordinary
+    one of its unrolled depth.
 
     Args:
       checkpoint: as of `train.load.load_model`.
@@ -55,8 +56,8 @@ def export_weights(
       directory: of this machine; created, and refused where it holds a model.
       shard_bytes: of tensors in a file, at most, unless one tensor is larger.
     Raises:
-      CheckpointError: no published architecture computes this model: tokens differ in depth, recursions have something
-        of their own, or logits are capped.
+      CheckpointError: no published architecture computes this model: tokens differ in depth,
+        recursions have something of their own, or logits are capped.
       UserError: safetensors is not installed, or the directory cannot be written.
     """
     needed("safetensors", "writing safetensors")
@@ -70,7 +71,9 @@ def export_weights(
     config = config_of(loaded.config.model, len(blocks)) | _ids(loaded.tokenizer)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        files = _write_tensors(target, places(loaded.config.model, blocks), loaded.params, shard_bytes)
+        files = _write_tensors(
+            target, places(loaded.config.model, blocks), loaded.params, shard_bytes
+        )
         _write_tokenizer(target, loaded.tokenizer, loaded.template, loaded.config.model.context)
         _json(target / "generation_config.json", _ids(loaded.tokenizer))
         _json(target / "config.json", config)  # last: a directory left half-made is no model
@@ -89,7 +92,9 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
             f"depth.policy = {depth.policy!r} lets tokens differ in depth, which no published architecture computes."
         )
     if m.recursions > 1 and not m.sharing.endswith("sequence") and depth.kv not in ("", "full"):
-        raise CheckpointError(f"depth.kv = {depth.kv!r} shares keys between recursions; only 'full' can be unrolled.")
+        raise CheckpointError(
+            f"depth.kv = {depth.kv!r} shares keys between recursions; only 'full' can be unrolled."
+        )
     if m.relaxed:
         raise CheckpointError(
             "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which cannot "
@@ -150,8 +155,12 @@ def _ids(tokenizer: Tokenizer) -> dict[str, object]:
     return {"bos_token_id": tokenizer.bos, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
-def _write_tokenizer(target: epath.Path, tokenizer: Tokenizer, template: ChatTemplate, context: int) -> None:
-    text = tokenizer.library_json() if isinstance(tokenizer, BpeTokenizer) else _bytes_json(tokenizer)
+def _write_tokenizer(
+    target: epath.Path, tokenizer: Tokenizer, template: ChatTemplate, context: int
+) -> None:
+    text = (
+        tokenizer.library_json() if isinstance(tokenizer, BpeTokenizer) else _bytes_json(tokenizer)
+    )
     hf = tokenizers.Tokenizer.from_str(text)
     bos, eos = (tokenizer.token_text(i) for i in (tokenizer.bos, tokenizer.eos))
     plain = hf.encode("a", add_special_tokens=False).ids
@@ -190,7 +199,8 @@ def _bytes_json(tokenizer: Tokenizer) -> str:
 
 
 def _letters() -> list[str]:
-    """The letter that byte-level tokenizers write each byte as: itself if it can be seen, else one from 256 on."""
+    """The letter that byte-level tokenizers write each byte as: itself if it can be seen, else one
+    from 256 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = iter(range(256, 512))
     return [chr(b) if b in seen else chr(next(hidden)) for b in range(256)]

@@ -1,7 +1,9 @@
-"""The published architectures whose block is this project's: their configurations, and where their tensors go.
+"""The published architectures whose block is this project's: their configurations, and where their
+tensors go.
 
-Everything here is in the names of Hugging Face's `config.json` and safetensors files; other formats are translated to
-them (`gguf_file`). Letters: D width, N query heads, K kv heads, G = N / K, H head dim, F mlp width, V vocabulary.
+Everything here is in the names of Hugging Face's `config.json` and safetensors files; other formats
+are translated to them (`gguf_file`). Letters: D width, N query heads, K kv heads, G = N / K, H head
+dim, F mlp width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
     """The shape that a `config.json` describes.
 
     Args:
-      context: longest sequence; 0: the model's own. Where attention slides over a window, at most the window, within
-        which it is the ordinary one.
+      context: longest sequence; 0: the model's own. Where attention slides over a window, at most
+        the window, within which it is the ordinary one.
     Raises:
       CheckpointError: an architecture or a setting that this project's block does not have.
     """
@@ -88,7 +90,9 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
     family = FAMILIES[name]
     for key, fine in INERT.items():
         if key in config and config[key] not in fine:
-            raise CheckpointError(f"{where}: {key} = {config[key]!r} is not supported; {name} must have {fine[0]!r}.")
+            raise CheckpointError(
+                f"{where}: {key} = {config[key]!r} is not supported; {name} must have {fine[0]!r}."
+            )
     heads = _int(config, "num_attention_heads", where)
     kv_heads = heads
     if config.get("num_key_value_heads") is not None or family.kv_heads:
@@ -99,7 +103,11 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
     window = _window(config, family)
     limit = min(longest, window or longest)
     if context > limit:
-        what = f"attention slides over a window of {window} tokens" if limit == window else f"{limit} tokens is longest"
+        what = (
+            f"attention slides over a window of {window} tokens"
+            if limit == window
+            else f"{limit} tokens is longest"
+        )
         raise CheckpointError(f"{where}: a context of {context} is too long: {what}.")
     bias = bool(config.get("attention_bias", False)) if family.qkv_bias is None else family.qkv_bias
     model = ModelConfig(
@@ -107,7 +115,8 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
         width=width,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=0 if head_dim * heads == width else head_dim,  # as a configuration written by hand has it
+        # as a configuration written by hand has it
+        head_dim=0 if head_dim * heads == width else head_dim,
         mlp_width=_int(config, "intermediate_size", where),
         vocab_size=_int(config, "vocab_size", where),
         context=context or limit,
@@ -125,16 +134,29 @@ def model_of(config: Json, where: str, context: int = 0) -> ModelConfig:
 
 
 def config_of(m: ModelConfig, layers: int) -> dict[str, object]:
-    """The `config.json` of a plain model of this shape with so many layers; `model_of` is its inverse.
+    """The `config.json` of a plain model of this shape with so many layers; `model_of` is its
+    inverse.
 
     Raises CheckpointError: no published architecture computes this."""
     if m.qkv_bias and m.qk_norm:
-        raise CheckpointError("no published architecture has both q/k/v biases and QK-norm without other biases.")
+        raise CheckpointError(
+            "no published architecture has both q/k/v biases and QK-norm without other biases."
+        )
     if m.logit_cap:
-        raise CheckpointError(f"logit_cap = {m.logit_cap} is not part of Llama or Qwen, so it cannot be written.")
+        raise CheckpointError(
+            f"logit_cap = {m.logit_cap} is not part of Llama or Qwen, so it cannot be written."
+        )
     if m.smear:
-        raise CheckpointError(f"smear = {m.smear} is not part of Llama or Qwen, so it cannot be written.")
-    name = "Qwen2ForCausalLM" if m.qkv_bias else "Qwen3ForCausalLM" if m.qk_norm else "LlamaForCausalLM"
+        raise CheckpointError(
+            f"smear = {m.smear} is not part of Llama or Qwen, so it cannot be written."
+        )
+    name = (
+        "Qwen2ForCausalLM"
+        if m.qkv_bias
+        else "Qwen3ForCausalLM"
+        if m.qk_norm
+        else "LlamaForCausalLM"
+    )
     config: dict[str, object] = {
         "architectures": [name],
         "model_type": FAMILIES[name].kind,
@@ -165,7 +187,8 @@ def config_of(m: ModelConfig, layers: int) -> dict[str, object]:
 
 
 class Place(NamedTuple):
-    """A tensor of a published model, and the part of a leaf that it is: `leaf[index].reshape(shape)`."""
+    """A tensor of a published model, and the part of a leaf that it is:
+    `leaf[index].reshape(shape)`."""
 
     shape: tuple[int, ...]
     leaf: tuple[str, ...]
@@ -173,7 +196,8 @@ class Place(NamedTuple):
 
 
 def places(m: ModelConfig, blocks: Sequence[tuple[str, str]]) -> dict[str, Place]:
-    """Every tensor of a model, by name. `blocks`: of each layer its part and number, ("core", "0")."""
+    """Every tensor of a model, by name. `blocks`: of each layer its part and number, ("core",
+    "0")."""
     heads, kv, hd = m.dims
     groups, d, f = heads // kv, m.width, m.mlp_width
     query: Index = (slice(None), slice(0, groups))
@@ -225,9 +249,14 @@ def _rope(config: Json, where: str, longest: int) -> dict[str, float | int | str
     if kind == "default":
         return fields
     if kind not in ROPE:
-        raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported; those that are: {', '.join(ROPE)}.")
+        raise CheckpointError(
+            f"{where}: rope scaling {kind!r} is not supported; those that are: {', '.join(ROPE)}."
+        )
     if kind != "linear":
-        given.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings", longest))
+        given.setdefault(
+            "original_max_position_embeddings",
+            config.get("original_max_position_embeddings", longest),
+        )
     else:
         given.pop("original_max_position_embeddings", None)
     fields["rope_scaling"] = kind
@@ -235,7 +264,9 @@ def _rope(config: Json, where: str, longest: int) -> dict[str, float | int | str
         if value is None:
             continue
         if key not in ROPE[kind]:
-            raise CheckpointError(f"{where}: rope scaling {kind} with {key} = {value!r} is not supported.")
+            raise CheckpointError(
+                f"{where}: rope scaling {kind} with {key} = {value!r} is not supported."
+            )
         field = ROPE[kind][key]
         number = _number(value, key, where)
         fields[field] = int(number) if field == "rope_original_context" else number

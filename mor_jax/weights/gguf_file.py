@@ -1,9 +1,10 @@
-"""A GGUF file: llama.cpp's container of weights (often quantised), configuration, tokenizer and chat template.
+"""A GGUF file: llama.cpp's container of weights (often quantised), configuration, tokenizer and
+chat template.
 
-Two conventions are undone here. Shapes are stored in reverse. And files of architecture `llama` (Llama, Mistral, SmolLM2)
-hold the rows of the query and key projections in the order of a rotation of neighbouring pairs (2i, 2i + 1); this
-project, as Hugging Face, rotates the first half of a head against the second. Files of `qwen2` and `qwen3` are not
-permuted.
+Two conventions are undone here. Shapes are stored in reverse. And files of architecture `llama`
+(Llama, Mistral, SmolLM2) hold the rows of the query and key projections in the order of a rotation
+of neighbouring pairs (2i, 2i + 1); this project, as Hugging Face, rotates the first half of a head
+against the second. Files of `qwen2` and `qwen3` are not permuted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from mor_jax.paths import as_path, is_local
 from mor_jax.weights.families import model_of
 from mor_jax.weights.source import framing_of, library_tokenizer, needed
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 PERMUTED = ("llama",)
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INNER = {
@@ -43,10 +48,12 @@ INNER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# The factors by which Llama 3's scaling divides frequencies; the file holds them and not what they are made of.
+# The factors by which Llama 3's scaling divides frequencies; the file holds them and not what they
+# are made of.
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# Keys that may be there and change nothing, by the part after the architecture's name, and values that are fine.
+# Keys that may be there and change nothing, by the part after the architecture's name, and values
+# that are fine.
 INERT: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "attention.clamp_kqv": (0.0,),
@@ -72,7 +79,8 @@ class Gguf:
     """Reads such a file, mapped into memory and de-quantised tensor by tensor.
 
     Raises:
-      CheckpointError: no such file, damaged, or an architecture or a setting that this project does not have.
+      CheckpointError: no such file, damaged, or an architecture or a setting that this project does
+        not have.
     """
 
     def __init__(self, path: str, *, context: int = 0):
@@ -84,7 +92,9 @@ class Gguf:
         try:
             reader = gguf.GGUFReader(str(file))
         except Exception as e:  # the library raises whatever it stumbles over
-            raise CheckpointError(f"{path} cannot be read as GGUF ({str(e)[:200] or type(e).__name__}).") from e
+            raise CheckpointError(
+                f"{path} cannot be read as GGUF ({str(e)[:200] or type(e).__name__})."
+            ) from e
         self._reader, self._dequantize = reader, gguf.quants.dequantize
         self._tensors = {t.name: t for t in reader.tensors}
         self._arch = str(self._get("general.architecture") or "")
@@ -94,17 +104,23 @@ class Gguf:
         self.chat_template: str | None = template if isinstance(template, str) else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {hf: tuple(int(n) for n in reversed(self._tensors[name].shape)) for hf, name in self._kv_names.items()}
+        return {
+            hf: tuple(int(n) for n in reversed(self._tensors[name].shape))
+            for hf, name in self._kv_names.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         stored = self._tensors[self._kv_names[name]]
         shape = self.shapes()[name]
         x = np.empty(shape, np.float32)
-        step = max(1, CHUNK // max(1, x[:1].size))  # the library needs several arrays of the size of its result
+        # the library needs several arrays of the size of its result
+        step = max(1, CHUNK // max(1, x[:1].size))
         try:
             for i in range(0, len(x), step):
                 part = stored.data[i : i + step]
-                x[i : i + step] = self._dequantize(part, stored.tensor_type).reshape(x[i : i + step].shape)
+                x[i : i + step] = self._dequantize(part, stored.tensor_type).reshape(
+                    x[i : i + step].shape
+                )
         except NotImplementedError:
             raise CheckpointError(
                 f"{self.where}: the tensor {stored.name} is of type {stored.tensor_type.name}, which cannot be read."
@@ -125,9 +141,13 @@ class Gguf:
             )
         tokens = list(map(str, self._get("tokenizer.ggml.tokens") or ()))
         kinds = list(self._get("tokenizer.ggml.token_type") or ())
-        merges = [tuple(str(pair).split(" ", 1)) for pair in self._get("tokenizer.ggml.merges") or ()]
+        merges = [
+            tuple(str(pair).split(" ", 1)) for pair in self._get("tokenizer.ggml.merges") or ()
+        ]
         try:
-            model = models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
+            model = models.BPE(
+                {t: i for i, t in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe"
+            )
         except Exception as e:  # the library raises bare Exception
             raise CheckpointError(f"{self.where}: its tokenizer is damaged ({e}).") from e
         hf = tokenizers.Tokenizer(model)
@@ -136,18 +156,29 @@ class Gguf:
             hf.normalizer = normalizers.NFC()
         hf.decoder = decoders.ByteLevel()
         added = {
-            kind: [t for t, k in zip(tokens, kinds, strict=False) if k == kind] for kind in (CONTROL, USER_DEFINED)
+            kind: [t for t, k in zip(tokens, kinds, strict=False) if k == kind]
+            for kind in (CONTROL, USER_DEFINED)
         }
-        hf.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in added[CONTROL]])
-        hf.add_tokens([tokenizers.AddedToken(t, special=False, normalized=False) for t in added[USER_DEFINED]])
+        hf.add_special_tokens(
+            [tokenizers.AddedToken(t, special=True, normalized=False) for t in added[CONTROL]]
+        )
+        hf.add_tokens(
+            [tokenizers.AddedToken(t, special=False, normalized=False) for t in added[USER_DEFINED]]
+        )
         return self._framed(hf)
 
     def _framed(self, hf: tokenizers.Tokenizer) -> Tokenizer:
         """A tokenizer with what the file says of beginnings and ends."""
-        ids = {name: self._get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "eom")}
+        ids = {
+            name: self._get(f"tokenizer.ggml.{name}_token_id")
+            for name in ("bos", "eos", "eot", "eom")
+        }
         add_bos = self._get("tokenizer.ggml.add_bos_token")
         if add_bos is None:  # llama.cpp's own rule
-            add_bos = self._get("tokenizer.ggml.model") == "llama" or self._get("tokenizer.ggml.pre") == "llama-bpe"
+            add_bos = (
+                self._get("tokenizer.ggml.model") == "llama"
+                or self._get("tokenizer.ggml.pre") == "llama-bpe"
+            )
         ends = [int(ids[name]) for name in ("eos", "eot", "eom") if ids[name] is not None]
         bos = None if ids["bos"] is None else int(ids["bos"])
         return BpeTokenizer(hf, self.where, framing_of(hf, bos, ends, bool(add_bos), self.where))
@@ -170,26 +201,37 @@ class Gguf:
                 f"{where}: the architecture {arch!r} cannot be read. Those that can: {', '.join(ARCHITECTURES)}."
             )
         own = {
-            key.removeprefix(f"{arch}."): self._get(key) for key in self._reader.fields if key.startswith(f"{arch}.")
+            key.removeprefix(f"{arch}."): self._get(key)
+            for key in self._reader.fields
+            if key.startswith(f"{arch}.")
         }
         for key, fine in INERT.items():
             if own.get(key) not in (None, *fine):
                 raise CheckpointError(f"{where}: {arch}.{key} = {own[key]!r} is not supported.")
-        missing = [k for k in ("block_count", "embedding_length", "attention.head_count") if own.get(k) is None]
+        missing = [
+            k
+            for k in ("block_count", "embedding_length", "attention.head_count")
+            if own.get(k) is None
+        ]
         table = self._tensors.get("token_embd.weight")
         if missing or table is None:
-            raise CheckpointError(f"{where}: {missing[0] if missing else 'the tensor token_embd.weight'} is missing.")
+            raise CheckpointError(
+                f"{where}: {missing[0] if missing else 'the tensor token_embd.weight'} is missing."
+            )
         heads = _one(own, "attention.head_count", where)
         head_dim = own.get("attention.key_length") or own["embedding_length"] // heads
         for key in ("attention.value_length", "rope.dimension_count"):
             if own.get(key) not in (None, head_dim):
-                raise CheckpointError(f"{where}: {arch}.{key} = {own[key]} must be the head dimension, {head_dim}.")
+                raise CheckpointError(
+                    f"{where}: {arch}.{key} = {own[key]} must be the head dimension, {head_dim}."
+                )
         config: dict[str, object] = {
             "architectures": [ARCHITECTURES[arch]],
             "num_hidden_layers": own["block_count"],
             "hidden_size": own["embedding_length"],
             "num_attention_heads": heads,
-            "num_key_value_heads": _one(own, "attention.head_count_kv", where) if "attention.head_count_kv" in own
+            "num_key_value_heads": _one(own, "attention.head_count_kv", where)
+            if "attention.head_count_kv" in own
             else heads,
             "head_dim": head_dim,
             "intermediate_size": _one(own, "feed_forward_length", where),
@@ -200,9 +242,12 @@ class Gguf:
             "tie_word_embeddings": "output.weight" not in self._tensors,
             # Of llama and qwen3 both exist.
             "attention_bias": "blk.0.attn_q.bias" in self._tensors,
-        }  # fmt: skip
+        }
         if own.get("attention.sliding_window"):
-            config |= {"sliding_window": own["attention.sliding_window"], "use_sliding_window": True}
+            config |= {
+                "sliding_window": own["attention.sliding_window"],
+                "use_sliding_window": True,
+            }
             if arch == "llama":
                 config["architectures"] = ["MistralForCausalLM"]
         return config | self._rope(own, int(head_dim))
@@ -211,7 +256,11 @@ class Gguf:
         kind = own.get("rope.scaling.type") or "none"
         original = own.get("rope.scaling.original_context_length")
         if ROPE_FACTORS in self._tensors:
-            return {"rope_scaling": self._llama3(float(own.get("rope.freq_base", 10_000.0)), original, head_dim)}
+            return {
+                "rope_scaling": self._llama3(
+                    float(own.get("rope.freq_base", 10_000.0)), original, head_dim
+                )
+            }
         if kind == "none":
             if own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0)) not in (0.0, 1.0):
                 kind = "linear"
@@ -228,7 +277,9 @@ class Gguf:
                 scaling[ours] = _short(value)
         for key in ("attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"):
             if own.get(f"rope.scaling.{key}") not in (None, 1.0, 0.0):
-                raise CheckpointError(f"{self.where}: {self._arch}.rope.scaling.{key} is not supported.")
+                raise CheckpointError(
+                    f"{self.where}: {self._arch}.rope.scaling.{key} is not supported."
+                )
         return {"rope_scaling": scaling}
 
     def _llama3(self, theta: float, original: int | None, head_dim: int) -> dict[str, object]:
@@ -238,12 +289,19 @@ class Gguf:
         turns = original * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
         low, high = LLAMA3.values()
         kept = np.clip((turns - low) / (high - low), 0, 1)
-        if stored.shape != turns.shape or not np.allclose(1 / ((1 - kept) / factor + kept), stored, rtol=1e-3):
+        if stored.shape != turns.shape or not np.allclose(
+            1 / ((1 - kept) / factor + kept), stored, rtol=1e-3
+        ):
             raise CheckpointError(
                 f"{self.where}: the factors in {ROPE_FACTORS} are not those of Llama 3's scaling with an original context "
                 f"of {original}, so they cannot be kept."
             )
-        return {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original, **LLAMA3}
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+            **LLAMA3,
+        }
 
 
 def _hf_name(name: str) -> str:
@@ -252,14 +310,18 @@ def _hf_name(name: str) -> str:
     if stem in TOP:
         return f"{TOP[stem]}.{end}"
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    return f"model.layers.{layer[1]}.{INNER[layer[2]]}.{end}" if layer and layer[2] in INNER else name
+    return (
+        f"model.layers.{layer[1]}.{INNER[layer[2]]}.{end}" if layer and layer[2] in INNER else name
+    )
 
 
 def _pre_tokenizer(words: str) -> Any:
     """How text is cut into words, as Hugging Face's tokenizer of the same model does it."""
     if words in _WORDS:
         cut = pre_tokenizers.Split(tokenizers.Regex(_WORDS[words]), "isolated")
-        return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if words == "smollm":
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])

@@ -1,4 +1,5 @@
-"""A directory as Hugging Face writes it: config.json, safetensors (one file or several), tokenizer.json."""
+"""A directory as Hugging Face writes it: config.json, safetensors (one file or several),
+tokenizer.json."""
 
 from __future__ import annotations
 
@@ -23,14 +24,20 @@ from mor_jax.weights.source import framing_of, library_tokenizer, needed
 INDEX = "model.safetensors.index.json"
 # Buffers that older files hold beside the weights; they follow from the configuration.
 BUFFERS = (".rotary_emb.inv_freq",)
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8"), "BF16": np.dtype("<u2")}
+DTYPES = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "F64": np.dtype("<f8"),
+    "BF16": np.dtype("<u2"),
+}
 
 
 class HuggingFace:
     """Reads such a directory. Nothing but the asked tensor is ever in memory.
 
     Raises:
-      CheckpointError: no such directory, files missing, or an architecture that this project does not have.
+      CheckpointError: no such directory, files missing, or an architecture that this project does
+        not have.
     """
 
     def __init__(self, directory: str, *, context: int = 0):
@@ -50,7 +57,9 @@ class HuggingFace:
         for name, file in self._files.items():
             with self._open(file) as tensors:
                 if name not in tensors.keys():  # noqa: SIM118, it is no dict
-                    raise CheckpointError(f"{file}: the tensor {name} is missing, though {INDEX} names it.")
+                    raise CheckpointError(
+                        f"{file}: the tensor {name} is missing, though {INDEX} names it."
+                    )
                 found[name] = tuple(tensors.get_slice(name).get_shape())
         if self.model.tied and "lm_head.weight" in found:
             self._check_tie()
@@ -64,7 +73,9 @@ class HuggingFace:
             if part.get_dtype() == "BF16":  # numpy has no such type
                 return self._bfloat16(file, name)
             if part.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{file}: the tensor {name} is of type {part.get_dtype()}, which cannot be read.")
+                raise CheckpointError(
+                    f"{file}: the tensor {name} is of type {part.get_dtype()}, which cannot be read."
+                )
             return np.asarray(tensors.get_tensor(name), np.float32)
 
     def tokenizer(self, path: str | os.PathLike[str] = "") -> Tokenizer:
@@ -75,7 +86,10 @@ class HuggingFace:
                 ".save_pretrained(...)), or give one with --tokenizer."
             )
         return _framed(
-            path, self._config, self._json("tokenizer_config.json", {}), self._json("generation_config.json", {})
+            path,
+            self._config,
+            self._json("tokenizer_config.json", {}),
+            self._json("generation_config.json", {}),
         )
 
     def _json(self, name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -85,7 +99,9 @@ class HuggingFace:
         except FileNotFoundError:
             if default is not None:
                 return default
-            raise CheckpointError(f"{self.where} has no {name}; give a directory as Hugging Face writes it.") from None
+            raise CheckpointError(
+                f"{self.where} has no {name}; give a directory as Hugging Face writes it."
+            ) from None
         except (OSError, ValueError) as e:
             raise CheckpointError(f"{path} cannot be read ({e}).") from e
         if not isinstance(value, dict):
@@ -107,7 +123,9 @@ class HuggingFace:
                 files = dict.fromkeys(tensors.keys(), single)
         for file in dict.fromkeys(files.values()):
             if file.parent != self._path or not file.is_file():
-                raise CheckpointError(f"{file} is missing, though {INDEX} names it; is the download complete?")
+                raise CheckpointError(
+                    f"{file} is missing, though {INDEX} names it; is the download complete?"
+                )
         return {name: file for name, file in files.items() if not name.endswith(BUFFERS)}
 
     def _open(self, file: epath.Path) -> Any:
@@ -137,9 +155,13 @@ class HuggingFace:
 
 
 def _framed(
-    path: epath.Path, config: Mapping[str, Any], settings: Mapping[str, Any], generation: Mapping[str, Any]
+    path: epath.Path,
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
 ) -> Tokenizer:
-    """A tokenizer.json with what the files beside it say: added tokens, ends of sequence, whether bos comes first.
+    """A tokenizer.json with what the files beside it say: added tokens, ends of sequence, whether
+    bos comes first.
 
     Args:
       config, settings, generation: config.json, tokenizer_config.json, generation_config.json.
@@ -161,12 +183,18 @@ def _framed(
     if bos is None and isinstance(config.get("bos_token_id"), int):
         bos = config["bos_token_id"]
     first = hf.encode("a").ids[:1]  # with what the file's own post-processor adds
-    puts = bos is not None and first == [bos] and hf.encode("a", add_special_tokens=False).ids[:1] != first
+    puts = (
+        bos is not None
+        and first == [bos]
+        and hf.encode("a", add_special_tokens=False).ids[:1] != first
+    )
     add_bos = settings.get("add_bos_token")
     add_bos = add_bos if isinstance(add_bos, bool) else puts
     known = set(hf.get_vocab(with_added_tokens=True).values())
     ends = [i for i in ends if i in known]
-    return BpeTokenizer(hf, str(path), framing_of(hf, bos if bos in known else None, ends, add_bos, str(path)))
+    return BpeTokenizer(
+        hf, str(path), framing_of(hf, bos if bos in known else None, ends, add_bos, str(path))
+    )
 
 
 def _add_tokens(hf: tokenizers.Tokenizer, given: Mapping[str, Any], where: str) -> None:
@@ -176,10 +204,14 @@ def _add_tokens(hf: tokenizers.Tokenizer, given: Mapping[str, Any], where: str) 
         found = hf.token_to_id(content)
         if found is None:
             flags = {
-                key: bool(fields[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in fields
+                key: bool(fields[key])
+                for key in ("lstrip", "rstrip", "single_word", "normalized")
+                if key in fields
             }
             added = tokenizers.AddedToken(content, special=special, **flags)
             _ = hf.add_special_tokens([added]) if special else hf.add_tokens([added])
             found = hf.token_to_id(content)
         if found != int(number):
-            raise CheckpointError(f"{where}: the added token {content!r} has id {found}, {number} is stated beside it.")
+            raise CheckpointError(
+                f"{where}: the added token {content!r} has id {found}, {number} is stated beside it."
+            )

@@ -60,15 +60,17 @@ def import_weights(
 ) -> Imported:
     """Write a run directory with the weights of `source` as the checkpoint of step 0.
 
-    It holds weights alone, float32: every command reads it but `launch.train`, for which `convert_checkpoint` makes a run
-    of it. Tensors are read one by one, so no second copy of the model is made here.
+    It holds weights alone, float32: every command reads it but `launch.train`, for which
+    `convert_checkpoint` makes a run of it. Tensors are read one by one, so no second copy of the
+    model is made here.
 
     Args:
       source: hf:DIR or FILE.gguf.
       context: longest sequence; 0: the model's own.
       tokenizer: a tokenizer.json to use instead of the one in `source`.
     Raises:
-      CheckpointError: an unknown architecture, tensor or tokenizer, or `workdir` holds a run already.
+      CheckpointError: an unknown architecture, tensor or tokenizer, or `workdir` holds a run
+        already.
       UserError: the package that reads such files is not installed.
     """
     workdir = as_path(workdir)

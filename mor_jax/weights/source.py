@@ -37,10 +37,12 @@ class Source(Protocol):
         """Of every tensor there is."""
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, float32. Raises CheckpointError: damaged, or of a type that is not supported."""
+        """One tensor, float32. Raises CheckpointError: damaged, or of a type that is not
+        supported."""
 
     def tokenizer(self, path: str | os.PathLike[str] = "") -> Tokenizer:
-        """Its own, or the tokenizer.json in `path` with what the weights say of beginnings and ends.
+        """Its own, or the tokenizer.json in `path` with what the weights say of beginnings and
+        ends.
 
         Raises UserError: there is none that can be read."""
 
@@ -53,12 +55,16 @@ def needed(module: str, what: str) -> ModuleType:
         raise UserError(f'{what} needs the package {module}: pip install ".[weights]".') from None
 
 
-def check_tensors(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place], where: str) -> None:
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Place], where: str
+) -> None:
     """Raise CheckpointError unless the tensors are exactly those wanted, of their shapes."""
     missing = [name for name in wanted if name not in found]
     unknown = [name for name in found if name not in wanted]
     if missing:
-        raise CheckpointError(f"{where}: the tensor {missing[0]}{_more(missing)} is missing; is the download complete?")
+        raise CheckpointError(
+            f"{where}: the tensor {missing[0]}{_more(missing)} is missing; is the download complete?"
+        )
     if unknown:
         raise CheckpointError(
             f"{where}: the tensor {unknown[0]}{_more(unknown)} is not part of this architecture as it is known here, so "
@@ -76,11 +82,16 @@ def library_tokenizer(path: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(as_path(path).read_text(encoding="utf-8"))
     except Exception as e:  # the library raises bare Exception
-        raise CheckpointError(f"{path}: not a tokenizer.json that the tokenizers library can load ({e}).") from e
+        raise CheckpointError(
+            f"{path}: not a tokenizer.json that the tokenizers library can load ({e})."
+        ) from e
 
 
-def framing_of(hf: tokenizers.Tokenizer, bos: int | None, ends: Iterable[int], add_bos: bool, where: str) -> Framing:
-    """What the files say of the ids that open and close texts, and the usual names of special tokens beside it.
+def framing_of(
+    hf: tokenizers.Tokenizer, bos: int | None, ends: Iterable[int], add_bos: bool, where: str
+) -> Framing:
+    """What the files say of the ids that open and close texts, and the usual names of special
+    tokens beside it.
 
     Args:
       ends: stated ids of ends of sequence; the first closes documents.

@@ -17,9 +17,15 @@ from rlm_runtime.errors import RlmError, UsageError
 
 # Loaded when asked for: `rlm --help` must not wait for what it does not need.
 COMMANDS = {
-    "ask": "ask", "serve": "serving", "view": "viewing", "replay": "viewing", "eval": "evaluating",
-    "tasks": "evaluating", "sandbox": "sandbox", "training": "training",
-}  # fmt: skip
+    "ask": "ask",
+    "serve": "serving",
+    "view": "viewing",
+    "replay": "viewing",
+    "eval": "evaluating",
+    "tasks": "evaluating",
+    "sandbox": "sandbox",
+    "training": "training",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("RLM_DEBUG"):
             traceback.print_exc()
         notes = " ".join(getattr(error, "__notes__", ()))
-        codes.complain(f"unexpected {type(error).__name__}: {error}. {notes} (RLM_DEBUG=1 shows where.)")
+        codes.complain(
+            f"unexpected {type(error).__name__}: {error}. {notes} (RLM_DEBUG=1 shows where.)"
+        )
         return codes.FAILED
     finally:
         _flush()

@@ -129,9 +129,18 @@ def parser() -> argparse.ArgumentParser:
     _replay(_add(commands, "replay", "run a recorded run's cells again and compare", REPLAY))
     _eval(_add(commands, "eval", "measure score, cost and time by length", EVAL))
     _tasks(_add(commands, "tasks", "list long-context tasks, or write a sample", TASKS))
-    _training(_add(commands, "training", "make training data from expert programs or recorded runs", TRAINING))
+    _training(
+        _add(
+            commands,
+            "training",
+            "make training data from expert programs or recorded runs",
+            TRAINING,
+        )
+    )
     sandbox = _add(commands, "sandbox", "try which layers of the sandbox work here", "")
-    sandbox.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="which REPL (default: local)")
+    sandbox.add_argument(
+        "--environment", choices=ENVIRONMENTS, default="local", help="which REPL (default: local)"
+    )
     _allow(sandbox)
     sandbox.add_argument("--json", action="store_true", help="as JSON")
     return top
@@ -153,11 +162,18 @@ def _allow(group: Any) -> None:
 ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 
 
-def _add(commands: Any, name: str, text: str, epilog: str, under: str = "") -> argparse.ArgumentParser:
+def _add(
+    commands: Any, name: str, text: str, epilog: str, under: str = ""
+) -> argparse.ArgumentParser:
     epilog = f"{epilog}\n\n{TABLE}" if epilog else TABLE
     usage = f"rlm {under}{name} {USAGE[under + name]}\n       rlm {under}{name} --help lists the options"
     p: argparse.ArgumentParser = commands.add_parser(
-        name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".", epilog=epilog, formatter_class=_Help
+        name,
+        usage=usage,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog,
+        formatter_class=_Help,
     )
     p.set_defaults(parser=p)
     return p
@@ -166,10 +182,18 @@ def _add(commands: Any, name: str, text: str, epilog: str, under: str = "") -> a
 def _models(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("models")
     group.add_argument(
-        "--root", metavar="MODEL", help="the model that writes the code, such as openai:gpt-5 (or RLM_ROOT)"
+        "--root",
+        metavar="MODEL",
+        help="the model that writes the code, such as openai:gpt-5 (or RLM_ROOT)",
     )
-    group.add_argument("--sub", metavar="MODEL", help="the model that reads the pieces (RLM_SUB; default: the root)")
-    group.add_argument("--base-url", metavar="URL", help="the root's endpoint, up to /v1 (or OPENAI_BASE_URL)")
+    group.add_argument(
+        "--sub",
+        metavar="MODEL",
+        help="the model that reads the pieces (RLM_SUB; default: the root)",
+    )
+    group.add_argument(
+        "--base-url", metavar="URL", help="the root's endpoint, up to /v1 (or OPENAI_BASE_URL)"
+    )
     group.add_argument(
         "--sub-base-url",
         metavar="URL",
@@ -178,11 +202,26 @@ def _models(p: argparse.ArgumentParser) -> None:
     for name, whose in (("--root-opt", "root"), ("--sub-opt", "sub-model")):
         text = f"an option of the {whose}: temperature=0.2, api_key_env=MY_KEY, query.api-version=2024-10-21 (below)"
         group.add_argument(name, metavar="NAME=VALUE", action="append", default=[], help=text)
-    group.add_argument("--models", metavar="FILE.toml", help="models with options under names of your own (RLM_MODELS)")
-    group.add_argument("--price", metavar="IN,OUT", help="dollars a million tokens, where the price table has none")
-    group.add_argument("--sub-price", metavar="IN,OUT", help="the same of the sub-model (default: --price)")
-    group.add_argument("--window", metavar="TOKENS", type=_count, help="the models' context window, if it is not known")
-    group.add_argument("--timeout", metavar="S", type=_positive, help="seconds one model call may take")
+    group.add_argument(
+        "--models",
+        metavar="FILE.toml",
+        help="models with options under names of your own (RLM_MODELS)",
+    )
+    group.add_argument(
+        "--price", metavar="IN,OUT", help="dollars a million tokens, where the price table has none"
+    )
+    group.add_argument(
+        "--sub-price", metavar="IN,OUT", help="the same of the sub-model (default: --price)"
+    )
+    group.add_argument(
+        "--window",
+        metavar="TOKENS",
+        type=_count,
+        help="the models' context window, if it is not known",
+    )
+    group.add_argument(
+        "--timeout", metavar="S", type=_positive, help="seconds one model call may take"
+    )
 
 
 def _run(p: argparse.ArgumentParser) -> None:
@@ -194,11 +233,17 @@ def _run(p: argparse.ArgumentParser) -> None:
         default=1,
         help="0: no sub-calls, 1: plain sub-calls, 2: child RLMs, ... (1)",
     )
-    group.add_argument("--budget-usd", metavar="X", type=_positive, help="dollars, over the whole tree of calls")
+    group.add_argument(
+        "--budget-usd", metavar="X", type=_positive, help="dollars, over the whole tree of calls"
+    )
     group.add_argument("--budget-seconds", metavar="S", type=_positive, help="wall time")
     group.add_argument("--budget-turns", metavar="N", type=_count, help="turns of the root (30)")
-    group.add_argument("--budget-calls", metavar="N", type=_whole, help="sub-calls, over the whole tree")
-    group.add_argument("--set", metavar="NAME=VALUE", action="append", default=[], help="any other limit (below)")
+    group.add_argument(
+        "--budget-calls", metavar="N", type=_whole, help="sub-calls, over the whole tree"
+    )
+    group.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="any other limit (below)"
+    )
     group.add_argument(
         "--tools",
         metavar="FILE.py",
@@ -206,14 +251,18 @@ def _run(p: argparse.ArgumentParser) -> None:
         default=[],
         help="functions of this file, for the REPL; they run in this process, unconfined",
     )
-    group.add_argument("--system-prompt", metavar="FILE", help="instead of the built-in system prompt")
+    group.add_argument(
+        "--system-prompt", metavar="FILE", help="instead of the built-in system prompt"
+    )
     group.add_argument(
         "--prompt-variant",
         metavar="NAME",
         help="which built-in prompt: default, small, qwen-coder, native (for models trained on rlm training data)",
     )
     group.add_argument(
-        "--tips", metavar="FILE", help="advice on contexts of this kind, for the root; apart from the system prompt"
+        "--tips",
+        metavar="FILE",
+        help="advice on contexts of this kind, for the root; apart from the system prompt",
     )
     group.add_argument(
         "--packages",
@@ -222,7 +271,9 @@ def _run(p: argparse.ArgumentParser) -> None:
         default=[],
         help="installed packages that the code may import, such as numpy,pandas",
     )
-    group.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
+    group.add_argument(
+        "--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)"
+    )
     _allow(group)
 
 
@@ -240,9 +291,13 @@ def _files(p: argparse.ArgumentParser) -> None:
         default=[],
         help="of a folder only these files: '*.py', 'docs/**'",
     )
-    group.add_argument("--exclude", metavar="PATTERN", action="append", default=[], help="of a folder not these")
     group.add_argument(
-        "--no-gitignore", action="store_true", help="of a folder also what its .gitignore files leave out"
+        "--exclude", metavar="PATTERN", action="append", default=[], help="of a folder not these"
+    )
+    group.add_argument(
+        "--no-gitignore",
+        action="store_true",
+        help="of a folder also what its .gitignore files leave out",
     )
 
 
@@ -261,33 +316,61 @@ def _ask(p: argparse.ArgumentParser) -> None:
     _run(p)
     out = p.add_argument_group("output")
     out.add_argument("--output-schema", metavar="FILE", help="JSON schema the answer must satisfy")
-    out.add_argument("--json", action="store_true", help="the whole result as JSON: answer, usage, cost, turns, ...")
-    out.add_argument("--log", metavar="DIR", help="folder of trajectories (RLM_LOG; default: ~/.local/state/rlm/runs)")
+    out.add_argument(
+        "--json",
+        action="store_true",
+        help="the whole result as JSON: answer, usage, cost, turns, ...",
+    )
+    out.add_argument(
+        "--log",
+        metavar="DIR",
+        help="folder of trajectories (RLM_LOG; default: ~/.local/state/rlm/runs)",
+    )
     out.add_argument("--no-log", action="store_true", help="keep no trajectory")
-    out.add_argument("--plain", action="store_true", help="progress as plain lines, also on a terminal")
+    out.add_argument(
+        "--plain", action="store_true", help="progress as plain lines, also on a terminal"
+    )
     out.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 
 def _serve(p: argparse.ArgumentParser) -> None:
     _models(p)
     p.add_argument("--name", default="rlm", help="what clients call the model of --root (rlm)")
-    p.add_argument("--model", metavar="NAME=ROOT[,SUB]", action="append", default=[], help="serve several RLMs")
+    p.add_argument(
+        "--model", metavar="NAME=ROOT[,SUB]", action="append", default=[], help="serve several RLMs"
+    )
     _run(p)
     net = p.add_argument_group("network")
     net.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     net.add_argument("--port", type=_whole, default=8080, help="port; 0 takes a free one (8080)")
     net.add_argument("--api-key-file", metavar="FILE", help="keys of clients, one a line")
-    net.add_argument("--allow-no-key", action="store_true", help="serve other than loopback addresses without keys")
     net.add_argument(
-        "--allowed-host", metavar="NAME", action="append", default=[], help="a name the Host header may carry"
+        "--allow-no-key",
+        action="store_true",
+        help="serve other than loopback addresses without keys",
     )
     net.add_argument(
-        "--cors-origin", metavar="ORIGIN", action="append", default=[], help="web pages that may call (none)"
+        "--allowed-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a name the Host header may carry",
+    )
+    net.add_argument(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="web pages that may call (none)",
     )
     bounds = p.add_argument_group("bounds")
     bounds.add_argument("--max-runs", type=_count, metavar="N", default=4, help="runs at once (4)")
     bounds.add_argument(
-        "--max-queue", type=_whole, metavar="N", default=16, help="requests that may wait; more get 429 (16)"
+        "--max-queue",
+        type=_whole,
+        metavar="N",
+        default=16,
+        help="requests that may wait; more get 429 (16)",
     )
     bounds.add_argument(
         "--drain-seconds",
@@ -297,19 +380,37 @@ def _serve(p: argparse.ArgumentParser) -> None:
         help="what running requests may take after SIGTERM (30)",
     )
     bounds.add_argument(
-        "--body-limit", type=_count, metavar="BYTES", default=64 << 20, help="of a JSON request (64MiB)"
+        "--body-limit",
+        type=_count,
+        metavar="BYTES",
+        default=64 << 20,
+        help="of a JSON request (64MiB)",
     )
     bounds.add_argument(
-        "--file-limit", type=_count, metavar="BYTES", default=2 << 30, help="of an uploaded file (2GiB)"
+        "--file-limit",
+        type=_count,
+        metavar="BYTES",
+        default=2 << 30,
+        help="of an uploaded file (2GiB)",
     )
     bounds.add_argument(
-        "--files-limit", type=_count, metavar="BYTES", default=16 << 30, help="of all uploaded files (16GiB)"
+        "--files-limit",
+        type=_count,
+        metavar="BYTES",
+        default=16 << 30,
+        help="of all uploaded files (16GiB)",
     )
     bounds.add_argument(
-        "--files-dir", metavar="DIR", help="keep uploads here over restarts (default: a temporary folder)"
+        "--files-dir",
+        metavar="DIR",
+        help="keep uploads here over restarts (default: a temporary folder)",
     )
     bounds.add_argument(
-        "--file-days", type=_positive, metavar="DAYS", default=7.0, help="until an upload is removed (7)"
+        "--file-days",
+        type=_positive,
+        metavar="DAYS",
+        default=7.0,
+        help="until an upload is removed (7)",
     )
     p.add_argument(
         "--progress",
@@ -317,7 +418,11 @@ def _serve(p: argparse.ArgumentParser) -> None:
         default="field",
         help="how streams show progress (field)",
     )
-    p.add_argument("--log", metavar="DIR", help="keep trajectories here; their id is in the X-RLM-Run header (RLM_LOG)")
+    p.add_argument(
+        "--log",
+        metavar="DIR",
+        help="keep trajectories here; their id is in the X-RLM-Run header (RLM_LOG)",
+    )
 
 
 def _view(p: argparse.ArgumentParser) -> None:
@@ -343,7 +448,9 @@ def _replay(p: argparse.ArgumentParser) -> None:
         choices=("addresses", "numbers"),
         help="differences that are none: memory addresses; digits, as of clocks",
     )
-    p.add_argument("--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)")
+    p.add_argument(
+        "--environment", choices=ENVIRONMENTS, default="local", help="where the code runs (local)"
+    )
     p.add_argument(
         "--set",
         metavar="NAME=VALUE",
@@ -355,18 +462,30 @@ def _replay(p: argparse.ArgumentParser) -> None:
 
 
 def _eval(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--task", metavar="NAME", action="append", required=True, help="see rlm tasks; may be given again")
-    p.add_argument("--lengths", metavar="N,N", default="8k,32k,128k", help="tokens, such as 8k,128k,1M,10M")
+    p.add_argument(
+        "--task",
+        metavar="NAME",
+        action="append",
+        required=True,
+        help="see rlm tasks; may be given again",
+    )
+    p.add_argument(
+        "--lengths", metavar="N,N", default="8k,32k,128k", help="tokens, such as 8k,128k,1M,10M"
+    )
     p.add_argument(
         "--modes",
         metavar="M,M",
         default="base,repl,rlm",
         help="base: the model alone; repl: no sub-calls; rlm; rlm+tips: with the task's tips, or --tips",
     )
-    p.add_argument("--samples", metavar="N", type=_count, default=10, help="of each task and length (10)")
+    p.add_argument(
+        "--samples", metavar="N", type=_count, default=10, help="of each task and length (10)"
+    )
     p.add_argument("--seed", metavar="N", type=int, default=42, help="of the samples (42)")
     p.add_argument("--concurrency", metavar="N", type=_count, default=4, help="runs at once (4)")
-    p.add_argument("--out", metavar="DIR", default="rlm-eval", help="results, table and plot (rlm-eval)")
+    p.add_argument(
+        "--out", metavar="DIR", default="rlm-eval", help="results, table and plot (rlm-eval)"
+    )
     p.add_argument("--log", metavar="DIR", help="keep the trajectories here")
     _models(p)
     _run(p)
@@ -376,36 +495,96 @@ def _tasks(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", nargs="?", help="the task")
     p.add_argument("--length", metavar="N", default="8k", help="tokens (8k)")
     p.add_argument("--seed", metavar="N", type=int, default=42, help="of the sample (42)")
-    p.add_argument("--out", metavar="DIR", help="write context, question and answer here (default: standard output)")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help="write context, question and answer here (default: standard output)",
+    )
 
 
 def _training(p: argparse.ArgumentParser) -> None:
     actions = p.add_subparsers(dest="action", metavar="ACTION", title="actions")
-    make = _add(actions, "make", "run expert programs and write their conversations", MAKE, "training ")
-    make.add_argument(
-        "--tasks", metavar="TASK,TASK", required=True, help="tasks with an expert (see rlm tasks), or all"
+    make = _add(
+        actions, "make", "run expert programs and write their conversations", MAKE, "training "
     )
     make.add_argument(
-        "--samples", metavar="N", type=_count, default=200, help="expert runs, over the tasks in turn (200)"
+        "--tasks",
+        metavar="TASK,TASK",
+        required=True,
+        help="tasks with an expert (see rlm tasks), or all",
     )
-    make.add_argument("--seed", metavar="N", type=_whole, default=0, help="of texts, phrasings and strategies (0)")
     make.add_argument(
-        "--split", choices=("train", "heldout"), default="train", help="which words and phrasings (train)"
+        "--samples",
+        metavar="N",
+        type=_count,
+        default=200,
+        help="expert runs, over the tasks in turn (200)",
     )
-    make.add_argument("--lengths", metavar="N,N", default="2k,4k,8k", help="tokens of the contexts (2k,4k,8k)")
-    make.add_argument("--window", metavar="TOKENS", type=_count, default=1024, help="of the model to be trained (1024)")
-    make.add_argument("--prompt-variant", metavar="NAME", default="native", help="the words of the runtime (native)")
-    make.add_argument("--strategies", metavar="NAME,NAME", default="", help="of the experts (default: all they have)")
-    make.add_argument("--readings", metavar="X", type=float, default=0.5, help="sub-model samples for each run (0.5)")
-    make.add_argument("--copies", metavar="X", type=float, default=0.0, help="exercises in copying for each run (0)")
+    make.add_argument(
+        "--seed", metavar="N", type=_whole, default=0, help="of texts, phrasings and strategies (0)"
+    )
+    make.add_argument(
+        "--split",
+        choices=("train", "heldout"),
+        default="train",
+        help="which words and phrasings (train)",
+    )
+    make.add_argument(
+        "--lengths", metavar="N,N", default="2k,4k,8k", help="tokens of the contexts (2k,4k,8k)"
+    )
+    make.add_argument(
+        "--window",
+        metavar="TOKENS",
+        type=_count,
+        default=1024,
+        help="of the model to be trained (1024)",
+    )
+    make.add_argument(
+        "--prompt-variant",
+        metavar="NAME",
+        default="native",
+        help="the words of the runtime (native)",
+    )
+    make.add_argument(
+        "--strategies",
+        metavar="NAME,NAME",
+        default="",
+        help="of the experts (default: all they have)",
+    )
+    make.add_argument(
+        "--readings",
+        metavar="X",
+        type=float,
+        default=0.5,
+        help="sub-model samples for each run (0.5)",
+    )
+    make.add_argument(
+        "--copies",
+        metavar="X",
+        type=float,
+        default=0.0,
+        help="exercises in copying for each run (0)",
+    )
     make.add_argument("--concurrency", metavar="N", type=_count, default=4, help="runs at once (4)")
-    make.add_argument("--tokenizer", metavar="FILE", help="also write a tokenizer.json made for these samples")
+    make.add_argument(
+        "--tokenizer", metavar="FILE", help="also write a tokenizer.json made for these samples"
+    )
     make.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
     filters = _add(actions, "filter", "recorded runs as samples, one a turn", FILTER, "training ")
     filters.add_argument("runs", metavar="RUN|DIR", nargs="+", help="runs, or folders of runs")
-    filters.add_argument("--scores", metavar="DIR|FILE", help="results of rlm eval (default: those beside the runs)")
-    filters.add_argument("--limit", metavar="CHARS", type=_count, default=100_000, help="characters of a sample (100k)")
-    filters.add_argument("--subs", action="store_true", help="the sub-calls of the runs as samples, too")
+    filters.add_argument(
+        "--scores", metavar="DIR|FILE", help="results of rlm eval (default: those beside the runs)"
+    )
+    filters.add_argument(
+        "--limit",
+        metavar="CHARS",
+        type=_count,
+        default=100_000,
+        help="characters of a sample (100k)",
+    )
+    filters.add_argument(
+        "--subs", action="store_true", help="the sub-calls of the runs as samples, too"
+    )
     filters.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
 
 

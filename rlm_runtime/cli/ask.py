@@ -30,9 +30,12 @@ def run(args: argparse.Namespace) -> int:
     log_dir = None if args.no_log else models.log_folder(args.log, default=True)
     with contexts.opened(args.context) as source:
         context = Context.of(
-            source[0] if len(source) == 1 else source, encoding=args.encoding, include=args.include,
-            exclude=args.exclude, gitignore=not args.no_gitignore,
-        )  # fmt: skip
+            source[0] if len(source) == 1 else source,
+            encoding=args.encoding,
+            include=args.include,
+            exclude=args.exclude,
+            gitignore=not args.no_gitignore,
+        )
         if contexts.is_piped(args.context):
             context = dataclasses.replace(context, keep=context.kind == "file")
         return asyncio.run(_ask(args, root, sub, context, schema, log_dir, options))
@@ -59,7 +62,9 @@ async def _ask(
             if screen is not None:
                 screen.__exit__()  # a terminal without a cursor would stay behind
             os._exit(codes.CANCELLED)  # workers see their channel close, and end
-        (screen.say if screen is not None else codes.tell)("rlm: cancelling; once more to end at once")
+        (screen.say if screen is not None else codes.tell)(
+            "rlm: cancelling; once more to end at once"
+        )
         running[0].cancel()
         running[0] = None
 
@@ -88,18 +93,32 @@ async def _ask(
 
 def tell(args: argparse.Namespace, result: Any, shown: int = 0) -> int:
     """Print a result, without the first `shown` notes; the exit code it means."""
-    answer = result.answer.model_dump(mode="json") if hasattr(result.answer, "model_dump") else result.answer
+    answer = (
+        result.answer.model_dump(mode="json")
+        if hasattr(result.answer, "model_dump")
+        else result.answer
+    )
     if args.json:
         whole = {
-            "answer": answer, "stop_reason": result.stop_reason, "partial": result.partial, "error": result.error,
-            "turns": result.turns, "sub_calls": result.sub_calls, "usage": result.usage.model_dump(),
+            "answer": answer,
+            "stop_reason": result.stop_reason,
+            "partial": result.partial,
+            "error": result.error,
+            "turns": result.turns,
+            "sub_calls": result.sub_calls,
+            "usage": result.usage.model_dump(),
             "usage_by_depth": {str(d): u.model_dump() for d, u in result.usage_by_depth.items()},
-            "cost_usd": result.cost_usd, "seconds": result.seconds, "run": result.run,
-            "trajectory": str(result.trajectory) if result.trajectory else None, "notes": list(result.notes),
-        }  # fmt: skip
+            "cost_usd": result.cost_usd,
+            "seconds": result.seconds,
+            "run": result.run,
+            "trajectory": str(result.trajectory) if result.trajectory else None,
+            "notes": list(result.notes),
+        }
         out(json.dumps(whole, ensure_ascii=False))
     elif answer is not None:
-        text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, indent=2)
+        text = (
+            answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, indent=2)
+        )
         out(clean(text) if sys.stdout.isatty() else text)
     code = code_of(result)
     if code != codes.OK:
@@ -109,7 +128,11 @@ def tell(args: argparse.Namespace, result: Any, shown: int = 0) -> int:
         codes.complain(note)
     if not args.quiet:
         usage = result.usage
-        cost = f" · ${result.cost_usd:.4f}" if result.cost_usd is not None else " · cost unknown (--price IN,OUT)"
+        cost = (
+            f" · ${result.cost_usd:.4f}"
+            if result.cost_usd is not None
+            else " · cost unknown (--price IN,OUT)"
+        )
         line = (
             f"{result.turns} turns · {result.sub_calls} sub-calls · {live.short(usage.input_tokens)} in, "
             f"{live.short(usage.output_tokens)} out{cost} · {result.seconds:.1f} s"

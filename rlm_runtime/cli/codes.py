@@ -6,7 +6,14 @@ import contextlib
 import re
 import sys
 
-from rlm_runtime.errors import BudgetExceeded, Cancelled, ContextError, LMError, SandboxError, UsageError
+from rlm_runtime.errors import (
+    BudgetExceeded,
+    Cancelled,
+    ContextError,
+    LMError,
+    SandboxError,
+    UsageError,
+)
 from rlm_runtime.terminal import clean
 
 OK, FAILED, USAGE, PARTIAL, ENDPOINT, SANDBOX, CANCELLED = 0, 1, 2, 3, 4, 5, 130

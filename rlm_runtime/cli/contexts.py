@@ -20,7 +20,9 @@ def opened(paths: list[str] | None) -> Iterator[list[Path]]:
     """
     if not paths:
         if sys.stdin is None or sys.stdin.isatty():
-            raise UsageError("Nothing to read: name a file or a folder with --context, or pipe a text in.")
+            raise UsageError(
+                "Nothing to read: name a file or a folder with --context, or pipe a text in."
+            )
         paths = ["-"]
     if paths.count("-") > 1:
         raise UsageError("--context -: standard input can be read only once.")
@@ -39,5 +41,7 @@ def _stdin(home: Path) -> Path:
     with open(path, "wb") as target:
         shutil.copyfileobj(sys.stdin.buffer, target, 1 << 20)
     if not path.stat().st_size:
-        raise ContextError("Standard input is empty: pipe a text in, or name a file with --context.")
+        raise ContextError(
+            "Standard input is empty: pipe a text in, or name a file with --context."
+        )
     return path

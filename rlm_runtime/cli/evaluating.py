@@ -44,9 +44,12 @@ def tasks(args: argparse.Namespace) -> int:
 
 def _described(example: Example, context: str) -> dict[str, Any]:
     return {
-        "id": example.id, "question": example.question, "answer": example.answer, "intro": example.intro,
+        "id": example.id,
+        "question": example.question,
+        "answer": example.answer,
+        "intro": example.intro,
         "context": context,
-    }  # fmt: skip
+    }
 
 
 def eval(args: argparse.Namespace) -> int:
@@ -62,13 +65,24 @@ def eval(args: argparse.Namespace) -> int:
     if args.log:
         options["log_dir"] = Path(args.log)
     evaluation = evaluate(
-        chosen, lengths, args.modes.split(","), root=root, sub=sub, samples=args.samples, seed=args.seed,
-        concurrency=args.concurrency, out=args.out, rlm=options, show=True,
-    )  # fmt: skip
+        chosen,
+        lengths,
+        args.modes.split(","),
+        root=root,
+        sub=sub,
+        samples=args.samples,
+        seed=args.seed,
+        concurrency=args.concurrency,
+        out=args.out,
+        rlm=options,
+        show=True,
+    )
     Console(width=None if sys.stdout.isatty() else 140).print(evaluation.table())
     for file in evaluation.files:
         print(file)
     failed = sum(row.status == "error" for row in evaluation.rows)
     if failed:
-        codes.complain(f"{failed} of {len(evaluation.rows)} runs failed; the same command tries them again.")
+        codes.complain(
+            f"{failed} of {len(evaluation.rows)} runs failed; the same command tries them again."
+        )
     return codes.FAILED if failed else codes.OK

@@ -16,26 +16,33 @@ def pair(args: argparse.Namespace) -> tuple[Any, Any]:
     """Root and sub-model. Raises UsageError."""
     root = args.root or os.environ.get("RLM_ROOT")
     if not root:
-        raise UsageError("No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT.")
+        raise UsageError(
+            "No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT."
+        )
     return named(args, root, args.sub or os.environ.get("RLM_SUB"))
 
 
 def named(args: argparse.Namespace, root: str, sub: str | None) -> tuple[Any, Any]:
     """Root and sub-model of these names. Raises UsageError.
 
-    What the command line says of an endpoint (URL, key, headers, query) is the root's; the sub-model shares it only
-    where it is asked at the same endpoint. Entries of the models file stand for themselves.
+    What the command line says of an endpoint (URL, key, headers, query) is the root's; the
+    sub-model shares it only where it is asked at the same endpoint. Entries of the models file
+    stand for themselves.
     """
     from rlm_runtime.lms.named import read
 
     path = args.models or os.environ.get("RLM_MODELS")
     table = read(path) if path else {}
     common = {"window": args.window, "timeout": args.timeout}
-    first = _given({"base_url": args.base_url, "price": values.price(args.price), **common}) | values.model_options(
-        args.root_opt, "--root-opt"
-    )
+    first = _given(
+        {"base_url": args.base_url, "price": values.price(args.price), **common}
+    ) | values.model_options(args.root_opt, "--root-opt")
     second = _given(
-        {"base_url": args.sub_base_url, "price": values.price(args.sub_price or args.price), **common}
+        {
+            "base_url": args.sub_base_url,
+            "price": values.price(args.sub_price or args.price),
+            **common,
+        }
     ) | values.model_options(args.sub_opt, "--sub-opt")
     same_name = sub is None or sub == root
     shares = sub is None or (sub not in table and _provider(sub) == _provider(root, table))
@@ -65,8 +72,9 @@ def _give_key(
     options: dict[str, Any],
     other: tuple[str, dict[str, Any]] | None,
 ) -> None:
-    """The key of the environment belongs to --base-url where no other endpoint can claim it: neither the one in the
-    provider's URL variable, nor the provider's own, asked for the `other` model."""
+    """The key of the environment belongs to --base-url where no other endpoint can claim it:
+    neither the one in the provider's URL variable, nor the provider's own, asked for the `other`
+    model."""
     from rlm_runtime.lms import factory_of
     from rlm_runtime.lms.http import same_origin
 
@@ -75,7 +83,11 @@ def _give_key(
         return
     made = factory_of(root)
     variable, official = (getattr(made, name, None) for name in ("key_variable", "official"))
-    if not variable or not os.environ.get(variable) or os.environ.get(getattr(made, "url_variable", "")):
+    if (
+        not variable
+        or not os.environ.get(variable)
+        or os.environ.get(getattr(made, "url_variable", ""))
+    ):
         return
     if other is not None and _provider(other[0], table) == _provider(root):
         claimed = other[1].get("base_url") or table.get(other[0], {}).get("base_url") or official
@@ -123,7 +135,9 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     environment: dict[str, Any] = {}
     if args.allow_missing:
         environment["policy"] = policy(args.allow_missing)
-    if packages := [name.strip() for names in args.packages for name in names.split(",") if name.strip()]:
+    if packages := [
+        name.strip() for names in args.packages for name in names.split(",") if name.strip()
+    ]:
         environment["packages"] = tuple(dict.fromkeys(packages))
     return {
         "max_depth": args.max_depth,
@@ -144,11 +158,14 @@ def policy(allow_missing: list[str]) -> Any:
 
 
 def log_folder(given: str | None, *, default: bool) -> Path | None:
-    """Where trajectories go: --log, RLM_LOG, or with `default` a folder in the user's state directory."""
+    """Where trajectories go: --log, RLM_LOG, or with `default` a folder in the user's state
+    directory."""
     named = given or os.environ.get("RLM_LOG")
     if named:
         return Path(named)
-    state = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    state = os.environ.get("XDG_STATE_HOME") or os.path.join(
+        os.path.expanduser("~"), ".local", "state"
+    )
     if not default:
         return None
     folder = Path(state) / "rlm" / "runs"
@@ -157,7 +174,9 @@ def log_folder(given: str | None, *, default: bool) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:  # nobody asked for this folder: no reason to refuse the run
-        codes.complain(f"no trajectory is kept: {folder}: {error.strerror}. Name a folder with --log.")
+        codes.complain(
+            f"no trajectory is kept: {folder}: {error.strerror}. Name a folder with --log."
+        )
         return None
 
 

@@ -20,7 +20,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         width = max(map(len, report.layers), default=0)
         for name, state in report.layers.items():
-            print(f"{name:{width}}  {codes.one_line(state)}" + (f"   ({LAYERS[name]})" if name in LAYERS else ""))
+            print(
+                f"{name:{width}}  {codes.one_line(state)}"
+                + (f"   ({LAYERS[name]})" if name in LAYERS else "")
+            )
     if report.missing:
         names = " ".join(f"--allow-missing {name}" for name in report.missing)
         codes.complain(
@@ -32,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _try(kind: str, allow_missing: list[str]) -> tuple[Any, bool]:
-    """The report of a worker, and whether a run would be refused. Raises SandboxError where none starts at all."""
+    """The report of a worker, and whether a run would be refused. Raises SandboxError where none
+    starts at all."""
     from rlm_runtime.context import Context
     from rlm_runtime.repl import make
     from rlm_runtime.repl.sandbox import LAYERS, SandboxPolicy

@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
         lms += pair
         served.append(ServedModel(name, *pair, max_depth=depth, budget=budget, options=options))
     if len({s.name for s in served}) < len(served):
-        raise UsageError("Two models have the same name; give another with --name or --model NAME=ROOT.")
+        raise UsageError(
+            "Two models have the same name; give another with --name or --model NAME=ROOT."
+        )
     for model in served:
         model.check()  # what is wrong with the options shows now, not with the first request
     listener = bind(args.host, args.port)
@@ -77,12 +79,20 @@ def _settings(args: argparse.Namespace, keys: tuple[str, ...]) -> Any:
     from rlm_runtime.serve.rlm.settings import ServeSettings
 
     return ServeSettings(
-        api_keys=keys, allowed_hosts=host_names(args.host, args.allowed_host, keys), cors_origins=tuple(args.cors_origin), max_runs=args.max_runs,
-        max_queue=args.max_queue, drain_seconds=max(0.0, args.drain_seconds), body_bytes=max(1024, args.body_limit),
-        file_bytes=args.file_limit, files_bytes=args.files_limit, file_seconds=args.file_days * 86_400,
-        files_dir=Path(args.files_dir) if args.files_dir else None, progress=args.progress,
+        api_keys=keys,
+        allowed_hosts=host_names(args.host, args.allowed_host, keys),
+        cors_origins=tuple(args.cors_origin),
+        max_runs=args.max_runs,
+        max_queue=args.max_queue,
+        drain_seconds=max(0.0, args.drain_seconds),
+        body_bytes=max(1024, args.body_limit),
+        file_bytes=args.file_limit,
+        files_bytes=args.files_limit,
+        file_seconds=args.file_days * 86_400,
+        files_dir=Path(args.files_dir) if args.files_dir else None,
+        progress=args.progress,
         log_dir=models.log_folder(args.log, default=False),
-    )  # fmt: skip
+    )
 
 
 def _keys(args: argparse.Namespace) -> tuple[str, ...]:

@@ -22,10 +22,19 @@ def make(args: argparse.Namespace) -> int:
     tasks = sorted(set(experts()) & set(TASKS)) if args.tasks == "all" else args.tasks.split(",")
     lengths = [parse_length(part) for part in args.lengths.split(",") if part.strip()]
     report = training.make(
-        tasks, args.samples, seed=args.seed, split=args.split, out=args.out, lengths=lengths, window=args.window,
-        variant=args.prompt_variant, concurrency=args.concurrency, readings_share=args.readings, copies_share=args.copies,
+        tasks,
+        args.samples,
+        seed=args.seed,
+        split=args.split,
+        out=args.out,
+        lengths=lengths,
+        window=args.window,
+        variant=args.prompt_variant,
+        concurrency=args.concurrency,
+        readings_share=args.readings,
+        copies_share=args.copies,
         strategies=[part.strip() for part in args.strategies.split(",") if part.strip()],
-    )  # fmt: skip
+    )
     codes.tell(str(report))
     if args.tokenizer:
         from rlm_runtime.training.phrases import learn
@@ -38,7 +47,9 @@ def make(args: argparse.Namespace) -> int:
 def filter_(args: argparse.Namespace) -> int:
     from rlm_runtime import training
 
-    report = training.filter_runs(args.runs, args.out, scores=args.scores, limit=args.limit, subs=args.subs)
+    report = training.filter_runs(
+        args.runs, args.out, scores=args.scores, limit=args.limit, subs=args.subs
+    )
     for warning in report.warnings:
         codes.complain(warning)
     for step, count in report.counts.items():

@@ -20,7 +20,8 @@ OPTIONS = ("concurrency", "compact_at", "window", "max_repls", "sub_rounds", "sc
 def number(text: str) -> int | float:
     """3, 0.5, 8k, 10M, 2GiB. Raises ValueError."""
     match = re.fullmatch(
-        r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(k|m|g|kib|mib|gib|)b?", text.strip().lower().replace("_", "")
+        r"([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(k|m|g|kib|mib|gib|)b?",
+        text.strip().lower().replace("_", ""),
     )
     if not match:
         raise ValueError(f"{text!r} is not a number such as 3, 0.5, 8k, 10M or 2GiB")
@@ -29,11 +30,16 @@ def number(text: str) -> int | float:
 
 
 def settings(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """`--set name=value` sorted into fields of Budget, fields of Limits, and arguments of RLM. Raises UsageError."""
+    """`--set name=value` sorted into fields of Budget, fields of Limits, and arguments of RLM.
+    Raises UsageError."""
     from rlm_runtime.budget import Budget
     from rlm_runtime.repl.base import Limits
 
-    groups: list[tuple[Any, dict[str, Any]]] = [(Budget.model_fields, {}), (Limits.model_fields, {}), (OPTIONS, {})]
+    groups: list[tuple[Any, dict[str, Any]]] = [
+        (Budget.model_fields, {}),
+        (Limits.model_fields, {}),
+        (OPTIONS, {}),
+    ]
     for pair in pairs:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
@@ -42,7 +48,9 @@ def settings(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any], dict
             known = sorted(n for names, _ in groups for n in names)
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near and equals else ""
-            raise UsageError(f"--set {pair}: expected NAME=VALUE with a known name.{hint} Known: {', '.join(known)}.")
+            raise UsageError(
+                f"--set {pair}: expected NAME=VALUE with a known name.{hint} Known: {', '.join(known)}."
+            )
         try:
             target[name] = None if text.strip().lower() == "none" else number(text)
         except ValueError as error:
@@ -55,7 +63,8 @@ MAPPINGS = ("headers", "query", "extra_body")
 
 
 def model_options(pairs: Iterable[str], flag: str) -> dict[str, Any]:
-    """`--root-opt name=value` as keyword arguments of a model. Raises UsageError, which never shows a value."""
+    """`--root-opt name=value` as keyword arguments of a model. Raises UsageError, which never shows
+    a value."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -63,7 +72,9 @@ def model_options(pairs: Iterable[str], flag: str) -> dict[str, Any]:
         name = name.replace("-", "_")
         if not (equals and name) or (dot and not (key and name in MAPPINGS)):
             mappings = ", ".join(f"{m}.NAME" for m in MAPPINGS)
-            raise UsageError(f"{flag} {pair.partition('=')[0]}: expected NAME=VALUE; with a dot only {mappings}.")
+            raise UsageError(
+                f"{flag} {pair.partition('=')[0]}: expected NAME=VALUE; with a dot only {mappings}."
+            )
         if dot:
             value = _plain_value(text) if name == "extra_body" else text
             found[name] = {**found.get(name, {}), key: value}
@@ -100,7 +111,9 @@ def price(text: str | None) -> tuple[float, ...] | None:
         if len(values) not in (2, 3) or any(not 0 <= v < 1e6 for v in values):
             raise ValueError
     except ValueError:
-        raise UsageError(f"--price {text}: expected IN,OUT in dollars a million tokens, such as 0.25,2.") from None
+        raise UsageError(
+            f"--price {text}: expected IN,OUT in dollars a million tokens, such as 0.25,2."
+        ) from None
     return values
 
 
@@ -123,12 +136,15 @@ def schema(path: str | None) -> dict[str, Any] | None:
     except ValueError as error:
         raise UsageError(f"--output-schema {path} is not JSON: {error}.") from None
     if not isinstance(found, dict):
-        raise UsageError(f"--output-schema {path}: expected a JSON schema, an object; found {type(found).__name__}.")
+        raise UsageError(
+            f"--output-schema {path}: expected a JSON schema, an object; found {type(found).__name__}."
+        )
     return found
 
 
 def tools(paths: Sequence[str]) -> list[Callable[..., Any]]:
-    """The public functions that Python files define. The files run in this process. Raises UsageError."""
+    """The public functions that Python files define. The files run in this process. Raises
+    UsageError."""
     found: list[Callable[..., Any]] = []
     for index, path in enumerate(paths):
         name = f"rlm_tools_{index}"
@@ -139,13 +155,17 @@ def tools(paths: Sequence[str]) -> list[Callable[..., Any]]:
         try:
             spec.loader.exec_module(module)
         except Exception as error:
-            raise UsageError(f"--tools {path} cannot be loaded: {type(error).__name__}: {error}.") from error
+            raise UsageError(
+                f"--tools {path} cannot be loaded: {type(error).__name__}: {error}."
+            ) from error
         mine = [
             f
             for n, f in vars(module).items()
             if inspect.isfunction(f) and f.__module__ == name and not n.startswith("_")
         ]
         if not mine:
-            raise UsageError(f"--tools {path} defines no function whose name does not begin with an underscore.")
+            raise UsageError(
+                f"--tools {path} defines no function whose name does not begin with an underscore."
+            )
         found += mine
     return found

@@ -46,7 +46,9 @@ def replay(args: argparse.Namespace) -> int:
 
     budget, limits, options = values.settings(args.set)
     if budget or options:
-        raise UsageError(f"--set {next(iter(budget or options))}: a replay has only the limits of a REPL.")
+        raise UsageError(
+            f"--set {next(iter(budget or options))}: a replay has only the limits of a REPL."
+        )
     report = run_again(
         args.path,
         context=args.context,

@@ -1,8 +1,9 @@
 """A run's context as the host holds it: what it is, how big, how it is handed to the worker.
 
-`Context.of` takes what a user passes: str, bytes, list, dict, chat messages, a `pathlib.Path` of a file or a folder,
-a list of Paths, or a table (a DataFrame). Texts that the worker takes as one str are decoded here once, to see that they
-are texts; of larger files only samples are looked at. The worker opens files in place.
+`Context.of` takes what a user passes: str, bytes, list, dict, chat messages, a `pathlib.Path` of a
+file or a folder, a list of Paths, or a table (a DataFrame). Texts that the worker takes as one str
+are decoded here once, to see that they are texts; of larger files only samples are looked at. The
+worker opens files in place.
 """
 
 from __future__ import annotations
@@ -48,10 +49,11 @@ BYTES_PER_TOKEN = 4  # the usual rule of thumb for English; a description says "
 
 @dataclass(frozen=True)
 class Payload:
-    """How the worker gets the context: `repl/worker/text.py` `load(mode, path or descriptor, args)` makes the object.
+    """How the worker gets the context: `repl/worker/text.py` `load(mode, path or descriptor, args)`
+    makes the object.
 
-    `paths`: every file or folder the worker must be able to read. `memory`: bytes of address space the object and
-    its loading need at most.
+    `paths`: every file or folder the worker must be able to read. `memory`: bytes of address space
+    the object and its loading need at most.
     """
 
     mode: Literal["text", "bytes", "json", "mmap", "folder"]
@@ -64,10 +66,11 @@ class Payload:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """`value` of an in-memory context, or `path` of a file or folder, or `files` (name, path) of several files.
+    """`value` of an in-memory context, or `path` of a file or folder, or `files` (name, path) of
+    several files.
 
-    `about`: a sentence for the root on where an extracted text comes from. `keep`: the file will be gone after the run,
-    so that a trajectory keeps its text.
+    `about`: a sentence for the root on where an extracted text comes from. `keep`: the file will be
+    gone after the run, so that a trajectory keeps its text.
     """
 
     kind: Kind
@@ -95,20 +98,25 @@ class Context:
     ) -> Context:
         """A context of anything that can be one.
 
-        The options are for Paths. `encoding`: of a file; in a folder, of the files that are not UTF-8, which are left
-        out without it. `include`, `exclude`: patterns as in a `.gitignore` for what is found in folders, whose own
-        `.gitignore` files hold too unless `gitignore=False`.
+        The options are for Paths. `encoding`: of a file; in a folder, of the files that are not
+        UTF-8, which are left out without it. `include`, `exclude`: patterns as in a `.gitignore`
+        for what is found in folders, whose own `.gitignore` files hold too unless
+        `gitignore=False`.
 
-        Raises ContextError for a missing, unreadable, empty or binary file and for anything that is no context, and
-        UsageError for a pattern that is none.
+        Raises ContextError for a missing, unreadable, empty or binary file and for anything that is
+        no context, and UsageError for a pattern that is none.
         """
-        reading = Reading(encoding and _codec(encoding), _patterns(include), _patterns(exclude), gitignore)
+        reading = Reading(
+            encoding and _codec(encoding), _patterns(include), _patterns(exclude), gitignore
+        )
         if isinstance(x, os.PathLike):
             return cls._of_paths([Path(x)], reading)
         if isinstance(x, (list, tuple)) and x and all(isinstance(e, os.PathLike) for e in x):
             return cls._of_paths([Path(e) for e in x], reading)
         if reading != Reading():
-            raise UsageError("context: encoding, include, exclude and gitignore say how the files of a Path are read.")
+            raise UsageError(
+                "context: encoding, include, exclude and gitignore say how the files of a Path are read."
+            )
         if isinstance(x, Context):
             return x
         if isinstance(x, str):
@@ -131,7 +139,8 @@ class Context:
 
     @classmethod
     def file(cls, path: str | os.PathLike[str], encoding: str = "utf-8") -> Context:
-        """A text file in a given encoding. Raises ContextError where it is not a text in that encoding."""
+        """A text file in a given encoding. Raises ContextError where it is not a text in that
+        encoding."""
         return cls._of_file(Path(path), _codec(encoding))
 
     @classmethod
@@ -144,21 +153,27 @@ class Context:
         exclude: Sequence[str] = (),
         gitignore: bool = True,
     ) -> Context:
-        """A folder; the options are those of `of`. Raises ContextError where it is missing, unreadable or holds no
-        text."""
-        reading = Reading(encoding and _codec(encoding), _patterns(include), _patterns(exclude), gitignore)
+        """A folder; the options are those of `of`. Raises ContextError where it is missing,
+        unreadable or holds no text."""
+        reading = Reading(
+            encoding and _codec(encoding), _patterns(include), _patterns(exclude), gitignore
+        )
         return cls._of_folder(Path(path), reading)
 
     @classmethod
     def several(cls, files: Mapping[str, Path], *, encoding: str | None = None) -> Context:
         """Files under names of their own. Raises ContextError where none of them is a text."""
         reading = Reading(encoding and _codec(encoding))
-        return cls("folder", files=tuple(files.items()), reading=reading)._with_texts("the files hold")
+        return cls("folder", files=tuple(files.items()), reading=reading)._with_texts(
+            "the files hold"
+        )
 
     @classmethod
     def _checked(cls, kind: Kind, value: Any) -> Context:
         if len(value) == 0:
-            raise ContextError(f"context: an empty {kind} was given; there is nothing to answer from.")
+            raise ContextError(
+                f"context: an empty {kind} was given; there is nothing to answer from."
+            )
         if kind == "list" and values.are_messages(value):
             kind = "messages"
         context = cls(kind, value=value)
@@ -179,14 +194,22 @@ class Context:
         path = path.expanduser()
         size = regular_size(path)
         if size == 0:
-            raise ContextError(f"context: the file {path} is empty; there is nothing to answer from.")
+            raise ContextError(
+                f"context: the file {path} is empty; there is nothing to answer from."
+            )
         if (kind := _document(path)) is not None:
             of = extract.KINDS[kind]
             about = f"the text of {of.what}, {describe.quoted(path.name, 200)}; {of.form}"
             return cls("str", value=extract.text_of(path, kind), about=about)
         compression = compression_of(path)
         measure = check_text(path, size, encoding, compression)
-        return cls("file", path=path.absolute(), encoding=encoding, compression=compression, measure=measure)
+        return cls(
+            "file",
+            path=path.absolute(),
+            encoding=encoding,
+            compression=compression,
+            measure=measure,
+        )
 
     @classmethod
     def _of_folder(cls, path: Path, reading: Reading) -> Context:
@@ -195,7 +218,9 @@ class Context:
             raise ContextError(f"context: {path} is not a folder.")
         if not os.access(path, os.R_OK | os.X_OK):
             raise ContextError(f"context: the folder {path} cannot be read (permission denied).")
-        return cls("folder", path=path.resolve(), reading=reading)._with_texts(f"the folder {path} holds")
+        return cls("folder", path=path.resolve(), reading=reading)._with_texts(
+            f"the folder {path} holds"
+        )
 
     def _with_texts(self, what: str) -> Context:
         """This folder, unless there is nothing to read in it."""
@@ -210,8 +235,12 @@ class Context:
     def _of_paths(cls, paths: list[Path], reading: Reading) -> Context:
         for path in paths:
             status_of(path)
-        if (reading.include or reading.exclude) and not any(path.expanduser().is_dir() for path in paths):
-            raise UsageError("context: include and exclude choose among the files of a folder; no folder was given.")
+        if (reading.include or reading.exclude) and not any(
+            path.expanduser().is_dir() for path in paths
+        ):
+            raise UsageError(
+                "context: include and exclude choose among the files of a folder; no folder was given."
+            )
         if len(paths) == 1:
             return cls._of_path(paths[0], reading)
         files: dict[str, Path] = {}
@@ -232,7 +261,8 @@ class Context:
                     cls._one_of_several(path, reading)
                 inside = [(label, whole)]
             for name, each in inside:
-                if name in files and files[name] != each:  # two of one name: tell them apart by their whole path
+                # two of one name: tell them apart by their whole path
+                if name in files and files[name] != each:
                     name = str(each)
                 files[name] = each
         context = cls("folder", files=tuple(files.items()), reading=reading)
@@ -253,7 +283,9 @@ class Context:
                 raise
             part = cls._of_file(path, reading.encoding)
         if part.compression:
-            raise ContextError(f"context: {path} is compressed; among several files only plain text is taken.")
+            raise ContextError(
+                f"context: {path} is compressed; among several files only plain text is taken."
+            )
 
     # -- what it is
 
@@ -268,7 +300,9 @@ class Context:
         try:
             return json.dumps(self.value, ensure_ascii=False).encode("utf-8", "surrogatepass")
         except (TypeError, ValueError) as error:
-            raise ContextError(f"context: the {self.kind} is not JSON: {error}. Convert it first.") from None
+            raise ContextError(
+                f"context: the {self.kind} is not JSON: {error}. Convert it first."
+            ) from None
         except RecursionError:
             raise ContextError(f"context: the {self.kind} is nested too deeply.") from None
 
@@ -277,7 +311,9 @@ class Context:
         """Of a folder: its texts, and what else was found."""
         found = Survey()
         return survey(
-            self.files if self.files is not None else find(self.location, self.reading, found), self.reading, found
+            self.files if self.files is not None else find(self.location, self.reading, found),
+            self.reading,
+            found,
         )
 
     @property
@@ -292,9 +328,14 @@ class Context:
 
     @cached_property
     def bytes(self) -> int | None:
-        """Bytes: of a str as UTF-8, of JSON values as JSON, of files on disk; None: not known before unpacking."""
+        """Bytes: of a str as UTF-8, of JSON values as JSON, of files on disk; None: not known
+        before unpacking."""
         if self.kind == "str":
-            return len(self.value) if self.value.isascii() else sum(len(p) for p in values.encoded(self.value))
+            return (
+                len(self.value)
+                if self.value.isascii()
+                else sum(len(p) for p in values.encoded(self.value))
+            )
         if self.kind == "bytes":
             return len(self.value)
         if self.kind == "file":
@@ -335,9 +376,9 @@ class Context:
     ) -> Payload:
         """Write what has to be written into the run's private folder, once, and say how to load it.
 
-        A plain file or folder is not copied; a compressed one is unpacked to at most `unpacked` bytes. Once `stop()`
-        is true, writing ends. Raises ContextError where a file has become unreadable, no longer holds text, or is
-        larger, and where it was stopped.
+        A plain file or folder is not copied; a compressed one is unpacked to at most `unpacked`
+        bytes. Once `stop()` is true, writing ends. Raises ContextError where a file has become
+        unreadable, no longer holds text, or is larger, and where it was stopped.
         """
         if self.kind == "folder":
             return self._folder_payload(folder, lazy_bytes)
@@ -351,10 +392,19 @@ class Context:
         size = target.stat().st_size
         if self.kind == "str":
             wide = 1 if self.value.isascii() else 4
-            return Payload("text", target, size, {"errors": "surrogatepass"}, (target,), 2 * wide * len(self.value))
+            return Payload(
+                "text",
+                target,
+                size,
+                {"errors": "surrogatepass"},
+                (target,),
+                2 * wide * len(self.value),
+            )
         if self.kind == "bytes":
             return Payload("bytes", target, size, {}, (target,), 2 * size)
-        return Payload("json", target, size, {}, (target,), 2 * size + 40 * values.nodes(self._json))
+        return Payload(
+            "json", target, size, {}, (target,), 2 * size + 40 * values.nodes(self._json)
+        )
 
     def _folder_payload(self, folder: Path, lazy_bytes: int) -> Payload:
         """Files are read where they are; texts of documents are written into the run's folder."""
@@ -373,7 +423,11 @@ class Context:
             "skipped": {s.name: s.why for s in found.skipped},
             "encodings": {e.name: e.encoding for e in found.entries if e.encoding != "utf-8"},
         }
-        texts = tuple(Path(path) for (_, path), e in zip(named, found.entries, strict=True) if e.text is not None)
+        texts = tuple(
+            Path(path)
+            for (_, path), e in zip(named, found.entries, strict=True)
+            if e.text is not None
+        )
         if self.files is None:
             paths: tuple[Path, ...] = (self.location, *texts)
         else:
@@ -381,9 +435,13 @@ class Context:
             readable += [skipped.path for skipped in found.skipped if skipped.what != UNREADABLE]
             paths = (*dict.fromkeys(readable), *texts)
         largest = max((e.bytes for e in found.entries if e.bytes <= lazy_bytes), default=0)
-        return Payload("folder", self.path, self.bytes or 0, args, paths, memory=(64 << 20) + 8 * largest)
+        return Payload(
+            "folder", self.path, self.bytes or 0, args, paths, memory=(64 << 20) + 8 * largest
+        )
 
-    def _file_payload(self, folder: Path, lazy_bytes: int, limit: int, stop: Callable[[], bool]) -> Payload:
+    def _file_payload(
+        self, folder: Path, lazy_bytes: int, limit: int, stop: Callable[[], bool]
+    ) -> Payload:
         size, path, args = regular_size(self.location), self.location, {"name": self.location.name}
         if self.compression or (self.encoding != "utf-8" and size > lazy_bytes):
             path = fresh(folder, "context")  # the lazy text reads plain UTF-8 only
@@ -399,10 +457,15 @@ class Context:
         decoder = codecs.getincrementaldecoder(self.encoding)("strict")
         written = 0
         try:
-            with opened(self.location, self.compression) as source, open(target, "xb", opener=private) as out:
+            with (
+                opened(self.location, self.compression) as source,
+                open(target, "xb", opener=private) as out,
+            ):
                 while piece := source.read(values.PIECE):
                     text = decoder.decode(piece)
-                    written += out.write((without_mark(text) if written == 0 else text).encode("utf-8"))
+                    written += out.write(
+                        (without_mark(text) if written == 0 else text).encode("utf-8")
+                    )
                     if written > limit:
                         raise ContextError(
                             f"context: {self.path} unpacks to more than {limit:,} bytes. Allow more with "
@@ -413,7 +476,9 @@ class Context:
                 out.write(decoder.decode(b"", True).encode("utf-8"))
         except damage(UnicodeDecodeError) as error:
             target.unlink(missing_ok=True)
-            raise ContextError(f"context: {self.path} cannot be read as {self.encoding} text: {error}.") from None
+            raise ContextError(
+                f"context: {self.path} cannot be read as {self.encoding} text: {error}."
+            ) from None
         except ContextError:
             target.unlink(missing_ok=True)
             raise
@@ -436,16 +501,18 @@ class Context:
     def sha256(self) -> str | None:
         """Of the bytes; None for folders, several files and files above HASH_LIMIT."""
         digest = hashlib.sha256()
-        if self.kind == "folder" or (self.kind == "file" and self.location.stat().st_size > HASH_LIMIT):
+        if self.kind == "folder" or (
+            self.kind == "file" and self.location.stat().st_size > HASH_LIMIT
+        ):
             return None
         for piece in self._pieces():
             digest.update(piece)
         return digest.hexdigest()
 
     def record(self, blobs: Path | None = None, name: str = "context") -> dict[str, Any]:
-        """The fields of the trajectory's `context` event. An in-memory context, and a file that will be gone, is stored
-        once under its hash in `blobs` (the file, if it is no larger than HASH_LIMIT); other files and folders are named,
-        not copied."""
+        """The fields of the trajectory's `context` event. An in-memory context, and a file that
+        will be gone, is stored once under its hash in `blobs` (the file, if it is no larger than
+        HASH_LIMIT); other files and folders are named, not copied."""
         in_memory = self.kind not in ("file", "folder")
         blob = self.sha256 if blobs is not None and (in_memory or self.keep) else None
         if blobs is not None and blob is not None:
@@ -468,21 +535,26 @@ class Context:
             return {} if self.encoding == "utf-8" else {"encoding": self.encoding}
         if self.kind != "folder":
             return {"about": self.about} if self.about else {}
-        files = {} if self.files is None else {"files": [[name, str(path)] for name, path in self.files]}
+        files = (
+            {}
+            if self.files is None
+            else {"files": [[name, str(path)] for name, path in self.files]}
+        )
         return self.reading.record() | files
 
     @classmethod
     def from_record(cls, fields: Mapping[str, Any], blobs: Path | None) -> Context:
-        """The context of a recorded run. Raises ContextError where its blob or file is gone or has changed."""
+        """The context of a recorded run. Raises ContextError where its blob or file is gone or has
+        changed."""
         kind, blob, path = fields["kind"], fields.get("blob"), fields.get("path")
         recorded = dict(fields.get("reading") or {})
         reading, files = Reading.of(recorded), recorded.get("files")
         if blob is None and path is not None:
             context = cls._of_path(Path(path), reading)
         elif blob is None and files:
-            context = cls("folder", files=tuple((n, Path(p)) for n, p in files), reading=reading)._with_texts(
-                "it holds"
-            )
+            context = cls(
+                "folder", files=tuple((n, Path(p)) for n, p in files), reading=reading
+            )._with_texts("it holds")
         elif blob is not None and blobs is not None and (Path(blobs) / Path(blob).name).is_file():
             stored = Path(blobs) / Path(blob).name
             data = stored.read_bytes() if kind != "file" else b""
@@ -496,23 +568,27 @@ class Context:
             raise ContextError("context: the recorded run kept neither the context nor its path.")
         wanted = fields.get("sha256")
         if wanted is not None and context.sha256 != wanted:
-            raise ContextError(f"context: {path or blob} is not what the recorded run read (its hash differs).")
+            raise ContextError(
+                f"context: {path or blob} is not what the recorded run read (its hash differs)."
+            )
         return context
 
     # -- what the root sees
 
     def describe(self, limit: int = 1400, name: str = "context") -> str:
-        """Type, size, structure and a preview of at most about `limit` characters; never the whole of a long text.
-        `name`: the variable it is bound to."""
+        """Type, size, structure and a preview of at most about `limit` characters; never the whole
+        of a long text. `name`: the variable it is bound to."""
         preview = self.preview(limit) if limit > 0 else ""
         return "\n".join([*describe.facts(self, name), *([preview] if preview else [])])
 
     def brief(self, limit: int = 40) -> str:
-        """Type, size and the first `limit` characters in one line, for models with a small window."""
+        """Type, size and the first `limit` characters in one line, for models with a small
+        window."""
         return describe.brief(self, limit)
 
     def preview(self, limit: int = 1400) -> str:
-        """The beginning and the end, quoted as Python literals: nothing in it can pass for the runtime's own words."""
+        """The beginning and the end, quoted as Python literals: nothing in it can pass for the
+        runtime's own words."""
         return describe.preview(self, limit)
 
 

@@ -1,4 +1,5 @@
-"""What the root is told of a context: type, size, structure, and a bounded preview that is quoted."""
+"""What the root is told of a context: type, size, structure, and a bounded preview that is
+quoted."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LISTED = 24  # files, keys or elements named
 
 
 def preview(context: Context, limit: int = 1400) -> str:
-    """The beginning and the end, quoted as Python literals: nothing in it can pass for the runtime's own words."""
+    """The beginning and the end, quoted as Python literals: nothing in it can pass for the
+    runtime's own words."""
     if context.kind == "folder":
         return ""
     head, tail, whole = ends(context, limit * 5 // 7, limit - limit * 5 // 7)
@@ -27,8 +29,16 @@ def preview(context: Context, limit: int = 1400) -> str:
 def ends(context: Context, head: int, tail: int) -> tuple[Any, Any, bool]:
     if context.kind == "file":
         return file_ends(context, head, tail)
-    value = context.value if context.kind in ("str", "bytes") else context._json.decode("utf-8", "surrogatepass")
-    return value[:head], value[-tail:] if tail else value[:0], len(value) <= head + tail and head >= len(value)
+    value = (
+        context.value
+        if context.kind in ("str", "bytes")
+        else context._json.decode("utf-8", "surrogatepass")
+    )
+    return (
+        value[:head],
+        value[-tail:] if tail else value[:0],
+        len(value) <= head + tail and head >= len(value),
+    )
 
 
 def file_ends(context: Context, head: int, tail: int) -> tuple[str, str, bool]:
@@ -54,7 +64,9 @@ def brief(context: Context, limit: int) -> str:
     if context.kind in ("list", "dict", "messages"):
         return f"{'dict' if context.kind == 'dict' else 'list'} of {len(context.value):,}: {quoted(ends(context, limit, 0)[0], limit)}"
     what = "bytes" if context.kind == "bytes" else "str"
-    size = f"{context.chars:,} characters" if context.chars is not None else f"{context.bytes:,} bytes"
+    size = (
+        f"{context.chars:,} characters" if context.chars is not None else f"{context.bytes:,} bytes"
+    )
     return f"{what}, {size}: {quoted(ends(context, limit, 0)[0], limit)}"
 
 
@@ -87,7 +99,9 @@ def text_facts(context: Context, name: str) -> list[str]:
 
 def list_facts(context: Context, name: str) -> list[str]:
     types = Counter(type(e).__name__ for e in context.value)
-    facts = [f"Type: list of {len(context.value):,} elements ({counted(types)}). As JSON {size(context)}."]
+    facts = [
+        f"Type: list of {len(context.value):,} elements ({counted(types)}). As JSON {size(context)}."
+    ]
     lengths = sorted(len(e) for e in context.value if isinstance(e, str | list | dict))
     if lengths:
         facts.append(
@@ -121,9 +135,13 @@ def file_facts(context: Context, name: str) -> list[str]:
     label = quoted(context.location.name, 200)
     if context.compression:
         packed = context.location.stat().st_size
-        return [f"Type: text of the file {label}, {packed:,} bytes with {context.compression}; unpacked in the REPL."]
+        return [
+            f"Type: text of the file {label}, {packed:,} bytes with {context.compression}; unpacked in the REPL."
+        ]
     if context.measure is not None:
-        return [f"Type: str, the text of the file {label}. {size(context)}, {context.measure.lines:,} lines."]
+        return [
+            f"Type: str, the text of the file {label}. {size(context)}, {context.measure.lines:,} lines."
+        ]
     with open(context.location, "rb") as file:
         sample = file.read(1 << 20)
     lines = round(sample.count(b"\n") * (context.bytes or 0) / len(sample))
@@ -180,7 +198,8 @@ def more(total: int, shown: int = LISTED) -> str:
 
 
 def quoted(value: str | bytes, limit: int, end: bool = False) -> str:
-    """As a Python literal, which escapes line ends, control and direction characters; cut to `limit` characters."""
+    """As a Python literal, which escapes line ends, control and direction characters; cut to
+    `limit` characters."""
     value = value[-limit:] if end else value[:limit]
     text = repr(value)
     while len(text) > 2 * limit + 20 and value:  # mostly escapes: cut again, a preview is bounded

@@ -1,7 +1,9 @@
-"""The text of PDF, Word, Excel and Parquet files, extracted by well-known libraries in a child process with limits.
+"""The text of PDF, Word, Excel and Parquet files, extracted by well-known libraries in a child
+process with limits.
 
-The libraries are the optional extra `documents`. A document is hostile until proven otherwise: the child has no
-variable of this process, no network is needed, and its memory, time and output are bounded.
+The libraries are the optional extra `documents`. A document is hostile until proven otherwise: the
+child has no variable of this process, no network is needed, and its memory, time and output are
+bounded.
 """
 
 from __future__ import annotations
@@ -32,11 +34,21 @@ class Kind:
 
 KINDS = {
     "pdf": Kind("a PDF document", "pypdf", "pypdf", "pages end with a form feed, '\\f'"),
-    "docx": Kind("a Word document", "docx", "python-docx", "a paragraph a line, cells of tables divided by tabs"),
-    "xlsx": Kind(
-        "an Excel workbook", "openpyxl", "openpyxl", "sheets begin with '# sheet NAME', cells divided by tabs"
+    "docx": Kind(
+        "a Word document",
+        "docx",
+        "python-docx",
+        "a paragraph a line, cells of tables divided by tabs",
     ),
-    "parquet": Kind("a Parquet file", "pyarrow", "pyarrow", "JSON lines: a row is one JSON object on one line"),
+    "xlsx": Kind(
+        "an Excel workbook",
+        "openpyxl",
+        "openpyxl",
+        "sheets begin with '# sheet NAME', cells divided by tabs",
+    ),
+    "parquet": Kind(
+        "a Parquet file", "pyarrow", "pyarrow", "JSON lines: a row is one JSON object on one line"
+    ),
 }
 
 
@@ -51,7 +63,8 @@ def kind_of(name: str, head: bytes) -> str | None:
 
 
 def text_of(path: Path, kind: str, seconds: float = SECONDS) -> str:
-    """Raises ContextError where the library is missing, or the document cannot be read within the limits."""
+    """Raises ContextError where the library is missing, or the document cannot be read within the
+    limits."""
     of = KINDS[kind]
     if importlib.util.find_spec(of.module) is None:
         raise ContextError(
@@ -59,20 +72,39 @@ def text_of(path: Path, kind: str, seconds: float = SECONDS) -> str:
             f"pip install {of.package} (all of them: the extra documents)."
         )
     search = os.pathsep.join(filter(None, (os.path.abspath(p) for p in sys.path if p)))
-    environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": search, "OPENBLAS_NUM_THREADS": "1"}
+    environment = {
+        "PATH": os.environ.get("PATH", ""),
+        "PYTHONPATH": search,
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     bounds = [str(MEMORY), str(int(seconds) + 1), str(TEXT_BYTES)]
-    with open(path, "rb") as source, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    with (
+        open(path, "rb") as source,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
         command = [sys.executable, "-P", "-s", "-B", str(CHILD), kind, *bounds]
         try:
             done = subprocess.run(
-                command, stdin=source, stdout=out, stderr=err, env=environment, cwd="/", timeout=seconds, check=False
+                command,
+                stdin=source,
+                stdout=out,
+                stderr=err,
+                env=environment,
+                cwd="/",
+                timeout=seconds,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise _failed(path, of, f"it took more than {seconds:.0f} s") from None
         if done.returncode != 0:
             err.seek(max(0, err.tell() - 2000))
             said = err.read(2000).decode("utf-8", "replace").strip().splitlines()
-            raise _failed(path, of, repr(said[-1][:200]) if said else f"the reader ended with {done.returncode}")
+            raise _failed(
+                path,
+                of,
+                repr(said[-1][:200]) if said else f"the reader ended with {done.returncode}",
+            )
         out.seek(0)
         text = out.read(TEXT_BYTES).decode("utf-8", "replace")
     if not text.strip():
@@ -82,4 +114,6 @@ def text_of(path: Path, kind: str, seconds: float = SECONDS) -> str:
 
 
 def _failed(path: Path, of: Kind, why: str) -> ContextError:
-    return ContextError(f"context: {path} is {of.what}, not text, and its text could not be extracted: {why}")
+    return ContextError(
+        f"context: {path} is {of.what}, not text, and its text could not be extracted: {why}"
+    )

@@ -1,4 +1,5 @@
-"""Run by path: a document on standard input, its text on standard output. Arguments: kind, memory, seconds, bytes."""
+"""Run by path: a document on standard input, its text on standard output. Arguments: kind, memory,
+seconds, bytes."""
 
 import io
 import json

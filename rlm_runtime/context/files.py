@@ -12,7 +12,8 @@ from typing import IO, cast
 
 from rlm_runtime.errors import ContextError
 
-LAZY_BYTES = 256 << 20  # larger files are read lazily in the worker; smaller ones become a true str there
+# larger files are read lazily in the worker; smaller ones become a true str there
+LAZY_BYTES = 256 << 20
 SAMPLE = 64 << 10  # bytes looked at, at a place
 MAX_FILES = 200_000  # of a folder
 PIECE = 1 << 20  # bytes decoded at a time
@@ -42,9 +43,13 @@ def status_of(path: Path) -> os.stat_result:
         return os.stat(path.expanduser())
     except FileNotFoundError:
         hint = " It is a link to nothing." if path.is_symlink() else ""
-        raise ContextError(f"context: there is no file or folder {path} (looked from {Path.cwd()}).{hint}") from None
+        raise ContextError(
+            f"context: there is no file or folder {path} (looked from {Path.cwd()}).{hint}"
+        ) from None
     except (OSError, ValueError) as error:
-        raise ContextError(f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise ContextError(
+            f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def regular_size(path: Path) -> int:
@@ -98,7 +103,8 @@ def damage(*more: type[Exception]) -> tuple[type[Exception], ...]:
     return OSError, EOFError, lzma.LZMAError, zlib.error, *more
 
 
-# Encodings a sample can tell apart; cp1252 stands for its relatives, whose texts differ in a few letters.
+# Encodings a sample can tell apart; cp1252 stands for its relatives, whose texts differ in a few
+# letters.
 GUESSABLE = [
     "utf_8",
     "cp1252",
@@ -133,8 +139,9 @@ class Measure:
 
 
 def check_text(path: Path, size: int, encoding: str, compression: str | None) -> Measure | None:
-    """Raises ContextError where the file is no text in this encoding. Files up to LAZY_BYTES are decoded whole, piece by
-    piece, and measured; of larger ones both ends and eight places between are looked at."""
+    """Raises ContextError where the file is no text in this encoding. Files up to LAZY_BYTES are
+    decoded whole, piece by piece, and measured; of larger ones both ends and eight places between
+    are looked at."""
     try:
         with opened(path, compression) as file:
             if compression:
@@ -146,7 +153,9 @@ def check_text(path: Path, size: int, encoding: str, compression: str | None) ->
             if size <= LAZY_BYTES:
                 return _measure(path, file, encoding)
     except damage() as error:
-        raise ContextError(f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
+        raise ContextError(
+            f"context: {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from None
     pieces = samples(path, size, whole=0)
     _complain(path, pieces[0].data, not_text(pieces, encoding), encoding)
     return None
@@ -195,7 +204,8 @@ def samples(path: Path, size: int, whole: int) -> list[Piece]:
 def not_text(pieces: list[Piece], encoding: str) -> str | None:
     """Where the pieces of a file are no text in this encoding: what was found, else None."""
     for piece in pieces:
-        if _wide(encoding) and piece.at:  # in the middle, nothing says which byte of a character comes first
+        # in the middle, nothing says which byte of a character comes first
+        if _wide(encoding) and piece.at:
             continue
         if not _wide(encoding) and b"\0" in piece.data:
             return f"a NUL byte at offset {piece.at + piece.data.index(0):,}"
@@ -214,7 +224,8 @@ def _wide(encoding: str) -> bool:
 
 
 def _undecodable(piece: Piece, encoding: str) -> int | None:
-    """Offset of the first byte that is no text, a character cut by the borders of a sample aside."""
+    """Offset of the first byte that is no text, a character cut by the borders of a sample
+    aside."""
     data, skip = piece.data, 0
     if piece.at and encoding == "utf-8":
         while skip < min(3, len(data)) and data[skip] & 0xC0 == 0x80:
@@ -240,7 +251,11 @@ def looks_like(head: bytes) -> str | None:
     if len(head) < 40:  # too little to tell
         return None
     best = from_bytes(head[: SAMPLE // 4], cp_isolation=GUESSABLE).best()
-    return None if best is None or best.encoding in ("ascii", "utf_8") else best.encoding.replace("_", "-")
+    return (
+        None
+        if best is None or best.encoding in ("ascii", "utf_8")
+        else best.encoding.replace("_", "-")
+    )
 
 
 def _complain(path: Path, head: bytes, found: str | None, encoding: str) -> None:
@@ -269,7 +284,8 @@ def last_text(file: IO[bytes], size: int, count: int, encoding: str) -> str:
         while skip < min(3, len(data)) and data[skip] & 0xC0 == 0x80:
             skip += 1
         data = data[skip:]
-    if encoding in ("utf-16", "utf-32"):  # no mark at the end of a file: as the machine and most writers have it
+    # no mark at the end of a file: as the machine and most writers have it
+    if encoding in ("utf-16", "utf-32"):
         encoding += "-le"
     return data.decode(encoding, "replace")
 

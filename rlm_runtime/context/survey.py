@@ -1,4 +1,5 @@
-"""Which files of a folder are its texts: what the patterns leave in, in which encoding, and what is no text and why."""
+"""Which files of a folder are its texts: what the patterns leave in, in which encoding, and what is
+no text and why."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ DOCUMENT_BYTES = 256 << 20  # of their text together
 
 @dataclass(frozen=True)
 class Reading:
-    """How files are read. In a folder `encoding` is for the files that are not UTF-8; without it they are left out.
+    """How files are read. In a folder `encoding` is for the files that are not UTF-8; without it
+    they are left out.
 
-    `include` and `exclude` are patterns as in a `.gitignore`; they, and the folder's own `.gitignore` files, hold for
-    what is found in folders.
+    `include` and `exclude` are patterns as in a `.gitignore`; they, and the folder's own
+    `.gitignore` files, hold for what is found in folders.
     """
 
     encoding: str | None = None
@@ -40,18 +42,27 @@ class Reading:
 
     def record(self) -> dict[str, object]:
         """What differs from the default, as JSON."""
-        fields = {"encoding": self.encoding, "include": list(self.include), "exclude": list(self.exclude)}
-        return {k: v for k, v in fields.items() if v} | ({} if self.gitignore else {"gitignore": False})
+        fields = {
+            "encoding": self.encoding,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+        }
+        return {k: v for k, v in fields.items() if v} | (
+            {} if self.gitignore else {"gitignore": False}
+        )
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Reading:
         lists = {k: tuple(fields.get(k, ())) for k in ("include", "exclude")}
-        return cls(encoding=fields.get("encoding"), gitignore=fields.get("gitignore", True), **lists)
+        return cls(
+            encoding=fields.get("encoding"), gitignore=fields.get("gitignore", True), **lists
+        )
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One text of a folder. `text` is set where it was extracted from a document; `bytes` is then the text's."""
+    """One text of a folder. `text` is set where it was extracted from a document; `bytes` is then
+    the text's."""
 
     name: str
     path: Path
@@ -62,7 +73,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is no text as it stands. `what` groups it: "not UTF-8", "binary", "a PDF document", ..."""
+    """A file that is no text as it stands. `what` groups it: "not UTF-8", "binary", "a PDF
+    document", ..."""
 
     name: str
     path: Path
@@ -74,13 +86,15 @@ class Skipped:
 class Survey:
     entries: list[Entry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)  # ".gitignore" | "--exclude" | "--include" -> files, folders
+    # ".gitignore" | "--exclude" | "--include" -> files, folders
+    ignored: Counter[str] = field(default_factory=Counter)
     truncated: bool = False  # there are more than MAX_FILES
     extracted: int = 0
     converted: Counter[str] = field(default_factory=Counter)  # encoding -> files
 
     def left_out(self) -> list[str]:
-        """Sentences for the user and the root on what `context` does not hold, or holds converted."""
+        """Sentences for the user and the root on what `context` does not hold, or holds
+        converted."""
         said = []
         if self.skipped:
             kinds = Counter(s.what for s in self.skipped)
@@ -88,7 +102,9 @@ class Survey:
             named = "; ".join(f"{s.name[-120:]!r}: {s.why}" for s in self.skipped[:NAMED])
             more = f"; ... {len(self.skipped) - NAMED:,} more" if len(self.skipped) > NAMED else ""
             total = len(self.skipped) + len(self.entries)
-            said.append(f"{len(self.skipped):,} of {total:,} files were left out ({counted}): {named}{more}.")
+            said.append(
+                f"{len(self.skipped):,} of {total:,} files were left out ({counted}): {named}{more}."
+            )
         if self.ignored:
             counted = ", ".join(f"{n:,} by {by}" for by, n in self.ignored.most_common())
             said.append(f"Patterns left out files and folders: {counted}.")
@@ -98,11 +114,15 @@ class Survey:
             counted = ", ".join(f"{n:,} as {name}" for name, n in self.converted.most_common())
             said.append(f"Files that are not UTF-8 were read: {counted}.")
         if self.extracted:
-            said.append(f"Of {self.extracted:,} documents the text was extracted; layout and pictures are lost.")
+            said.append(
+                f"Of {self.extracted:,} documents the text was extracted; layout and pictures are lost."
+            )
         return said
 
 
-def survey(named: Iterable[tuple[str, Path]], reading: Reading, found: Survey | None = None) -> Survey:
+def survey(
+    named: Iterable[tuple[str, Path]], reading: Reading, found: Survey | None = None
+) -> Survey:
     """Look at every file once. Nothing is decoded by a guess: a guess is only named."""
     found = found or Survey()
     documents: list[tuple[str, Path, str]] = []
@@ -117,7 +137,9 @@ def survey(named: Iterable[tuple[str, Path]], reading: Reading, found: Survey | 
                 continue
             encoding, skipped = _look(name, path, pieces, reading, guess=guesses > 0)
         except OSError as error:
-            found.skipped.append(Skipped(name, path, UNREADABLE, f"cannot be read ({error.strerror})"))
+            found.skipped.append(
+                Skipped(name, path, UNREADABLE, f"cannot be read ({error.strerror})")
+            )
             continue
         if skipped is not None:
             guesses -= skipped.what == "not UTF-8"
@@ -139,7 +161,9 @@ def _look(
     if trouble is None:
         return "utf-8", None
     if packed := files.packed(head):
-        return "", Skipped(name, path, "compressed", f"is compressed with {packed}; give it as a file of its own")
+        return "", Skipped(
+            name, path, "compressed", f"is compressed with {packed}; give it as a file of its own"
+        )
     known = files.known(head)
     if known is None and reading.encoding and files.not_text(pieces, reading.encoding) is None:
         return reading.encoding, None
@@ -148,7 +172,9 @@ def _look(
     if b"\0" in head and not head.startswith(files.MARKS):
         return "", Skipped(name, path, "binary", f"is binary ({trouble})")
     hint = files.looks_like(head) if guess else None
-    return "", Skipped(name, path, "not UTF-8", f"is not UTF-8 ({trouble})" + (f", may be {hint}" if hint else ""))
+    return "", Skipped(
+        name, path, "not UTF-8", f"is not UTF-8 ({trouble})" + (f", may be {hint}" if hint else "")
+    )
 
 
 def _extract(documents: list[tuple[str, Path, str]], found: Survey) -> None:
@@ -161,11 +187,15 @@ def _extract(documents: list[tuple[str, Path, str]], found: Survey) -> None:
         name, path, kind = document
         left = deadline - time.monotonic()
         if left <= 0:
-            return Skipped(name, path, extract.KINDS[kind].what, "its text was not extracted: no time was left")
+            return Skipped(
+                name, path, extract.KINDS[kind].what, "its text was not extracted: no time was left"
+            )
         try:
             return extract.text_of(path, kind, seconds=min(left, extract.SECONDS))
         except ContextError as error:
-            return Skipped(name, path, extract.KINDS[kind].what, str(error).removeprefix("context: "))
+            return Skipped(
+                name, path, extract.KINDS[kind].what, str(error).removeprefix("context: ")
+            )
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for (name, path, kind), got in zip(documents, pool.map(one, documents), strict=True):
@@ -185,8 +215,9 @@ def _extract(documents: list[tuple[str, Path, str]], found: Survey) -> None:
 
 
 def find(root: Path, reading: Reading, found: Survey) -> Iterator[tuple[str, Path]]:
-    """(name, path) of the regular files below `root`, sorted by folder, at most MAX_FILES. Links are followed only to
-    files that stay inside; folders behind links and version control's own folders are not entered.
+    """(name, path) of the regular files below `root`, sorted by folder, at most MAX_FILES. Links
+    are followed only to files that stay inside; folders behind links and version control's own
+    folders are not entered.
 
     Raises UsageError for a pattern that is none.
     """
@@ -221,7 +252,9 @@ def find(root: Path, reading: Reading, found: Survey) -> Iterator[tuple[str, Pat
         folders[:] = kept
         for name in sorted(names):
             path = Path(here, name)
-            if not path.is_file() or (path.is_symlink() and not path.resolve().is_relative_to(root)):
+            if not path.is_file() or (
+                path.is_symlink() and not path.resolve().is_relative_to(root)
+            ):
                 continue
             by = left_out(name, False)
             if by is not None:
@@ -242,19 +275,25 @@ def _patterns(lines: Iterable[str], what: str) -> GitIgnoreSpec | None:
         spec: GitIgnoreSpec = _pathspec().GitIgnoreSpec.from_lines(lines)
         return spec
     except ValueError as error:
-        raise UsageError(f"{what}: {error}. Patterns are those of a .gitignore, such as '*.py' or 'docs/**'.") from None
+        raise UsageError(
+            f"{what}: {error}. Patterns are those of a .gitignore, such as '*.py' or 'docs/**'."
+        ) from None
 
 
 class _Ignored:
-    """The `.gitignore` files of a folder, of the folders in it, and of those above it in the same repository."""
+    """The `.gitignore` files of a folder, of the folders in it, and of those above it in the same
+    repository."""
 
     def __init__(self, root: Path):
-        self._specs: list[tuple[str, str, GitIgnoreSpec]] = []  # (folder it lies in, what to put before names, spec)
+        # (folder it lies in, what to put before names, spec)
+        self._specs: list[tuple[str, str, GitIgnoreSpec]] = []
         above = [root, *root.parents]
         top = next((i for i, folder in enumerate(above) if (folder / ".git").exists()), 0)
         for folder in reversed(above[1 : top + 1]):
             if (folder / ".gitignore").is_file():
-                self.add("", folder / ".gitignore", before=root.relative_to(folder).as_posix() + "/")
+                self.add(
+                    "", folder / ".gitignore", before=root.relative_to(folder).as_posix() + "/"
+                )
 
     def add(self, inside: str, path: Path, before: str = "") -> None:
         try:
@@ -271,7 +310,8 @@ class _Ignored:
         self._specs.append((inside, before, _pathspec().GitIgnoreSpec.from_lines(good)))
 
     def __call__(self, name: str) -> bool:
-        """The deepest file that says anything of this name decides; a folder's name ends with a slash."""
+        """The deepest file that says anything of this name decides; a folder's name ends with a
+        slash."""
         for inside, before, spec in reversed(self._specs):
             if name.startswith(inside):
                 said: bool | None = spec.check_file(before + name[len(inside) :]).include

@@ -18,19 +18,25 @@ def plain(x: Any) -> Any:
 
 
 def are_messages(value: list[Any]) -> bool:
-    return all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+    return all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value
+    )
 
 
 Place = tuple[Any, Any]  # (place of its holder, key)
 
 
 def check_json(value: Any) -> None:
-    """What `json.dumps` would change silently, or explain badly, is a ContextError that says where it is."""
-    stack: list[tuple[Any, Place | None, int]] = [(value, None, 1)]  # value, (place of its holder, key), depth
+    """What `json.dumps` would change silently, or explain badly, is a ContextError that says where
+    it is."""
+    # value, (place of its holder, key), depth
+    stack: list[tuple[Any, Place | None, int]] = [(value, None, 1)]
     while stack:
         here, place, depth = stack.pop()
         if depth > DEEPEST:
-            raise ContextError(f"context: nested more than {DEEPEST} deep, at {where(place)[:200]}...")
+            raise ContextError(
+                f"context: nested more than {DEEPEST} deep, at {where(place)[:200]}..."
+            )
         if isinstance(here, dict):
             for key in here:
                 if not isinstance(key, str):
@@ -71,14 +77,16 @@ TABLE_BYTES = 256 << 20  # of a table as text
 
 
 def is_table(x: Any) -> bool:
-    """A DataFrame of pandas, polars, ... or a pyarrow Table: what Arrow's stream interface can read."""
+    """A DataFrame of pandas, polars, ... or a pyarrow Table: what Arrow's stream interface can
+    read."""
     return hasattr(x, "__arrow_c_stream__") or (
         type(x).__module__.partition(".")[0] == "pandas" and hasattr(x, "columns")
     )
 
 
 def table(x: Any) -> tuple[str, str]:
-    """A table as JSON lines, and what that is. Raises ContextError where pyarrow is missing or the table is too big."""
+    """A table as JSON lines, and what that is. Raises ContextError where pyarrow is missing or the
+    table is too big."""
     try:
         import pyarrow
     except ImportError:
@@ -91,7 +99,9 @@ def table(x: Any) -> tuple[str, str]:
             found = pyarrow.RecordBatchReader.from_stream(x)
         else:
             found = pyarrow.Table.from_pandas(x).to_reader()
-        columns = ", ".join(f"{field.name[:80]!r}: {field.type}" for field in list(found.schema)[:24])
+        columns = ", ".join(
+            f"{field.name[:80]!r}: {field.type}" for field in list(found.schema)[:24]
+        )
         lines, rows, room = [], 0, TABLE_BYTES
         for batch in found:
             for start in range(0, batch.num_rows, 1000):
@@ -107,7 +117,11 @@ def table(x: Any) -> tuple[str, str]:
                         "(df.to_csv(path)) and pass its Path."
                     )
     except (pyarrow.ArrowException, TypeError, ValueError) as error:
-        raise ContextError(f"context: the {type(x).__name__} cannot be read as a table: {error}.") from None
+        raise ContextError(
+            f"context: the {type(x).__name__} cannot be read as a table: {error}."
+        ) from None
     if not rows:
         raise ContextError("context: an empty table was given; there is nothing to answer from.")
-    return "".join(lines), f"a table of {rows:,} rows as JSON lines, a row an object on a line ({columns})"
+    return "".join(
+        lines
+    ), f"a table of {rows:,} rows as JSON lines, a row an object on a line ({columns})"

@@ -40,12 +40,16 @@ def register(provider: str) -> Callable[[F], F]:
     """
 
     if not provider or ":" in provider:
-        raise UsageError(f"{provider!r} cannot be the name of a provider: it stands before a colon.")
+        raise UsageError(
+            f"{provider!r} cannot be the name of a provider: it stands before a colon."
+        )
 
     def note(factory: F) -> F:
         held = PROVIDERS.get(provider)
         if held is not None and _path(held) != _path(factory):
-            raise UsageError(f"the provider {provider!r} is {_path(held)} already; choose another name.")
+            raise UsageError(
+                f"the provider {provider!r} is {_path(held)} already; choose another name."
+            )
         PROVIDERS[provider] = factory
         return factory
 
@@ -67,16 +71,22 @@ def resolve(spec: str | LM, **options: Any) -> LM:
     options = {k: v for k, v in options.items() if v is not None}
     if not isinstance(spec, str):
         if not isinstance(spec, LM):
-            raise UsageError(f'a model is a name like "openai:gpt-5-mini" or an LM object, got {type(spec).__name__}.')
+            raise UsageError(
+                f'a model is a name like "openai:gpt-5-mini" or an LM object, got {type(spec).__name__}.'
+            )
         if options:
-            raise UsageError(f"{spec.name} is a model already: give it {', '.join(options)} where it is made.")
+            raise UsageError(
+                f"{spec.name} is a model already: give it {', '.join(options)} where it is made."
+            )
         return spec
     made, model = factory_of(spec), spec.partition(":")[2]
     allowed = options_of(made)
     for option in options:
         if allowed is not None and option not in allowed:
             near = difflib.get_close_matches(option, allowed, 1)
-            said = f" Did you mean {near[0]}?" if near else f" It takes {', '.join(sorted(allowed))}."
+            said = (
+                f" Did you mean {near[0]}?" if near else f" It takes {', '.join(sorted(allowed))}."
+            )
             raise UsageError(f"{spec}: no such option: {option}.{said}")
     return made(model, **options)
 
@@ -108,7 +118,11 @@ def options_of(factory: Factory) -> set[str] | None:
 
     if not inspect.isclass(factory):
         parameters = list(inspect.signature(factory).parameters.values())[1:]
-        return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+        return (
+            None
+            if any(p.kind is p.VAR_KEYWORD for p in parameters)
+            else {p.name for p in parameters}
+        )
     names: set[str] = set()
     for made in factory.__mro__:
         if "__init__" not in vars(made) or made is object:

@@ -13,15 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Frozen(BaseModel):
-    """Validators are built when a class is first used: building all of them would double the time an import takes."""
+    """Validators are built when a class is first used: building all of them would double the time
+    an import takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ToolCall(Frozen):
-    """A call the model asks for. `arguments` is the parsed JSON object, or the raw text where it did not parse.
+    """A call the model asks for. `arguments` is the parsed JSON object, or the raw text where it
+    did not parse.
 
-    `extra` is what else the endpoint sent with the call (a `thought_signature`); it goes back with it.
+    `extra` is what else the endpoint sent with the call (a `thought_signature`); it goes back with
+    it.
     """
 
     id: str
@@ -43,11 +46,13 @@ class Message(Frozen):
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()  # of an assistant message
     tool_call_id: str | None = None  # of a tool message
-    extra: dict[str, Any] = Field(default_factory=dict)  # `Reply.extra` of the reply this message repeats
+    # `Reply.extra` of the reply this message repeats
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 class Usage(Frozen):
-    """Tokens and money of one call or a sum of calls; they add with `+`. `cost_usd` is None where no price is known."""
+    """Tokens and money of one call or a sum of calls; they add with `+`. `cost_usd` is None where
+    no price is known."""
 
     calls: int = 0
     input_tokens: int = 0
@@ -74,7 +79,8 @@ class Reply(Frozen):
     usage: Usage = Usage()
     finish_reason: str = "stop"  # stop | length | tool_calls | content_filter
     model: str = ""
-    extra: dict[str, Any] = Field(default_factory=dict)  # reasoning that must go back with the tool calls
+    # reasoning that must go back with the tool calls
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 class Sampling(Frozen):
@@ -92,7 +98,8 @@ DEFAULT_SAMPLING = Sampling()
 
 
 def with_ids(calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
-    """The calls, each under an id of its own: results find their call by it. Missing and repeated ids are replaced."""
+    """The calls, each under an id of its own: results find their call by it. Missing and repeated
+    ids are replaced."""
     out: dict[str, ToolCall] = {}
     for call in calls:
         # Nine letters and digits: what the strictest of the known endpoints takes.
@@ -105,7 +112,8 @@ def with_ids(calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
 class LM(Protocol):
     """A chat model. Implementations are safe to call from many tasks of one event loop at once.
 
-    Optional: `warm()`, which begins in the background what the first call would have to wait for, and returns at once.
+    Optional: `warm()`, which begins in the background what the first call would have to wait for,
+    and returns at once.
     """
 
     @property
@@ -124,20 +132,25 @@ class LM(Protocol):
         *,
         sampling: Sampling = DEFAULT_SAMPLING,
         tools: Sequence[ToolSpec] = (),
-        schema: dict[str, Any] | None = None,  # JSON schema the reply's text must satisfy, where the endpoint can
-        on_text: Callable[[str], None] | None = None,  # called with each piece as it arrives; may never be called
+        # JSON schema the reply's text must satisfy, where the endpoint can
+        schema: dict[str, Any] | None = None,
+        # called with each piece as it arrives; may never be called
+        on_text: Callable[[str], None] | None = None,
     ) -> Reply:
         """Raises LMError once retries are used up. Cancelling the task cancels the request."""
         ...
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Prompt tokens, exact or a stated upper estimate; budgets reserve this much before the call."""
+        """Prompt tokens, exact or a stated upper estimate; budgets reserve this much before the
+        call."""
         ...
 
     def price(self, input_tokens: int, output_tokens: int, cached_tokens: int = 0) -> float | None:
-        """Dollars for a call of this size; None: unknown (then a dollar budget refuses the model before the run)."""
+        """Dollars for a call of this size; None: unknown (then a dollar budget refuses the model
+        before the run)."""
         ...
 
     async def aclose(self) -> None: ...
 
-    # Optional: `warm()` begins, in the background, what the first call would have to wait for, and returns at once.
+    # Optional: `warm()` begins, in the background, what the first call would have to wait for, and
+    # returns at once.

@@ -106,7 +106,9 @@ class ChatLM:
             raise UsageError(f"{self.name}: max_tokens must be at least 1, got {max_tokens}.")
         if reasoning_effort is not None and reasoning_effort not in EFFORTS:
             known = ", ".join(EFFORTS)
-            raise UsageError(f"{self.name}: reasoning_effort must be one of {known}, got {reasoning_effort!r}.")
+            raise UsageError(
+                f"{self.name}: reasoning_effort must be one of {known}, got {reasoning_effort!r}."
+            )
         headers, query = self._texts("headers", headers), self._texts("query", query)
         url = check_url(self.name, base_url or os.environ.get(self.url_variable) or self.official)
         key = self._key(url, api_key, api_key_env)
@@ -117,7 +119,11 @@ class ChatLM:
                 f"api_key=; for a server of your own pass base_url= or set {self.url_variable}."
             )
         named = {**headers, **query, **(extra_body or {})}
-        secrets = [v for n, v in named.items() if isinstance(v, str) and (is_secret_name(n) or n in headers)]
+        secrets = [
+            v
+            for n, v in named.items()
+            if isinstance(v, str) and (is_secret_name(n) or n in headers)
+        ]
         self.endpoint = Endpoint(
             self.name,
             self.root_of(url),
@@ -158,7 +164,9 @@ class ChatLM:
         """The request."""
         raise NotImplementedError
 
-    async def read(self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery) -> Reply:
+    async def read(
+        self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery
+    ) -> Reply:
         """The reply. Raises EndpointError."""
         raise NotImplementedError
 
@@ -191,7 +199,11 @@ class ChatLM:
           LMError: see `LMError.kind`.
         """
         delivery = Delivery(on_text)
-        left_open = {n: v for n, v in self._defaults.items() if v is not None and getattr(sampling, n) is None}
+        left_open = {
+            n: v
+            for n, v in self._defaults.items()
+            if v is not None and getattr(sampling, n) is None
+        }
         call = Call(
             messages,
             sampling.model_copy(update=left_open) if left_open else sampling,
@@ -204,7 +216,9 @@ class ChatLM:
             body = self.body(call)
             read = functools.partial(self.read, body=body, call=call, delivery=delivery)
             try:
-                reply = await self.endpoint.post(self.path, body, read, delivery=delivery, tokens=expected)
+                reply = await self.endpoint.post(
+                    self.path, body, read, delivery=delivery, tokens=expected
+                )
             except EndpointError as e:
                 if delivery.chars or e.kind == "context_overflow":
                     raise
@@ -214,7 +228,9 @@ class ChatLM:
                 left_out.add(field)
                 continue
             self.worked(call)
-            self.endpoint.tokens.give_back(expected - reply.usage.input_tokens - reply.usage.output_tokens)
+            self.endpoint.tokens.give_back(
+                expected - reply.usage.input_tokens - reply.usage.output_tokens
+            )
             return reply
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
@@ -244,9 +260,12 @@ class ChatLM:
 
     def _texts(self, what: str, given: Mapping[str, str] | None) -> dict[str, str]:
         if given is not None and not (
-            isinstance(given, Mapping) and all(isinstance(t, str) for pair in given.items() for t in pair)
+            isinstance(given, Mapping)
+            and all(isinstance(t, str) for pair in given.items() for t in pair)
         ):
-            raise UsageError(f"{self.name}: {what} must be a mapping of texts to texts, got {type(given).__name__}.")
+            raise UsageError(
+                f"{self.name}: {what} must be a mapping of texts to texts, got {type(given).__name__}."
+            )
         return dict(given or {})
 
     def _key(self, url: str, given: str | None, variable: str | None) -> str | None:
@@ -255,9 +274,13 @@ class ChatLM:
             return check_key(self.name, given)
         if variable is not None:
             if not os.environ.get(variable):
-                raise UsageError(f"{self.name}: api_key_env names {variable}, but no such variable is set.")
+                raise UsageError(
+                    f"{self.name}: api_key_env names {variable}, but no such variable is set."
+                )
             return check_key(self.name, os.environ[variable])
-        return check_key(self.name, os.environ.get(self.key_variable)) if self._is_home(url) else None
+        return (
+            check_key(self.name, os.environ.get(self.key_variable)) if self._is_home(url) else None
+        )
 
     def _home(self) -> str:
         """The endpoint that the key in the environment was given for."""

@@ -1,7 +1,8 @@
-"""A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which batches them.
+"""A mor_jax checkpoint in this process as a chat model; concurrent calls share one engine, which
+batches them.
 
-Messages become text by the checkpoint's own chat template. A checkpoint without one has the plain template, for models
-that were trained on text alone:
+Messages become text by the checkpoint's own chat template. A checkpoint without one has the plain
+template, for models that were trained on text alone:
 
     system: You are ...
 
@@ -9,8 +10,8 @@ that were trained on text alone:
 
     assistant:
 
-and the reply ends where the model ends the document or its turn, or, under the plain template, begins a new speaker's
-line. Pass `template=` for another.
+and the reply ends where the model ends the document or its turn, or, under the plain template,
+begins a new speaker's line. Pass `template=` for another.
 jax and mor_jax are imported when a model is made, and nowhere else in this package.
 """
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from mor_jax.inference.engine.grammar import Grammars
     from mor_jax.inference.engine.service import EngineService
 
-QUEUE = 1 << 20  # calls that may wait: whoever fans them out in this process has a budget of its own
+# calls that may wait: whoever fans them out in this process has a budget of its own
+QUEUE = 1 << 20
 EXTRA = ("top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
@@ -50,26 +52,37 @@ class CheckpointLM:
       path: as of `mor_jax.train.load.load_model`.
       step: the newest by default.
       template: messages -> prompt text; default: the checkpoint's own chat template.
-      stop: strings that end a reply, besides the sampling's own; those of the checkpoint's template by default.
-      max_tokens: of a reply, where the sampling does not say; the window is a limit too.
+      stop: strings that end a reply, besides the sampling's own; those of the checkpoint's template
+      by default. max_tokens: of a reply, where the sampling does not say; the window is a limit
+      too.
       temperature: where the sampling does not say; 0 is greedy.
       lanes: sequences that are decoded at once; more wait their turn.
-      prefix_bytes: memory for what prompts have in common (a shared question, the turns of a conversation), which is then
-        read once; None: as much as the lanes take; 0: none.
+      prefix_bytes: memory for what prompts have in common (a shared question, the turns of a
+        conversation), which is then read once; None: as much as the lanes take; 0: none.
       price: see `prices.price_of`; default: free, it runs on your own machine.
       model: a loaded model to use instead of loading `path`.
-    `Sampling.seed` makes a sampled reply repeatable, whatever else is asked at the same time. `Sampling.extra` may hold
-    `top_k`, `min_p`, `presence_penalty`, `frequency_penalty`, `repetition_penalty`, `priority` (lower goes first) and
-    `mean_depth`, `min_depth`, `max_depth`: how many recursions the tokens of this call run.
+    `Sampling.seed` makes a sampled reply repeatable, whatever else is asked at the same time.
+    `Sampling.extra` may hold `top_k`, `min_p`, `presence_penalty`, `frequency_penalty`,
+    `repetition_penalty`, `priority` (lower goes first) and `mean_depth`, `min_depth`, `max_depth`:
+    how many recursions the tokens of this call run.
     Raises:
       UsageError: no such checkpoint, one that is damaged, or no jax here.
     """
 
     def __init__(
-        self, path: str, *, step: int | None = None, template: Callable[[Sequence[Message]], str] | None = None,
-        stop: Sequence[str] | None = None, max_tokens: int = 512, temperature: float = 0.0, lanes: int = 8,
-        prefix_bytes: int | None = None, price: Any = None, model: Any = None,
-    ):  # fmt: skip
+        self,
+        path: str,
+        *,
+        step: int | None = None,
+        template: Callable[[Sequence[Message]], str] | None = None,
+        stop: Sequence[str] | None = None,
+        max_tokens: int = 512,
+        temperature: float = 0.0,
+        lanes: int = 8,
+        prefix_bytes: int | None = None,
+        price: Any = None,
+        model: Any = None,
+    ):
         self.name, self.path = f"checkpoint:{path}", str(path)
         if max_tokens < 1 or lanes < 1:
             raise UsageError(f"{self.name}: max_tokens and lanes must be at least 1.")
@@ -89,11 +102,17 @@ class CheckpointLM:
         return f"CheckpointLM({self.path!r}, window={self.window})"
 
     async def complete(
-        self, messages: Sequence[Message], *, sampling: Sampling = DEFAULT_SAMPLING, tools: Sequence[ToolSpec] = (),
-        schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> Reply:  # fmt: skip
-        """One reply. Tools and a schema are asked for in words. A schema also constrains what can be drawn, where the
-        package for that (the extra `serve`) is installed, can enforce it, and no tool might be called instead.
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        tools: Sequence[ToolSpec] = (),
+        schema: dict[str, Any] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """One reply. Tools and a schema are asked for in words. A schema also constrains what can
+        be drawn, where the package for that (the extra `serve`) is installed, can enforce it, and
+        no tool might be called instead.
 
         Raises:
           LMError: context_overflow, with both numbers; bad_request for a sampling that is none.
@@ -110,13 +129,22 @@ class CheckpointLM:
             raise LMError(
                 f"{self.name}: the prompt has {len(ids)} tokens, the model holds {self.window}, reply included. "
                 "Send it in smaller pieces.",
-                kind="context_overflow", model=self.name,
-            )  # fmt: skip
-        row = _Row(asyncio.get_running_loop(), self._model.tokenizer, (*self._stop, *sampling.stop), on_text)
+                kind="context_overflow",
+                model=self.name,
+            )
+        row = _Row(
+            asyncio.get_running_loop(),
+            self._model.tokenizer,
+            (*self._stop, *sampling.stop),
+            on_text,
+        )
         room = min(sampling.max_tokens or self._max_tokens, self.window - len(ids))
         try:
-            service = await asyncio.to_thread(self._engine.service)  # the first call casts weights and compiles
-            request = self._request(ids, room, sampling, await asyncio.to_thread(self._engine.grammar, constraint))
+            # the first call casts weights and compiles
+            service = await asyncio.to_thread(self._engine.service)
+            request = self._request(
+                ids, room, sampling, await asyncio.to_thread(self._engine.grammar, constraint)
+            )
             row.ticket = service.submit(request, row)
         except (UserError, TypeError, ValueError) as e:
             raise LMError(f"{self.name}: {e}", kind="bad_request", model=self.name) from e
@@ -124,16 +152,26 @@ class CheckpointLM:
         try:
             finish = await row.future
         except _Failed as e:
-            raise LMError(f"{self.name}: generation failed: {e}", kind="server", model=self.name) from e
+            raise LMError(
+                f"{self.name}: generation failed: {e}", kind="server", model=self.name
+            ) from e
         finally:
             row.ticket.cancel()  # does nothing to one that is over
         text = row.text
         calls = plain.read_tool_calls(text, tools) if tools else ()
-        usage = Usage(calls=1, input_tokens=len(ids), output_tokens=row.taken, cost_usd=self.price(len(ids), row.taken))
+        usage = Usage(
+            calls=1,
+            input_tokens=len(ids),
+            output_tokens=row.taken,
+            cost_usd=self.price(len(ids), row.taken),
+        )
         return Reply(
-            text="" if calls else text, tool_calls=calls, usage=usage, model=self.name,
+            text="" if calls else text,
+            tool_calls=calls,
+            usage=usage,
+            model=self.name,
             finish_reason="tool_calls" if calls else finish,
-        )  # fmt: skip
+        )
 
     def count_tokens(self, messages: Sequence[Message]) -> int:
         """Exact, for a call without tools and schema."""
@@ -178,16 +216,22 @@ class CheckpointLM:
             top_p=1.0 if wanted.top_p is None else wanted.top_p,
             seed=secrets.randbits(31) if wanted.seed is None else wanted.seed,
             **{name: extra[name] for name in EXTRA if name in extra},
-        )  # fmt: skip
+        )
         wish = DepthWish(*(extra.get(name) for name in ("mean_depth", "min_depth", "max_depth")))
         return Request(
-            tuple(ids), room, drawing, stop_tokens=self._stop_tokens, grammar=grammar, depth=wish,
+            tuple(ids),
+            room,
+            drawing,
+            stop_tokens=self._stop_tokens,
+            grammar=grammar,
+            depth=wish,
             priority=int(extra.get("priority", 0)),
-        )  # fmt: skip
+        )
 
 
 class _Engine:
-    """The engine of a model, made when it is first needed, and again after it was closed or has failed."""
+    """The engine of a model, made when it is first needed, and again after it was closed or has
+    failed."""
 
     def __init__(self, model: Any, lanes: int, prefix_bytes: int | None):
         self._model, self._lanes, self._prefix_bytes = model, lanes, prefix_bytes
@@ -207,7 +251,9 @@ class _Engine:
                 self._device.reset()
                 self._service = None
             if self._service is None:
-                self._device = self._device or build_device(self._model, EngineConfig(lanes=self._lanes))
+                self._device = self._device or build_device(
+                    self._model, EngineConfig(lanes=self._lanes)
+                )
                 config = ServiceConfig(queue=QUEUE, prefix_bytes=self._prefix_bytes)
                 self._service = build_service(self._model, config=config, device=self._device)
             return self._service
@@ -252,10 +298,12 @@ class _Failed(Exception):
 
 
 class _Row:
-    """One call's side of the engine: tokens to text, stop strings, and the way back into the event loop. It is called
-    with events in the engine's thread."""
+    """One call's side of the engine: tokens to text, stop strings, and the way back into the event
+    loop. It is called with events in the engine's thread."""
 
-    def __init__(self, loop: Any, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None] | None):
+    def __init__(
+        self, loop: Any, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None] | None
+    ):
         self.future = loop.create_future()
         self.stops = StopCutter(stop)
         self.taken = 0

@@ -42,7 +42,9 @@ class FunctionLM:
         **options: Any,
     ):
         if not callable(function):
-            raise UsageError(f"FunctionLM: expected a function of messages, got {type(function).__name__}.")
+            raise UsageError(
+                f"FunctionLM: expected a function of messages, got {type(function).__name__}."
+            )
         self.name = name or f"function:{getattr(function, '__name__', type(function).__name__)}"
         self._function, self._options = function, options
         self._table = prices.Table(self.name, given=price, window=window)
@@ -72,7 +74,9 @@ class FunctionLM:
           LMError: it returned what is none of the forms. What the function itself raises is raised
             as it is.
         """
-        given = sampling.model_dump(include={"temperature", "top_p", "max_tokens", "seed"}, exclude_none=True)
+        given = sampling.model_dump(
+            include={"temperature", "top_p", "max_tokens", "seed"}, exclude_none=True
+        )
         if sampling.stop:
             given["stop"] = list(sampling.stop)
         if tools:
@@ -105,7 +109,11 @@ class FunctionLM:
 
     def _reply(self, made: Any, messages: Sequence[Message]) -> Reply:
         if isinstance(made, Reply):
-            return made if made.usage.calls else made.model_copy(update={"usage": self._usage({}, made, messages)})
+            return (
+                made
+                if made.usage.calls
+                else made.model_copy(update={"usage": self._usage({}, made, messages)})
+            )
         if isinstance(made, str):
             reply = Reply(text=made, model=self.name)
             return reply.model_copy(update={"usage": self._usage({}, reply, messages)})
@@ -129,4 +137,6 @@ class FunctionLM:
         messages: Sequence[Message],
         spoken: str | None = None,
     ) -> Usage:
-        return usage_of(self, raw, messages, reply.text if spoken is None else spoken, self._tokenizer)
+        return usage_of(
+            self, raw, messages, reply.text if spoken is None else spoken, self._tokenizer
+        )

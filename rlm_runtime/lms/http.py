@@ -1,7 +1,9 @@
-"""JSON over HTTP to one model endpoint: connections, retries, limits, deadlines, and errors a person can act on.
+"""JSON over HTTP to one model endpoint: connections, retries, limits, deadlines, and errors a
+person can act on.
 
-The client is aiohttp: of the four that were measured it alone stays far below the time budget of a hundred calls at
-once, with an import no dearer than the others' import and first request together. It is imported at the first call.
+The client is aiohttp: of the four that were measured it alone stays far below the time budget of a
+hundred calls at once, with an import no dearer than the others' import and first request together.
+It is imported at the first call.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ _OVERFLOW = re.compile(
 
 
 def warm(also: Callable[[], object] | None = None) -> None:
-    """Import the client, and do what `also` does, in a thread, for a caller about to wait for something else."""
+    """Import the client, and do what `also` does, in a thread, for a caller about to wait for
+    something else."""
     if "aiohttp" in sys.modules and also is None:
         return
 
@@ -70,9 +73,17 @@ class EndpointError(LMError):
     """An LMError with what is needed to decide what to do about it."""
 
     def __init__(
-        self, message: str, *, kind: str, status: int | None = None, model: str | None = None, retry: bool = False,
-        retry_after: float | None = None, code: str | None = None, param: str | None = None,
-    ):  # fmt: skip
+        self,
+        message: str,
+        *,
+        kind: str,
+        status: int | None = None,
+        model: str | None = None,
+        retry: bool = False,
+        retry_after: float | None = None,
+        code: str | None = None,
+        param: str | None = None,
+    ):
         super().__init__(message, kind=kind, status=status, model=model)
         self.retry, self.retry_after, self.code, self.param = retry, retry_after, code, param
 
@@ -113,11 +124,14 @@ class Response:
         raw = b"".join([chunk async for chunk in self._chunks(LARGEST_BODY)])
         value = await _value_of(raw)
         if not isinstance(value, dict):
-            raise self._endpoint.protocol(f"answered with no JSON object: {self._endpoint.start(raw)}")
+            raise self._endpoint.protocol(
+                f"answered with no JSON object: {self._endpoint.start(raw)}"
+            )
         return value
 
     async def events(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-        """(event name, JSON object) of each server-sent event, to [DONE] or the end. Raises EndpointError (protocol)."""
+        """(event name, JSON object) of each server-sent event, to [DONE] or the end. Raises
+        EndpointError (protocol)."""
         stream = sse.events(self._chunks(LARGEST_REPLY), LARGEST_BODY)
         try:
             async for event in stream:
@@ -163,7 +177,9 @@ def _decoded(raw: bytes | str) -> Any:
     try:
         if len(raw) <= INLINE:
             return json.loads(raw)
-        return pieces.loads(raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw), "surrogatepass"))
+        return pieces.loads(
+            raw if isinstance(raw, str) else raw.decode(json.detect_encoding(raw), "surrogatepass")
+        )
     except (ValueError, RecursionError):
         return None
 
@@ -178,7 +194,9 @@ class Room:
         """Raises EndpointError (protocol) for more than LARGEST_TEXT characters."""
         self.used += chars
         if self.used > LARGEST_TEXT:
-            raise self._endpoint.protocol(f"sent a reply of more than {LARGEST_TEXT >> 20} Mi characters")
+            raise self._endpoint.protocol(
+                f"sent a reply of more than {LARGEST_TEXT >> 20} Mi characters"
+            )
 
 
 class Endpoint:
@@ -186,32 +204,52 @@ class Endpoint:
 
     Args:
       name: of the model, for messages: "openai:gpt-5-mini".
-      headers, query: sent with every request. They go to this endpoint alone: redirects are not followed.
+      headers, query: sent with every request. They go to this endpoint alone: redirects are not
+        followed.
       secrets: what must not show in any message.
       timeout: seconds for a call with all its retries; not counted is waiting for the limits below.
-      connect_timeout, read_timeout: seconds for a connection, and for silence while a reply is read (None: `timeout`).
-      max_retries: after the first try.
-      backoff, backoff_cap: the k-th retry waits a random time up to min(cap, backoff * 2**k) seconds ("full jitter"),
-        or as long as the endpoint's Retry-After says.
+      connect_timeout, read_timeout: seconds for a connection, and for silence while a reply is read
+      (None: `timeout`). max_retries: after the first try.
+      backoff, backoff_cap: the k-th retry waits a random time up to min(cap, backoff * 2**k)
+        seconds ("full jitter"), or as long as the endpoint's Retry-After says.
       concurrency, requests_per_minute, tokens_per_minute: limits over all callers; None: none.
-      hint: a sentence added when the endpoint cannot be reached; auth_hint: when it refuses the key.
+      hint: a sentence added when the endpoint cannot be reached; auth_hint: when it refuses the
+        key.
       refused: messages that mean the request itself is refused, whatever the status; not retried.
     Raises:
       UsageError: a URL that is none, an option out of range.
     """
 
     def __init__(
-        self, name: str, base_url: str, headers: dict[str, str], *, secrets: tuple[str, ...] = (),
-        timeout: float = 600.0, connect_timeout: float = 10.0, read_timeout: float | None = None, max_retries: int = 4,
-        backoff: float = 0.25, backoff_cap: float = 20.0, concurrency: int | None = 256,
-        requests_per_minute: float | None = None, tokens_per_minute: float | None = None, hint: str = "",
-        auth_hint: str = "", query: Mapping[str, str] | None = None, refused: re.Pattern[str] | None = None,
-    ):  # fmt: skip
+        self,
+        name: str,
+        base_url: str,
+        headers: dict[str, str],
+        *,
+        secrets: tuple[str, ...] = (),
+        timeout: float = 600.0,
+        connect_timeout: float = 10.0,
+        read_timeout: float | None = None,
+        max_retries: int = 4,
+        backoff: float = 0.25,
+        backoff_cap: float = 20.0,
+        concurrency: int | None = 256,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        hint: str = "",
+        auth_hint: str = "",
+        query: Mapping[str, str] | None = None,
+        refused: re.Pattern[str] | None = None,
+    ):
         for label, value, least in (
-            ("timeout", timeout, 0), ("connect_timeout", connect_timeout, 0), ("read_timeout", read_timeout, 0),
-            ("concurrency", concurrency, 0), ("requests_per_minute", requests_per_minute, 0),
-            ("tokens_per_minute", tokens_per_minute, 0), ("max_retries", max_retries, -1),
-        ):  # fmt: skip
+            ("timeout", timeout, 0),
+            ("connect_timeout", connect_timeout, 0),
+            ("read_timeout", read_timeout, 0),
+            ("concurrency", concurrency, 0),
+            ("requests_per_minute", requests_per_minute, 0),
+            ("tokens_per_minute", tokens_per_minute, 0),
+            ("max_retries", max_retries, -1),
+        ):
             if value is not None and not value > least:
                 raise UsageError(f"{name}: {label} must be more than {least}, got {value!r}.")
         self.name, self.base_url = name, check_url(name, base_url)
@@ -221,11 +259,17 @@ class Endpoint:
             Bucket(requests_per_minute),
             Bucket(tokens_per_minute),
         )
-        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers}
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            **headers,
+        }
         self._query = "?" + urlencode(query) if query else ""
         self._auth_hint, self._refused = auth_hint, refused
         proxy = proxy_for(self.base_url)
-        self.redact = Redactor([*secrets, *_passwords(self.base_url), *(_passwords(proxy) if proxy else ())])
+        self.redact = Redactor(
+            [*secrets, *_passwords(self.base_url), *(_passwords(proxy) if proxy else ())]
+        )
         self._connect, self._read = connect_timeout, read_timeout or timeout
         self._backoff, self._cap, self._hint = backoff, backoff_cap, hint
         self._pause = Pause()
@@ -233,9 +277,14 @@ class Endpoint:
         self._lock = threading.Lock()  # several threads, each with its loop, may share a model
 
     async def post(
-        self, path: str, body: dict[str, Any], read: Callable[[Response], Awaitable[T]], *,
-        delivery: Delivery | None = None, tokens: int = 0,
-    ) -> T:  # fmt: skip
+        self,
+        path: str,
+        body: dict[str, Any],
+        read: Callable[[Response], Awaitable[T]],
+        *,
+        delivery: Delivery | None = None,
+        tokens: int = 0,
+    ) -> T:
         """What `read` makes of the answer to `body`.
 
         Args:
@@ -245,7 +294,11 @@ class Endpoint:
           EndpointError: refused, unreachable, too slow, or not understood.
         """
         long = size_of(body, INLINE) >= INLINE
-        raw = await beside(pieces.dumps, body, pieces.WIDE) if long else pieces.dumps(body, pieces.WIDE)
+        raw = (
+            await beside(pieces.dumps, body, pieces.WIDE)
+            if long
+            else pieces.dumps(body, pieces.WIDE)
+        )
         url, delivery = self.base_url + path + self._query, delivery or Delivery(None)
         loop = asyncio.get_running_loop()
         error: EndpointError | None = None
@@ -254,7 +307,8 @@ class Endpoint:
             await self.requests.wait(1)
             await self.tokens.wait(tokens)
             while (held := self._pause.remaining()) > 0:
-                await asyncio.sleep(held * random.uniform(1.0, 1.2))  # or all of them would come back at once
+                # or all of them would come back at once
+                await asyncio.sleep(held * random.uniform(1.0, 1.2))
             async with self.gate:
                 tries, began = tries + 1, loop.time()
                 try:
@@ -269,7 +323,9 @@ class Endpoint:
                         raise
                     before = f" The try before: {error}" if error else ""
                     where = show(self.base_url)
-                    message = f"no answer from {where} within the timeout of {self.timeout:g} s.{before}"
+                    message = (
+                        f"no answer from {where} within the timeout of {self.timeout:g} s.{before}"
+                    )
                     error = self.error(message, "timeout")
             self.tokens.give_back(tokens)
             left -= loop.time() - began
@@ -292,7 +348,9 @@ class Endpoint:
         data = raw if len(raw) <= pieces.PIECE else _parts(raw)
         headers = {**self._headers, "Content-Length": str(len(raw))}
         try:
-            request = client.session.post(url, data=data, headers=headers, proxy=client.proxy, allow_redirects=False)
+            request = client.session.post(
+                url, data=data, headers=headers, proxy=client.proxy, allow_redirects=False
+            )
             async with request as response:
                 if response.status == 200:
                     return await read(Response(response, self, client.pace))
@@ -301,25 +359,31 @@ class Endpoint:
             error = self.error(f"no secure connection to {where}: {e}", "connection")
         except aiohttp.ClientConnectorError as e:
             why = _reason(e.os_error)
-            error = self.error(f"cannot reach {where}: {why}. {self._hint}".strip(), "connection", retry=True)
+            error = self.error(
+                f"cannot reach {where}: {why}. {self._hint}".strip(), "connection", retry=True
+            )
         except aiohttp.ConnectionTimeoutError:
             message = f"cannot reach {where}: no connection within {self._connect:g} s. {self._hint}".strip()
             error = self.error(message, "connection", retry=True)
         except aiohttp.ServerTimeoutError:
             error = self.error(f"{where} was silent for {self._read:g} s.", "timeout", retry=True)
-        except (aiohttp.ClientError, OSError) as e:  # reset, cut in the middle of a body, no HTTP at all
+        # reset, cut in the middle of a body, no HTTP at all
+        except (aiohttp.ClientError, OSError) as e:
             refused = isinstance(e, aiohttp.ClientResponseError | aiohttp.InvalidURL)
             why = self.redact(str(e)).split("\n")[0] or type(e).__name__
             kind = "protocol" if refused else "connection"
             error = self.error(f"{where} broke off: {why}.", kind, retry=not refused)
-        # Raised out here, without the client's exception behind it: that holds the request, and so the key.
+        # Raised out here, without the client's exception behind it: that holds the request, and so
+        # the key.
         raise error
 
     def refusal(self, status: int, body: bytes, headers: Any = None) -> EndpointError:
         """The error an answer other than 200 means."""
         message, code, param = self._explained(body)
         overflow = (
-            400 <= status <= 500 and status != 429 and (code == "context_length_exceeded" or _OVERFLOW.search(message))
+            400 <= status <= 500
+            and status != 429
+            and (code == "context_length_exceeded" or _OVERFLOW.search(message))
         )
         refused = self._refused is not None and self._refused.search(message) is not None
         if 300 <= status < 400:
@@ -335,17 +399,28 @@ class Endpoint:
             kind = KINDS.get(status, "bad_request")
         else:
             kind = "server" if status >= 500 else "protocol"
-        final = overflow or refused or code in ("insufficient_quota", "billing_hard_limit_reached", "content_filter")
+        final = (
+            overflow
+            or refused
+            or code in ("insufficient_quota", "billing_hard_limit_reached", "content_filter")
+        )
         retry = status in RETRIED and not final
         if kind == "auth" and self._auth_hint:
             message = f"{message.rstrip('.')}. {self._auth_hint}"
         return self.error(
-            f"{show(self.base_url)} answered {status}: {message}", kind, status=status, retry=retry, code=code, param=param,
+            f"{show(self.base_url)} answered {status}: {message}",
+            kind,
+            status=status,
+            retry=retry,
+            code=code,
+            param=param,
             retry_after=retry_after(headers or {}),
-        )  # fmt: skip
+        )
 
     def error(self, message: str, kind: str, **more: Any) -> EndpointError:
-        return EndpointError(f"{self.name}: {self.redact(message)}", kind=kind, model=self.name, **more)
+        return EndpointError(
+            f"{self.name}: {self.redact(message)}", kind=kind, model=self.name, **more
+        )
 
     def protocol(self, message: str, **more: Any) -> EndpointError:
         return self.error(f"{show(self.base_url)} {message}.", "protocol", **more)
@@ -353,15 +428,21 @@ class Endpoint:
     def cut(self) -> EndpointError:
         """The error of a stream that ended before its reply did."""
         return self.error(
-            f"the stream from {show(self.base_url)} ended before the reply did.", "connection", retry=True
+            f"the stream from {show(self.base_url)} ended before the reply did.",
+            "connection",
+            retry=True,
         )
 
     def empty(self) -> EndpointError:
-        """The error of an answer without a single choice: some gateways send it when the model behind them failed."""
-        return self.error(f"{show(self.base_url)} sent a reply without any choice.", "empty", retry=True)
+        """The error of an answer without a single choice: some gateways send it when the model
+        behind them failed."""
+        return self.error(
+            f"{show(self.base_url)} sent a reply without any choice.", "empty", retry=True
+        )
 
     def start(self, raw: bytes) -> str:
-        """The beginning of a body for a message, on one line. Redacted before it is cut: half a key is one too."""
+        """The beginning of a body for a message, on one line. Redacted before it is cut: half a key
+        is one too."""
         text = " ".join(self.redact(raw[:LARGEST_ERROR].decode("utf-8", "replace")).split())
         return (text[:200] + "...") if len(text) > 200 else text or "(nothing)"
 
@@ -369,7 +450,9 @@ class Endpoint:
         """A JSON value as the body of an error: what is long, only by its beginning."""
         if size_of(value, LARGEST_ERROR) < LARGEST_ERROR:
             return json.dumps(value).encode()
-        return "".join(itertools.islice(json.JSONEncoder().iterencode(value), 200)).encode()[:LARGEST_ERROR]
+        return "".join(itertools.islice(json.JSONEncoder().iterencode(value), 200)).encode()[
+            :LARGEST_ERROR
+        ]
 
     def _explained(self, body: bytes) -> tuple[str, str | None, str | None]:
         """(message, code, parameter) of an error body, whatever its shape."""
@@ -381,21 +464,37 @@ class Endpoint:
         if isinstance(error, str):
             return error, None, None
         if isinstance(error, dict):
-            message = next((error[k] for k in ("message", "detail", "error") if isinstance(error.get(k), str)), None)
+            message = next(
+                (error[k] for k in ("message", "detail", "error") if isinstance(error.get(k), str)),
+                None,
+            )
             code = next((error[k] for k in ("code", "type") if isinstance(error.get(k), str)), None)
-            return message or self.start(body), code, error["param"] if isinstance(error.get("param"), str) else None
+            return (
+                message or self.start(body),
+                code,
+                error["param"] if isinstance(error.get("param"), str) else None,
+            )
         return self.start(body), None, None
 
-    def _final(self, error: EndpointError, tries: int, delivery: Delivery, delay: float) -> EndpointError:
+    def _final(
+        self, error: EndpointError, tries: int, delivery: Delivery, delay: float
+    ) -> EndpointError:
         message = str(error).rstrip()
         if error.retry and delivery.chars:
-            message += f" Not tried again: {delivery.chars} characters of the reply had been handed on."
+            message += (
+                f" Not tried again: {delivery.chars} characters of the reply had been handed on."
+            )
         elif error.retry and tries > self.max_retries:
             message += f" Gave up after {tries} {'try' if tries == 1 else 'tries'}."
         elif error.retry:
             message += f" Not tried again: the wait of {delay:.0f} s would pass the timeout of {self.timeout:g} s."
         return EndpointError(
-            message, kind=error.kind, status=error.status, model=error.model, code=error.code, param=error.param
+            message,
+            kind=error.kind,
+            status=error.status,
+            model=error.model,
+            code=error.code,
+            param=error.param,
         )
 
     async def _client(self) -> _Client:
@@ -405,7 +504,9 @@ class Endpoint:
         if held is None:
             made = _Client(self)
             with self._lock:
-                self._clients = {k: v for k, v in self._clients.items() if not k.is_closed()} | {loop: made}
+                self._clients = {k: v for k, v in self._clients.items() if not k.is_closed()} | {
+                    loop: made
+                }
             held = made
             await held.open()
         return held
@@ -422,7 +523,8 @@ class Endpoint:
 
 
 class _Client:
-    """The connections of one event loop, closed at the latest when `asyncio.run` shuts that loop down."""
+    """The connections of one event loop, closed at the latest when `asyncio.run` shuts that loop
+    down."""
 
     def __init__(self, endpoint: Endpoint):
         import aiohttp
@@ -430,14 +532,18 @@ class _Client:
         self._endpoint, self.pace = endpoint, Pace()
         self.proxy = proxy_for(endpoint.base_url)  # which the environment names for this URL
         self.session = aiohttp.ClientSession(
-            # Servers drop idle connections after five seconds or more (uvicorn's default): let go first.
+            # Servers drop idle connections after five seconds or more (uvicorn's default): let go
+            # first.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.5, ttl_dns_cache=60),
-            timeout=aiohttp.ClientTimeout(total=None, connect=endpoint._connect, sock_read=endpoint._read),
+            timeout=aiohttp.ClientTimeout(
+                total=None, connect=endpoint._connect, sock_read=endpoint._read
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def open(self) -> None:
-        # An asynchronous generator is the one thing that `asyncio.run` closes by itself before the loop ends.
+        # An asynchronous generator is the one thing that `asyncio.run` closes by itself before the
+        # loop ends.
         self._keeper = self._keep()
         await anext(self._keeper)
 
@@ -472,7 +578,12 @@ def check_url(name: str, url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         parts.port  # noqa: B018 - raises on a port that is none
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query and not parts.fragment
+        good = (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and not parts.query
+            and not parts.fragment
+        )
     except (ValueError, AttributeError):
         good = False
     if not good:
@@ -481,10 +592,13 @@ def check_url(name: str, url: str) -> str:
 
 
 def check_key(name: str, key: str | None) -> str | None:
-    """The key without surrounding white space. Raises UsageError (which does not show it) if it cannot be one."""
+    """The key without surrounding white space. Raises UsageError (which does not show it) if it
+    cannot be one."""
     key = (key or "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UsageError(f"{name}: the API key holds characters that no key has; was something else pasted with it?")
+        raise UsageError(
+            f"{name}: the API key holds characters that no key has; was something else pasted with it?"
+        )
     return key or None
 
 

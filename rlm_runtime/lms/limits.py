@@ -1,7 +1,7 @@
 """Client-side limits: how many calls at once, and how many requests and tokens a minute.
 
-None of it belongs to an event loop: one model may be called from several loops (and threads) at once, as the
-synchronous API does, and the limits hold over all of them.
+None of it belongs to an event loop: one model may be called from several loops (and threads) at
+once, as the synchronous API does, and the limits hold over all of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 
 class Gate:
-    """At most `limit` holders at once, first come first served: `async with gate`. None: no limit."""
+    """At most `limit` holders at once, first come first served: `async with gate`. None: no
+    limit."""
 
     def __init__(self, limit: int | None):
         self.limit, self.held = limit, 0
@@ -61,17 +62,23 @@ def _wake(turn: asyncio.Future[None]) -> None:
 
 
 class Bucket:
-    """Token bucket of `per_minute` units a minute that holds up to `burst` (default: what ten seconds bring in).
+    """Token bucket of `per_minute` units a minute that holds up to `burst` (default: what ten
+    seconds bring in).
 
-    A taker goes into debt and waits until the debt is paid back, so takers are served in the order they came, and one
-    that takes more than the bucket holds waits longer instead of for ever.
+    A taker goes into debt and waits until the debt is paid back, so takers are served in the order
+    they came, and one that takes more than the bucket holds waits longer instead of for ever.
     """
 
     def __init__(
-        self, per_minute: float | None, burst: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        per_minute: float | None,
+        burst: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.rate = None if per_minute is None else per_minute / 60
-        self.burst = 0.0 if self.rate is None else max(1.0, self.rate * 10 if burst is None else burst)
+        self.burst = (
+            0.0 if self.rate is None else max(1.0, self.rate * 10 if burst is None else burst)
+        )
         self._clock, self._level, self._at = clock, self.burst, clock()
         self._lock = threading.Lock()
 
@@ -108,7 +115,8 @@ class Bucket:
 
 
 class Pause:
-    """A moment before which no call starts: one call's Retry-After holds for all calls to that endpoint."""
+    """A moment before which no call starts: one call's Retry-After holds for all calls to that
+    endpoint."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._until = clock, 0.0

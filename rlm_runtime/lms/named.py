@@ -54,12 +54,20 @@ def read(path: str | os.PathLike[str]) -> dict[str, Entry]:
     except ValueError as e:
         raise UsageError(f"models file {path} is not TOML: {e}.") from None
     for name, entry in found.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("model", entry.get("class")), str):
-            raise UsageError(f'models file {path}: [{name}] needs model = "openai:MODEL" or class = "module:NAME".')
+        if not isinstance(entry, dict) or not isinstance(
+            entry.get("model", entry.get("class")), str
+        ):
+            raise UsageError(
+                f'models file {path}: [{name}] needs model = "openai:MODEL" or class = "module:NAME".'
+            )
         if ":" in name:
-            raise UsageError(f"models file {path}: [{name}]: a name has no colon; that is a provider's model.")
+            raise UsageError(
+                f"models file {path}: [{name}]: a name has no colon; that is a provider's model."
+            )
         if "model" in entry and "class" in entry:
-            raise UsageError(f"models file {path}: [{name}] has both model and class; one of them makes the model.")
+            raise UsageError(
+                f"models file {path}: [{name}] has both model and class; one of them makes the model."
+            )
     return found
 
 
@@ -99,5 +107,7 @@ def load_models(path: str | os.PathLike[str], names: Iterable[str] | None = None
     wanted = list(entries) if names is None else list(names)
     for name in wanted:
         if name not in entries:
-            raise UsageError(f"models file {path}: there is no [{name}]; it has {', '.join(entries) or 'none'}.")
+            raise UsageError(
+                f"models file {path}: there is no [{name}]; it has {', '.join(entries) or 'none'}."
+            )
     return {name: make(name, entries[name]) for name in wanted}

@@ -1,8 +1,10 @@
-"""Any OpenAI-compatible endpoint: /chat/completions of OpenAI, vLLM, SGLang, llama.cpp, Ollama, OpenRouter, ...
+"""Any OpenAI-compatible endpoint: /chat/completions of OpenAI, vLLM, SGLang, llama.cpp, Ollama,
+OpenRouter, ...
 
-Endpoints differ in what they accept. A body that is refused for an optional field is sent again without it, or with
-the field's other spelling, and the instance remembers (`adapted` says what). What is left out is made up for where it
-can be: a schema is asked for in words, tools too, stop strings are applied here.
+Endpoints differ in what they accept. A body that is refused for an optional field is sent again
+without it, or with the field's other spelling, and the instance remembers (`adapted` says what).
+What is left out is made up for where it can be: a schema is asked for in words, tools too, stop
+strings are applied here.
 """
 
 from __future__ import annotations
@@ -26,11 +28,20 @@ log = logging.getLogger("rlm_runtime.lms")
 # Fields that some models or servers refuse; `stream` last, since `stream_options` go with it.
 DROPPABLE = ("temperature", "top_p", "seed", "stop", "reasoning_effort", "stream_options", "stream")
 FINISH = {
-    "function_call": "tool_calls", "max_tokens": "length", "model_length": "length", "eos": "stop",
-    "end_turn": "stop", "safety": "content_filter", "recitation": "content_filter", "blocklist": "content_filter",
-    "prohibited_content": "content_filter", "spii": "content_filter", "refusal": "content_filter",
-}  # fmt: skip
-REASONING = ("reasoning_content", "reasoning", "reasoning_details")  # go back with the tool calls they led to
+    "function_call": "tool_calls",
+    "max_tokens": "length",
+    "model_length": "length",
+    "eos": "stop",
+    "end_turn": "stop",
+    "safety": "content_filter",
+    "recitation": "content_filter",
+    "blocklist": "content_filter",
+    "prohibited_content": "content_filter",
+    "spii": "content_filter",
+    "refusal": "content_filter",
+}
+# go back with the tool calls they led to
+REASONING = ("reasoning_content", "reasoning", "reasoning_details")
 NO_SYSTEM_ROLE = re.compile(
     r"system[ _-]?(role|messages?|prompts?|instructions?)\b.{0,40}\b(not|un)\W?\s?(support|allow|enabl|permit|accept)"
     r"|\b(not|un)\W?\s?(support\w*|allow\w*|accept\w*)\b.{0,40}\bsystem\b.{0,3}\s?(role|message|prompt|instruction)"
@@ -56,7 +67,9 @@ class OpenAILM(ChatLM):
     def __init__(self, model: str, *, provider: str | None = None, **options: Any):
         self.provider = provider or type(self).provider
         super().__init__(model, **options)
-        self._limit_field = "max_completion_tokens" if self.is_official(self.endpoint.base_url) else "max_tokens"
+        self._limit_field = (
+            "max_completion_tokens" if self.is_official(self.endpoint.base_url) else "max_tokens"
+        )
         self._plain_schemas: set[str] = set()  # schemas the endpoint refused
 
     def body(self, call: Call) -> dict[str, Any]:
@@ -65,19 +78,29 @@ class OpenAILM(ChatLM):
         if tools and "tools" in self.adapted:
             messages, tools = plain.with_tools(messages, tools), ()
         if schema is not None:
-            if call.no_format or "response_format" in self.adapted or _key(schema) in self._plain_schemas:
+            if (
+                call.no_format
+                or "response_format" in self.adapted
+                or _key(schema) in self._plain_schemas
+            ):
                 messages = plain.with_schema(messages, schema)
             else:
                 wanted = {"name": "reply", "schema": schema, "strict": strict(schema)}
                 body["response_format"] = {"type": "json_schema", "json_schema": wanted}
         if "system" in self.adapted:
             messages = plain.without_system(messages)
-        body["messages"] = [as_openai(m, reasoning="reasoning" not in self.adapted) for m in messages]
+        body["messages"] = [
+            as_openai(m, reasoning="reasoning" not in self.adapted) for m in messages
+        ]
         if tools:
             body["tools"] = [openai_tool(t) for t in tools]
         if sampling.max_tokens is not None:
             body[self._limit_field] = sampling.max_tokens
-        chosen: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+        chosen: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
+        }
         chosen["stop"] = list(sampling.stop) or None
         chosen["reasoning_effort"] = self._effort
         if self.streams:
@@ -91,7 +114,11 @@ class OpenAILM(ChatLM):
             return None
         field = _culprit(error, body)
         if field is None:
-            if error.status not in (400, 422, 501) or "response_format" not in body or call.no_format:
+            if (
+                error.status not in (400, 422, 501)
+                or "response_format" not in body
+                or call.no_format
+            ):
                 return None
             call.no_format = True
             return "response_format"
@@ -101,7 +128,9 @@ class OpenAILM(ChatLM):
         if field in ("max_tokens", "max_completion_tokens"):
             self._limit_field = "max_completion_tokens" if field == "max_tokens" else "max_tokens"
         elif field in ("temperature", "top_p", "seed", "reasoning_effort"):
-            log.warning("%s does not take %s; it is left out from now on. (%s)", self.name, field, error)
+            log.warning(
+                "%s does not take %s; it is left out from now on. (%s)", self.name, field, error
+            )
         self.adapted.add(field)
         return field
 
@@ -109,7 +138,9 @@ class OpenAILM(ChatLM):
         if call.no_format:
             self.adapted.add("response_format")
 
-    async def read(self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery) -> Reply:
+    async def read(
+        self, response: Response, body: dict[str, Any], call: Call, delivery: Delivery
+    ) -> Reply:
         here = call.sampling.stop if "stop" in self.adapted else ()
         reading = Reading(self.endpoint, StopCutter(here), delivery)
         asked = body.get("stream") and response.content_type != "application/json"
@@ -136,21 +167,38 @@ class OpenAILM(ChatLM):
 
 
 def usage_of(
-    lm: LM, raw: dict[str, Any], messages: Sequence[Message], spoken: str, tokenizer: Callable[[str], int]
+    lm: LM,
+    raw: dict[str, Any],
+    messages: Sequence[Message],
+    spoken: str,
+    tokenizer: Callable[[str], int],
 ) -> Usage:
-    """The usage an endpoint sent, with estimates for what it left out: of the prompt, and of `spoken`."""
+    """The usage an endpoint sent, with estimates for what it left out: of the prompt, and of
+    `spoken`."""
     spent, made = natural(raw.get("prompt_tokens")), natural(raw.get("completion_tokens"))
     estimated = spent is None or made is None
     if spent is None:
         spent = lm.count_tokens(messages)
     if made is None:
         made = tokenizer(spoken)
-    cached = min(natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0, spent)
+    cached = min(
+        natural(as_dict(raw.get("prompt_tokens_details")).get("cached_tokens")) or 0, spent
+    )
     cost, told = lm.price(spent, made, cached), raw.get("cost")
-    if cost is None and isinstance(told, int | float) and not isinstance(told, bool) and 0 <= told < float("inf"):
+    if (
+        cost is None
+        and isinstance(told, int | float)
+        and not isinstance(told, bool)
+        and 0 <= told < float("inf")
+    ):
         cost = float(told)  # some routers say what they charge
     return Usage(
-        calls=1, input_tokens=spent, output_tokens=made, cached_tokens=cached, cost_usd=cost, estimated=estimated
+        calls=1,
+        input_tokens=spent,
+        output_tokens=made,
+        cached_tokens=cached,
+        cost_usd=cost,
+        estimated=estimated,
     )
 
 
@@ -186,7 +234,9 @@ class Reading:
         choice = self._choice(value)
         if choice is not None:
             self.begun = True
-            self._part(as_dict(choice.get("delta") or choice.get("message")), whole=not choice.get("delta"))
+            self._part(
+                as_dict(choice.get("delta") or choice.get("message")), whole=not choice.get("delta")
+            )
             self.finish = _string(choice.get("finish_reason")) or self.finish
             self._failed(choice)
 
@@ -205,7 +255,9 @@ class Reading:
         return Reply(
             text=text,
             tool_calls=calls,
-            finish_reason=finish if finish in ("stop", "length", "tool_calls", "content_filter") else "stop",
+            finish_reason=finish
+            if finish in ("stop", "length", "tool_calls", "content_filter")
+            else "stop",
             extra={name: _joined(pieces) for name, pieces in self._extra.items()} if calls else {},
         )
 
@@ -214,17 +266,21 @@ class Reading:
         return "".join([self.stops.text, *self._thoughts, *self._calls.spoken()])
 
     def _head(self, value: dict[str, Any]) -> None:
-        if value.get("error"):  # with status 200: routers, and servers that fail in the middle of a stream
+        # with status 200: routers, and servers that fail in the middle of a stream
+        if value.get("error"):
             raise self._refusal(value["error"])
         self.usage = as_dict(value.get("usage")) or self.usage
         self.model = _string(value.get("model")) or self.model
 
     def _failed(self, choice: dict[str, Any]) -> None:
-        """Raises the error that a choice holds: routers pass on so that the model behind them failed."""
+        """Raises the error that a choice holds: routers pass on so that the model behind them
+        failed."""
         if choice.get("error"):
             raise self._refusal(choice["error"])
         if self.finish == "error":
-            raise self.endpoint.refusal(502, b'{"error": {"message": "the choice ended in an error"}}')
+            raise self.endpoint.refusal(
+                502, b'{"error": {"message": "the choice ended in an error"}}'
+            )
 
     def _refusal(self, error: Any) -> EndpointError:
         code = as_dict(error).get("code")
@@ -243,7 +299,9 @@ class Reading:
             text, self.refused = part["refusal"], True
         self.room.take(len(text))
         self.deliver(self.stops.push(text))
-        self._thoughts += [v for v in (part.get("reasoning_content"), part.get("reasoning")) if isinstance(v, str)][:1]
+        self._thoughts += [
+            v for v in (part.get("reasoning_content"), part.get("reasoning")) if isinstance(v, str)
+        ][:1]
         for name in (*REASONING, "extra_content"):
             if part.get(name):
                 self.room.take(size_of(part[name], LARGEST_TEXT + 1))
@@ -255,12 +313,14 @@ class Reading:
 class _Calls:
     """Tool calls out of messages and deltas.
 
-    Servers disagree on how a delta names the call that it continues: by `index`, by `id`, or not at all; some send
-    every call whole under index 0, with an empty id, or with one id for all. A piece begins another call where it
-    brings another id or name, or a second object of arguments behind a finished one.
+    Servers disagree on how a delta names the call that it continues: by `index`, by `id`, or not at
+    all; some send every call whole under index 0, with an empty id, or with one id for all. A piece
+    begins another call where it brings another id or name, or a second object of arguments behind a
+    finished one.
     """
 
-    CHECKED = 1 << 20  # characters read to see whether arguments are finished, in a stream that is made to need many
+    # characters read to see whether arguments are finished, in a stream that is made to need many
+    CHECKED = 1 << 20
 
     def __init__(self) -> None:
         self._all: list[_Pieces] = []
@@ -313,7 +373,12 @@ class _Calls:
 
     def made(self) -> tuple[ToolCall, ...]:
         return with_ids(
-            [ToolCall(id=c.id, name=c.name, arguments=parsed("".join(c.arguments)), extra=c.extra) for c in self._all]
+            [
+                ToolCall(
+                    id=c.id, name=c.name, arguments=parsed("".join(c.arguments)), extra=c.extra
+                )
+                for c in self._all
+            ]
         )
 
     def spoken(self) -> list[str]:
@@ -330,8 +395,14 @@ class _Pieces:
 
     def keep(self, call: dict[str, Any], function: dict[str, Any]) -> None:
         """Fields beyond the standard ones go back with the call, where they were."""
-        self.extra |= {k: v for k, v in call.items() if k not in ("id", "index", "type", "function") and v is not None}
-        more = {k: v for k, v in function.items() if k not in ("name", "arguments") and v is not None}
+        self.extra |= {
+            k: v
+            for k, v in call.items()
+            if k not in ("id", "index", "type", "function") and v is not None
+        }
+        more = {
+            k: v for k, v in function.items() if k not in ("name", "arguments") and v is not None
+        }
         if more:
             self.extra["function"] = as_dict(self.extra.get("function")) | more
 
@@ -341,7 +412,9 @@ _UNSUPPORTED = re.compile(
     r"not implemented|not available|not enabled|requires --|deprecated|use '?max_",
     re.IGNORECASE,
 )
-_FORMAT = re.compile(r"response_format|json_schema|json schema|structured output|guided|grammar", re.IGNORECASE)
+_FORMAT = re.compile(
+    r"response_format|json_schema|json schema|structured output|guided|grammar", re.IGNORECASE
+)
 _REASONING = re.compile(r"\breasoning(_content|_details)?\b(?!_effort)", re.IGNORECASE)
 _TOOLS = re.compile(r"\btools?\b|function call|tool[_-]choice", re.IGNORECASE)
 
@@ -353,7 +426,10 @@ def _culprit(error: EndpointError, body: dict[str, Any]) -> str | None:
         return "response_format"
     if any(m["role"] == "system" for m in body["messages"]) and NO_SYSTEM_ROLE.search(message):
         return "system"
-    if not _UNSUPPORTED.search(message) and error.code not in ("unsupported_parameter", "unsupported_value"):
+    if not _UNSUPPORTED.search(message) and error.code not in (
+        "unsupported_parameter",
+        "unsupported_value",
+    ):
         return None
     optional = [f for f in (*DROPPABLE, "max_tokens", "max_completion_tokens") if f in body]
     if _REASONING.search(message) and any(f in m for m in body["messages"] for f in REASONING):
@@ -363,7 +439,11 @@ def _culprit(error: EndpointError, body: dict[str, Any]) -> str | None:
     for field in optional:
         if re.search(r"(?i)\bstream(ing|ed)?\b" if field == "stream" else rf"\b{field}\b", message):
             return field
-    return "tools" if "tools" in body and (named in ("tools", "tool_choice") or _TOOLS.search(message)) else None
+    return (
+        "tools"
+        if "tools" in body and (named in ("tools", "tool_choice") or _TOOLS.search(message))
+        else None
+    )
 
 
 def _about_the_schema(error: EndpointError) -> bool:
@@ -372,7 +452,8 @@ def _about_the_schema(error: EndpointError) -> bool:
 
 
 def strict(schema: Any) -> bool:
-    """Whether a schema is of the subset that strict structured replies ask for: closed objects, all fields required."""
+    """Whether a schema is of the subset that strict structured replies ask for: closed objects, all
+    fields required."""
     if isinstance(schema, list):
         return all(strict(s) for s in schema)
     if not isinstance(schema, dict):
@@ -387,17 +468,31 @@ def strict(schema: Any) -> bool:
 
 
 def as_openai(message: Message, *, reasoning: bool = True) -> dict[str, Any]:
-    """A message in the shape of the OpenAI API. `reasoning`: with the fields its tool calls came with."""
+    """A message in the shape of the OpenAI API. `reasoning`: with the fields its tool calls came
+    with."""
     if message.role == "tool":
-        return {"role": "tool", "tool_call_id": message.tool_call_id or "", "content": message.content}
+        return {
+            "role": "tool",
+            "tool_call_id": message.tool_call_id or "",
+            "content": message.content,
+        }
     if not message.tool_calls:
         return {"role": message.role, "content": message.content}
     calls = []
     for c in message.tool_calls:
         function = {"name": c.name, "arguments": as_json(c.arguments)}
-        call = {"id": c.id, "type": "function", **c.extra, "function": as_dict(c.extra.get("function")) | function}
+        call = {
+            "id": c.id,
+            "type": "function",
+            **c.extra,
+            "function": as_dict(c.extra.get("function")) | function,
+        }
         calls.append(call)
-    more = message.extra if reasoning else {n: v for n, v in message.extra.items() if n not in REASONING}
+    more = (
+        message.extra
+        if reasoning
+        else {n: v for n, v in message.extra.items() if n not in REASONING}
+    )
     return {**more, "role": message.role, "content": message.content or None, "tool_calls": calls}
 
 
@@ -421,7 +516,9 @@ def content_text(content: Any) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else ()
-    return "".join(p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str))
+    return "".join(
+        p["text"] for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)
+    )
 
 
 def parsed(arguments: str) -> dict[str, Any] | str:

@@ -1,7 +1,7 @@
 """Structured replies and tool calls for models and endpoints that have neither: asked for in words.
 
-Used where an endpoint refuses `response_format` or `tools`, and for checkpoints. The request goes after the messages,
-so their prefix stays what it was.
+Used where an endpoint refuses `response_format` or `tools`, and for checkpoints. The request goes
+after the messages, so their prefix stays what it was.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ def with_schema(messages: Sequence[Message], schema: dict[str, Any]) -> list[Mes
 
 
 def with_tools(messages: Sequence[Message], tools: Sequence[ToolSpec]) -> list[Message]:
-    """The messages, and how to call the tools; earlier tool calls and their results as plain text."""
+    """The messages, and how to call the tools; earlier tool calls and their results as plain
+    text."""
     lines = [json.dumps(tool.model_dump(), ensure_ascii=False) for tool in tools]
     return _ask(
         [as_text(m) for m in messages],
         "You may call a tool. To call one, reply with nothing but a JSON object of this form:\n"
         '{"tool": "NAME", "arguments": {...}}\n'
-        "You will then be given its result. When you need no tool, reply as usual. The tools:\n" + "\n".join(lines),
+        "You will then be given its result. When you need no tool, reply as usual. The tools:\n"
+        + "\n".join(lines),
     )
 
 
@@ -43,7 +45,10 @@ def as_text(message: Message) -> Message:
     if message.role == "tool":
         return Message(role="user", content=f"Result of the tool call:\n{message.content}")
     if message.tool_calls:
-        calls = [json.dumps({"tool": c.name, "arguments": c.arguments}, ensure_ascii=False) for c in message.tool_calls]
+        calls = [
+            json.dumps({"tool": c.name, "arguments": c.arguments}, ensure_ascii=False)
+            for c in message.tool_calls
+        ]
         return Message(role="assistant", content="\n".join(filter(None, [message.content, *calls])))
     return message
 
@@ -57,11 +62,18 @@ def read_tool_calls(text: str, tools: Sequence[ToolSpec]) -> tuple[ToolCall, ...
     if not isinstance(value, dict) or value.get("tool") not in [t.name for t in tools]:
         return ()
     arguments = value.get("arguments", {})
-    return (ToolCall(id="call_0", name=value["tool"], arguments=arguments if isinstance(arguments, dict) else {}),)
+    return (
+        ToolCall(
+            id="call_0",
+            name=value["tool"],
+            arguments=arguments if isinstance(arguments, dict) else {},
+        ),
+    )
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages for a model without a system role: what the system said begins the first user message."""
+    """The messages for a model without a system role: what the system said begins the first user
+    message."""
     said = "\n\n".join(m.content for m in messages if m.role == "system" and m.content)
     rest = [m for m in messages if m.role != "system"]
     if not said:

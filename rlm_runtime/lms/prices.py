@@ -1,10 +1,11 @@
-"""What well-known models cost and hold. Prices change: pass `price=`, or name a JSON file in RLM_PRICES.
+"""What well-known models cost and hold. Prices change: pass `price=`, or name a JSON file in
+RLM_PRICES.
 
-Without either, the table of the package `genai-prices` is asked where it is installed (the extra `prices`), then the
-small one below.
+Without either, the table of the package `genai-prices` is asked where it is installed (the extra
+`prices`), then the small one below.
 
-The file: {"openai:gpt-5-mini": {"input": 0.25, "output": 2.0, "cached": 0.025}, ...}, dollars per million tokens. A
-key without a provider ("my-model") holds for every provider.
+The file: {"openai:gpt-5-mini": {"input": 0.25, "output": 2.0, "cached": 0.025}, ...}, dollars per
+million tokens. A key without a provider ("my-model") holds for every provider.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rlm_runtime.errors import UsageError
 
 
 class Price(NamedTuple):
-    """Dollars per million tokens. `cached` is for prompt tokens the endpoint had in its cache; None: as `input`."""
+    """Dollars per million tokens. `cached` is for prompt tokens the endpoint had in its cache;
+    None: as `input`."""
 
     input: float
     output: float
@@ -47,7 +49,9 @@ class Tiered:
         from genai_prices import Usage
 
         cached = min(cached_tokens, input_tokens)
-        usage = Usage(input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached)
+        usage = Usage(
+            input_tokens=input_tokens, output_tokens=output_tokens, cache_read_tokens=cached
+        )
         return float(self._model.calc_price(usage, self._provider).total_price)
 
 
@@ -56,7 +60,8 @@ class Known(NamedTuple):
     window: int | None  # tokens, prompt and reply
 
 
-# List prices for standard processing and context windows as published by the vendors in November 2025.
+# List prices for standard processing and context windows as published by the vendors in November
+# 2025.
 KNOWN: dict[str, Known] = {
     "openai:gpt-5.1": Known(Price(1.25, 10.0, 0.125), 400_000),
     "openai:gpt-5": Known(Price(1.25, 10.0, 0.125), 400_000),
@@ -76,21 +81,26 @@ KNOWN: dict[str, Known] = {
     "anthropic:claude-haiku-4-5": Known(Price(1.0, 5.0, 0.1), 200_000),
     "anthropic:claude-3-5-haiku": Known(Price(0.8, 4.0, 0.08), 200_000),
 }
-OFFICIAL = {"openai": "api.openai.com", "anthropic": "api.anthropic.com"}  # hosts of vendors that genai-prices lists
+# hosts of vendors that genai-prices lists
+OFFICIAL = {"openai": "api.openai.com", "anthropic": "api.anthropic.com"}
 _DATE = re.compile(r"-(\d{4}-\d{2}-\d{2}|\d{8}|latest)$")  # a snapshot costs what the model costs
 
 
 def known(name: str, url: str | None = None) -> Known | None:
-    """What is known of "provider:model"; None: nothing. `url`: of the endpoint, which may be another vendor's."""
+    """What is known of "provider:model"; None: nothing. `url`: of the endpoint, which may be
+    another vendor's."""
     ours = KNOWN.get(name) or KNOWN.get(_DATE.sub("", name))
     theirs = market(name, url)
-    return theirs._replace(window=theirs.window or (ours.window if ours else None)) if theirs else ours
+    return (
+        theirs._replace(window=theirs.window or (ours.window if ours else None)) if theirs else ours
+    )
 
 
 def market(name: str, url: str | None = None) -> Known | None:
     """As `known`, by the table of `genai-prices`; None also where that is not installed.
 
-    A model at another vendor's URL has that vendor's price; at a URL that is no vendor's, its price is not known."""
+    A model at another vendor's URL has that vendor's price; at a URL that is no vendor's, its price
+    is not known."""
     try:
         from genai_prices import data_snapshot
     except ImportError:
@@ -102,34 +112,51 @@ def market(name: str, url: str | None = None) -> Known | None:
     here = url is None or urlsplit(url).hostname == official
     try:
         snapshot = data_snapshot.get_snapshot()
-        vendor, found = snapshot.find_provider_model(model, None, provider if here else None, None if here else url)
+        vendor, found = snapshot.find_provider_model(
+            model, None, provider if here else None, None if here else url
+        )
         price = _flat(found) or Tiered(found, vendor)
         if not price.dollars(1000, 1000) > 0:  # listed, but without a price of tokens
             return None
-    except (LookupError, ValueError, TypeError, AttributeError):  # unlisted, or a table of another shape
+    # unlisted, or a table of another shape
+    except (LookupError, ValueError, TypeError, AttributeError):
         return None
     return Known(price, found.context_window)
 
 
 def _flat(model: Any) -> Price | None:
-    """The rates of a model of `genai-prices` that do not depend on the prompt's length; None: they do."""
+    """The rates of a model of `genai-prices` that do not depend on the prompt's length; None: they
+    do."""
     rates = model.get_prices(datetime.now(UTC))
-    read, made, cached = (getattr(rates, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok"))
-    if not (isinstance(read, Decimal) and isinstance(made, Decimal) and isinstance(cached, Decimal | None)):
+    read, made, cached = (
+        getattr(rates, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok")
+    )
+    if not (
+        isinstance(read, Decimal)
+        and isinstance(made, Decimal)
+        and isinstance(cached, Decimal | None)
+    ):
         return None
     return Price(float(read), float(made), None if cached is None else float(cached))
 
 
 class Table:
-    """Price and window of one model: what the caller gave, else what is known, which is looked up when first needed
-    (importing the table of `genai-prices` takes longer than starting a worker).
+    """Price and window of one model: what the caller gave, else what is known, which is looked up
+    when first needed (importing the table of `genai-prices` takes longer than starting a worker).
 
     Raises:
       UsageError: see `given_price`.
     """
 
-    def __init__(self, name: str, url: str | None = None, *, given: Any = None, window: int | None = None):
-        self._name, self._url, self._price, self._window = name, url, given_price(name, given), window
+    def __init__(
+        self, name: str, url: str | None = None, *, given: Any = None, window: int | None = None
+    ):
+        self._name, self._url, self._price, self._window = (
+            name,
+            url,
+            given_price(name, given),
+            window,
+        )
 
     @cached_property
     def _known(self) -> Known | None:
@@ -160,8 +187,8 @@ def given_price(name: str, given: Any = None) -> Price | None:
     """The price the user names: `given`, else the entry of the file RLM_PRICES; None: neither.
 
     Args:
-      given: a `Price`, (input, output) or (input, output, cached), a mapping with these keys, or the path of a JSON
-        file (a file that lacks the model leaves the table in charge).
+      given: a `Price`, (input, output) or (input, output, cached), a mapping with these keys, or
+        the path of a JSON file (a file that lacks the model leaves the table in charge).
     Raises:
       UsageError: a price that is none, an unreadable file.
     """
@@ -189,7 +216,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Price]:
     except ValueError as e:
         raise UsageError(f"price file {path} is not JSON: {e}.") from e
     if not isinstance(table, dict):
-        raise UsageError(f'price file {path}: expected an object {{"openai:MODEL": {{"input": ..., "output": ...}}}}.')
+        raise UsageError(
+            f'price file {path}: expected an object {{"openai:MODEL": {{"input": ..., "output": ...}}}}.'
+        )
     return {name: _price(entry, f"{path}: {name}") for name, entry in table.items()}
 
 
@@ -197,7 +226,9 @@ def _price(entry: Any, what: str) -> Price:
     try:
         price = Price(**entry) if isinstance(entry, Mapping) else Price(*entry)
         numbers = [float(x) for x in price if x is not None]
-        if any(isinstance(x, bool) for x in price) or not all(math.isfinite(x) and x >= 0 for x in numbers):
+        if any(isinstance(x, bool) for x in price) or not all(
+            math.isfinite(x) and x >= 0 for x in numbers
+        ):
             raise ValueError
     except (TypeError, ValueError):
         raise UsageError(

@@ -8,14 +8,19 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote, quote_plus
 
-SHORTEST = 6  # of a secret: shorter ones ("EMPTY", "none") are placeholders and parts of ordinary words
-_NAMED_LIKE_A_KEY = re.compile(r"key|token|secret|passw|credential|auth|cookie|signature|^sig$|^code$", re.I)
+# of a secret: shorter ones ("EMPTY", "none") are placeholders and parts of ordinary words
+SHORTEST = 6
+_NAMED_LIKE_A_KEY = re.compile(
+    r"key|token|secret|passw|credential|auth|cookie|signature|^sig$|^code$", re.I
+)
 _FORMS = (  # of keys that are not ours: an endpoint's message may quote any
     (re.compile(r"\b(sk|pk|key|gsk|xai|nvapi|rk)([-_])[A-Za-z0-9_*-]{8,}"), r"\1\2***"),
     (re.compile(r"\b(AIza|hf_|r8_|fw_|tgp_|ghp_|github_pat_)[A-Za-z0-9_-]{16,}"), r"\1***"),
     (re.compile(r"\b(Bearer|Basic)( +)[A-Za-z0-9._~+/=-]{8,}", re.I), r"\1\2***"),
     (
-        re.compile(r"([?&](?:api[-_]?key|key|access_token|token|sig|code)=)[^&\s\"'<>]{1,4096}", re.I),
+        re.compile(
+            r"([?&](?:api[-_]?key|key|access_token|token|sig|code)=)[^&\s\"'<>]{1,4096}", re.I
+        ),
         r"\1***",
     ),
     (re.compile(r"(://)[^/\s@]{1,512}@"), r"\1***@"),

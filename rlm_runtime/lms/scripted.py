@@ -1,4 +1,5 @@
-"""A language model that says what a test tells it to. For tests and benchmarks only: `resolve` does not know it."""
+"""A language model that says what a test tells it to. For tests and benchmarks only: `resolve` does
+not know it."""
 
 from __future__ import annotations
 
@@ -20,29 +21,42 @@ class ScriptedLM:
     """Answers from a script: a list of replies in order, or a function of the messages.
 
     Args:
-      script: a list whose k-th entry answers the k-th call (after the last one: LMError naming the count, or the
-        last entry again with `repeat_last`), or a function (or coroutine function) of the messages. A reply is a
-        str, a `Reply`, or an exception to raise. A function that takes `sampling`, `tools` or `schema` is given them.
-      latency: seconds a call takes; a number, or a function of the messages.
+      script: a list whose k-th entry answers the k-th call (after the last one: LMError naming the
+        count, or the last entry again with `repeat_last`), or a function (or coroutine function) of
+        the messages. A reply is a str, a `Reply`, or an exception to raise. A function that takes
+        `sampling`, `tools` or `schema` is given them. latency: seconds a call takes; a number, or a
+        function of the messages.
       chunk: `on_text` gets pieces of this many characters.
       usd_per_token: price of every token; None: no known price.
       tokens: how many tokens a text has; default: one for four characters, rounded up.
 
-    Afterwards `calls` holds one `Call` for each call in the order they came, `max_concurrency` how many were in
-    flight at once at most, `cancelled` how many were cancelled while they waited.
+    Afterwards `calls` holds one `Call` for each call in the order they came, `max_concurrency` how
+    many were in flight at once at most, `cancelled` how many were cancelled while they waited.
     """
 
     def __init__(
-        self, script: Script, *, latency: float | Callable[[Sequence[Message]], float] = 0.0, name: str = "scripted",
-        window: int | None = None, usd_per_token: float | None = None, chunk: int = 16, repeat_last: bool = False,
+        self,
+        script: Script,
+        *,
+        latency: float | Callable[[Sequence[Message]], float] = 0.0,
+        name: str = "scripted",
+        window: int | None = None,
+        usd_per_token: float | None = None,
+        chunk: int = 16,
+        repeat_last: bool = False,
         tokens: Callable[[str], int] | None = None,
-    ):  # fmt: skip
+    ):
         self.name, self.window = name, window
         self.calls: list[Call] = []
         self.active = self.max_concurrency = self.cancelled = 0
         self.closed = False
         self._script = script if callable(script) else list(script)
-        self._latency, self._usd, self._chunk, self._repeat_last = latency, usd_per_token, chunk, repeat_last
+        self._latency, self._usd, self._chunk, self._repeat_last = (
+            latency,
+            usd_per_token,
+            chunk,
+            repeat_last,
+        )
         self._tokens = tokens or (lambda text: math.ceil(len(text) / 4))
         self._lock = threading.Lock()  # a test may drive one LM from several event loops
         self._wanted = _keywords(script) if callable(script) else frozenset()
@@ -57,10 +71,16 @@ class ScriptedLM:
         return [call.messages for call in self.calls]
 
     async def complete(
-        self, messages: Sequence[Message], *, sampling: Sampling = DEFAULT_SAMPLING, tools: Sequence[ToolSpec] = (),
-        schema: dict[str, Any] | None = None, on_text: Callable[[str], None] | None = None,
-    ) -> Reply:  # fmt: skip
-        """The script's next reply. Raises what the script holds in its place; LMError when it has run out."""
+        self,
+        messages: Sequence[Message],
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        tools: Sequence[ToolSpec] = (),
+        schema: dict[str, Any] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Reply:
+        """The script's next reply. Raises what the script holds in its place; LMError when it has
+        run out."""
         call = Call(tuple(messages), sampling, tuple(tools), schema)
         with self._lock:
             index = len(self.calls)
@@ -108,19 +128,24 @@ class ScriptedLM:
     def _line(self, index: int, call: Call) -> Any:
         if callable(self._script):
             given = {"sampling": call.sampling, "tools": call.tools, "schema": call.schema}
-            return self._script(call.messages, **{k: v for k, v in given.items() if k in self._wanted})
+            return self._script(
+                call.messages, **{k: v for k, v in given.items() if k in self._wanted}
+            )
         if index < len(self._script):
             return self._script[index]
         if self._repeat_last and self._script:
             return self._script[-1]
         raise LMError(
             f"{self.name}: the script has {len(self._script)} replies; this was call {index + 1}.",
-            kind="protocol", model=self.name,
-        )  # fmt: skip
+            kind="protocol",
+            model=self.name,
+        )
 
     def _usage(self, messages: Sequence[Message], reply: Reply) -> Usage:
         spent = self.count_tokens(messages), self._tokens(reply.text)
-        return Usage(calls=1, input_tokens=spent[0], output_tokens=spent[1], cost_usd=self.price(*spent))
+        return Usage(
+            calls=1, input_tokens=spent[0], output_tokens=spent[1], cost_usd=self.price(*spent)
+        )
 
 
 class Call:
@@ -128,7 +153,13 @@ class Call:
 
     __slots__ = ("messages", "sampling", "schema", "tools")
 
-    def __init__(self, messages: tuple[Message, ...], sampling: Sampling, tools: tuple[ToolSpec, ...], schema: Any):
+    def __init__(
+        self,
+        messages: tuple[Message, ...],
+        sampling: Sampling,
+        tools: tuple[ToolSpec, ...],
+        schema: Any,
+    ):
         self.messages, self.sampling, self.tools, self.schema = messages, sampling, tools, schema
 
     @property

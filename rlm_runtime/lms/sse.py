@@ -18,7 +18,8 @@ class TooLong(ValueError):
 async def events(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[Event]:
     r"""Events as they complete. Comments and other fields are skipped; lines end in \n, \r\n or \r.
 
-    Raises TooLong for one of more than `longest` bytes. The stream may end without the empty line after the last event; a line it ends in the middle of is dropped.
+    Raises TooLong for one of more than `longest` bytes. The stream may end without the empty line
+    after the last event; a line it ends in the middle of is dropped.
     """
     name, size = "", 0
     data: list[str] = []

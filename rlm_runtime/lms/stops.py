@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 
 class StopCutter:
-    """Passes a growing text on up to the first stop string, holding back what may turn out to begin one.
+    """Passes a growing text on up to the first stop string, holding back what may turn out to begin
+    one.
 
-    `push` returns the new text that is safe to show, `flush` what was held back when the text ends; `hit` is True
-    once a stop string was found, and nothing comes after that. `text` is all that was returned.
+    `push` returns the new text that is safe to show, `flush` what was held back when the text ends;
+    `hit` is True once a stop string was found, and nothing comes after that. `text` is all that was
+    returned.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -32,7 +34,10 @@ class StopCutter:
             self.hit = True
             safe, self._held = self._held[: min(found)], ""
             return self._out(safe)
-        keep = max((n for s in self._stops for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
+        keep = max(
+            (n for s in self._stops for n in range(1, len(s)) if self._held.endswith(s[:n])),
+            default=0,
+        )
         cut = len(self._held) - keep
         safe, self._held = self._held[:cut], self._held[cut:]
         return self._out(safe)

@@ -1,7 +1,8 @@
 """A model's reply read as cells to run: forgiving about form, strict about what was never computed.
 
-Small models fail mostly at this boundary, so every form they are known to use is read, and what cannot be used is
-answered with a nudge that says what was found and what is expected. Pure functions; any text parses, in linear time.
+Small models fail mostly at this boundary, so every form they are known to use is read, and what
+cannot be used is answered with a nudge that says what was found and what is expected. Pure
+functions; any text parses, in linear time.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ __all__ = ["MAX_CELLS", "Nudge", "Parsed", "is_plan", "parse"]
 
 MAX_CELLS = 64  # of one reply
 MAX_CHARS = 400_000  # of one reply without its thinking; what follows is discarded
-STRAY = re.compile(r"\A\s*+</(?:end_code|code|repl|python|execute)>")  # behind a fence that it should have closed
+# behind a fence that it should have closed
+STRAY = re.compile(r"\A\s*+</(?:end_code|code|repl|python|execute)>")
 EMPTY = (
-    "(empty reply)"  # stands in the history for a reply with nothing to keep: some endpoints refuse an empty message
+    # stands in the history for a reply with nothing to keep: some endpoints refuse an empty message
+    "(empty reply)"
 )
 
 
@@ -34,10 +37,11 @@ EMPTY = (
 class Parsed:
     """What a reply comes to.
 
-    `cells` run in order. `kept` is the reply as it goes into the history: without thinking and special tokens, without
-    what was discarded, foreign forms of code rewritten as ```repl blocks; never empty. `final` is an answer given as
-    text where the reply holds no cell (an answer that needs the REPL, FINAL_VAR(x), is a cell instead); `whole_json`
-    marks one that came as a JSON object, so that a caller with a schema of its own may prefer the object in `kept`.
+    `cells` run in order. `kept` is the reply as it goes into the history: without thinking and
+    special tokens, without what was discarded, foreign forms of code rewritten as ```repl blocks;
+    never empty. `final` is an answer given as text where the reply holds no cell (an answer that
+    needs the REPL, FINAL_VAR(x), is a cell instead); `whole_json` marks one that came as a JSON
+    object, so that a caller with a schema of its own may prefer the object in `kept`.
     """
 
     cells: tuple[str, ...] = ()
@@ -51,7 +55,8 @@ class Parsed:
 
 
 def parse(reply: Reply, *, tools: Collection[str] = ()) -> Parsed:
-    """Read a reply. `tools` are the user's functions in the REPL, which a model may also call as tools. Never raises."""
+    """Read a reply. `tools` are the user's functions in the REPL, which a model may also call as
+    tools. Never raises."""
     found = thinking.harmony(reply.text.replace("\r\n", "\n"))
     cut = reply.finish_reason == "length"
     reading = _Reading(found, cut, tools)
@@ -62,7 +67,8 @@ def parse(reply: Reply, *, tools: Collection[str] = ()) -> Parsed:
 
 
 def block(code: str) -> str:
-    """The cell as the history shows it: a ```repl block whose fence no line of the code can close."""
+    """The cell as the history shows it: a ```repl block whose fence no line of the code can
+    close."""
     marks = "`" * max([3, *(len(m) + 1 for m in re.findall(r"^[ \t]*+(`{3,15})", code, re.M))])
     return f"{marks}repl\n{code}\n{marks}"
 
@@ -74,7 +80,8 @@ class _Cell:
 
 
 class _Reading:
-    """One reply on its way to a `Parsed`: parts in order, cells, what is kept, what the model must be told."""
+    """One reply on its way to a `Parsed`: parts in order, cells, what is kept, what the model must
+    be told."""
 
     def __init__(self, found: thinking.Cleaned, cut: bool, tools: Collection[str]):
         self.text, self.cut, self.tools = found.text, cut, tools
@@ -134,18 +141,26 @@ class _Reading:
 
     def _plays_output(self, part: Part, before: Part | None) -> bool:
         """A block that is no code, right behind a cell, where its output would stand."""
-        if not self.cells or part.kind != "fence" or self._to_run(part) or part.name in OTHER | SHELL_WORDS:
+        if (
+            not self.cells
+            or part.kind != "fence"
+            or self._to_run(part)
+            or part.name in OTHER | SHELL_WORDS
+        ):
             return False
         if part.name == "json" and calls.from_json(calls.loads(part.text, self.effort)):
             return False
         if part.name in ("output", "stdout", "stderr", "out", "result", "results"):
             return True
-        return before is not None and (before.kind != "prose" or imitation.follows_as_output(before.text))
+        return before is not None and (
+            before.kind != "prose" or imitation.follows_as_output(before.text)
+        )
 
     def _imitated(self, at: int, later: list[Part]) -> None:
         self.discarded += len(self.text) - at
         line = next(
-            (x for x in SPECIAL.sub("", self.text[at : at + 400]).split("\n") if x.strip()), self.text[at : at + 40]
+            (x for x in SPECIAL.sub("", self.text[at : at + 400]).split("\n") if x.strip()),
+            self.text[at : at + 40],
         )
         dropped = sum(self._to_run(p) for p in later)
         self.told.append(nudges.imitation(line.strip()[:60], len(self.cells), dropped))
@@ -166,7 +181,9 @@ class _Reading:
         if part.kind == "call":
             return self._call(part)
         if part.kind == "fence" and not self._to_run(part):
-            if part.name in DATA | {""} and (found := calls.from_json(calls.loads(part.text, self.effort))):
+            if part.name in DATA | {""} and (
+                found := calls.from_json(calls.loads(part.text, self.effort))
+            ):
                 return self._made(found)
             self.kept.append(source)
             if part.name in SHELL_WORDS:
@@ -184,10 +201,13 @@ class _Reading:
             self.kept.append(source)
             self.seen.append("an empty block")
             return None
-        return self._cell(code, source if part.kind == "fence" and part.closed else None, part.closed)
+        return self._cell(
+            code, source if part.kind == "fence" and part.closed else None, part.closed
+        )
 
     def _cell(self, code: str, source: str | None, closed: bool) -> None:
-        """One cell; `source` is how the reply spelled it, None where the history shall show a ```repl block."""
+        """One cell; `source` is how the reply spelled it, None where the history shall show a
+        ```repl block."""
         fixed = repaired(code, self.effort)
         if not closed and self.cut and not parses(fixed):
             self.kept.append(block(code))
@@ -213,17 +233,26 @@ class _Reading:
         shell = [line for line in lines if SHELL.match(line)]
         if not shell:
             return code
-        rest = repaired("\n".join("" if SHELL.match(line) else line for line in lines), self.effort).strip("\n")
+        rest = repaired(
+            "\n".join("" if SHELL.match(line) else line for line in lines), self.effort
+        ).strip("\n")
         self.told.append(nudges.shell(shell[0].strip(), alone=not rest.strip()))
         return rest
 
     def _call(self, part: Part) -> None:
         if part.value is not None:
             found = [(part.name, part.value)] if part.name else calls.from_json(part.value)
-            if part.name and isinstance(part.value, dict) and (spelled := calls.from_json(part.value)):
+            if (
+                part.name
+                and isinstance(part.value, dict)
+                and (spelled := calls.from_json(part.value))
+            ):
                 found = spelled
         elif part.name:
-            found = [c if c[0] != "python" else (part.name, c[1]) for c in calls.from_xml(part.text, self.effort)]
+            found = [
+                c if c[0] != "python" else (part.name, c[1])
+                for c in calls.from_xml(part.text, self.effort)
+            ]
             found = found or [(part.name, part.text)]
         else:
             found = calls.from_xml(part.text, self.effort)
@@ -252,7 +281,12 @@ class _Reading:
         kept = kept if kept.strip() else EMPTY
         cells = tuple(c.code for c in self.cells)
         parsed = Parsed(
-            cells, kept, self.discarded, "\n\n".join(t for t in self.thinking if t), final, whole_json=whole_json
+            cells,
+            kept,
+            self.discarded,
+            "\n\n".join(t for t in self.thinking if t),
+            final,
+            whole_json=whole_json,
         )
         nothing = not cells and final is None and not self.told
         if nothing:
@@ -261,7 +295,8 @@ class _Reading:
         return replace(parsed, nudges=tuple(dict.fromkeys(self.told)), cut_thinking=cut_thinking)
 
     def _spaced(self) -> list[str]:
-        """Kept pieces, with a line break where a rewritten block would otherwise stand inside a line."""
+        """Kept pieces, with a line break where a rewritten block would otherwise stand inside a
+        line."""
         out: list[str] = []
         for piece in self.kept:
             before = out[-1] if out else "\n"
@@ -284,12 +319,18 @@ class _Reading:
             return None, False
         prose = "".join(self.kept).strip()
         given, value = (
-            finals.in_json(prose, self.effort) if prose.startswith(("{", "`", "~")) and not self.cut else (False, None)
+            finals.in_json(prose, self.effort)
+            if prose.startswith(("{", "`", "~")) and not self.cut
+            else (False, None)
         )
         if given:
             self.told = [n for n in self.told if n.reason != "unknown_tool"]
             return finals.as_text(value), True
-        code = finals.bare_code(prose, self.effort) if prose and not self.cut and not self.told else None
+        code = (
+            finals.bare_code(prose, self.effort)
+            if prose and not self.cut and not self.told
+            else None
+        )
         if code is not None:
             self.kept = []
             self._cell(code, None, closed=True)
@@ -297,12 +338,15 @@ class _Reading:
 
     def _nothing(self, kept: str) -> Nudge:
         if self.cut:
-            self.thought_open = self.thought_open or kept == EMPTY  # an endpoint may keep the thinking to itself
+            # an endpoint may keep the thinking to itself
+            self.thought_open = self.thought_open or kept == EMPTY
             return nudges.cut_thinking() if self.thought_open else nudges.cut_prose()
         if kept == EMPTY:
             if not any(self.thinking):
                 return nudges.empty()
-            return nudges.thinking_only(any(re.search(r"```|<code>|<tool_call>", t) for t in self.thinking))
+            return nudges.thinking_only(
+                any(re.search(r"```|<code>|<tool_call>", t) for t in self.thinking)
+            )
         if self.seen:
             return nudges.no_code(self.seen[0])
         if is_code(kept, self.effort):
@@ -313,4 +357,6 @@ class _Reading:
 def _headed(code: str) -> str:
     """Without a first line that only names the language: the word meant for the fence."""
     first, newline, rest = code.partition("\n")
-    return rest if newline and first.strip().lower() in ("python", "repl", "py", "python3") else code
+    return (
+        rest if newline and first.strip().lower() in ("python", "repl", "py", "python3") else code
+    )

@@ -19,7 +19,9 @@ RUNNERS = words(
     "exec_python python_exec repl_exec run_repl call_python_repl call_repl tool_code cell python_code python3 "
     "code_execution python_tool repl_tool notebook"
 )
-HELPERS = words("llm_query llm_batch llm_query_batched rlm_query rlm_batch rlm_query_batched SHOW_VARS")
+HELPERS = words(
+    "llm_query llm_batch llm_query_batched rlm_query rlm_batch rlm_query_batched SHOW_VARS"
+)
 FINISHERS = words("final final_var final_answer answer submit submit_answer finish")
 CODE_KEYS = (
     "code",
@@ -35,12 +37,22 @@ CODE_KEYS = (
     "input",
 )
 NAME_KEYS = ("name", "tool", "tool_name", "function_name", "action", "recipient_name")
-ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "action_input", "kwargs", "params", "tool_input")
+ARGUMENT_KEYS = (
+    "arguments",
+    "parameters",
+    "args",
+    "input",
+    "action_input",
+    "kwargs",
+    "params",
+    "tool_input",
+)
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a call came to: a cell, or a nudge. `sound` is False where its JSON was broken (perhaps cut off)."""
+    """What a call came to: a cell, or a nudge. `sound` is False where its JSON was broken (perhaps
+    cut off)."""
 
     code: str | None = None
     nudge: nudges.Nudge | None = None
@@ -48,24 +60,33 @@ class Made:
 
 
 def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ()) -> Made:
-    """The cell a call of `name` stands for. `arguments` is an object, or text where no JSON could be read from it."""
+    """The cell a call of `name` stands for. `arguments` is an object, or text where no JSON could
+    be read from it."""
     short = re.split(r"[.:/]|__", name.strip())[-1] or name.strip()
     sound = True
     if isinstance(arguments, str):
         arguments, sound = _read(arguments, effort)
     if not isinstance(arguments, dict):
         arguments = {"code": arguments} if isinstance(arguments, str) else {}
-    if isinstance(arguments.get("code"), list) and all(isinstance(line, str) for line in arguments["code"]):
+    if isinstance(arguments.get("code"), list) and all(
+        isinstance(line, str) for line in arguments["code"]
+    ):
         arguments = {**arguments, "code": "\n".join(arguments["code"])}
     helper = next((n for n in (name, short) if n in tools or n in HELPERS), None)
     if helper is not None and helper.isidentifier():
         return Made(_called(helper, arguments), sound=sound)
     low = short.lower()
     if low in FINISHERS and arguments:
-        value = next((arguments[k] for k in ("answer", "content", "value", "result") if k in arguments), None)
+        value = next(
+            (arguments[k] for k in ("answer", "content", "value", "result") if k in arguments), None
+        )
         if value is None:
             value = next(iter(arguments.values()))
-        made = f"FINAL_VAR({value!r})" if low == "final_var" and isinstance(value, str) else f"FINAL({value!r})"
+        made = (
+            f"FINAL_VAR({value!r})"
+            if low == "final_var" and isinstance(value, str)
+            else f"FINAL({value!r})"
+        )
         return Made(made, sound=sound)
     keys = CODE_KEYS if low in RUNNERS else CODE_KEYS[:5]
     code = next((arguments[k] for k in keys if isinstance(arguments.get(k), str)), None)
@@ -73,11 +94,17 @@ def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ())
         code = next((v for v in arguments.values() if isinstance(v, str)), None)
     if code is not None and code.strip():
         return Made(repaired(unfenced(code), effort), sound=sound)
-    return Made(nudge=nudges.bad_call(name) if low in RUNNERS or code is not None else nudges.unknown_tool(name))
+    return Made(
+        nudge=nudges.bad_call(name)
+        if low in RUNNERS or code is not None
+        else nudges.unknown_tool(name)
+    )
 
 
 def _called(name: str, arguments: dict[str, Any]) -> str:
-    good = all(isinstance(k, str) and k.isidentifier() and not keyword.iskeyword(k) for k in arguments)
+    good = all(
+        isinstance(k, str) and k.isidentifier() and not keyword.iskeyword(k) for k in arguments
+    )
     inside = ", ".join(f"{k}={v!r}" for k, v in arguments.items()) if good else f"**{arguments!r}"
     return f"print({name}({inside}))"
 
@@ -92,7 +119,8 @@ def unfenced(code: str) -> str:
 
 
 def _read(text: str, effort: Effort) -> tuple[Any, bool]:
-    """Arguments that came as text: JSON, JSON in JSON, broken JSON with a code string in it, or just code."""
+    """Arguments that came as text: JSON, JSON in JSON, broken JSON with a code string in it, or
+    just code."""
     value: Any = None
     for _ in range(3):
         value = loads(text, effort)
@@ -118,11 +146,22 @@ def loads(text: str, effort: Effort) -> Any:
 CODE_STRING = re.compile(
     r"""["'](?:code|source|script|python|cell|command|input)["'][ \t\n]*+:[ \t\n]*+(\"\"\"|'''|["'`])"""
 )
-ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\", "/": "/", "b": "\b", "f": "\f"}
+ESCAPES = {
+    "n": "\n",
+    "t": "\t",
+    "r": "\r",
+    '"': '"',
+    "'": "'",
+    "\\": "\\",
+    "/": "/",
+    "b": "\b",
+    "f": "\f",
+}
 
 
 def broken_string(text: str, effort: Effort) -> str | None:
-    """The code in broken JSON: from the code key's quote to the last such quote (or the end, where it was cut off)."""
+    """The code in broken JSON: from the code key's quote to the last such quote (or the end, where
+    it was cut off)."""
     found = CODE_STRING.search(text)
     if found is None:
         return None
@@ -140,7 +179,8 @@ def _unescape(found: re.Match[str]) -> str:
 
 
 def from_json(value: Any) -> list[tuple[str, Any]]:
-    """(name, arguments) of the call or calls that a JSON value spells out; empty where it spells out none."""
+    """(name, arguments) of the call or calls that a JSON value spells out; empty where it spells
+    out none."""
     if isinstance(value, list):
         found = [from_json(item) for item in value[:64]]
         return [call for calls in found for call in calls] if found and all(found) else []
@@ -155,8 +195,12 @@ def from_json(value: Any) -> list[tuple[str, Any]]:
     if name is None and isinstance(value.get("function"), str):
         name = value["function"]
     if name is None:
-        return [("python", value)] if set(value) == {"code"} and isinstance(value["code"], str) else []
-    arguments = next((value[k] for k in ARGUMENT_KEYS if isinstance(value.get(k), dict | str)), None)
+        return (
+            [("python", value)] if set(value) == {"code"} and isinstance(value["code"], str) else []
+        )
+    arguments = next(
+        (value[k] for k in ARGUMENT_KEYS if isinstance(value.get(k), dict | str)), None
+    )
     if arguments is None:
         arguments = {k: v for k, v in value.items() if k in CODE_KEYS}
         if not arguments:
@@ -169,7 +213,9 @@ PARAMETER_END = re.compile(
     r"</(?:antml:)?parameter>|<(?:antml:)?parameter[ =]|</(?:antml:)?(?:invoke|function|tool_call)>"
 )
 PAIR = re.compile(r"<arg_key>(.{1,80}?)</arg_key>\s*+<arg_value>(.*?)(?:</arg_value>|\Z)", re.S)
-NAMED = re.compile(r"""<(?:antml:)?(?:invoke|function|tool)(?:[ ]name=["']?|=)([\w.:-]{1,80})["']?[ ]*+>""")
+NAMED = re.compile(
+    r"""<(?:antml:)?(?:invoke|function|tool)(?:[ ]name=["']?|=)([\w.:-]{1,80})["']?[ ]*+>"""
+)
 
 
 def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
@@ -189,13 +235,19 @@ def from_xml(text: str, effort: Effort) -> list[tuple[str, Any]]:
     named: list[tuple[str, object]] = []
     at = 0
     parameter = PARAMETER.search(text)
-    if parameter is not None and not NAMED.search(text, 0, parameter.start()):  # the call's name stands in its tag
+    # the call's name stands in its tag
+    if parameter is not None and not NAMED.search(text, 0, parameter.start()):
         at = len(text)
     opening = NAMED.search(text, at)
     while len(named) < 64 and effort.left > 0 and opening is not None:
         parameters, at = _parameters(text, effort, opening.end())
         following = NAMED.search(text, at)
-        named.append((opening[1], parameters or text[opening.end() : following.start() if following else None]))
+        named.append(
+            (
+                opening[1],
+                parameters or text[opening.end() : following.start() if following else None],
+            )
+        )
         opening = following
     if named:
         return named
@@ -224,13 +276,16 @@ def _parameters(text: str, effort: Effort, at: int = 0) -> tuple[dict[str, str],
 
 
 def parameter_end(text: str, start: int, effort: Effort) -> int:
-    """Where the value that starts at `start` ends; a closing tag inside a string of the code is not the end."""
+    """Where the value that starts at `start` ends; a closing tag inside a string of the code is not
+    the end."""
     first = PARAMETER_END.search(text, start)
     if first is None or effort.left <= 0:
         effort.spend((first.start() if first else len(text)) - start)
         return first.start() if first else len(text)
     outside = outside_strings(text, start, len(text), PARAMETER_END.finditer(text, start))
     effort.spend((outside.start() if outside else len(text)) - start)
-    if outside is None or (outside.start() != first.start() and not parses(text[start : outside.start()], effort)):
+    if outside is None or (
+        outside.start() != first.start() and not parses(text[start : outside.start()], effort)
+    ):
         return first.start()
     return outside.start()

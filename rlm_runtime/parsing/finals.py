@@ -1,4 +1,5 @@
-"""Answers given in prose: FINAL(...), FINAL_VAR(...), `answer[...] = ...` without a fence, a JSON object as the reply."""
+"""Answers given in prose: FINAL(...), FINAL_VAR(...), `answer[...] = ...` without a fence, a JSON
+object as the reply."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Kind = Literal["cell", "text", "placeholder", "open"]
 
 @dataclass(frozen=True)
 class Found:
-    """`cell`: Python that hands the answer in, run in the REPL; `text`: the answer itself; `placeholder`: neither;
-    `open`: FINAL( without its end."""
+    """`cell`: Python that hands the answer in, run in the REPL; `text`: the answer itself;
+    `placeholder`: neither; `open`: FINAL( without its end."""
 
     start: int
     kind: Kind
@@ -27,15 +28,18 @@ class Found:
 
 
 FINAL = re.compile(
-    r"^[ \t]*+[*_`>#-]{0,6}+[ \t]*+(?:(?:final )?answer:[ \t*]*+)?FINAL(?P<var>_VAR)?[ ]?\(", re.M | re.I
+    r"^[ \t]*+[*_`>#-]{0,6}+[ \t]*+(?:(?:final )?answer:[ \t*]*+)?FINAL(?P<var>_VAR)?[ ]?\(",
+    re.M | re.I,
 )
 LAST = re.compile(r"\b(?-i:FINAL)(?P<var>_VAR)?\(")
 TAGGED = re.compile(r"^[ \t]*+<(answer|final_answer)>((?:(?!<\1>).)*?)</\1>[ \t]*+$", re.M | re.S)
 PLAN = re.compile(
-    r"\b(?:will|then|when|once|use|using|call|calling|should|must|would|could|later|via|with|if|by)\b", re.I
+    r"\b(?:will|then|when|once|use|using|call|calling|should|must|would|could|later|via|with|if|by)\b",
+    re.I,
 )
 ANSWER = re.compile(
-    r"""^[ \t]*+`{0,2}(?=answer(?:\[["'“‘](?:content|ready)["'”’]\][ \t]*+=|[ \t]*+=[ \t]*+[{d]|\.update\())""", re.M
+    r"""^[ \t]*+`{0,2}(?=answer(?:\[["'“‘](?:content|ready)["'”’]\][ \t]*+=|[ \t]*+=[ \t]*+[{d]|\.update\())""",
+    re.M,
 )
 PLACEHOLDER = re.compile(
     r"""["'<\[{(]*+(?:\.\.\.|…|(?:your|the|my|insert|put|place)[ _](?:final[ _])?(?:answer|result|value|text)(?:[ _](?:here|goes here|string))?
@@ -60,7 +64,8 @@ def is_plan(answer: Any) -> bool:
 
 
 def in_prose(prose: str, effort: Effort, cells: bool) -> list[Found]:
-    """Answers in a stretch of prose, in order. `cells`: the reply holds code too, so a mention in a sentence is none."""
+    """Answers in a stretch of prose, in order. `cells`: the reply holds code too, so a mention in a
+    sentence is none."""
     found: list[Found] = []
     at = 0
     while len(found) < 32 and (opening := FINAL.search(prose, at)):
@@ -73,7 +78,11 @@ def in_prose(prose: str, effort: Effort, cells: bool) -> list[Found]:
         if last is not None:
             line = prose[prose.rfind("\n", 0, last.start()) + 1 : last.start()]
             item, end = _final(prose, last, effort, cells)
-            if not PLAN.search(line[-200:]) and not prose[end:].strip(" \t\n.`*)\"'") and item.kind != "placeholder":
+            if (
+                not PLAN.search(line[-200:])
+                and not prose[end:].strip(" \t\n.`*)\"'")
+                and item.kind != "placeholder"
+            ):
                 found.append(item)
         tagged = TAGGED.search(prose)
         if not found and tagged is not None and tagged[2].strip():
@@ -101,7 +110,8 @@ def _final(prose: str, opening: re.Match[str], effort: Effort, cells: bool) -> t
 
 
 def _argument(start: int, inner: str, variable: bool, cells: bool, effort: Effort) -> Found:
-    """What the argument stands for: a string is the answer, an expression is left to the REPL, words are the answer."""
+    """What the argument stands for: a string is the answer, an expression is left to the REPL,
+    words are the answer."""
     for spelled in (inner, inner.translate(QUOTES)):
         module = tree(f"({spelled}\n)") if effort.spend(len(spelled)) else None
         if module is not None and len(module.body) == 1 and isinstance(module.body[0], ast.Expr):
@@ -116,14 +126,23 @@ def _argument(start: int, inner: str, variable: bool, cells: bool, effort: Effor
     free = sorted(_free_names(value))
     if not free or variable or cells:
         return Found(start, "cell", f"FINAL({spelled})")
-    # "Paris" and "well-known" parse as expressions too: they are one only where the REPL has the names.
-    return Found(start, "cell", f"FINAL(({spelled}) if all(n in globals() for n in {free!r}) else {_bare(inner)!r})")
+    # "Paris" and "well-known" parse as expressions too: they are one only where the REPL has the
+    # names.
+    return Found(
+        start,
+        "cell",
+        f"FINAL(({spelled}) if all(n in globals() for n in {free!r}) else {_bare(inner)!r})",
+    )
 
 
 def _name(value: ast.expr) -> str | None:
     if isinstance(value, ast.Name):
         return value.id
-    if isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value.strip().isidentifier():
+    if (
+        isinstance(value, ast.Constant)
+        and isinstance(value.value, str)
+        and value.value.strip().isidentifier()
+    ):
         return value.value.strip()
     return None
 
@@ -132,7 +151,10 @@ def _free_names(value: ast.expr) -> set[str]:
     names = [n for n in ast.walk(value) if isinstance(n, ast.Name)]
     bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)}
     bound |= {
-        a.arg for n in ast.walk(value) if isinstance(n, ast.arguments) for a in (*n.posonlyargs, *n.args, *n.kwonlyargs)
+        a.arg
+        for n in ast.walk(value)
+        if isinstance(n, ast.arguments)
+        for a in (*n.posonlyargs, *n.args, *n.kwonlyargs)
     }
     return {n.id for n in names} - bound - set(dir(builtins))
 
@@ -146,13 +168,17 @@ def _bare(text: str) -> str:
 
 
 def _argument_end(prose: str, body: int, effort: Effort) -> int | None:
-    """The parenthesis that closes the one before `body`: by the grammar where it is Python, else by counting."""
+    """The parenthesis that closes the one before `body`: by the grammar where it is Python, else by
+    counting."""
     counted = _balanced(prose, body, effort, "")
     line_end = re.compile(r"\)[ \t.*_`;]*+$", re.M)
     if counted is not None and not line_end.match(prose, counted):
-        # "FINAL(1) first, 2) second)": where the line goes on to one parenthesis too many, that one closes it
+        # "FINAL(1) first, 2) second)": where the line goes on to one parenthesis too many, that one
+        # closes it
         last = line_end.search(prose, counted, _line_end(prose, counted))
-        if last is not None and prose.count("(", counted, last.start()) < prose.count(")", counted, last.start()):
+        if last is not None and prose.count("(", counted, last.start()) < prose.count(
+            ")", counted, last.start()
+        ):
             return last.start()
     if counted is not None and parses(f"({prose[body:counted]}\n)", effort):
         return counted
@@ -177,17 +203,24 @@ def _last(pattern: re.Pattern[str], text: str, start: int) -> re.Match[str] | No
 _DOUBLE, _SINGLE = r'"(?:[^"\\]++|\\.)*+("|)', r"'(?:[^'\\]++|\\.)*+('|)"
 MARKS = {  # parentheses and strings; of a string that never ends the group is empty
     quotes: re.compile("|".join(["[()]", *strings]), re.S)
-    for quotes, strings in {"": (), '"': [_DOUBLE], "'": [_SINGLE], "\"'": [_DOUBLE, _SINGLE]}.items()
+    for quotes, strings in {
+        "": (),
+        '"': [_DOUBLE],
+        "'": [_SINGLE],
+        "\"'": [_DOUBLE, _SINGLE],
+    }.items()
 }
 
 
 def _balanced(prose: str, body: int, effort: Effort, quotes: str) -> int | None:
-    """Where the parenthesis is closed. `quotes` are the marks of strings, inside of which none counts."""
+    """Where the parenthesis is closed. `quotes` are the marks of strings, inside of which none
+    counts."""
     depth, at = 1, body
     stop = len(prose) if effort.left > 0 else min(len(prose), body + 2000)
     while mark := MARKS[quotes].search(prose, at, stop):
         at = mark.end()
-        if mark[0] not in "()" and not any(mark.groups()):  # an apostrophe: no later one can end a string either
+        # an apostrophe: no later one can end a string either
+        if mark[0] not in "()" and not any(mark.groups()):
             quotes, at = quotes.replace(mark[0][0], ""), mark.start() + 1
         depth += {"(": 1, ")": -1}.get(mark[0], 0)
         if depth == 0:
@@ -214,7 +247,8 @@ def _assignments(prose: str, effort: Effort) -> list[Found]:
 
 
 def _statement(prose: str, start: int, effort: Effort) -> tuple[str, int] | None:
-    """The shortest run of whole lines from `start` on that is Python; the value in quotes where it is plain words."""
+    """The shortest run of whole lines from `start` on that is Python; the value in quotes where it
+    is plain words."""
     end = start
     for _ in range(60):
         end = _line_end(prose, end)
@@ -223,7 +257,9 @@ def _statement(prose: str, start: int, effort: Effort) -> tuple[str, int] | None
         code = prose[start:end].strip(" \t`").translate(BLANKS)
         for spelled in dict.fromkeys((code, code.translate(QUOTES))):
             if effort.left > 0 and parses(spelled, effort):
-                return re.sub(r"^answer[ \t]*+=[ \t]*+(.*)$", r"answer.update(\1)", spelled, flags=re.S), end
+                return re.sub(
+                    r"^answer[ \t]*+=[ \t]*+(.*)$", r"answer.update(\1)", spelled, flags=re.S
+                ), end
         if end == len(prose):
             break
         end += 1
@@ -233,15 +269,22 @@ def _statement(prose: str, start: int, effort: Effort) -> tuple[str, int] | None
 
 
 ANSWER_KEYS = ("answer", "final_answer", "final")
-BESIDE = words("reasoning thought thoughts explanation rationale confidence ready type status notes evidence")
+BESIDE = words(
+    "reasoning thought thoughts explanation rationale confidence ready type status notes evidence"
+)
 
 
 def in_json(text: str, effort: Effort) -> tuple[bool, Any]:
-    """(True, the answer) where the whole reply is a JSON object that hands one in; (False, None) else."""
+    """(True, the answer) where the whole reply is a JSON object that hands one in; (False, None)
+    else."""
     value = calls.loads(calls.unfenced(text), effort)
     if not isinstance(value, dict):
         return False, None
-    if isinstance(value.get("answer"), dict) and set(value) == {"answer"} and "content" in value["answer"]:
+    if (
+        isinstance(value.get("answer"), dict)
+        and set(value) == {"answer"}
+        and "content" in value["answer"]
+    ):
         value = value["answer"]
     if value.get("ready", True) is not True:
         return False, None

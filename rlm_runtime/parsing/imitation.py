@@ -23,11 +23,14 @@ MARK = re.compile(
     )""",
     re.VERBOSE | re.MULTILINE | re.IGNORECASE,
 )
-# The end of the reply as the model's own template has it: whatever follows is another turn, played by the model.
+# The end of the reply as the model's own template has it: whatever follows is another turn, played
+# by the model.
 END = re.compile(
     r"<\|(?:im_end|eot_id|eom_id|endoftext|end_of_text|return|end)\|>|</s>|<end_of_turn>|<｜end▁of▁sentence｜>"
 )
-SHOWS = re.compile(r"output|print|result|return|show|display|gives?\b|get\b|see\b|yield|produce", re.I)
+SHOWS = re.compile(
+    r"output|print|result|return|show|display|gives?\b|get\b|see\b|yield|produce", re.I
+)
 
 
 def marker(prose: str) -> int | None:
@@ -41,5 +44,6 @@ def marker(prose: str) -> int | None:
 
 
 def follows_as_output(prose: str) -> bool:
-    """Whether a block without code after this prose (all that stands between it and a cell) plays the cell's output."""
+    """Whether a block without code after this prose (all that stands between it and a cell) plays
+    the cell's output."""
     return not prose.strip() or bool(SHOWS.search(prose[-300:]))

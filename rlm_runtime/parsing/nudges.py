@@ -1,4 +1,5 @@
-"""What the model is told when its reply could not be used as it was: what was found, what is expected, an example."""
+"""What the model is told when its reply could not be used as it was: what was found, what is
+expected, an example."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ class Nudge:
 
 
 def empty() -> Nudge:
-    return Nudge("empty", f"Your reply was empty. Write the next step as Python in one block:\n{EXAMPLE}")
+    return Nudge(
+        "empty", f"Your reply was empty. Write the next step as Python in one block:\n{EXAMPLE}"
+    )
 
 
 def no_code(found: str = "only prose") -> Nudge:
@@ -53,7 +56,11 @@ def still_thinking(times: int) -> Nudge:
 
 
 def the_same_again(times: int, *, ran: bool) -> Nudge:
-    what = "the same code with the same output" if ran else "the same reply, without code that could be run"
+    what = (
+        "the same code with the same output"
+        if ran
+        else "the same reply, without code that could be run"
+    )
     return Nudge(
         "repeats",
         f"You sent {what}, now for the {times}{'nd' if times == 2 else 'rd' if times == 3 else 'th'} time. Once more will "
@@ -106,7 +113,9 @@ def imitation(marker: str, cells: int, dropped: int) -> Nudge:
 
 def session(outputs: bool) -> Nudge:
     tail = " The output lines in it were made up and dropped." if outputs else ""
-    return Nudge("hallucinated_output", f"Write plain code, without >>> prompts or output lines.{tail}")
+    return Nudge(
+        "hallucinated_output", f"Write plain code, without >>> prompts or output lines.{tail}"
+    )
 
 
 def shell(line: str, alone: bool) -> Nudge:
@@ -120,7 +129,8 @@ def shell(line: str, alone: bool) -> Nudge:
 
 def language(name: str) -> Nudge:
     return Nudge(
-        "language", f"The block marked {name[:40]!r} was not run: only Python runs in the REPL. Write it as:\n{EXAMPLE}"
+        "language",
+        f"The block marked {name[:40]!r} was not run: only Python runs in the REPL. Write it as:\n{EXAMPLE}",
     )
 
 
@@ -157,8 +167,14 @@ def placeholder() -> Nudge:
 
 
 def too_long(limit: int) -> Nudge:
-    return Nudge("too_long", f"A reply may hold {limit:,} characters; the rest was dropped. Write one step per reply.")
+    return Nudge(
+        "too_long",
+        f"A reply may hold {limit:,} characters; the rest was dropped. Write one step per reply.",
+    )
 
 
 def too_many(limit: int) -> Nudge:
-    return Nudge("too_many_cells", f"A reply may hold {limit} blocks; the rest was dropped. Write one step per reply.")
+    return Nudge(
+        "too_many_cells",
+        f"A reply may hold {limit} blocks; the rest was dropped. Write one step per reply.",
+    )

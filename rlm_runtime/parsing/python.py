@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from rlm_runtime.replies import model_json
 from rlm_runtime.replies.thinking import SPECIAL, without_last_tokens
 
-LARGE = 40_000  # characters above which a text is taken on trust: a syntax tree takes 2 us and 500 bytes for each
+# characters above which a text is taken on trust: a syntax tree takes 2 us and 500 bytes for each
+LARGE = 40_000
 MOST = 120_000  # characters of all syntax trees of a reply, however long it is
 
 
@@ -22,7 +23,8 @@ def words(text: str) -> frozenset[str]:
 
 
 class Effort(model_json.Effort):
-    """Characters of work left for one reply, so that a hostile one costs linear time: past it, plain guesses decide."""
+    """Characters of work left for one reply, so that a hostile one costs linear time: past it,
+    plain guesses decide."""
 
     def __init__(self, length: int):
         super().__init__(min(8 * length + 4_000, MOST))
@@ -65,14 +67,17 @@ LINE_OF_CODE = re.compile(
 def line_share(text: str) -> float:
     """The share of lines that have the look of Python statements."""
     lines = [line for line in text.split("\n")[:200] if line.strip()]
-    return sum(bool(LINE_OF_CODE.match(line[:500])) for line in lines) / len(lines) if lines else 0.0
+    return (
+        sum(bool(LINE_OF_CODE.match(line[:500])) for line in lines) / len(lines) if lines else 0.0
+    )
 
 
 def is_code(text: str, effort: Effort | None = None) -> bool:
     """Whether a text that does not say what it is was meant as a cell.
 
-    Words, numbers, tables and JSON parse as Python too ("Yes", "42", "a, b", "total: n"), so something must be done in
-    it: a call, an assignment, an import, a loop. Broken Python counts where many of its lines look like statements.
+    Words, numbers, tables and JSON parse as Python too ("Yes", "42", "a, b", "total: n"), so
+    something must be done in it: a call, an assignment, an import, a loop. Broken Python counts
+    where many of its lines look like statements.
     """
     if not text.strip():
         return False
@@ -93,7 +98,8 @@ def _acts(node: ast.stmt) -> bool:
     return not isinstance(node, ast.Pass | ast.Break | ast.Continue)
 
 
-# Comments and strings, enough of the lexer to know whether a place in the text lies inside a string.
+# Comments and strings, enough of the lexer to know whether a place in the text lies inside a
+# string.
 TOKEN = re.compile(
     r"""\#[^\n]*+ | (?P<triple>\"\"\"|''')
     | "[^"\\\n]*+(?:\\.[^"\\\n]*+)*"?+ | '[^'\\\n]*+(?:\\.[^'\\\n]*+)*'?+""",
@@ -117,11 +123,14 @@ def _triple_end(text: str, quotes: str, start: int, end: int) -> int:
 ENDS = re.compile(r"\s*+(?:</(?!(?:antml:)?parameter>)|<(?:antml:)?parameter[ =]|\Z)")
 
 
-def outside_strings(text: str, start: int, end: int, places: Iterator[re.Match[str]]) -> re.Match[str] | None:
-    """The first of `places` (in order, from `start` on) that is not inside a string or comment of the code there.
+def outside_strings(
+    text: str, start: int, end: int, places: Iterator[re.Match[str]]
+) -> re.Match[str] | None:
+    """The first of `places` (in order, from `start` on) that is not inside a string or comment of
+    the code there.
 
-    One walk over the text however many places there are. A place in a comment is taken where another closing tag
-    follows it, or where there is no better one: "x = 1  # note</code>".
+    One walk over the text however many places there are. A place in a comment is taken where
+    another closing tag follows it, or where there is no better one: "x = 1 # note</code>".
     """
     cursor, commented = start, None
     for place in places:
@@ -130,7 +139,8 @@ def outside_strings(text: str, start: int, end: int, places: Iterator[re.Match[s
             if token is None:
                 cursor = place.start()
                 break
-            token = TOKEN.match(text, token.start(), end) or token  # whole, where the search's bound had cut it
+            # whole, where the search's bound had cut it
+            token = TOKEN.match(text, token.start(), end) or token
             cursor = token.end()
             if token["triple"]:
                 cursor = _triple_end(text, token["triple"], cursor, end)
@@ -145,11 +155,17 @@ def outside_strings(text: str, start: int, end: int, places: Iterator[re.Match[s
     return commented
 
 
-QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "‘": "'", "’": "'", "‚": "'", "′": "'", "″": '"'})
-BLANKS = str.maketrans({"\u00a0": " ", "\u200b": None, "\u200c": None, "\u200d": None, "\ufeff": None, "\u2060": None})
+QUOTES = str.maketrans(
+    {"“": '"', "”": '"', "„": '"', "‟": '"', "‘": "'", "’": "'", "‚": "'", "′": "'", "″": '"'}
+)
+BLANKS = str.maketrans(
+    {"\u00a0": " ", "\u200b": None, "\u200c": None, "\u200d": None, "\ufeff": None, "\u2060": None}
+)
 PROMPT = re.compile(r"^[ \t]*+>>>(?: |$)", re.M)
 MAGIC = re.compile(r"[ \t]*+(?:%%?[a-zA-Z]\w*+.*+|\?\w++|\w++\?)$")
-SHELL = re.compile(r"[ \t]*+(?:!|%(?:pip|sh|bash|conda|system)\b|pip3?+ install |apt(?:-get)? install )")
+SHELL = re.compile(
+    r"[ \t]*+(?:!|%(?:pip|sh|bash|conda|system)\b|pip3?+ install |apt(?:-get)? install )"
+)
 
 
 def without_prompts(code: str) -> tuple[str, bool]:
@@ -173,7 +189,8 @@ def _dedent(code: str) -> str:
     whole = textwrap.dedent(code)
     if whole != code or not rest:
         return whole.strip(" \t") if not rest else whole
-    return first.lstrip() + "\n" + textwrap.dedent(rest)  # the first line stood beside the opening of the block
+    # the first line stood beside the opening of the block
+    return first.lstrip() + "\n" + textwrap.dedent(rest)
 
 
 def _without_magic(code: str) -> str:
@@ -185,13 +202,16 @@ RAW_CONTENT = re.compile(r"""^([ \t]*+answer\[["']content["']\][ \t]*+=[ \t]*+)(
 
 
 def _quoted_final(code: str, effort: Effort) -> str:
-    """FINAL(plain words) and answer["content"] = plain words, with the quotes the model left out."""
+    """FINAL(plain words) and answer["content"] = plain words, with the quotes the model left
+    out."""
     call = FINAL_LINE.search(code)
     if call:
         words = code[call.end() :].rstrip(" \t\n;.")
         if words.endswith(")") and not parses(f"({words}", effort):
             code = f"{code[: call.start()]}FINAL({words[:-1].strip()!r})"
-    return RAW_CONTENT.sub(lambda m: m[1] + (m[2] if parses(f"({m[2]})", effort) else repr(m[2].strip())), code)
+    return RAW_CONTENT.sub(
+        lambda m: m[1] + (m[2] if parses(f"({m[2]})", effort) else repr(m[2].strip())), code
+    )
 
 
 REPAIRS: tuple[Callable[[str], str], ...] = (
@@ -207,12 +227,15 @@ REPAIRS: tuple[Callable[[str], str], ...] = (
 
 
 def repaired(code: str, effort: Effort) -> str:
-    """`code` itself where it parses; else with the repairs, tried in turn on top of each other, that make it parse;
-    else `code` again: the REPL's own SyntaxError is the best message."""
+    """`code` itself where it parses; else with the repairs, tried in turn on top of each other,
+    that make it parse; else `code` again: the REPL's own SyntaxError is the best message."""
     if parses(code, effort):
         return code
     current = code
-    repairs: tuple[Callable[[str], str], ...] = (*REPAIRS, functools.partial(_quoted_final, effort=effort))
+    repairs: tuple[Callable[[str], str], ...] = (
+        *REPAIRS,
+        functools.partial(_quoted_final, effort=effort),
+    )
     for repair in repairs:
         changed = repair(current)
         if changed == current:

@@ -1,4 +1,5 @@
-"""A reply cut into prose, thinking and blocks (fences, tags, written-out tool calls), in one walk from left to right."""
+"""A reply cut into prose, thinking and blocks (fences, tags, written-out tool calls), in one walk
+from left to right."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ from rlm_runtime.parsing import calls
 from rlm_runtime.parsing.imitation import MARK
 from rlm_runtime.parsing.python import Effort, is_code, line_share, outside_strings, parses, words
 from rlm_runtime.replies import model_json
-from rlm_runtime.replies.thinking import CLOSE, HEADER, MESSAGE_END, OPEN, RECEIVER, closing_tag, without_last_tokens
+from rlm_runtime.replies.thinking import (
+    CLOSE,
+    HEADER,
+    MESSAGE_END,
+    OPEN,
+    RECEIVER,
+    closing_tag,
+    without_last_tokens,
+)
 
-PYTHON = words("repl python py python2 python3 py3 ipython ipython3 python-repl pycon tool_code python_repl pyrepl")
+PYTHON = words(
+    "repl python py python2 python3 py3 ipython ipython3 python-repl pycon tool_code python_repl pyrepl"
+)
 SHELL = words("bash sh shell zsh console terminal cmd powershell ps1 fish shell-session")
 OTHER = words(
     "javascript js typescript ts jsx tsx java c cpp c++ csharp cs go rust ruby php perl r sql lua kotlin swift scala "
@@ -30,7 +41,8 @@ MAX_BLOCKS = 2_000  # past it the rest of a reply is prose
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch `start:end` of the reply. `text` is what is inside a block's marks; `value` a call's decoded JSON."""
+    """A stretch `start:end` of the reply. `text` is what is inside a block's marks; `value` a
+    call's decoded JSON."""
 
     kind: Literal["prose", "thinking", "fence", "tag", "call"]
     start: int
@@ -83,7 +95,8 @@ def _literal(text: str) -> re.Pattern[str]:
 
 
 def _tag_end(tag: str) -> re.Pattern[str]:
-    return _literal(f"</{tag.lower()}>")  # one pattern for all spellings: a reply may hold thousands
+    # one pattern for all spellings: a reply may hold thousands
+    return _literal(f"</{tag.lower()}>")
 
 
 @dataclass
@@ -102,10 +115,12 @@ class Scanner:
         while len(parts) < MAX_BLOCKS and (opening := OPENING.search(self.text, at)):
             if opening["unthink"]:
                 at = opening.end()
-                if not reset and not any(p.kind == "thinking" for p in parts):  # opened by the chat template
+                # opened by the chat template
+                if not reset and not any(p.kind == "thinking" for p in parts):
                     parts = [Part("thinking", 0, at, self.text[: opening.start()])]
                     prose, reset = at, True
-                elif parts and parts[-1].kind == "thinking":  # closed once more, with words alone in between
+                # closed once more, with words alone in between
+                elif parts and parts[-1].kind == "thinking":
                     parts.append(Part("thinking", prose, at, self.text[prose : opening.start()]))
                     prose = at
                 continue
@@ -132,7 +147,9 @@ class Scanner:
     def _block(self, opening: re.Match[str]) -> Part | None:
         start, end = opening.span()
         if opening["fence"] is not None:
-            return self._fence(start, end, opening["marks"], opening["info"].strip(), opening["indent"])
+            return self._fence(
+                start, end, opening["marks"], opening["info"].strip(), opening["indent"]
+            )
         if opening["beside"]:
             return self._fence(start, end, "```", opening["word"], "")
         if opening["inline"]:
@@ -159,7 +176,9 @@ class Scanner:
     def _thinking(self, start: int, body: int, closing: re.Pattern[str]) -> Part | None:
         close = self._next(closing, body)
         if close is None:
-            if self.text[self.text.rfind("\n", max(0, start - 200), start) + 1 : start].strip(" \t\n"):
+            if self.text[self.text.rfind("\n", max(0, start - 200), start) + 1 : start].strip(
+                " \t\n"
+            ):
                 return None  # a mention of the tag in a sentence
             return Part("thinking", start, len(self.text), self.text[body:], closed=False)
         return Part("thinking", start, close.end(), self.text[body : close.start()])
@@ -179,7 +198,9 @@ class Scanner:
         decoded = self._decode(brace.end()) if brace else None
         if decoded is not None:
             tail = re.compile(rf"\s*+(?:{closing.pattern})", re.I).match(self.text, decoded[1])
-            return Part("call", start, tail.end() if tail else decoded[1], name=name, value=decoded[0])
+            return Part(
+                "call", start, tail.end() if tail else decoded[1], name=name, value=decoded[0]
+            )
         first = self._next(closing, body)
         close = self._outside(body, first, closing) if first else None
         stop, end = (close.start(), close.end()) if close else (len(self.text), len(self.text))
@@ -191,7 +212,11 @@ class Scanner:
     def _json(self, start: int, body: int) -> Part | None:
         decoded = self._decode(body)
         if decoded is not None:
-            return Part("call", start, decoded[1], value=decoded[0]) if calls.from_json(decoded[0]) else None
+            return (
+                Part("call", start, decoded[1], value=decoded[0])
+                if calls.from_json(decoded[0])
+                else None
+            )
         rest = self.text[body : body + 400]
         if re.search(r'"(?:name|tool|action)"\s*+:\s*+"', rest) and calls.CODE_STRING.search(rest):
             return Part("call", start, len(self.text), self.text[body:], closed=False)
@@ -213,7 +238,11 @@ class Scanner:
         inner = self.text[body : close.start()]
         plain = tag.lower() == "code" and not is_code(calls.unfenced(inner.strip()), self.effort)
         return Part(
-            "prose" if plain else "tag", start, close.end(), self.text[start : close.end()] if plain else inner, tag
+            "prose" if plain else "tag",
+            start,
+            close.end(),
+            self.text[start : close.end()] if plain else inner,
+            tag,
         )
 
     def _call(self, start: int, body: int, opening: re.Match[str]) -> Part:
@@ -235,8 +264,8 @@ class Scanner:
     def _outside(
         self, body: int, first: re.Match[str], closing: re.Pattern[str], indent: str = ""
     ) -> re.Match[str] | None:
-        """The closing mark: the first outside the code's strings where the code up to it parses, else the first.
-        None where every mark stands in a string and the whole rest parses."""
+        """The closing mark: the first outside the code's strings where the code up to it parses,
+        else the first. None where every mark stands in a string and the whole rest parses."""
         if self.effort.left <= 0:
             return first
         close = outside_strings(self.text, body, len(self.text), self._places(first, closing))
@@ -258,14 +287,20 @@ class Scanner:
         first = self._next(closing, body)
         if word in DATA or word in OTHER or word in SHELL:
             stop, end = (first.start(), first.end()) if first else (len(self.text), len(self.text))
-            return Part("fence", start, end, self._inside(body, stop), word, closed=first is not None)
+            return Part(
+                "fence", start, end, self._inside(body, stop), word, closed=first is not None
+            )
         close = None if first is None else self._outside(body, first, closing, indent)
         stop = len(self.text) if close is None else close.start()
         code = self._inside(body, stop, indent)
-        fence = Part("fence", start, close.end() if close else stop, code, word, closed=close is not None)
+        fence = Part(
+            "fence", start, close.end() if close else stop, code, word, closed=close is not None
+        )
         if parses(code, self.effort):
             return fence
-        late = re.compile(rf"(?<=[^{marks[0]}\n]){marks[0]}{{{len(marks)}}}(?!{marks[0]})[ \t]*+$", re.M)
+        late = re.compile(
+            rf"(?<=[^{marks[0]}\n]){marks[0]}{{{len(marks)}}}(?!{marks[0]})[ \t]*+$", re.M
+        )
         for mark in islice(late.finditer(self.text, body, stop), 3):  # print(1)```
             code = self._inside(body, mark.start(), indent)
             if parses(code, self.effort):
@@ -280,7 +315,8 @@ class Scanner:
         return outdented(self.text[body:stop].removesuffix("\n"), indent)
 
     def _unclosed(self, fence: Part, body: int, indent: str) -> Part:
-        """A block without its end: made-up output, prose and special tokens after the code are not code."""
+        """A block without its end: made-up output, prose and special tokens after the code are not
+        code."""
         fence = replace(fence, closed=False)
         if parses(fence.text, self.effort):
             return fence
@@ -290,7 +326,11 @@ class Scanner:
         code = self.text[body : fence.end]
         for pattern in (MARK, CLOSE):
             mark = outside_strings(code, 0, len(code), pattern.finditer(code))
-            if mark is not None and mark.start() and parses(outdented(code[: mark.start()], indent), self.effort):
+            if (
+                mark is not None
+                and mark.start()
+                and parses(outdented(code[: mark.start()], indent), self.effort)
+            ):
                 text = outdented(code[: mark.start()].rstrip("\n"), indent)
                 return replace(fence, end=body + mark.start(), text=text)
         if self.cut and fence.end == len(self.text):

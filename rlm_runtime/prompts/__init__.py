@@ -1,7 +1,8 @@
 """Every word the runtime says to a model. Pure functions of plain arguments.
 
-`system` and `first_user` are the stable prefix of a conversation; everything later is appended. Nothing here holds
-text of the context beyond the preview it is given, nor times or token counts that would differ from run to run.
+`system` and `first_user` are the stable prefix of a conversation; everything later is appended.
+Nothing here holds text of the context beyond the preview it is given, nor times or token counts
+that would differ from run to run.
 """
 
 from types import ModuleType
@@ -62,5 +63,6 @@ __all__ = [
 
 
 def words_of(variant: str) -> ModuleType:
-    """The module that words the task, turns and reports (`first_user`, `next_context`, `cell_report`, `turn`)."""
+    """The module that words the task, turns and reports (`first_user`, `next_context`,
+    `cell_report`, `turn`)."""
     return native if variant == "native" else messages

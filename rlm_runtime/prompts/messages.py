@@ -1,4 +1,5 @@
-"""What is said after the system prompt: the task, turns, reports of cells, the last call, compaction, sub-calls."""
+"""What is said after the system prompt: the task, turns, reports of cells, the last call,
+compaction, sub-calls."""
 
 from __future__ import annotations
 
@@ -10,18 +11,24 @@ from typing import Any
 from rlm_runtime.prompts.system import fitting_chars
 from rlm_runtime.repl.base import CellResult
 
-SHOWN_VARIABLES = 16  # a report stays in the history for good: 40 of them double what a run of 50 turns sends
+# a report stays in the history for good: 40 of them double what a run of 50 turns sends
+SHOWN_VARIABLES = 16
 NO_QUESTION = (
     "No separate question was given: the task is stated in the context itself, most likely at its beginning or end. "
     "Find it first, then do it."
 )
 
 
-# -- the task -----------------------------------------------------------------------------------------------------------
+# -- the task --------------------------------------------------------------------------------------
 def first_user(
-    question: str | None, context: str, *, budget: Mapping[str, Any] | None = None, tips: str | None = None
+    question: str | None,
+    context: str,
+    *,
+    budget: Mapping[str, Any] | None = None,
+    tips: str | None = None,
 ) -> str:
-    """The task: the question, what the context is (`Context.describe`), the user's tips, what the run may use."""
+    """The task: the question, what the context is (`Context.describe`), the user's tips, what the
+    run may use."""
     parts = [f"Question: {question.strip()}" if question and question.strip() else NO_QUESTION]
     parts.append(f"`context` in the REPL:\n{fenced(context)}")
     if tips and tips.strip():
@@ -32,7 +39,8 @@ def first_user(
 
 
 def next_context(question: str | None, context: str, name: str) -> str:
-    """A session's next task: `name` is the new context's variable; everything in the REPL is still there."""
+    """A session's next task: `name` is the new context's variable; everything in the REPL is still
+    there."""
     task = f"Next question: {question.strip()}" if question and question.strip() else NO_QUESTION
     new = f"\n\n`{name}` in the REPL is new:\n{fenced(context)}" if context else ""
     return f"{task}{new}\n\nYour variables are still there, and `answer` is empty again."
@@ -49,7 +57,9 @@ _BUDGET_WORDS = {
 
 
 def _listed(amounts: Mapping[str, Any]) -> str:
-    return ", ".join(words.format(amounts[k]) for k, words in _BUDGET_WORDS.items() if amounts.get(k) is not None)
+    return ", ".join(
+        words.format(amounts[k]) for k, words in _BUDGET_WORDS.items() if amounts.get(k) is not None
+    )
 
 
 def turn(number: int, limit: int | None = None) -> str:
@@ -70,12 +80,14 @@ def remaining(amounts: Mapping[str, Any]) -> str:
     return f"Left for this run: {listed}." if listed else ""
 
 
-# -- cells --------------------------------------------------------------------------------------------------------------
+# -- cells -----------------------------------------------------------------------------------------
 def cell_report(results: Sequence[CellResult], *, skipped: int = 0) -> str:
-    """What the cells of a turn printed and did. Output stands in a fence that nothing inside it can close."""
+    """What the cells of a turn printed and did. Output stands in a fence that nothing inside it can
+    close."""
     many = len(results) + skipped > 1
     parts = [
-        _cell(result, f", block {i}" if many else "", last=i == len(results)) for i, result in enumerate(results, 1)
+        _cell(result, f", block {i}" if many else "", last=i == len(results))
+        for i, result in enumerate(results, 1)
     ]
     if skipped:
         which = "block was" if skipped == 1 else f"{skipped} blocks were"
@@ -97,9 +109,13 @@ def _cell(result: CellResult, which: str, *, last: bool) -> str:
         text = result.error.traceback.strip() or f"{result.error.type}: {result.error.message}"
         parts.append(f"The block failed:\n{fenced(text)}")
     elif result.status == "timeout":
-        parts.append("The block ran out of time and was stopped. Do less at once, or use a faster way.")
+        parts.append(
+            "The block ran out of time and was stopped. Do less at once, or use a faster way."
+        )
     elif result.status in ("killed", "crashed"):
-        parts.append("The block crashed the REPL." if result.status == "crashed" else "The block was killed.")
+        parts.append(
+            "The block crashed the REPL." if result.status == "crashed" else "The block was killed."
+        )
     if result.lost:
         parts.append(f"Lost: {result.lost.strip()}")
     if last and result.variables:
@@ -110,7 +126,8 @@ def _cell(result: CellResult, which: str, *, last: bool) -> str:
 
 
 def _variables(variables: Mapping[str, str]) -> str:
-    shown = [f"{name} ({what})" for name, what in list(variables.items())[-SHOWN_VARIABLES:]]  # the newest
+    # the newest
+    shown = [f"{name} ({what})" for name, what in list(variables.items())[-SHOWN_VARIABLES:]]
     more = len(variables) - len(shown)
     earlier = f", and {more} more, bound earlier (SHOW_VARS() lists them)" if more > 0 else ""
     return f"Variables: {', '.join(shown)}{earlier}."
@@ -127,7 +144,7 @@ def nudged(texts: Iterable[str]) -> str:
     return "\n\n".join(f"Note: {text}" for text in texts)
 
 
-# -- the answer ---------------------------------------------------------------------------------------------------------
+# -- the answer ------------------------------------------------------------------------------------
 def empty_answer() -> str:
     return (
         'answer["ready"] was set while answer["content"] is None, so nothing was handed in and `ready` is false again. '
@@ -161,7 +178,7 @@ def last_call(why: str, *, shape: str | None = None) -> str:
     )
 
 
-# -- compaction ---------------------------------------------------------------------------------------------------------
+# -- compaction ------------------------------------------------------------------------------------
 def compaction() -> str:
     """Asks for the summary that will stand in place of the conversation."""
     return (
@@ -190,7 +207,7 @@ def compacted(messages: int) -> str:
     )
 
 
-# -- sub-calls ----------------------------------------------------------------------------------------------------------
+# -- sub-calls -------------------------------------------------------------------------------------
 def sub_system(*, tools: bool = False) -> str:
     """For a model that answers one prompt of a cell."""
     use = " Use the tools you are given where the answer depends on them." if tools else ""
@@ -209,7 +226,8 @@ def sub_user(prompt: Any, question: str | None = None) -> str:
 
 
 def prompt_was_cut(model: str, read: int, sent: int, window: int) -> str:
-    """Told once to every node, and to the user: an endpoint that reads only part of a long prompt."""
+    """Told once to every node, and to the user: an endpoint that reads only part of a long
+    prompt."""
     return (
         f"Note: the endpoint of {model} read only {read:,} of at least {sent:,} tokens of a prompt: it cuts long prompts "
         f"without an error, so its answers to long prompts may be wrong. Keep each prompt under {fitting_chars(window):,} "

@@ -1,7 +1,9 @@
-"""The words for a small model that is trained for the runtime: a prompt of about a hundred tokens, short reports.
+"""The words for a small model that is trained for the runtime: a prompt of about a hundred tokens,
+short reports.
 
-The same names as in `messages`, for what differs; the system prompt is in `system`. Nothing is explained twice: such a model has learned the
-protocol from `rlm_runtime.training` data, and every token here is taken from a window of one or two thousand.
+The same names as in `messages`, for what differs; the system prompt is in `system`. Nothing is
+explained twice: such a model has learned the protocol from `rlm_runtime.training` data, and every
+token here is taken from a window of one or two thousand.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ OUTPUT_CHARS = 600  # of a cell: about a fifth of a window of 1,024 tokens
 
 
 def first_user(
-    question: str | None, context: str, *, budget: Mapping[str, Any] | None = None, tips: str | None = None
+    question: str | None,
+    context: str,
+    *,
+    budget: Mapping[str, Any] | None = None,
+    tips: str | None = None,
 ) -> str:
     """As `messages.first_user`; the budget is not told."""
     asked = question.strip() if question and question.strip() else "(in the context)"
@@ -33,7 +39,9 @@ def next_context(question: str | None, context: str, name: str) -> str:
 
 def cell_report(results: Sequence[CellResult], *, skipped: int = 0) -> str:
     """What the cells of a turn printed; of an error only its last line."""
-    return "\n".join(_cell(result) for result in results) + (f"\nNot run: {skipped} more." if skipped else "")
+    return "\n".join(_cell(result) for result in results) + (
+        f"\nNot run: {skipped} more." if skipped else ""
+    )
 
 
 def _cell(result: CellResult) -> str:
@@ -51,4 +59,8 @@ def _cell(result: CellResult) -> str:
 
 def turn(number: int, limit: int | None = None) -> str:
     """Said only before the last turn."""
-    return "Last turn: hand in the answer." if limit is not None and number == limit and limit > 1 else ""
+    return (
+        "Last turn: hand in the answer."
+        if limit is not None and number == limit and limit > 1
+        else ""
+    )

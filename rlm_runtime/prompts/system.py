@@ -1,4 +1,5 @@
-"""The system prompt of a model that leads a REPL: what it is, what it has, how to work, how to finish."""
+"""The system prompt of a model that leads a REPL: what it is, what it has, how to work, how to
+finish."""
 
 from __future__ import annotations
 
@@ -14,16 +15,17 @@ from rlm_runtime.repl.base import ToolInfo
 VARIANTS = ("default", "small", "qwen-coder", "native")
 Variant = Literal["default", "small", "qwen-coder", "native"]
 CHARS_PER_TOKEN = 3  # on the safe side: English prose has about 4, code and other languages fewer
-UNKNOWN_WINDOW = 16_000  # tokens, taken for a sub-model that does not say: some servers cut longer prompts silently
+# tokens, taken for a sub-model that does not say: some servers cut longer prompts silently
+UNKNOWN_WINDOW = 16_000
 
 
 @dataclass(frozen=True)
 class Helpers:
     """What exists in this node's REPL, and its bounds.
 
-    `sub_calls`: llm_query and llm_batch; `children`: rlm_query starts a worker with its own REPL. `sub_window`: tokens
-    the sub-model can hold (None: unknown). `models`: names `llm_query(model=...)` takes. `packages`: installed packages that cells may
-    import.
+    `sub_calls`: llm_query and llm_batch; `children`: rlm_query starts a worker with its own REPL.
+    `sub_window`: tokens the sub-model can hold (None: unknown). `models`: names
+    `llm_query(model=...)` takes. `packages`: installed packages that cells may import.
     """
 
     sub_calls: bool = True
@@ -43,7 +45,8 @@ class Helpers:
 
     @property
     def chunk_chars(self) -> int:
-        """What reads well in one sub-call: models lose details of prompts that fill their window."""
+        """What reads well in one sub-call: models lose details of prompts that fill their
+        window."""
         return min(_rounded(self.prompt_chars / 2), 200_000)
 
 
@@ -61,9 +64,9 @@ def system(
 ) -> str:
     """The system prompt.
 
-    `custom` replaces it; in it `{repl}`, `{limits}`, `{finish}` stand for the sections that depend on this REPL (what
-    is in it, its bounds, how to hand in an answer), and the rest is taken as it is. Raises UsageError for an unknown
-    variant.
+    `custom` replaces it; in it `{repl}`, `{limits}`, `{finish}` stand for the sections that depend
+    on this REPL (what is in it, its bounds, how to hand in an answer), and the rest is taken as it
+    is. Raises UsageError for an unknown variant.
     """
     helpers = helpers or Helpers()
     if variant not in VARIANTS:
@@ -76,10 +79,23 @@ def system(
             custom = custom.replace("{" + name + "}", text)
         return custom
     if variant == "small":
-        parts = [_SMALL_ROLE, sections["repl"], sections["limits"], _small_rules(helpers), sections["finish"]]
+        parts = [
+            _SMALL_ROLE,
+            sections["repl"],
+            sections["limits"],
+            _small_rules(helpers),
+            sections["finish"],
+        ]
         return "\n\n".join([*parts, _small_example(helpers), _DATA])
     frugal = (_frugal(helpers),) if variant == "qwen-coder" and helpers.sub_calls else ()
-    parts = [_ROLE, sections["repl"], sections["limits"], _work(helpers), *frugal, sections["finish"]]
+    parts = [
+        _ROLE,
+        sections["repl"],
+        sections["limits"],
+        _work(helpers),
+        *frugal,
+        sections["finish"],
+    ]
     return "\n\n".join([*parts, _examples(helpers), _DATA])
 
 
@@ -160,7 +176,11 @@ Do not write the output yourself. It comes in the next message. Variables stay b
 
 
 def _repl(helpers: Helpers) -> str:
-    lines = ["# What is in the REPL", "", "- `context`: the data. The first message says what it is and how large."]
+    lines = [
+        "# What is in the REPL",
+        "",
+        "- `context`: the data. The first message says what it is and how large.",
+    ]
     if helpers.sub_calls:
         unknown = " for sure (how much more is not known)"
         models = (
@@ -194,12 +214,18 @@ def _repl(helpers: Helpers) -> str:
         "- `SHOW_VARS()`: lists your variables.",
     ]
     if helpers.tools:
-        lines += ["", "Also available, given for this task; call them from your code:", describe_tools(helpers.tools)]
+        lines += [
+            "",
+            "Also available, given for this task; call them from your code:",
+            describe_tools(helpers.tools),
+        ]
     return "\n".join(lines)
 
 
 def _limits(helpers: Helpers) -> str:
-    calls = ", not counting the time it waits for calls" if helpers.sub_calls or helpers.tools else ""
+    calls = (
+        ", not counting the time it waits for calls" if helpers.sub_calls or helpers.tools else ""
+    )
     return (
         "# Limits\n\n"
         f"- Of each block's output you see at most {helpers.output_chars:,} characters, the beginning and the end. Print "
@@ -214,7 +240,9 @@ def _limits(helpers: Helpers) -> str:
 def _packages(helpers: Helpers) -> str:
     if not helpers.packages:
         return ""
-    return f" and these installed packages: {', '.join(helpers.packages)}; no others can be imported"
+    return (
+        f" and these installed packages: {', '.join(helpers.packages)}; no others can be imported"
+    )
 
 
 def _work(helpers: Helpers) -> str:
@@ -241,7 +269,11 @@ def _work(helpers: Helpers) -> str:
         ]
     steps += [
         "Verify before you finish: print the candidate, find the evidence for it in the context, recount another way, "
-        + ("look at failed calls and odd replies." if helpers.sub_calls else "check the borders of every slice."),
+        + (
+            "look at failed calls and odd replies."
+            if helpers.sub_calls
+            else "check the borders of every slice."
+        ),
         "When turns run short, hand in the best-supported answer rather than none.",
     ]
     return "# How to work\n\n" + "\n".join(f"{i}. {step}" for i, step in enumerate(steps, 1))

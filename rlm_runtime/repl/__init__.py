@@ -1,4 +1,5 @@
-"""The REPL: a worker process that runs the model's code, and its host, which believes nothing the worker says."""
+"""The REPL: a worker process that runs the model's code, and its host, which believes nothing the
+worker says."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from rlm_runtime.repl.base import Environment, Limits
 ENVIRONMENTS = ("local", "bubblewrap", "docker", "unconfined")
 
 
-def make(kind: str = "local", limits: Limits | None = None, policy=None, packages: tuple[str, ...] = ()) -> Environment:
-    """An environment that has not been started. Raises UsageError for an unknown kind or a package not installed."""
+def make(
+    kind: str = "local", limits: Limits | None = None, policy=None, packages: tuple[str, ...] = ()
+) -> Environment:
+    """An environment that has not been started. Raises UsageError for an unknown kind or a package
+    not installed."""
     from rlm_runtime.repl.sandbox import SandboxPolicy
 
     if kind in ("local", "unconfined"):

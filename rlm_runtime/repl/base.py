@@ -1,4 +1,5 @@
-"""What a REPL environment is to the turn loop. The local worker (default), bubblewrap and Docker are three of them."""
+"""What a REPL environment is to the turn loop. The local worker (default), bubblewrap and Docker
+are three of them."""
 
 from __future__ import annotations
 
@@ -14,14 +15,16 @@ from rlm_runtime.lms.base import Frozen
 class Limits(Frozen):
     """Bounds of one worker. Bytes unless the name says otherwise."""
 
-    cell_seconds: float = 120.0  # wall time of a cell without the time it waits for sub-calls; CPU time likewise
+    # wall time of a cell without the time it waits for sub-calls; CPU time likewise
+    cell_seconds: float = 120.0
     grace_seconds: float = 2.0  # between the soft interrupt and the kill
     start_seconds: float = 30.0
     memory: int = 2 << 30  # address space on top of what the context needs
     scratch: int = 256 << 20  # all files in the work folder together
     unpacked: int = 4 << 30  # a compressed context on disk, unpacked, beside the work folder
     output_chars: int = 20_000  # of stdout and of stderr handed to the root, head and tail
-    kept_chars: int = 5_000_000  # of a cell's output kept in the REPL for the model to look at later
+    # of a cell's output kept in the REPL for the model to look at later
+    kept_chars: int = 5_000_000
     frame: int = 64 << 20  # one message from the worker
     requests: int = 100_000  # sub-call requests one cell may make (a batch counts its prompts)
 
@@ -30,8 +33,10 @@ class SandboxReport(Frozen):
     """Which layers are active in this worker, as the worker and the host found them."""
 
     environment: str  # local | bubblewrap | docker | unconfined
-    layers: dict[str, str]  # "landlock": "active (ABI 7: files, TCP, signals)", "seccomp": "missing: ..."
-    missing: tuple[str, ...] = ()  # required layers that are not active (non-empty only with an explicit opt-out)
+    # "landlock": "active (ABI 7: files, TCP, signals)", "seccomp": "missing: ..."
+    layers: dict[str, str]
+    # required layers that are not active (non-empty only with an explicit opt-out)
+    missing: tuple[str, ...] = ()
 
     def line(self) -> str:
         """One line for a terminal or a log."""
@@ -59,18 +64,22 @@ class CellResult(Frozen):
     stderr_chars: int = 0
     error: CellError | None = None
     answer: Answer = Answer()
-    variables: dict[str, str] = Field(default_factory=dict)  # names the user code bound -> "list, 12 items"; bounded
-    lost: str | None = None  # set when the worker was restarted: one sentence for the model on what is gone
+    # names the user code bound -> "list, 12 items"; bounded
+    variables: dict[str, str] = Field(default_factory=dict)
+    # set when the worker was restarted: one sentence for the model on what is gone
+    lost: str | None = None
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
     waited_seconds: float = 0.0  # of the wall time, spent waiting for sub-calls
 
 
 class Request(Frozen):
-    """What a cell asks of the host. Arguments are schema-checked by the host before the handler sees them."""
+    """What a cell asks of the host. Arguments are schema-checked by the host before the handler
+    sees them."""
 
     method: Literal["llm", "rlm", "tool"]
-    prompts: tuple[Any, ...] = ()  # llm, rlm: one entry a call, each a str or a JSON value (the child's context)
+    # llm, rlm: one entry a call, each a str or a JSON value (the child's context)
+    prompts: tuple[Any, ...] = ()
     batch: bool = False  # llm_batch / rlm_batch rather than a single call
     model: str | None = None  # llm: which of the allowed sub-models
     schema_: dict[str, Any] | None = None  # structured reply
@@ -81,18 +90,22 @@ class Request(Frozen):
 
 
 class Outcome(Frozen):
-    """One call's result. In the REPL an error in a batch is a `CallError` in its place, a lone one is raised."""
+    """One call's result. In the REPL an error in a batch is a `CallError` in its place, a lone one
+    is raised."""
 
     value: Any = None  # JSON
     error: str | None = None
-    kind: str | None = None  # of the error: budget | auth | timeout | ... (LMError.kind), "tool", "refused"
+    # of the error: budget | auth | timeout | ... (LMError.kind), "tool", "refused"
+    kind: str | None = None
 
 
-Handler = Callable[[Request], Awaitable[list[Outcome]]]  # as many outcomes as prompts (1 for a tool); never raises
+# as many outcomes as prompts (1 for a tool); never raises
+Handler = Callable[[Request], Awaitable[list[Outcome]]]
 
 
 class ToolInfo(Frozen):
-    """A user tool as the REPL shows it: a function of this name that asks the host, or a plain JSON value."""
+    """A user tool as the REPL shows it: a function of this name that asks the host, or a plain JSON
+    value."""
 
     name: str
     description: str = ""
@@ -101,26 +114,30 @@ class ToolInfo(Frozen):
 
 
 class Environment(Protocol):
-    """One REPL. `run` calls are serial. Everything coming out of the worker is treated as hostile."""
+    """One REPL. `run` calls are serial. Everything coming out of the worker is treated as
+    hostile."""
 
     report: SandboxReport | None  # after start
 
     async def start(self, context: Context, tools: tuple[ToolInfo, ...] = ()) -> SandboxReport:
-        """Start the worker and bind `context`. Raises SandboxError (a required layer missing, no start in time)."""
+        """Start the worker and bind `context`. Raises SandboxError (a required layer missing, no
+        start in time)."""
         ...
 
     async def run(self, code: str, handler: Handler) -> CellResult:
-        """Run one cell. Never raises for anything the cell does: a dead worker is restarted, the context reloaded,
-        and the result says what was lost. Cancelling the task interrupts the cell."""
+        """Run one cell. Never raises for anything the cell does: a dead worker is restarted, the
+        context reloaded, and the result says what was lost. Cancelling the task interrupts the
+        cell."""
         ...
 
     async def bind(self, name: str, value: Any) -> None:
-        """Bind a JSON value in the REPL (the compacted `history`, a session's next context `context_1`, ...).
-        Bound values are restored after a restart."""
+        """Bind a JSON value in the REPL (the compacted `history`, a session's next context
+        `context_1`, ...). Bound values are restored after a restart."""
         ...
 
     async def rebind_context(self, context: Context, name: str = "context") -> None:
-        """Load another context under `name` (sessions: context_1, context_2, ...); restored after a restart."""
+        """Load another context under `name` (sessions: context_1, context_2, ...); restored after a
+        restart."""
         ...
 
     async def reset_answer(self) -> None:

@@ -1,4 +1,5 @@
-"""The local worker inside bubblewrap: its own mounts, processes and network around the locks it puts on itself."""
+"""The local worker inside bubblewrap: its own mounts, processes and network around the locks it
+puts on itself."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from rlm_runtime.repl.local import python_argv
 from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.workdir import WorkDir
 
-SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")  # programs and libraries of the system; links stay links
+# programs and libraries of the system; links stay links
+SYSTEM = ("/usr", "/lib", "/lib64", "/lib32", "/bin")
 NAMESPACES = {"mnt": "mounts", "pid": "processes", "net": "network", "ipc": "IPC"}
 
 
 class BubblewrapEnvironment(HostedEnvironment):
-    """All layers of the local environment are required inside as well. Needs `bwrap` and user namespaces."""
+    """All layers of the local environment are required inside as well. Needs `bwrap` and user
+    namespaces."""
 
     kind = "bubblewrap"
     required = ("namespaces", *sandbox.LAYERS)
@@ -34,18 +37,34 @@ class BubblewrapEnvironment(HostedEnvironment):
             )
         front = [os.path.abspath(bwrap), *self.arguments(folder), "--"]
         python = python_argv(os.path.realpath(sys.executable))
-        return Launch(lambda fd: [*front, *python, str(fd)], sandbox.environment(str(folder.scratch)))
+        return Launch(
+            lambda fd: [*front, *python, str(fd)], sandbox.environment(str(folder.scratch))
+        )
 
     def arguments(self, folder: WorkDir) -> list[str]:
-        """Options of bwrap: nothing but the system's libraries, Python, and this worker's own folders is there."""
+        """Options of bwrap: nothing but the system's libraries, Python, and this worker's own
+        folders is there."""
         args = ["--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "rlm"]
         for path in SYSTEM:
             if os.path.islink(path):
                 args += ["--symlink", os.readlink(path), path]
             elif os.path.isdir(path):
                 args += ["--ro-bind", path, path]
-        args += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
-        read = [sys.base_prefix, sys.base_exec_prefix, os.path.dirname(os.path.realpath(sys.executable)), str(WORKER)]
+        args += [
+            "--ro-bind-try",
+            "/etc/ld.so.cache",
+            "/etc/ld.so.cache",
+            "--proc",
+            "/proc",
+            "--dev",
+            "/dev",
+        ]
+        read = [
+            sys.base_prefix,
+            sys.base_exec_prefix,
+            os.path.dirname(os.path.realpath(sys.executable)),
+            str(WORKER),
+        ]
         read += self._packages.paths
         read += [str(path) for payload in self._payloads.values() for path in payload.paths]
         read += [str(folder.inbox), str(folder.canary)]
@@ -61,7 +80,9 @@ class BubblewrapEnvironment(HostedEnvironment):
         shared = []
         for name, what in NAMESPACES.items():
             try:
-                if os.readlink(f"/proc/{process.worker_pid}/ns/{name}") == os.readlink(f"/proc/self/ns/{name}"):
+                if os.readlink(f"/proc/{process.worker_pid}/ns/{name}") == os.readlink(
+                    f"/proc/self/ns/{name}"
+                ):
                     shared.append(what)
             except OSError:
                 shared.append(f"{what} (cannot be seen)")

@@ -1,4 +1,5 @@
-"""One cell on its way: the requests it makes, the clocks it runs against, how it is interrupted and how it ends."""
+"""One cell on its way: the requests it makes, the clocks it runs against, how it is interrupted and
+how it ends."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class Cell:
         self._tools, self._kill_outside = tools, kill_outside
         self.started, self._cpu = time.monotonic(), process.cpu()
         self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
-        self.interrupted = self._again = 0.0  # when the first interrupt was sent; when the next one is
+        # when the first interrupt was sent; when the next one is
+        self.interrupted = self._again = 0.0
         self.reason = ""
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
@@ -59,15 +61,18 @@ class Cell:
         self._encoding = asyncio.Lock()
         self._waiting = self._held = 0  # requests under way, their bytes
         self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those not in it began
-        self._main_waits = True  # the cell's main thread waits while calls are under way, as far as is known
-        self._asked_main = self._asked_again = 0.0  # when the worker was asked, first and last; 0: it has answered
+        # the cell's main thread waits while calls are under way, as far as is known
+        self._main_waits = True
+        # when the worker was asked, first and last; 0: it has answered
+        self._asked_main = self._asked_again = 0.0
         self._files = Watch(folder.scratch, limits.scratch, policy.files)
         self._next_look = self._urgent_look = 0.0
 
     # -- what it asks for
 
     def has_room(self) -> bool:
-        """Whether another frame may be read; one that may not waits in the worker's end of the channel."""
+        """Whether another frame may be read; one that may not waits in the worker's end of the
+        channel."""
         unsent = self.process.unsent
         if not self._waiting and not unsent:
             return True
@@ -86,9 +91,11 @@ class Cell:
             self._asked_main = 0.0
             self._note_main(message.get("waits") is True)
         elif kind == "broken":
-            if self._last:  # it has begun, or it could not have asked for anything: it is not to be run again
+            # it has begun, or it could not have asked for anything: it is not to be run again
+            if self._last:
                 raise wire.Bad("a cell that had begun")
-            self.outcome.set_result(End(broken=True))  # its reasons are a worker's, not to be told in our words
+            # its reasons are a worker's, not to be told in our words
+            self.outcome.set_result(End(broken=True))
         else:
             return self._on_request(message, size)
         return True
@@ -100,7 +107,11 @@ class Cell:
         self._last = number
         self._asked += calls
         if self._asked > self._limits.requests:
-            self._refuse(number, calls, f"one cell can make {self._limits.requests:,} calls, and this one has")
+            self._refuse(
+                number,
+                calls,
+                f"one cell can make {self._limits.requests:,} calls, and this one has",
+            )
             return True
         request = wire.request_of(message)
         if self.interrupted:
@@ -125,10 +136,14 @@ class Cell:
                 said = f"the handler gave {len(outcomes)} outcomes for {calls} calls"
                 outcomes = [Outcome(error=said, kind="server")] * calls
             await self._answer_beside(number, outcomes)
-        except Exception as error:  # a handler never raises; if one does, the cell is told and the run goes on
+        # a handler never raises; if one does, the cell is told and the run goes on
+        except Exception as error:
             kind = getattr(error, "kind", None)
             said = f"{type(error).__name__}: {error}"
-            self._answer(number, [Outcome(error=said, kind=kind if isinstance(kind, str) else "server")] * calls)
+            self._answer(
+                number,
+                [Outcome(error=said, kind=kind if isinstance(kind, str) else "server")] * calls,
+            )
         except asyncio.CancelledError:  # a thread of the cell may wait for it even so
             self._refuse(number, calls, f"the cell was interrupted: {self.reason or 'it is over'}")
             raise
@@ -140,14 +155,17 @@ class Cell:
             self.process.resume_reading()
 
     def _refuse(self, number: int, calls: int, why: str) -> None:
-        self._answer(number, [Outcome(error=why, kind="refused")] * (1 if calls > ONE_FOR_ALL else calls))
+        self._answer(
+            number, [Outcome(error=why, kind="refused")] * (1 if calls > ONE_FOR_ALL else calls)
+        )
 
     def _answer(self, number: int, outcomes: list[Outcome]) -> None:
         if not self.outcome.done():
             self.process.send_encoded(self._encoded(number, outcomes))
 
     async def _answer_beside(self, number: int, outcomes: list[Outcome]) -> None:
-        """The same, where the answer is long written on a thread; one at a time, or nothing else would get one."""
+        """The same, where the answer is long written on a thread; one at a time, or nothing else
+        would get one."""
         if size_of([o.value for o in outcomes]) <= INLINE:
             return self._answer(number, outcomes)
         async with self._encoding:
@@ -157,18 +175,22 @@ class Cell:
                     self.process.send_encoded(message)
 
     def _encoded(self, number: int, outcomes: list[Outcome]) -> bytes:
-        said = [{"v": o.value} if o.error is None else {"e": o.error, "k": o.kind} for o in outcomes]
+        said = [
+            {"v": o.value} if o.error is None else {"e": o.error, "k": o.kind} for o in outcomes
+        ]
         message = {"t": "reply", "cell": self.id, "id": number, "outcomes": said}
         try:
             return wire.encode(message)
-        except (TypeError, ValueError, RecursionError) as error:  # a value that is no JSON: a tool's, most likely
+        # a value that is no JSON: a tool's, most likely
+        except (TypeError, ValueError, RecursionError) as error:
             problem = {"e": f"the answer is not JSON: {error}", "k": "server"}
             return wire.encode(message | {"outcomes": [problem] * len(said)})
 
     # -- its clocks
 
     def waited(self, now: float) -> float:
-        """Seconds it spent waiting for calls: one open in a thread is no wait where the main thread goes on."""
+        """Seconds it spent waiting for calls: one open in a thread is no wait where the main thread
+        goes on."""
         return self._waited + (now - self._since if self._waiting and self._main_waits else 0.0)
 
     def _note_main(self, waits: bool) -> None:
@@ -178,7 +200,8 @@ class Cell:
         self._since, self._main_waits = now, waits
 
     def _ask_main(self, now: float) -> None:
-        """Ask the worker whether its main thread waits, too. One that does not answer, though it could, does not."""
+        """Ask the worker whether its main thread waits, too. One that does not answer, though it
+        could, does not."""
         if not self._asked_main or now - self._asked_again > UNANSWERED / 4:
             self._asked_main, self._asked_again = self._asked_main or now, now
             self.process.send({"t": "look", "id": self.id})
@@ -224,12 +247,15 @@ class Cell:
             if now >= self._again:
                 self.interrupt(self.reason)
         elif now - self.started - self.waited(now) > limits.cell_seconds:
-            self.interrupt(f"it ran for more than {limits.cell_seconds:g} s (waiting for calls not counted)")
+            self.interrupt(
+                f"it ran for more than {limits.cell_seconds:g} s (waiting for calls not counted)"
+            )
         elif process.cpu() - self._cpu > limits.cell_seconds:
             self.interrupt(f"it used more than {limits.cell_seconds:g} s of CPU time")
 
     async def _look_at_files(self) -> None:
-        """From time to time; at once where the disk has filled up by what is allowed, and with the worker held then."""
+        """From time to time; at once where the disk has filled up by what is allowed, and with the
+        worker held then."""
         now = time.monotonic()
         urgent = not self._files.glance() and now >= self._urgent_look
         if self.outcome.done() or not (urgent or now >= self._next_look):
@@ -252,7 +278,9 @@ class Cell:
     async def wrong_with_files(self) -> str | None:
         """What is too much in its work folder, or held without a name there."""
         began = time.monotonic()
-        wrong = await asyncio.to_thread(self._files.look, self.process.worker_pid or self.process.pid)
+        wrong = await asyncio.to_thread(
+            self._files.look, self.process.worker_pid or self.process.pid
+        )
         now = time.monotonic()
         self._urgent_look = now + (now - began)  # somebody else may be filling the disk
         self._next_look = now + 10 * (now - began)  # looking takes a tenth of the time at most
@@ -267,7 +295,9 @@ class Cell:
             self.interrupted, self.reason = time.monotonic(), reason
         for task in self._tasks:
             task.cancel()
-        self.process.send({"t": "interrupt", "id": self.id, "why": f"the cell was interrupted: {reason}"})
+        self.process.send(
+            {"t": "interrupt", "id": self.id, "why": f"the cell was interrupted: {reason}"}
+        )
 
     def kill(self, reason: str) -> None:
         """End it with its worker."""

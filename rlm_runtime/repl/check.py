@@ -1,4 +1,5 @@
-"""Which layers of the sandbox are active on this machine: `python -m rlm_runtime.repl.check [ENVIRONMENT]`."""
+"""Which layers of the sandbox are active on this machine: `python -m rlm_runtime.repl.check
+[ENVIRONMENT]`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from rlm_runtime.repl.base import SandboxReport
 
 
 async def check(kind: str = "local", **options) -> SandboxReport:
-    """Start a worker, see what it is locked in by, end it. Raises SandboxError for a required layer that is missing."""
+    """Start a worker, see what it is locked in by, end it. Raises SandboxError for a required layer
+    that is missing."""
     environment = make(kind, **options)
     try:
         return await environment.start(Context.of("a trial"))

@@ -1,5 +1,6 @@
-"""The worker in a Docker container: no network, read-only, no capabilities, bounded memory. It is spoken to over the
-standard streams of `docker run`, and still locks itself in as far as the container lets it."""
+"""The worker in a Docker container: no network, read-only, no capabilities, bounded memory. It is
+spoken to over the standard streams of `docker run`, and still locks itself in as far as the
+container lets it."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ OVERHEAD = 256 << 20  # bytes of memory besides what a cell may use
 
 
 class DockerEnvironment(HostedEnvironment):
-    """`image`: one with Python 3.11 or newer as `python`. `packages`: top-level names of packages installed in it.
+    """`image`: one with Python 3.11 or newer as `python`. `packages`: top-level names of packages
+    installed in it.
 
-    The container does what Landlock, seccomp and dropped privileges do elsewhere, so these are reported but not required.
+    The container does what Landlock, seccomp and dropped privileges do elsewhere, so these are
+    reported but not required.
     """
 
     kind = "docker"
@@ -54,7 +57,9 @@ class DockerEnvironment(HostedEnvironment):
         super().__init__(limits, policy, (), temp_dir=temp_dir)
         wrong = [name for name in packages if not re.fullmatch(r"[A-Za-z_]\w*", name)]
         if wrong:
-            raise UsageError(f"packages: {wrong[0]!r} is no name that can be imported; in an image those are meant.")
+            raise UsageError(
+                f"packages: {wrong[0]!r} is no name that can be imported; in an image those are meant."
+            )
         self._packages = Allowed(tops=tuple(packages))
         self._image, self._docker, self._name = image, docker, ""
 
@@ -77,18 +82,46 @@ class DockerEnvironment(HostedEnvironment):
         memory = limits.memory + OVERHEAD + sum(p.memory for p in self._payloads.values())
         tmpfs = f"{ROOT}/scratch:rw,nosuid,nodev,noexec,size={limits.scratch},nr_inodes={self.policy.files}"
         args = [  # it starts in the scratch, which is as new as the container
-            "run", "--rm", "--interactive", "--name", self._name, "--network", "none", "--ipc", "none", "--read-only",
-            "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", str(self.policy.threads),
-            "--memory", str(memory), "--memory-swap", str(memory), "--log-driver", "none", "--user", owner,
-            "--tmpfs", f"{tmpfs},mode=0700,uid={os.getuid()},gid={os.getgid()}", "--workdir", f"{ROOT}/scratch",
-        ]  # fmt: skip
+            "run",
+            "--rm",
+            "--interactive",
+            "--name",
+            self._name,
+            "--network",
+            "none",
+            "--ipc",
+            "none",
+            "--read-only",
+            "--cap-drop",
+            "ALL",
+            "--security-opt",
+            "no-new-privileges",
+            "--pids-limit",
+            str(self.policy.threads),
+            "--memory",
+            str(memory),
+            "--memory-swap",
+            str(memory),
+            "--log-driver",
+            "none",
+            "--user",
+            owner,
+            "--tmpfs",
+            f"{tmpfs},mode=0700,uid={os.getuid()},gid={os.getgid()}",
+            "--workdir",
+            f"{ROOT}/scratch",
+        ]
         mounts = {
             str(WORKER): f"{ROOT}/worker",
             str(folder.inbox): f"{ROOT}/inbox",
             str(folder.canary): f"{ROOT}/canary",
         }
         for payload in self._payloads.values():
-            mounts |= {str(path): self._inside(path) for path in payload.paths if not path.is_relative_to(folder.root)}
+            mounts |= {
+                str(path): self._inside(path)
+                for path in payload.paths
+                if not path.is_relative_to(folder.root)
+            }
         for source, target in mounts.items():
             args += ["--mount", _mount(source, target) + ",readonly"]
         args += ["--mount", _mount(str(folder.said), f"{ROOT}/said")]
@@ -122,7 +155,9 @@ class DockerEnvironment(HostedEnvironment):
         return [*sandbox.environment(view["scratch"])]
 
     def _packages_inside(self) -> dict[str, list[str]]:
-        return self._packages.message() | {"sites": ["site-packages"] if self._packages.tops else []}
+        return self._packages.message() | {
+            "sites": ["site-packages"] if self._packages.tops else []
+        }
 
     def _outer_layers(self, process: Process) -> dict[str, str]:
         return {"container": f"active ({self._image}, no network, read-only, no capabilities)"}
@@ -141,5 +176,7 @@ class DockerEnvironment(HostedEnvironment):
 
 def _mount(source: str, target: str) -> str:
     if "," in source or '"' in source:
-        raise UsageError(f"environment='docker' cannot mount {source!r}: its path holds a comma or a quote.")
+        raise UsageError(
+            f"environment='docker' cannot mount {source!r}: its path holds a comma or a quote."
+        )
     return f"type=bind,source={source},target={target}"

@@ -1,5 +1,5 @@
-"""The host's side of a REPL: cells, sub-call requests, clocks, limits, restarts. How the process is started is left to
-the environments (`local`, `bubblewrap`, `docker`)."""
+"""The host's side of a REPL: cells, sub-call requests, clocks, limits, restarts. How the process is
+started is left to the environments (`local`, `bubblewrap`, `docker`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from rlm_runtime.context import Context, Payload
 from rlm_runtime.errors import ContextError, SandboxError, UsageError
 from rlm_runtime.repl import packages as package_list
 from rlm_runtime.repl import sandbox, wire
-from rlm_runtime.repl.base import Answer, CellError, CellResult, Handler, Limits, SandboxReport, ToolInfo
+from rlm_runtime.repl.base import (
+    Answer,
+    CellError,
+    CellResult,
+    Handler,
+    Limits,
+    SandboxReport,
+    ToolInfo,
+)
 from rlm_runtime.repl.cell import Cell, End
 from rlm_runtime.repl.linking import linked_into
 from rlm_runtime.repl.process import Launch, Process
@@ -43,19 +51,23 @@ HELPERS = frozenset(
         "outputs",
     ]
 )
-BAD_FRAMES, BAD_BYTES = 200, 1 << 20  # a worker may send before it is ended; so many bytes count for one more
+# a worker may send before it is ended; so many bytes count for one more
+BAD_FRAMES, BAD_BYTES = 200, 1 << 20
 STALE_FRAMES, STALE_BYTES = 100_000, 1 << 11  # of earlier cells, or of none
-OTHER_TEMP = ("/var/tmp", "/tmp", "/dev/shm")  # for the work folder, where the context contains the usual place
+# for the work folder, where the context contains the usual place
+OTHER_TEMP = ("/var/tmp", "/tmp", "/dev/shm")
 THREAD_ENDS = 20  # hundredths of a second for a thread that has been joined to be gone
 START_TRIES = 3  # of a worker that is killed while it starts
 
 
 class _Killed(SandboxError):
-    """A worker was killed by a signal while it started: by chance or by somebody, so another try is worth it."""
+    """A worker was killed by a signal while it started: by chance or by somebody, so another try is
+    worth it."""
 
 
 class _NotLoaded(Exception):
-    """A worker in which cells have run did not take a context: its fault, until a fresh one says the same."""
+    """A worker in which cells have run did not take a context: its fault, until a fresh one says
+    the same."""
 
 
 class _Nuisance:
@@ -84,7 +96,8 @@ class HostedEnvironment:
         *,
         temp_dir: str | None = None,
     ):
-        """`packages`: installed distributions the cells may import. Raises UsageError for one that is not installed."""
+        """`packages`: installed distributions the cells may import. Raises UsageError for one that
+        is not installed."""
         self.limits, self.policy = limits, policy
         self.report: SandboxReport | None = None
         self._packages = package_list.resolve(packages)
@@ -139,8 +152,10 @@ class HostedEnvironment:
         return self._packages.message()
 
     confine = True
-    scrub = False  # the worker's environment is not ours to choose: it removes what nobody asked for itself
-    overlap = True  # contexts are written while the process starts; False where they must be there before
+    # the worker's environment is not ours to choose: it removes what nobody asked for itself
+    scrub = False
+    # contexts are written while the process starts; False where they must be there before
+    overlap = True
     parent: int | None = None  # the process whose end is the worker's
 
     def _kill_command(self) -> list[str] | None:
@@ -158,10 +173,13 @@ class HostedEnvironment:
     # -- start
 
     async def start(self, context: Context, tools: tuple[ToolInfo, ...] = ()) -> SandboxReport:
-        """Start the worker and bind `context`. Raises SandboxError, ContextError, UsageError (a tool's name)."""
+        """Start the worker and bind `context`. Raises SandboxError, ContextError, UsageError (a
+        tool's name)."""
         async with self._lock:
             if self._started:
-                raise UsageError("This environment has been started already; make another one for another run.")
+                raise UsageError(
+                    "This environment has been started already; make another one for another run."
+                )
             for tool in tools:
                 _check_name(tool.name, "a tool")
             self._started, self._tools = True, tuple(tools)
@@ -219,7 +237,8 @@ class HostedEnvironment:
         self._raw = {}
 
     async def _make_folder(self) -> WorkDir:
-        """The work folder, outside of every folder the worker may read. Raises OSError, ContextError."""
+        """The work folder, outside of every folder the worker may read. Raises OSError,
+        ContextError."""
         first = self._temp_dir or tempfile.gettempdir()
         for parent in (first,) if self._temp_dir else (first, *OTHER_TEMP):
             if any(_contains(context, parent) for context in self._contexts.values()):
@@ -233,17 +252,24 @@ class HostedEnvironment:
         raise _around(next(c for c in self._contexts.values() if _contains(c, first)), first)
 
     async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
-        """Start the process, greet it, wait until it has locked itself in, and look whether it has."""
+        """Start the process, greet it, wait until it has locked itself in, and look whether it
+        has."""
         loop, limits = asyncio.get_running_loop(), self.limits
         try:
-            process = await Process.start(launch, frame=limits.frame, raw=max(limits.output_chars, 1000))
+            process = await Process.start(
+                launch, frame=limits.frame, raw=max(limits.output_chars, 1000)
+            )
         except OSError as error:
-            raise SandboxError(f"The REPL's worker cannot be started: {error}. {self._explain('')}") from None
+            raise SandboxError(
+                f"The REPL's worker cannot be started: {error}. {self._explain('')}"
+            ) from None
         self._process = self._resources.process = process
         self._resources.command = self._kill_command()
         self._ready, self._nuisance = loop.create_future(), _Nuisance()
         me = weakref.ref(self)  # a forgotten environment is collected, and its worker with it
-        process.on_frame = lambda message, size: (env := me()) and env._on_frame(process, message, size)
+        process.on_frame = lambda message, size: (
+            (env := me()) and env._on_frame(process, message, size)
+        )
         process.on_end = lambda: (env := me()) and env._on_end(process)
         process.gate = lambda: (env := me()) is None or env._has_room()
         try:
@@ -251,13 +277,18 @@ class HostedEnvironment:
             process.resume_reading()
             folder = self._resources.folder
             process.send(self._hello(folder, launch))
-            done, _ = await asyncio.wait({self._ready, process.ended}, timeout=limits.start_seconds,
-                                         return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
+            done, _ = await asyncio.wait(
+                {self._ready, process.ended},
+                timeout=limits.start_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
             if self._ready not in done:
                 process.kill()
                 stderr = process.take_raw()["stderr"][0]
                 how = (
-                    f"ended ({process.how_it_ended()})" if done else f"was not ready within {limits.start_seconds:g} s"
+                    f"ended ({process.how_it_ended()})"
+                    if done
+                    else f"was not ready within {limits.start_seconds:g} s"
                 )
                 kind = _Killed if done and process.popen.returncode < 0 else SandboxError
                 raise kind(f"The REPL's worker {how}. {self._explain(stderr)}")
@@ -267,7 +298,9 @@ class HostedEnvironment:
             layers = self._outer_layers(process) | layers
             self.report = sandbox.report(self.kind, layers, self.policy, self.required, self.report)
             if problem is not None:
-                raise SandboxError(f"The REPL's work folder {self._resources.folder.scratch}: {problem}")
+                raise SandboxError(
+                    f"The REPL's work folder {self._resources.folder.scratch}: {problem}"
+                )
         finally:
             self._ready = None
         process.take_raw()
@@ -280,18 +313,27 @@ class HostedEnvironment:
         return {
             "t": "hello",
             "limits": {
-                "output_chars": limits.output_chars, "kept_chars": limits.kept_chars, "memory": limits.memory,
+                "output_chars": limits.output_chars,
+                "kept_chars": limits.kept_chars,
+                "memory": limits.memory,
                 "frame": limits.frame,
             },
             "mirror": {"path": view["said"], "size": MIRROR},
             "tools": [t.model_dump() for t in self._tools],
             "packages": self._packages_inside(),
-            "confine": view | {
-                "confine": self.confine, "parent": self.parent, "environment": [*environment, "LC_CTYPE", "PWD"],
-                "memory": limits.memory + need, "file_size": limits.scratch, "files": policy.descriptors,
-                "read": read, "scrub": self.scrub, "packages": self._packages_inside(),
+            "confine": view
+            | {
+                "confine": self.confine,
+                "parent": self.parent,
+                "environment": [*environment, "LC_CTYPE", "PWD"],
+                "memory": limits.memory + need,
+                "file_size": limits.scratch,
+                "files": policy.descriptors,
+                "read": read,
+                "scrub": self.scrub,
+                "packages": self._packages_inside(),
             },
-        }  # fmt: skip
+        }
 
     async def _make_payloads(self, folder: WorkDir) -> None:
         for name, context in self._contexts.items():
@@ -317,8 +359,9 @@ class HostedEnvironment:
     async def _load(self, name: str) -> None:
         """Have the worker bind a context. A file travels as an open descriptor where it can.
 
-        What a worker says of a context counts only before its first cell: afterwards it may be a thread of an earlier
-        cell that answers, or one may have left no descriptor to take. Raises _NotLoaded then, whatever was said.
+        What a worker says of a context counts only before its first cell: afterwards it may be a
+        thread of an earlier cell that answers, or one may have left no descriptor to take. Raises
+        _NotLoaded then, whatever was said.
         """
         payload, process = self._payloads[name], self._process
         fd = None
@@ -328,19 +371,27 @@ class HostedEnvironment:
             except OSError as error:
                 raise ContextError(f"The context cannot be read: {error}") from None
         load = {
-            "t": "load", "id": secrets.token_hex(16), "name": name, "mode": payload.mode, "args": self._arguments(payload),
-            "path": None if payload.path is None else self._inside(payload.path), "fd": fd is not None,
-        }  # fmt: skip
+            "t": "load",
+            "id": secrets.token_hex(16),
+            "name": name,
+            "mode": payload.mode,
+            "args": self._arguments(payload),
+            "path": None if payload.path is None else self._inside(payload.path),
+            "fd": fd is not None,
+        }
         future = asyncio.get_running_loop().create_future()
         self._reply = load["id"], future
-        patience = self.limits.start_seconds / (3 if self._used else 1)  # a used one can be replaced
+        # a used one can be replaced
+        patience = self.limits.start_seconds / (3 if self._used else 1)
         seconds = patience + payload.bytes / 1e7
         self._nuisance = _Nuisance()
         try:
             process.go()
             process.send(load, fd)
             process.resume_reading()
-            done, _ = await asyncio.wait({future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                {future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             self._reply = None
             if self._used:
@@ -348,13 +399,21 @@ class HostedEnvironment:
         if self._used and (future not in done or future.result() is not None):
             raise _NotLoaded
         if future not in done:
-            how = f"ended ({process.how_it_ended()})" if done else f"was not done within {seconds:.0f} s"
+            how = (
+                f"ended ({process.how_it_ended()})"
+                if done
+                else f"was not done within {seconds:.0f} s"
+            )
             killed = bool(done) and process.popen.returncode < 0 and not process.killed
             await self._drop_worker()
             kind = _Killed if killed else SandboxError
-            raise kind(f"The REPL's worker {how} while it loaded `{name}` ({payload.bytes:,} bytes).")
+            raise kind(
+                f"The REPL's worker {how} while it loaded `{name}` ({payload.bytes:,} bytes)."
+            )
         if future.result() is not None:
-            raise ContextError(f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}")
+            raise ContextError(
+                f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}"
+            )
 
     def _arguments(self, payload: Payload) -> dict[str, Any]:
         files = payload.args.get("files")
@@ -369,7 +428,8 @@ class HostedEnvironment:
         await self._ensure()
 
     async def _load_later(self, name: str) -> None:
-        """Bind a context in a worker that may have run cells: in another one where those have left it unfit."""
+        """Bind a context in a worker that may have run cells: in another one where those have left
+        it unfit."""
         if self._used and await self._left_threads():
             return await self._replace("An earlier cell had left threads running.")
         self._process.allow_memory(_need(self._payloads[name]))
@@ -379,7 +439,8 @@ class HostedEnvironment:
             await self._replace("An earlier cell had left the REPL unable to take another text.")
 
     async def _left_threads(self) -> bool:
-        """Whether a thread of an earlier cell is there to take or answer what the host says to the worker."""
+        """Whether a thread of an earlier cell is there to take or answer what the host says to the
+        worker."""
         process = self._process
         try:
             process.go()
@@ -412,11 +473,15 @@ class HostedEnvironment:
     async def _ensure(self) -> None:
         """A worker is there; started anew where the last one is gone."""
         if not self._started or self._closed:
-            raise SandboxError("The REPL is not running: start() comes first, and nothing after aclose().")
+            raise SandboxError(
+                "The REPL is not running: start() comes first, and nothing after aclose()."
+            )
         process = self._process
         if process is not None and (process.killed or process.ended.done()):
             await process.close()
-            self._lost = self._lost or self._loss(f"The worker ended between two cells ({process.how_it_ended()}).")
+            self._lost = self._lost or self._loss(
+                f"The worker ended between two cells ({process.how_it_ended()})."
+            )
             await self._drop_worker()
         if self._process is None:
             try:
@@ -428,7 +493,8 @@ class HostedEnvironment:
     # -- frames
 
     def _has_room(self) -> bool:
-        """Whether a frame may be read now: while a cell runs and can take more, or an answer is waited for."""
+        """Whether a frame may be read now: while a cell runs and can take more, or an answer is
+        waited for."""
         return self._cell.has_room() if self._cell is not None else bool(self._ready or self._reply)
 
     def _on_frame(self, process: Process, message: dict[str, Any] | None, size: int) -> None:
@@ -450,14 +516,17 @@ class HostedEnvironment:
                 process.kill()
 
     def _on_message(self, message: dict[str, Any], size: int) -> bool:
-        """False for what belongs to an earlier cell, is a repetition, or answers what nobody asked. Raises Bad."""
+        """False for what belongs to an earlier cell, is a repetition, or answers what nobody asked.
+        Raises Bad."""
         kind, cell = message.get("t"), self._cell
         if kind in ("done", "broken", "request", "waits"):
             named = message.get("cell" if kind == "request" else "id")
             return cell is not None and named == cell.id and cell.on_message(message, size)
         if kind == "ready" and self._ready is not None and not self._ready.done():
             problem = message.get("problem")
-            self._ready.set_result((_layers(message.get("layers")), None if problem is None else str(problem)[:500]))
+            self._ready.set_result(
+                (_layers(message.get("layers")), None if problem is None else str(problem)[:500])
+            )
             return True
         if kind == "loaded" and self._reply is not None and message.get("id") == self._reply[0]:
             error = message.get("error")
@@ -476,12 +545,14 @@ class HostedEnvironment:
     # -- a cell
 
     async def run(self, code: str, handler: Handler) -> CellResult:
-        """Run one cell (see `Environment.run`). Raises SandboxError where no worker can be started any more."""
+        """Run one cell (see `Environment.run`). Raises SandboxError where no worker can be started
+        any more."""
         async with self._lock:
             await self._ensure()
             cell = await self._run(code, handler)
             if cell.outcome.result().broken:
-                # An earlier cell has left the interpreter unable to begin another one; this one has not run at all.
+                # An earlier cell has left the interpreter unable to begin another one; this one has
+                # not run at all.
                 await self._replace("An earlier cell had broken the interpreter.")
                 cell = await self._run(code, handler)
             return await self._result(cell)
@@ -489,11 +560,18 @@ class HostedEnvironment:
     async def _run(self, code: str, handler: Handler) -> Cell:
         process, mine = self._process, self._resources
         tools = frozenset(tool.name for tool in self._tools if not tool.is_value)
-        cell = Cell(process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside)
+        cell = Cell(
+            process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside
+        )
         message = {
-            "t": "cell", "id": cell.id, "n": self._cells, "code": pieces.valid(code), "binds": self._to_bind,
-            "reset_answer": self._reset_answer, "raw": self._raw,
-        }  # fmt: skip
+            "t": "cell",
+            "id": cell.id,
+            "n": self._cells,
+            "code": pieces.valid(code),
+            "binds": self._to_bind,
+            "reset_answer": self._reset_answer,
+            "raw": self._raw,
+        }
         self._to_bind, self._reset_answer, self._raw = {}, False, {}
         process.take_raw()
         self._cell, self._nuisance = cell, _Nuisance()
@@ -523,16 +601,25 @@ class HostedEnvironment:
         end, times, raw = cell.outcome.result(), cell.times(), cell.process.take_raw()
         lost, self._lost = self._lost, None
         if end.fields is not None:
-            fields = end.fields | (_interrupted(end.fields, cell.reason) if cell.interrupted else {})
+            fields = end.fields | (
+                _interrupted(end.fields, cell.reason) if cell.interrupted else {}
+            )
             if (wrong := await cell.wrong_with_files()) is not None:  # made after the last look
                 lost = self._loss(f"The cell left {wrong}.")
                 await self._drop_worker()
         else:
             kind, status, said = _ended(end, cell.reason)
             lost = self._loss(said)
-            fields = {"status": status, "error": CellError(type=kind, message=said), "answer": Answer()}
+            fields = {
+                "status": status,
+                "error": CellError(type=kind, message=said),
+                "answer": Answer(),
+            }
             for name, words in self._resources.folder.last_words().items():
-                fields |= {name: wire.cut(words, self.limits.output_chars), f"{name}_chars": len(words)}
+                fields |= {
+                    name: wire.cut(words, self.limits.output_chars),
+                    f"{name}_chars": len(words),
+                }
             raw["stderr"] = _own_lines(raw["stderr"][0]), raw["stderr"][1]
             await self._drop_worker()
         for name, (text, count) in raw.items():
@@ -556,7 +643,8 @@ class HostedEnvironment:
     # -- other operations
 
     async def bind(self, name: str, value: Any) -> None:
-        """Bind a JSON value under `name` from the next cell on, also after a restart. Raises UsageError."""
+        """Bind a JSON value under `name` from the next cell on, also after a restart. Raises
+        UsageError."""
         _check_name(name, "a bound value")
         try:
             wire.encode({"v": value})
@@ -566,7 +654,8 @@ class HostedEnvironment:
             self._bound[name] = self._to_bind[name] = value
 
     async def rebind_context(self, context: Context, name: str = "context") -> None:
-        """Load another context under `name`, also after a restart. Raises ContextError, UsageError, SandboxError."""
+        """Load another context under `name`, also after a restart. Raises ContextError, UsageError,
+        SandboxError."""
         _check_name(name, "a context", but=("context",))
         async with self._lock:
             await self._ensure()
@@ -575,7 +664,9 @@ class HostedEnvironment:
                 raise _around(context, folder.root.parent)
             payload = await self._payload(name, context, folder)
             if payload.mode == "folder":
-                payload = await asyncio.to_thread(linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}")
+                payload = await asyncio.to_thread(
+                    linked_into, payload, folder.inbox / f"{name}-{secrets.token_hex(4)}"
+                )
             before = self._contexts.get(name), self._payloads.get(name)
             self._contexts[name], self._payloads[name] = context, payload
             try:
@@ -593,7 +684,8 @@ class HostedEnvironment:
         self._reset_answer = True
 
     async def aclose(self) -> None:
-        """Kill the worker, remove its folder, close every descriptor. Idempotent, safe in any state."""
+        """Kill the worker, remove its folder, close every descriptor. Idempotent, safe in any
+        state."""
         self._closed = True
         if self._cell is not None:
             self._cell.kill("the REPL was closed")
@@ -601,7 +693,8 @@ class HostedEnvironment:
             await self._close_once()
 
     async def _close_once(self) -> None:
-        """The one closing there is: a caller that is cancelled leaves it, the next one waits for it."""
+        """The one closing there is: a caller that is cancelled leaves it, the next one waits for
+        it."""
         if self._closing is None:
             self._closing = asyncio.ensure_future(self._close())
         await asyncio.shield(self._closing)
@@ -624,15 +717,26 @@ class HostedEnvironment:
 
 
 def _check_name(name: str, what: str, but: tuple[str, ...] = ()) -> None:
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name) or name.startswith("__"):
-        raise UsageError(f"The name of {what} in the REPL must be a Python identifier, not {name!r}.")
+    if (
+        not isinstance(name, str)
+        or not name.isidentifier()
+        or keyword.iskeyword(name)
+        or name.startswith("__")
+    ):
+        raise UsageError(
+            f"The name of {what} in the REPL must be a Python identifier, not {name!r}."
+        )
     if (name in HELPERS or name == "context") and name not in but:
         raise UsageError(f"{name!r} is a name of the REPL's own; give {what} another one.")
 
 
 def _contains(context: Context, place: Path | str) -> bool:
     """Whether a context is a folder in which this place lies."""
-    return context.kind == "folder" and context.path is not None and _real(place).is_relative_to(context.path)
+    return (
+        context.kind == "folder"
+        and context.path is not None
+        and _real(place).is_relative_to(context.path)
+    )
 
 
 def _around(context: Context, place: Path | str) -> ContextError:
@@ -650,7 +754,10 @@ def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
     """What becomes of a result whose cell was interrupted and stopped."""
     trace = fields["error"].traceback if fields["error"] is not None else ""
     message = f"The cell was interrupted: {reason}. Its variables are kept."
-    return {"status": "timeout", "error": CellError(type="CellTimeout", message=message, traceback=trace)}
+    return {
+        "status": "timeout",
+        "error": CellError(type="CellTimeout", message=message, traceback=trace),
+    }
 
 
 def _ended(end: End, reason: str) -> tuple[str, str, str]:
@@ -664,7 +771,9 @@ def _ended(end: End, reason: str) -> tuple[str, str, str]:
 
 def _own_lines(crash: str) -> str:
     """A crash report of the interpreter without the frames that are not the cell's."""
-    lines = [line for line in crash.split("\n") if not line.startswith('  File "') or '"<cell ' in line]
+    lines = [
+        line for line in crash.split("\n") if not line.startswith('  File "') or '"<cell ' in line
+    ]
     return "\n".join(lines)
 
 
@@ -675,5 +784,6 @@ def _layers(value: Any) -> dict[str, str]:
 
 
 def _need(payload: Payload) -> int:
-    """Address space a context takes, while it is loaded and after, with room for what holds it together."""
+    """Address space a context takes, while it is loaded and after, with room for what holds it
+    together."""
     return (64 << 20) + payload.memory

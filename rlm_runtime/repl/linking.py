@@ -1,4 +1,5 @@
-"""A folder of texts for a REPL that is running: its view of the file system is fixed, so the files come to it."""
+"""A folder of texts for a REPL that is running: its view of the file system is fixed, so the files
+come to it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ FOLDER_COPY = 256 << 20  # bytes that may be copied where files cannot be linked
 
 
 def linked_into(payload: Payload, place: Path) -> Payload:
-    """A folder payload with its files linked, or copied, to where a running worker may read. Raises ContextError."""
+    """A folder payload with its files linked, or copied, to where a running worker may read. Raises
+    ContextError."""
     place.mkdir(mode=0o700)
     copied, files = 0, []
     for i, (name, path) in enumerate(payload.args["files"]):
@@ -30,4 +32,6 @@ def linked_into(payload: Payload, place: Path) -> Payload:
                 ) from None
             shutil.copyfile(path, target)
         files.append([name, str(target)])
-    return dataclasses.replace(payload, path=None, paths=(place,), args={**payload.args, "files": files})
+    return dataclasses.replace(
+        payload, path=None, paths=(place,), args={**payload.args, "files": files}
+    )

@@ -1,4 +1,5 @@
-"""The local REPL: a CPython process of this host that has locked itself in. No container, no privilege."""
+"""The local REPL: a CPython process of this host that has locked itself in. No container, no
+privilege."""
 
 from __future__ import annotations
 
@@ -13,11 +14,19 @@ from rlm_runtime.repl.workdir import WorkDir
 
 def python_argv(executable: str | None = None) -> list[str]:
     """Python without site packages, user settings and PYTHON* variables."""
-    return [executable or os.path.abspath(sys.executable), "-I", "-S", "-X", "utf8", str(WORKER / "main.py")]
+    return [
+        executable or os.path.abspath(sys.executable),
+        "-I",
+        "-S",
+        "-X",
+        "utf8",
+        str(WORKER / "main.py"),
+    ]
 
 
 class LocalEnvironment(HostedEnvironment):
-    """See `repl.base.Environment`; all layers of `repl.sandbox.LAYERS` are required unless the policy says otherwise."""
+    """See `repl.base.Environment`; all layers of `repl.sandbox.LAYERS` are required unless the
+    policy says otherwise."""
 
     kind = "local"
     wrapper: tuple[str, ...] = ()  # a command in front of the worker's own
@@ -29,8 +38,8 @@ class LocalEnvironment(HostedEnvironment):
 
 
 class UnconfinedEnvironment(LocalEnvironment):
-    """The same process without a sandbox: its code can read, write and send whatever this user can. Only for code you
-    would run yourself, on systems that have no sandbox to offer."""
+    """The same process without a sandbox: its code can read, write and send whatever this user can.
+    Only for code you would run yourself, on systems that have no sandbox to offer."""
 
     kind = "unconfined"
     confine = False

@@ -1,4 +1,5 @@
-"""The allow-list of installed packages: what a worker may import besides the standard library, and no file more."""
+"""The allow-list of installed packages: what a worker may import besides the standard library, and
+no file more."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Allowed:
-    """`sites`: folders packages lie in; `tops`: names that can be imported; `paths`: what may be read."""
+    """`sites`: folders packages lie in; `tops`: names that can be imported; `paths`: what may be
+    read."""
 
     sites: tuple[str, ...] = ()
     tops: tuple[str, ...] = ()
@@ -27,7 +29,8 @@ class Allowed:
 
 
 def resolve(names: Iterable[str]) -> Allowed:
-    """The named distributions and those they need, as far as they are installed. Raises UsageError for one that is not."""
+    """The named distributions and those they need, as far as they are installed. Raises UsageError
+    for one that is not."""
     from importlib import metadata  # takes a while, and most runs name no package
 
     todo = [(name, True) for name in names]
@@ -57,7 +60,8 @@ def resolve(names: Iterable[str]) -> Allowed:
 
 
 def _needs(found: metadata.Distribution) -> list[str]:
-    """Names of what it needs, without extras; an environment marker is not judged: what is not installed is skipped."""
+    """Names of what it needs, without extras; an environment marker is not judged: what is not
+    installed is skipped."""
     names = []
     for line in found.requires or ():
         if "extra" not in line.partition(";")[2]:

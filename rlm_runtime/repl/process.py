@@ -1,4 +1,5 @@
-"""One worker process and the pipes to it. It knows nothing of cells: bytes in, frames out, stop, go on, kill."""
+"""One worker process and the pipes to it. It knows nothing of cells: bytes in, frames out, stop, go
+on, kill."""
 
 from __future__ import annotations
 
@@ -21,15 +22,18 @@ from rlm_runtime.repl.spawn import SPAWNER
 
 READ = 1 << 16
 ROUND = 8  # reads in one go, so that no worker keeps the event loop to itself
-SLICE = 0.01  # seconds of the event loop that frames get in one go; there may be a hundred thousand in a second
+# seconds of the event loop that frames get in one go; there may be a hundred thousand in a second
+SLICE = 0.01
 INLINE = (
     1 << 16
 )  # bytes of a frame that is decoded in the event loop: some 5 ms; a longer one on a thread of the loop's pool
-RAW_FREE, RAW_PAUSE = 64 << 20, 0.02  # bytes past sys.stdout read at full speed; then a pause after each round
+# bytes past sys.stdout read at full speed; then a pause after each round
+RAW_FREE, RAW_PAUSE = 64 << 20, 0.02
 
 
 class Raw:
-    """What is written to a descriptor past `sys.stdout` (C code, a crash report): head and tail, bounded."""
+    """What is written to a descriptor past `sys.stdout` (C code, a crash report): head and tail,
+    bounded."""
 
     def __init__(self, limit: int):
         self._limit = max(limit, 256)
@@ -55,10 +59,12 @@ class Raw:
 
 
 class Process:
-    """A started worker. `on_frame(message, bytes)` and `on_end()` are called in the event loop, the latter once; the
-    message is None for a line that is no frame. Frames come in order and before the end, however long one is read.
+    """A started worker. `on_frame(message, bytes)` and `on_end()` are called in the event loop, the
+    latter once; the message is None for a line that is no frame. Frames come in order and before
+    the end, however long one is read.
 
-    `gate()` says whether the host has room for more frames just now; `resume_reading` opens it again.
+    `gate()` says whether the host has room for more frames just now; `resume_reading` opens it
+    again.
     """
 
     def __init__(self, process: subprocess.Popen, frame: int, raw: int, group: bool):
@@ -78,7 +84,8 @@ class Process:
         self._queue: deque[tuple[memoryview, int | None]] = deque()
         self.unsent = 0
         self._reading = self._writing = False
-        self._decoding: asyncio.Task[None] | None = None  # of a long frame; no other is taken meanwhile
+        # of a long frame; no other is taken meanwhile
+        self._decoding: asyncio.Task[None] | None = None
         self._waits = False  # a slice of the loop is over, and the next one comes
         self._gone = False  # the process has ended, and what it said last is still being read
         self._raw_fds: dict[int, str] = {}
@@ -101,16 +108,22 @@ class Process:
             if launch.stdio:
                 in_r, in_w = pipe()
                 out_r, out_w = pipe()
-                popen = await SPAWNER.popen(launch.argv(None), stdin=in_r, stdout=out_w, stderr=stderr_w, **options)
+                popen = await SPAWNER.popen(
+                    launch.argv(None), stdin=in_r, stdout=out_w, stderr=stderr_w, **options
+                )
             else:
                 ours, theirs = socket.socketpair()
                 stack.callback(ours.close)
                 stack.callback(theirs.close)
                 stdout_r, stdout_w = pipe()
                 popen = await SPAWNER.popen(
-                    launch.argv(theirs.fileno()), stdin=subprocess.DEVNULL, stdout=stdout_w, stderr=stderr_w,
-                    pass_fds=(theirs.fileno(),), **options,
-                )  # fmt: skip
+                    launch.argv(theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout_w,
+                    stderr=stderr_w,
+                    pass_fds=(theirs.fileno(),),
+                    **options,
+                )
             self = cls(popen, frame, raw, launch.group)
             if launch.stdio:
                 self._in, self._out = os.dup(out_r), os.dup(in_w)
@@ -181,7 +194,8 @@ class Process:
             return self._socket.recv(READ)
         data, ancillary, _, _ = self._socket.recvmsg(READ, socket.CMSG_SPACE(12))
         for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:  # filled in by the kernel
+            # filled in by the kernel
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 self.worker_pid = array.array("i", payload[:4])[0]
         return data
 
@@ -325,7 +339,8 @@ class Process:
             return 0
 
     def allow_cpu(self, seconds: float) -> None:
-        """The kernel's own limit on CPU time, for a host that is too busy to look: so much more from now on."""
+        """The kernel's own limit on CPU time, for a host that is too busy to look: so much more
+        from now on."""
         if self.worker_pid is not None:
             with contextlib.suppress(OSError, ValueError):
                 hard = resource.prlimit(self.worker_pid, resource.RLIMIT_CPU)[1]
@@ -431,10 +446,11 @@ class Process:
 
 
 class Launch:
-    """How a worker is started. `argv(fd)`: the command, given the number of the channel's descriptor (None: stdio).
+    """How a worker is started. `argv(fd)`: the command, given the number of the channel's
+    descriptor (None: stdio).
 
-    It starts in `/`: nothing that the loader or the interpreter looks for in the current folder is a cell's. The worker
-    goes to its work folder once it has locked itself in.
+    It starts in `/`: nothing that the loader or the interpreter looks for in the current folder is
+    a cell's. The worker goes to its work folder once it has locked itself in.
     """
 
     def __init__(

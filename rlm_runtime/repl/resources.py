@@ -1,4 +1,5 @@
-"""What an environment owns outside of Python's memory, so that it goes when the environment goes, closed or forgotten."""
+"""What an environment owns outside of Python's memory, so that it goes when the environment goes,
+closed or forgotten."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ class Resources:
         if command is not None:
             quiet = subprocess.DEVNULL
             with contextlib.suppress(OSError):
-                killer = subprocess.Popen(command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+                killer = subprocess.Popen(
+                    command, stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True
+                )
                 self._killers.append(killer)
 
     def take_killers(self) -> list[subprocess.Popen]:

@@ -1,4 +1,5 @@
-"""Which layers a worker must have, what it says when one is missing, and how to do without on purpose."""
+"""Which layers a worker must have, what it says when one is missing, and how to do without on
+purpose."""
 
 from __future__ import annotations
 
@@ -22,16 +23,27 @@ OUTER = {
     "namespaces": "mounts, processes and network are the worker's own (user namespaces)",
     "container": "the worker runs in a container without network",
 }
-CONTAINED = ("environment", "descriptors", "limits")  # required of a worker whose container does the rest
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", "OPENSSL_CONF": "/dev/null",
-               "MALLOC_ARENA_MAX": "2", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+# required of a worker whose container does the rest
+CONTAINED = ("environment", "descriptors", "limits")
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "LC_ALL": "C.UTF-8",
+    "TZ": "UTC",
+    "OPENSSL_CONF": "/dev/null",
+    "MALLOC_ARENA_MAX": "2",
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+}
 PASSED_ON = ("LD_LIBRARY_PATH",)  # where this Python's own shared libraries may lie
 
 
 class SandboxPolicy(Frozen):
-    """How a worker is confined. Everything is on by default; what is missing is an error unless it is named here."""
+    """How a worker is confined. Everything is on by default; what is missing is an error unless it
+    is named here."""
 
-    allow_missing: tuple[str, ...] = ()  # layers this host may lack, by name: "landlock", "seccomp", ...
+    # layers this host may lack, by name: "landlock", "seccomp", ...
+    allow_missing: tuple[str, ...] = ()
     threads: int = 512  # of one worker
     files: int = 10_000  # in the work folder
     descriptors: int = 256  # open at once
@@ -40,22 +52,28 @@ class SandboxPolicy(Frozen):
         known = LAYERS | OUTER
         unknown = [name for name in self.allow_missing if name not in known]
         if unknown:
-            raise UsageError(f"SandboxPolicy: there is no layer {unknown[0]!r}. Layers: {', '.join(known)}.")
+            raise UsageError(
+                f"SandboxPolicy: there is no layer {unknown[0]!r}. Layers: {', '.join(known)}."
+            )
 
 
 def environment(scratch: str) -> dict[str, str]:
     """All the environment variables a worker gets."""
-    passed = {name: folders for name in PASSED_ON if (folders := fixed_folders(os.environ.get(name, "")))}
+    passed = {
+        name: folders for name in PASSED_ON if (folders := fixed_folders(os.environ.get(name, "")))
+    }
     return ENVIRONMENT | passed | {"HOME": scratch, "TMPDIR": scratch}
 
 
 def fixed_folders(value: str) -> str:
     """A search path without the entries that mean another folder to another process.
 
-    The loader reads an empty or relative entry as the current folder, and `;` as a separator too. Links are followed
-    here, since /proc/self/cwd is absolute as well.
+    The loader reads an empty or relative entry as the current folder, and `;` as a separator too.
+    Links are followed here, since /proc/self/cwd is absolute as well.
     """
-    entries = [entry for entry in re.split("[:;]", value) if os.path.isabs(entry) and os.path.isdir(entry)]
+    entries = [
+        entry for entry in re.split("[:;]", value) if os.path.isabs(entry) and os.path.isdir(entry)
+    ]
     return ":".join(dict.fromkeys(os.path.realpath(entry) for entry in entries))
 
 
@@ -66,14 +84,22 @@ def report(
     required: tuple[str, ...],
     before: SandboxReport | None = None,
 ) -> SandboxReport:
-    """The report of a worker; `before`: of the one in whose place it was started. Raises SandboxError for a required
-    layer that is not active."""
-    missing = tuple(name for name in required if not layers.get(name, "missing").startswith(("active", "scrubbed")))
+    """The report of a worker; `before`: of the one in whose place it was started. Raises
+    SandboxError for a required layer that is not active."""
+    missing = tuple(
+        name
+        for name in required
+        if not layers.get(name, "missing").startswith(("active", "scrubbed"))
+    )
     refused = [name for name in missing if name not in policy.allow_missing]
     if refused:
         about = LAYERS | OUTER
-        why = "\n".join(f"  {name} ({about[name]}): {layers.get(name, 'missing: not reported')}" for name in refused)
-        if before is not None:  # cells have run: what they did, or a full disk, is no reason to go without a sandbox
+        why = "\n".join(
+            f"  {name} ({about[name]}): {layers.get(name, 'missing: not reported')}"
+            for name in refused
+        )
+        # cells have run: what they did, or a full disk, is no reason to go without a sandbox
+        if before is not None:
             raise SandboxError(
                 f"A worker of the REPL was started anew and could not be locked in as the one before it:\n{why}\n"
                 "No code was run in it. These layers were active when the run began, so this system has them: start "
@@ -98,7 +124,13 @@ def seen_from_outside(pid: int, layers: dict[str, str]) -> dict[str, str]:
     wrong = {}
     if status.get("Seccomp", "2").strip() != "2" and layers.get("seccomp", "").startswith("active"):
         wrong["seccomp"] = "missing: the kernel knows of no filter"
-    held = [name for name in ("CapEff", "CapPrm", "CapInh", "CapAmb") if int(status.get(name, "0"), 16)]
-    if layers.get("privileges", "").startswith("active") and (held or status.get("NoNewPrivs", "1").strip() != "1"):
-        wrong["privileges"] = f"missing: the kernel still shows {', '.join(held) or 'new privileges allowed'}"
+    held = [
+        name for name in ("CapEff", "CapPrm", "CapInh", "CapAmb") if int(status.get(name, "0"), 16)
+    ]
+    if layers.get("privileges", "").startswith("active") and (
+        held or status.get("NoNewPrivs", "1").strip() != "1"
+    ):
+        wrong["privileges"] = (
+            f"missing: the kernel still shows {', '.join(held) or 'new privileges allowed'}"
+        )
     return layers | wrong

@@ -1,7 +1,7 @@
 """Starting worker processes from a thread that lives as long as any worker does.
 
-The kernel kills a worker when its parent *thread* ends (that is how no worker outlives its host), so the thread that
-starts workers must not be one that comes and goes, like those of a web server.
+The kernel kills a worker when its parent *thread* ends (that is how no worker outlives its host),
+so the thread that starts workers must not be one that comes and goes, like those of a web server.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class _Spawner:
             self._users += 1
             if self._users == 1:
                 self._jobs = queue.SimpleQueue()
-                threading.Thread(target=_serve, args=(self._jobs,), name="rlm-spawner", daemon=True).start()
+                threading.Thread(
+                    target=_serve, args=(self._jobs,), name="rlm-spawner", daemon=True
+                ).start()
 
     def release(self) -> None:
         with self._lock:
@@ -41,7 +43,9 @@ class _Spawner:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            future.add_done_callback(lambda f: f.cancelled() or f.exception() or _discard(f.result()))
+            future.add_done_callback(
+                lambda f: f.cancelled() or f.exception() or _discard(f.result())
+            )
             await asyncio.wait([future])
             raise
 

@@ -1,7 +1,8 @@
 """Frames from the worker, read as what they are: bytes written by somebody hostile.
 
-A frame is one JSON object on a line. Bounds come before the parser: length, nesting, number of values. What does not
-hold them is `Bad`, which costs its sender and nobody else: the next line is read as if nothing had been.
+A frame is one JSON object on a line. Bounds come before the parser: length, nesting, number of
+values. What does not hold them is `Bad`, which costs its sender and nobody else: the next line is
+read as if nothing had been.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ MESSAGE, TRACEBACK = 4_000, 10_000
 _not_brackets = bytes(set(range(256)) - set(b"[]{}"))
 _step = {**dict.fromkeys(b"[{", 1), **dict.fromkeys(b"]}", -1)}
 _digits = bytes.maketrans(b"123456789", b"000000000")
-# What a variable is, in words that stand among the runtime's own: a type's name and a size, and no sentence.
-_described = re.compile(r"[\w.]+(, [\d,]+ (items|characters|bytes))?|array of shape \([\d, ]*\), \S{1,40}")
+# What a variable is, in words that stand among the runtime's own: a type's name and a size, and no
+# sentence.
+_described = re.compile(
+    r"[\w.]+(, [\d,]+ (items|characters|bytes))?|array of shape \([\d, ]*\), \S{1,40}"
+)
 # One that stands alone, before pairs are told from it: an emoji is a pair.
 _surrogate = re.compile(rb"\\u[dD][89a-fA-F]")
 _pair = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -39,7 +43,8 @@ class Bad(ValueError):
 
 
 class Lines:
-    """Splits what arrives into lines of at most `limit` bytes. A longer one is dropped as it comes, and counted."""
+    """Splits what arrives into lines of at most `limit` bytes. A longer one is dropped as it comes,
+    and counted."""
 
     def __init__(self, limit: int):
         self._limit, self._buffer, self._searched, self._dropping = limit, bytearray(), 0, False
@@ -65,7 +70,11 @@ class Lines:
                 if self._searched > self._limit:
                     self._buffer, self._searched, self._dropping = bytearray(), 0, True
                 return None
-            line = bytes(memoryview(self._buffer)[:end]) if end <= self._limit and not self._dropping else None
+            line = (
+                bytes(memoryview(self._buffer)[:end])
+                if end <= self._limit and not self._dropping
+                else None
+            )
             del self._buffer[: end + 1]
             self._searched = 0
             if line is None:
@@ -96,8 +105,8 @@ def decode(line: bytes) -> dict[str, Any]:
 
 
 def _check(line: bytes) -> None:
-    """Raises Bad for what would cost the decoder too much. Where the line is no JSON, right up to the place at which a
-    decoder stops."""
+    """Raises Bad for what would cost the decoder too much. Where the line is no JSON, right up to
+    the place at which a decoder stops."""
     size = values = depth = 0
     digits = b""
     for bare in outside_strings(line):
@@ -122,7 +131,8 @@ def outside_strings(line: bytes) -> Iterator[bytes]:
     at = quotes = 0
     while at < len(line):
         part = line[at : at + pieces.PIECE]
-        if part.endswith(b"\\") and (len(part) - len(part.rstrip(b"\\"))) % 2:  # an escape stays whole
+        # an escape stays whole
+        if part.endswith(b"\\") and (len(part) - len(part.rstrip(b"\\"))) % 2:
             part = line[at : at + pieces.PIECE + 1]
         at += len(part)
         if b"\\" in part:
@@ -149,7 +159,8 @@ _decoder = json.JSONDecoder(parse_constant=_constant, parse_float=_float)
 
 
 def clean(value: Any) -> Any:
-    """The same with every lone surrogate turned into "?", so that all text can be written as UTF-8."""
+    """The same with every lone surrogate turned into "?", so that all text can be written as
+    UTF-8."""
     if isinstance(value, str):
         return pieces.valid(value)
     if isinstance(value, list):

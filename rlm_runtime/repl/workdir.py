@@ -1,7 +1,9 @@
-"""The private folders of a worker: made, measured while a cell runs, removed whatever a cell built in them.
+"""The private folders of a worker: made, measured while a cell runs, removed whatever a cell built
+in them.
 
-Names carry the host's process id and its start time, so that what a killed host left behind is recognised and swept
-away by the next one. Nothing here follows a link, recurses, or trusts a path to be short.
+Names carry the host's process id and its start time, so that what a killed host left behind is
+recognised and swept away by the next one. Nothing here follows a link, recurses, or trusts a path
+to be short.
 """
 
 from __future__ import annotations
@@ -21,14 +23,20 @@ _swept: set[str] = set()
 
 
 class WorkDir:
-    """`root` holds `scratch` (the worker's own), `inbox` (contexts, read only to it), a canary it must not read, and
-    `said`: memory the worker shares with us, where the beginning of what a cell prints can be found after its death."""
+    """`root` holds `scratch` (the worker's own), `inbox` (contexts, read only to it), a canary it
+    must not read, and `said`: memory the worker shares with us, where the beginning of what a cell
+    prints can be found after its death."""
 
     def __init__(self, parent: str | None = None):
-        parent = os.path.realpath(parent or tempfile.gettempdir())  # as the kernel names what lies in it
+        # as the kernel names what lies in it
+        parent = os.path.realpath(parent or tempfile.gettempdir())
         self.root = Path(parent) / f"{PREFIX}-{os.getuid()}-{_me()}-{secrets.token_hex(8)}"
         self.root.mkdir(mode=0o700)
-        self.scratch, self.inbox, self.canary = self.root / "scratch", self.root / "inbox", self.root / "canary"
+        self.scratch, self.inbox, self.canary = (
+            self.root / "scratch",
+            self.root / "inbox",
+            self.root / "canary",
+        )
         self.said = self.root / "said"
         self.inbox.mkdir(mode=0o700)
         self.canary.write_text("the worker must not be able to read this\n")
@@ -41,7 +49,8 @@ class WorkDir:
         self.said.write_bytes(bytes(2 * MIRROR))
 
     def last_words(self) -> dict[str, str]:
-        """The beginning of what the last cell printed; only worth asking when nobody else can say."""
+        """The beginning of what the last cell printed; only worth asking when nobody else can
+        say."""
         try:
             with open(self.said, "rb") as file:
                 data = file.read(2 * MIRROR)
@@ -54,7 +63,8 @@ class WorkDir:
         return words
 
     def set_aside(self) -> Path:
-        """Where the work folder of a worker that is gone lies now, to be removed (that can take a while)."""
+        """Where the work folder of a worker that is gone lies now, to be removed (that can take a
+        while)."""
         old = self.root / f"old-{secrets.token_hex(4)}"
         with suppress(FileNotFoundError):
             os.rename(self.scratch, old)
@@ -65,7 +75,8 @@ class WorkDir:
 
 
 def _me() -> str:
-    """This process, in a name that stays unique: pid namespace, pid, start time (clock ticks since boot)."""
+    """This process, in a name that stays unique: pid namespace, pid, start time (clock ticks since
+    boot)."""
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -93,14 +104,19 @@ def sweep(parent: str | None = None) -> None:
     with suppress(OSError):
         for name in os.listdir(parent):
             match = pattern.fullmatch(name)
-            if match and started(int(match[1])) != int(match[2]) and started(os.getpid()) is not None:
+            if (
+                match
+                and started(int(match[1])) != int(match[2])
+                and started(os.getpid()) is not None
+            ):
                 path = os.path.join(parent, name)
                 if os.lstat(path).st_uid == os.getuid():
                     remove(path)
 
 
 def remove(path: str | Path) -> None:
-    """Remove a folder tree of any depth, with any permissions in it. What cannot be removed stays, without an error."""
+    """Remove a folder tree of any depth, with any permissions in it. What cannot be removed stays,
+    without an error."""
     path = os.fspath(path)
     with suppress(OSError):
         top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -112,7 +128,8 @@ def remove(path: str | Path) -> None:
 
 
 def _flatten(top: int) -> None:
-    """Empty a folder: files go, folders inside folders are first moved up, so that no path is longer than two names."""
+    """Empty a folder: files go, folders inside folders are first moved up, so that no path is
+    longer than two names."""
     token, count = secrets.token_hex(4), 0
     while True:
         folders = []
@@ -132,7 +149,8 @@ def _flatten(top: int) -> None:
                     for inner in os.listdir(fd):
                         if _is_folder(inner, fd):
                             with suppress(OSError):
-                                os.chmod(inner, 0o700, dir_fd=fd)  # to move a folder, its own ".." is written
+                                # to move a folder, its own ".." is written
+                                os.chmod(inner, 0o700, dir_fd=fd)
                             count += 1
                             os.rename(inner, f"{token}-{count}", src_dir_fd=fd, dst_dir_fd=top)
                             gone += 1
@@ -154,14 +172,15 @@ def _is_folder(name: str, where: int) -> bool:
 
 
 class Watch:
-    """The files of a worker against their bound. A look at all of them takes its time; how much the disk has filled up
-    since the last one takes none, and says when the next one cannot wait."""
+    """The files of a worker against their bound. A look at all of them takes its time; how much the
+    disk has filled up since the last one takes none, and says when the next one cannot wait."""
 
     FASTEST = 4 << 30  # bytes a second that a worker may write
 
     def __init__(self, folder: Path, allowed: int, files: int):
         self._folder, self._allowed, self._files = folder, allowed, files
-        self._known = self._grown = 0  # bytes at the last look, and what the disk has filled up since
+        # bytes at the last look, and what the disk has filled up since
+        self._known = self._grown = 0
         self._free = self._free_now()
 
     def _free_now(self) -> int:
@@ -172,14 +191,17 @@ class Watch:
         return disk.f_bfree * disk.f_frsize
 
     def glance(self) -> float:
-        """Seconds in which the bound cannot be passed; 0 where it may have been, by this worker or anybody else."""
+        """Seconds in which the bound cannot be passed; 0 where it may have been, by this worker or
+        anybody else."""
         free = self._free_now()
-        self._grown += max(self._free - free, 0)  # what others have freed meanwhile is not the worker's
+        # what others have freed meanwhile is not the worker's
+        self._grown += max(self._free - free, 0)
         self._free = free
         return max(self._allowed - self._known - self._grown, 0) / self.FASTEST
 
     def look(self, pid: int) -> str | None:
-        """What is wrong with the files: too many bytes on disk, named or not, too many files, too deep."""
+        """What is wrong with the files: too many bytes on disk, named or not, too many files, too
+        deep."""
         self._grown, self._free = 0, self._free_now()
         named, wrong = _measured(self._folder, self._allowed, self._files)
         if wrong is not None:
@@ -192,7 +214,8 @@ class Watch:
 
 
 def measure(folder: Path, bytes_allowed: int, files_allowed: int) -> str | None:
-    """What is wrong with a work folder: too many bytes on disk, too many files, too deep; None if nothing is."""
+    """What is wrong with a work folder: too many bytes on disk, too many files, too deep; None if
+    nothing is."""
     return _measured(folder, bytes_allowed, files_allowed)[1]
 
 
@@ -229,23 +252,34 @@ def _measured(folder: Path, bytes_allowed: int, files_allowed: int) -> tuple[int
 
 
 def unlinked(pid: int, scratch: Path, allowed: int) -> int:
-    """Bytes on disk that a process holds in files without a name, open or only mapped. 0 where they cannot be seen."""
+    """Bytes on disk that a process holds in files without a name, open or only mapped. 0 where they
+    cannot be seen."""
     total, seen = 0, set()
     with suppress(OSError), os.scandir(f"/proc/{pid}/fd") as entries:
         for entry in entries:
             with suppress(OSError):
                 status = os.stat(entry.path)
-                if stat.S_ISREG(status.st_mode) and status.st_nlink == 0 and status.st_ino not in seen:
+                if (
+                    stat.S_ISREG(status.st_mode)
+                    and status.st_nlink == 0
+                    and status.st_ino not in seen
+                ):
                     seen.add(status.st_ino)
                     total += status.st_blocks * 512
     prefix = os.fsencode(scratch) + b"/"
     with suppress(OSError), open(f"/proc/{pid}/maps", "rb") as file:
         for line in file:
             place, *_, inode, path = line.split(maxsplit=5) if prefix in line else (b"", b"", b"")
-            if path.startswith(prefix) and path.endswith(b" (deleted)\n") and int(inode) not in seen:
+            if (
+                path.startswith(prefix)
+                and path.endswith(b" (deleted)\n")
+                and int(inode) not in seen
+            ):
                 seen.add(int(inode))
                 try:
                     total += os.stat(f"/proc/{pid}/map_files/{place.decode()}").st_blocks * 512
-                except OSError:  # its size is only for privileged eyes: a page of it may stand for all that is allowed
+                # its size is only for privileged eyes: a page of it may stand for all that is
+                # allowed
+                except OSError:
                     total += allowed // 4 + 1
     return total

@@ -1,7 +1,8 @@
 """JSON that a model wrote: the one reader of it. Bounded work, whatever the text.
 
-Models put JSON alone, in a fence or among words; break lines inside strings; leave a comma before a bracket; write
-typographic quotes, or a dict as Python prints it. All of that is read. `NaN` and the like are not: no schema knows them.
+Models put JSON alone, in a fence or among words; break lines inside strings; leave a comma before a
+bracket; write typographic quotes, or a dict as Python prints it. All of that is read. `NaN` and the
+like are not: no schema knows them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any, NoReturn, TypeAlias
 
 Json: TypeAlias = Any  # None, bool, int, float, str, and lists and dicts of them
 
-VALUES = 250_000  # commas and opening brackets of one text: more take the decoder longer than a caller may wait
+# commas and opening brackets of one text: more take the decoder longer than a caller may wait
+VALUES = 250_000
 TRIED = 64  # places in a reply where JSON may begin that are tried
-LITERAL = 10_000  # characters of a Python literal; its syntax tree costs a hundred times what JSON does
+# characters of a Python literal; its syntax tree costs a hundred times what JSON does
+LITERAL = 10_000
 _QUOTES = str.maketrans({"“": '"', "”": '"'})
 _TRAILING_COMMA = re.compile(r",(?=\s*+[}\]])")
 _FENCE = re.compile(r"^[ \t]*+(`{3,16}|~{3,16})[ \t]*+(?:json|jsonc|json5)?[ \t]*+\n", re.M | re.I)
@@ -32,7 +35,8 @@ _DECODER = json.JSONDecoder(strict=False, parse_constant=_no_constant)
 
 
 class Effort:
-    """Characters that may still be read for one reply. Attempts that fail late would else be quadratic together."""
+    """Characters that may still be read for one reply. Attempts that fail late would else be
+    quadratic together."""
 
     def __init__(self, left: int):
         self.left = left
@@ -47,7 +51,8 @@ class Effort:
 
 
 def loads(text: str, effort: Effort | None = None) -> tuple[Json] | None:
-    """The value of a text that is JSON as a whole, in a tuple of one (it may be null); None where it is none."""
+    """The value of a text that is JSON as a whole, in a tuple of one (it may be null); None where
+    it is none."""
     text = text.strip()
     effort = effort or Effort.for_json(len(text))
     if (found := _whole(text, effort)) is not None:
@@ -61,7 +66,8 @@ def loads(text: str, effort: Effort | None = None) -> tuple[Json] | None:
 
 
 def raw_decode(text: str, start: int, effort: Effort) -> tuple[Json, int] | None:
-    """The value that begins at `start` and where it ends, whatever follows it; None where there is none."""
+    """The value that begins at `start` and where it ends, whatever follows it; None where there is
+    none."""
     if effort.left <= 0 or not _few(text, start):
         return None
     try:
@@ -70,7 +76,8 @@ def raw_decode(text: str, start: int, effort: Effort) -> tuple[Json, int] | None
         far = len(text) if e.msg.startswith("Unterminated") else e.pos
         effort.spend(max(far - start, 1))
         return None
-    except (ValueError, RecursionError):  # a constant, an integer of too many digits, too many brackets
+    # a constant, an integer of too many digits, too many brackets
+    except (ValueError, RecursionError):
         effort.spend(len(text) - start)
         return None
     effort.spend(end - start)
@@ -80,7 +87,8 @@ def raw_decode(text: str, start: int, effort: Effort) -> tuple[Json, int] | None
 def in_reply(text: str, effort: Effort | None = None) -> tuple[Json] | None:
     """The JSON value in a reply without its thinking, in a tuple of one; None where there is none.
 
-    Tried in turn: the whole reply, the last fence that holds JSON, the largest object or array among the words.
+    Tried in turn: the whole reply, the last fence that holds JSON, the largest object or array
+    among the words.
     """
     text = text.strip()
     effort = effort or Effort.for_json(len(text))
@@ -98,7 +106,8 @@ def in_reply(text: str, effort: Effort | None = None) -> tuple[Json] | None:
 
 
 def _largest(text: str, effort: Effort) -> tuple[Json] | None:
-    """The longest object or array that begins somewhere in the text; of equally long ones, the last."""
+    """The longest object or array that begins somewhere in the text; of equally long ones, the
+    last."""
     best: tuple[int, Json] | None = None
     at, failures = 0, 0
     while failures < TRIED and effort.left > 0 and (start := _START.search(text, at)):
@@ -118,7 +127,8 @@ def _whole(text: str, effort: Effort) -> tuple[Json] | None:
 
 
 def _few(text: str, start: int) -> bool:
-    """Whether the decoder makes at most VALUES values of it. Marks inside strings count, too: an upper bound."""
+    """Whether the decoder makes at most VALUES values of it. Marks inside strings count, too: an
+    upper bound."""
     if len(text) - start <= VALUES:
         return True
     return text.count(",", start) + text.count("[", start) + text.count("{", start) <= VALUES

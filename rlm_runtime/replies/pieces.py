@@ -1,9 +1,9 @@
 """JSON of any length, read and written in pieces.
 
-The decoder and encoder of the standard library hold the interpreter for as long as a text takes: three quarters of a
-second for 60 MB of escapes, on whatever thread they run. Here no single step handles more than about PIECE characters,
-so a thread that reads or writes a long text lets the event loop go on. Short texts do not come here: the standard
-library is ten times as fast.
+The decoder and encoder of the standard library hold the interpreter for as long as a text takes:
+three quarters of a second for 60 MB of escapes, on whatever thread they run. Here no single step
+handles more than about PIECE characters, so a thread that reads or writes a long text lets the
+event loop go on. Short texts do not come here: the standard library is ten times as fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _scan: Scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 def loads(text: str, scan: Scan = _scan, most: int = VALUES) -> Json:
-    """As `json.loads`, but lone surrogates become "?". `scan` reads what is no string and no container.
+    """As `json.loads`, but lone surrogates become "?". `scan` reads what is no string and no
+    container.
 
     Raises ValueError (also for more than `most` values), RecursionError.
     """
@@ -155,7 +156,8 @@ def _is_valid(part: str) -> bool:
 
 @dataclass(frozen=True)
 class Form:
-    """How JSON is written: in ASCII or not, and what stands between items, and between a key and its value."""
+    """How JSON is written: in ASCII or not, and what stands between items, and between a key and
+    its value."""
 
     ascii: bool = True
     comma: str = ","
@@ -174,8 +176,8 @@ COMPACT, WIDE = Form(), Form(ascii=False, comma=", ", colon=": ")
 
 
 def dumps(value: Json, form: Form = COMPACT) -> bytes:
-    """As `json.dumps` in UTF-8; lone surrogates become "?" where `form` is not ASCII. Raises TypeError, ValueError,
-    RecursionError."""
+    """As `json.dumps` in UTF-8; lone surrogates become "?" where `form` is not ASCII. Raises
+    TypeError, ValueError, RecursionError."""
     return b"".join(_written(value, form))
 
 
@@ -217,7 +219,9 @@ def _some(items: Json, form: Form) -> Iterator[bytes]:
         yield comma
         if isinstance(items, dict):
             yield from (
-                _written(item, form) if isinstance(item, str) else [form.inside({item: 0})[: -1 - len(form.colon)]]
+                _written(item, form)
+                if isinstance(item, str)
+                else [form.inside({item: 0})[: -1 - len(form.colon)]]
             )
             yield form.colon.encode()
             yield from _written(items[item], form)

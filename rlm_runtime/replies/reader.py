@@ -1,8 +1,8 @@
 """Reading hostile text beside the event loop.
 
-Readers of what a cell, a model or an endpoint sent have budgets of steps, linear in its length. A long text may still
-take a second, so it is read on a thread of its own: no single step of a reader holds the interpreter for long, and the
-loop goes on meanwhile.
+Readers of what a cell, a model or an endpoint sent have budgets of steps, linear in its length. A
+long text may still take a second, so it is read on a thread of its own: no single step of a reader
+holds the interpreter for long, and the loop goes on meanwhile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _threads: ThreadPoolExecutor | None = None
 
 
 async def read(size: int, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """`work(*args, **kwargs)`, on a reader's thread where what it reads has more than INLINE characters."""
+    """`work(*args, **kwargs)`, on a reader's thread where what it reads has more than INLINE
+    characters."""
     return await beside(work, *args, **kwargs) if size > INLINE else work(*args, **kwargs)
 
 

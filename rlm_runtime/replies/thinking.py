@@ -1,8 +1,10 @@
-"""A model's reply without its thinking: thinking tags, harmony channels, a lone closing tag, tokens that end a reply.
+"""A model's reply without its thinking: thinking tags, harmony channels, a lone closing tag, tokens
+that end a reply.
 
-The vocabulary of all readers of replies stands here. `clean` is for replies that are text; `parsing` reads the replies
-of a root, where the same tags may stand inside of code. Sources: the chat templates of DeepSeek-R1, Qwen3, QwQ, Magistral,
-Kimi-VL, Seed-OSS, OpenThinker and the harmony format of gpt-oss.
+The vocabulary of all readers of replies stands here. `clean` is for replies that are text;
+`parsing` reads the replies of a root, where the same tags may stand inside of code. Sources: the
+chat templates of DeepSeek-R1, Qwen3, QwQ, Magistral, Kimi-VL, Seed-OSS, OpenThinker and the harmony
+format of gpt-oss.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ NAMES = "think|thinking|reasoning|thought|scratchpad"
 OPEN = re.compile(rf"<(?:{NAMES}|seed:think)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>", re.I)
 CLOSE = re.compile(rf"</(?:{NAMES}|seed:think)>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>", re.I)
 
-# A message of the harmony format. Its receiver ("to=python") stands behind the role or behind the channel.
+# A message of the harmony format. Its receiver ("to=python") stands behind the role or behind the
+# channel.
 HEADER = re.compile(
     r"(?:<\|start\|>(?P<role>[^<\n]{0,100}+))?<\|channel\|>(?P<channel>\w{1,20}+)"
     r"(?P<rest>[^<\n]{0,100}+(?:<\|constrain\|>[^<\n]{0,20}+)?)<\|message\|>"
 )
 RECEIVER = re.compile(r"to=([\w.]{1,80}+)")
 MESSAGE_END = re.compile(r"<\|(?:end|call|return|start|channel)\|>")
-# The same where an endpoint has dropped the special tokens: "analysisI add them up.assistantfinal42".
+# The same where an endpoint has dropped the special tokens: "analysisI add them
+# up.assistantfinal42".
 _BARE = re.compile(r"\A\s*+analysis(?=[A-Z\s])")
 _BARE_FINAL = re.compile(r"assistant(?:<\|channel\|>)?final")
 
@@ -31,15 +35,16 @@ SPECIAL = re.compile(
     r"<\|[a-z_▁ ]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:end|start)_of_turn>|<end_code>|\[/?INST\]|<\|(?:start|end)_header_id\|>"
 )
 _FIRST = re.compile(rf"\A(?:\s*+(?:{SPECIAL.pattern}))++")
-TAGS = 10_000  # openings and closings of one reply that are told apart; what is behind them stays as it is
+# openings and closings of one reply that are told apart; what is behind them stays as it is
+TAGS = 10_000
 _QUOTES = ("`", '"', "'")
 _FENCE = re.compile(r"^[ \t]*+(`{3,16}+|~{3,16}+)([^\n`]*+)$", re.M)
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """`text` is the reply itself, `thinking` what was taken out of it; `open` where the reply ends inside its thinking
-    (then `text` is what stood before it: mostly nothing)."""
+    """`text` is the reply itself, `thinking` what was taken out of it; `open` where the reply ends
+    inside its thinking (then `text` is what stood before it: mostly nothing)."""
 
     text: str
     thinking: str = ""
@@ -47,13 +52,16 @@ class Cleaned:
 
 
 def clean(reply: str) -> Cleaned:
-    """A reply of text without its thinking. Linear; a reply that holds none comes back as it is, but for a last token.
+    """A reply of text without its thinking. Linear; a reply that holds none comes back as it is,
+    but for a last token.
 
-    A tag inside a fence, in quotes, or among words with its partner on the same line is a mention, and stays.
+    A tag inside a fence, in quotes, or among words with its partner on the same line is a mention,
+    and stays.
     """
     found = harmony(reply)
     text = found.text
-    if text is not reply and not HEADER.match(text):  # behind the final message the model plays other turns
+    # behind the final message the model plays other turns
+    if text is not reply and not HEADER.match(text):
         text = MESSAGE_END.split(text, maxsplit=1)[0]
     inner = _untagged(text)
     text = without_last_tokens(inner.text)
@@ -65,13 +73,16 @@ def clean(reply: str) -> Cleaned:
 
 
 def harmony(reply: str) -> Cleaned:
-    """Harmony messages as plain text, up to the end of the final one or the first call: the analysis is thinking, the
-    headers go. A call stays as it is, header and all."""
+    """Harmony messages as plain text, up to the end of the final one or the first call: the
+    analysis is thinking, the headers go. A call stays as it is, header and all."""
     if _BARE.match(reply):
         final = _BARE_FINAL.search(reply)
         if final is None:
             return Cleaned(reply)
-        return Cleaned(reply[final.end() :].strip(), reply[: final.start()].strip().removeprefix("analysis").strip())
+        return Cleaned(
+            reply[final.end() :].strip(),
+            reply[: final.start()].strip().removeprefix("analysis").strip(),
+        )
     header = HEADER.search(reply, 0, 400)
     if header is None or SPECIAL.sub("", reply[: header.start()]).strip() not in ("", "assistant"):
         return Cleaned(reply)
@@ -104,7 +115,9 @@ def _untagged(text: str) -> Cleaned:
     if not closings and not openings:
         return Cleaned(text)
     starts = {tag: [c.start() for c in found] for tag, found in closings.items()}
-    marks = sorted([*openings, *(c for found in closings.values() for c in found)], key=lambda m: m.start())
+    marks = sorted(
+        [*openings, *(c for found in closings.values() for c in found)], key=lambda m: m.start()
+    )
     fences = _fences(text)
     kept: list[str] = []
     thinking: list[str] = []
@@ -168,7 +181,9 @@ def _fences(text: str) -> list[tuple[int, int]]:
     for line in _FENCE.finditer(text):
         if opening is None:
             opening = line
-        elif line[1][0] == opening[1][0] and len(line[1]) >= len(opening[1]) and not line[2].strip():
+        elif (
+            line[1][0] == opening[1][0] and len(line[1]) >= len(opening[1]) and not line[2].strip()
+        ):
             spans.append((opening.start(), line.end()))
             opening = None
     return spans

@@ -26,38 +26,42 @@ from rlm_runtime.trajectory import AnyEvent
 class RLM:
     """A Recursive Language Model over any LMs.
 
-    The prompt becomes the variable `context` in a sandboxed Python REPL. The root LM sees what it is, not what it says;
-    it writes code, which reads the context, asks sub-LMs about pieces, and sets `answer`.
+    The prompt becomes the variable `context` in a sandboxed Python REPL. The root LM sees what it
+    is, not what it says; it writes code, which reads the context, asks sub-LMs about pieces, and
+    sets `answer`.
 
     Args:
       root: the model that leads: an LM, or a name such as "openai:gpt-5-mini".
       sub: the model that `llm_query` asks and that leads child RLMs; default: the root.
-      models: further models by the name under which a cell may ask for them: `llm_query(..., model="big")`.
-      models_by_depth: which model at which depth (0 is the root), before `root` and `sub`.
+      models: further models by the name under which a cell may ask for them: `llm_query(...,
+      model="big")`. models_by_depth: which model at which depth (0 is the root), before `root` and
+      `sub`.
       max_depth: 0: no sub-calls; 1: `rlm_query` is a plain call; d: child RLMs down to depth d - 1.
-      tools, sub_tools: functions (or values by name) for the root's REPL; for sub-LMs and the REPLs of child RLMs.
-      budget, limits: `Budget` and `Limits`, or dicts of their fields.
-      environment: "local", "bubblewrap", "docker", "unconfined", or a function of `Limits` that makes an `Environment`.
-      environment_options: for an environment chosen by name: `policy` (a `SandboxPolicy`: which layers may be
-        missing) and `packages` (installed packages that cells may import).
+      tools, sub_tools: functions (or values by name) for the root's REPL; for sub-LMs and the REPLs
+      of child RLMs. budget, limits: `Budget` and `Limits`, or dicts of their fields.
+      environment: "local", "bubblewrap", "docker", "unconfined", or a function of `Limits` that
+      makes an `Environment`. environment_options: for an environment chosen by name: `policy` (a
+      `SandboxPolicy`: which layers may be missing) and `packages` (installed packages that cells
+      may import).
       concurrency: model calls in flight at once, over the whole tree.
       max_repls: live REPLs of child RLMs at one depth; more wait.
       log_dir: where runs leave their trajectories, a folder each; None: in memory, up to a bound.
-      system_prompt: instead of the built-in one, for the root; `{repl}`, `{limits}`, `{finish}` in it stand for the
-        sections that describe this REPL.
-      tips: a text, or several, on how contexts of this kind are best worked. The root gets them with its first task,
-        apart from the system prompt, so that they can be switched and measured (`rlm eval --modes rlm,rlm+tips`).
-      prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the model's name. "native" is for
-        models trained on `rlm_runtime.training` data: short words, short outputs, a history that slides.
-      sub_system_prompt: a system message before the prompt of every plain sub-LM call; default: none, or with
-        `sub_tools` one that says what they are for.
-      compact_at: share of the root model's window at which its history is replaced by a summary; `window`: tokens of
-        the window, for models that do not say.
-      on_event: called with every event of the trajectory as it happens; or an object whose `for_run(run_id)` gives
-        such a function for each run.
+      system_prompt: instead of the built-in one, for the root; `{repl}`, `{limits}`, `{finish}` in
+        it stand for the sections that describe this REPL.
+      tips: a text, or several, on how contexts of this kind are best worked. The root gets them
+        with its first task, apart from the system prompt, so that they can be switched and measured
+        (`rlm eval --modes rlm,rlm+tips`). prompt_variant: which built-in system prompt
+        (`prompts.VARIANTS`); default: what suits the model's name. "native" is for models trained
+        on `rlm_runtime.training` data: short words, short outputs, a history that slides.
+        sub_system_prompt: a system message before the prompt of every plain sub-LM call; default:
+        none, or with `sub_tools` one that says what they are for.
+      compact_at: share of the root model's window at which its history is replaced by a summary;
+        `window`: tokens of the window, for models that do not say.
+      on_event: called with every event of the trajectory as it happens; or an object whose
+        `for_run(run_id)` gives such a function for each run.
       verbose: show progress on standard error: turns, code, outputs, tokens.
-      sampling: a `Sampling` or a dict, for all calls; root_sampling, sub_sampling: instead of it, for nodes that lead
-        and for plain calls.
+      sampling: a `Sampling` or a dict, for all calls; root_sampling, sub_sampling: instead of it,
+        for nodes that lead and for plain calls.
       sub_rounds: rounds of tool calls a sub-LM may take before it must answer.
       schema_retries: how often a sub-LM is told that its reply does not fit the schema.
 
@@ -96,13 +100,24 @@ class RLM:
         schema_retries: int = 2,
     ):
         check_int = options.check_int
-        for where, text in (("system_prompt", system_prompt), ("sub_system_prompt", sub_system_prompt)):
+        for where, text in (
+            ("system_prompt", system_prompt),
+            ("sub_system_prompt", sub_system_prompt),
+        ):
             if text is not None and not (isinstance(text, str) and text.strip()):
                 raise UsageError(f"{where}: expected a text, got {text!r}.")
         if prompt_variant is not None and prompt_variant not in VARIANTS:
-            raise UsageError(f"prompt_variant: expected one of {', '.join(VARIANTS)}, got {prompt_variant!r}.")
-        if isinstance(compact_at, bool) or not isinstance(compact_at, int | float) or not 0.1 <= compact_at <= 1:
-            raise UsageError(f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}.")
+            raise UsageError(
+                f"prompt_variant: expected one of {', '.join(VARIANTS)}, got {prompt_variant!r}."
+            )
+        if (
+            isinstance(compact_at, bool)
+            or not isinstance(compact_at, int | float)
+            or not 0.1 <= compact_at <= 1
+        ):
+            raise UsageError(
+                f"compact_at: expected a share of the window from 0.1 to 1, got {compact_at!r}."
+            )
         if on_event is not None and not callable(on_event) and not hasattr(on_event, "for_run"):
             raise UsageError(f"on_event: expected a function of one event, got {on_event!r}.")
         environment_options = dict(environment_options or {})
@@ -122,7 +137,9 @@ class RLM:
             environment=name,
             make_environment=make,
             concurrency=check_int("concurrency", concurrency, 1),
-            max_repls=options.default_repls() if max_repls is None else check_int("max_repls", max_repls, 1),
+            max_repls=options.default_repls()
+            if max_repls is None
+            else check_int("max_repls", max_repls, 1),
             log_dir=Path(log_dir) if log_dir is not None else None,
             system_prompt=system_prompt,
             prompt_variant=prompt_variant,
@@ -146,7 +163,7 @@ class RLM:
         passed = {id(lm) for lm in (root, sub, *(models or {}).values(), *_values(models_by_depth))}
         self._own = [lm for lm in self._options.every_lm() if id(lm) not in passed]
 
-    # -- one completion -----------------------------------------------------------------------------------------------
+    # -- one completion ----------------------------------------------------------------------------
     def completion(
         self,
         prompt: Any,
@@ -155,17 +172,23 @@ class RLM:
         output: Any = None,
         cancel: CancelEvent | None = None,
     ) -> RLMResult:
-        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, a DataFrame, the Path of a file or
-        folder, a list of Paths, or a `Context`.
+        """Answer `question` over `prompt`: a str, bytes, list, dict, chat messages, a DataFrame,
+        the Path of a file or folder, a list of Paths, or a `Context`.
 
-        `output`: a pydantic model, a type or a JSON schema that the answer must fit. Setting `cancel` ends the run with
-        what it has, and so does a first Ctrl-C. Raises UsageError and ContextError for wrong arguments, and LMError or
-        SandboxError where the run failed with nothing to show (`error.result` has usage and trajectory); never for what
-        a model or a cell does."""
-        shape, context = Shape.of(output) if output is not None else None, context_of(prompt, question)
+        `output`: a pydantic model, a type or a JSON schema that the answer must fit. Setting
+        `cancel` ends the run with what it has, and so does a first Ctrl-C. Raises UsageError and
+        ContextError for wrong arguments, and LMError or SandboxError where the run failed with
+        nothing to show (`error.result` has usage and trajectory); never for what a model or a cell
+        does."""
+        shape, context = (
+            Shape.of(output) if output is not None else None,
+            context_of(prompt, question),
+        )
 
         async def work() -> RLMResult:
-            return await Run(self._options, context, question, shape, cancel=cancel).through_interrupts()
+            return await Run(
+                self._options, context, question, shape, cancel=cancel
+            ).through_interrupts()
 
         return blocking.run(work)
 
@@ -177,8 +200,8 @@ class RLM:
         output: Any = None,
         cancel: CancelEvent | None = None,
     ) -> RLMResult:
-        """As `completion`. Cancelling the task ends the run, its calls and workers, and raises CancelledError, whose
-        attribute `result` is the partial result."""
+        """As `completion`. Cancelling the task ends the run, its calls and workers, and raises
+        CancelledError, whose attribute `result` is the partial result."""
         shape = Shape.of(output) if output is not None else None
         context = await acontext_of(prompt, question)
         return await Run(self._options, context, question, shape, cancel=cancel).to_the_end()
@@ -205,8 +228,8 @@ class RLM:
     ) -> AsyncIterator[AnyEvent]:
         """The events of a completion as they happen; the last one, a `RunEnd`, holds the answer.
 
-        Raises what `completion` raises, at the end. Leaving the loop early ends the run once the iterator is closed
-        (`contextlib.aclosing` does it at once)."""
+        Raises what `completion` raises, at the end. Leaving the loop early ends the run once the
+        iterator is closed (`contextlib.aclosing` does it at once)."""
         run = self.start(prompt, question, output=output, cancel=cancel)
         try:
             async for event in run.events():
@@ -215,10 +238,10 @@ class RLM:
         finally:
             await run.end()
 
-    # -- many completions -----------------------------------------------------------------------------------------------
+    # -- many completions --------------------------------------------------------------------------
     def session(self) -> Session:
-        """Completions that share one REPL and one conversation: `with rlm.session() as s: s.completion(...)`, or
-        `async with` and `s.acompletion(...)`."""
+        """Completions that share one REPL and one conversation: `with rlm.session() as s:
+        s.completion(...)`, or `async with` and `s.acompletion(...)`."""
         return Session(self._options, self._session_state)
 
     def _session_state(self) -> SessionState:
@@ -230,7 +253,8 @@ class RLM:
         return self._options
 
     async def aclose(self) -> None:
-        """Close the models that this object made from names; models that were passed in are left alone."""
+        """Close the models that this object made from names; models that were passed in are left
+        alone."""
         for lm in self._own:
             await lm.aclose()
 
@@ -252,12 +276,14 @@ class RLM:
 
 
 class Session:
-    """Several completions in one REPL and one conversation, made by `RLM.session()`. Use it with `with` or `async with`.
+    """Several completions in one REPL and one conversation, made by `RLM.session()`. Use it with
+    `with` or `async with`.
 
     Variables stay. Each new prompt is `context_1`, `context_2`, ...
 
-    The budget holds for each completion. Completions of one session run one after the other. A worker that had to be
-    restarted has its contexts again, and the model is told which variables are gone.
+    The budget holds for each completion. Completions of one session run one after the other. A
+    worker that had to be restarted has its contexts again, and the model is told which variables
+    are gone.
     """
 
     def __init__(self, chosen: options.Options, make_state: Callable[[], SessionState]):
@@ -268,7 +294,7 @@ class Session:
         self._closed = False
         self.usage = Usage()  # of all completions so far
 
-    # -- async ------------------------------------------------------------------------------------------------------------
+    # -- async -------------------------------------------------------------------------------------
     async def __aenter__(self) -> Session:
         return self
 
@@ -276,11 +302,18 @@ class Session:
         await self.aclose()
 
     async def acompletion(
-        self, prompt: Any, question: str | None = None, *, output: Any = None, cancel: CancelEvent | None = None
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
     ) -> RLMResult:
         """As `RLM.acompletion`, in this session's REPL."""
         if self._thread is not None:
-            raise UsageError("this session is used with `with`; call `completion`, or open it with `async with`.")
+            raise UsageError(
+                "this session is used with `with`; call `completion`, or open it with `async with`."
+            )
         return await self._run(prompt, question, output, cancel, interruptible=False)
 
     async def areset(self) -> None:
@@ -293,7 +326,7 @@ class Session:
         self._closed = True
         await self._drop()
 
-    # -- sync -------------------------------------------------------------------------------------------------------------
+    # -- sync --------------------------------------------------------------------------------------
     def __enter__(self) -> Session:
         self._thread = LoopThread()
         return self
@@ -302,10 +335,17 @@ class Session:
         self.close()
 
     def completion(
-        self, prompt: Any, question: str | None = None, *, output: Any = None, cancel: CancelEvent | None = None
+        self,
+        prompt: Any,
+        question: str | None = None,
+        *,
+        output: Any = None,
+        cancel: CancelEvent | None = None,
     ) -> RLMResult:
         """As `RLM.completion`, in this session's REPL."""
-        return self._in_thread().run(lambda: self._run(prompt, question, output, cancel, interruptible=True))
+        return self._in_thread().run(
+            lambda: self._run(prompt, question, output, cancel, interruptible=True)
+        )
 
     def reset(self) -> None:
         self._in_thread().run(self.areset)
@@ -318,9 +358,15 @@ class Session:
             finally:
                 thread.close()
 
-    # -- inside -------------------------------------------------------------------------------------------------------------
+    # -- inside ------------------------------------------------------------------------------------
     async def _run(
-        self, prompt: Any, question: str | None, output: Any, cancel: CancelEvent | None, *, interruptible: bool
+        self,
+        prompt: Any,
+        question: str | None,
+        output: Any,
+        cancel: CancelEvent | None,
+        *,
+        interruptible: bool,
     ) -> RLMResult:
         shape = Shape.of(output) if output is not None else None
         context = await acontext_of(prompt, question)
@@ -366,7 +412,8 @@ def context_of(prompt: Any, question: str | None) -> Context:
 
 
 async def acontext_of(prompt: Any, question: str | None) -> Context:
-    """As `context_of`; what reads files does so in a thread, as a document or a large folder takes seconds."""
+    """As `context_of`; what reads files does so in a thread, as a document or a large folder takes
+    seconds."""
     of_paths = isinstance(prompt, os.PathLike) or (
         isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], os.PathLike)
     )
@@ -387,7 +434,9 @@ def _environment(chosen: Any, kwargs: dict[str, Any]) -> tuple[str, options.Make
     from rlm_runtime import repl  # its parts are imported when the first run starts
 
     if chosen not in repl.ENVIRONMENTS:
-        raise UsageError(f"environment: expected one of {', '.join(repl.ENVIRONMENTS)} or a function, got {chosen!r}.")
+        raise UsageError(
+            f"environment: expected one of {', '.join(repl.ENVIRONMENTS)} or a function, got {chosen!r}."
+        )
 
     def make(limits: Limits) -> Environment:
         try:

@@ -57,7 +57,8 @@ class Windows:
     """
 
     def __init__(self) -> None:
-        self._most: WeakKeyDictionary[LM, int] = WeakKeyDictionary()  # the largest prompt an endpoint ever counted
+        # the largest prompt an endpoint ever counted
+        self._most: WeakKeyDictionary[LM, int] = WeakKeyDictionary()
         self._cut: WeakKeyDictionary[LM, int] = WeakKeyDictionary()
 
     def of(self, lm: LM) -> int | None:
@@ -82,7 +83,8 @@ class Windows:
         chars = sum(len(m.content) for m in messages)
         if chars < CHECKED_CHARS or counted * 6 > chars:
             return False
-        # Servers that leave out what they had in their cache have counted as much before, or count the newest messages.
+        # Servers that leave out what they had in their cache have counted as much before, or count
+        # the newest messages.
         if most >= least_tokens(messages) // 2 or counted <= _most_of_newest(messages):
             return False
         self._cut[lm] = most

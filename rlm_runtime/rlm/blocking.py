@@ -1,7 +1,7 @@
 """The sync API: one coroutine to its end on a private event loop, Ctrl-C included.
 
-The first Ctrl-C cancels the run, which then returns what it has; the second raises KeyboardInterrupt at once.
-Inside a running event loop (a notebook) a helper thread has the loop.
+The first Ctrl-C cancels the run, which then returns what it has; the second raises
+KeyboardInterrupt at once. Inside a running event loop (a notebook) a helper thread has the loop.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Work = Callable[[], Coroutine[Any, Any, T]]
 
 
 def run(work: Work[T]) -> T:
-    """`await work()` on a private loop. A cancellation by Ctrl-C reaches the coroutine as CancelledError; what it
-    returns in spite of that is returned."""
+    """`await work()` on a private loop. A cancellation by Ctrl-C reaches the coroutine as
+    CancelledError; what it returns in spite of that is returned."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -31,7 +31,8 @@ def run(work: Work[T]) -> T:
 
 
 class LoopThread:
-    """An event loop in a thread of its own, for a session's many sync calls or for a caller that has a loop already."""
+    """An event loop in a thread of its own, for a session's many sync calls or for a caller that
+    has a loop already."""
 
     def __init__(self) -> None:
         self._ready = threading.Event()
@@ -92,7 +93,8 @@ class LoopThread:
 
 
 def _wait(outcome: concurrent.futures.Future[T]) -> T:
-    """In short waits: a signal that comes just before a thread begins to wait does not end the wait."""
+    """In short waits: a signal that comes just before a thread begins to wait does not end the
+    wait."""
     while not outcome.done():
         concurrent.futures.wait([outcome], timeout=0.25)
     return outcome.result()
@@ -100,8 +102,8 @@ def _wait(outcome: concurrent.futures.Future[T]) -> T:
 
 @contextlib.contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
-    """While the main thread waits, Ctrl-C is KeyboardInterrupt: `asyncio.run` around it, which this call blocks, would
-    only make a note of the first one."""
+    """While the main thread waits, Ctrl-C is KeyboardInterrupt: `asyncio.run` around it, which this
+    call blocks, would only make a note of the first one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,5 @@
-"""When a node's history fills its model's window: a summary takes its place, and the REPL keeps the whole of it."""
+"""When a node's history fills its model's window: a summary takes its place, and the REPL keeps the
+whole of it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from rlm_runtime.replies.thinking import clean
 from rlm_runtime.rlm.conversation import Conversation
 from rlm_runtime.trajectory import Compacted
 
-SHORTENINGS = 6  # how often the conversation is halved for a summary that does not fit the window either
+# how often the conversation is halved for a summary that does not fit the window either
+SHORTENINGS = 6
 
 
 def due(node: Conversation) -> bool:
@@ -32,36 +34,47 @@ def _kept(node: Conversation) -> list[Message]:
 
 
 async def compact(node: Conversation) -> None:
-    """Replace the history by system prompt, task and summary; bind all of it as `history` in the REPL.
+    """Replace the history by system prompt, task and summary; bind all of it as `history` in the
+    REPL.
 
-    What is unsent, the newest cell report, stays as it is. Raises LMError, BudgetExceeded, SandboxError."""
+    What is unsent, the newest cell report, stays as it is. Raises LMError, BudgetExceeded,
+    SandboxError."""
     history = node.history
     before = history.tokens(node.lm)
     summary = await _summary(node)
     kept = [*_kept(node), Message(role="assistant", content=summary)]
-    if len(kept) < 3:  # the task is still to be told (a session): a summary needs something to follow
+    # the task is still to be told (a session): a summary needs something to follow
+    if len(kept) < 3:
         kept.insert(-1, Message(role="user", content=prompts.compacted_before()))
     archive = history.replace(kept)
     await node.environment.bind("history", archive)
     history.unsent.insert(0, prompts.compacted(len(archive)))
     after = history.tokens(node.lm)
-    node.tree.emit(Compacted(node=node.id, turn=node.turn, tokens_before=before, tokens_after=after, summary=summary))
+    node.tree.emit(
+        Compacted(
+            node=node.id, turn=node.turn, tokens_before=before, tokens_after=after, summary=summary
+        )
+    )
 
 
 async def _summary(node: Conversation) -> str:
-    """Ask for it; where even that is too long for the model, without the middle of the conversation."""
+    """Ask for it; where even that is too long for the model, without the middle of the
+    conversation."""
     messages = list(node.history.messages)
     request = Message(role="user", content=prompts.compaction())
     text, empty = "", False  # an empty summary is asked for once more
     for attempt in range(SHORTENINGS):
         try:
-            reply = await node.call([*messages, request], estimate=node.lm.count_tokens([*messages, request]))
+            reply = await node.call(
+                [*messages, request], estimate=node.lm.count_tokens([*messages, request])
+            )
         except LMError as e:
             kept = len(_kept(node))
             middle = messages[kept:]
             if e.kind != "context_overflow" or not middle or attempt == SHORTENINGS - 1:
                 raise
-            messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]  # whole exchanges
+            # whole exchanges
+            messages = [*messages[:kept], *middle[max(2, len(middle) // 4 * 2) :]]
             continue
         text = (await read(len(reply.text), clean, reply.text)).text.strip() or reply.text.strip()
         if text or empty:

@@ -1,4 +1,5 @@
-"""One conversation with one REPL: what sub-calls, compaction and the window need to know of it, and its model calls."""
+"""One conversation with one REPL: what sub-calls, compaction and the window need to know of it, and
+its model calls."""
 
 from __future__ import annotations
 
@@ -16,18 +17,35 @@ from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
 
-WARM_SECONDS = 0.25  # after the first request, which is on its way by then; models take longer to reply
+# after the first request, which is on its way by then; models take longer to reply
+WARM_SECONDS = 0.25
 
 
 class Conversation:
     """The state of a node. `id`, `turn` and `cell` name the place in the trajectory."""
 
     def __init__(
-        self, tree: Tree, environment: Environment, *, id: str, depth: int, lm: LM, tools: Mapping[str, Tool],
-        meter: Meter, question: str | None, shape: Shape | None, history: History | None,
-    ) -> None:  # fmt: skip
+        self,
+        tree: Tree,
+        environment: Environment,
+        *,
+        id: str,
+        depth: int,
+        lm: LM,
+        tools: Mapping[str, Tool],
+        meter: Meter,
+        question: str | None,
+        shape: Shape | None,
+        history: History | None,
+    ) -> None:
         self.tree, self.environment, self.lm, self.tools = tree, environment, lm, tools
-        self.id, self.depth, self.meter, self.question, self.shape = id, depth, meter, question, shape
+        self.id, self.depth, self.meter, self.question, self.shape = (
+            id,
+            depth,
+            meter,
+            question,
+            shape,
+        )
         self.history = history or History()
         variant = tree.options.variant_of(lm)
         self.native, self.words = variant == "native", prompts.words_of(variant)
@@ -39,7 +57,9 @@ class Conversation:
     def is_root(self) -> bool:
         return self.id == "0"
 
-    async def call(self, messages: list[Message], *, last: bool = False, estimate: int | None = None) -> Reply:
+    async def call(
+        self, messages: list[Message], *, last: bool = False, estimate: int | None = None
+    ) -> Reply:
         """A call of the node's own model."""
         budget = self.tree.ledger.budget
         if estimate is None and (budget.input_tokens is not None or budget.usd is not None):

@@ -1,4 +1,5 @@
-"""The turn loop: ask the model, run the cells of its reply, tell it what came out; until the answer is ready.
+"""The turn loop: ask the model, run the cells of its reply, tell it what came out; until the answer
+is ready.
 
 A node is one such conversation with one REPL: the root of a run, or a child RLM.
 """
@@ -27,7 +28,15 @@ from rlm_runtime.rlm.subcalls import Spawn, SubCalls, as_text
 from rlm_runtime.rlm.tree import Meter, Tree
 from rlm_runtime.structured import Shape
 from rlm_runtime.tools import Tool
-from rlm_runtime.trajectory import Asked, CellEnd, CellStart, ContextLoaded, Nudged, Replied, SandboxUp
+from rlm_runtime.trajectory import (
+    Asked,
+    CellEnd,
+    CellStart,
+    ContextLoaded,
+    Nudged,
+    Replied,
+    SandboxUp,
+)
 
 if TYPE_CHECKING:
     from rlm_runtime import parsing
@@ -58,9 +67,17 @@ class Node(Conversation):
         history: History | None = None,
     ):
         super().__init__(
-            tree, environment, id=id, depth=depth, lm=lm, tools=tools, meter=meter, question=question, shape=shape,
+            tree,
+            environment,
+            id=id,
+            depth=depth,
+            lm=lm,
+            tools=tools,
+            meter=meter,
+            question=question,
+            shape=shape,
             history=history,
-        )  # fmt: skip
+        )
         self.calls = SubCalls(self, spawn)
         self.errors = 0  # failed cells and unusable replies in a row
         self.best: Any = None
@@ -71,11 +88,12 @@ class Node(Conversation):
         self._repeats = Repeats()
         self._noted = 0  # how many of the tree's notes this node was told
 
-    # -- begin ----------------------------------------------------------------------------------------------------------
+    # -- begin -------------------------------------------------------------------------------------
     async def start(self, context: Context) -> None:
         """Start the REPL with this context. Raises SandboxError."""
         began = time.monotonic()
-        if warm := getattr(self.lm, "warm", None):  # the model's client is imported while the worker starts
+        # the model's client is imported while the worker starts
+        if warm := getattr(self.lm, "warm", None):
             asyncio.get_running_loop().call_later(SPAWN_SECONDS, in_time, warm)
         tools = tuple(t.info() for t in self.tools.values())
         record = asyncio.to_thread(self.tree.writer.context_fields, context, whole=self.is_root)
@@ -83,11 +101,17 @@ class Node(Conversation):
         report, fields = await asyncio.gather(self.environment.start(context, tools), record)
         self.tree.emit(ContextLoaded(node=self.id, **fields))
         seconds = round(time.monotonic() - began, 6)
-        limits = self.tree.options.limits_for(self.lm).model_dump()  # what a replay needs to cut outputs alike
-        up = {"environment": report.environment, "layers": report.layers, "start_seconds": seconds, "limits": limits}
+        # what a replay needs to cut outputs alike
+        limits = self.tree.options.limits_for(self.lm).model_dump()
+        up = {
+            "environment": report.environment,
+            "layers": report.layers,
+            "start_seconds": seconds,
+            "limits": limits,
+        }
         self.tree.emit(SandboxUp(node=self.id, **up))
 
-    # -- the loop -------------------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
     async def run(self) -> Ending:
         """Turns until the answer is ready or a limit is reached. Raises only CancelledError."""
         try:
@@ -98,7 +122,9 @@ class Node(Conversation):
                 ending = await self._turn()
                 if ending is not None:
                     return ending
-                if self._repeats.count >= (self.tree.ledger.budget.repeats or self._repeats.count + 1):
+                if self._repeats.count >= (
+                    self.tree.ledger.budget.repeats or self._repeats.count + 1
+                ):
                     return await self.last_call(at_limit("repeats"), self._repeats.why)
                 most = self.tree.ledger.budget.consecutive_errors
                 if most is not None and self.errors >= most:
@@ -132,11 +158,15 @@ class Node(Conversation):
             await self.environment.reset_answer()
         usable = bool(cells)
         if not usable and parsed.final is not None and ending is None:
-            ending, problem = await self._accept_text(parsed.kept if parsed.whole_json else parsed.final, parsed.final)
+            ending, problem = await self._accept_text(
+                parsed.kept if parsed.whole_json else parsed.final, parsed.final
+            )
             usable = ending is not None
         nudges = (*parsed.nudges, *self._repeats.turn(parsed, report))
         for nudge in nudges if ending is None else ():
-            self.tree.emit(Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text))
+            self.tree.emit(
+                Nudged(node=self.id, turn=self.turn, reason=nudge.reason, text=nudge.text)
+            )
         if report:
             self.history.say(self.words.cell_report(report, skipped=len(cells) - len(report)))
             for result in report:
@@ -175,7 +205,8 @@ class Node(Conversation):
         return await read(size, parser().parse, reply, tools=self.tools)
 
     async def _finished(self, result: CellResult) -> tuple[Ending | None, str | None]:
-        """The ending where the answer is ready and good, or what to tell the model where it is not."""
+        """The ending where the answer is ready and good, or what to tell the model where it is
+        not."""
         if not result.answer.ready:
             return None, None
         return await self._accept(result.answer.content)
@@ -194,8 +225,8 @@ class Node(Conversation):
         return Ending(ANSWERED, answer=value, text=await _text(content)), None
 
     def _is_plan(self, content: Any) -> bool:
-        """Whether an answer in the first reply only says what its model is about to do. Told once: a model that means
-        it says so again."""
+        """Whether an answer in the first reply only says what its model is about to do. Told once:
+        a model that means it says so again."""
         if self.turn > 1 or self._asked_for_plan or not parser().is_plan(content):
             return False
         self._asked_for_plan = True
@@ -215,12 +246,14 @@ class Node(Conversation):
         return None, self._refused(problem or "")
 
     def _refused(self, problem: str) -> str:
-        return prompts.answer_refused(problem, self.shape.describe() if self.shape is not None else "")
+        return prompts.answer_refused(
+            problem, self.shape.describe() if self.shape is not None else ""
+        )
 
-    # -- asking -----------------------------------------------------------------------------------------------------------
+    # -- asking ------------------------------------------------------------------------------------
     async def _ask_with_room(self) -> Reply:
-        """The next reply; the history is compacted first where the window is nearly full, and once where the endpoint
-        says that it is too full."""
+        """The next reply; the history is compacted first where the window is nearly full, and once
+        where the endpoint says that it is too full."""
         if compaction.due(self):
             await compaction.compact(self)
         try:
@@ -240,7 +273,8 @@ class Node(Conversation):
         return await self.call(fitted.messages, last=last)
 
     def _new_messages(self, pending: list[Message]) -> list[Message]:
-        """What the record does not have yet: everything with the first call of a run, later only what is added."""
+        """What the record does not have yet: everything with the first call of a run, later only
+        what is added."""
         if self._recorded:
             return pending
         self._recorded = True
@@ -251,7 +285,8 @@ class Node(Conversation):
         parsing = parser()
         kept = Message(role="assistant", content=parsed.kept)
         self.history.answered(self.history.pending(), kept, self.lm, reply.usage.input_tokens)
-        if parsed.kept != parsing.EMPTY and not parsed.cells:  # prose; code on the way to an answer is none
+        # prose; code on the way to an answer is none
+        if parsed.kept != parsing.EMPTY and not parsed.cells:
             self.last_text = parsed.kept
         self.tree.emit(
             Replied(
@@ -266,10 +301,13 @@ class Node(Conversation):
             )
         )
 
-    # -- the end ----------------------------------------------------------------------------------------------------------
+    # -- the end -----------------------------------------------------------------------------------
     async def last_call(self, reason: str, why: str, *, seconds: float | None = None) -> Ending:
-        """Ask once more, for the best answer there is, and take what comes; else the best there was."""
-        self.history.say(prompts.last_call(why, shape=self.shape.describe() if self.shape else None))
+        """Ask once more, for the best answer there is, and take what comes; else the best there
+        was."""
+        self.history.say(
+            prompts.last_call(why, shape=self.shape.describe() if self.shape else None)
+        )
         seconds = seconds or self.tree.ledger.budget.last_call_seconds
         trouble = None
         try:
@@ -291,10 +329,15 @@ class Node(Conversation):
         parsing = parser()
         parsed = await self._parsed(reply)
         self._answered(reply, parsed)
-        found: Any = parsed.kept if parsed.final is None or (parsed.whole_json and self.shape) else parsed.final
+        found: Any = (
+            parsed.kept
+            if parsed.final is None or (parsed.whole_json and self.shape)
+            else parsed.final
+        )
         if parsed.cells or found == parsing.EMPTY:
             found = None
-        for self.cell, code in enumerate(parsed.cells, 1):  # models that finish in code do so here, too
+        # models that finish in code do so here, too
+        for self.cell, code in enumerate(parsed.cells, 1):
             result = await self._cell(code, calls=False)
             if result.answer.ready:
                 found = result.answer.content
@@ -304,32 +347,45 @@ class Node(Conversation):
         if found is None:
             return None, "The last reply held no answer."
         if self.shape is None:
-            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why), ""
+            return Ending(
+                reason, answer=found, text=await _text(found), partial=True, error=why
+            ), ""
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is None:
-            return Ending(reason, answer=value, text=await _text(found), partial=True, error=why), ""
+            return Ending(
+                reason, answer=value, text=await _text(found), partial=True, error=why
+            ), ""
         return None, self.shape.complaint(problem)
 
     async def salvaged(self, reason: str, why: str, cause: Exception | None = None) -> Ending:
-        """The best there is without asking: what `answer` held, else the last reply in prose. A run that was cancelled
-        was not asked to come to an end, so what it said last is no answer."""
-        found = self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
+        """The best there is without asking: what `answer` held, else the last reply in prose. A run
+        that was cancelled was not asked to come to an end, so what it said last is no answer."""
+        found = (
+            self.best if self.best is not None or reason == CANCELLED else (self.last_text or None)
+        )
         if self.shape is None or found is None:
-            return Ending(reason, answer=found, text=await _text(found), partial=True, error=why, cause=cause)
+            return Ending(
+                reason, answer=found, text=await _text(found), partial=True, error=why, cause=cause
+            )
         value, problem = await read(size_of(found), self.shape.read, found)
         if problem is not None:
             why = f"{why} No answer fitted the schema: {problem}"
-        return Ending(reason, answer=value, text=await _text(found), partial=True, error=why, cause=cause)
+        return Ending(
+            reason, answer=value, text=await _text(found), partial=True, error=why, cause=cause
+        )
 
     async def _failed(self, error: RlmError) -> Ending:
-        """The model or the sandbox is gone. An answer in the making is returned; else the error is the result."""
+        """The model or the sandbox is gone. An answer in the making is returned; else the error is
+        the result."""
         kind = error.kind if isinstance(error, LMError) else type(error).__name__
-        salvaged = await self.salvaged(ERROR, str(error), cause=None if self.best is not None else error)
+        salvaged = await self.salvaged(
+            ERROR, str(error), cause=None if self.best is not None else error
+        )
         return replace(salvaged, kind=kind)
 
     async def look_again(self) -> Ending | None:
-        """After an interrupted cell: the answer it may have finished, or at least its content in `best`. Bounded in
-        time; a REPL that does not answer any more has nothing to say."""
+        """After an interrupted cell: the answer it may have finished, or at least its content in
+        `best`. Bounded in time; a REPL that does not answer any more has nothing to say."""
         if not self.interrupted:
             return None
         self.interrupted = False
@@ -342,7 +398,9 @@ class Node(Conversation):
 
 
 async def _refuse(request: Request) -> list[Outcome]:
-    refused = Outcome(error="the run is ending: no more calls; answer from what you have.", kind="budget")
+    refused = Outcome(
+        error="the run is ending: no more calls; answer from what you have.", kind="budget"
+    )
     return [refused] * (1 if request.method == "tool" else len(request.prompts))
 
 

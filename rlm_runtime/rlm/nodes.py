@@ -1,4 +1,5 @@
-"""Opening a node: its system prompt, its task, and, for a child RLM, its REPL and what its parent gets of it."""
+"""Opening a node: its system prompt, its task, and, for a child RLM, its REPL and what its parent
+gets of it."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from rlm_runtime.structured import Shape
 
 
 def system_prompt(node: Node) -> str:
-    """The system prompt of this node: it depends on what is in the node's REPL, and is the same for the whole run."""
+    """The system prompt of this node: it depends on what is in the node's REPL, and is the same for
+    the whole run."""
     options, depth = node.tree.options, node.depth
     limits = options.limits_for(node.lm)
     helpers = prompts.Helpers(
@@ -42,7 +44,8 @@ def system_prompt(node: Node) -> str:
 
 
 def open_task(node: Node, context: Context, name: str = "context") -> None:
-    """Put the task before the model: with the system prompt in a new history, or as a session's next task."""
+    """Put the task before the model: with the system prompt in a new history, or as a session's
+    next task."""
     words = node.words
     if node.native:
         about = context.brief()
@@ -51,7 +54,9 @@ def open_task(node: Node, context: Context, name: str = "context") -> None:
     budget, tips = node.tree.options.budget, node.tree.options.tips if node.is_root else None
     if not node.history.messages:
         node.history = History(system_prompt(node))
-        task = words.first_user(node.question, about, budget=budget.model_dump(exclude={"turns"}), tips=tips)
+        task = words.first_user(
+            node.question, about, budget=budget.model_dump(exclude={"turns"}), tips=tips
+        )
     else:
         task = words.next_context(node.question, about, name)
         if node.shape is not None:  # the system prompt is the first task's
@@ -60,7 +65,12 @@ def open_task(node: Node, context: Context, name: str = "context") -> None:
 
 
 async def spawn(
-    parent: Conversation, id: str, meter: Meter, prompt: Any, question: str | None, shape: Shape | None
+    parent: Conversation,
+    id: str,
+    meter: Meter,
+    prompt: Any,
+    question: str | None,
+    shape: Shape | None,
 ) -> Outcome:
     """Run a child RLM to its end. Raises RlmError where it cannot even begin."""
     tree, depth = parent.tree, parent.depth + 1
@@ -86,7 +96,8 @@ async def spawn(
 
 
 def _told(ending: Ending) -> Outcome:
-    """A child that was stopped still answers where it has something; its parent gets an error only where it has not."""
+    """A child that was stopped still answers where it has something; its parent gets an error only
+    where it has not."""
     failed = ending.reason in (ERROR, CANCELLED)
     if ending.reason == ANSWERED or (ending.answer is not None and not failed):
         return Outcome(value=to_jsonable_python(ending.answer))
@@ -97,5 +108,6 @@ def _told(ending: Ending) -> Outcome:
     kind = "budget" if limit != ending.reason or ending.reason == "turns" else ending.reason
     best = f" Its best so far: {ending.text[:2000]}" if ending.text else ""
     return Outcome(
-        error=f"the child RLM ended without an answer ({ending.reason}): {ending.error or ''}{best}", kind=kind
+        error=f"the child RLM ended without an answer ({ending.reason}): {ending.error or ''}{best}",
+        kind=kind,
     )

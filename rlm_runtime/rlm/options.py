@@ -24,7 +24,8 @@ MAX_DEPTH = 16  # deeper trees are a mistake: their cost is exponential
 
 
 def default_repls() -> int:
-    """Live REPLs of child RLMs at one depth: mostly they wait for their models, but each is a process."""
+    """Live REPLs of child RLMs at one depth: mostly they wait for their models, but each is a
+    process."""
     return min(32, 4 * (os.cpu_count() or 1))
 
 
@@ -64,16 +65,20 @@ class Options:
         return self.by_depth.get(depth) or (self.root if depth == 0 else self.sub)
 
     def call_lm(self, depth: int, name: str | None = None) -> LM:
-        """The model of a plain call whose node is at this depth. Raises UsageError for a name that is not allowed."""
+        """The model of a plain call whose node is at this depth. Raises UsageError for a name that
+        is not allowed."""
         if name is None:
             return self.by_depth.get(depth) or self.sub
         if name in self.models:
             return self.models[name]
         allowed = ", ".join(sorted(self.models)) or "none by name"
-        raise UsageError(f"unknown model {name!r}; allowed: {allowed}. Leave `model` out for the default.")
+        raise UsageError(
+            f"unknown model {name!r}; allowed: {allowed}. Leave `model` out for the default."
+        )
 
     def window_of(self, lm: LM) -> int | None:
-        """Tokens the model holds: what it says, else what the user says; less where its endpoint cut a prompt."""
+        """Tokens the model holds: what it says, else what the user says; less where its endpoint
+        cut a prompt."""
         known = [w for w in (getattr(lm, "window", None) or self.window, self.windows.of(lm)) if w]
         return min(known, default=None)
 
@@ -82,7 +87,8 @@ class Options:
         return self.prompt_variant or getattr(lm, "prompt_variant", None) or variant_for(lm.name)
 
     def limits_for(self, lm: LM) -> Limits:
-        """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small window."""
+        """The REPL's limits for a node led by `lm`: what a cell shows must leave room in a small
+        window."""
         window = self.window_of(lm)
         most = (
             max(500, int(0.6 * window)) if window else self.limits.output_chars
@@ -98,7 +104,10 @@ class Options:
         return self.make_environment(self.limits_for(self.node_lm(depth)))
 
     def every_lm(self) -> list[LM]:
-        unique = {id(lm): lm for lm in (self.root, self.sub, *self.models.values(), *self.by_depth.values())}
+        unique = {
+            id(lm): lm
+            for lm in (self.root, self.sub, *self.models.values(), *self.by_depth.values())
+        }
         return list(unique.values())
 
 
@@ -119,26 +128,38 @@ def check_lm(thing: Any, where: str) -> LM:
 
 
 def check_int(name: str, value: Any, least: int, most: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < least
+        or (most is not None and value > most)
+    ):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise UsageError(f"{name}: expected a whole number {bound}, got {value!r}.")
     return value
 
 
 def check_model(name: str, kind: type[BaseModel], value: Any) -> Any:
-    """An instance of a settings class, or the one a dict stands for. Raises UsageError naming field and choices."""
+    """An instance of a settings class, or the one a dict stands for. Raises UsageError naming field
+    and choices."""
     if isinstance(value, kind):
         return value
     if value is None:
         return kind()
     if not isinstance(value, Mapping):
-        raise UsageError(f"{name}: expected {kind.__name__} or a dict of its fields, got {type(value).__name__}.")
+        raise UsageError(
+            f"{name}: expected {kind.__name__} or a dict of its fields, got {type(value).__name__}."
+        )
     try:
         return kind(**value)
     except ValidationError as e:
         first = e.errors(include_url=False)[0]
         where = ".".join(str(p) for p in first["loc"])
-        known = f" Fields: {', '.join(kind.model_fields)}." if first["type"] == "extra_forbidden" else ""
+        known = (
+            f" Fields: {', '.join(kind.model_fields)}."
+            if first["type"] == "extra_forbidden"
+            else ""
+        )
         raise UsageError(f"{name}.{where}: {first['msg']}.{known}") from e
 
 
@@ -160,7 +181,10 @@ def check_tips(tips: str | Sequence[str] | None) -> str | None:
     lines = [tips] if isinstance(tips, str) else list(tips)
     if not all(isinstance(line, str) and line.strip() for line in lines):
         raise UsageError(f"tips: expected a text, or a list of texts, got {tips!r}.")
-    return "\n".join(line.strip() if isinstance(tips, str) else f"- {line.strip()}" for line in lines) or None
+    return (
+        "\n".join(line.strip() if isinstance(tips, str) else f"- {line.strip()}" for line in lines)
+        or None
+    )
 
 
 def check_prices(options: Options) -> None:

@@ -23,9 +23,10 @@ def at_limit(limit: str) -> str:
 class RLMResult(Frozen):
     """The answer of a completion and what it took.
 
-    `answer` is what the model handed in: any JSON value, or with `output=` a value of that type and never one of
-    another type. With `partial` it is the best there was when the run had to stop (None: there was nothing, or nothing
-    that fits `output`); `text` then is the same as the model wrote it.
+    `answer` is what the model handed in: any JSON value, or with `output=` a value of that type and
+    never one of another type. With `partial` it is the best there was when the run had to stop
+    (None: there was nothing, or nothing that fits `output`); `text` then is the same as the model
+    wrote it.
     """
 
     answer: Any = None
@@ -33,7 +34,8 @@ class RLMResult(Frozen):
     partial: bool = False  # the run was stopped before the model said it was ready
     text: str = ""
     error: str | None = None  # what stopped it, or why `answer` is None
-    error_kind: str | None = None  # with stop_reason error: LMError.kind where a model failed, else the error's class
+    # with stop_reason error: LMError.kind where a model failed, else the error's class
+    error_kind: str | None = None
     usage: Usage = Usage()  # of the whole tree
     usage_by_depth: dict[int, Usage] = Field(default_factory=dict)
     turns: int = 0  # of the root
@@ -43,7 +45,8 @@ class RLMResult(Frozen):
     trajectory: Path | None = None  # the run's folder; None where it is in memory only (`events`)
     sandbox: SandboxReport | None = None
     notes: tuple[str, ...] = ()  # what the reader should know: an incomplete trajectory, ...
-    record: Any = Field(None, repr=False, exclude=True)  # the trajectory writer; read it through `events`
+    # the trajectory writer; read it through `events`
+    record: Any = Field(None, repr=False, exclude=True)
 
     @property
     def cost_usd(self) -> float | None:

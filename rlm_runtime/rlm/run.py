@@ -1,7 +1,8 @@
-"""One completion from start to result, whatever happens: answered, stopped by a limit, cancelled, or failed.
+"""One completion from start to result, whatever happens: answered, stopped by a limit, cancelled,
+or failed.
 
-The run is a task of its own. Whoever waits for it may go away; the run still ends its calls and workers, writes the
-end of its trajectory, and has a result.
+The run is a task of its own. Whoever waits for it may go away; the run still ends its calls and
+workers, writes the end of its trajectory, and has a result.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from rlm_runtime.rlm.options import Options
 from rlm_runtime.rlm.results import CANCELLED, ERROR, Ending, RLMResult, at_limit
 from rlm_runtime.rlm.tree import END_SECONDS, Meter, Tree, finish
 from rlm_runtime.structured import Shape
-from rlm_runtime.trajectory import AnyEvent, ContextLoaded, RunEnd, RunStart, TrajectoryWriter, run_folder
+from rlm_runtime.trajectory import (
+    AnyEvent,
+    ContextLoaded,
+    RunEnd,
+    RunStart,
+    TrajectoryWriter,
+    run_folder,
+)
 
 CANCEL_SECONDS = 20.0  # longest that a cancelled conversation may take to end
 POLL_SECONDS = 0.05
@@ -51,7 +59,8 @@ class SessionState:
 
 
 class Run:
-    """A completion in progress, as `RLM.start` returns it. Lives in the event loop that it was started in."""
+    """A completion in progress, as `RLM.start` returns it. Lives in the event loop that it was
+    started in."""
 
     def __init__(
         self,
@@ -65,7 +74,12 @@ class Run:
     ):
         loop = asyncio.get_running_loop()
         self.id = secrets.token_hex(6)
-        self._options, self._context, self._question, self._shape = options, context, question, shape
+        self._options, self._context, self._question, self._shape = (
+            options,
+            context,
+            question,
+            shape,
+        )
         self._session = session
         self._event = cancel
         self._environment = session.environment if session else options.environment_for(0)
@@ -76,7 +90,7 @@ class Run:
         self._overdue: asyncio.Future[None] = loop.create_future()
         self._task = loop.create_task(self._main(), name=f"rlm-run-{self.id}")
 
-    # -- for the caller -------------------------------------------------------------------------------------------------
+    # -- for the caller ----------------------------------------------------------------------------
     @property
     def folder(self) -> Path | None:
         """Where the trajectory is written; None without a `log_dir`."""
@@ -87,10 +101,12 @@ class Run:
         return self._task.done()
 
     def cancel(self) -> None:
-        """End the run: its calls, cells and workers. `result()` then gives what there is. Idempotent."""
+        """End the run: its calls, cells and workers. `result()` then gives what there is.
+        Idempotent."""
         if not self._cancelled:
             self._cancelled = True
-            # One that does not end, because an LM or a tool swallows the cancellation, is left behind.
+            # One that does not end, because an LM or a tool swallows the cancellation, is left
+            # behind.
             asyncio.get_running_loop().call_later(
                 CANCEL_SECONDS, lambda: self._overdue.done() or self._overdue.cancel()
             )
@@ -100,13 +116,13 @@ class Run:
     async def result(self) -> RLMResult:
         """Wait for the end. A caller that is cancelled while it waits does not cancel the run.
 
-        Raises LMError, SandboxError or another RlmError where the run failed with nothing to show; its `result`
-        attribute is the RLMResult with usage and trajectory."""
+        Raises LMError, SandboxError or another RlmError where the run failed with nothing to show;
+        its `result` attribute is the RLMResult with usage and trajectory."""
         return await asyncio.shield(self._task)
 
     def events(self) -> AsyncIterator[AnyEvent]:
-        """The run's events from this call on, as they happen; the iterator ends with the run. Breaking off does not end
-        the run."""
+        """The run's events from this call on, as they happen; the iterator ends with the run.
+        Breaking off does not end the run."""
         queue: asyncio.Queue[AnyEvent | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -127,7 +143,8 @@ class Run:
         return drain()
 
     async def end(self) -> None:
-        """Cancel, if it still runs, and wait (bounded) for the end. Never raises what the run raised."""
+        """Cancel, if it still runs, and wait (bounded) for the end. Never raises what the run
+        raised."""
         if not self._task.done():
             self.cancel()
             await asyncio.wait({self._task}, timeout=CANCEL_SECONDS + END_SECONDS)
@@ -135,8 +152,8 @@ class Run:
             self._task.exception()  # seen, so that nobody warns about it
 
     async def to_the_end(self) -> RLMResult:
-        """As `result`, but cancelling the caller cancels the run, waits (bounded) until it has ended, and raises
-        CancelledError with the partial result as its attribute `result`."""
+        """As `result`, but cancelling the caller cancels the run, waits (bounded) until it has
+        ended, and raises CancelledError with the partial result as its attribute `result`."""
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError as e:
@@ -145,14 +162,15 @@ class Run:
             raise
 
     async def through_interrupts(self) -> RLMResult:
-        """As `result`, but a first cancellation of the caller (Ctrl-C) ends the run and returns its partial result."""
+        """As `result`, but a first cancellation of the caller (Ctrl-C) ends the run and returns its
+        partial result."""
         try:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError:
             self.cancel()
             return await asyncio.shield(self._task)
 
-    # -- the run ----------------------------------------------------------------------------------------------------------
+    # -- the run -----------------------------------------------------------------------------------
     async def _main(self) -> RLMResult:
         options, session = self._options, self._session
         tree = Tree(options, Ledger(options.budget), self._writer)
@@ -179,7 +197,8 @@ class Run:
                 try:
                     both: set[asyncio.Future[Any]] = {work, self._overdue}
                     await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                except asyncio.CancelledError as e:  # the loop is being closed, or somebody found this task
+                # the loop is being closed, or somebody found this task
+                except asyncio.CancelledError as e:
                     interrupted = e
                     self.cancel()
                     work.cancel()
@@ -215,7 +234,9 @@ class Run:
             if not clock.expired():
                 raise
         limit = ledger.budget.seconds or 0.0
-        why = BudgetExceeded("seconds", ledger.seconds, limit, f"the limit of {limit:g} s is reached.")
+        why = BudgetExceeded(
+            "seconds", ledger.seconds, limit, f"the limit of {limit:g} s is reached."
+        )
         await node.tree.stop(why)
         node.tree.note_budget(node.id, node.turns, refused="seconds")
         ending = await node.look_again()
@@ -266,16 +287,22 @@ class Run:
             await asyncio.sleep(POLL_SECONDS)
         self.cancel()
 
-    # -- the record -------------------------------------------------------------------------------------------------------
+    # -- the record --------------------------------------------------------------------------------
     def _open_record(self) -> TrajectoryWriter:
         options, session = self._options, self._session
         folder = None
         if options.log_dir is not None:
-            folder = session.folder if session is not None and session.folder else run_folder(options.log_dir, self.id)
+            folder = (
+                session.folder
+                if session is not None and session.folder
+                else run_folder(options.log_dir, self.id)
+            )
         on_event: Any = options.on_event
         if hasattr(on_event, "for_run"):
             on_event = on_event.for_run(self.id)
-        writer = TrajectoryWriter(folder, on_event, append=session is not None and session.folder is not None)
+        writer = TrajectoryWriter(
+            folder, on_event, append=session is not None and session.folder is not None
+        )
         if options.verbose:
             from rlm_runtime.live import Lines
 
@@ -296,7 +323,9 @@ class Run:
             "prompt_variant": options.variant_of(lm),
             "tools": sorted(options.tools),
             "sub_tools": sorted(options.sub_tools),
-            "tool_values": {n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value},
+            "tool_values": {
+                n: t.value for n, t in {**options.sub_tools, **options.tools}.items() if t.is_value
+            },
             "tips": options.tips,
             "packages": list(options.packages),
             "models": {str(d): m.name for d, m in options.by_depth.items()},
@@ -338,7 +367,9 @@ class Run:
         writer.close()
         notes = [*self._context.notes, *tree.notes]
         if self._context.keep and writer.folder is not None and self._context.sha256 is None:
-            notes.append("The piped text is too long to be kept with the trajectory; replay needs it as --context.")
+            notes.append(
+                "The piped text is too long to be kept with the trajectory; replay needs it as --context."
+            )
         if writer.note is not None:
             notes.append(writer.note)
         return RLMResult(

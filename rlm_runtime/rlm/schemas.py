@@ -1,7 +1,8 @@
 """Schemas that come from a cell. A cell is hostile: no schema of its may keep the host busy.
 
-Holding a value to a JSON schema can take exponential time, by regular expressions that backtrack and by references that
-double at every step. Such schemas are refused; what is left costs time linear in schema and value.
+Holding a value to a JSON schema can take exponential time, by regular expressions that backtrack
+and by references that double at every step. Such schemas are refused; what is left costs time
+linear in schema and value.
 """
 
 from __future__ import annotations
@@ -13,10 +14,20 @@ from rlm_runtime.errors import UsageError
 from rlm_runtime.structured import Shape
 
 LONGEST = 50_000  # characters
-EXPANDED = 5_000  # subschemas, and one for eight keys or items of them, each counted as often as it is referred to
-NAMES = ("properties", "$defs", "definitions", "dependentSchemas")  # whose keys are names, not keywords
+# subschemas, and one for eight keys or items of them, each counted as often as it is referred to
+EXPANDED = 5_000
+# whose keys are names, not keywords
+NAMES = ("properties", "$defs", "definitions", "dependentSchemas")
 DATA = ("enum", "const", "default", "examples", "required", "dependentRequired")
-REFUSED = ("pattern", "patternProperties", "$dynamicRef", "$recursiveRef", "$id", "$anchor", "$dynamicAnchor")
+REFUSED = (
+    "pattern",
+    "patternProperties",
+    "$dynamicRef",
+    "$recursiveRef",
+    "$id",
+    "$anchor",
+    "$dynamicAnchor",
+)
 
 
 def shape_of(schema: dict[str, Any]) -> Shape:
@@ -39,7 +50,9 @@ def _weigh(node: Any, root: dict[str, Any], open_refs: tuple[str, ...], left: li
         return
     for key, value in node.items():
         if key in REFUSED:
-            raise UsageError(f"schema: {key!r} is not supported in sub-calls; check the value in Python instead.")
+            raise UsageError(
+                f"schema: {key!r} is not supported in sub-calls; check the value in Python instead."
+            )
         if key == "$ref":
             if value in open_refs:
                 raise UsageError(
@@ -58,9 +71,13 @@ def _weigh(node: Any, root: dict[str, Any], open_refs: tuple[str, ...], left: li
 def _resolve(ref: Any, root: dict[str, Any]) -> Any:
     node: Any = root
     if not isinstance(ref, str) or not ref.startswith("#"):
-        raise UsageError(f"schema: only references inside it (#/$defs/...) are followed, not {ref!r}.")
+        raise UsageError(
+            f"schema: only references inside it (#/$defs/...) are followed, not {ref!r}."
+        )
     for step in filter(None, ref[1:].split("/")):
-        node = node.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+        node = (
+            node.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(node, dict) else None
+        )
     if not isinstance(node, dict):
         raise UsageError(f"schema: {ref!r} refers to nothing in it.")
     return node

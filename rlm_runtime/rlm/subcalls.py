@@ -1,4 +1,5 @@
-"""What a REPL asks of the host: sub-LM calls, child RLMs, tools. Every failure is a value in its place."""
+"""What a REPL asks of the host: sub-LM calls, child RLMs, tools. Every failure is a value in its
+place."""
 
 from __future__ import annotations
 
@@ -49,10 +50,14 @@ class SubCalls:
             child = request.method == "rlm" and self.node.depth + 1 < self.tree.options.max_depth
             width = self.tree.options.max_repls if child else self.tree.options.concurrency
             if child or self._draws():
-                return await in_order(self._child if child else self._plain, calls, width, self.tree.pace)
+                return await in_order(
+                    self._child if child else self._plain, calls, width, self.tree.pace
+                )
             return await self._once_each(calls, width)
 
-    def _listed(self, request: Request, shape: Shape | UsageError | None, first: int) -> list[tuple[Any, ...]]:
+    def _listed(
+        self, request: Request, shape: Shape | UsageError | None, first: int
+    ) -> list[tuple[Any, ...]]:
         """The calls of a request, numbered from `first` on."""
         node = self.node.id
         return [
@@ -61,11 +66,13 @@ class SubCalls:
         ]
 
     def _draws(self) -> bool:
-        """Whether equal prompts are meant to give different replies: a temperature was asked for."""
+        """Whether equal prompts are meant to give different replies: a temperature was asked
+        for."""
         return bool(self.tree.options.sub_sampling.temperature)
 
     async def _once_each(self, calls: list[tuple[Any, ...]], width: int) -> list[Outcome]:
-        """Equal prompts of a batch are asked once; the others are recorded with the outcome of the first."""
+        """Equal prompts of a batch are asked once; the others are recorded with the outcome of the
+        first."""
         if len(calls) == 1:
             return [await self._plain(*calls[0])]
         keys = [prompt.text for _, prompt, _, _ in calls]
@@ -74,7 +81,11 @@ class SubCalls:
             first.setdefault(key, i)
         asked = list(first.values())
         found = dict(
-            zip(asked, await in_order(self._plain, [calls[i] for i in asked], width, self.tree.pace), strict=True)
+            zip(
+                asked,
+                await in_order(self._plain, [calls[i] for i in asked], width, self.tree.pace),
+                strict=True,
+            )
         )
         for i, (id, prompt, request, _) in enumerate(calls):
             if i not in found:
@@ -90,8 +101,10 @@ class SubCalls:
         lm_name = request.model or self.tree.options.call_lm(self.node.depth + 1).name
         return await self._recorded(id, "lm", lm_name, prompt.text, question, Meter(), work)
 
-    # -- one call -----------------------------------------------------------------------------------------------------
-    async def _plain(self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None) -> Outcome:
+    # -- one call ----------------------------------------------------------------------------------
+    async def _plain(
+        self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None
+    ) -> Outcome:
         """A sub-LM call, with its own small tool loop where there are `sub_tools`."""
         question = request.question if request.method == "rlm" else None
         options = self.tree.options
@@ -100,7 +113,9 @@ class SubCalls:
 
         async def work() -> Outcome:
             if options.max_depth < 1:
-                raise UsageError("sub-calls are switched off in this run (max_depth=0); work in Python alone.")
+                raise UsageError(
+                    "sub-calls are switched off in this run (max_depth=0); work in Python alone."
+                )
             self.tree.ledger.check_depth(depth)
             lm = options.call_lm(depth, request.model)
             if isinstance(shape, UsageError):
@@ -111,7 +126,9 @@ class SubCalls:
         lm_name = request.model or options.call_lm(depth).name
         return await self._recorded(id, "lm", lm_name, prompt.text, question, meter, work)
 
-    async def _child(self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None) -> Outcome:
+    async def _child(
+        self, id: str, prompt: Prompt, request: Request, shape: Shape | UsageError | None
+    ) -> Outcome:
         meter = Meter(self.node.meter)
         name = self.tree.options.node_lm(self.node.depth + 1).name
 
@@ -168,7 +185,8 @@ class SubCalls:
             message, error_kind = why_not(e)
             outcome = Outcome(error=message, kind=error_kind)
             limit = getattr(e, "limit", None)
-            if limit is not None and (node.turn, limit) not in self._noted:  # once a turn, not once a call
+            # once a turn, not once a call
+            if limit is not None and (node.turn, limit) not in self._noted:
                 self._noted.add((node.turn, limit))
                 tree.note_budget(node.id, node.turns, refused=limit)
         except Exception as e:  # a bug of ours must not look like an answer, nor end the run
@@ -186,9 +204,15 @@ class SubCalls:
             )
         return outcome
 
-    # -- the conversation with a sub-LM ---------------------------------------------------------------------------------
+    # -- the conversation with a sub-LM ------------------------------------------------------------
     async def _converse(
-        self, id: str, lm: LM, messages: list[Message], depth: int, meter: Meter, shape: Shape | None
+        self,
+        id: str,
+        lm: LM,
+        messages: list[Message],
+        depth: int,
+        meter: Meter,
+        shape: Shape | None,
     ) -> Any:
         """Ask, run the tools it calls, ask again; hold the reply to the schema. Raises RlmError."""
         options = self.tree.options
@@ -211,14 +235,20 @@ class SubCalls:
             if reply.tool_calls and offered:
                 rounds += 1
                 said = _assistant(reply)
-                told = [(f"{id}.{made + k}", call, tools) for k, call in enumerate(said.tool_calls, 1)]
+                told = [
+                    (f"{id}.{made + k}", call, tools) for k, call in enumerate(said.tool_calls, 1)
+                ]
                 made += len(told)
                 results = await in_order(self._sub_tool, told, options.concurrency, self.tree.pace)
                 messages = [*messages, said, *results]
                 continue
             found = await read(len(reply.text), clean, reply.text)
             if not found.text.strip() and reply.tool_calls:
-                raise LMError(f"{lm.name} kept calling tools after {rounds} rounds.", kind="protocol", model=lm.name)
+                raise LMError(
+                    f"{lm.name} kept calling tools after {rounds} rounds.",
+                    kind="protocol",
+                    model=lm.name,
+                )
             blank = blanks.no_answer(lm, reply, found.text)
             if blank is not None:
                 tries += 1
@@ -241,7 +271,9 @@ class SubCalls:
     def _opened(self, messages: list[Message]) -> list[Message]:
         """With a system message where one is wanted and the prompt does not bring its own."""
         options = self.tree.options
-        text = options.sub_system_prompt or (prompts.sub_system(tools=True) if options.sub_tools else None)
+        text = options.sub_system_prompt or (
+            prompts.sub_system(tools=True) if options.sub_tools else None
+        )
         if text is None or messages[0].role == "system":
             return messages
         return [Message(role="system", content=text), *messages]
@@ -272,7 +304,11 @@ class SchemaError(RlmError):
 async def _shape_or_error(schema: dict[str, Any] | None) -> Shape | UsageError | None:
     """Made once for a batch; an error is then the outcome of each of its calls."""
     try:
-        return await read(4 * size_of(schema), schemas.shape_of, schema) if schema is not None else None
+        return (
+            await read(4 * size_of(schema), schemas.shape_of, schema)
+            if schema is not None
+            else None
+        )
     except UsageError as e:
         return e
 
@@ -285,15 +321,21 @@ async def _outcome(call: Awaitable[Any]) -> Outcome:
 
 
 def _assistant(reply: Reply) -> Message:
-    return Message(role="assistant", content=reply.text, tool_calls=with_ids(reply.tool_calls), extra=reply.extra)
+    return Message(
+        role="assistant",
+        content=reply.text,
+        tool_calls=with_ids(reply.tool_calls),
+        extra=reply.extra,
+    )
 
 
 def as_text(value: Any) -> str:
-    """A prompt or tool result as text: a str as it is, anything else as JSON. Lone surrogates, which no endpoint
-    takes, become question marks."""
+    """A prompt or tool result as text: a str as it is, anything else as JSON. Lone surrogates,
+    which no endpoint takes, become question marks."""
     if not isinstance(value, str):
         if size_of(value, pieces.PIECE + 1) > pieces.PIECE:
-            with contextlib.suppress(TypeError):  # what is no JSON is written as `str` has it, as below
+            # what is no JSON is written as `str` has it, as below
+            with contextlib.suppress(TypeError):
                 return pieces.dumps(value, pieces.WIDE).decode()
         value = json.dumps(value, ensure_ascii=False, default=str)
     return pieces.valid(value)
@@ -311,7 +353,8 @@ class Prompt:
         return cls(value, as_text(value))
 
     def messages(self, question: str | None = None) -> list[Message]:
-        """The conversation it stands for: a list of chat messages, else one user message; the question first."""
+        """The conversation it stands for: a list of chat messages, else one user message; the
+        question first."""
         messages = _chat(self.value)
         if messages is None:
             return [Message(role="user", content=prompts.sub_user(self.text, question))]
@@ -323,7 +366,10 @@ def _chat(prompt: Any) -> list[Message] | None:
         return None
     roles = ("system", "user", "assistant")
     if all(
-        isinstance(m, dict) and set(m) == {"role", "content"} and m["role"] in roles and isinstance(m["content"], str)
+        isinstance(m, dict)
+        and set(m) == {"role", "content"}
+        and m["role"] in roles
+        and isinstance(m["content"], str)
         for m in prompt
     ):
         return [Message(role=m["role"], content=as_text(m["content"])) for m in prompt]

@@ -1,4 +1,5 @@
-"""What all nodes of one run share: the books, the slots, the record, and the list of what must be ended with it."""
+"""What all nodes of one run share: the books, the slots, the record, and the list of what must be
+ended with it."""
 
 from __future__ import annotations
 
@@ -46,10 +47,12 @@ class Tree:
     def __init__(self, options: Options, ledger: Ledger, writer: TrajectoryWriter):
         self.options, self.ledger, self.writer = options, ledger, writer
         self.stopped: RlmError | None = None  # why no more sub-calls are made
-        self.notes: list[str] = []  # what every node is told, and the user: an endpoint that cuts prompts
+        # what every node is told, and the user: an endpoint that cuts prompts
+        self.notes: list[str] = []
         self.pace = Pace()
         self._slots = asyncio.Semaphore(options.concurrency)
-        # One bound for each depth: a child that waits for its own children never holds what they wait for.
+        # One bound for each depth: a child that waits for its own children never holds what they
+        # wait for.
         self._repls: dict[int, asyncio.Semaphore] = {}
         self._environments: set[Environment] = set()
         self._requests: set[asyncio.Task[Any]] = set()
@@ -58,7 +61,9 @@ class Tree:
         self.writer.write(event)
 
     def note_budget(self, node: str, turns: int, refused: str | None = None) -> None:
-        self.emit(BudgetNote(node=node, used={"turns": turns, **self.ledger.snapshot()}, refused=refused))
+        self.emit(
+            BudgetNote(node=node, used={"turns": turns, **self.ledger.snapshot()}, refused=refused)
+        )
 
     def _note_cut(self, lm: LM, read: int, messages: Sequence[Message]) -> None:
         window = self.options.window_of(lm) or read
@@ -82,15 +87,18 @@ class Tree:
     ) -> Reply:
         """One model call within the budget and a slot; its usage is what was charged.
 
-        `calls` counts against Budget.sub_calls, `estimate` is the prompt's size where the caller knows it. Raises
-        BudgetExceeded, LMError (whatever the model's client raised), Cancelled (the run is over)."""
+        `calls` counts against Budget.sub_calls, `estimate` is the prompt's size where the caller
+        knows it. Raises BudgetExceeded, LMError (whatever the model's client raised), Cancelled
+        (the run is over)."""
         async with self._slots:
             if self.stopped is not None and not last:
                 raise self.stopped
             budget, window = self.ledger.budget, self.options.window_of(lm)
             wanted = sampling.max_tokens
             if estimate is None and (
-                budget.input_tokens is not None or budget.usd is not None or (window and (wanted is not None or calls))
+                budget.input_tokens is not None
+                or budget.usd is not None
+                or (window and (wanted is not None or calls))
             ):
                 estimate = await _counted(lm, messages)
             if calls and window and estimate is not None and estimate >= window:
@@ -103,7 +111,11 @@ class Tree:
             if window and wanted is not None and estimate is not None:
                 wanted = max(1, min(wanted, window - estimate))
             reservation = await self.ledger.reserve(
-                calls=calls, input_tokens=estimate or 0, max_tokens=wanted, price=lm.price, last=last
+                calls=calls,
+                input_tokens=estimate or 0,
+                max_tokens=wanted,
+                price=lm.price,
+                last=last,
             )
             if reservation.max_tokens != sampling.max_tokens:
                 sampling = sampling.model_copy(update={"max_tokens": reservation.max_tokens})
@@ -111,14 +123,16 @@ class Tree:
                 reply = await lm.complete(messages, sampling=sampling, tools=tools, schema=schema)
             except LMError:
                 raise
-            except Exception as e:  # an LM is anything with the right methods: its bugs end a call, not the host
+            # an LM is anything with the right methods: its bugs end a call, not the host
+            except Exception as e:
                 said = redact.foreign(f"{type(e).__name__}: {e}")
                 raise LMError(f"{lm.name}: {said}", kind="protocol", model=lm.name) from e
             else:
                 if self.options.windows.watch(lm, messages, reply.usage):
                     self._note_cut(lm, reply.usage.input_tokens, messages)
                 usage = reply.usage
-                if not usage.input_tokens and not usage.output_tokens:  # an endpoint that does not count
+                # an endpoint that does not count
+                if not usage.input_tokens and not usage.output_tokens:
                     answer = Message(role="assistant", content=reply.text)
                     counted = {
                         "calls": usage.calls or 1,
@@ -132,7 +146,7 @@ class Tree:
             finally:
                 reservation.release()
 
-    # -- what must end with the run -----------------------------------------------------------------------------------
+    # -- what must end with the run ----------------------------------------------------------------
     @contextlib.asynccontextmanager
     async def repl(self, depth: int, make: Callable[[], Environment]) -> AsyncIterator[Environment]:
         """A child's REPL, once there is room for one at this depth; closed whatever happens."""
@@ -160,7 +174,8 @@ class Tree:
             self._requests.discard(task)
 
     async def stop(self, why: RlmError | None = None) -> None:
-        """No more sub-calls; those that run are cancelled and waited for. A REPL may ask again after `resume`."""
+        """No more sub-calls; those that run are cancelled and waited for. A REPL may ask again
+        after `resume`."""
         self.stopped = why or Cancelled("the run is over.")
         tasks = [t for t in self._requests if t is not asyncio.current_task()]
         for task in tasks:
@@ -185,8 +200,9 @@ async def _wait(tasks: Sequence[asyncio.Task[Any]]) -> None:
 
 
 async def finish(work: Coroutine[Any, Any, Any], seconds: float = END_SECONDS) -> None:
-    """Await cleaning-up that must happen although the task may be cancelled (again) meanwhile: it goes on, and the
-    cancellation is raised after it. Bounded in time; what the work raises is dropped."""
+    """Await cleaning-up that must happen although the task may be cancelled (again) meanwhile: it
+    goes on, and the cancellation is raised after it. Bounded in time; what the work raises is
+    dropped."""
     task = asyncio.ensure_future(work)
     deadline = asyncio.get_running_loop().time() + seconds
     cancelled: asyncio.CancelledError | None = None

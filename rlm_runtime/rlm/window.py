@@ -1,8 +1,9 @@
-"""What of a conversation is sent where the model's window cannot hold all of it, by the model's own `count_tokens`.
+"""What of a conversation is sent where the model's window cannot hold all of it, by the model's own
+`count_tokens`.
 
-A report that is too long is cut in its middle, for every model. The history of a model that is spoken to in the native
-words slides besides: system prompt and task stay, the oldest exchanges are left out. (Other models get a summary,
-`compaction.py`.)
+A report that is too long is cut in its middle, for every model. The history of a model that is
+spoken to in the native words slides besides: system prompt and task stay, the oldest exchanges are
+left out. (Other models get a summary, `compaction.py`.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def reply_room(node: Conversation, window: int) -> int:
 def fit(node: Conversation) -> Fitted:
     """The messages of the next call. Cuts the unsent report in the history where it has to.
 
-    Raises LMError (context_overflow) where even system prompt and task do not fit a native model's window."""
+    Raises LMError (context_overflow) where even system prompt and task do not fit a native model's
+    window."""
     history, lm = node.history, node.lm
     sent, pending = history.messages, history.pending()
     everything = Fitted([*sent, *pending], 0)
@@ -39,7 +41,8 @@ def fit(node: Conversation) -> Fitted:
     if not window:
         return everything
     most = window - reply_room(node, window)
-    near = node.native or history.tokens(lm) >= NEAR * most  # the running count is of what was sent, not of all
+    # the running count is of what was sent, not of all
+    near = node.native or history.tokens(lm) >= NEAR * most
     if not near or lm.count_tokens(everything.messages) <= most:
         return everything
     system = [m for m in sent[:1] if m.role == "system"]
@@ -61,13 +64,17 @@ def fit(node: Conversation) -> Fitted:
     left_out = 0
     if node.native:
         least = 0 if history.opening else 1
-        while len(tail) - left_out > least and lm.count_tokens([*head, *tail[left_out:], *pending]) > most:
+        while (
+            len(tail) - left_out > least
+            and lm.count_tokens([*head, *tail[left_out:], *pending]) > most
+        ):
             left_out += 2  # a reply and the message after it
     kept = [*head, *tail[left_out:]]
     if pending and not history.opening and lm.count_tokens([*kept, *pending]) > most:
         history.unsent = [_cut(pending[0].content, kept, lm, most)]
         pending = history.pending()
-        if node.native and left_out < len(tail) and lm.count_tokens([*kept, *pending]) > most:  # a reply of odd length
+        # a reply of odd length
+        if node.native and left_out < len(tail) and lm.count_tokens([*kept, *pending]) > most:
             kept = head
     return Fitted([*kept, *pending], len(sent) - len(kept))
 

@@ -1,7 +1,7 @@
 """Two servers that speak OpenAI's API, on one transport.
 
-- `rlm/`: RLMs behind a chat endpoint; any client gains long context by changing its base URL. `create_app(models,
-  settings)` makes the ASGI application; `rlm serve` runs it.
+- `rlm/`: RLMs behind a chat endpoint; any client gains long context by changing its base URL.
+  `create_app(models, settings)` makes the ASGI application; `rlm serve` runs it.
 - `model/`: language models; see there. `launch.serve` runs it.
 - `http/`: what both share.
 """

@@ -1,7 +1,8 @@
 """What a long-context task is: examples made from a seed at any length, and a score for a reply.
 
-The context of an example is a text file, written as a stream, so a length of ten million tokens takes seconds and no
-memory. The same task, seed, index and length give the same bytes on every machine.
+The context of an example is a text file, written as a stream, so a length of ten million tokens
+takes seconds and no memory. The same task, seed, index and length give the same bytes on every
+machine.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Tokens = Callable[[str], int]  # number of tokens of a text
 
 @dataclass(frozen=True)
 class Example:
-    """`context` is a text file. `answer` is JSON; what it means only the task's `score` knows. `intro` goes before the
-    context where a model is given both in one prompt."""
+    """`context` is a text file. `answer` is JSON; what it means only the task's `score` knows.
+    `intro` goes before the context where a model is given both in one prompt."""
 
     id: str
     context: Path
@@ -41,8 +42,8 @@ class Example:
 
 
 class Ruler:
-    """Measures texts in tokens. A tokenizer's count of pieces adds up to a little more than of the whole, never less
-    by more than a token a piece, so a text built of pieces that fit, fits."""
+    """Measures texts in tokens. A tokenizer's count of pieces adds up to a little more than of the
+    whole, never less by more than a token a piece, so a text built of pieces that fit, fits."""
 
     def __init__(self, tokens: Tokens | None = None):
         self.tokens = tokens
@@ -61,9 +62,11 @@ class Ruler:
 
 
 class Task:
-    """A family of examples. A new task is one file with a subclass, and one line in `tasks/__init__.py`.
+    """A family of examples. A new task is one file with a subclass, and one line in
+    `tasks/__init__.py`.
 
-    A subclass sets `name` and `about`, writes `_build` and `score`, and takes its knobs as keyword arguments.
+    A subclass sets `name` and `about`, writes `_build` and `score`, and takes its knobs as keyword
+    arguments.
     """
 
     name = "task"
@@ -74,9 +77,16 @@ class Task:
     reply_tokens = 128  # left of the length for the reply, as RULER does
 
     def example(
-        self, length: int, *, seed: int = 42, index: int = 0, folder: str | Path, tokens: Tokens | None = None
+        self,
+        length: int,
+        *,
+        seed: int = 42,
+        index: int = 0,
+        folder: str | Path,
+        tokens: Tokens | None = None,
     ) -> Example:
-        """Example number `index` at `length` tokens (prompt and reply), its context written into `folder`.
+        """Example number `index` at `length` tokens (prompt and reply), its context written into
+        `folder`.
 
         Raises UsageError for a length too short to hold the task.
         """
@@ -84,7 +94,15 @@ class Task:
         folder.mkdir(parents=True, exist_ok=True)
         return self._build(int(length), seed, index, folder, Ruler(tokens))
 
-    def examples(self, length: int, count: int, *, seed: int = 42, folder: str | Path, tokens: Tokens | None = None) -> Iterator[Example]:  # fmt: skip
+    def examples(
+        self,
+        length: int,
+        count: int,
+        *,
+        seed: int = 42,
+        folder: str | Path,
+        tokens: Tokens | None = None,
+    ) -> Iterator[Example]:
         for index in range(count):
             yield self.example(length, seed=seed, index=index, folder=folder, tokens=tokens)
 
@@ -112,7 +130,8 @@ class Task:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[TextIO]:
-    """A file that appears under its name only when it is whole; the same example may be made twice at once."""
+    """A file that appears under its name only when it is whole; the same example may be made twice
+    at once."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
         with open(partial, "w", encoding="utf-8", newline="\n") as file:
@@ -139,7 +158,9 @@ def parse_length(text: str | int | float) -> int:
     try:
         value = float(digits) * units[written[len(digits) :]]
     except (ValueError, KeyError):
-        raise UsageError(f"length {text!r}: expected a number of tokens such as 8k, 128k, 1M or 8192.") from None
+        raise UsageError(
+            f"length {text!r}: expected a number of tokens such as 8k, 128k, 1M or 8192."
+        ) from None
     if not (value >= 1 and math.isfinite(value)):
         raise UsageError(f"length {text!r}: expected at least one token.")
     return int(value)

@@ -1,7 +1,8 @@
-"""Questions about a real source tree whose answers the syntax trees give: the standard library of the running Python, or
-any folder of Python files.
+"""Questions about a real source tree whose answers the syntax trees give: the standard library of
+the running Python, or any folder of Python files.
 
-Bound to what is installed: two interpreters ask about different trees. `meta["tree"]` is a hash of what was read.
+Bound to what is installed: two interpreters ask about different trees. `meta["tree"]` is a hash of
+what was read.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from typing import Any
 from rlm_runtime.errors import UsageError
 from rlm_runtime.tasks.base import Example, Ruler, Task, text_of, writing
 
-SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "node_modules"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "node_modules",
+}
 LARGEST = 1 << 20  # bytes of a file
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -45,7 +55,8 @@ class Source:
 
 
 class CodeQA(Task):
-    """Knobs: `root`: the folder (default: the standard library, tests left out); `tests`: tests and the rest as well."""
+    """Knobs: `root`: the folder (default: the standard library, tests left out); `tests`: tests and
+    the rest as well."""
 
     name = "codeqa"
     tips = (
@@ -59,7 +70,8 @@ class CodeQA(Task):
     def __init__(self, *, root: str | Path | None = None, tests: bool = False):
         self.root = Path(root or sysconfig.get_paths()["stdlib"])
         self.tests = bool(tests)
-        self._last: tuple[Any, list[Source]] = (None, [])  # the questions about one tree come one after the other
+        # the questions about one tree come one after the other
+        self._last: tuple[Any, list[Source]] = (None, [])
         if not self.root.is_dir():
             raise UsageError(f"{self.name}: root={str(root)!r} is not a folder.")
 
@@ -82,7 +94,9 @@ class CodeQA(Task):
             "files": len(sources),
             "tree": digest.hexdigest(),
         }
-        return Example(f"{self.name}-{length}-{seed}-{index}", path, f"{question} {FORM}", answer, INTRO, meta)
+        return Example(
+            f"{self.name}-{length}-{seed}-{index}", path, f"{question} {FORM}", answer, INTRO, meta
+        )
 
     def _chosen(self, length: int, seed: int, number: int, ruler: Ruler) -> list[Source]:
         """Files at random until the length is full, sorted by path."""
@@ -98,7 +112,8 @@ class CodeQA(Task):
                 break
             text = self._text(path)
             cost = ruler(_framed(path.name, text)) if text else math.inf
-            if cost > 0.6 * room or used + cost > room:  # one file alone is no tree; a smaller one may fit
+            # one file alone is no tree; a smaller one may fit
+            if cost > 0.6 * room or used + cost > room:
                 continue
             source = self._read(path, text)
             if source is not None:
@@ -126,7 +141,8 @@ class CodeQA(Task):
         if example.meta["kind"].startswith("file"):
             return float(said == true or said.endswith("/" + true))
         if example.meta["kind"] == "default":
-            return float(true in (repr(_literal(quoted)), repr(said)))  # True is not 1 here, and '1' is not 1
+            # True is not 1 here, and '1' is not 1
+            return float(true in (repr(_literal(quoted)), repr(said)))
         return float(said == true)
 
     def _paths(self) -> list[Path]:
@@ -135,7 +151,11 @@ class CodeQA(Task):
         for path in sorted(self.root.rglob("*.py")):
             parts = path.relative_to(self.root).parts
             packages = {"site-packages", "dist-packages"}
-            if not skipped.intersection(parts) and not packages.intersection(parts) and path.stat().st_size <= LARGEST:
+            if (
+                not skipped.intersection(parts)
+                and not packages.intersection(parts)
+                and path.stat().st_size <= LARGEST
+            ):
                 found.append(path)
         return found
 
@@ -169,7 +189,9 @@ class CodeQA(Task):
 
 
 MARK = "##### file: "
-INTRO = "The following is a source tree in one text: in front of each file stands a line with its path."
+INTRO = (
+    "The following is a source tree in one text: in front of each file stands a line with its path."
+)
 FORM = "Answer with the last line of your reply in the form 'Answer: X'."
 
 
@@ -224,7 +246,11 @@ def _file_of_function(rng: random.Random, sources: list[Source]) -> Made | None:
     if not functions:
         return None
     name, path = rng.choice(functions)
-    return "file_of_function", f"In which file is the function or method {name} defined? Give its path.", path
+    return (
+        "file_of_function",
+        f"In which file is the function or method {name} defined? Give its path.",
+        path,
+    )
 
 
 def _base_of(rng: random.Random, sources: list[Source]) -> Made | None:
@@ -241,10 +267,25 @@ def _default_of(rng: random.Random, sources: list[Source]) -> Made | None:
     found = []
     for name, node in functions:
         positional = [*node.args.posonlyargs, *node.args.args]
-        pairs = list(zip(positional[len(positional) - len(node.args.defaults) :], node.args.defaults, strict=True))
-        pairs += [(a, d) for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if d is not None]
-        found += [(name, a.arg, d.value) for a, d in pairs if isinstance(d, ast.Constant) and isinstance(d.value, int | str | None)
-                  and d.value not in (None, "")]  # fmt: skip
+        pairs = list(
+            zip(
+                positional[len(positional) - len(node.args.defaults) :],
+                node.args.defaults,
+                strict=True,
+            )
+        )
+        pairs += [
+            (a, d)
+            for a, d in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            if d is not None
+        ]
+        found += [
+            (name, a.arg, d.value)
+            for a, d in pairs
+            if isinstance(d, ast.Constant)
+            and isinstance(d.value, int | str | None)
+            and d.value not in (None, "")
+        ]
     if not found:
         return None
     name, argument, value = rng.choice(found)
@@ -258,7 +299,13 @@ def _parameters_of(rng: random.Random, sources: list[Source]) -> Made | None:
         return None
     name, node = rng.choice(functions)
     a = node.args
-    count = len(a.posonlyargs) + len(a.args) + len(a.kwonlyargs) + (a.vararg is not None) + (a.kwarg is not None)
+    count = (
+        len(a.posonlyargs)
+        + len(a.args)
+        + len(a.kwonlyargs)
+        + (a.vararg is not None)
+        + (a.kwarg is not None)
+    )
     question = (
         f"How many parameters does the function or method {name} take? Count all of them: self or cls, keyword-only ones, *args "
         "and **kwargs as well."
@@ -288,7 +335,10 @@ def _importers_of(rng: random.Random, sources: list[Source]) -> Made | None:
 
 def _longest_in(rng: random.Random, sources: list[Source]) -> Made | None:
     source = rng.choice(sources)
-    lengths = sorted((((f.end_lineno or f.lineno) - f.lineno + 1, f.name) for f in source.functions), reverse=True)
+    lengths = sorted(
+        (((f.end_lineno or f.lineno) - f.lineno + 1, f.name) for f in source.functions),
+        reverse=True,
+    )
     if len(lengths) < 3 or lengths[0][0] == lengths[1][0]:
         return None
     question = (
@@ -299,5 +349,13 @@ def _longest_in(rng: random.Random, sources: list[Source]) -> Made | None:
 
 
 MAKERS: tuple[Maker, ...] = (
-    _functions_in, _file_of_class, _methods_of, _default_of, _importers_of, _base_of, _file_of_function, _parameters_of, _longest_in,
-)  # fmt: skip
+    _functions_in,
+    _file_of_class,
+    _methods_of,
+    _default_of,
+    _importers_of,
+    _base_of,
+    _file_of_function,
+    _parameters_of,
+    _longest_in,
+)

@@ -1,7 +1,8 @@
-"""Multi-round needles, in the manner of MRCR: a long conversation in which the same request comes up several times, and
-one of the replies has to be given back word for word.
+"""Multi-round needles, in the manner of MRCR: a long conversation in which the same request comes
+up several times, and one of the replies has to be given back word for word.
 
-A reply scores by the similarity of the texts, and nothing at all without the random prefix that was asked for.
+A reply scores by the similarity of the texts, and nothing at all without the random prefix that was
+asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
 class MultiRound(Task):
-    """Knobs: `needles` (2..8): how often the same request is made; `sentences`: of a reply, about."""
+    """Knobs: `needles` (2..8): how often the same request is made; `sentences`: of a reply,
+    about."""
 
     name = "multi_round"
     tips = (
@@ -34,7 +36,9 @@ class MultiRound(Task):
 
     def __init__(self, *, needles: int = 2, sentences: int = 8):
         if not 2 <= needles <= len(ORDINALS) or sentences < 2:
-            raise UsageError(f"{self.name}: needles must be from 2 to {len(ORDINALS)} and sentences at least 2.")
+            raise UsageError(
+                f"{self.name}: needles must be from 2 to {len(ORDINALS)} and sentences at least 2."
+            )
         self.needles, self.sentences = needles, sentences
 
     def _build(self, length: int, seed: int, index: int, folder: Path, ruler: Ruler) -> Example:
@@ -47,9 +51,12 @@ class MultiRound(Task):
             f"{prefix} directly in front of it and write nothing else."
         )
         needles = [self._round(rng, form, topic) for _ in range(self.needles)]
-        room = length - self.reply_tokens - ruler(question) - sum(ruler(_written(r)) for r in needles)
+        room = (
+            length - self.reply_tokens - ruler(question) - sum(ruler(_written(r)) for r in needles)
+        )
         others, used, filler = 0, 0.0, self.rng(seed, index, "filler")
-        while True:  # the length of each other round follows from the seed alone: count first, then write
+        # the length of each other round follows from the seed alone: count first, then write
+        while True:
             cost = ruler(_written(self._other(filler, form, topic)))
             if used + cost > room:
                 break
@@ -64,8 +71,22 @@ class MultiRound(Task):
         with writing(path) as file:
             for i in range(total):
                 file.write(_written(at[i] if i in at else self._other(filler, form, topic)))
-        meta = {"length": length, "seed": seed, "index": index, "prefix": prefix, "rounds": total, "places": places}
-        return Example(f"{self.name}-{length}-{seed}-{index}", path, question, prefix + needles[which][1], "", meta)
+        meta = {
+            "length": length,
+            "seed": seed,
+            "index": index,
+            "prefix": prefix,
+            "rounds": total,
+            "places": places,
+        }
+        return Example(
+            f"{self.name}-{length}-{seed}-{index}",
+            path,
+            question,
+            prefix + needles[which][1],
+            "",
+            meta,
+        )
 
     def score(self, example: Example, reply: Any) -> float:
         text, prefix = text_of(reply).strip(), example.meta["prefix"]
@@ -79,7 +100,9 @@ class MultiRound(Task):
 
     def _round(self, rng: random.Random, form: str, topic: str) -> tuple[str, str]:
         """(what the user asks, what the assistant answers): one line each."""
-        text = words.paragraph(rng, rng.randint(self.sentences // 2, self.sentences + self.sentences // 2))
+        text = words.paragraph(
+            rng, rng.randint(self.sentences // 2, self.sentences + self.sentences // 2)
+        )
         return f"Write a {form} about {topic}.", f"About {topic}. {text}"
 
     def _other(self, rng: random.Random, form: str, topic: str) -> tuple[str, str]:

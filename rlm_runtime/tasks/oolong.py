@@ -1,10 +1,12 @@
-"""OOLONG-style tasks: a long list of short items, each with a date and a user and a kind nobody wrote down, and questions
-that can only be answered by judging every item. After OOLONG-synth (Bertsch et al. 2025).
+"""OOLONG-style tasks: a long list of short items, each with a date and a user and a kind nobody
+wrote down, and questions that can only be answered by judging every item. After OOLONG-synth
+(Bertsch et al. 2025).
 
-Not OOLONG itself: the items come from templates of our own (`label_bank.py`) instead of classification data sets, so
-results compare with each other and not with published ones. What follows OOLONG-synth: the number of lines for a
-length, the skew of the labels, users and dates, the form of a line, intro and recall, the three groups of questions
-with 25 questions about each window, the formats of the answers, and the score.
+Not OOLONG itself: the items come from templates of our own (`label_bank.py`) instead of
+classification data sets, so results compare with each other and not with published ones. What
+follows OOLONG-synth: the number of lines for a length, the skew of the labels, users and dates, the
+form of a line, intro and recall, the three groups of questions with 25 questions about each window,
+the formats of the answers, and the score.
 """
 
 from __future__ import annotations
@@ -44,12 +46,15 @@ class Window:
         logits = [rng.uniform(0, 10) / temperature for _ in LABELS]
         weights = [math.exp(x - max(logits)) for x in logits]
         users = rng.sample(range(10_000, 100_000), max(5, min(20_000, round(2 * math.sqrt(lines)))))
-        busy = users[: max(1, len(users) // 5)]  # a fifth of the users write four fifths of the lines
+        # a fifth of the users write four fifths of the lines
+        busy = users[: max(1, len(users) // 5)]
         rest = users[len(busy) :] or busy
         self.items = []
         for label in rng.choices(LABELS, weights, k=lines):
             user = rng.choice(busy if rng.random() < 0.8 else rest)
-            self.items.append(Item(FIRST_DAY + datetime.timedelta(days=rng.randrange(DAYS)), user, label))
+            self.items.append(
+                Item(FIRST_DAY + datetime.timedelta(days=rng.randrange(DAYS)), user, label)
+            )
         self.labels = Counter(i.label for i in self.items)
         self.users = Counter(i.user for i in self.items)
         self.days = Counter(i.day for i in self.items)
@@ -71,8 +76,8 @@ class Question:
 
 
 class Oolong(Task):
-    """Knobs: `labelled`: the kind stands at the end of each line (then code alone can answer); `group`: questions of
-    one group only."""
+    """Knobs: `labelled`: the kind stands at the end of each line (then code alone can answer);
+    `group`: questions of one group only."""
 
     name = "oolong"
     tips = (
@@ -94,19 +99,31 @@ class Oolong(Task):
         window, path, lines = self._window(length, seed, number, folder, ruler)
         asked = self._questions(window, length, seed, number)[which]
         meta = {
-            "length": length, "seed": seed, "index": index, "window": number, "lines": lines, "group": asked.group,
-            "kind": asked.kind, "answer_type": asked.type,
-        }  # fmt: skip
-        return Example(f"{self.name}-{length}-{seed}-{index}", path, asked.text, asked.answer, "", meta)
+            "length": length,
+            "seed": seed,
+            "index": index,
+            "window": number,
+            "lines": lines,
+            "group": asked.group,
+            "kind": asked.kind,
+            "answer_type": asked.type,
+        }
+        return Example(
+            f"{self.name}-{length}-{seed}-{index}", path, asked.text, asked.answer, "", meta
+        )
 
     def score(self, example: Example, reply: Any) -> float:
         return oolong_score(example.answer, example.meta["answer_type"], text_of(reply))
 
-    def _window(self, length: int, seed: int, number: int, folder: Path, ruler: Ruler) -> tuple[Window, Path, int]:
+    def _window(
+        self, length: int, seed: int, number: int, folder: Path, ruler: Ruler
+    ) -> tuple[Window, Path, int]:
         """The window and its file, written unless it is there whole."""
         rng = self.rng(seed, number, "sizes")
         probe = [Item(FIRST_DAY, 12345, label) for label in LABELS] * 30
-        each = sum(ruler(self._line(item, question(rng, item.label))) for item in probe) / len(probe)
+        each = sum(ruler(self._line(item, question(rng, item.label))) for item in probe) / len(
+            probe
+        )
         prompt = ruler(self._intro(9999)) + ruler(self._recall(9999))
         lines = math.floor((0.95 * length - prompt - 250) / each)
         if lines < 8:
@@ -117,14 +134,18 @@ class Oolong(Task):
         if not path.exists():
             with writing(path) as file:
                 file.write(self._intro(lines) + "\n\n")
-                for item, text in zip(window.items, window.texts(self.rng(*key, "texts")), strict=True):
+                for item, text in zip(
+                    window.items, window.texts(self.rng(*key, "texts")), strict=True
+                ):
                     file.write(self._line(item, text))
                 file.write("\n" + self._recall(lines) + "\n")
         return window, path, lines
 
     def _questions(self, window: Window, length: int, seed: int, number: int) -> list[Question]:
         rng = self.rng(length, seed, number, "questions")
-        makers = [m for group, makers in GROUPS.items() if self.group in (None, group) for m in makers]
+        makers = [
+            m for group, makers in GROUPS.items() if self.group in (None, group) for m in makers
+        ]
         out: list[Question] = []
         seen: set[str] = set()
         for _ in range(FEW * self.per_context * 4):
@@ -144,7 +165,11 @@ class Oolong(Task):
 
     def _intro(self, lines: int) -> str:
         kinds = ", ".join(f"'{label}'" for label in LABELS)
-        tail = "" if self.labelled else " The labels are not given: you have to judge each question yourself."
+        tail = (
+            ""
+            if self.labelled
+            else " The labels are not given: you have to judge each question yourself."
+        )
         return (
             f"The following lines hold {lines} general-knowledge questions, one a line, each with a date and the ID of the "
             f"user who asked it. Every question has one of 6 labels, by what it asks for: {kinds}.{tail}"
@@ -170,7 +195,9 @@ def parse_date(text: str) -> datetime.date | None:
         if named:
             return datetime.date(int(named[3]), MONTHS.index(named[1].title()) + 1, int(named[2]))
         if reversed_:
-            return datetime.date(int(reversed_[3]), MONTHS.index(reversed_[2].title()) + 1, int(reversed_[1]))
+            return datetime.date(
+                int(reversed_[3]), MONTHS.index(reversed_[2].title()) + 1, int(reversed_[1])
+            )
         if plain:
             return datetime.date(int(plain[1]), int(plain[2]), int(plain[3]))
         if american:
@@ -181,13 +208,15 @@ def parse_date(text: str) -> datetime.date | None:
 
 
 def oolong_score(answer: str, kind: str, reply: str) -> float:
-    """What stands behind the last colon, without `*`, `[`, `]` and spaces around it: exactly the answer scores 1; a
-    comparison by containment; a number 0.75 to the power of the error; a date by its day; anything else 0."""
+    """What stands behind the last colon, without `*`, `[`, `]` and spaces around it: exactly the
+    answer scores 1; a comparison by containment; a number 0.75 to the power of the error; a date by
+    its day; anything else 0."""
     said = re.sub(r"[*\[\]]", "", reply.rsplit(":", 1)[-1]).strip()
     if said == answer:
         return 1.0
     if kind == "comparison":
-        named = {c for c in COMPARISONS if c.rsplit(" ", 1)[0] in said}  # "more common", without "than"
+        # "more common", without "than"
+        named = {c for c in COMPARISONS if c.rsplit(" ", 1)[0] in said}
         return float(named == {answer})
     if kind == "number":
         found = re.fullmatch(r"-?\d[\d,]*(?:\.\d+)?", said)
@@ -227,7 +256,13 @@ def _least(rng: random.Random, w: Window) -> Question | None:
 
 def _compare(rng: random.Random, w: Window) -> Question:
     a, b = rng.sample(LABELS, 2)
-    return Question("counting", "compare", _comparison(a, b, "among all the questions"), _outcome(w.labels[a], w.labels[b]), "comparison")  # fmt: skip
+    return Question(
+        "counting",
+        "compare",
+        _comparison(a, b, "among all the questions"),
+        _outcome(w.labels[a], w.labels[b]),
+        "comparison",
+    )
 
 
 def _comparison(a: str, b: str, where: str) -> str:
@@ -252,7 +287,9 @@ def _user_most(rng: random.Random, w: Window) -> Question | None:
     rank = rng.randrange(2)
     key = _unique(w.users, rng, rank=rank)
     text = f"Which user asked the {'most' if rank == 0 else 'second most'} questions? Answer in the form 'User: ID'."
-    return key and Question("user", "most_user" if rank == 0 else "second_user", text, str(key), "user")
+    return key and Question(
+        "user", "most_user" if rank == 0 else "second_user", text, str(key), "user"
+    )
 
 
 def _user_of_label(rng: random.Random, w: Window) -> Question | None:
@@ -269,16 +306,20 @@ def _user_compare(rng: random.Random, w: Window) -> Question | None:
     if abs(counts[a] - counts[b]) < 2:
         return None
     where = f"among the questions of user {user}"
-    return Question("user", "user_compare", _comparison(a, b, where), _outcome(counts[a], counts[b]), "comparison")
+    return Question(
+        "user",
+        "user_compare",
+        _comparison(a, b, where),
+        _outcome(counts[a], counts[b]),
+        "comparison",
+    )
 
 
 def _user_subset(rng: random.Random, w: Window) -> Question | None:
     users = sorted(rng.sample(list(w.users), min(len(w.users), rng.randint(3, 5))))
     a = rng.choice(LABELS)
     listed = ", ".join(map(str, users))
-    text = (
-        f"Of the questions asked by the users {listed}, how many have label '{a}'? Answer in the form 'Answer: number'."
-    )
+    text = f"Of the questions asked by the users {listed}, how many have label '{a}'? Answer in the form 'Answer: number'."
     return Question("user", "user_subset", text, str(sum(w.of_user[u][a] for u in users)), "number")
 
 
@@ -291,7 +332,9 @@ def _day_most(rng: random.Random, w: Window) -> Question | None:
 def _days_with(rng: random.Random, w: Window) -> Question:
     n = rng.choice(sorted(set(w.days.values())))
     text = f"How many dates have exactly {n} question{'s' * (n != 1)}? Answer in the form 'Answer: number'."
-    return Question("timeline", "days_with", text, str(sum(c == n for c in w.days.values())), "number")
+    return Question(
+        "timeline", "days_with", text, str(sum(c == n for c in w.days.values())), "number"
+    )
 
 
 def _before_after(rng: random.Random, w: Window) -> Question | None:
@@ -299,9 +342,7 @@ def _before_after(rng: random.Random, w: Window) -> Question | None:
     after, a = rng.random() < 0.5, rng.choice(LABELS)
     count = sum(i.label == a and (i.day > day if after else i.day < day) for i in w.items)
     side = "after" if after else "before"
-    text = (
-        f"How many of the questions dated {side} {written(day)} have label '{a}'? Answer in the form 'Answer: number'."
-    )
+    text = f"How many of the questions dated {side} {written(day)} have label '{a}'? Answer in the form 'Answer: number'."
     return Question("timeline", "before_after", text, str(count), "number")
 
 
@@ -324,7 +365,13 @@ def _range_subset(rng: random.Random, w: Window) -> Question | None:
     a, b = rng.sample(LABELS, 2)
     counts = Counter(i.label for i in w.items if begin <= i.day <= end)
     where = f"among the questions dated from {written(begin)} to {written(end)}, both included"
-    return Question("timeline", "range_subset", _comparison(a, b, where), _outcome(counts[a], counts[b]), "comparison")
+    return Question(
+        "timeline",
+        "range_subset",
+        _comparison(a, b, where),
+        _outcome(counts[a], counts[b]),
+        "comparison",
+    )
 
 
 def _months_more(rng: random.Random, w: Window) -> Question:

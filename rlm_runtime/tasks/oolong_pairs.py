@@ -1,6 +1,7 @@
-"""OOLONG-Pairs-style tasks: all pairs of users that meet a condition on the kinds of their questions. The answer grows
-with the square of the context, which is the point. The twenty conditions are those of the appendix of the Recursive
-Language Models paper (Zhang et al. 2025); the windows are those of `oolong.py`, without labels.
+"""OOLONG-Pairs-style tasks: all pairs of users that meet a condition on the kinds of their
+questions. The answer grows with the square of the context, which is the point. The twenty
+conditions are those of the appendix of the Recursive Language Models paper (Zhang et al. 2025); the
+windows are those of `oolong.py`, without labels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from rlm_runtime.tasks.oolong import Oolong, Window, written
 
 PAIR = re.compile(r"\(?\s*\b(\d{5})\b\s*[,;]\s*(\d{5})\b\s*\)?")
 
-# 1-10: both users have a question of one of two labels; some hold all questions of a label to one side of a date
+# 1-10: both users have a question of one of two labels; some hold all questions of a label to one
+# side of a date
 Day = datetime.date
 EITHER: dict[int, tuple[str, str, tuple[str, str, Day] | None]] = {
     1: (NUMERIC, LOCATION, None),
@@ -45,8 +47,11 @@ ACROSS: dict[int, tuple[Part, Part]] = {
     17: (((NUMERIC, 1, ONE),), ((LOCATION, 1, MORE), (DESCRIPTION, 1, MORE))),
     18: (((ABBREVIATION, 1, MORE), (HUMAN, 1, ONE)), ((ENTITY, 1, MORE), (NUMERIC, 1, MORE))),
     19: (((LOCATION, 2, MORE), (ENTITY, 1, MORE)), ((DESCRIPTION, 1, ONE), (ABBREVIATION, 1, ONE))),
-    20: (((NUMERIC, 1, MORE), (HUMAN, 1, MORE)), ((LOCATION, 1, MORE), (ENTITY, 1, MORE), (ABBREVIATION, 1, ONE))),
-}  # fmt: skip
+    20: (
+        ((NUMERIC, 1, MORE), (HUMAN, 1, MORE)),
+        ((LOCATION, 1, MORE), (ENTITY, 1, MORE), (ABBREVIATION, 1, ONE)),
+    ),
+}
 
 
 class OolongPairs(Oolong):
@@ -66,9 +71,18 @@ class OolongPairs(Oolong):
         number, which = divmod(index, self.per_context)
         window, path, lines = self._window(length, seed, number, folder, ruler)
         pairs = pairs_of(window, which + 1)
-        meta = {"length": length, "seed": seed, "index": index, "window": number, "lines": lines, "query": which + 1}
+        meta = {
+            "length": length,
+            "seed": seed,
+            "index": index,
+            "window": number,
+            "lines": lines,
+            "query": which + 1,
+        }
         answer = [list(p) for p in sorted(pairs)]
-        return Example(f"{self.name}-{length}-{seed}-{index}", path, ask(which + 1), answer, "", meta)
+        return Example(
+            f"{self.name}-{length}-{seed}-{index}", path, ask(which + 1), answer, "", meta
+        )
 
     def score(self, example: Example, reply: Any) -> float:
         """F1 over the set of pairs; two empty sets agree."""
@@ -81,7 +95,11 @@ class OolongPairs(Oolong):
 
 def read_pairs(reply: Any) -> set[tuple[int, int]]:
     """Pairs in a reply, the lower ID first; a list of two-element lists is taken as well."""
-    if isinstance(reply, list) and reply and all(isinstance(p, list | tuple) and len(p) == 2 for p in reply):
+    if (
+        isinstance(reply, list)
+        and reply
+        and all(isinstance(p, list | tuple) and len(p) == 2 for p in reply)
+    ):
         reply = "\n".join(f"({a}, {b})" for a, b in reply)
     elif isinstance(reply, list):
         reply = "\n".join(map(str, reply))
@@ -107,7 +125,9 @@ def ask(query: int) -> str:
 
 def _part(part: tuple[str, int, bool]) -> str:
     label, n, exactly = part
-    return f"{'exactly' if exactly else 'at least'} {n} question{'s' * (n != 1)} with label '{label}'"
+    return (
+        f"{'exactly' if exactly else 'at least'} {n} question{'s' * (n != 1)} with label '{label}'"
+    )
 
 
 def pairs_of(window: Window, query: int) -> set[tuple[int, int]]:
@@ -118,18 +138,22 @@ def pairs_of(window: Window, query: int) -> set[tuple[int, int]]:
         return {(u, v) for i, u in enumerate(chosen) for v in chosen[i + 1 :]}
     first, second = (
         {u for u in users if _meets(window.of_user[u], parts)} for parts in ACROSS[query]
-    )  # fmt: skip
+    )
     return {(min(u, v), max(u, v)) for u in first for v in second if u != v}
 
 
-def _fits_either(window: Window, a: str, b: str, rule: tuple[str, str, Day] | None) -> Callable[[int], bool]:
+def _fits_either(
+    window: Window, a: str, b: str, rule: tuple[str, str, Day] | None
+) -> Callable[[int], bool]:
     out_of_time: set[int] = set()
     if rule:
         label, side, day = rule
         for item in window.items:
             if item.label == label and not (item.day > day if side == "after" else item.day < day):
                 out_of_time.add(item.user)
-    return lambda user: bool(window.of_user[user][a] or window.of_user[user][b]) and user not in out_of_time
+    return lambda user: (
+        bool(window.of_user[user][a] or window.of_user[user][b]) and user not in out_of_time
+    )
 
 
 def _meets(counts: Counter[str], parts: Part) -> bool:

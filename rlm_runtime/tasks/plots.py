@@ -1,4 +1,5 @@
-"""Score, cost, calls and time by length, a figure a task. matplotlib is imported when a figure is drawn."""
+"""Score, cost, calls and time by length, a figure a task. matplotlib is imported when a figure is
+drawn."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ MARKS = "os^Dv*"
 def draw(out: Path, summaries: Sequence[Summary]) -> list[Path]:
     """Writes `<task>.png` for each task; returns the files."""
     tasks = list(dict.fromkeys(s.task for s in summaries))
-    return [_figure(out / f"{task}.png", task, [s for s in summaries if s.task == task]) for task in tasks]
+    return [
+        _figure(out / f"{task}.png", task, [s for s in summaries if s.task == task])
+        for task in tasks
+    ]
 
 
 def _figure(path: Path, task: str, summaries: list[Summary]) -> Path:
@@ -35,27 +39,43 @@ def _figure(path: Path, task: str, summaries: list[Summary]) -> Path:
     for axis, (field, title) in zip(axes.flat, panels, strict=True):
         drawn = False
         for k, mode in enumerate(modes):
-            points = sorted((s for s in summaries if s.mode == mode and s.score is not None), key=lambda s: s.length)
+            points = sorted(
+                (s for s in summaries if s.mode == mode and s.score is not None),
+                key=lambda s: s.length,
+            )
             points = [s for s in points if getattr(s, field) is not None]
             if not points:
                 continue
             drawn = True
             y = [getattr(s, field) for s in points]
-            x = [s.length * 1.05 ** (k - (len(modes) - 1) / 2) for s in points]  # side by side where they agree
-            style = {"color": COLORS[k % len(COLORS)], "marker": MARKS[k % len(MARKS)], "label": mode, "markersize": 5}
+            # side by side where they agree
+            x = [s.length * 1.05 ** (k - (len(modes) - 1) / 2) for s in points]
+            style = {
+                "color": COLORS[k % len(COLORS)],
+                "marker": MARKS[k % len(MARKS)],
+                "label": mode,
+                "markersize": 5,
+            }
             if field == "score":
                 ends = [
                     [v - s.low for v, s in zip(y, points, strict=True)],
                     [s.high - v for v, s in zip(y, points, strict=True)],
                 ]
                 axis.errorbar(
-                    x, y, yerr=[[max(0.0, e) for e in side] for side in ends], capsize=3, elinewidth=1, **style
+                    x,
+                    y,
+                    yerr=[[max(0.0, e) for e in side] for side in ends],
+                    capsize=3,
+                    elinewidth=1,
+                    **style,
                 )
             else:
                 axis.plot(x, y, **style)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xscale("log")
-        axis.set_xticks(lengths, [size_name(n) for n in lengths], rotation=30 if len(lengths) > 6 else 0)
+        axis.set_xticks(
+            lengths, [size_name(n) for n in lengths], rotation=30 if len(lengths) > 6 else 0
+        )
         axis.minorticks_off()
         axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         axis.grid(alpha=0.25)

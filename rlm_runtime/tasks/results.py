@@ -1,4 +1,5 @@
-"""What an evaluation measured: one row a run, kept as it happens; summaries with confidence intervals."""
+"""What an evaluation measured: one row a run, kept as it happens; summaries with confidence
+intervals."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Z = 1.959964  # 95 %
 
 
 class Row(Frozen):
-    """One run. `status`: ok | over_window (the prompt does not fit the model: not asked) | error (tried again on resume)."""
+    """One run. `status`: ok | over_window (the prompt does not fit the model: not asked) | error
+    (tried again on resume)."""
 
     task: str
     length: int
@@ -84,7 +86,8 @@ def append_row(path: Path, row: Row) -> None:
 
 
 class Summary(Frozen):
-    """The runs of one task, mode and length. `score`: mean, with a 95 % interval; None where nothing could be asked."""
+    """The runs of one task, mode and length. `score`: mean, with a 95 % interval; None where
+    nothing could be asked."""
 
     task: str
     mode: str
@@ -133,7 +136,8 @@ def _summary(task: str, mode: str, length: int, rows: Sequence[Row]) -> Summary:
 
 
 def interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
-    """95 %: Wilson's where every score is 0 or 1, else the bootstrap's; one graded score says nothing about the mean."""
+    """95 %: Wilson's where every score is 0 or 1, else the bootstrap's; one graded score says
+    nothing about the mean."""
     n = len(scores)
     if not n:
         return None, None
@@ -184,9 +188,11 @@ def _table(task: str, summaries: Sequence[Summary]) -> Any:
     from rich.text import Text
 
     shown = Table(
-        title=Text(f"{task}: score with its 95 % interval, and means of a run"), title_justify="left", box=box.SIMPLE_HEAD,
+        title=Text(f"{task}: score with its 95 % interval, and means of a run"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    )
     shown.add_column("length", no_wrap=True)
     shown.add_column("mode", no_wrap=True)
     for name in ("runs", "score", "interval", "cost", "calls", "in", "out", "seconds"):
@@ -197,7 +203,14 @@ def _table(task: str, summaries: Sequence[Summary]) -> Any:
         tokens = [_short(s.input_tokens), _short(s.output_tokens)]
         cost = "-" if s.cost_usd is None else f"${s.cost_usd:.4f}"
         means = [cost, f"{s.calls:.1f}", *tokens, f"{s.seconds:.2f}"] if s.runs else ["-"] * 5
-        shown.add_row("" if s.length == before else size_name(s.length), s.mode, str(s.runs), score, bounds, *means)
+        shown.add_row(
+            "" if s.length == before else size_name(s.length),
+            s.mode,
+            str(s.runs),
+            score,
+            bounds,
+            *means,
+        )
         before = s.length
     notes = [f"{s.mode} at {size_name(s.length)}: {s.errors} failed" for s in summaries if s.errors]
     notes += [

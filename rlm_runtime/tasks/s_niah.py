@@ -1,9 +1,10 @@
-"""Needles in a haystack, after RULER (Hsieh et al. 2024, `niah.py`): haystacks of noise, prose or other needles; one or
-more keys, values and queries.
+"""Needles in a haystack, after RULER (Hsieh et al. 2024, `niah.py`): haystacks of noise, prose or
+other needles; one or more keys, values and queries.
 
-What follows RULER: the needle sentence, the five-sentence noise, where needles go (noise and needles: at random
-distinct lines; prose: at depths drawn from 40 evenly spaced ones), the room left for the reply, the singular wording
-for one answer, and the score. What is our own: words, prose, and the wording of the question.
+What follows RULER: the needle sentence, the five-sentence noise, where needles go (noise and
+needles: at random distinct lines; prose: at depths drawn from 40 evenly spaced ones), the room left
+for the reply, the singular wording for one answer, and the score. What is our own: words, prose,
+and the wording of the question.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ POOL = 6000  # sentences of prose a haystack is drawn from
 
 
 class SNiah(Task):
-    """Knobs: `haystack` noise | essay | needle; `keys`, `values` of each key, `queries`; `key_type`, `value_type`
-    words | numbers | uuids."""
+    """Knobs: `haystack` noise | essay | needle; `keys`, `values` of each key, `queries`;
+    `key_type`, `value_type` words | numbers | uuids."""
 
     name = "s_niah"
     tips = (
@@ -37,17 +38,32 @@ class SNiah(Task):
     )
 
     def __init__(
-        self, *, haystack: str = "noise", keys: int = 1, values: int = 1, queries: int = 1, key_type: str = "words",
+        self,
+        *,
+        haystack: str = "noise",
+        keys: int = 1,
+        values: int = 1,
+        queries: int = 1,
+        key_type: str = "words",
         value_type: str = "numbers",
-    ):  # fmt: skip
+    ):
         for given, allowed, what in (
-            (haystack, ("noise", "essay", "needle"), "haystack"), (key_type, KINDS, "key_type"), (value_type, KINDS, "value_type"),
-        ):  # fmt: skip
+            (haystack, ("noise", "essay", "needle"), "haystack"),
+            (key_type, KINDS, "key_type"),
+            (value_type, KINDS, "value_type"),
+        ):
             if given not in allowed:
-                raise UsageError(f"{self.name}: {what}={given!r}; expected one of {', '.join(allowed)}.")
+                raise UsageError(
+                    f"{self.name}: {what}={given!r}; expected one of {', '.join(allowed)}."
+                )
         if min(keys, values, queries) < 1:
             raise UsageError(f"{self.name}: keys, values and queries are at least 1.")
-        self.haystack, self.keys, self.values, self.queries = haystack, max(keys, queries), values, queries
+        self.haystack, self.keys, self.values, self.queries = (
+            haystack,
+            max(keys, queries),
+            values,
+            queries,
+        )
         self.key_type, self.value_type = key_type, value_type
 
     def _build(self, length: int, seed: int, index: int, folder: Path, ruler: Ruler) -> Example:
@@ -67,16 +83,30 @@ class SNiah(Task):
         asked = rng.sample(list(pairs), self.queries)
         answer = [value for key in asked for value in pairs[key]]
         question, intro = self._ask(asked, len(answer) == 1)
-        room = length - self.reply_tokens - ruler(intro) - ruler(question) - sum(ruler(n + "\n") for n in needles)
+        room = (
+            length
+            - self.reply_tokens
+            - ruler(intro)
+            - ruler(question)
+            - sum(ruler(n + "\n") for n in needles)
+        )
         path = self.file(folder, length, seed, index)
         lines, places = self._write(path, room, needles, set(pairs), taken, seed, index, ruler)
         if lines < 1:
             raise self.too_short(length, length - room + ruler(NOISE))
-        meta = {"length": length, "seed": seed, "index": index, "queries": asked, "lines": lines, "places": places}
+        meta = {
+            "length": length,
+            "seed": seed,
+            "index": index,
+            "queries": asked,
+            "lines": lines,
+            "places": places,
+        }
         return Example(f"{self.name}-{length}-{seed}-{index}", path, question, answer, intro, meta)
 
     def score(self, example: Example, reply: Any) -> float:
-        """RULER's string_match_all: the share of the answers that stand in the reply, whatever the case."""
+        """RULER's string_match_all: the share of the answers that stand in the reply, whatever the
+        case."""
         text = text_of(reply).lower()
         return sum(value.lower() in text for value in example.answer) / len(example.answer)
 
@@ -90,14 +120,10 @@ class SNiah(Task):
         listed = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + f", and {asked[-1]}"
         if one:
             question = f"What is the special magic {kind} for {listed} mentioned in the text?"
-            intro = (
-                f"A special magic {kind} is hidden in the following text. Remember it: you will be asked for it below."
-            )
+            intro = f"A special magic {kind} is hidden in the following text. Remember it: you will be asked for it below."
         else:
             question = f"What are all the special magic {kind} for {listed} mentioned in the text?"
-            intro = (
-                f"Some special magic {kind} are hidden in the following text. Remember them: you will be asked below."
-            )
+            intro = f"Some special magic {kind} are hidden in the following text. Remember them: you will be asked below."
         return f"{question} Answer with nothing but the {kind}.", intro
 
     def _write(
@@ -111,7 +137,8 @@ class SNiah(Task):
         index: int,
         ruler: Ruler,
     ) -> tuple[int, list[int]]:
-        """Stream the haystack; returns its number of lines or sentences and where the needles stand among them."""
+        """Stream the haystack; returns its number of lines or sentences and where the needles stand
+        among them."""
         if self.haystack == "essay":
             return self._write_essay(path, room, needles, seed, index, ruler)
         straw = self._straw(keys, taken, seed, index)

@@ -1,5 +1,6 @@
-"""Verbatim copy: give back one block of a text exactly. Blocks are made of fragments put together at random, so nothing
-can be guessed. Knobs as in Prime Intellect's environment of that name: content type, target length, fragment length.
+"""Verbatim copy: give back one block of a text exactly. Blocks are made of fragments put together
+at random, so nothing can be guessed. Knobs as in Prime Intellect's environment of that name:
+content type, target length, fragment length.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ CODE = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnpqrstuvwxyz23456789-_/+"
 
 
 class Verbatim(Task):
-    """Knobs: `content` words | json | csv | codes | mixed (within a block) | all (a type for each block);
-    `target_length` of a block and `fragment_length`, in characters."""
+    """Knobs: `content` words | json | csv | codes | mixed (within a block) | all (a type for each
+    block); `target_length` of a block and `fragment_length`, in characters."""
 
     name = "verbatim"
     tips = (
@@ -30,11 +31,17 @@ class Verbatim(Task):
     )
     reply_tokens = 256
 
-    def __init__(self, *, content: str = "all", target_length: int = 500, fragment_length: int = 20):
+    def __init__(
+        self, *, content: str = "all", target_length: int = 500, fragment_length: int = 20
+    ):
         if content not in CONTENTS:
-            raise UsageError(f"{self.name}: content={content!r}; expected one of {', '.join(CONTENTS)}.")
+            raise UsageError(
+                f"{self.name}: content={content!r}; expected one of {', '.join(CONTENTS)}."
+            )
         if target_length < 20 or fragment_length < 2:
-            raise UsageError(f"{self.name}: target_length is at least 20 and fragment_length at least 2.")
+            raise UsageError(
+                f"{self.name}: target_length is at least 20 and fragment_length at least 2."
+            )
         self.content, self.target, self.fragment = content, target_length, fragment_length
 
     def _build(self, length: int, seed: int, index: int, folder: Path, ruler: Ruler) -> Example:
@@ -91,9 +98,20 @@ def _pool(kind: str) -> str:
 
 def _source(rng: random.Random, kind: str) -> str:
     if kind == "words":
-        return " ".join(rng.choice(words.NOUNS if rng.random() < 0.6 else words.ADJECTIVES) for _ in range(24)) + " "
+        return (
+            " ".join(
+                rng.choice(words.NOUNS if rng.random() < 0.6 else words.ADJECTIVES)
+                for _ in range(24)
+            )
+            + " "
+        )
     if kind == "json":
-        record = {rng.choice(words.NOUNS): rng.choice([rng.randint(0, 9999), rng.choice(words.PEOPLE), [rng.random()]]) for _ in range(6)}  # fmt: skip
+        record = {
+            rng.choice(words.NOUNS): rng.choice(
+                [rng.randint(0, 9999), rng.choice(words.PEOPLE), [rng.random()]]
+            )
+            for _ in range(6)
+        }
         return json.dumps(record) + "\n"
     if kind == "csv":
         rows = [

@@ -73,7 +73,9 @@ small enough|and the difference is felt only later""".replace("\n", " ").split("
 
 OPENINGS = """In {place}, |Years ago in {place}, |As {person} used to say, |According to a letter from {person}, |On most
 days, |Seen from {place}, |For {person} and {other}, |After the flood at {place}, |Before the railway came, |In the
-notebooks of {person}, |At the end of the week, |When {person} moved to {place}, |Without much ceremony, |||||""".replace("\n", " ").split("|")  # fmt: skip
+notebooks of {person}, |At the end of the week, |When {person} moved to {place}, |Without much ceremony, |||||""".replace(
+    "\n", " "
+).split("|")
 
 ASIDES = """{person} wrote this down twice.|{other} disagreed, and said so.|It took {place} a decade to admit it.|There are
 exceptions, of course.|The point is not a new one.|Nobody in {place} was surprised.|{person} kept the receipts.|That was
@@ -83,13 +85,19 @@ patience.|{other} called it the long way round.""".replace("\n", " ").split("|")
 
 def sentence(rng: random.Random) -> str:
     """One sentence of prose."""
-    people = {"person": rng.choice(PEOPLE), "other": rng.choice(PEOPLE), "place": rng.choice(PLACES)}
+    people = {
+        "person": rng.choice(PEOPLE),
+        "other": rng.choice(PEOPLE),
+        "place": rng.choice(PLACES),
+    }
     if rng.random() < 0.2:
         return rng.choice(ASIDES).format(**people)
     opening = rng.choice(OPENINGS).format(**people)
     subject = rng.choice(SUBJECTS)
     reason = rng.choice(REASONS) if rng.random() < 0.6 else ""
-    said = f"{opening}{subject if opening else subject[0].upper() + subject[1:]} {rng.choice(CLAIMS)}"
+    said = (
+        f"{opening}{subject if opening else subject[0].upper() + subject[1:]} {rng.choice(CLAIMS)}"
+    )
     return f"{said}{', ' + reason if reason else ''}."
 
 

@@ -1,7 +1,8 @@
 """Exercises in copying: random strings to be said again in another order, as dense as they can be.
 
-To copy is most of what a small model trained from scratch has to learn: in conversations alone too few of the tokens are
-copied for it to begin. Strings are quoted in the reply, as in the code that names a key.
+To copy is most of what a small model trained from scratch has to learn: in conversations alone too
+few of the tokens are copied for it to begin. Strings are quoted in the reply, as in the code that
+names a key.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ def _said(rng: random.Random, split: str) -> tuple[str, str]:
     lines, copies = [], []
     for _ in range(2):
         sentence = rng.choice(of_split((*SENTENCES, *ONE), split))
-        words = [_string(rng, split), _string(rng, split), f"{word(rng, split)} {rng.choice(of_split(KINDS, split))}"]
+        words = [
+            _string(rng, split),
+            _string(rng, split),
+            f"{word(rng, split)} {rng.choice(of_split(KINDS, split))}",
+        ]
         lines.append(sentence.format(key=words[0], value=words[1], kind=words[2]))
         copies += [w for w in words if w in lines[-1]]
     rng.shuffle(copies)
@@ -47,5 +52,11 @@ def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
     for i in range(count):
         rng = random.Random(f"copying {seed_of(seed, split)} {i}")
         prompt, reply = (_listed, _said)[i % 2](rng, split)
-        provenance = {"source": "copying", "split": split, "seed": seed, "index": i, "role": "exercise"}
+        provenance = {
+            "source": "copying",
+            "split": split,
+            "seed": seed,
+            "index": i,
+            "role": "exercise",
+        }
         yield Conversation((spoken("user", prompt), spoken("assistant", reply)), provenance)

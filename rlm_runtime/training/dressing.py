@@ -1,4 +1,5 @@
-"""A task's texts in made-up words: the banks that tasks draw from are for measuring, so training never shows them."""
+"""A task's texts in made-up words: the banks that tasks draw from are for measuring, so training
+never shows them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ import re
 from rlm_runtime.tasks import words
 from rlm_runtime.training.splits import word
 
-BANK = sorted({*words.ADJECTIVES, *words.NOUNS, *words.PLACES, *words.PEOPLE}, key=len, reverse=True)
+BANK = sorted(
+    {*words.ADJECTIVES, *words.NOUNS, *words.PLACES, *words.PEOPLE}, key=len, reverse=True
+)
 ANY = re.compile(r"\b(?:" + "|".join(BANK) + r")(?=s?\b)")
 
 

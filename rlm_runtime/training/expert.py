@@ -1,8 +1,8 @@
 """What an expert is: problems of a task, and strategies that solve them turn by turn.
 
-A strategy is a generator: it yields the replies of a root model and is sent what the runtime said to each. So it acts on
-real reports, as a model does, and may only use what stands in them and in the question. A new task's expert is one file
-in `experts/` with an `EXPERT`.
+A strategy is a generator: it yields the replies of a root model and is sent what the runtime said
+to each. So it acts on real reports, as a model does, and may only use what stands in them and in
+the question. A new task's expert is one file in `experts/` with an `EXPERT`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rlm_runtime.tasks.base import Example
 
 @dataclass(frozen=True)
 class Say:
-    """A reply of the root: a cell. `weight` 0: it is shown and not trained on, as a mistake that is then put right."""
+    """A reply of the root: a cell. `weight` 0: it is shown and not trained on, as a mistake that is
+    then put right."""
 
     code: str
     weight: float = 1.0
@@ -39,8 +40,9 @@ Turns = Generator[Say, str, None]
 class Problem:
     """An example of a task in the words of a split.
 
-    `sub` answers a prompt of a cell: what a perfect reader would say. `facts` are for the strategies of this expert:
-    only things that stand in the question or that a model can see in the report it answers.
+    `sub` answers a prompt of a cell: what a perfect reader would say. `facts` are for the
+    strategies of this expert: only things that stand in the question or that a model can see in the
+    report it answers.
     """
 
     task: Task
@@ -56,12 +58,14 @@ class Strategy:
     """`child`: what leads a child RLM, for strategies that start one (depth 2)."""
 
     run: Callable[[Problem, random.Random], Turns]
-    child: Callable[[Problem, random.Random, str], Turns] | None = None  # given the child's question
+    # given the child's question
+    child: Callable[[Problem, random.Random, str], Turns] | None = None
 
 
 @dataclass(frozen=True)
 class Expert:
-    """`problem(spec, length, seed, index, split, folder)` makes an example of the task `spec`; `strategies` by name."""
+    """`problem(spec, length, seed, index, split, folder)` makes an example of the task `spec`;
+    `strategies` by name."""
 
     tasks: tuple[str, ...]
     problem: Callable[[str, int, int, int, str, Path], Problem]

@@ -1,7 +1,9 @@
-"""Recorded runs of any model as training samples, after the recipe of RLM-Qwen3-8B (Zhang et al. 2025).
+"""Recorded runs of any model as training samples, after the recipe of RLM-Qwen3-8B (Zhang et al.
+2025).
 
-Runs with score 0 and runs of one turn are dropped; each turn that is left is one sample (the conversation so far, then
-the reply); replies that finish in another form are rewritten to the runtime's own; samples that are too long are dropped.
+Runs with score 0 and runs of one turn are dropped; each turn that is left is one sample (the
+conversation so far, then the reply); replies that finish in another form are rewritten to the
+runtime's own; samples that are too long are dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +22,16 @@ from rlm_runtime.lms.base import Message, Reply
 from rlm_runtime.tasks.base import writing
 from rlm_runtime.tasks.results import read_rows
 from rlm_runtime.training.samples import Conversation, spoken
-from rlm_runtime.trajectory import Asked, Compacted, NodeEnd, NodeStart, Replied, RunEnd, RunStart, read
+from rlm_runtime.trajectory import (
+    Asked,
+    Compacted,
+    NodeEnd,
+    NodeStart,
+    Replied,
+    RunEnd,
+    RunStart,
+    read,
+)
 from rlm_runtime.trajectory.reader import EVENTS, Trajectory
 
 LIMIT = 100_000  # characters of a sample, as in the recipe
@@ -34,12 +45,22 @@ class FilterReport:
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             (
-                "runs", "unreadable", "unfinished", "score 0", "one turn", "runs kept", "turns", "unusable", "repaired",
-                "too long", "sub-calls", "samples",
+                "runs",
+                "unreadable",
+                "unfinished",
+                "score 0",
+                "one turn",
+                "runs kept",
+                "turns",
+                "unusable",
+                "repaired",
+                "too long",
+                "sub-calls",
+                "samples",
             ),
             0,
         )
-    )  # fmt: skip
+    )
     warnings: list[str] = field(default_factory=list)
 
     def __getitem__(self, step: str) -> int:
@@ -69,8 +90,8 @@ def filter_runs(
 
     Args:
       runs: run folders, events.jsonl files, or folders that hold runs.
-      scores: an output folder of `rlm eval`, or its results.jsonl; one found in `runs` is used too. A run without a
-        score counts as good where it ended with an answer.
+      scores: an output folder of `rlm eval`, or its results.jsonl; one found in `runs` is used too.
+        A run without a score counts as good where it ended with an answer.
       limit: characters of a sample.
       subs: the sub-calls of kept runs are samples as well.
     Raises:
@@ -99,7 +120,9 @@ def _runs_in(path: Path) -> list[Path]:
         return [path]
     found = sorted(p.parent for p in path.rglob(EVENTS)) if path.is_dir() else []
     if not found:
-        raise UsageError(f"No run at {path}: expected a run folder with {EVENTS}, or a folder of such folders.")
+        raise UsageError(
+            f"No run at {path}: expected a run folder with {EVENTS}, or a folder of such folders."
+        )
     return found
 
 
@@ -141,7 +164,13 @@ def _samples(
         report.add("one turn")
         return
     report.add("runs kept")
-    about = {"source": "run", "run": start.run, "score": score, "model": start.root, "scored": name in scores}
+    about = {
+        "source": "run",
+        "run": start.run,
+        "score": score,
+        "model": start.root,
+        "scored": name in scores,
+    }
     for node, turn, sent, reply in turns:
         report.add("turns")
         text, changed = repair(reply)
@@ -187,7 +216,8 @@ def _turns(events: Trajectory) -> Iterator[tuple[str, int, list[Message], str]]:
 
 
 def _sent(history: list[Message], task: Message, left_out: int) -> list[Message]:
-    """The messages of a call: all but the oldest `left_out`, of which system prompt and task are none."""
+    """The messages of a call: all but the oldest `left_out`, of which system prompt and task are
+    none."""
     kept = []
     for message in history:
         if left_out and message is not task and message.role != "system":
@@ -197,7 +227,9 @@ def _sent(history: list[Message], task: Message, left_out: int) -> list[Message]
     return kept
 
 
-def _sub_calls(events: Trajectory, about: dict[str, Any], limit: int, report: FilterReport) -> Iterator[Conversation]:
+def _sub_calls(
+    events: Trajectory, about: dict[str, Any], limit: int, report: FilterReport
+) -> Iterator[Conversation]:
     asked = {e.node: e for e in events if isinstance(e, NodeStart) and e.kind == "lm"}
     for event in events:
         if not isinstance(event, NodeEnd) or event.node not in asked or event.error is not None:
@@ -206,7 +238,9 @@ def _sub_calls(events: Trajectory, about: dict[str, Any], limit: int, report: Fi
         question = f"{start.question.strip()}\n\n" if start.question else ""
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         said = (spoken("user", question + start.prompt), spoken("assistant", text))
-        sample = Conversation(said, {**about, "role": "sub", "node": event.node, "model": start.model})
+        sample = Conversation(
+            said, {**about, "role": "sub", "node": event.node, "model": start.model}
+        )
         if sample.chars > limit or not text.strip():
             report.add("too long" if text.strip() else "unusable")
             continue
@@ -216,8 +250,8 @@ def _sub_calls(events: Trajectory, about: dict[str, Any], limit: int, report: Fi
 
 # -- one form to finish in
 def repair(text: str) -> tuple[str | None, bool]:
-    """(the reply with its answer handed in from a ```repl block, whether that changed it); (None, False) for a reply
-    that holds neither code nor an answer."""
+    """(the reply with its answer handed in from a ```repl block, whether that changed it); (None,
+    False) for a reply that holds neither code nor an answer."""
     parsed = parsing.parse(Reply(text=text))
     if not parsed.cells:
         if parsed.final is None:
@@ -249,14 +283,21 @@ def _own_form(code: str) -> str:
     for node in reversed(body):
         call = node.value if isinstance(node, ast.Expr) else None
         if not (
-            isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in FINISH and call.args
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id in FINISH
+            and call.args
         ):
             continue
         last = node.end_lineno or node.lineno
         if node.lineno != last and lines[last - 1][node.end_col_offset :].strip():
             continue
         argument = call.args[0]
-        name = argument.value if isinstance(argument, ast.Constant) and call.func.id == "FINAL_VAR" else None
+        name = (
+            argument.value
+            if isinstance(argument, ast.Constant) and call.func.id == "FINAL_VAR"
+            else None
+        )
         source = name if isinstance(name, str) else ast.get_source_segment(code, argument)
         expression = source or ast.unparse(argument)
         lines[node.lineno - 1 : last] = _handed_in(expression).split("\n")

@@ -1,4 +1,5 @@
-"""Expert runs as samples: strategies lead real runs, and what each call was asked and answered is written down."""
+"""Expert runs as samples: strategies lead real runs, and what each call was asked and answered is
+written down."""
 
 from __future__ import annotations
 
@@ -23,16 +24,21 @@ from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, e
 from rlm_runtime.training.samples import Conversation, conversations, spoken
 from rlm_runtime.training.splits import check_split, seed_of
 
-LENGTHS = (2000, 4000, 8000)  # tokens of the contexts, drawn for each sample; experts do not depend on it
+# tokens of the contexts, drawn for each sample; experts do not depend on it
+LENGTHS = (2000, 4000, 8000)
 WINDOW = 1024
-CHARS = 2.3  # of a token, for the window of the expert's runs: 2.4 to 2.6 were measured (2,048 pieces, random strings)
+# of a token, for the window of the expert's runs: 2.4 to 2.6 were measured (2,048 pieces, random
+# strings)
+CHARS = 2.3
 TURNS = 12
-SUB_SHARE = 3  # sub-model replies of a run that are kept, at most: a map of a long context has hundreds alike
+# sub-model replies of a run that are kept, at most: a map of a long context has hundreds alike
+SUB_SHARE = 3
 
 
 @dataclass
 class MakeReport:
-    """`runs` were made, `written` of them (score 1) with `conversations` in the file; `failed` by task and strategy."""
+    """`runs` were made, `written` of them (score 1) with `conversations` in the file; `failed` by
+    task and strategy."""
 
     runs: int = 0
     written: int = 0
@@ -79,13 +85,13 @@ def make(
 ) -> MakeReport:
     """Run `samples` expert runs over the tasks in turn and write their conversations to `out`.
 
-    Every run uses the sandboxed REPL, so messages, outputs and errors are the runtime's own. A run whose score is not 1
-    is dropped and counted. The same arguments give the same file.
+    Every run uses the sandboxed REPL, so messages, outputs and errors are the runtime's own. A run
+    whose score is not 1 is dropped and counted. The same arguments give the same file.
 
     Args:
       lengths: tokens of the contexts.
-      window: tokens of the model that is trained; longer histories slide as they will for it. None: no bound.
-      variant: the prompt variant of the runs.
+      window: tokens of the model that is trained; longer histories slide as they will for it. None:
+      no bound. variant: the prompt variant of the runs.
       readings_share: sub-model samples that are made without a run (`readings`), for each run.
       copies_share: exercises in copying (`copying`), for each run.
       strategies: those that lead runs; default: every one of a task's expert.
@@ -101,7 +107,10 @@ def make(
     jobs = []
     for i in range(samples):
         name = names[i % len(names)]
-        index, able = i // len(names), [s for s in chosen[name].strategies if not strategies or s in strategies]
+        index, able = (
+            i // len(names),
+            [s for s in chosen[name].strategies if not strategies or s in strategies],
+        )
         if not able:
             known = ", ".join(chosen[name].strategies)
             raise UsageError(
@@ -112,7 +121,9 @@ def make(
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rlm-training-") as folder, writing(path) as file:
-        for made in _in_order(jobs, chosen, seed, split, Path(folder), window, variant, concurrency):
+        for made in _in_order(
+            jobs, chosen, seed, split, Path(folder), window, variant, concurrency
+        ):
             report.runs += 1
             if made.score < 1:
                 report.failed[f"{made.job.task}/{made.job.strategy}"] += 1
@@ -131,7 +142,9 @@ def make(
             report.copies += 1
             file.write(conversation.line())
         if not report.written:
-            raise UsageError(f"training make: no run ended with score 1, so nothing was written. {report}.")
+            raise UsageError(
+                f"training make: no run ended with score 1, so nothing was written. {report}."
+            )
     return report
 
 
@@ -143,20 +156,34 @@ class Made:
 
 
 def _in_order(
-    jobs: Sequence[Job], chosen: dict[str, Expert], seed: int, split: str, folder: Path, window: int | None,
-    variant: str, concurrency: int,
-) -> Iterator[Made]:  # fmt: skip
+    jobs: Sequence[Job],
+    chosen: dict[str, Expert],
+    seed: int,
+    split: str,
+    folder: Path,
+    window: int | None,
+    variant: str,
+    concurrency: int,
+) -> Iterator[Made]:
     """The runs in the order of the jobs, `concurrency` at a time."""
 
     async def some(part: Sequence[Job]) -> list[Made]:
-        return await asyncio.gather(*(run(j, chosen[j.task], seed, split, folder, window, variant) for j in part))
+        return await asyncio.gather(
+            *(run(j, chosen[j.task], seed, split, folder, window, variant) for j in part)
+        )
 
     for begin in range(0, len(jobs), concurrency):
         yield from asyncio.run(some(jobs[begin : begin + concurrency]))
 
 
 async def run(
-    job: Job, expert: Expert, seed: int, split: str, folder: Path, window: int | None = WINDOW, variant: str = "native"
+    job: Job,
+    expert: Expert,
+    seed: int,
+    split: str,
+    folder: Path,
+    window: int | None = WINDOW,
+    variant: str = "native",
 ) -> Made:
     """One expert run, in the real runtime."""
     problem = _problem(job, expert, seed_of(seed, split), split, folder)
@@ -164,14 +191,34 @@ async def run(
     actor = Actor(problem, strategy, f"{job} {seed} {split}")
     lm = ScriptedLM(actor.reply, name="expert", window=window, tokens=estimate)
     depth = 2 if strategy.child else 1
-    rlm = RLM(lm, prompt_variant=variant, max_depth=depth, budget={"turns": TURNS}, sampling={"max_tokens": 256})
+    rlm = RLM(
+        lm,
+        prompt_variant=variant,
+        max_depth=depth,
+        budget={"turns": TURNS},
+        sampling={"max_tokens": 256},
+    )
     result = await rlm.acompletion(problem.example.context, problem.example.question)
-    score = problem.task.score(problem.example, result.answer) if result.stop_reason == "answered" else 0.0
+    score = (
+        problem.task.score(problem.example, result.answer)
+        if result.stop_reason == "answered"
+        else 0.0
+    )
     provenance = {
-        "source": "expert", "task": job.task, "strategy": job.strategy, "split": split, "seed": seed, "index": job.index,
-        "length": job.length, "template": problem.template, "score": score, "variant": variant,
-    }  # fmt: skip
-    calls = [(list(call.messages), reply) for call, reply in zip(lm.calls, actor.replies, strict=True)]
+        "source": "expert",
+        "task": job.task,
+        "strategy": job.strategy,
+        "split": split,
+        "seed": seed,
+        "index": job.index,
+        "length": job.length,
+        "template": problem.template,
+        "score": score,
+        "variant": variant,
+    }
+    calls = [
+        (list(call.messages), reply) for call, reply in zip(lm.calls, actor.replies, strict=True)
+    ]
     found = [
         dataclasses.replace(c, provenance={**c.provenance, "role": "child"})
         if c.provenance["role"] == "root" and c.messages[1] != spoken("user", actor.opening)
@@ -193,7 +240,8 @@ def _problem(job: Job, expert: Expert, seed: int, split: str, folder: Path) -> P
 
 
 class Actor:
-    """Plays every model of a run: the strategy leads, a child's strategy leads its child, `problem.sub` reads."""
+    """Plays every model of a run: the strategy leads, a child's strategy leads its child,
+    `problem.sub` reads."""
 
     def __init__(self, problem: Problem, strategy: Strategy, seed: str):
         self._problem, self._strategy, self._seed = problem, strategy, seed
@@ -219,7 +267,9 @@ class Actor:
             rng = random.Random(self._seed)
             child = self._strategy.child if self._leading else None
             self._leading[opening] = (
-                child(self._problem, rng, opening) if child else self._strategy.run(self._problem, rng)
+                child(self._problem, rng, opening)
+                if child
+                else self._strategy.run(self._problem, rng)
             )
             said: Say = next(self._leading[opening])
         else:

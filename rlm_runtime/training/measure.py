@@ -1,4 +1,5 @@
-"""Success at the runtime's tasks as a measure of a model in training: it leads real runs, root and sub at once.
+"""Success at the runtime's tasks as a measure of a model in training: it leads real runs, root and
+sub at once.
 
 from rlm_runtime.training.measure import TaskSuccess
 train(cfg, "runs/native", measure=TaskSuccess(["s_niah"], ["8k"], samples=16))
@@ -24,13 +25,24 @@ SEED = 43  # of the samples: not the default of `rlm eval`, which measures what 
 class TaskSuccess:
     """Called with a loaded model, runs `samples` of each task at each length (tokens).
 
-    Returns, by "rlm/<task>/<length>/": success (share of runs with score 1), score, turns, sub_calls, and
-    format_errors (replies in a run that the runtime had to object to: no code, code that cannot be read). The engine's
-    programs are compiled once and get the new weights each time.
+    Returns, by "rlm/<task>/<length>/": success (share of runs with score 1), score, turns,
+    sub_calls, and format_errors (replies in a run that the runtime had to object to: no code, code
+    that cannot be read). The engine's programs are compiled once and get the new weights each time.
     """
 
-    def __init__(self, tasks: Sequence[str], lengths: Sequence[int | str], samples: int = 16, seed: int = SEED):
-        self._tasks, self._lengths, self._samples, self._seed = list(tasks), list(lengths), samples, seed
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        lengths: Sequence[int | str],
+        samples: int = 16,
+        seed: int = SEED,
+    ):
+        self._tasks, self._lengths, self._samples, self._seed = (
+            list(tasks),
+            list(lengths),
+            samples,
+            seed,
+        )
         self._lm: CheckpointLM | None = None
 
     def __call__(self, model: Any) -> dict[str, float]:
@@ -40,9 +52,16 @@ class TaskSuccess:
             self._lm.set_params(model.params)
         with tempfile.TemporaryDirectory(prefix="rlm-measure-") as folder:
             done = evaluate(
-                self._tasks, self._lengths, ("rlm",), root=self._lm, samples=self._samples, seed=self._seed,
-                out=Path(folder) / "out", rlm={"log_dir": Path(folder) / "runs", "budget": {"turns": 8}}, plot=False,
-            )  # fmt: skip
+                self._tasks,
+                self._lengths,
+                ("rlm",),
+                root=self._lm,
+                samples=self._samples,
+                seed=self._seed,
+                out=Path(folder) / "out",
+                rlm={"log_dir": Path(folder) / "runs", "budget": {"turns": 8}},
+                plot=False,
+            )
             return record(done.rows)
 
 
@@ -53,7 +72,13 @@ def record(rows: Sequence[Row]) -> dict[str, float]:
         groups.setdefault(f"rlm/{row.task}/{row.length}", []).append(row)
     found: dict[str, float] = {}
     for name, runs in groups.items():
-        objections = Counter(row.index for row in runs if row.trajectory for e in read(row.trajectory) if is_format(e))
+        objections = Counter(
+            row.index
+            for row in runs
+            if row.trajectory
+            for e in read(row.trajectory)
+            if is_format(e)
+        )
         found |= {
             f"{name}/success": statistics.fmean(float(row.score == 1) for row in runs),
             f"{name}/score": statistics.fmean(row.score or 0.0 for row in runs),

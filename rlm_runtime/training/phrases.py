@@ -1,8 +1,10 @@
-"""A tokenizer for small models that lead the runtime: single bytes, common words, and the protocol in long pieces.
+"""A tokenizer for small models that lead the runtime: single bytes, common words, and the protocol
+in long pieces.
 
-Code and prompts of the protocol become a few tokens a turn. A string that is not known by heart is always spelled in
-bytes, in the same way wherever it stands, behind a space or a quotation mark: to copy it is to copy token by token, which
-a BPE of one vocabulary for both would spoil (" ama" + "zon" and "amazon").
+Code and prompts of the protocol become a few tokens a turn. A string that is not known by heart is
+always spelled in bytes, in the same way wherever it stands, behind a space or a quotation mark: to
+copy it is to copy token by token, which a BPE of one vocabulary for both would spoil (" ama" +
+"zon" and "amazon").
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 
 from rlm_runtime.errors import UsageError
 
-SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")  # ends of documents, and ChatML's of turns
+# ends of documents, and ChatML's of turns
+SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 WORD = re.compile(r"[A-Za-z]{2,}")
 SENTENCE = re.compile(r"[^.\n]+\.[ \n]")  # of texts that many contexts share
 LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"')
@@ -30,7 +33,8 @@ def learn(path: str | Path, out: str | Path) -> int:
     except ImportError as e:
         raise UsageError(f"a tokenizer needs the package {e.name}: pip install tokenizers.") from e
 
-    words = Counter({role: 1 << 30 for role in ("system", "user", "assistant")})  # the template writes them
+    # the template writes them
+    words = Counter({role: 1 << 30 for role in ("system", "user", "assistant")})
     phrases: Counter[str] = Counter()
     total = 0
     with open(path, encoding="utf-8") as file:
@@ -41,22 +45,28 @@ def learn(path: str | Path, out: str | Path) -> int:
     least = max(2, SHARE * total)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     hf = Tokenizer(models.BPE({name: i for i, name in enumerate([*SPECIALS, *alphabet])}, []))
-    hf.pre_tokenizer, hf.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    hf.pre_tokenizer, hf.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     hf.add_special_tokens(list(SPECIALS))
     kept = sorted(p for p, n in phrases.items() if n >= least and len(p) >= SHORTEST)
     single = sorted(w for w, n in words.items() if n >= least)
     hf.add_tokens([AddedToken(p, normalized=False) for p in kept])
-    hf.add_tokens([AddedToken(w, normalized=False, single_word=True) for w in single if w not in kept])
+    hf.add_tokens(
+        [AddedToken(w, normalized=False, single_word=True) for w in single if w not in kept]
+    )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(hf.to_str(), encoding="utf-8")
     return hf.get_vocab_size()
 
 
 def _pieces(message: dict[str, str]) -> Iterator[str]:
-    """What may be a phrase: of the model's code all between its string literals, of what it is told whole lines or
-    sentences."""
+    """What may be a phrase: of the model's code all between its string literals, of what it is told
+    whole lines or sentences."""
     text = message["content"]
-    if message["role"] == "assistant":  # what a string says may vary, so it is no part of a phrase; a pattern does not
+    # what a string says may vary, so it is no part of a phrase; a pattern does not
+    if message["role"] == "assistant":
         begin = 0
         for literal in LITERAL.finditer(text):
             if "\\" not in literal[0]:

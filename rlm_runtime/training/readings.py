@@ -1,6 +1,8 @@
-"""Sub-model samples without a run: a snippet and a question, answered with a value, a label, yes or no, or a quotation.
+"""Sub-model samples without a run: a snippet and a question, answered with a value, a label, yes or
+no, or a quotation.
 
-They have the form of a plain sub-call (one user message), and everything in a reply stands in its prompt.
+They have the form of a plain sub-call (one user message), and everything in a reply stands in its
+prompt.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ from rlm_runtime.training.samples import Conversation, spoken
 from rlm_runtime.training.splits import STRINGS, code, of_split, phrase, seed_of, word
 
 YES = ("Does the text mention {x}?", "Is {x} named in the text?", "Can {x} be found below?")
-QUOTE = ("Quote the sentence about {x}.", "Which sentence names {x}? Give it whole.", "Copy the sentence with {x}.")
+QUOTE = (
+    "Quote the sentence about {x}.",
+    "Which sentence names {x}? Give it whole.",
+    "Copy the sentence with {x}.",
+)
 FILLER = ("The {a} was {b} again.", "Nobody in {a} saw the {b}.", "A {a} came before the {b}.")
 FORM = {"yes": " Yes or no.", "value": " Reply with it alone."}
 
@@ -31,9 +37,17 @@ def _snippet(rng: random.Random, split: str, *sentences: str) -> str:
 
 
 def _needle(rng: random.Random, split: str) -> tuple[str, str, str, str]:
-    kind, key = rng.choice(of_split(KINDS, split)), STRINGS[rng.choice(("words", "codes"))](rng, split)
+    kind, key = (
+        rng.choice(of_split(KINDS, split)),
+        STRINGS[rng.choice(("words", "codes"))](rng, split),
+    )
     value = STRINGS[rng.choice(sorted(STRINGS))](rng, split)
-    return kind, key, value, rng.choice(of_split(SENTENCES, split)).format(kind=kind, key=key, value=value)
+    return (
+        kind,
+        key,
+        value,
+        rng.choice(of_split(SENTENCES, split)).format(kind=kind, key=key, value=value),
+    )
 
 
 def value(rng: random.Random, split: str) -> tuple[str, str]:
@@ -58,7 +72,10 @@ def yes_no(rng: random.Random, split: str) -> tuple[str, str]:
     name, there = rng.choice((phrase, code))(rng, split), rng.random() < 0.5
     sentence = rng.choice(of_split(FILLER, split)).format(a=name, b=word(rng, split))
     ask = rng.choice(of_split(YES, split)).format(x=name) + FORM["yes"]
-    return f"{ask}\n{_snippet(rng, split, *([sentence] if there else []))}", "yes" if there else "no"
+    return (
+        f"{ask}\n{_snippet(rng, split, *([sentence] if there else []))}",
+        "yes" if there else "no",
+    )
 
 
 def quote(rng: random.Random, split: str) -> tuple[str, str]:
@@ -67,8 +84,11 @@ def quote(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 MAKERS: dict[str, Callable[[random.Random, str], tuple[str, str]]] = {
-    "value": value, "label": label, "yes_no": yes_no, "quote": quote,
-}  # fmt: skip
+    "value": value,
+    "label": label,
+    "yes_no": yes_no,
+    "quote": quote,
+}
 
 
 def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
@@ -76,5 +96,12 @@ def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
     for i in range(count):
         name = list(MAKERS)[i % len(MAKERS)]
         prompt, reply = MAKERS[name](random.Random(f"reading {seed_of(seed, split)} {i}"), split)
-        provenance = {"source": "reading", "kind": name, "split": split, "seed": seed, "index": i, "role": "sub"}
+        provenance = {
+            "source": "reading",
+            "kind": name,
+            "split": split,
+            "seed": seed,
+            "index": i,
+            "role": "sub",
+        }
         yield Conversation((spoken("user", prompt), spoken("assistant", reply)), provenance)

@@ -32,14 +32,18 @@ def spoken(role: str, content: str, weight: float | None = None) -> dict[str, An
 
 
 def conversations(
-    calls: Iterable[tuple[Sequence[Message], str]], weight: Callable[[str], float], provenance: Mapping[str, Any]
+    calls: Iterable[tuple[Sequence[Message], str]],
+    weight: Callable[[str], float],
+    provenance: Mapping[str, Any],
 ) -> list[Conversation]:
-    """One conversation for as many calls as continue each other; where the history slid, a new one begins.
+    """One conversation for as many calls as continue each other; where the history slid, a new one
+    begins.
 
-    In it every reply has a loss once: those repeated from an earlier conversation have weight 0, as have those that
-    `weight` gives 0. A conversation without any is left out.
+    In it every reply has a loss once: those repeated from an earlier conversation have weight 0, as
+    have those that `weight` gives 0. A conversation without any is left out.
     """
-    open_: list[tuple[list[Message], list[str]]] = []  # messages, and the replies among them that are new
+    # messages, and the replies among them that are new
+    open_: list[tuple[list[Message], list[str]]] = []
     for messages, reply in calls:
         sent = list(messages)
         said = Message(role="assistant", content=reply)
@@ -65,5 +69,7 @@ def conversations(
         turns.reverse()
         if any(t["role"] == "assistant" and t.get("weight", 1.0) for t in turns):
             role = "root" if messages[0].role == "system" else "sub"
-            found.append(Conversation(tuple(turns), {**provenance, "role": role, "replies": len(new)}))
+            found.append(
+                Conversation(tuple(turns), {**provenance, "role": role, "replies": len(new)})
+            )
     return found

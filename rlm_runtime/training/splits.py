@@ -1,6 +1,8 @@
-"""Two worlds of words, phrasings and seeds that share nothing, so that what was trained on is not what is measured.
+"""Two worlds of words, phrasings and seeds that share nothing, so that what was trained on is not
+what is measured.
 
-A string belongs to one split by its hash, whoever draws it: nothing has to be stored, and no list has to be kept apart.
+A string belongs to one split by its hash, whoever draws it: nothing has to be stored, and no list
+has to be kept apart.
 """
 
 from __future__ import annotations
@@ -89,7 +91,10 @@ def word(rng: random.Random, split: str) -> str:
     """A made-up word of two or three syllables."""
 
     def make(rng: random.Random) -> str:
-        return "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(2, 3)))
+        return "".join(
+            rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
+            for _ in range(rng.randint(2, 3))
+        )
 
     return drawn(rng, split, make)
 
@@ -105,7 +110,9 @@ def code(rng: random.Random, split: str) -> str:
 
 def number(rng: random.Random, split: str) -> str:
     """5 to 9 digits."""
-    return drawn(rng, split, lambda r: str(r.randint(10 ** (n := r.randint(4, 8)), 10 ** (n + 1) - 1)))
+    return drawn(
+        rng, split, lambda r: str(r.randint(10 ** (n := r.randint(4, 8)), 10 ** (n + 1) - 1))
+    )
 
 
 def identifier(rng: random.Random, split: str) -> str:
@@ -113,5 +120,8 @@ def identifier(rng: random.Random, split: str) -> str:
 
 
 STRINGS: dict[str, Callable[[random.Random, str], str]] = {
-    "words": phrase, "numbers": number, "uuids": identifier, "codes": code,
-}  # fmt: skip
+    "words": phrase,
+    "numbers": number,
+    "uuids": identifier,
+    "codes": code,
+}

@@ -1,8 +1,9 @@
 """The full record of a run: typed events, one JSON object a line, written as they happen.
 
-A run folder holds `events.jsonl` and `blobs/<sha256>` (each in-memory context once, by hash). Events refer to *nodes*
-of the call tree: the root is node "0"; the k-th call a node makes (LM call or child RLM) is "<node>.<k>".
-The root history is append-only, so a turn records only the messages it adds and the log stays linear in the run.
+A run folder holds `events.jsonl` and `blobs/<sha256>` (each in-memory context once, by hash).
+Events refer to *nodes* of the call tree: the root is node "0"; the k-th call a node makes (LM call
+or child RLM) is "<node>.<k>". The root history is append-only, so a turn records only the messages
+it adds and the log stays linear in the run.
 """
 
 from rlm_runtime.trajectory.events import (
@@ -24,7 +25,16 @@ from rlm_runtime.trajectory.events import (
     SandboxUp,
     parse_event,
 )
-from rlm_runtime.trajectory.reader import EVENTS, Tail, Trajectory, decode, events_file, follow, lenient, read
+from rlm_runtime.trajectory.reader import (
+    EVENTS,
+    Tail,
+    Trajectory,
+    decode,
+    events_file,
+    follow,
+    lenient,
+    read,
+)
 from rlm_runtime.trajectory.summary import Summary, summary
 from rlm_runtime.trajectory.writer import TrajectoryWriter, encode, run_folder, store_blob
 

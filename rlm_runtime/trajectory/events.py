@@ -1,4 +1,5 @@
-"""The typed events of a run. Strings may hold anything a model or a cell can produce, lone surrogates included."""
+"""The typed events of a run. Strings may hold anything a model or a cell can produce, lone
+surrogates included."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class RunStart(Event):
     sub: str = ""
     max_depth: int = 1
     budget: dict[str, Any] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)  # limits, prompts' version, package version
+    # limits, prompts' version, package version
+    settings: dict[str, Any] = Field(default_factory=dict)
     session_turn: int = 0  # how many completions this session had before
 
 
@@ -43,7 +45,8 @@ class ContextLoaded(Event):
     blob: str | None = None  # file under blobs/
     path: str | None = None  # a file or folder context, not copied
     preview: str = ""
-    reading: dict[str, Any] = Field(default_factory=dict)  # encoding, patterns, names of several files
+    # encoding, patterns, names of several files
+    reading: dict[str, Any] = Field(default_factory=dict)
 
 
 class SandboxUp(Event):
@@ -51,11 +54,13 @@ class SandboxUp(Event):
     environment: str
     layers: dict[str, str]
     start_seconds: float
-    limits: dict[str, Any] = Field(default_factory=dict)  # of this worker; a small window makes them smaller
+    # of this worker; a small window makes them smaller
+    limits: dict[str, Any] = Field(default_factory=dict)
 
 
 class NodeStart(Event):
-    """An LM call or a child RLM begins. The root's own model calls are `Replied` events of its turns."""
+    """An LM call or a child RLM begins. The root's own model calls are `Replied` events of its
+    turns."""
 
     type: Literal["node_start"] = "node_start"
     parent: str
@@ -78,19 +83,22 @@ class NodeEnd(Event):
 
 
 class Asked(Event):
-    """Messages added to a node's history before a model call (system prompt and metadata at turn 1)."""
+    """Messages added to a node's history before a model call (system prompt and metadata at turn
+    1)."""
 
     type: Literal["asked"] = "asked"
     turn: int
     messages: tuple[Message, ...]
-    left_out: int = 0  # the oldest messages but system prompt and task, that this call was made without
+    # the oldest messages but system prompt and task, that this call was made without
+    left_out: int = 0
 
 
 class Replied(Event):
     type: Literal["replied"] = "replied"
     turn: int
     message: Message  # the part kept in the history
-    raw: str | None = None  # the whole reply where it differs (hallucinated output cut off, thinking removed)
+    # the whole reply where it differs (hallucinated output cut off, thinking removed)
+    raw: str | None = None
     discarded: int = 0  # characters cut
     usage: Usage = Usage()
     seconds: float = 0.0
@@ -112,7 +120,8 @@ class CellEnd(Event):
 
 
 class Nudged(Event):
-    """The reply could not be used as it was; `reason` is the parser's word for it, `text` what the model was told."""
+    """The reply could not be used as it was; `reason` is the parser's word for it, `text` what the
+    model was told."""
 
     type: Literal["nudged"] = "nudged"
     turn: int
@@ -148,10 +157,21 @@ class RunEnd(Event):
 
 
 AnyEvent = Annotated[
-    RunStart | ContextLoaded | SandboxUp | NodeStart | NodeEnd | Asked | Replied | CellStart | CellEnd | Nudged
-    | Compacted | BudgetNote | RunEnd,
+    RunStart
+    | ContextLoaded
+    | SandboxUp
+    | NodeStart
+    | NodeEnd
+    | Asked
+    | Replied
+    | CellStart
+    | CellEnd
+    | Nudged
+    | Compacted
+    | BudgetNote
+    | RunEnd,
     Field(discriminator="type"),
-]  # fmt: skip
+]
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Reading a trajectory: whole, or as it grows. A damaged line costs that line and a warning, never the rest."""
+"""Reading a trajectory: whole, or as it grows. A damaged line costs that line and a warning, never
+the rest."""
 
 from __future__ import annotations
 
@@ -19,15 +20,23 @@ EVENTS = "events.jsonl"
 class Trajectory(list[AnyEvent]):
     """Events in order, with what could not be read: `warnings`, one sentence each."""
 
-    def __init__(self, events: Iterable[AnyEvent] = (), path: Path | None = None, warnings: Iterable[str] = ()):
+    def __init__(
+        self,
+        events: Iterable[AnyEvent] = (),
+        path: Path | None = None,
+        warnings: Iterable[str] = (),
+    ):
         super().__init__(events)
         self.path = path  # of events.jsonl; blobs lie beside it
         self.warnings = list(warnings)
 
     @property
     def complete(self) -> bool:
-        """Whether the root run (of a session: the latest) has ended; False for one that was killed or still goes."""
-        latest = next((e for e in reversed(self) if isinstance(e, RunStart | RunEnd) and e.node == "0"), None)
+        """Whether the root run (of a session: the latest) has ended; False for one that was killed
+        or still goes."""
+        latest = next(
+            (e for e in reversed(self) if isinstance(e, RunStart | RunEnd) and e.node == "0"), None
+        )
         return isinstance(latest, RunEnd)
 
 
@@ -36,22 +45,27 @@ def events_file(path: Path | str) -> Path:
     path = Path(path)
     file = path / EVENTS if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"No trajectory at {path}: expected a run folder with {EVENTS}, or such a file.")
+        raise UsageError(
+            f"No trajectory at {path}: expected a run folder with {EVENTS}, or such a file."
+        )
     return file
 
 
 def lenient(line: bytes) -> Any:
-    """`json.loads` that gives integers too long for Python as text. Raises ValueError, RecursionError."""
+    """`json.loads` that gives integers too long for Python as text. Raises ValueError,
+    RecursionError."""
     return json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 4_000 else digits)
 
 
 def decode(line: bytes) -> tuple[AnyEvent, str | None]:
-    """One event, and a remark where something in it had to be left out. Raises ValueError for a damaged line."""
+    """One event, and a remark where something in it had to be left out. Raises ValueError for a
+    damaged line."""
     try:
         return parse_event(line), None
     except ValidationError:
         pass
-    # The slow road: json.loads reads the lone surrogates and the constants the strict parser refuses.
+    # The slow road: json.loads reads the lone surrogates and the constants the strict parser
+    # refuses.
     try:
         value = lenient(line)
     except RecursionError:
@@ -66,7 +80,9 @@ def decode(line: bytes) -> tuple[AnyEvent, str | None]:
         extra = [e["loc"] for e in error.errors() if e["type"] == "extra_forbidden"]
         if len(extra) != error.error_count():
             first = error.errors(include_url=False, include_input=False)[0]
-            raise ValueError(f"no known event ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+            raise ValueError(
+                f"no known event ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+            ) from None
     # A newer version wrote fields this one does not know; the rest is worth having.
     for tag, *keys, last in extra:
         del tag  # the first part of a location is the union's tag
@@ -83,7 +99,8 @@ def decode(line: bytes) -> tuple[AnyEvent, str | None]:
 
 
 def read(path: Path | str) -> Trajectory:
-    """All events of a run folder or file. Cut or damaged lines are left out and named in `.warnings`.
+    """All events of a run folder or file. Cut or damaged lines are left out and named in
+    `.warnings`.
 
     Raises UsageError where there is no such file or it cannot be opened.
     """
@@ -91,7 +108,8 @@ def read(path: Path | str) -> Trajectory:
     trajectory = Trajectory(path=file)
     try:
         with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):  # binary lines end at \n only, whatever the text holds
+            # binary lines end at \n only, whatever the text holds
+            for number, line in enumerate(lines, 1):
                 _take(trajectory, number, line)
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}.") from error
@@ -104,7 +122,11 @@ def _take(trajectory: Trajectory, number: int, line: bytes) -> None:
     try:
         event, remark = decode(line)
     except ValueError as error:
-        cut = "" if line.endswith(b"\n") else " (the last line is cut: the run was killed, or still writes)"
+        cut = (
+            ""
+            if line.endswith(b"\n")
+            else " (the last line is cut: the run was killed, or still writes)"
+        )
         trajectory.warnings.append(f"line {number}: {error}{cut}")
         return
     trajectory.append(event)
@@ -113,7 +135,8 @@ def _take(trajectory: Trajectory, number: int, line: bytes) -> None:
 
 
 class Tail:
-    """Reads what was added since the last `poll`. The file need not exist yet; a cut last line waits for its rest."""
+    """Reads what was added since the last `poll`. The file need not exist yet; a cut last line
+    waits for its rest."""
 
     def __init__(self, path: Path | str):
         path = Path(path)
@@ -139,8 +162,11 @@ class Tail:
         return self.trajectory[before:]
 
 
-def follow(path: Path | str, *, every: float = 0.2, stop: Callable[[], bool] = lambda: False) -> Iterator[AnyEvent]:
-    """Events as they are written, until the root run ends or `stop()` is true; looks `every` seconds."""
+def follow(
+    path: Path | str, *, every: float = 0.2, stop: Callable[[], bool] = lambda: False
+) -> Iterator[AnyEvent]:
+    """Events as they are written, until the root run ends or `stop()` is true; looks `every`
+    seconds."""
     tail = Tail(path)
     while True:
         last = stop()  # asked before looking, so that what was written until then is still yielded

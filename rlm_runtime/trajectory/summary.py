@@ -1,6 +1,7 @@
 """What a run came to, from its events alone: also for a run that was killed and has no end.
 
-A session's file holds several completions: turns, usage and time are then of all of them, the rest is of the latest.
+A session's file holds several completions: turns, usage and time are then of all of them, the rest
+is of the latest.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Summary(Frozen):
 
 
 def summary(events: Iterable[AnyEvent]) -> Summary:
-    """Counts as recorded; tokens from `RunEnd` where every run has one, else summed over the replies there are."""
+    """Counts as recorded; tokens from `RunEnd` where every run has one, else summed over the
+    replies there are."""
     found: dict[str, Any] = {}
     depth_of, kind_of = {"0": 0}, {"0": "rlm"}
     by_depth: dict[str, Usage] = {}
@@ -66,20 +68,30 @@ def summary(events: Iterable[AnyEvent]) -> Summary:
         last = max(last, event.t)
         match event:
             case RunStart() if root:
-                found |= {k: getattr(event, k) for k in ("run", "started_at", "question", "root", "sub")}
-                found |= {"complete": False, "stop_reason": "unfinished", "answer": None, "error": None}
+                found |= {
+                    k: getattr(event, k) for k in ("run", "started_at", "question", "root", "sub")
+                }
+                found |= {
+                    "complete": False,
+                    "stop_reason": "unfinished",
+                    "answer": None,
+                    "error": None,
+                }
             case ContextLoaded() if root:
                 size = f"{event.chars:,} characters" if event.chars is not None else None
                 size = size or (f"{event.bytes:,} bytes" if event.bytes is not None else None)
                 found["context"] = ", ".join(filter(None, (event.kind, size)))
             case SandboxUp() if root:
-                found["sandbox"] = f"{event.environment}: " + ", ".join(f"{k} {v}" for k, v in event.layers.items())
+                found["sandbox"] = f"{event.environment}: " + ", ".join(
+                    f"{k} {v}" for k, v in event.layers.items()
+                )
             case NodeStart():
                 depth_of[event.node], kind_of[event.node] = event.depth, event.kind
                 calls += 1
             case NodeEnd():
                 failed_calls += event.error is not None
-                if kind_of.get(event.node) != "rlm":  # a child RLM's usage is in its own replies and calls
+                # a child RLM's usage is in its own replies and calls
+                if kind_of.get(event.node) != "rlm":
                     _add(by_depth, depth_of.get(event.node, event.node.count(".")), event.usage)
             case Replied():
                 turns += root
@@ -90,7 +102,9 @@ def summary(events: Iterable[AnyEvent]) -> Summary:
             case RunEnd() if root:
                 ends.append(event)
                 last = event.seconds or last
-                found |= {k: getattr(event, k) for k in ("stop_reason", "answer", "error")} | {"complete": True}
+                found |= {k: getattr(event, k) for k in ("stop_reason", "answer", "error")} | {
+                    "complete": True
+                }
     if ends and len(ends) == max(runs, 1):
         by_depth, turns = {}, sum(e.turns for e in ends)
         for end in ends:

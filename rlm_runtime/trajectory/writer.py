@@ -1,7 +1,8 @@
 """Writing a trajectory: one `write()` a line, so that a killed process leaves a readable file.
 
-A record must never cost the run it records. Only a folder that cannot be used at the start is an error (`UsageError`);
-after that a full disk, a vanished folder or a failing callback ends the recording and is remembered, nothing is raised.
+A record must never cost the run it records. Only a folder that cannot be used at the start is an
+error (`UsageError`); after that a full disk, a vanished folder or a failing callback ends the
+recording and is remembered, nothing is raised.
 """
 
 from __future__ import annotations
@@ -32,17 +33,21 @@ LOG_BYTES = 256 << 20  # a record may take beside its contexts and its last answ
 SHARE = 4  # an event takes at most this part of what is left; else its long texts are cut
 DIGIT_BITS = 13_000  # of an integer that Python reads back; a longer one is recorded in hex
 TEXT = 8_000  # characters of a text that is cut
-LONG = 1 << 17  # characters of an event that is encoded on a thread: it would hold its run up for too long
+# characters of an event that is encoded on a thread: it would hold its run up for too long
+LONG = 1 << 17
 DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 class TrajectoryWriter:
-    """Stamps events with the time since the run began, appends them to `<folder>/events.jsonl`, calls `on_event`.
+    """Stamps events with the time since the run began, appends them to `<folder>/events.jsonl`,
+    calls `on_event`.
 
-    The record takes at most `disk_bytes`, or, with `folder=None`, `memory_bytes` of memory (`events`): a large event is
-    recorded with its long texts cut, counted in `shortened`; one that does not fit even so is counted in `dropped`. The
-    beginning and the end of the run are always recorded. Safe to call from many threads. `append=True` continues a folder that already
-    holds a run (a session's next completion). Raises UsageError where the folder cannot be made or already holds a run.
+    The record takes at most `disk_bytes`, or, with `folder=None`, `memory_bytes` of memory
+    (`events`): a large event is recorded with its long texts cut, counted in `shortened`; one that
+    does not fit even so is counted in `dropped`. The beginning and the end of the run are always
+    recorded. Safe to call from many threads. `append=True` continues a folder that already holds a
+    run (a session's next completion). Raises UsageError where the folder cannot be made or already
+    holds a run.
     """
 
     def __init__(
@@ -55,12 +60,15 @@ class TrajectoryWriter:
         disk_bytes: int = LOG_BYTES,
     ):
         self.folder = Path(folder) if folder is not None else None
-        self._listeners: list[Callable[[AnyEvent], None]] = [on_event] if on_event is not None else []
+        self._listeners: list[Callable[[AnyEvent], None]] = (
+            [on_event] if on_event is not None else []
+        )
         self.error: OSError | None = None  # why recording stopped; None while it works
         self._dropped = self._shortened = 0
         self._started = time.monotonic()
         self._lock = threading.Lock()
-        self._waiting: deque[AnyEvent] = deque()  # a long event that is being encoded, and those behind it
+        # a long event that is being encoded, and those behind it
+        self._waiting: deque[AnyEvent] = deque()
         self._written = threading.Condition(self._lock)
         self._lines: list[bytes] = []
         self._left = memory_bytes if self.folder is None else disk_bytes
@@ -76,9 +84,13 @@ class TrajectoryWriter:
             self._left -= os.fstat(self._descriptor).st_size
         except OSError as error:
             if isinstance(error, FileExistsError) and (folder / EVENTS).exists():
-                raise UsageError(f"{folder / EVENTS} already holds a run; name another folder for this one.") from None
+                raise UsageError(
+                    f"{folder / EVENTS} already holds a run; name another folder for this one."
+                ) from None
             if error.errno not in DISK_TROUBLE:
-                raise UsageError(f"The run folder {folder} cannot be made: {error.strerror}. Name another.") from error
+                raise UsageError(
+                    f"The run folder {folder} cannot be made: {error.strerror}. Name another."
+                ) from error
             self.error = error
 
     @property
@@ -103,7 +115,8 @@ class TrajectoryWriter:
         return read(self.folder)
 
     def write(self, event: AnyEvent) -> AnyEvent:
-        """Record `event` and return it with its time. Never raises for a failing disk or callback."""
+        """Record `event` and return it with its time. Never raises for a failing disk or
+        callback."""
         stamped = event.model_copy(update={"t": round(time.monotonic() - self._started, 6)})
         long, first = size_of_event(stamped) > LONG, False
         line = b"" if long else encode(stamped, long) + b"\n"
@@ -123,7 +136,9 @@ class TrajectoryWriter:
                 listener(stamped)
             except Exception as error:
                 self.unlisten(listener)  # one warning, then silence: it would fail for every event
-                warnings.warn(f"on_event raised {error!r}; it is not called again in this run.", stacklevel=2)
+                warnings.warn(
+                    f"on_event raised {error!r}; it is not called again in this run.", stacklevel=2
+                )
         return stamped
 
     def _write_waiting(self) -> None:
@@ -194,7 +209,9 @@ class TrajectoryWriter:
         try:
             if os.fstat(self._descriptor).st_nlink == 0:
                 raise FileNotFoundError(
-                    errno.ENOENT, "the trajectory was removed while the run wrote it", str(self.path)
+                    errno.ENOENT,
+                    "the trajectory was removed while the run wrote it",
+                    str(self.path),
                 )
             rest = memoryview(line)
             while rest:  # one call, but for a signal or a disk that fills up in the middle
@@ -205,7 +222,8 @@ class TrajectoryWriter:
             self._close()
 
     def blob(self, data: bytes) -> str | None:
-        """Store `data` once under `blobs/` and return its name, the sha256; None where it could not be stored."""
+        """Store `data` once under `blobs/` and return its name, the sha256; None where it could not
+        be stored."""
         blobs = self.blobs
         if blobs is None:
             return None
@@ -215,9 +233,12 @@ class TrajectoryWriter:
             self.error = error
             return None
 
-    def context_fields(self, context: Context, name: str = "context", *, whole: bool = True) -> dict[str, Any]:
-        """The fields of a `ContextLoaded` event, the context stored as a blob; without it where the disk is full, or
-        where it is not to be stored `whole` in any case and is too large for what is left of the record."""
+    def context_fields(
+        self, context: Context, name: str = "context", *, whole: bool = True
+    ) -> dict[str, Any]:
+        """The fields of a `ContextLoaded` event, the context stored as a blob; without it where the
+        disk is full, or where it is not to be stored `whole` in any case and is too large for what
+        is left of the record."""
         blobs, size = self.blobs, context.bytes
         if not whole and blobs is not None:
             with self._lock:
@@ -233,11 +254,16 @@ class TrajectoryWriter:
         try:
             return context.record(None, name)
         except OSError:  # a file that is gone by now
-            return {"name": name, "kind": context.kind, "path": None if context.path is None else str(context.path)}
+            return {
+                "name": name,
+                "kind": context.kind,
+                "path": None if context.path is None else str(context.path),
+            }
 
     @property
     def note(self) -> str | None:
-        """What the record does not hold, as a sentence for the user; None where it holds everything."""
+        """What the record does not hold, as a sentence for the user; None where it holds
+        everything."""
         if self.error is not None:
             return f"The trajectory is incomplete ({self.error}); {self._dropped} events were not recorded."
         if self._dropped or self._shortened:
@@ -266,8 +292,9 @@ class TrajectoryWriter:
 
 
 def encode(event: AnyEvent, long: bool = False) -> bytes:
-    """One JSON object without a newline, written in pieces where it is long. What is not JSON (lone surrogates, odd
-    objects, endless depth) is kept as well as JSON can: escaped, as `repr`, or as a note that says so."""
+    """One JSON object without a newline, written in pieces where it is long. What is not JSON (lone
+    surrogates, odd objects, endless depth) is kept as well as JSON can: escaped, as `repr`, or as a
+    note that says so."""
     try:
         if not long:
             return event.model_dump_json().encode()
@@ -296,7 +323,9 @@ def shorten(value: Any) -> Any:
         return value
     digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()
     half = TEXT // 2
-    note = f"[... {len(value) - 2 * half:,} characters were not recorded; sha256 of all: {digest} ...]"
+    note = (
+        f"[... {len(value) - 2 * half:,} characters were not recorded; sha256 of all: {digest} ...]"
+    )
     return f"{value[:half]}\n{note}\n{value[-half:]}"
 
 
@@ -310,7 +339,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if depth > 200:
         return "(nested too deeply to record)"
     if isinstance(value, dict):
-        return {k if isinstance(k, str) else repr(k): _plain(v, depth + 1) for k, v in value.items()}
+        return {
+            k if isinstance(k, str) else repr(k): _plain(v, depth + 1) for k, v in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(v, depth + 1) for v in value]
     try:
@@ -320,7 +351,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def create_folder(folder: Path) -> None:
-    """Make a run folder appear at once, with its empty `blobs/`, so that a listing never meets half of one."""
+    """Make a run folder appear at once, with its empty `blobs/`, so that a listing never meets half
+    of one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.is_dir():
         (folder / "blobs").mkdir(mode=0o700, exist_ok=True)
@@ -334,12 +366,14 @@ def create_folder(folder: Path) -> None:
         with contextlib.suppress(OSError):
             (draft / "blobs").rmdir()
             draft.rmdir()
-        if not (folder.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):  # another run was first
+        # another run was first
+        if not (folder.is_dir() and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
             raise
 
 
 def run_folder(log_dir: Path | str, run: str) -> Path:
-    """`<log_dir>/<UTC time>-<run>`: sorts by time. `run` is the id in `RunStart`; odd characters become `_`."""
+    """`<log_dir>/<UTC time>-<run>`: sorts by time. `run` is the id in `RunStart`; odd characters
+    become `_`."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     return Path(log_dir) / f"{stamp}-{re.sub(r'[^A-Za-z0-9._-]', '_', run)[:80]}"
 

@@ -1,7 +1,9 @@
-"""A page for trajectories: `serve` shows a file or a folder of runs, live; `export` makes one self-contained HTML file.
+"""A page for trajectories: `serve` shows a file or a folder of runs, live; `export` makes one
+self-contained HTML file.
 
-The page is plain files (`page.html`, `page.css`, `*.js`) without a build step, a network, or anything from elsewhere.
-Starlette and uvicorn (extra "serve") are imported when a page is served, not before.
+The page is plain files (`page.html`, `page.css`, `*.js`) without a build step, a network, or
+anything from elsewhere. Starlette and uvicorn (extra "serve") are imported when a page is served,
+not before.
 """
 
 from __future__ import annotations

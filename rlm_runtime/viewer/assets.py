@@ -9,7 +9,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 STYLE = "page.css"
 # In this order: each is a plain script that uses the ones before it.
-SCRIPTS = ("text.js", "model.js", "source.js", "tree.js", "timeline.js", "detail.js", "runs.js", "page.js")
+SCRIPTS = (
+    "text.js",
+    "model.js",
+    "source.js",
+    "tree.js",
+    "timeline.js",
+    "detail.js",
+    "runs.js",
+    "page.js",
+)
 
 
 def text(name: str) -> str:
@@ -22,7 +31,8 @@ def hashed(content: str) -> str:
 
 
 def policy(scripts: str, styles: str, connect: str) -> str:
-    """Nothing but the page's own scripts and styles: text of a run that smuggled in markup could do nothing."""
+    """Nothing but the page's own scripts and styles: text of a run that smuggled in markup could do
+    nothing."""
     return (
         f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src {connect}; img-src 'none'; "
         "base-uri 'none'; form-action 'none'"

@@ -1,7 +1,9 @@
-"""What the page asks for: the runs of a folder, and the events of a run, long texts cut until they are looked at.
+"""What the page asks for: the runs of a folder, and the events of a run, long texts cut until they
+are looked at.
 
-The events are handed on as they lie in the file, as plain JSON objects: a damaged line becomes an object of type
-"damaged", an event of a newer version passes unchanged. An index of offsets is all that is held of the long ones.
+The events are handed on as they lie in the file, as plain JSON objects: a damaged line becomes an
+object of type "damaged", an event of a newer version passes unchanged. An index of offsets is all
+that is held of the long ones.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ DEEPEST = 4  # folders below the one given in which runs are looked for
 
 
 class Library:
-    """The runs under one file or folder, by an id that is the folder's path in it. Nothing outside is ever opened."""
+    """The runs under one file or folder, by an id that is the folder's path in it. Nothing outside
+    is ever opened."""
 
     def __init__(self, path: Path | str):
         self.path = Path(path).resolve()
@@ -41,7 +44,11 @@ class Library:
         for folder, below, names in os.walk(self.path):  # does not follow links
             here = Path(folder)
             depth = len(here.relative_to(self.path).parts)
-            below[:] = sorted(b for b in below if not b.startswith(".") and b != "blobs") if depth < DEEPEST else []
+            below[:] = (
+                sorted(b for b in below if not b.startswith(".") and b != "blobs")
+                if depth < DEEPEST
+                else []
+            )
             if EVENTS in names and not (here / EVENTS).is_symlink():
                 yield here.relative_to(self.path).as_posix() if depth else here.name, here / EVENTS
 
@@ -69,7 +76,11 @@ def _row(name: str, file: Path) -> dict[str, Any] | None:
             size = os.fstat(lines.fileno()).st_size
             modified = os.fstat(lines.fileno()).st_mtime
             lines.seek(max(0, size - TAIL))
-            marks = [e for e in map(loads, lines.read(TAIL).split(b"\n")) if e.get("type") in ("run_start", "run_end")]
+            marks = [
+                e
+                for e in map(loads, lines.read(TAIL).split(b"\n"))
+                if e.get("type") in ("run_start", "run_end")
+            ]
     except OSError:
         return None
     end: dict[str, Any] = next((e for e in reversed(marks) if e.get("node", "0") == "0"), {})
@@ -96,7 +107,8 @@ def _row(name: str, file: Path) -> dict[str, Any] | None:
 
 
 class Run:
-    """One events file: where each line lies, and each event with its long texts cut. Grows as the file does."""
+    """One events file: where each line lies, and each event with its long texts cut. Grows as the
+    file does."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -120,8 +132,12 @@ class Run:
                     cut = CUT if len(self.slim) < 5_000 else CUT // 20
                     # No text in a short line can be longer than the line.
                     self.slim.append(dumps(event if len(line) <= cut else shorten(event, cut)))
-                    if event.get("type") in ("run_start", "run_end") and event.get("node", "0") == "0":
-                        self.complete = event["type"] == "run_end"  # a session may go on after an end
+                    if (
+                        event.get("type") in ("run_start", "run_end")
+                        and event.get("node", "0") == "0"
+                    ):
+                        # a session may go on after an end
+                        self.complete = event["type"] == "run_end"
                 self._offset += len(line)
 
     def since(self, first: int) -> str:
@@ -142,7 +158,8 @@ class Run:
             return loads(file.read(length))
 
     def search(self, words: str, most: int = 500) -> dict[str, Any]:
-        """Where `words` stands, in any text of any event, whatever its case; at most `most` hits, one a text."""
+        """Where `words` stands, in any text of any event, whatever its case; at most `most` hits,
+        one a text."""
         self.refresh()
         wanted = re.compile(re.escape(words), re.IGNORECASE)
         hits: list[dict[str, Any]] = []
@@ -153,7 +170,10 @@ class Run:
                     if not (match := wanted.search(found)):
                         continue
                     first, last = match.span()
-                    around = {"before": found[max(0, first - 40) : first], "after": found[last : last + 80]}
+                    around = {
+                        "before": found[max(0, first - 40) : first],
+                        "after": found[last : last + 80],
+                    }
                     hits.append({"event": number, "field": field, "match": match.group(), **around})
                     if len(hits) >= most:
                         return {"hits": hits, "more": True}
@@ -182,7 +202,8 @@ def loads(line: bytes) -> dict[str, Any]:
 
 
 def shorten(event: dict[str, Any], cut: int) -> dict[str, Any]:
-    """The event with every text cut to `cut` characters; `cut: true` where one was. Code stays whole if it can."""
+    """The event with every text cut to `cut` characters; `cut: true` where one was. Code stays
+    whole if it can."""
     was_cut = False
 
     def short(value: Any, key: str = "") -> Any:
@@ -224,7 +245,8 @@ def texts(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
 
 
 def dumps(value: Any) -> str:
-    """ASCII JSON: lone surrogates and U+2028 travel as escapes. NaN and infinities, which JSON has not, as text."""
+    """ASCII JSON: lone surrogates and U+2028 travel as escapes. NaN and infinities, which JSON has
+    not, as text."""
     try:
         return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     except ValueError:

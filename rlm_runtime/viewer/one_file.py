@@ -1,4 +1,5 @@
-"""One HTML file that holds a run and the page that shows it; opens from disk, asks no network for anything."""
+"""One HTML file that holds a run and the page that shows it; opens from disk, asks no network for
+anything."""
 
 from __future__ import annotations
 
@@ -11,12 +12,20 @@ from rlm_runtime.trajectory import events_file
 from rlm_runtime.viewer import assets
 from rlm_runtime.viewer.data import Run, dumps
 
-# Inside a script element only `</script`, `<!--` matter to the parser; these leave it nothing to look at.
-ESCAPES = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+# Inside a script element only `</script`, `<!--` matter to the parser; these leave it nothing to
+# look at.
+ESCAPES = {
+    ord("<"): "\\u003c",
+    ord(">"): "\\u003e",
+    ord("&"): "\\u0026",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
 
 
 def export(path: Path | str, out: Path | str) -> Path:
-    """Write the run at `path` (folder or events file) as the page `out`. Raises UsageError where either is no good."""
+    """Write the run at `path` (folder or events file) as the page `out`. Raises UsageError where
+    either is no good."""
     out = Path(out)
     run = Run(events_file(path))
     page = render(run)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 KINDS = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
 HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::\d*)?")
 HEADERS = {
-    "Content-Security-Policy": assets.policy("'self'", "'self'", "'self'") + "; frame-ancestors 'none'",
+    "Content-Security-Policy": assets.policy("'self'", "'self'", "'self'")
+    + "; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -32,7 +33,8 @@ HEADERS = {
 
 
 def make_app(path: Path | str, host: str = "127.0.0.1") -> Starlette:
-    """The ASGI application for a run file, a run folder or a folder of runs. Raises UsageError where there is none."""
+    """The ASGI application for a run file, a run folder or a folder of runs. Raises UsageError
+    where there is none."""
     try:
         from starlette.applications import Starlette
         from starlette.concurrency import run_in_threadpool
@@ -51,7 +53,9 @@ def make_app(path: Path | str, host: str = "127.0.0.1") -> Starlette:
 
     async def page(request: Any) -> Response:
         name = pages[request.url.path]
-        return answer(_page() if name == "page.html" else assets.text(name), KINDS[name.rpartition(".")[2]])
+        return answer(
+            _page() if name == "page.html" else assets.text(name), KINDS[name.rpartition(".")[2]]
+        )
 
     async def api(request: Any) -> Response:
         query = request.query_params
@@ -97,19 +101,29 @@ def _number(query: Any, name: str) -> int:
 
 
 class _HostCheck:
-    """Refuses a request whose Host is not ours: a page elsewhere that points its own name at this machine (DNS
-    rebinding) would otherwise read the runs."""
+    """Refuses a request whose Host is not ours: a page elsewhere that points its own name at this
+    machine (DNS rebinding) would otherwise read the runs."""
 
     def __init__(self, app: Any, host: str):
         self.app = app
         self.names = {"localhost", host.strip("[]").lower()}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        hosts = [value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"]
+        hosts = [
+            value.decode("latin-1") for name, value in scope.get("headers", ()) if name == b"host"
+        ]
         if scope["type"] == "http" and not (len(hosts) == 1 and self.knows(hosts[0])):
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"x-content-type-options", b"nosniff")]
+            headers = [
+                (b"content-type", b"text/plain; charset=utf-8"),
+                (b"x-content-type-options", b"nosniff"),
+            ]
             await send({"type": "http.response.start", "status": 421, "headers": headers})
-            await send({"type": "http.response.body", "body": b"This server answers to its own address only.\n"})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"This server answers to its own address only.\n",
+                }
+            )
             return
         await self.app(scope, receive, send)
 
@@ -148,10 +162,14 @@ def _server(path: Path | str, host: str, port: int) -> tuple[Any, socket.socket,
         listener.listen(128)  # from here on a connection waits instead of being refused
     except OSError as error:
         listener.close()
-        raise UsageError(f"The viewer cannot listen on {host} port {port}: {error.strerror}. Try --port 0.") from error
+        raise UsageError(
+            f"The viewer cannot listen on {host} port {port}: {error.strerror}. Try --port 0."
+        ) from error
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     url = f"http://{shown}:{listener.getsockname()[1]}/"
-    config = uvicorn.Config(app, log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan="off", access_log=False, timeout_graceful_shutdown=1
+    )
     return uvicorn.Server(config), listener, url
 
 
@@ -162,9 +180,11 @@ def serve(
     open_browser: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Show the run or runs at `path` until interrupted; `announce` gets the address. Port 0: any free one.
+    """Show the run or runs at `path` until interrupted; `announce` gets the address. Port 0: any
+    free one.
 
-    Raises UsageError: no trajectory there, an address that is not loopback or not free, the extra not installed.
+    Raises UsageError: no trajectory there, an address that is not loopback or not free, the extra
+    not installed.
     """
     server, listener, url = _server(path, host, port)
     announce(url)
@@ -177,9 +197,12 @@ def serve(
 
 @contextlib.contextmanager
 def running(path: Path | str, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve in a thread of this process for the length of a `with`; gives the address. Raises as `serve` does."""
+    """Serve in a thread of this process for the length of a `with`; gives the address. Raises as
+    `serve` does."""
     server, listener, url = _server(path, host, port)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="rlm-viewer", daemon=True)
+    thread = threading.Thread(
+        target=server.run, kwargs={"sockets": [listener]}, name="rlm-viewer", daemon=True
+    )
     thread.start()
     try:
         yield url

@@ -52,10 +52,14 @@ def paper_config(size, depth, recursions=1, layers=None):
 )
 def test_unique_parameters_equal_the_paper(size, recursions, layers, millions, digits):
     count = accounting.parameters(paper_model(size, recursions, layers), FIXED)
-    assert round(count.non_embedding / 1e6, digits) == pytest.approx(millions, abs=10.0**-digits * 0.51)
+    assert round(count.non_embedding / 1e6, digits) == pytest.approx(
+        millions, abs=10.0**-digits * 0.51
+    )
 
 
-@pytest.mark.parametrize(("size", "millions"), [("135M", 28), ("360M", 47), ("730M", 75), ("1.7B", 101)])
+@pytest.mark.parametrize(
+    ("size", "millions"), [("135M", 28), ("360M", 47), ("730M", 75), ("1.7B", 101)]
+)
 def test_tied_embedding_counts_once(size, millions):
     count = accounting.parameters(paper_model(size), FIXED)
     assert round(count.embedding / 1e6) == millions
@@ -97,20 +101,27 @@ def test_capacities_default_to_a_staircase():
 def test_paper_flops_and_steps_of_360m(depth, recursions, layers, mflops, steps):
     """MoR spec sections 6.3 and 6.4: the released step counts at 16.5e18 FLOPs."""
     cfg = paper_config("360M", depth, recursions, layers)
-    assert accounting.paper_flops_per_token(cfg.model, cfg.depth) / 1e6 == pytest.approx(mflops, rel=1e-3)
+    assert accounting.paper_flops_per_token(cfg.model, cfg.depth) / 1e6 == pytest.approx(
+        mflops, rel=1e-3
+    )
     assert accounting.steps_for_flops(cfg) == pytest.approx(steps, rel=1e-3)
     assert accounting.paper_training_flops(cfg, steps) == pytest.approx(16.5e18, rel=1e-3)
 
 
 def test_shared_keys_of_a_recursive_transformer_cost_less():
-    """Two of its three applications project no keys: 8 D² FLOPs less in each of the 10 layers of the core."""
+    """Two of its three applications project no keys: 8 D² FLOPs less in each of the 10 layers of
+    the core."""
     model = paper_model("360M", 3)
-    full, shared = (accounting.paper_flops_per_token(model, d) for d in (FIXED, DepthConfig(kv="shared")))
+    full, shared = (
+        accounting.paper_flops_per_token(model, d) for d in (FIXED, DepthConfig(kv="shared"))
+    )
     assert full - shared == pytest.approx(2 * 10 * 4 * 960**2)
 
 
 def test_steps_of_135m():
-    assert accounting.training_steps(paper_config("135M", ROUTED, 3, 32)) == pytest.approx(36326, rel=1e-3)
+    assert accounting.training_steps(paper_config("135M", ROUTED, 3, 32)) == pytest.approx(
+        36326, rel=1e-3
+    )
 
 
 def test_explicit_steps_win():
@@ -122,20 +133,35 @@ def test_explicit_steps_win():
 @pytest.mark.parametrize("depth", [ROUTED, SHARED, HYBRID], ids=lambda depth: depth.kv_name)
 @pytest.mark.parametrize("sharing", ["middle_cycle", "cycle"])
 def test_true_flops_equal_a_brute_force_count(sharing, depth):
-    """Walk every layer, token and query-key pair of a small model and add up multiply-adds times two."""
+    """Walk every layer, token and query-key pair of a small model and add up multiply-adds times
+    two."""
     layers = 8 if sharing == "middle_cycle" else 6
-    model = ModelConfig(layers=layers, recursions=3, sharing=sharing, width=12, heads=4, kv_heads=2, head_dim=4,
-                        mlp_width=20, vocab_size=33, context=7)  # fmt: skip
+    model = ModelConfig(
+        layers=layers,
+        recursions=3,
+        sharing=sharing,
+        width=12,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        mlp_width=20,
+        vocab_size=33,
+        context=7,
+    )
     d, n, k, h, f, v, t = 12, 4, 2, 4, 20, 33, 7
     active = [t, math.floor(2 / 3 * t), math.floor(1 / 3 * t)]
     # (tokens, recursion step) of every layer; 0 outside of the recursion
-    runs = [*([(t, 0)] if sharing == "middle_cycle" else []), *[(a, r + 1) for r, a in enumerate(active) for _ in "ab"],
-            *([(t, 0)] if sharing == "middle_cycle" else [])]  # fmt: skip
+    runs = [
+        *([(t, 0)] if sharing == "middle_cycle" else []),
+        *[(a, r + 1) for r, a in enumerate(active) for _ in "ab"],
+        *([(t, 0)] if sharing == "middle_cycle" else []),
+    ]
     assert len(runs) == layers
     blocks = attention = 0
     for tokens, r in runs:
         makes_keys = depth is not SHARED or r < 2
-        sees_all = depth is not ROUTED and r > 1  # half of the row, on average over evenly spread tokens
+        # half of the row, on average over evenly spread tokens
+        sees_all = depth is not ROUTED and r > 1
         for i in range(tokens):
             blocks += 2 * (d * n * h + (2 * d * k * h if makes_keys else 0) + n * h * d + 3 * d * f)
             attention += n * (2 * h + 2 * h) * ((t + 1) / 2 if sees_all else i + 1)
@@ -153,8 +179,12 @@ def test_true_flops_of_measured_counts():
     model = paper_model("360M", 3)
     default = accounting.true_flops_per_token(model, ROUTED)
     assert accounting.true_flops_per_token(model, ROUTED, mean_counts=(2048, 1365, 682)) == default
-    assert accounting.true_flops_per_token(model, ROUTED, mean_counts=(2048, 2048, 2048)).blocks > default.blocks
-    assert accounting.true_flops_per_token(model, ROUTED, mean_counts=(0, 0, 0)).blocks > 0  # prelude and coda
+    assert (
+        accounting.true_flops_per_token(model, ROUTED, mean_counts=(2048, 2048, 2048)).blocks
+        > default.blocks
+    )
+    # prelude and coda
+    assert accounting.true_flops_per_token(model, ROUTED, mean_counts=(0, 0, 0)).blocks > 0
     with pytest.raises(ConfigError, match="mean_counts"):
         accounting.true_flops_per_token(model, ROUTED, mean_counts=(1, 2))
 
@@ -162,7 +192,8 @@ def test_true_flops_of_measured_counts():
 def test_a_recursive_model_costs_what_it_unrolls_to():
     vanilla = accounting.true_flops_per_token(paper_model("360M"), FIXED)
     assert accounting.true_flops_per_token(paper_model("360M", 3), FIXED) == vanilla
-    # Training a 360M vanilla model: about 3x the paper's forward budget plus the head (MoR spec section 6.4).
+    # Training a 360M vanilla model: about 3x the paper's forward budget plus the head (MoR spec
+    # section 6.4).
     ratio = vanilla.training / accounting.paper_flops_per_token(paper_model("360M"), FIXED)
     assert 3.0 < ratio < 3.5
 
@@ -171,7 +202,9 @@ def test_a_recursive_model_costs_what_it_unrolls_to():
 def test_kv_ratio_of_the_core(recursions):
     """MoR spec section 4: (R + 1) / 2R of a model that stores every token at every depth."""
     model = ModelConfig(layers=12, recursions=recursions, sharing="cycle", vocab_size=64)
-    ratio = accounting.kv_bytes_per_token(model, ROUTED) / accounting.kv_bytes_per_token(model, FIXED)
+    ratio = accounting.kv_bytes_per_token(model, ROUTED) / accounting.kv_bytes_per_token(
+        model, FIXED
+    )
     assert ratio == pytest.approx((recursions + 1) / (2 * recursions))
 
 
@@ -195,10 +228,16 @@ def test_kv_stored_and_read(depth, stored, read):
 
 
 def test_kv_bytes():
-    model = ModelConfig(layers=8, recursions=3, sharing="middle_cycle", kv_heads=2, head_dim=4, vocab_size=64)
+    model = ModelConfig(
+        layers=8, recursions=3, sharing="middle_cycle", kv_heads=2, head_dim=4, vocab_size=64
+    )
     assert accounting.kv_bytes_per_token(model, FIXED) == 2 * 2 * 4 * 4 * 8
-    assert accounting.kv_bytes_per_token(model, ROUTED) == pytest.approx(2 * 2 * 4 * 4 * (2 + 2 * 2))
-    measured = accounting.kv_bytes_per_token(model, ROUTED, mean_active=(0.5, 0.25, 0.0), bytes_per_value=2)
+    assert accounting.kv_bytes_per_token(model, ROUTED) == pytest.approx(
+        2 * 2 * 4 * 4 * (2 + 2 * 2)
+    )
+    measured = accounting.kv_bytes_per_token(
+        model, ROUTED, mean_active=(0.5, 0.25, 0.0), bytes_per_value=2
+    )
     assert measured == pytest.approx(2 * 2 * 4 * 2 * (2 + 2 * 0.75))
     with pytest.raises(ConfigError, match="mean_active"):
         accounting.kv_bytes_per_token(model, ROUTED, mean_active=(1.0,))

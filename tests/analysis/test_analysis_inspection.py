@@ -1,4 +1,5 @@
-"""What `launch.inspect` says, held against the paper, against brute force, and against the compiler."""
+"""What `launch.inspect` says, held against the paper, against brute force, and against the
+compiler."""
 
 import dataclasses
 import io
@@ -15,7 +16,15 @@ from mor_jax.analysis.drawing import draw_program, draw_shares, draw_unrolled
 from mor_jax.analysis.inspection import inspect_config, inspection_tables, with_vocabulary
 from mor_jax.analysis.memory import BEGINS, CORE, row_sizes, saved_bytes, training_memory
 from mor_jax.analysis.traffic import decode_traffic, kv_by_depth
-from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, depth_policies, from_config_dict
+from mor_jax.config import (
+    Config,
+    DepthConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    depth_policies,
+    from_config_dict,
+)
 from mor_jax.errors import ConfigError
 from mor_jax.model.depth.survey import PROBES_G
 from mor_jax.model.lm import LM
@@ -65,8 +74,11 @@ TABLE_9 = {
 def test_isoflop_tokens_equal_the_papers_to_their_printed_rounding(size, kind):
     module = (vanilla, recursive, mor)[kind]
     for budget, printed in zip((2e18, 5e18, 16.5e18), TABLE_9[size][kind], strict=True):
-        tokens = inspect_config(config(module, size if kind == 0 else f"{size},nr=3", flops=budget))["run"]["tokens"]
-        # Two recursive cells of the paper are 0.1 B off its own formula; the others agree to the last digit.
+        tokens = inspect_config(
+            config(module, size if kind == 0 else f"{size},nr=3", flops=budget)
+        )["run"]["tokens"]
+        # Two recursive cells of the paper are 0.1 B off its own formula; the others agree to the
+        # last digit.
         assert tokens / 1e9 == pytest.approx(printed, abs=0.15 if kind == 1 else 0.051)
 
 
@@ -74,34 +86,54 @@ def test_programs_are_drawn():
     draw = lambda **kw: draw_program(ModelConfig(**kw))
     assert draw(layers=3) == "embed → [0 1 2] → norm → head"
     assert draw(**CYCLE3) == "embed → [0] → (1 2) × 3 → [3] → norm → head"
-    assert draw(**CYCLE3 | {"sharing": "middle_sequence"}) == "embed → [0] → (1 × 3) (2 × 3) → [3] → norm → head"
+    assert (
+        draw(**CYCLE3 | {"sharing": "middle_sequence"})
+        == "embed → [0] → (1 × 3) (2 × 3) → [3] → norm → head"
+    )
     assert draw(layers=9, sharing="cycle", recursions=3, prelude=2, coda=1).startswith(
         "embed → [0 1] → (2 3) × 3 → [4]"
     )
-    assert draw(layers=32, sharing="middle_cycle", recursions=3) == "embed → [0] → (1 2 … 10) × 3 → [11] → norm → head"
+    assert (
+        draw(layers=32, sharing="middle_cycle", recursions=3)
+        == "embed → [0] → (1 2 … 10) × 3 → [11] → norm → head"
+    )
     assert draw_unrolled(ModelConfig(**CYCLE3)) == "0 (1 2)(1 2)(1 2) 3"
-    assert draw_unrolled(ModelConfig(**CYCLE3 | {"sharing": "middle_sequence"})) == "0 (1 1 1)(2 2 2) 3"
-    assert draw_unrolled(ModelConfig(layers=6, sharing="sequence", recursions=3)) == "(0 0 0)(1 1 1)"
+    assert (
+        draw_unrolled(ModelConfig(**CYCLE3 | {"sharing": "middle_sequence"}))
+        == "0 (1 1 1)(2 2 2) 3"
+    )
+    assert (
+        draw_unrolled(ModelConfig(layers=6, sharing="sequence", recursions=3)) == "(0 0 0)(1 1 1)"
+    )
     assert draw_unrolled(ModelConfig(layers=3)) == "0 1 2"
     assert draw_shares(ModelConfig(**CYCLE3), FIXED) == ""
-    assert [s.split()[0] for s in draw_shares(ModelConfig(**CYCLE3), ROUTED).split(" · ")] == ["r1", "r2", "r3"]
+    assert [s.split()[0] for s in draw_shares(ModelConfig(**CYCLE3), ROUTED).split(" · ")] == [
+        "r1",
+        "r2",
+        "r3",
+    ]
 
 
 def test_cache_by_depth_adds_up_and_traffic_is_what_a_walk_over_the_streams_reads():
     model = ModelConfig(**CYCLE3, heads=4, kv_heads=2, head_dim=4, vocab_size=64, context=60)
     for depth in (FIXED, ROUTED):
         parts = kv_by_depth(model, depth)
-        assert sum(p.bytes_per_token for p in parts) == pytest.approx(accounting.kv_bytes_per_token(model, depth))
+        assert sum(p.bytes_per_token for p in parts) == pytest.approx(
+            accounting.kv_bytes_per_token(model, depth)
+        )
         assert sum(p.layers for p in parts) == 8
     # Brute force at the default capacities: of 60 tokens 60, 40, 20 are stored at depths 1, 2, 3.
     layer = 2 * 2 * 4 * 4  # keys and values, 2 kv heads of 4, float32
     read = lambda deepest: layer * (60 + sum(2 * stored for stored in (60, 40, 20)[:deepest]) + 60)
     traffic = decode_traffic(model, ROUTED)
     assert traffic.read_full_depth == pytest.approx(read(3))
-    assert traffic.read_mean == pytest.approx((read(1) + read(2) + read(3)) / 3)  # a third each stops at 1, 2, 3
+    # a third each stops at 1, 2, 3
+    assert traffic.read_mean == pytest.approx((read(1) + read(2) + read(3)) / 3)
     assert traffic.written == pytest.approx(layer * (1 + 2 * 2 + 1))
     assert decode_traffic(model, ROUTED, 120).read_mean == pytest.approx(2 * traffic.read_mean)
-    assert decode_traffic(model, ROUTED, mean_active=(1, 0, 0)).read_full_depth == pytest.approx(read(1))
+    assert decode_traffic(model, ROUTED, mean_active=(1, 0, 0)).read_full_depth == pytest.approx(
+        read(1)
+    )
     blocks = accounting.parameters(model, ROUTED).blocks
     assert traffic.weights == pytest.approx(4 * (8 / 4 * blocks + 64 * 256))
     with pytest.raises(ConfigError, match="mean_active"):
@@ -115,12 +147,16 @@ def test_a_block_repeated_in_place_keeps_a_cache_for_each_repetition():
     assert sum(p.bytes_per_token for p in parts) == accounting.kv_bytes_per_token(model, FIXED)
 
 
-@pytest.mark.parametrize(("policy", "kv"), [(p, kv) for p, cls in depth_policies().items() for kv in cls.kv_strategies])
+@pytest.mark.parametrize(
+    ("policy", "kv"), [(p, kv) for p, cls in depth_policies().items() for kv in cls.kv_strategies]
+)
 def test_every_strategy_keeps_what_the_accounting_says_and_the_mean_token_reads_no_more(policy, kv):
     model = ModelConfig(**CYCLE3, vocab_size=64)
     depth = DepthConfig(policy=policy, kv=kv)
     parts, traffic = kv_by_depth(model, depth), decode_traffic(model, depth)
-    assert sum(p.bytes_per_token for p in parts) == pytest.approx(accounting.kv_bytes_per_token(model, depth))
+    assert sum(p.bytes_per_token for p in parts) == pytest.approx(
+        accounting.kv_bytes_per_token(model, depth)
+    )
     assert traffic.read_mean <= traffic.read_full_depth
 
 
@@ -134,7 +170,15 @@ def test_cache_traffic_of_the_core_is_the_papers_ratio(recursions):
 
 # ---------------------------------------------------------------- memory
 
-SHAPE = {"width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 176, "vocab_size": 256, "context": 256, "loss_chunk": 64}
+SHAPE = {
+    "width": 64,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_width": 176,
+    "vocab_size": 256,
+    "context": 256,
+    "loss_chunk": 64,
+}
 CASES = {
     "vanilla": ({"layers": 4}, {}),
     "expert": (CYCLE3, {"policy": "expert_choice"}),
@@ -150,7 +194,9 @@ CASES = {
 def memory_config(name, **model):
     shape, depth = CASES[name]
     train = TrainConfig(steps=10, batch_size=8, accum=2 if name == "accumulation" else 1)
-    return Config(model=ModelConfig(**SHAPE | shape | model), depth=DepthConfig(**depth), train=train)
+    return Config(
+        model=ModelConfig(**SHAPE | shape | model), depth=DepthConfig(**depth), train=train
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -158,7 +204,10 @@ def test_memory_is_within_half_of_what_the_compiler_asks_for(name):
     cfg = memory_config(name)
     lm, tx = LM.from_config(cfg), optimizer(cfg.optim, 10)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    batch = {k: jax.ShapeDtypeStruct((8, cfg.model.context), jnp.int32) for k in ("tokens", "segment_ids")}
+    batch = {
+        k: jax.ShapeDtypeStruct((8, cfg.model.context), jnp.int32)
+        for k in ("tokens", "segment_ids")
+    }
     step = jax.jit(make_train_step(lm, tx, cfg.train.accum), donate_argnums=0)
     with jax.set_mesh(mesh):
         compiled = step.lower(abstract_state(lm, tx, mesh), batch).compile().memory_analysis()
@@ -166,16 +215,25 @@ def test_memory_is_within_half_of_what_the_compiler_asks_for(name):
     assert 1 / 1.5 < estimate.moments[estimate.fullest] / compiled.temp_size_in_bytes < 1.5
     # The state, exactly: all that goes in but the batch, the step and the schedule's counters.
     state = estimate.weights + estimate.optimizer
-    assert compiled.argument_size_in_bytes - 2 * 8 * cfg.model.context * 4 == pytest.approx(state, abs=64)
+    assert compiled.argument_size_in_bytes - 2 * 8 * cfg.model.context * 4 == pytest.approx(
+        state, abs=64
+    )
 
 
 def kept_between_passes(cfg) -> int:
-    """Bytes of the activations that the backward pass of a model reads: arrays over rows, or over all tokens."""
+    """Bytes of the activations that the backward pass of a model reads: arrays over rows, or over
+    all tokens."""
     lm, lead = LM.from_config(cfg), (8, 8 * cfg.model.context)
     params = jax.eval_shape(lm.init, jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((8, cfg.model.context), jnp.int32)
-    backward = jax.eval_shape(lambda p, t: jax.vjp(lambda p: lm.forward(p, t).h_BxTxD, p)[1], params, tokens)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward) if x.shape and x.shape[0] in lead)
+    backward = jax.eval_shape(
+        lambda p, t: jax.vjp(lambda p: lm.forward(p, t).h_BxTxD, p)[1], params, tokens
+    )
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(backward)
+        if x.shape and x.shape[0] in lead
+    )
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "dots_no_batch", "block"])
@@ -183,7 +241,9 @@ def kept_between_passes(cfg) -> int:
 @pytest.mark.parametrize("features", [{}, {"qk_norm": True, "qkv_bias": True}])
 def test_saved_activations_are_within_half_of_what_jax_keeps(remat, dtype, features):
     """Four more layers keep so many bytes more; nothing is compiled for it."""
-    few, many = (memory_config("vanilla", remat=remat, dtype=dtype, layers=n, **features) for n in (2, 6))
+    few, many = (
+        memory_config("vanilla", remat=remat, dtype=dtype, layers=n, **features) for n in (2, 6)
+    )
     kept = kept_between_passes(many) - kept_between_passes(few)
     assert 1 / 1.5 < (training_memory(many).saved - training_memory(few).saved) / kept < 1.5
 
@@ -192,7 +252,10 @@ def test_memory_follows_the_mesh_the_rows_and_the_routing():
     cfg = memory_config("expert")
     one = training_memory(cfg)
     assert one.to_dict()["total"] == one.total
-    assert one.total == one.weights + one.optimizer + max(one.moments.values()) and one.fullest in (BEGINS, CORE)
+    assert one.total == one.weights + one.optimizer + max(one.moments.values()) and one.fullest in (
+        BEGINS,
+        CORE,
+    )
     assert one.moments[BEGINS] == one.added + one.activations
     survey = 4 * cfg.model.recursions * len(PROBES_G)
     assert one.optimizer == 2 * one.weights
@@ -202,11 +265,16 @@ def test_memory_follows_the_mesh_the_rows_and_the_routing():
     four = training_memory(dataclasses.replace(cfg, mesh=MeshConfig(data=1, fsdp=4)), devices=4)
     assert four.weights - whole == (one.weights - whole) / 4 and four.saved == one.saved / 4
     tensor = training_memory(dataclasses.replace(cfg, mesh=MeshConfig(data=1, tensor=2)), devices=2)
-    assert tensor.weights - whole == (one.weights - whole) / 2 and one.saved / 2 < tensor.saved < one.saved
+    assert (
+        tensor.weights - whole == (one.weights - whole) / 2
+        and one.saved / 2 < tensor.saved < one.saved
+    )
     assert row_sizes(cfg.model, cfg.depth) == (256, 170, 85)
     assert row_sizes(cfg.model, dataclasses.replace(cfg.depth, executor="masked")) == (256,) * 3
     assert training_memory(memory_config("masked")).saved > one.saved
-    by_policy = [saved_bytes(cfg.model, 256, remat) for remat in ("block", "dots_no_batch", "dots", "none")]
+    by_policy = [
+        saved_bytes(cfg.model, 256, remat) for remat in ("block", "dots_no_batch", "dots", "none")
+    ]
     assert by_policy == sorted(by_policy)
     assert training_memory(cfg, remat="block").saved < one.saved
 
@@ -215,7 +283,12 @@ def test_memory_follows_the_mesh_the_rows_and_the_routing():
 
 
 def test_report_is_json_and_every_table_draws():
-    for module, arg in ((mor, "360m,nr=3"), (vanilla, "360m"), (mor, "135m,nr=3,policy=token"), (quickstart, "mor")):
+    for module, arg in (
+        (mor, "360m,nr=3"),
+        (vanilla, "360m"),
+        (mor, "135m,nr=3,policy=token"),
+        (quickstart, "mor"),
+    ):
         report = inspect_config(config(module, arg))
         assert json.loads(json.dumps(report)) == report
         out = io.StringIO()
@@ -233,10 +306,15 @@ def test_report_is_json_and_every_table_draws():
             assert word in out.getvalue()
         by_remat = report["memory"]["activations_by_remat"]
         used = from_config_dict(module.get_config(arg)).model.remat
-        assert set(by_remat) == {"none", "block", "dots", "dots_no_batch"} and by_remat["block"] < by_remat["none"]
+        assert (
+            set(by_remat) == {"none", "block", "dots", "dots_no_batch"}
+            and by_remat["block"] < by_remat["none"]
+        )
         assert by_remat[used] == report["memory"]["activations"]
         flops = report["flops_per_token"]["true"]
-        assert flops["total"] == pytest.approx(sum(flops[k] for k in ("blocks", "attention", "head", "router")))
+        assert flops["total"] == pytest.approx(
+            sum(flops[k] for k in ("blocks", "attention", "head", "router"))
+        )
         assert report["kv"]["bytes_per_sequence"] == report["kv"]["bytes_per_token"] * (
             256 if module is quickstart else 2048
         )
@@ -278,11 +356,14 @@ def test_a_vocabulary_left_to_the_tokenizer_is_named():
     of_bytes = from_config_dict({"train": {"steps": 1}})
     assert with_vocabulary(of_bytes)[0].model.vocab_size == 320
     with pytest.raises(ConfigError, match="nowhere"):
-        with_vocabulary(from_config_dict({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}))
+        with_vocabulary(
+            from_config_dict({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}})
+        )
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "word"), [({"mfu": 40}, "MFU"), ({"context": 0}, "context"), ({"devices": 3}, "mesh")]
+    ("kwargs", "word"),
+    [({"mfu": 40}, "MFU"), ({"context": 0}, "context"), ({"devices": 3}, "mesh")],
 )
 def test_impossible_questions_are_refused(kwargs, word):
     cfg = dataclasses.replace(config(mor, "360m,nr=3"), mesh=MeshConfig(data=2, fsdp=1, tensor=1))

@@ -5,8 +5,12 @@ import pytest
 
 from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 
-TEXT = [f"the {a} {b} sat on the {c} mat and looked at the {a}\n".encode()
-        for a in ("cat", "dog", "bird", "old man") for b in ("slowly", "never", "has") for c in ("red", "blue", "wet")]  # fmt: skip
+TEXT = [
+    f"the {a} {b} sat on the {c} mat and looked at the {a}\n".encode()
+    for a in ("cat", "dog", "bird", "old man")
+    for b in ("slowly", "never", "has")
+    for c in ("red", "blue", "wet")
+]
 
 
 def entropy(documents):
@@ -54,7 +58,9 @@ def test_documents_are_independent():
     model = TrigramByteModel.fit(TEXT)
     together = model.bits_per_byte(TEXT[:2])
     a, b = (model.bits_per_byte([t]) for t in TEXT[:2])
-    assert together == pytest.approx((a * len(TEXT[0]) + b * len(TEXT[1])) / (len(TEXT[0]) + len(TEXT[1])))
+    assert together == pytest.approx(
+        (a * len(TEXT[0]) + b * len(TEXT[1])) / (len(TEXT[0]) + len(TEXT[1]))
+    )
     assert np.isnan(model.bits_per_byte([]))
     assert np.isnan(model.bits_per_byte([b""]))
 
@@ -63,7 +69,8 @@ def test_strengths_are_tuned_on_training_documents_only():
     assert TrigramByteModel.fit(TEXT[:9]).strengths == (1.0, 1.0, 1.0)
     rng = np.random.default_rng(0)
     assert TrigramByteModel.fit([rng.bytes(1000) for _ in range(20)]).strengths[2] > 100
-    # The tuning documents are part of the model: a letter of the tenth document is more likely than an unseen one.
+    # The tuning documents are part of the model: a letter of the tenth document is more likely than
+    # an unseen one.
     p = TrigramByteModel.fit([*TEXT[:9], TEXT[9] + b"Z"]).probabilities()
     assert p[ord("Z")] > 2 * p[ord("Y")]
 
@@ -80,7 +87,10 @@ def test_rows_give_the_pieces_of_documents():
             return bytes([token]) if token < 256 else b""
 
     rows = [
-        {"tokens": np.array([256, 97, 98, 256, 99, 0]), "segment_ids": np.array([1, 1, 1, 2, 2, 0])},
+        {
+            "tokens": np.array([256, 97, 98, 256, 99, 0]),
+            "segment_ids": np.array([1, 1, 1, 2, 2, 0]),
+        },
         {"tokens": np.array([100, 256]), "segment_ids": np.array([1, 2])},
     ]
     assert list(rows_to_bytes(rows, Bytes())) == [b"ab", b"c", b"d"]

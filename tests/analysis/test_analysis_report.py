@@ -30,7 +30,11 @@ def runs(run_dirs):
 
 
 def cell(runs, label, column):
-    return next(r for r in tables.compare(runs) if r.label == label).cells[column].replace("\u00a0", " ")
+    return (
+        next(r for r in tables.compare(runs) if r.label == label)
+        .cells[column]
+        .replace("\u00a0", " ")
+    )
 
 
 class Page(HTMLParser):
@@ -49,7 +53,9 @@ class Page(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         for name, value in attrs:
-            inline = value in ("data:,",) or (tag == "image" and value.startswith("data:image/png;base64,"))
+            inline = value in ("data:,",) or (
+                tag == "image" and value.startswith("data:image/png;base64,")
+            )
             if name in ("src", "href", "xlink:href", "srcset", "data") and not inline:
                 (self.refs if value.startswith("#") else self.loads).append(value)
             if name == "id":
@@ -70,10 +76,15 @@ def page(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "deep" / "report.html"
     tokens = ["def", " f", "(x):", "\n    ", HOSTILE]
     write_report(
-        runs, out, depth_maps={"mor3": (tokens, [3, 2, 1, 0, 3], 3)}, samples={"vanilla": HOSTILE, "mor3": "text"},
-        commands={"mor3": "train --now"}, classes={"mor3": [ClassLine("identifier", 7, (0.0, 0.5, 0.25, 0.25), None)]},
-        decoded={"vanilla": [1] * 9, "mor3": [1, 2, 3] * 3}, curves={"mor3": CURVE},
-    )  # fmt: skip
+        runs,
+        out,
+        depth_maps={"mor3": (tokens, [3, 2, 1, 0, 3], 3)},
+        samples={"vanilla": HOSTILE, "mor3": "text"},
+        commands={"mor3": "train --now"},
+        classes={"mor3": [ClassLine("identifier", 7, (0.0, 0.5, 0.25, 0.25), None)]},
+        decoded={"vanilla": [1] * 9, "mor3": [1, 2, 3] * 3},
+        curves={"mor3": CURVE},
+    )
     return out.read_text(encoding="utf-8")
 
 
@@ -123,10 +134,17 @@ def test_one_file_is_enough_for_a_page(tmp_path, run_dirs, left):
 
 
 def test_table_numbers(runs):
-    assert cell(runs, "Validation bits / byte, causal", 1) == units.fixed(runs[1].evals[-1]["causal/bits_per_byte"])
+    assert cell(runs, "Validation bits / byte, causal", 1) == units.fixed(
+        runs[1].evals[-1]["causal/bits_per_byte"]
+    )
     assert cell(runs, "Steps", 0) == f"{runs[0].steps:,}"
-    assert cell(runs, "Training FLOPs, paper", 0) == cell(runs, "Training FLOPs, paper", 1) == "2.00 PFLOPs"
-    assert cell(runs, "KV cache / token", 0) == "8.00 KiB"  # 2 (k, v) x 8 layers x 2 heads x 64 x 4 bytes
+    assert (
+        cell(runs, "Training FLOPs, paper", 0)
+        == cell(runs, "Training FLOPs, paper", 1)
+        == "2.00 PFLOPs"
+    )
+    # 2 (k, v) x 8 layers x 2 heads x 64 x 4 bytes
+    assert cell(runs, "KV cache / token", 0) == "8.00 KiB"
     # Two layers of every token, a core of two layers at the measured 0.99 + 0.64 + 0.32 tokens.
     assert cell(runs, "KV cache / token", 1) == f"{2 + 2 * 1.95:.2f} KiB"
     assert cell(runs, "Trigram floor", 0) == "1.460"
@@ -189,7 +207,8 @@ def test_every_plot_saves(runs, tmp_path):
 
 
 def test_growth_of_the_cache_follows_the_depths(runs):
-    """Two layers of every token, and a core of two layers as often as it was run; unrolled, eight layers."""
+    """Two layers of every token, and a core of two layers as often as it was run; unrolled, eight
+    layers."""
     figure = routing_plots.kv_growth(runs, {"vanilla": [1] * 4, "mor3": [1, 3, 2, 1]})
     lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     layer = 2 * 2 * 64 * 4 / 1024  # k, v; kv heads; head dimension; bytes
@@ -283,7 +302,9 @@ def test_scores_on_different_text_are_named_and_not_compared(runs, tmp_path):
     found = headline([runs[0], RunRecord.load(tmp_path / "other")])
     said = " ".join(found.sentences)
     assert "do not compare" in said and "bits per byte" in said
-    assert "better" not in said and "worse" not in said and not any(card.best for card in found.cards)
+    assert (
+        "better" not in said and "worse" not in said and not any(card.best for card in found.cards)
+    )
 
 
 @pytest.mark.parametrize("last", [1, 2])

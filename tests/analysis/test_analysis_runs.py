@@ -1,4 +1,5 @@
-"""Run directories as they are found in life: whole, half-written, resumed, of another version, no run at all."""
+"""Run directories as they are found in life: whole, half-written, resumed, of another version, no
+run at all."""
 
 import json
 import shutil

@@ -8,7 +8,16 @@ import statistics
 import pytest
 from rich.console import Console
 
-from configs.ablations import balancing, isoflop, kv, random_routing, recursions, relaxation, routers, sharing
+from configs.ablations import (
+    balancing,
+    isoflop,
+    kv,
+    random_routing,
+    recursions,
+    relaxation,
+    routers,
+    sharing,
+)
 from mor_jax.analysis.sweep import (
     COLUMNS,
     Outcome,
@@ -51,7 +60,8 @@ def two_by_two(**more):
 
 
 def outcomes(sweep, spread=0.1):
-    """Losses 1, 2, 3, ... by point, -spread, 0, +spread by seed; the last point diverges at the last seed."""
+    """Losses 1, 2, 3, ... by point, -spread, 0, +spread by seed; the last point diverges at the
+    last seed."""
     found = []
     for seed in sweep.seeds:
         for i, point in enumerate(sweep.points, 1):
@@ -66,9 +76,16 @@ def test_a_grid_is_every_combination():
     assert [dict(p.fields) for p in sweep.points] == [
         {"optim.peak_lr": lr, "model.layers": layers} for lr in (1e-3, 2e-3) for layers in (2, 4)
     ]
-    assert sweep.label_names == ("peak_lr", "layers") and sweep.points[1].name == "peak_lr0.001-layers4"
+    assert (
+        sweep.label_names == ("peak_lr", "layers")
+        and sweep.points[1].name == "peak_lr0.001-layers4"
+    )
     both = two_by_two(points=[{"labels": {"a": "x"}, "fields": {"name": "x"}}])
-    assert len(both.points) == 4 and dict(both.points[0].labels) == {"a": "x", "peak_lr": "0.001", "layers": "2"}
+    assert len(both.points) == 4 and dict(both.points[0].labels) == {
+        "a": "x",
+        "peak_lr": "0.001",
+        "layers": "2",
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,9 @@ def test_mean_and_spread_over_seeds():
 
 
 def test_table_markdown_csv_and_json_agree():
-    sweep = two_by_two(points=[{"labels": {"kind": "a|b"}, "fields": {}, "paper": 2.5}], grid={}, paper="360M")
+    sweep = two_by_two(
+        points=[{"labels": {"kind": "a|b"}, "fields": {}, "paper": 2.5}], grid={}, paper="360M"
+    )
     found = outcomes(sweep)[:2]
     out = io.StringIO()
     Console(file=out, width=140).print(to_table(sweep, found))
@@ -110,17 +129,24 @@ def test_table_markdown_csv_and_json_agree():
         assert "paper: 360M" in text and "compare the ordering" in text.replace("\n", " ")
     assert "a\\|b" in to_markdown(sweep, found)
     rows = list(csv.DictReader(io.StringIO(to_csv(sweep, found))))
-    assert [float(r["causal/nll"]) for r in rows] == pytest.approx([0.9, 1.0]) and rows[0]["kind"] == "a|b"
+    assert [float(r["causal/nll"]) for r in rows] == pytest.approx([0.9, 1.0]) and rows[0][
+        "kind"
+    ] == "a|b"
     assert set(COLUMNS) < set(rows[0])
     record = json.loads(json.dumps(to_json(sweep, found)))
-    assert record["points"][0]["mean"]["causal/nll"] == pytest.approx(0.95) and len(record["runs"]) == 2
+    assert (
+        record["points"][0]["mean"]["causal/nll"] == pytest.approx(0.95)
+        and len(record["runs"]) == 2
+    )
 
 
 def test_a_diverged_run_is_counted_not_averaged():
     sweep = two_by_two()
     assert "3, 1 diverged" in to_markdown(sweep, outcomes(sweep))
     gone = [Outcome(sweep.points[0], s, failure="nan") for s in sweep.seeds]
-    assert "3, 3 diverged" in to_markdown(sweep, gone) and best(sweep, summarise(sweep, gone)) is None
+    assert (
+        "3, 3 diverged" in to_markdown(sweep, gone) and best(sweep, summarise(sweep, gone)) is None
+    )
     assert plot(sweep, gone) is not None
 
 
@@ -147,16 +173,27 @@ def test_every_run_of_every_ablation_passes_the_door(name, size):
 def test_ablations_ask_what_their_tables_ask():
     from mor_jax.model.program import build_program
 
-    by_name = lambda module, size: {p.name: p for p in Sweep.from_dict(module.get_sweep(size)).points}
-    blocks = {
-        job.point.name: build_program(job.config.model) for job in jobs(Sweep.from_dict(sharing.get_sweep("360m")))
+    by_name = lambda module, size: {
+        p.name: p for p in Sweep.from_dict(module.get_sweep(size)).points
     }
-    # Table 10's models: 10-layer reduced twin and core, one prelude and one coda block in the middle schemes.
-    assert blocks["reduced_to_1_3-N_r1"].unrolled_layers == 10 and blocks["cycle-N_r3"].unrolled_layers == 30
-    assert (blocks["middle_cycle-N_r3"].core, blocks["middle_cycle-N_r3"].unrolled_layers) == (10, 32)
+    blocks = {
+        job.point.name: build_program(job.config.model)
+        for job in jobs(Sweep.from_dict(sharing.get_sweep("360m")))
+    }
+    # Table 10's models: 10-layer reduced twin and core, one prelude and one coda block in the
+    # middle schemes.
+    assert (
+        blocks["reduced_to_1_3-N_r1"].unrolled_layers == 10
+        and blocks["cycle-N_r3"].unrolled_layers == 30
+    )
+    assert (blocks["middle_cycle-N_r3"].core, blocks["middle_cycle-N_r3"].unrolled_layers) == (
+        10,
+        32,
+    )
     assert by_name(sharing, "135m")["cycle-N_r2"].paper == 3.0071
     unique = {
-        build_program(job.config.model).unique_layers for job in jobs(Sweep.from_dict(recursions.get_sweep("360m")))
+        build_program(job.config.model).unique_layers
+        for job in jobs(Sweep.from_dict(recursions.get_sweep("360m")))
     }
     assert unique == {12}
     spent = {job.config.train.flops for job in jobs(Sweep.from_dict(isoflop.get_sweep("360m")))}

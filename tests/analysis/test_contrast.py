@@ -1,4 +1,5 @@
-"""Orderings held against runs: the interval is Student's, seeds are paired, and few seeds allow no claim."""
+"""Orderings held against runs: the interval is Student's, seeds are paired, and few seeds allow no
+claim."""
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ def by_seed(numbers):
 
 def test_the_interval_of_three_seeds_by_hand():
     found = paired(by_seed([0.0, 0.0, 0.0]), by_seed([1.0, 2.0, 3.0]))
-    # Student's t at 97.5 % and two degrees of freedom is 4.303; the standard error of 1, 2, 3 is 1 / sqrt(3).
+    # Student's t at 97.5 % and two degrees of freedom is 4.303; the standard error of 1, 2, 3 is 1
+    # / sqrt(3).
     assert found.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
     assert found.verdict == OPEN
 
@@ -26,7 +28,9 @@ def test_the_interval_of_three_seeds_by_hand():
 def test_what_a_seed_does_to_both_cancels(noise, gap, data):
     shifts = data.draw(st.lists(st.floats(-100, 100), min_size=len(noise), max_size=len(noise)))
     plain = paired(by_seed([0.0] * len(noise)), by_seed([gap + n for n in noise]))
-    shifted = paired(by_seed(shifts), by_seed([s + gap + n for s, n in zip(shifts, noise, strict=True)]))
+    shifted = paired(
+        by_seed(shifts), by_seed([s + gap + n for s, n in zip(shifts, noise, strict=True)])
+    )
     np.testing.assert_allclose(shifted.interval, plain.interval, atol=1e-9)
 
 
@@ -42,7 +46,10 @@ def test_the_verdict_turns_with_the_order(a, b):
 def test_the_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
     draws = rng.normal(0.3, 1.0, size=(4000, 3))
-    covered = [low <= 0.3 <= high for low, high in (paired(by_seed([0.0] * 3), by_seed(d)).interval for d in draws)]
+    covered = [
+        low <= 0.3 <= high
+        for low, high in (paired(by_seed([0.0] * 3), by_seed(d)).interval for d in draws)
+    ]
     assert np.mean(covered) == pytest.approx(0.95, abs=0.015)
 
 

@@ -1,4 +1,5 @@
-"""Plans of runs on devices that are not there, and the reader of compiled programs they are held against.
+"""Plans of runs on devices that are not there, and the reader of compiled programs they are held
+against.
 
 The plan's figures are compared with compiled programs in tests/parallel/test_mesh.py.
 """
@@ -25,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(name, arg, **mesh):
-    cfg, _ = with_vocabulary(from_dict(importlib.import_module(f"configs.{name}").get_config(arg).to_dict()))
+    cfg, _ = with_vocabulary(
+        from_dict(importlib.import_module(f"configs.{name}").get_config(arg).to_dict())
+    )
     return dataclasses.replace(cfg, mesh=MeshConfig(**mesh)) if mesh else cfg
 
 
@@ -33,7 +36,9 @@ def config(name, arg, **mesh):
 
 
 @pytest.mark.parametrize(
-    ("name", "arg"), [("mor", "1.7b,nr=3"), ("llama8b", "mor"), ("llama8b", "vanilla")], ids=["1.7b", "8b", "8b plain"]
+    ("name", "arg"),
+    [("mor", "1.7b,nr=3"), ("llama8b", "mor"), ("llama8b", "vanilla")],
+    ids=["1.7b", "8b", "8b plain"],
 )
 @pytest.mark.parametrize("place", ["v5e-256", "v5e-256x4"])
 def test_big_models_are_planned_without_allocating(name, arg, place):
@@ -57,17 +62,23 @@ def test_big_models_are_planned_without_allocating(name, arg, place):
 
 def test_the_flags_of_a_plan_give_that_plan():
     found = suggest(config("mor", "1.7b,nr=3"), topology("v5e-256"))
-    done = command("configs/mor.py:1.7b,nr=3", "--topology=v5e-256", "--json", *overrides(found).split())
+    done = command(
+        "configs/mor.py:1.7b,nr=3", "--topology=v5e-256", "--json", *overrides(found).split()
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["fits"] and report["bytes"]["total"] == pytest.approx(found.memory.total)
-    assert report["mesh"] == found.mesh._asdict() | {"slices": 1} and report["flags"] == overrides(found)
+    assert report["mesh"] == found.mesh._asdict() | {"slices": 1} and report["flags"] == overrides(
+        found
+    )
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would():
     cfg = config("mor", "1.7b,nr=3", data=8)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=1))
-    with pytest.raises(ConfigError, match=r"does not fit v5e-8: each device needs .*GiB and has 14\.5") as e:
+    with pytest.raises(
+        ConfigError, match=r"does not fit v5e-8: each device needs .*GiB and has 14\.5"
+    ) as e:
         require_fit(plan(cfg, topology("v5e-8")))
     assert "optimiser" in str(e.value) and "This fits: --config.mesh." in str(e.value)
     assert suggest(config("llama8b", "vanilla"), topology("v5e-8")) is None
@@ -81,7 +92,10 @@ def test_attention_is_that_of_the_devices_or_refused():
     chosen = lambda place: plan(of("auto"), topology(place)).config.model.attention
     assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "blocked", "blocked"]
     for search in (plan, suggest):
-        with pytest.raises(ConfigError, match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'blocked'"):
+        with pytest.raises(
+            ConfigError,
+            match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'blocked'",
+        ):
             search(of("splash"), topology("h100x8"))
     # The kernel keeps no probabilities: a block that is being differentiated needs less.
     memory = lambda impl: plan(of(impl), topology("v5e-8")).memory
@@ -108,8 +122,13 @@ def test_each_axis_cuts_what_it_should():
     assert long.memory.saved == whole.memory.saved  # twice the rows of half the length
     assert long.memory.weights == whole.memory.weights
     kinds = lambda p: {c.kind for c in p.collectives}
-    assert kinds(whole) == {"all-reduce"} and kinds(fsdp) == {"all-gather", "reduce-scatter", "all-reduce"}
-    # What FSDP scatters and gathers once is what data parallelism reduces, plus the second gather of unshared blocks.
+    assert kinds(whole) == {"all-reduce"} and kinds(fsdp) == {
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+    }
+    # What FSDP scatters and gathers once is what data parallelism reduces, plus the second gather
+    # of unshared blocks.
     sent = lambda p, *kinds: total_bytes(p.collectives, *kinds)
     assert sent(fsdp, "reduce-scatter") == pytest.approx(sent(whole) / 2, rel=0.01)
     once = total_bytes(planned_collectives(fsdp.config, devices=8, regather=False), "all-gather")
@@ -122,7 +141,7 @@ def test_the_tied_core_is_gathered_once_however_often_it_is_used():
     shared, plain = (config("llama8b", kind, data=1, fsdp=8) for kind in ("recursive", "vanilla"))
     gathers = lambda cfg: {
         p.what: p.count for p in planned_collectives(cfg, devices=8) if p.kind == "all-gather"
-    }  # fmt: skip
+    }
     assert gathers(shared) == {"core": 4 * 10, "blocks used once": 2 * 4 * 2, "embedding": 1}
     assert gathers(plain) == {"blocks used once": 2 * 4 * 32, "embedding": 1}
 
@@ -171,17 +190,27 @@ ENTRY %main (p0: f32[4,8]) -> f32[4,8] {
 def test_collectives_are_read_off_a_program():
     found = read_collectives(PROGRAM, {"data": 2, "fsdp": 2, "tensor": 2})
     assert [(c.kind, c.times, c.in_loop) for c in found] == [
-        ("all-reduce", 3, True), ("all-gather", 1, False), ("all-gather", 1, False), ("reduce-scatter", 1, False),
-        ("collective-permute", 1, False), ("all-reduce", 1, False),
-    ]  # fmt: skip
+        ("all-reduce", 3, True),
+        ("all-gather", 1, False),
+        ("all-gather", 1, False),
+        ("reduce-scatter", 1, False),
+        ("collective-permute", 1, False),
+        ("all-reduce", 1, False),
+    ]
     loop, branch, gather, scatter, permute, two = found
     assert loop.axes == ("tensor",) and loop.payload == 4 * 8 * 4 and loop.source == "in loop"
     assert loop.wire_bytes == 3 * 2 * (1 / 2) * 128
-    assert branch.shapes == ("f32[64]",) and branch.axes == ("data", "fsdp", "tensor")  # the branch that sends more
-    assert gather.payload == 8 * 4 * 2 and gather.groups[0] == (0, 2, 4, 6) and gather.axes == ("data", "fsdp")
+    # the branch that sends more
+    assert branch.shapes == ("f32[64]",) and branch.axes == ("data", "fsdp", "tensor")
+    assert (
+        gather.payload == 8 * 4 * 2
+        and gather.groups[0] == (0, 2, 4, 6)
+        and gather.axes == ("data", "fsdp")
+    )
     assert scatter.payload == 4 * 16 and scatter.axes == ("fsdp", "tensor")  # what goes in
     assert permute.wire_bytes == 16
-    assert two.payload == 20 and two.groups == ((0, 1, 2, 3), (4, 5, 6, 7))  # four of 0, 4, 1, 5, 2, 6, 3, 7, two apart
+    # four of 0, 4, 1, 5, 2, 6, 3, 7, two apart
+    assert two.payload == 20 and two.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
     assert summary(found)["all-reduce over tensor"] == {"count": 3, "bytes": 384.0}
 
 
@@ -222,12 +251,13 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
 
 
 def test_pieces_of_an_overlapped_gather_are_one_and_a_counted_loop_is_multiplied():
-    """As XLA for TPUs writes them: no trip count beside the loop, a gather in every fusion it runs beside, and what a
-    kernel says of itself over several lines."""
+    """As XLA for TPUs writes them: no trip count beside the loop, a gather in every fusion it runs
+    beside, and what a kernel says of itself over several lines."""
     found = read_collectives(OVERLAPPED, {"fsdp": 8})
     assert [(c.kind, c.chain, c.times, c.in_loop) for c in found] == [
-        ("all-gather", "0", 4, True), ("all-gather", "1", 4, True)
-    ]  # fmt: skip
+        ("all-gather", "0", 4, True),
+        ("all-gather", "1", 4, True),
+    ]
     assert found[0].wire_bytes == 4 * 7 / 8 * 16 * 8 * 2
 
 

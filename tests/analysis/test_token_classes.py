@@ -1,4 +1,5 @@
-"""Classes of tokens: what a token is does not depend on how the text was cut, only on where it begins."""
+"""Classes of tokens: what a token is does not depend on how the text was cut, only on where it
+begins."""
 
 import inspect
 import json.decoder
@@ -7,10 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mor_jax.analysis.token_classes import CODE, PROSE, WHITESPACE, by_class, classify, looks_like_code
+from mor_jax.analysis.token_classes import (
+    CODE,
+    PROSE,
+    WHITESPACE,
+    by_class,
+    classify,
+    looks_like_code,
+)
 
 SOURCE = inspect.getsource(json.decoder)
-PROSE_TEXT = "Fellow citizens, in 1834 the Treasury held 12 million dollars; what follows is the account of it. " * 20
+PROSE_TEXT = (
+    "Fellow citizens, in 1834 the Treasury held 12 million dollars; what follows is the account of it. "
+    * 20
+)
 
 
 def test_code():
@@ -32,17 +43,39 @@ def test_code():
         "'a'",
     ]
     assert classify(tokens, code=True) == [
-        "keyword", "identifier", "punctuation", "identifier", "punctuation", WHITESPACE, "keyword", "identifier", "keyword",
-        "keyword", "number", "comment", "comment", WHITESPACE, "string",
-    ]  # fmt: skip
+        "keyword",
+        "identifier",
+        "punctuation",
+        "identifier",
+        "punctuation",
+        WHITESPACE,
+        "keyword",
+        "identifier",
+        "keyword",
+        "keyword",
+        "number",
+        "comment",
+        "comment",
+        WHITESPACE,
+        "string",
+    ]
 
 
 def test_prose():
     tokens = ["The", " house", "s", " of", " 12", "3", ",", "\n\n", " é", "(", "Law"]
     assert classify(tokens, code=False) == [
-        "word", "word", "word, continued", "word", "number", "number", "punctuation", WHITESPACE, "word", "punctuation",
         "word",
-    ]  # fmt: skip
+        "word",
+        "word, continued",
+        "word",
+        "number",
+        "number",
+        "punctuation",
+        WHITESPACE,
+        "word",
+        "punctuation",
+        "word",
+    ]
 
 
 @given(st.lists(st.integers(1, 9), min_size=40, max_size=60))
@@ -73,9 +106,12 @@ def test_any_text_is_classified_and_every_token_counted(tokens, code):
 def test_means_are_of_the_class():
     tokens, depths, nlls = ["a", " b", ",", " 1"], [1, 3, 2, 0], [1.0, None, 4.0, 0.5]
     lines = {line.name: line for line in by_class(tokens, depths, nlls, 3, code=False)}
-    assert lines["word, continued"].nll == 1.0 and lines["word"].nll is None  # nothing was predicted there
+    # nothing was predicted there
+    assert lines["word, continued"].nll == 1.0 and lines["word"].nll is None
     assert lines["word"].depth_share == (0, 0, 0, 1) and lines["punctuation"].mean_depth == 2
 
 
 def test_code_and_prose_are_told_apart():
-    assert looks_like_code(SOURCE) and not looks_like_code(PROSE_TEXT) and not looks_like_code(" \n")
+    assert (
+        looks_like_code(SOURCE) and not looks_like_code(PROSE_TEXT) and not looks_like_code(" \n")
+    )

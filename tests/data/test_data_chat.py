@@ -1,4 +1,5 @@
-"""Conversations: what has a loss is what a model is asked to say, rows hold whole conversations, bad records are named."""
+"""Conversations: what has a loss is what a model is asked to say, rows hold whole conversations,
+bad records are named."""
 
 import dataclasses
 import json
@@ -25,13 +26,18 @@ WAYS = {
 }
 ways = pytest.mark.parametrize("way", WAYS)
 WORDS = st.text(st.sampled_from("ab é\n?12<|im_end|>:"), min_size=1, max_size=12)
-TURNS = st.lists(st.tuples(WORDS, WORDS.filter(lambda s: not s[0].isspace())), min_size=1, max_size=4)
+TURNS = st.lists(
+    st.tuples(WORDS, WORDS.filter(lambda s: not s[0].isspace())), min_size=1, max_size=4
+)
 
 
 def conversation(turns, system=""):
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in turns:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     return messages
 
 
@@ -67,7 +73,9 @@ def test_weights_of_messages_go_before_those_of_roles():
     assert set(sample.weights.tolist()) == {0.0, -0.5}
     assert BPE.decode(sample.ids[sample.weights != 0]) == "second\n"
     asked = ChatTemplate(CHATML).sample(BPE, conversation([("ask", "reply")]), ["user"])
-    assert "ask" in BPE.decode(asked.ids[asked.weights > 0]) and "reply" not in BPE.decode(asked.ids)
+    assert "ask" in BPE.decode(asked.ids[asked.weights > 0]) and "reply" not in BPE.decode(
+        asked.ids
+    )
 
 
 def test_a_conversation_is_cut_after_the_last_reply_that_fits():
@@ -75,13 +83,17 @@ def test_a_conversation_is_cut_after_the_last_reply_that_fits():
     template, tokenizer = WAYS["plain, bytes"]
     whole = template.sample(tokenizer, messages, ["assistant"])
     cut = template.sample(tokenizer, messages, ["assistant"], limit=len(whole.ids) - 1)
-    assert len(cut.ids) < 40 and (cut.ids == whole.ids[: len(cut.ids)]).all() and cut.weights[-1] == 1
+    assert (
+        len(cut.ids) < 40 and (cut.ids == whole.ids[: len(cut.ids)]).all() and cut.weights[-1] == 1
+    )
     assert template.sample(tokenizer, messages, ["assistant"], limit=10) is None
     assert template.sample(tokenizer, messages[:1], ["assistant"]) is None
 
 
 def test_a_template_that_rewrites_the_past_is_refused():
-    moody = ChatTemplate("{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}")
+    moody = ChatTemplate(
+        "{% for m in messages %}{{ m.content if loop.last else '...' }}|{% endfor %}"
+    )
     with pytest.raises(ChatError, match="one sample a reply"):
         moody.sample(ByteTokenizer(), conversation([("a", "b"), ("c", "d")]), ["assistant"])
 
@@ -89,11 +101,16 @@ def test_a_template_that_rewrites_the_past_is_refused():
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 24), max_size=3 * OPEN_ROWS))
 def test_whole_packing_keeps_every_sample_in_one_piece(sizes):
-    samples = [Encoded(np.full(n, i + 5, np.int32), np.arange(n, dtype=np.float32) + i) for i, n in enumerate(sizes)]
+    samples = [
+        Encoded(np.full(n, i + 5, np.int32), np.arange(n, dtype=np.float32) + i)
+        for i, n in enumerate(sizes)
+    ]
     rows = list(pack_whole(samples, 24, eos=1))
     found = {}
     for row in rows:
-        assert (row["tokens"][row["segment_ids"] == 0] == 1).all() and not row["weights"][row["segment_ids"] == 0].any()
+        assert (row["tokens"][row["segment_ids"] == 0] == 1).all() and not row["weights"][
+            row["segment_ids"] == 0
+        ].any()
         for segment in range(1, row["segment_ids"].max(initial=0) + 1):
             at = np.flatnonzero(row["segment_ids"] == segment)
             assert (np.diff(at) == 1).all()
@@ -116,10 +133,14 @@ def test_whole_packing_fills_rows():
 @pytest.fixture
 def cfg(tmp_path):
     path = tmp_path / "chats.jsonl"
-    records = [{"messages": conversation([(f"What is {i}?", f"It is {i * i}.")])} for i in range(60)]
+    records = [
+        {"messages": conversation([(f"What is {i}?", f"It is {i * i}.")])} for i in range(60)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     cache = str(tmp_path / "cache")
-    return DataConfig(source="files", format="chat", paths=(str(path),), holdout=0.2, cache_dir=cache)
+    return DataConfig(
+        source="files", format="chat", paths=(str(path),), holdout=0.2, cache_dir=cache
+    )
 
 
 def go(cfg, context=96, **change):
@@ -143,7 +164,9 @@ def test_chatml_tokens_are_added_to_a_tokenizer_that_is_trained_here(cfg):
     assert data.template.source == CHATML and set(CHATML_TOKENS) <= set(data.tokenizer.specials)
     row = data.train[0]
     assert data.tokenizer.specials["<|im_end|>"] in row["tokens"][row["weights"] > 0]
-    with pytest.raises(DataError, match=r"chatml' needs the special tokens <\|im_start\|> and <\|im_end\|>"):
+    with pytest.raises(
+        DataError, match=r"chatml' needs the special tokens <\|im_start\|> and <\|im_end\|>"
+    ):
         go(cfg, chat_template="chatml")
 
 
@@ -168,7 +191,10 @@ def test_parquet_holds_the_same_conversations(cfg, tmp_path):
         ({"messages": []}, ["line 1", "list of messages"]),
         ({"messages": ["hello"]}, ["message 0 must be an object"]),
         ({"messages": [{"role": "user"}]}, ["message 0 has no text under 'content'"]),
-        ({"messages": [{"role": "user", "content": "x", "weight": "much"}]}, ["weight of message 0", "finite number"]),
+        (
+            {"messages": [{"role": "user", "content": "x", "weight": "much"}]},
+            ["weight of message 0", "finite number"],
+        ),
         ({"text": "x"}, ["no field 'messages'", "config.data.text_key"]),
     ],
 )
@@ -183,7 +209,10 @@ def test_conversations_too_long_for_a_row_are_counted_and_none_at_all_is_an_erro
     long = conversation([("x" * 200, "y")])
     with open(cfg.paths[0], "a") as f:
         f.write(
-            "".join(json.dumps({"messages": [*long, {"role": "user", "content": str(i)}]}) + "\n" for i in range(9))
+            "".join(
+                json.dumps({"messages": [*long, {"role": "user", "content": str(i)}]}) + "\n"
+                for i in range(9)
+            )
         )
     data = go(cfg)
     assert data.stats["train"]["skipped"] + data.stats["validation"]["skipped"] == 9
@@ -193,6 +222,9 @@ def test_conversations_too_long_for_a_row_are_counted_and_none_at_all_is_an_erro
 
 def test_templates_by_name(tmp_path):
     (tmp_path / "my.jinja").write_text("{{ messages[0].content }}")
-    assert build_template(str(tmp_path / "my.jinja"), ByteTokenizer()).source == "{{ messages[0].content }}"
+    assert (
+        build_template(str(tmp_path / "my.jinja"), ByteTokenizer()).source
+        == "{{ messages[0].content }}"
+    )
     with pytest.raises(DataError, match="neither plain, chatml nor a file"):
         build_template("nowhere.jinja", ByteTokenizer())

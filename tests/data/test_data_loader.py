@@ -67,11 +67,33 @@ def test_batches_run_through_the_stream_without_gaps():
 
 def test_order_is_fixed_forever():
     """A change here would silently change what a resumed run sees."""
-    assert [order.Order(8, seed=0)[i] for i in range(16)] == [0, 2, 1, 5, 4, 3, 6, 7, 5, 3, 7, 2, 4, 1, 0, 6]
+    assert [order.Order(8, seed=0)[i] for i in range(16)] == [
+        0,
+        2,
+        1,
+        5,
+        4,
+        3,
+        6,
+        7,
+        5,
+        3,
+        7,
+        2,
+        4,
+        1,
+        0,
+        6,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.integers(1, 40), b=st.integers(1, 12), step=st.integers(0, 10**6), seed=st.integers(0, 2**32 - 1))
+@given(
+    n=st.integers(1, 40),
+    b=st.integers(1, 12),
+    step=st.integers(0, 10**6),
+    seed=st.integers(0, 2**32 - 1),
+)
 def test_position_is_a_function_of_the_step(n, b, step, seed):
     a, c = Loader(FakeRows(n), b, seed=seed), Loader(FakeRows(n), b, seed=seed)
     c.at(0)
@@ -83,7 +105,9 @@ def test_position_is_a_function_of_the_step(n, b, step, seed):
 def test_slices_of_hosts_make_up_the_batch(hosts, step):
     loader = Loader(FakeRows(30), 12, seed=1)
     per = 12 // hosts
-    union = [n for h in range(hosts) for n in loader.indices_at(step, range(h * per, (h + 1) * per))]
+    union = [
+        n for h in range(hosts) for n in loader.indices_at(step, range(h * per, (h + 1) * per))
+    ]
     assert union == numbers(loader.at(step))
 
 
@@ -96,7 +120,9 @@ def test_fewer_rows_than_the_batch_repeat():
 def test_iterating_from_a_step_equals_asking_for_it(start):
     loader = Loader(FakeRows(10), 4, seed=0)
     it = loader.iter_from_step(start)
-    assert [numbers(b) for b in itertools.islice(it, 6)] == [numbers(loader.at(start + i)) for i in range(6)]
+    assert [numbers(b) for b in itertools.islice(it, 6)] == [
+        numbers(loader.at(start + i)) for i in range(6)
+    ]
     it.close()
 
 
@@ -110,7 +136,8 @@ def test_reading_ahead_is_bounded_and_closing_ends_the_thread():
     next(it)
     time.sleep(0.3)
     # One handed out, two ready, one in hand.
-    assert len(rows.read_log) - 1 <= 2 * (loader_module.PREFETCH + 2)  # the loader looked at one row's width
+    # the loader looked at one row's width
+    assert len(rows.read_log) - 1 <= 2 * (loader_module.PREFETCH + 2)
     assert prefetchers()
     it.close()
     assert not prefetchers()
@@ -160,8 +187,14 @@ for spec in (P("data", None), P("data", "tensor"), P(("data", "tensor")), P()):
 print("fine")
 """
     code = f"import numpy as np\nT = {T}\n{inspect.getsource(FakeRows)}\n{code}"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
+    env = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120
+    )
     assert run.stdout.strip() == "fine", run.stderr
 
 
@@ -174,7 +207,9 @@ def test_a_host_reads_only_the_rows_of_its_devices(monkeypatch):
 
     made = []
     monkeypatch.setattr(
-        jax, "make_array_from_callback", lambda shape, sharding, data: made.append(data((slice(4, 8), slice(None))))
+        jax,
+        "make_array_from_callback",
+        lambda shape, sharding, data: made.append(data((slice(4, 8), slice(None)))),
     )
     rows = FakeRows(30)
     loader = Loader(rows, 8, seed=0, sharding=Half())
@@ -183,7 +218,9 @@ def test_a_host_reads_only_the_rows_of_its_devices(monkeypatch):
     assert rows.read_log == loader.indices_at(5)[4:] == made[0][:, 0].tolist()
 
 
-@pytest.mark.parametrize(("n", "b", "limit"), [(10, 4, 0), (10, 4, 6), (8, 4, 0), (3, 8, 0), (10, 4, 99), (10, 3, 1)])
+@pytest.mark.parametrize(
+    ("n", "b", "limit"), [(10, 4, 0), (10, 4, 6), (8, 4, 0), (3, 8, 0), (10, 4, 99), (10, 3, 1)]
+)
 @pytest.mark.parametrize("sharded", [False, True])
 def test_evaluation_reads_each_row_once_in_order(n, b, limit, sharded):
     rows = FakeRows(n)

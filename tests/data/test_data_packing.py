@@ -27,7 +27,8 @@ def test_rows_are_the_documents_end_to_end(documents, context):
     tokens = np.concatenate([r["tokens"] for r in rows])
     real = np.concatenate([r["segment_ids"] for r in rows]) > 0
     assert tokens[real].tolist() == whole
-    assert real.tolist() == [True] * len(whole) + [False] * (len(real) - len(whole))  # padding only at the very end
+    # padding only at the very end
+    assert real.tolist() == [True] * len(whole) + [False] * (len(real) - len(whole))
 
 
 @settings(max_examples=300, deadline=None)
@@ -44,7 +45,11 @@ def test_segments_start_at_one_and_grow_at_each_document(documents, context):
 
 def test_by_hand():
     rows = list(pack([np.array([1, 2, 3]), np.array([], int), np.array([4])], 4, bos=BOS, eos=EOS))
-    assert [r["tokens"].tolist() for r in rows] == [[BOS, 1, 2, 3], [EOS, BOS, EOS, BOS], [4, EOS, EOS, EOS]]
+    assert [r["tokens"].tolist() for r in rows] == [
+        [BOS, 1, 2, 3],
+        [EOS, BOS, EOS, BOS],
+        [4, EOS, EOS, EOS],
+    ]
     assert [r["segment_ids"].tolist() for r in rows] == [[1, 1, 1, 1], [1, 2, 2, 3], [1, 1, 0, 0]]
 
 

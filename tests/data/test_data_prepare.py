@@ -32,13 +32,17 @@ def corpus(tmp_path):
     """60 documents, each beginning with its own number."""
     path = tmp_path / "corpus" / "x.jsonl"
     path.parent.mkdir()
-    path.write_text("".join(json.dumps({"text": f"<{i}> {words(30, i)}"}) + "\n" for i in range(60)))
+    path.write_text(
+        "".join(json.dumps({"text": f"<{i}> {words(30, i)}"}) + "\n" for i in range(60))
+    )
     return path
 
 
 @pytest.fixture
 def cfg(corpus, tmp_path):
-    return DataConfig(source="files", paths=(str(corpus),), holdout=0.2, cache_dir=str(tmp_path / "cache"))
+    return DataConfig(
+        source="files", paths=(str(corpus),), holdout=0.2, cache_dir=str(tmp_path / "cache")
+    )
 
 
 def go(cfg, context=CONTEXT, **change):
@@ -47,7 +51,9 @@ def go(cfg, context=CONTEXT, **change):
 
 def texts(rows, tokenizer) -> list[str]:
     """The documents in the rows, put together again."""
-    tokens = np.concatenate([rows[i]["tokens"][rows[i]["segment_ids"] > 0] for i in range(len(rows))])
+    tokens = np.concatenate(
+        [rows[i]["tokens"][rows[i]["segment_ids"] > 0] for i in range(len(rows))]
+    )
     starts = np.flatnonzero(tokens == tokenizer.bos)
     return [tokenizer.decode(d) for d in np.split(tokens, starts)[1:]]
 
@@ -79,7 +85,9 @@ def test_rows_hold_the_corpus_split_by_document(cfg, corpus, tokenizer):
             "rows": len(rows),
         }
         row = rows[len(rows) - 1]
-        assert {k: (v.dtype, v.shape) for k, v in row.items()} == dict.fromkeys(row, (np.int32, (CONTEXT,)))
+        assert {k: (v.dtype, v.shape) for k, v in row.items()} == dict.fromkeys(
+            row, (np.int32, (CONTEXT,))
+        )
     assert data.stats["note"] == ""
     assert entries(cfg) == [data.fingerprint]  # nothing unfinished is left behind
 
@@ -122,7 +130,8 @@ def test_a_large_corpus_is_sampled_for_the_bpe(cfg, monkeypatch):
     assert 1000 < sum(len(d.text) for d in seen) <= 2000
 
 
-# few documents -------------------------------------------------------------------------------------------------------
+# few documents
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("holdout", [0.001, 0.999])
@@ -148,7 +157,10 @@ def test_two_characters_are_enough_and_one_is_not(cfg, tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("é!")
     data = go(cfg, paths=(str(path),), holdout=0.001)
-    assert (texts(data.train, data.tokenizer), texts(data.validation, data.tokenizer)) == (["é"], ["!"])
+    assert (texts(data.train, data.tokenizer), texts(data.validation, data.tokenizer)) == (
+        ["é"],
+        ["!"],
+    )
     path.write_text("x")
     with pytest.raises(DataError, match="single character"):
         go(cfg, paths=(str(path),))
@@ -162,7 +174,8 @@ def test_an_empty_corpus_is_an_error(cfg, corpus, content):
     assert str(corpus) in str(e.value)
 
 
-# texts that repeat -----------------------------------------------------------------------------------------------------
+# texts that repeat
+# --------------------------------------------------------------------------------------------------
 
 
 def write_texts(corpus, repeated):
@@ -197,17 +210,22 @@ def test_dedup_all_keeps_one_copy_of_each_text(cfg, corpus):
 def test_a_corpus_without_repetition_is_split_as_it_was(cfg):
     kinds = [go(cfg, dedup=dedup) for dedup in ("none", "holdout", "all")]
     first, *others = (texts(data.train, data.tokenizer) for data in kinds)
-    assert all(train == first for train in others) and all("repeat" not in k.stats["note"] for k in kinds)
+    assert all(train == first for train in others) and all(
+        "repeat" not in k.stats["note"] for k in kinds
+    )
 
 
 def test_copies_of_one_text_cannot_be_split(cfg, corpus):
     write_texts(corpus, ["the same words"] * 40)
-    with pytest.raises(DataError, match=r"every training document is a copy .*1 different texts in 40"):
+    with pytest.raises(
+        DataError, match=r"every training document is a copy .*1 different texts in 40"
+    ):
         go(cfg)
     assert go(cfg, dedup="none").stats["crossing"] > 0
 
 
-# the cache -----------------------------------------------------------------------------------------------------------
+# the cache
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_what_changes_the_rows(cfg, corpus, tmp_path):
@@ -255,7 +273,8 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
     assert HashMemo(tmp_path / "cache" / "hashes.json")(str(path)) == first
     os.utime(path, (2e9, 2e9))
     assert memo(str(path)) == "hashed again"
-    # Just written: it could change once more within the resolution of its times, so it is not remembered.
+    # Just written: it could change once more within the resolution of its times, so it is not
+    # remembered.
     os.utime(path)
     memo(str(path))
     monkeypatch.undo()
@@ -271,7 +290,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_root(DataConfig()) == tmp_path / ".cache" / "mor_jax" / "data"
 
 
-# interruptions -------------------------------------------------------------------------------------------------------
+# interruptions
+# --------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -354,7 +374,10 @@ def test_two_processes_at_once_prepare_one_whole_cache(cfg):
         "from mor_jax.config import DataConfig; from mor_jax.data.prepare import prepare;"
         f"d = prepare({cfg!r}, {CONTEXT}); print(d.fingerprint, len(d.train), d.train[0]['tokens'].sum())"
     )
-    both = [subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
     out = [p.communicate(timeout=60) for p in both]
     assert [p.returncode for p in both] == [0, 0], out
     assert out[0][0] == out[1][0] and out[0][0].strip()
@@ -382,7 +405,8 @@ def test_losing_the_race_without_locks_uses_the_winner(cfg, monkeypatch):
     assert winner and entries(cfg) == [data.fingerprint]
 
 
-# messages ------------------------------------------------------------------------------------------------------------
+# messages
+# --------------------------------------------------------------------------------------------------
 
 
 def damage_message(directory, call) -> str:

@@ -1,4 +1,5 @@
-"""Every source and compression gives its documents; every way to fail names the file and the way out."""
+"""Every source and compression gives its documents; every way to fail names the file and the way
+out."""
 
 import builtins
 import gzip
@@ -41,7 +42,8 @@ def jsonl(texts=TEXTS, key="text") -> bytes:
     return b"".join(json.dumps({"n": i, key: t}).encode() + b"\n" for i, t in enumerate(texts))
 
 
-# files ---------------------------------------------------------------------------------------------------------------
+# files
+# --------------------------------------------------------------------------------------------------
 
 
 @compressions
@@ -93,7 +95,11 @@ def test_brackets_in_names_are_not_wildcards(tmp_path, monkeypatch):
     (tmp_path / "[ab]" / "x[1].txt").write_text("found")
     assert [t for _, t in read(files(tmp_path / "[ab]" / "x[1].txt"))] == ["found"]
     monkeypatch.chdir(tmp_path / "[ab]")
-    assert [t for _, t in read(files("*.txt"))] == [t for _, t in read(files("./x[1].txt"))] == ["found"]
+    assert (
+        [t for _, t in read(files("*.txt"))]
+        == [t for _, t in read(files("./x[1].txt"))]
+        == ["found"]
+    )
 
 
 def test_ids_stay_when_files_are_added_or_the_corpus_moves(tmp_path):
@@ -101,7 +107,9 @@ def test_ids_stay_when_files_are_added_or_the_corpus_moves(tmp_path):
         (tmp_path / root / "sub").mkdir(parents=True)
         (tmp_path / root / "sub" / "x.txt").write_text("x")
     (tmp_path / "there" / "a.txt").write_text("more")
-    here, there = (dict(read(files(tmp_path / root / "**" / "*.txt"))) for root in ("here", "there"))
+    here, there = (
+        dict(read(files(tmp_path / root / "**" / "*.txt"))) for root in ("here", "there")
+    )
     assert here == {"sub/x.txt": "x"} and there == {"sub/x.txt": "x", "a.txt": "more"}
 
 
@@ -114,7 +122,15 @@ def test_fingerprint_follows_content_name_and_key_only(tmp_path):
     base = fingerprint("1")
     assert fingerprint("2") == base
     assert (
-        len({base, fingerprint("3", name="y.jsonl"), fingerprint("4", content=b"{}"), fingerprint("5", key="b")}) == 4
+        len(
+            {
+                base,
+                fingerprint("3", name="y.jsonl"),
+                fingerprint("4", content=b"{}"),
+                fingerprint("5", key="b"),
+            }
+        )
+        == 4
     )
 
 
@@ -179,10 +195,14 @@ def test_an_unknown_suffix_is_named_with_the_known_ones(tmp_path):
     path.write_text("")
     said = message(files, path)
     assert str(path) in said and ".csv" in said
-    assert all(s in said for s in (".txt", ".md", ".py", ".jsonl", ".parquet", ".gz", ".xz", ".zst"))
+    assert all(
+        s in said for s in (".txt", ".md", ".py", ".jsonl", ".parquet", ".gz", ".xz", ".zst")
+    )
 
 
-@pytest.mark.parametrize(("name", "package"), [("x.jsonl.zst", "zstandard"), ("x.parquet", "pyarrow")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("x.jsonl.zst", "zstandard"), ("x.parquet", "pyarrow")]
+)
 def test_an_optional_package_that_is_missing_is_named(tmp_path, monkeypatch, name, package):
     path = tmp_path / name
     path.write_bytes(b"")
@@ -203,7 +223,8 @@ def test_bad_parquet_is_named(tmp_path):
     assert str(path) in said and "parquet" in said
 
 
-# pystdlib ------------------------------------------------------------------------------------------------------------
+# pystdlib
+# --------------------------------------------------------------------------------------------------
 
 
 def test_pystdlib_is_sorted_and_leaves_tests_and_packages_out():
@@ -224,7 +245,8 @@ def test_pystdlib_skips_and_counts_what_cannot_be_decoded(tmp_path, monkeypatch)
     assert source.skipped == 1
 
 
-# tfds ----------------------------------------------------------------------------------------------------------------
+# tfds
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +259,9 @@ def tfds_home(tmp_path_factory):
         code_path = None
 
         def _info(self):
-            features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)})
+            features = tfds.features.FeaturesDict(
+                {"text": tfds.features.Text(), "n": tfds.features.Scalar(np.int64)}
+            )
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
@@ -301,9 +325,13 @@ def test_no_source_reaches_for_tensorflow():
 
 
 BAD_LINES = {
-    "null": b'{"text": null}', "no field": b'{"other": 1}', "a number": b'{"text": 3}', "a list": b"[1]",
-    "cut off": b'{"text": "a', "latin-1": b'{"text": "\xe9"}',
-}  # fmt: skip
+    "null": b'{"text": null}',
+    "no field": b'{"other": 1}',
+    "a number": b'{"text": 3}',
+    "a list": b"[1]",
+    "cut off": b'{"text": "a',
+    "latin-1": b'{"text": "\xe9"}',
+}
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
@@ -314,7 +342,10 @@ def test_bad_records_stop_the_reading_or_are_skipped_with_a_count(tmp_path, name
     assert f"{path}, line 2" in said and "--config.data.bad_records=skip" in said
     source = files(path, bad_records="skip")
     for _ in range(2):  # each reading counts anew
-        assert [(d.id, d.text) for d in source.documents()] == [("a.jsonl:1", "one"), ("a.jsonl:4", "two")]
+        assert [(d.id, d.text) for d in source.documents()] == [
+            ("a.jsonl:1", "one"),
+            ("a.jsonl:4", "two"),
+        ]
         assert source.skipped_records == 1
 
 

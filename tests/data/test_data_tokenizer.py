@@ -58,7 +58,9 @@ def test_stream_equals_decode_for_any_ids(tokenizer, data):
 
 
 LONG_WORDS = {
-    "base64": lambda rng: rng.choice(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"), 1 << 20),
+    "base64": lambda rng: rng.choice(
+        list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"), 1 << 20
+    ),
     "DNA": lambda rng: rng.choice(list("ACGT"), 1 << 20),
     "digits": lambda rng: rng.choice(list("0123456789"), 1 << 20),
     "spaces": lambda rng: [" "] * (1 << 20),
@@ -82,11 +84,15 @@ def test_words_of_ordinary_length_are_learned_from_whole():
     whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[bpe.BOS, bpe.EOS], initial_alphabet=alphabet, show_progress=False
+        vocab_size=400,
+        special_tokens=[bpe.BOS, bpe.EOS],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     whole.train_from_iterator(TEXTS + names, trainer)
     assert train_bpe(TEXTS + names, 400).to_json() == BpeTokenizer(whole).to_json().replace(
-        '"decoder":null', '"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true}'
+        '"decoder":null',
+        '"decoder":{"type":"ByteLevel","add_prefix_space":true,"trim_offsets":true,"use_regex":true}',
     )
 
 
@@ -108,7 +114,9 @@ def test_batches_equal_single_encodes(tokenizer):
 
 @both
 def test_special_tokens_stand_for_nothing(tokenizer):
-    assert tokenizer.token_bytes.dtype == np.int32 and tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes.dtype == np.int32 and tokenizer.token_bytes.shape == (
+        tokenizer.vocab_size,
+    )
     assert tokenizer.token_bytes[[tokenizer.bos, tokenizer.eos]].tolist() == [0, 0]
     assert tokenizer.decode([tokenizer.bos, *tokenizer.encode("x"), tokenizer.eos]) == "x"
     assert tokenizer.token_text(tokenizer.eos) == "<|eos|>"
@@ -131,7 +139,11 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
         assert type(again) is type(tokenizer)
         assert again.fingerprint() == tokenizer.fingerprint()
         assert again.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
-        assert (again.vocab_size, again.bos, again.eos) == (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos)
+        assert (again.vocab_size, again.bos, again.eos) == (
+            tokenizer.vocab_size,
+            tokenizer.bos,
+            tokenizer.eos,
+        )
 
 
 def test_fingerprints_differ_between_tokenizers():
@@ -140,7 +152,9 @@ def test_fingerprints_differ_between_tokenizers():
 
 def test_training_is_deterministic_across_processes():
     code = f"from mor_jax.data.tokenizer import train_bpe; print(train_bpe({TEXTS!r}, 400).fingerprint())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert found == BPE.fingerprint()
     assert BPE.vocab_size <= 400 and BPE.bos == 0 and BPE.eos == 1
 
@@ -151,7 +165,10 @@ def library(text: str) -> list[int]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(text=st.text(st.characters(max_codepoint=127)) | st.text(st.sampled_from("aB1 \n\t'.s_-é"), max_size=60))
+@given(
+    text=st.text(st.characters(max_codepoint=127))
+    | st.text(st.sampled_from("aB1 \n\t'.s_-é"), max_size=60)
+)
 def test_encoding_by_remembered_words_equals_the_library(text):
     assert BPE.encode(text) == library(text)
 
@@ -186,11 +203,18 @@ def test_only_gpt2_words_are_remembered():
 def test_build_follows_the_config(tmp_path):
     documents = [Document(str(i), text) for i, text in enumerate(TEXTS)]
     assert build_tokenizer(DataConfig(tokenizer="bytes")).vocab_size == 258
-    assert build_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab=400), documents).fingerprint() == BPE.fingerprint()
-    assert build_tokenizer(DataConfig(tokenizer=str(BPE.save(tmp_path)))).fingerprint() == BPE.fingerprint()
+    assert (
+        build_tokenizer(DataConfig(tokenizer="bpe", bpe_vocab=400), documents).fingerprint()
+        == BPE.fingerprint()
+    )
+    assert (
+        build_tokenizer(DataConfig(tokenizer=str(BPE.save(tmp_path)))).fingerprint()
+        == BPE.fingerprint()
+    )
 
 
-# Tokenizers made elsewhere -------------------------------------------------------------------------------------------
+# Tokenizers made elsewhere
+# -------------------------------------------------------------------------------------------
 
 
 def _sentencepiece_like() -> tokenizers.Tokenizer:
@@ -198,10 +222,17 @@ def _sentencepiece_like() -> tokenizers.Tokenizer:
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}}
     for piece in ["▁", "h", "e", "l", "o", "é", "▁h", "▁he"]:
         vocab[piece] = len(vocab)
-    model = models.BPE(vocab, [("▁", "h"), ("▁h", "e")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    model = models.BPE(
+        vocab, [("▁", "h"), ("▁h", "e")], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+    )
     hf = tokenizers.Tokenizer(model)
     hf.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     hf.decoder = decoders.Sequence(steps)
     hf.add_special_tokens(["<unk>", "<s>", "</s>"])
     return hf
@@ -222,7 +253,9 @@ def test_sentencepiece_with_byte_fallback():
 
 
 def test_metaspace():
-    hf = tokenizers.Tokenizer(models.BPE({"<eos>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4}, [("▁", "a")]))
+    hf = tokenizers.Tokenizer(
+        models.BPE({"<eos>": 0, "▁": 1, "a": 2, "b": 3, "▁a": 4}, [("▁", "a")])
+    )
     hf.pre_tokenizer = pre_tokenizers.Metaspace()
     hf.decoder = decoders.Metaspace()
     hf.add_special_tokens(["<eos>"])
@@ -233,7 +266,9 @@ def test_metaspace():
 
 def test_wordpiece():
     vocab = ["[CLS]", "[SEP]", "play", "##ing", "now"]
-    hf = tokenizers.Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocab)}, unk_token="[SEP]"))
+    hf = tokenizers.Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(vocab)}, unk_token="[SEP]")
+    )
     hf.pre_tokenizer = pre_tokenizers.Whitespace()
     hf.decoder = decoders.WordPiece()
     hf.add_special_tokens(vocab[:2])
@@ -274,7 +309,9 @@ def test_truncation_padding_and_templates_of_a_file_are_ignored():
     hf = _byte_level(["<s>"])
     hf.enable_truncation(4)
     hf.enable_padding(length=10)
-    hf.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    hf.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 256)]
+    )
     assert len(BpeTokenizer(hf).encode("eight ch")) == 8
 
 
@@ -285,7 +322,8 @@ def test_added_tokens_that_are_text_count_their_bytes():
     assert t.decode(ids) == "x    日本"
 
 
-# Messages ------------------------------------------------------------------------------------------------------------
+# Messages
+# --------------------------------------------------------------------------------------------------
 
 
 def _message(call, *args) -> str:

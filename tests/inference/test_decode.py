@@ -1,4 +1,5 @@
-"""Cached decoding equals the full causal forward pass, and the cache holds what ran and nothing else."""
+"""Cached decoding equals the full causal forward pass, and the cache holds what ran and nothing
+else."""
 
 import functools
 
@@ -18,7 +19,12 @@ NEW = 210
 def kept_entries(lm, active_RxBxT):
     """Which tokens each stream of the core holds, by strategy."""
     everyone = np.ones_like(active_RxBxT)
-    kept = {"recursion_wise": active_RxBxT, "full": everyone, "hybrid": everyone, "hybrid_first": everyone}
+    kept = {
+        "recursion_wise": active_RxBxT,
+        "full": everyone,
+        "hybrid": everyone,
+        "hybrid_first": everyone,
+    }
     return (kept | {"shared": everyone[:1]})[lm.depth.kv_name]
 
 
@@ -31,7 +37,8 @@ def test_decode_equals_the_full_forward_pass(kind):
     full = jax.jit(lambda p: lm.forward(p, tokens, mode="causal"))(params)
     want = np.asarray(lm.logits(params, full.h_BxTxD))
     depth, active = np.asarray(full.depth_BxT), np.asarray(full.active_RxBxT)
-    if kind in ROUTED:  # the routing must have something to get wrong; a router asked before step 1 can say depth 0
+    # the routing must have something to get wrong; a router asked before step 1 can say depth 0
+    if kind in ROUTED:
         from_zero = "survey" in params["router"] and not lm.depth.at_once
         assert len(np.unique(depth)) == lm.program.recursions + from_zero
 
@@ -51,24 +58,31 @@ def test_decode_equals_the_full_forward_pass(kind):
         logits, cache, d = step(params, cache, tokens[rows, at])
         np.testing.assert_allclose(logits, want[rows, at], atol=TOLERANCE)
         np.testing.assert_array_equal(d, depth[rows, at])
-    assert all(x.is_deleted() for x in jax.tree.leaves(before)), "the old cache was copied, not reused"
+    assert all(x.is_deleted() for x in jax.tree.leaves(before)), (
+        "the old cache was copied, not reused"
+    )
 
     seen = np.arange(context)[None] < (lengths + NEW)[:, None]
     kept = kept_entries(lm, active)
     np.testing.assert_array_equal(cache.entries_RxB(), (kept & seen).sum(-1))
-    for r, stream in enumerate(cache.core):  # positions kept with the keys are those of the tokens kept there
+    # positions kept with the keys are those of the tokens kept there
+    for r, stream in enumerate(cache.core):
         for b in rows:
             n = int(stream.length_B[b])
-            np.testing.assert_array_equal(stream.pos_BxS[b, :n], np.flatnonzero(kept[r, b] & seen[b]))
+            np.testing.assert_array_equal(
+                stream.pos_BxS[b, :n], np.flatnonzero(kept[r, b] & seen[b])
+            )
 
 
 def test_a_halted_token_takes_no_room(kind):
-    """Entries per depth: fewer and fewer where each depth keeps its own tokens, everyone's else; and once, not at each
-    depth, where keys are shared."""
+    """Entries per depth: fewer and fewer where each depth keeps its own tokens, everyone's else;
+    and once, not at each depth, where keys are shared."""
     lm = small_lm(kind)
     params = spread_routers(random_params(lm))
     tokens = jax.random.randint(jax.random.key(3), (2, 40), 0, 64)
-    _, cache, depth = jax.jit(prefill, static_argnums=(0, 4))(lm, params, tokens, jnp.asarray([40, 31]), 64)
+    _, cache, depth = jax.jit(prefill, static_argnums=(0, 4))(
+        lm, params, tokens, jnp.asarray([40, 31]), 64
+    )
     active = np.stack([np.asarray(depth) > r for r in range(lm.program.recursions)])
     real = np.arange(40)[None] < np.array([40, 31])[:, None]
     np.testing.assert_array_equal(cache.entries_RxB(), (kept_entries(lm, active) & real).sum(-1))
@@ -83,5 +97,7 @@ def test_decoding_with_the_rematerialisation_of_training():
     """A checkpoint's configuration is the training one."""
     lm = small_lm("mor_hybrid", remat="block")
     tokens = jnp.ones((2, 8), jnp.int32)
-    _, cache, _ = jax.eval_shape(lambda p: prefill(lm, p, tokens, jnp.asarray([8, 5]), 16), random_params(lm))
+    _, cache, _ = jax.eval_shape(
+        lambda p: prefill(lm, p, tokens, jnp.asarray([8, 5]), 16), random_params(lm)
+    )
     jax.eval_shape(functools.partial(decode_step, lm), random_params(lm), cache, tokens[:, 0])

@@ -1,4 +1,5 @@
-"""Depth as a dial: the survey is the scores' distribution, the dial hits what was asked, and nothing else changes."""
+"""Depth as a dial: the survey is the scores' distribution, the dial hits what was asked, and
+nothing else changes."""
 
 import dataclasses
 import functools
@@ -24,33 +25,46 @@ from mor_jax.train.state import TrainState
 from mor_jax.train.step import make_train_step
 
 R, T = 3, 64
-EXPERT = ExpertChoice(recursions=R, width=8, capacities=(1.0, 2 / 3, 1 / 3), alpha=0.1, threshold=0.5, init_std=0.02)
+EXPERT = ExpertChoice(
+    recursions=R, width=8, capacities=(1.0, 2 / 3, 1 / 3), alpha=0.1, threshold=0.5, init_std=0.02
+)
 TOKEN = TokenChoice(recursions=R, width=8, alpha=0.5, init_std=0.02)
 
 
 def counts(z, who=None):
-    return np.asarray(survey.count_above(jnp.asarray(z), jnp.ones(z.shape, bool) if who is None else jnp.asarray(who)))
+    return np.asarray(
+        survey.count_above(
+            jnp.asarray(z), jnp.ones(z.shape, bool) if who is None else jnp.asarray(who)
+        )
+    )
 
 
 # ---------------------------------------------------------------- the survey
 
 
 @given(
-    centre=st.floats(-6, 6), width=st.floats(0.05, 4), gap=st.floats(0, 8), share=st.floats(0.02, 0.98),
+    centre=st.floats(-6, 6),
+    width=st.floats(0.05, 4),
+    gap=st.floats(0, 8),
+    share=st.floats(0.02, 0.98),
     seed=st.integers(0, 99),
-)  # fmt: skip
+)
 @settings(max_examples=40)
 def test_the_threshold_read_off_lets_the_share_through(centre, width, gap, share, seed):
-    """One mode or two with nothing between them, anywhere, of any width that the probes, 7 % apart, can resolve."""
+    """One mode or two with nothing between them, anywhere, of any width that the probes, 7 % apart,
+    can resolve."""
     assume(width >= 0.1 * (abs(centre) + gap))
     rng = np.random.default_rng(seed)
-    z = (centre + width * rng.normal(size=(8, 500)) + gap * (rng.random((8, 500)) < 1 / 3)).astype(np.float32)
+    z = (centre + width * rng.normal(size=(8, 500)) + gap * (rng.random((8, 500)) < 1 / 3)).astype(
+        np.float32
+    )
     threshold = survey.score_reached_by(share, survey.reach(counts(z)[None])[0])
     assert abs((z >= threshold).mean() - share) < 0.03
 
 
 def test_the_running_survey_follows_what_it_sees():
-    """After a few hundred batches of another distribution the old one is forgotten; uncounted scores never count."""
+    """After a few hundred batches of another distribution the old one is forgotten; uncounted
+    scores never count."""
     rng = np.random.default_rng(0)
     kept = survey.empty(1)
     step = jax.jit(survey.updated)
@@ -64,10 +78,14 @@ def test_the_running_survey_follows_what_it_sees():
         assert survey.score_reached_by(share, reach) == pytest.approx(exact, abs=0.1)
     empty_batch = step(kept, np.zeros((1, len(survey.PROBES_G)), np.float32))
     np.testing.assert_array_equal(empty_batch, kept)
-    assert survey.score_reached_by(1.0, reach) == -np.inf and survey.score_reached_by(0.0, reach) == np.inf
+    assert (
+        survey.score_reached_by(1.0, reach) == -np.inf
+        and survey.score_reached_by(0.0, reach) == np.inf
+    )
 
 
-# ---------------------------------------------------------------- what is asked is hit, on made-up scores
+# ---------------------------------------------------------------- what is asked is hit, on made-up
+# scores
 
 
 def expert_depths(z_RxN, thresholds):
@@ -75,13 +93,21 @@ def expert_depths(z_RxN, thresholds):
 
 
 @settings(max_examples=30)
-@given(mean=st.floats(0.1, 3.0), floor=st.integers(0, 1), cap=st.integers(1, 3), seed=st.integers(0, 50))
+@given(
+    mean=st.floats(0.1, 3.0),
+    floor=st.integers(0, 1),
+    cap=st.integers(1, 3),
+    seed=st.integers(0, 50),
+)
 def test_expert_choice_hits_the_mean_depth(mean, floor, cap, seed):
-    """Although a token's scores at the steps depend on each other, and only training's candidates were surveyed."""
+    """Although a token's scores at the steps depend on each other, and only training's candidates
+    were surveyed."""
     mean = min(max(mean, floor), cap)
     rng = np.random.default_rng(seed)
     common = rng.normal(size=4000)
-    z = (rng.normal(size=(R, 4000)) + rng.uniform(-2, 2, (R, 1)) * common + rng.normal(size=(R, 1))).astype(np.float32)
+    z = (
+        rng.normal(size=(R, 4000)) + rng.uniform(-2, 2, (R, 1)) * common + rng.normal(size=(R, 1))
+    ).astype(np.float32)
     inside, taken = np.ones(4000, bool), []
     for r, share in enumerate(EXPERT.capacities):
         taken.append(counts(z[r][None], inside[None]))
@@ -92,12 +118,19 @@ def test_expert_choice_hits_the_mean_depth(mean, floor, cap, seed):
     assert abs(depth.mean() - mean) < 0.05
 
 
-@given(mean=st.floats(1.0, 3.0), floor=st.integers(0, 2), cap=st.integers(2, 3), seed=st.integers(0, 50))
+@given(
+    mean=st.floats(1.0, 3.0),
+    floor=st.integers(0, 2),
+    cap=st.integers(2, 3),
+    seed=st.integers(0, 50),
+)
 @settings(max_examples=30)
 def test_token_choice_hits_the_mean_depth(mean, floor, cap, seed):
     mean = min(max(mean, floor), cap)
     rng = np.random.default_rng(seed)
-    selection = np.asarray(jax.nn.softmax(rng.normal(size=(1, 4000, R)) + 2 * rng.normal(size=R), axis=-1), np.float32)
+    selection = np.asarray(
+        jax.nn.softmax(rng.normal(size=(1, 4000, R)) + 2 * rng.normal(size=R), axis=-1), np.float32
+    )
     pulls = pull_deeper(jnp.log(selection))
     taken = np.stack([counts(np.asarray(p)) for p in pulls])
     dial = TOKEN.dial(taken, mean, floor, cap)
@@ -138,7 +171,9 @@ def causal(lm, params, tokens, control):
 def mixed_control(kind, lm, params):
     """Three sequences under three controls."""
     mean = [1.4, None, 2.3] if kind != "recursive" else None
-    return depth_control(lm, params, 3, mean_depth=mean, min_depth=[None, 2, 1], max_depth=[2, None, 3])
+    return depth_control(
+        lm, params, 3, mean_depth=mean, min_depth=[None, 2, 1], max_depth=[2, None, 3]
+    )
 
 
 KINDS = ("recursive", "mor", "token_every")
@@ -171,13 +206,21 @@ def test_causal_rowwise_and_neutral(kind):
     got = np.asarray(causal(lm, params, tokens, control)[0])
     # Nothing looks ahead ...
     changed = tokens.at[:, 30:].set((tokens[:, 30:] + 5) % 64)
-    np.testing.assert_array_equal(np.asarray(causal(lm, params, changed, control)[0])[:, :30], got[:, :30])
+    np.testing.assert_array_equal(
+        np.asarray(causal(lm, params, changed, control)[0])[:, :30], got[:, :30]
+    )
     # ... a control is its own row's alone ...
-    other = jax.tree.map(lambda x, y: jnp.where((jnp.arange(3) > 0).reshape(3, *(1,) * (x.ndim - 1)), y, x), control,
-                         DepthControl.neutral(3, R))  # fmt: skip
+    other = jax.tree.map(
+        lambda x, y: jnp.where((jnp.arange(3) > 0).reshape(3, *(1,) * (x.ndim - 1)), y, x),
+        control,
+        DepthControl.neutral(3, R),
+    )
     np.testing.assert_array_equal(np.asarray(causal(lm, params, tokens, other)[0])[0], got[0])
     # ... and the neutral one changes no bit.
-    plain, neutral = causal(lm, params, tokens, None), causal(lm, params, tokens, DepthControl.neutral(3, R))
+    plain, neutral = (
+        causal(lm, params, tokens, None),
+        causal(lm, params, tokens, DepthControl.neutral(3, R)),
+    )
     for a, b in zip(plain, neutral, strict=True):
         np.testing.assert_array_equal(a, b)
     # None of the three controls was compiled for.
@@ -186,7 +229,8 @@ def test_causal_rowwise_and_neutral(kind):
 
 @pytest.mark.parametrize("kind", ["mor", "token"])
 def test_a_calibrated_model_hits_the_mean_depth(kind):
-    """On the rows it was calibrated with: these small models read noise, of which no other sample is alike."""
+    """On the rows it was calibrated with: these small models read noise, of which no other sample
+    is alike."""
     lm, params = model(kind)
     tokens = jax.random.randint(jax.random.key(9), (8, T), 0, 64)
     for mean in (1.0, 1.5, 2.0, 2.5, 3.0):
@@ -196,7 +240,8 @@ def test_a_calibrated_model_hits_the_mean_depth(kind):
 
 @pytest.mark.parametrize("kind", ["mor", "token_every"])
 def test_training_keeps_the_survey(kind):
-    """By rule alone: neither the optimiser nor its decay moves it; accumulation does not change it."""
+    """By rule alone: neither the optimiser nor its decay moves it; accumulation does not change
+    it."""
     lm = small_lm(kind, context=T)
     params = random_params(lm)
     params["router"]["survey"] = survey.empty(R)
@@ -218,7 +263,13 @@ def test_training_keeps_the_survey(kind):
 
 def test_generation_obeys_its_control():
     lm, params = model("mor")
-    run = Generation(lm, params, [[5, 9, 2], [3]], max_tokens=8, control=depth_control(lm, params, 2, max_depth=[1, 3]))
+    run = Generation(
+        lm,
+        params,
+        [[5, 9, 2], [3]],
+        max_tokens=8,
+        control=depth_control(lm, params, 2, max_depth=[1, 3]),
+    )
     depths = np.stack([g.previous_depth_B for g in run])
     assert depths[:, 0].max() <= 1 and run.prompt_depths[0].max() <= 1
 
@@ -260,12 +311,14 @@ def test_without_a_survey_there_is_no_dial():
         lm.forward(params, jnp.zeros((1, 4), jnp.int32), control=DepthControl.neutral(1, R))
 
 
-# ---------------------------------------------------------------- token-choice whose router has decided
+# ---------------------------------------------------------------- token-choice whose router has
+# decided
 
 
 @functools.cache
 def decided(spread=25.0):
-    """(routers, states): logits so far apart that all scores but one are zero in float32; the states are the logits."""
+    """(routers, states): logits so far apart that all scores but one are zero in float32; the
+    states are the logits."""
     z = spread * np.random.default_rng(5).normal(size=(4, 500, R)).astype(np.float32)
     h = jnp.concatenate([jnp.asarray(z), jnp.zeros((4, 500, 5))], axis=-1)
     shapes = jax.eval_shape(TOKEN.init, jax.random.key(0))
@@ -277,16 +330,20 @@ def decided(spread=25.0):
 @pytest.mark.parametrize("mean", [1.0, 1.4, 2.0, 2.6, 3.0])
 def test_a_decided_router_is_dialled_token_by_token(mean):
     routers, h = decided()
-    dial = jnp.broadcast_to(jnp.asarray(TOKEN.dial(np.asarray(routers["survey"]), mean, 0, R)), (4, R))
+    dial = jnp.broadcast_to(
+        jnp.asarray(TOKEN.dial(np.asarray(routers["survey"]), mean, 0, R)), (4, R)
+    )
     info = TokenInfo(jnp.ones(h.shape[:2], bool), jnp.zeros(h.shape[:2], jnp.int32))
     depth = TOKEN.depths(routers, h, info, dial)
     assert float(depth.mean()) == pytest.approx(mean, rel=0.02)
     route = TOKEN.begin(routers, h, info._replace(depth_BxT=depth))
     bounds = jnp.full((4,), 0), jnp.full((4,), R)
     gate = TOKEN.recompute_gates(routers, route.tokens, dial, *bounds).gate_BxT
-    assert float(gate.min()) >= 0.5 / 3 - 1e-6  # alpha times the largest of three: nobody comes back as it went in
+    # alpha times the largest of three: nobody comes back as it went in
+    assert float(gate.min()) >= 0.5 / 3 - 1e-6
     same = TOKEN.recompute_gates(routers, route.tokens, jnp.full((4, R), jnp.nan), *bounds).gate_BxT
-    np.testing.assert_array_equal(same, route.tokens.gate_BxT)  # without a dial, the score the router gave
+    # without a dial, the score the router gave
+    np.testing.assert_array_equal(same, route.tokens.gate_BxT)
     # And training under the dial goes where the dial goes.
     varied = dataclasses.replace(TOKEN, mean_depth=mean).begin(routers, h, info).tokens
     np.testing.assert_array_equal(varied.depth_BxT, depth)
@@ -302,5 +359,8 @@ def test_a_cap_leaves_the_gate_to_the_depths_that_are_left():
         routers, tokens, jnp.full((4, R), jnp.nan), jnp.full((4,), 0), jnp.full((4,), 2)
     ).gate_BxT
     score = jax.nn.softmax(h[..., :2])
-    np.testing.assert_allclose(gate, TOKEN.alpha * jnp.take_along_axis(score, depth[..., None] - 1, axis=-1)[..., 0],
-                               atol=1e-6)  # fmt: skip
+    np.testing.assert_allclose(
+        gate,
+        TOKEN.alpha * jnp.take_along_axis(score, depth[..., None] - 1, axis=-1)[..., 0],
+        atol=1e-6,
+    )

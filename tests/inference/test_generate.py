@@ -15,7 +15,9 @@ from mor_jax.inference.sampler import Sampling, sample
 
 def draws(logits, sampling, n=2000):
     keys = jax.random.split(jax.random.key(0), n)
-    return np.asarray(jax.jit(lambda k: sample(jnp.broadcast_to(logits, (n, len(logits))), k, sampling))(keys))
+    return np.asarray(
+        jax.jit(lambda k: sample(jnp.broadcast_to(logits, (n, len(logits))), k, sampling))(keys)
+    )
 
 
 def test_sampled_frequencies_are_the_softmax():
@@ -66,7 +68,8 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(kind):
     got = tokens_of(run)
 
     @jax.jit
-    def forward(params, tokens, seg):  # parameters that were constants would be folded by the compiler
+    # parameters that were constants would be folded by the compiler
+    def forward(params, tokens, seg):
         out = lm.forward(params, tokens, seg, mode="causal")
         return lm.logits(params, out.h_BxTxD), out.depth_BxT
 
@@ -97,7 +100,9 @@ def test_same_seed_same_text_and_a_sequence_does_not_depend_on_its_company():
 
 def test_padding_of_the_table_is_never_drawn():
     lm = small_lm("vanilla")
-    run = Generation(lm, random_params(lm), [[1]], max_tokens=40, sampling=Sampling(5.0), vocab_size=3)
+    run = Generation(
+        lm, random_params(lm), [[1]], max_tokens=40, sampling=Sampling(5.0), vocab_size=3
+    )
     assert tokens_of(run).max() < 3
 
 

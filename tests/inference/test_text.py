@@ -1,4 +1,5 @@
-"""Text from the engine is the text of plain generation, every piece with the depth its token ran."""
+"""Text from the engine is the text of plain generation, every piece with the depth its token
+ran."""
 
 import dataclasses
 
@@ -45,7 +46,9 @@ def plain(model, prompt, most):
     """(tokens, depths of the prompt and of them) up to the end of the text."""
     tokenizer = model.tokenizer
     ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-    run = Generation(model.lm, model.params, [ids], max_tokens=most, vocab_size=tokenizer.vocab_size)
+    run = Generation(
+        model.lm, model.params, [ids], max_tokens=most, vocab_size=tokenizer.vocab_size
+    )
     tokens = [int(g.token_B[0]) for g in run]
     tokens = tokens[: tokens.index(tokenizer.eos)] if tokenizer.eos in tokens else tokens
     sequence = np.zeros((1, 64), np.int32)
@@ -56,7 +59,9 @@ def plain(model, prompt, most):
 
 @pytest.mark.parametrize(("prompt", "most"), [("def f(", 12), ("é", 1), ("", 5), ("x" * 40, 200)])
 def test_pieces_are_those_of_plain_generation(model, service, prompt, most):
-    pieces = list(stream_text(model, prompt, max_tokens=most, sampling=Sampling(0.0), service=service))
+    pieces = list(
+        stream_text(model, prompt, max_tokens=most, sampling=Sampling(0.0), service=service)
+    )
     tokens, depths = plain(model, prompt, min(most, 64 - 1 - len(prompt.encode())))
     text = "".join(p.text for p in pieces)
     assert text == model.tokenizer.decode([*model.tokenizer.encode(prompt), *tokens])
@@ -67,7 +72,9 @@ def test_pieces_are_those_of_plain_generation(model, service, prompt, most):
 
 
 def test_one_seed_one_text_and_an_engine_of_its_own(model, service):
-    draw = lambda seed, **where: "".join(p.text for p in stream_text(model, "ab", max_tokens=20, seed=seed, **where))
+    draw = lambda seed, **where: "".join(
+        p.text for p in stream_text(model, "ab", max_tokens=20, seed=seed, **where)
+    )
     assert draw(1, service=service) == draw(1, service=service) != draw(2, service=service)
     assert draw(1) == draw(1, service=service), "the default engine draws the same"
 
@@ -91,10 +98,13 @@ def test_stopping_to_read_ends_the_request(model, service):
 
 
 def test_a_relaxed_model():
-    """A relaxed model with an auxiliary router: text, and the depth of every piece, all the same."""
+    """A relaxed model with an auxiliary router: text, and the depth of every piece, all the
+    same."""
     tokenizer = ByteTokenizer()
     lm = small_lm("mor_relaxed", vocab_size=tokenizer.vocab_size, layers=5)
-    model = Model(lm, spread_routers(random_params(lm)), tokenizer, make_mesh(MeshConfig(), jax.devices()[:1]))
+    model = Model(
+        lm, spread_routers(random_params(lm)), tokenizer, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
     pieces = list(stream_text(model, "ab", max_tokens=5, sampling=Sampling(0.0)))
     tokens, depths = plain(model, "ab", 5)
     assert "".join(p.text for p in pieces) == tokenizer.decode([*tokenizer.encode("ab"), *tokens])
@@ -131,7 +141,9 @@ def test_min_p_leaves_out_the_unlikely():
         Sampling(min_p=1.5)
 
 
-@pytest.mark.parametrize(("fields", "said"), [({"n": 0}, "n must"), ({"stop": [""]}, "stop string")])
+@pytest.mark.parametrize(
+    ("fields", "said"), [({"n": 0}, "n must"), ({"stop": [""]}, "stop string")]
+)
 def test_what_complete_refuses(model, fields, said):
     with pytest.raises(UserError, match=said):
         complete(model, ["x"], **fields)

@@ -1,4 +1,5 @@
-"""A person's mistake is one line that names it, exit status 2 and no traceback: through the real commands."""
+"""A person's mistake is one line that names it, exit status 2 and no traceback: through the real
+commands."""
 
 import concurrent.futures
 import json
@@ -57,22 +58,34 @@ def cases(d, config, trained):
         "misspelt key": (train("--config.model.layrs=3"), {}, ["'layrs'", "layers"]),
         "key of another group": (train("--config.model.batch_size=3"), {}, ["'batch_size'"]),
         "wrong type": (train("--config.model.layers=many"), {}, ["layers", "many"]),
-        "contradiction": (train("--config.model.layers=10"), {}, ["config.model.layers = 10", "6, 9, 12"]),
+        "contradiction": (
+            train("--config.model.layers=10"),
+            {},
+            ["config.model.layers = 10", "6, 9, 12"],
+        ),
         "misspelt config argument": (
-            ("train", "--config", "configs/quickstart.py:vanila", "--workdir", d / "never"), {}, ["'vanila'", "vanilla"],
+            ("train", "--config", "configs/quickstart.py:vanila", "--workdir", d / "never"),
+            {},
+            ["'vanila'", "vanilla"],
         ),
         "misspelt size": (
-            ("train", "--config", "configs/mor.py:370m", "--workdir", d / "never"), {}, ["370m", "360m"],
+            ("train", "--config", "configs/mor.py:370m", "--workdir", d / "never"),
+            {},
+            ["370m", "360m"],
         ),
         "config file missing": (
-            ("train", "--config", d / "nowhere.py", "--workdir", d / "never"), {}, ["--config", "nowhere.py"],
+            ("train", "--config", d / "nowhere.py", "--workdir", d / "never"),
+            {},
+            ["--config", "nowhere.py"],
         ),
         "no config": (("train", "--workdir", d / "never"), {}, ["--config is missing"]),
         "no workdir": (("train", "--config", config), {}, ["workdir"]),
         "unknown flag": (train("--wrokdir=x"), {}, ["wrokdir"]),
         "stray argument": (train("stray"), {}, ["stray"]),
         "workdir is a file": (
-            ("train", "--config", config, "--workdir", d / "empty.txt"), {}, ["empty.txt"],
+            ("train", "--config", config, "--workdir", d / "empty.txt"),
+            {},
+            ["empty.txt"],
         ),
         "corpus is garbage": (corpus("garbage.txt.gz"), {}, ["garbage.txt.gz", "cannot be read"]),
         "corpus is empty": (corpus("empty.txt"), {}, ["empty.txt"]),
@@ -80,13 +93,23 @@ def cases(d, config, trained):
         "corpus is latin-1": (corpus("latin.txt"), {}, ["latin.txt", "UTF-8"]),
         "corpus is broken": (corpus("broken.jsonl"), {}, ["broken.jsonl, line 2", "JSON"]),
         "no corpus": (corpus("*.md"), {}, ["*.md", "matches no file"]),
-        "cache is not writable": (train(f"--config.data.cache_dir={d / 'empty.txt'}"), {}, ["empty.txt"]),
+        "cache is not writable": (
+            train(f"--config.data.cache_dir={d / 'empty.txt'}"),
+            {},
+            ["empty.txt"],
+        ),
         "no checkpoint": (("evaluate", "--checkpoint", d / "nowhere"), {}, ["nowhere"]),
         "run without a checkpoint": (("evaluate", "--checkpoint", d / "no_run"), {}, ["no_run"]),
         "unknown step": (generate("--step", 50, "--prompt", "x"), {}, ["50", "80", "100", "120"]),
-        "stdin is not UTF-8": (generate(), {"stdin": b"caf\xe9 au lait"}, ["standard input", "UTF-8"]),
+        "stdin is not UTF-8": (
+            generate(),
+            {"stdin": b"caf\xe9 au lait"},
+            ["standard input", "UTF-8"],
+        ),
         "stdin is not UTF-8, C locale": (
-            generate(), {"stdin": b"caf\xe9", "LC_ALL": "C", "PYTHONUTF8": "0"}, ["standard input", "UTF-8"],
+            generate(),
+            {"stdin": b"caf\xe9", "LC_ALL": "C", "PYTHONUTF8": "0"},
+            ["standard input", "UTF-8"],
         ),
         "temperature": (generate("--prompt", "x", "--temperature", -1), {}, ["temperature", "-1"]),
         "top_k": (generate("--prompt", "x", "--top_k", -1), {}, ["top_k", "-1"]),
@@ -95,31 +118,58 @@ def cases(d, config, trained):
         "prompt too long": (generate("--prompt", "x" * 40), {}, ["prompt", "41", "32"]),
         "max_tokens": (generate("--prompt", "x", "--max_tokens", -3), {}, ["max_tokens", "-3"]),
         "too large a tokenizer": (
-            generate("--prompt", "x", "--tokenizer", d / "bpe400"), {}, ["bpe400", "does not fit"],
+            generate("--prompt", "x", "--tokenizer", d / "bpe400"),
+            {},
+            ["bpe400", "does not fit"],
         ),
         "another tokenizer": (
-            generate("--prompt", "x", "--tokenizer", d / "bpe300"), {}, ["bpe300", "does not fit"],
+            generate("--prompt", "x", "--tokenizer", d / "bpe300"),
+            {},
+            ["bpe300", "does not fit"],
         ),
-        "no tokenizer": (generate("--prompt", "x", "--tokenizer", d / "nowhere.json"), {}, ["nowhere.json"]),
-        "mean depth": (generate("--prompt", "x", "--mean_depth", 3.5), {}, ["mean depth of 3.5", "between 0 and 3"]),
+        "no tokenizer": (
+            generate("--prompt", "x", "--tokenizer", d / "nowhere.json"),
+            {},
+            ["nowhere.json"],
+        ),
+        "mean depth": (
+            generate("--prompt", "x", "--mean_depth", 3.5),
+            {},
+            ["mean depth of 3.5", "between 0 and 3"],
+        ),
         "depths at odds": (
-            generate("--prompt", "x", "--mean_depth", 2.5, "--max_depth", 2), {}, ["mean depth of 2.5", "0 and 2"],
+            generate("--prompt", "x", "--mean_depth", 2.5, "--max_depth", 2),
+            {},
+            ["mean depth of 2.5", "0 and 2"],
         ),
-        "maximum depth": (generate("--prompt", "x", "--max_depth", 4), {}, ["maximum depth", "from 1 to 3", "4"]),
+        "maximum depth": (
+            generate("--prompt", "x", "--max_depth", 4),
+            {},
+            ["maximum depth", "from 1 to 3", "4"],
+        ),
         "nothing to dial": (
-            ("generate", "--checkpoint", trained.vanilla, "--prompt", "x", "--mean_depth", 1), {},
+            ("generate", "--checkpoint", trained.vanilla, "--prompt", "x", "--mean_depth", 1),
+            {},
             ["'fixed'", "no mean depth"],
         ),
         "no depths to compare": (
-            ("depth_curve", "--checkpoint", trained.vanilla, "--out", d / "never_curve"), {}, ["once", "recursions"],
+            ("depth_curve", "--checkpoint", trained.vanilla, "--out", d / "never_curve"),
+            {},
+            ["once", "recursions"],
         ),
         "report of nothing": (("report",), {}, ["run directory"]),
         "report of no run": (("report", d / "no_run", "--out", d / "r.html"), {}, ["no_run"]),
-        "damaged, evaluate": (("evaluate", "--checkpoint", d / "damaged"), {}, ["step 120", "damaged", "--step=100"]),
-        "damaged, generate": (
-            ("generate", "--checkpoint", d / "damaged", "--prompt", "x"), {}, ["step 120", "damaged", "--step=100"],
+        "damaged, evaluate": (
+            ("evaluate", "--checkpoint", d / "damaged"),
+            {},
+            ["step 120", "damaged", "--step=100"],
         ),
-    }  # fmt: skip
+        "damaged, generate": (
+            ("generate", "--checkpoint", d / "damaged", "--prompt", "x"),
+            {},
+            ["step 120", "damaged", "--step=100"],
+        ),
+    }
     if os.geteuid() != 0:  # root may read anything
         found["corpus is locked"] = (corpus("locked.txt"), {}, ["locked.txt", "permission"])
     return found
@@ -151,7 +201,17 @@ def test_one_line_and_status_2(outcomes, name):
 
 
 def test_earlier_checkpoint_of_a_damaged_run_loads(place, trained, outcomes):
-    done = run("generate", "--checkpoint", place[0] / "damaged", "--step", 100, "--prompt", "def ", "--max_tokens", 5)
+    done = run(
+        "generate",
+        "--checkpoint",
+        place[0] / "damaged",
+        "--step",
+        100,
+        "--prompt",
+        "def ",
+        "--max_tokens",
+        5,
+    )
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
     # looking at a damaged run has not changed it
     names = sorted(p.name for p in (place[0] / "damaged" / "checkpoints").iterdir())
@@ -162,13 +222,22 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(place):
     d, config = place
     workdir = d / "diverged"
     done = run(
-        "train", "--config", f"{config}:vanilla", "--workdir", workdir, "--config.optim.peak_lr=1e15",
-        "--config.train.checkpoint_every=1", "--config.train.eval_every=0",
-    )  # fmt: skip
+        "train",
+        "--config",
+        f"{config}:vanilla",
+        "--workdir",
+        workdir,
+        "--config.optim.peak_lr=1e15",
+        "--config.train.checkpoint_every=1",
+        "--config.train.eval_every=0",
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     steps = [r["step"] for r in records(workdir, "train")]
-    assert f"at step {steps[-1] + 1};" in message and f"last good checkpoint is of step {steps[-1]}" in message
+    assert (
+        f"at step {steps[-1] + 1};" in message
+        and f"last good checkpoint is of step {steps[-1]}" in message
+    )
     assert "config.optim.peak_lr" in message
     assert load_meta(workdir / "checkpoints")[0] == steps[-1]
     assert not (workdir / "summary.json").exists()
@@ -197,13 +266,23 @@ def small_disk(tmp_path):
 def test_full_disk_while_saving(place, small_disk):
     _, config = place
     done = run(
-        "train", "--config", f"{config}:vanilla", "--workdir", small_disk, "--config.train.checkpoint_every=5",
-        "--config.train.eval_every=0", "--config.train.keep_checkpoints=50",
-    )  # fmt: skip
+        "train",
+        "--config",
+        f"{config}:vanilla",
+        "--workdir",
+        small_disk,
+        "--config.train.checkpoint_every=5",
+        "--config.train.eval_every=0",
+        "--config.train.keep_checkpoints=50",
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     [message] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "could not save step" in message and "No space left on device" in message
     assert "Earlier checkpoints are intact" in message
-    kept = sorted(int(p.name) for p in (small_disk / "checkpoints").iterdir())  # and nothing half-written
-    assert kept == list(range(5, kept[-1] + 1, 5)) and f"could not save step {kept[-1] + 5} " in message
+    # and nothing half-written
+    kept = sorted(int(p.name) for p in (small_disk / "checkpoints").iterdir())
+    assert (
+        kept == list(range(5, kept[-1] + 1, 5))
+        and f"could not save step {kept[-1] + 5} " in message
+    )
     assert load_model(small_disk).step == kept[-1]  # verified while it is read

@@ -1,4 +1,5 @@
-"""What each command gives a person: the numbers of the run, reproducible text, a page that stands alone."""
+"""What each command gives a person: the numbers of the run, reproducible text, a page that stands
+alone."""
 
 import ast
 import html.parser
@@ -17,7 +18,9 @@ from train.tiny_run import ROOT, command, environment, records, run
 from mor_jax.model.lm import CAUSAL
 from mor_jax.train.load import load_model
 
-COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs"))
+COMMANDS = sorted(
+    p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs")
+)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -46,11 +49,22 @@ def test_evaluate_on_other_text_and_an_earlier_step(trained, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("value = depth + loss\n" * 9)
     out = tmp_path / "record.json"
-    done = run("evaluate", "--checkpoint", trained.mor / "checkpoints", "--step", 80, "--paths", text, "--out", out)
+    done = run(
+        "evaluate",
+        "--checkpoint",
+        trained.mor / "checkpoints",
+        "--step",
+        80,
+        "--paths",
+        text,
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
     assert record["step"] == 80 and record["bytes"] <= len(text.read_bytes())
-    assert record["bytes"] > 0.9 * len(text.read_bytes())  # all of it but the first byte of each row
+    # all of it but the first byte of each row
+    assert record["bytes"] > 0.9 * len(text.read_bytes())
     assert record["causal/nll"] > 0
 
 
@@ -67,8 +81,12 @@ def test_generate_is_a_function_of_the_seed(trained):
 def test_generate_streams_and_reads_its_prompt_from_stdin(trained):
     process = subprocess.Popen(
         command("generate", "--checkpoint", trained.mor, "--max_tokens", 25, "--temperature", 0.9),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, env=environment(),
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+        env=environment(),
+    )
     process.stdin.write("é = ".encode())
     process.stdin.close()
     chunks = []
@@ -80,7 +98,8 @@ def test_generate_streams_and_reads_its_prompt_from_stdin(trained):
 
 
 def test_greedy_text_is_the_argmax_of_full_forward_passes(trained):
-    """The cache, the command and the decoder change nothing: every token is the causal model's own first choice."""
+    """The cache, the command and the decoder change nothing: every token is the causal model's own
+    first choice."""
     prompt, count = "return loss", 16
     model = load_model(trained.mor)
     tokenizer = model.tokenizer
@@ -91,7 +110,9 @@ def test_greedy_text_is_the_argmax_of_full_forward_passes(trained):
             row = np.zeros((1, model.lm.model.context), np.int32)
             row[0, : len(ids)] = ids
             seg = jnp.asarray(np.arange(row.shape[1])[None] < len(ids), jnp.int32)
-            logits = forward(model.params, jnp.asarray(row), seg)[0, len(ids) - 1, : tokenizer.vocab_size]
+            logits = forward(model.params, jnp.asarray(row), seg)[
+                0, len(ids) - 1, : tokenizer.vocab_size
+            ]
             ids.append(int(np.argmax(logits)))
             if ids[-1] == tokenizer.eos:
                 break
@@ -101,7 +122,10 @@ def test_greedy_text_is_the_argmax_of_full_forward_passes(trained):
 
 def test_show_depth_colours_and_changes_no_text(trained):
     args = ("--prompt", "def ", "--max_tokens", 12, "--seed", 1)
-    plain, coloured = generate(trained, *args).stdout, generate(trained, *args, "--show_depth").stdout
+    plain, coloured = (
+        generate(trained, *args).stdout,
+        generate(trained, *args, "--show_depth").stdout,
+    )
     assert ANSI.search(coloured)
     text, legend = ANSI.sub("", coloured).rstrip("\n").rsplit("\n", 1)
     assert text + "\n" == plain

@@ -1,4 +1,5 @@
-"""`launch.convert`: from an unshared run to a recursive one that trains, evaluates and generates."""
+"""`launch.convert`: from an unshared run to a recursive one that trains, evaluates and
+generates."""
 
 import json
 
@@ -14,7 +15,11 @@ from mor_jax.train.load import load_model
 from mor_jax.train.loop import train
 
 DEEP = ("--config.model.layers=3", "--config.train.steps=10", "--config.train.eval_every=5")
-SHORT = ("--config.train.steps=6", "--config.train.eval_every=0", "--config.train.checkpoint_every=3")
+SHORT = (
+    "--config.train.steps=6",
+    "--config.train.eval_every=0",
+    "--config.train.checkpoint_every=3",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +40,25 @@ def test_the_converted_run_evaluates_generates_and_trains_on(source, method, tmp
     done = run("convert", "--checkpoint", d / "vanilla", "--method", method, *args)
     assert done.returncode == 0, done.stderr
     assert "(0) × 3" in done.stdout and "step 10" in done.stdout
-    assert "mean of layers 0 1 2" in done.stdout if method == "average" else "block 0 = layer 0" in done.stdout
+    assert (
+        "mean of layers 0 1 2" in done.stdout
+        if method == "average"
+        else "block 0 = layer 0" in done.stdout
+    )
     step, meta = load_meta(target / "checkpoints")
     assert step == 0 and meta["converted"]["method"] == method and meta["converted"]["step"] == 10
 
     old, new = load_model(d / "vanilla"), load_model(target)
     layers = [np.asarray(old.params["core"][i]["mlp"]["down"]) for i in ("0", "1", "2")]
     expected = np.mean(layers, axis=0) if method == "average" else layers[0]
-    np.testing.assert_allclose(new.params["core"]["0"]["mlp"]["down"], expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        new.params["core"]["0"]["mlp"]["down"], expected, rtol=1e-5, atol=1e-7
+    )
     np.testing.assert_array_equal(new.params["embed"]["table"], old.params["embed"]["table"])
     assert run("evaluate", "--checkpoint", target).returncode == 0
-    assert run("generate", "--checkpoint", target, "--prompt", "def ", "--max_tokens", 3).stdout.startswith("def ")
+    assert run(
+        "generate", "--checkpoint", target, "--prompt", "def ", "--max_tokens", 3
+    ).stdout.startswith("def ")
 
     done = run("train", *args)
     assert done.returncode == 0, done.stderr
@@ -55,12 +68,24 @@ def test_the_converted_run_evaluates_generates_and_trains_on(source, method, tmp
 
 def test_unshared_to_itself_starts_at_the_loss_the_source_ended_with(source, tmp_path):
     d, config = source
-    done = run("convert", "--checkpoint", d / "vanilla", "--config", f"{config}:vanilla", "--workdir", tmp_path / "again",
-               "--config.model.layers=3", "--config.train.steps=5")  # fmt: skip
+    done = run(
+        "convert",
+        "--checkpoint",
+        d / "vanilla",
+        "--config",
+        f"{config}:vanilla",
+        "--workdir",
+        tmp_path / "again",
+        "--config.model.layers=3",
+        "--config.train.steps=5",
+    )
     assert done.returncode == 0, done.stderr
     done = run("evaluate", "--checkpoint", tmp_path / "again", "--out", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    ended, starts = records(d / "vanilla", "eval")[-1], json.loads((tmp_path / "out.json").read_text())
+    ended, starts = (
+        records(d / "vanilla", "eval")[-1],
+        json.loads((tmp_path / "out.json").read_text()),
+    )
     assert starts["causal/nll"] == pytest.approx(ended["causal/nll"], abs=1e-6)
 
 
@@ -71,7 +96,10 @@ def test_training_goes_on_in_process_with_a_fresh_optimiser(source, tmp_path):
     raw["train"] |= {"steps": 2, "eval_every": 0, "checkpoint_every": 0}
     cfg = from_dict(raw)
     done = convert_checkpoint(d / "vanilla", cfg, tmp_path / "up", "lower", progress=False)
-    assert done.table == {"prelude": ((0,),), "core": ((1,),), "coda": ((2,),)} and done.source_step == 10
+    assert (
+        done.table == {"prelude": ((0,),), "core": ((1,),), "coda": ((2,),)}
+        and done.source_step == 10
+    )
     assert train(cfg, tmp_path / "up", progress=False)["finished"]
     with pytest.raises(CheckpointError, match="already holds a run"):
         convert_checkpoint(d / "vanilla", cfg, tmp_path / "up", progress=False)

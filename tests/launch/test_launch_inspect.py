@@ -12,9 +12,21 @@ from mor_jax.train.load import describe
 def test_a_configuration_in_tables_and_as_json():
     done = run("inspect", "--config", "configs/mor.py:360m,nr=3")
     assert done.returncode == 0, done.stderr
-    for word in ("embed → [0] → (1 2 … 10) × 3 → [11] → norm → head", "118M", "555.7", "14,160", "recursion 3", "H100"):
+    for word in (
+        "embed → [0] → (1 2 … 10) × 3 → [11] → norm → head",
+        "118M",
+        "555.7",
+        "14,160",
+        "recursion 3",
+        "H100",
+    ):
         assert word in done.stdout
-    args = ("--config", "configs/mor.py:1.7b,nr=3", "--config.mesh.fsdp=8", "--config.train.steps=7")
+    args = (
+        "--config",
+        "configs/mor.py:1.7b,nr=3",
+        "--config.mesh.fsdp=8",
+        "--config.train.steps=7",
+    )
     done = run("inspect", *args, "--devices", 8, "--json", "--context", 100)
     report = json.loads(done.stdout)
     assert report["run"]["steps"] == 7 and report["memory"]["mesh"] == [1, 8, 1, 1]
@@ -41,7 +53,10 @@ def test_a_checkpoint_is_counted_at_its_measured_depths(trained):
         (("--config", "configs/mor.py", "--checkpoint", "x"), ["either"]),
         (("--checkpoint", "/nowhere"), ["/nowhere"]),
         (("--config", "configs/mor.py", "--mfu", "40"), ["MFU", "40"]),
-        (("--config", "configs/mor.py", "--devices", "3", "--config.mesh.fsdp=2"), ["config.mesh", "3 devices"]),
+        (
+            ("--config", "configs/mor.py", "--devices", "3", "--config.mesh.fsdp=2"),
+            ["config.mesh", "3 devices"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(args, words):

@@ -1,4 +1,5 @@
-"""The command that serves: ready when it says so, an answer, a stop in order; and one line for a mistake."""
+"""The command that serves: ready when it says so, an answer, a stop in order; and one line for a
+mistake."""
 
 import json
 import re
@@ -13,9 +14,12 @@ from train.tiny_run import ROOT, command, environment, run
 
 def test_it_serves_until_it_is_told_to_stop(trained):
     process = subprocess.Popen(
-        command("serve", f"tiny={trained.mor}", "--port", 0, "--engine", "plain"), cwd=ROOT, env=environment(),
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        command("serve", f"tiny={trained.mor}", "--port", 0, "--engine", "plain"),
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     watch = threading.Timer(240, process.kill)
     watch.start()
     try:
@@ -27,7 +31,9 @@ def test_it_serves_until_it_is_told_to_stop(trained):
         port = re.search(r"listening at http://127\.0\.0\.1:(\d+)/v1", said[0])[1]
         assert re.search(r"tiny: loaded in [\d.]+ s, warmed up in [\d.]+ s", "".join(said))
         assert re.search(r"ready: tiny at .* \(no key needed\), [\d.]+ s after the start", said[-1])
-        body = json.dumps({"model": "tiny", "prompt": "def", "max_tokens": 4, "ignore_eos": True}).encode()
+        body = json.dumps(
+            {"model": "tiny", "prompt": "def", "max_tokens": 4, "ignore_eos": True}
+        ).encode()
         ask = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"}
         )

@@ -1,4 +1,5 @@
-"""`launch.sweep`: tiny sweeps through the real command; skipped, resumed, diverged and parallel runs."""
+"""`launch.sweep`: tiny sweeps through the real command; skipped, resumed, diverged and parallel
+runs."""
 
 import json
 
@@ -93,7 +94,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(done, file, tmp_path):
 def test_runs_in_parallel_give_the_same_numbers(done, file, tmp_path):
     result = run("sweep", file, "--workdir", tmp_path / "two", "--parallel", 2)
     assert result.returncode == 0, result.stderr
-    both = [json.loads((d / "sweep.json").read_text())["points"] for d in (done[0], tmp_path / "two")]
+    both = [
+        json.loads((d / "sweep.json").read_text())["points"] for d in (done[0], tmp_path / "two")
+    ]
     assert both[0] == both[1]
     assert len(list((tmp_path / "two" / "logs").iterdir())) == 4
     assert {f"started {name}" for name in NAMES} <= set(result.stdout.splitlines())
@@ -101,9 +104,22 @@ def test_runs_in_parallel_give_the_same_numbers(done, file, tmp_path):
 
 def small(file, **more):
     base = {
-        "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context": 32},
+        "model": {
+            "layers": 1,
+            "width": 16,
+            "heads": 2,
+            "kv_heads": 1,
+            "mlp_width": 32,
+            "context": 32,
+        },
         "data": {"source": "files", "paths": (str(file.parent / "corpus.jsonl"),), "holdout": 0.2},
-        "train": {"steps": 3, "batch_size": 4, "eval_rows": 8, "eval_every": 0, "checkpoint_every": 0},
+        "train": {
+            "steps": 3,
+            "batch_size": 4,
+            "eval_rows": 8,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+        },
     }
     return {"title": "Small", "base": base, "seeds": (0,)} | more
 
@@ -121,32 +137,61 @@ def test_divergence_is_a_result(file, tmp_path):
     said = []
     for _ in range(2):  # the second time there is nothing to do
         found = run_sweep(Sweep.from_dict(raw), tmp_path, say=said.append, progress=False)
-        assert [bool(o.failure) for o in found] == [False, True] and "not finite" not in found[0].failure
+        assert [bool(o.failure) for o in found] == [False, True] and "not finite" not in found[
+            0
+        ].failure
     assert said[-1] == "Too fast: 2 runs, 2 of them finished."
     with pytest.raises(ConfigError, match="another configuration"):
         run_sweep(Sweep.from_dict(raw), tmp_path, fields={"train.steps": 4}, say=said.append)
 
 
 def test_a_broken_run_stops_the_sweep_with_its_message(file, tmp_path):
-    result = run("sweep", file, "--workdir", tmp_path, "--parallel", 2, "--set", "data.paths=('/nowhere/*.txt',)")
+    result = run(
+        "sweep",
+        file,
+        "--workdir",
+        tmp_path,
+        "--parallel",
+        2,
+        "--set",
+        "data.paths=('/nowhere/*.txt',)",
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     message = result.stderr.strip().splitlines()[-1]
     assert "seed0 ended with status 2: error:" in message and "/nowhere/*.txt" in message
     with pytest.raises(UserError, match="nowhere"):
-        sweep = Sweep.from_dict({"title": "x", "base": {"train": {"steps": 1}}, "grid": {"data.source": ("files",)}})
+        sweep = Sweep.from_dict(
+            {"title": "x", "base": {"train": {"steps": 1}}, "grid": {"data.source": ("files",)}}
+        )
         run_sweep(
-            sweep, tmp_path / "one", fields={"data.paths": ["/nowhere/*.txt"]}, say=lambda _: None, progress=False
+            sweep,
+            tmp_path / "one",
+            fields={"data.paths": ["/nowhere/*.txt"]},
+            say=lambda _: None,
+            progress=False,
         )
 
 
 def test_a_real_ablation_in_seconds(file, tmp_path):
     """`configs/ablations/sharing.py:tiny`, two runs of it, on a corpus that is at hand."""
-    args = ("configs/ablations/sharing.py:tiny", "--workdir", tmp_path, "--seeds", "3", "--set", "train.steps=2",
-            "--set", f"data.paths=({str(file.parent / 'corpus.jsonl')!r},)")  # fmt: skip
+    args = (
+        "configs/ablations/sharing.py:tiny",
+        "--workdir",
+        tmp_path,
+        "--seeds",
+        "3",
+        "--set",
+        "train.steps=2",
+        "--set",
+        f"data.paths=({str(file.parent / 'corpus.jsonl')!r},)",
+    )
     listed = run("sweep", *args, "--dry_run").stdout.split()
     assert len(listed) == 11 and "middle_cycle-N_r3/seed3" in listed
     alone = run("sweep", *args, "--run", "middle_cycle-N_r3/seed3")
-    assert alone.returncode == 0 and (tmp_path / "middle_cycle-N_r3" / "seed3" / "summary.json").exists(), alone.stderr
+    assert (
+        alone.returncode == 0
+        and (tmp_path / "middle_cycle-N_r3" / "seed3" / "summary.json").exists()
+    ), alone.stderr
 
 
 @pytest.mark.parametrize(
@@ -157,8 +202,14 @@ def test_a_real_ablation_in_seconds(file, tmp_path):
         (("configs/mor.py", "--workdir", "x"), ["configs/mor.py", "get_sweep"]),
         (("configs/ablations/sharing.py:370m", "--workdir", "x"), ["370m", "360m"]),
         (("configs/ablations/sharing.py:tiny", "--workdir", "x", "--seeds", "a"), ["--seeds", "a"]),
-        (("configs/ablations/sharing.py:tiny", "--workdir", "x", "--set", "steps"), ["'steps'", "field=value"]),
-        (("configs/ablations/sharing.py:tiny", "--workdir", "x", "--run", "y"), ["'y'", "--dry_run"]),
+        (
+            ("configs/ablations/sharing.py:tiny", "--workdir", "x", "--set", "steps"),
+            ["'steps'", "field=value"],
+        ),
+        (
+            ("configs/ablations/sharing.py:tiny", "--workdir", "x", "--run", "y"),
+            ["'y'", "--dry_run"],
+        ),
     ],
 )
 def test_mistakes_are_one_line(args, words):

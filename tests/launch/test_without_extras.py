@@ -1,4 +1,5 @@
-"""Every command where no optional package is installed: its help, and one clear line where it cannot do without."""
+"""Every command where no optional package is installed: its help, and one clear line where it
+cannot do without."""
 
 import importlib.metadata
 import re
@@ -8,7 +9,9 @@ import sys
 import pytest
 from train.tiny_run import ROOT, environment, run_forked
 
-COMMANDS = sorted(p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs"))
+COMMANDS = sorted(
+    p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs")
+)
 RLM = ["", "ask", "serve", "view", "replay", "eval", "tasks", "sandbox"]
 # A finder in front of all others, in a module that Python imports before anything else.
 SITE = """
@@ -85,9 +88,14 @@ def call(bare, *arguments):
         done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
         return done
     return subprocess.run(
-        [sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT, env=bare, timeout=600,
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=bare,
+        timeout=600,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
 
 
 def clear(done):
@@ -130,16 +138,35 @@ def test_rlm_serve_names_its_extra(runtime_only):
     [
         (["launch.serve", "runs/none"], "serve"),
         (["launch.lm_eval", "--model", "mor"], "lm-eval"),
-        (["launch.train", "--config", "configs/quickstart.py", "--workdir", "gs://bucket/run"], "gcs"),
-        (["launch.train", "--config", "configs/quickstart.py", "--workdir", "s3://bucket/run"], "s3"),
+        (
+            ["launch.train", "--config", "configs/quickstart.py", "--workdir", "gs://bucket/run"],
+            "gcs",
+        ),
+        (
+            ["launch.train", "--config", "configs/quickstart.py", "--workdir", "s3://bucket/run"],
+            "s3",
+        ),
         (["launch.evaluate", "--checkpoint", "s3://bucket/run"], "s3"),
         (["launch.report", "gs://bucket/run"], "gcs"),
-        (["launch.sweep", "configs/ablations/sharing.py:tiny", "--workdir", "gs://bucket/sweep"], "gcs"),
-        (["launch.train", "--config", "configs/quickstart.py", "--workdir", "/tmp/never", "--config.data.source=files",
-          "--config.data.paths=s3://bucket/*.jsonl"], "s3"),
+        (
+            ["launch.sweep", "configs/ablations/sharing.py:tiny", "--workdir", "gs://bucket/sweep"],
+            "gcs",
+        ),
+        (
+            [
+                "launch.train",
+                "--config",
+                "configs/quickstart.py",
+                "--workdir",
+                "/tmp/never",
+                "--config.data.source=files",
+                "--config.data.paths=s3://bucket/*.jsonl",
+            ],
+            "s3",
+        ),
     ],
     ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else value,
-)  # fmt: skip
+)
 def test_what_needs_an_extra_names_it(bare, arguments, extra):
     done = call(bare, *arguments)
     said = clear(done)

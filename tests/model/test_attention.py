@@ -15,7 +15,8 @@ module = sys.modules["mor_jax.nn.attention"]  # the package exports the function
 
 
 def example(length, kv_heads=2, groups=3, head_dim=8, seed=0):
-    """Packed rows of two documents and padding, a third of the keys hidden, as in a recursion step."""
+    """Packed rows of two documents and padding, a third of the keys hidden, as in a recursion
+    step."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     q = draw(2, kv_heads, groups, length, head_dim)
@@ -26,11 +27,20 @@ def example(length, kv_heads=2, groups=3, head_dim=8, seed=0):
     starts = np.where(np.arange(length) >= length // 3, length // 3, 0)
     pos = np.broadcast_to(np.arange(length) - starts, seg.shape).astype(np.int32)
     active = rng.random(seg.shape) > 0.33
-    return q, k, v, jnp.asarray(pos), jnp.asarray(seg), jnp.asarray(np.where(active, seg, -1)), active
+    return (
+        q,
+        k,
+        v,
+        jnp.asarray(pos),
+        jnp.asarray(seg),
+        jnp.asarray(np.where(active, seg, -1)),
+        active,
+    )
 
 
 def run(impl, q, k, v, pos, seg, kv_seg, active):
-    weight = jnp.asarray(active, jnp.float32)[:, None, None, :, None]  # outputs of halted tokens are never used
+    # outputs of halted tokens are never used
+    weight = jnp.asarray(active, jnp.float32)[:, None, None, :, None]
     out = lambda q, k, v: attention(q, k, v, pos, pos, seg, kv_seg, impl) * weight
     grads = jax.grad(lambda *a: jnp.sum(jnp.sin(out(*a))), argnums=(0, 1, 2))(q, k, v)
     return out(q, k, v), *grads
@@ -39,7 +49,9 @@ def run(impl, q, k, v, pos, seg, kv_seg, active):
 @pytest.mark.parametrize("length", [5, 128, 300])  # below, at and above the block size
 def test_blocked_equals_plain(length):
     args = example(length)
-    for got, want in zip(jax.jit(run, static_argnums=0)("blocked", *args), run("xla", *args), strict=True):
+    for got, want in zip(
+        jax.jit(run, static_argnums=0)("blocked", *args), run("xla", *args), strict=True
+    ):
         np.testing.assert_allclose(got, want, atol=2e-5)  # float32, another order of sums
 
 
@@ -49,10 +61,14 @@ def run_some(impl, at_K, q, k, v, pos, seg):
         out = attention(q[..., at_K, :], k, v, pos[:, at_K], pos, seg[:, at_K], seg, impl)
         return jnp.where((seg[:, at_K] > 0)[:, None, None, :, None], out, 0)
 
-    return some(q, k, v), *jax.grad(lambda *a: jnp.sum(jnp.sin(some(*a))), argnums=(0, 1, 2))(q, k, v)
+    return some(q, k, v), *jax.grad(lambda *a: jnp.sum(jnp.sin(some(*a))), argnums=(0, 1, 2))(
+        q, k, v
+    )
 
 
-@pytest.mark.parametrize("picked", [range(150, 300), range(150), range(0, 300, 2), [*range(75), *range(225, 300)]])
+@pytest.mark.parametrize(
+    "picked", [range(150, 300), range(150), range(0, 300, 2), [*range(75), *range(225, 300)]]
+)
 def test_blocked_equals_plain_for_some_queries_and_all_keys(picked):
     """Shared keys: the queries of tokens that go on, wherever in the row they lie."""
     args = jnp.asarray(list(picked)), *example(300)[:5]
@@ -61,7 +77,8 @@ def test_blocked_equals_plain_for_some_queries_and_all_keys(picked):
 
 
 def test_library_attention_is_called_with_the_right_layout_and_mask(monkeypatch):
-    """The cuDNN path, with the library's portable implementation in cuDNN's place: layouts, groups and mask."""
+    """The cuDNN path, with the library's portable implementation in cuDNN's place: layouts, groups
+    and mask."""
     portable = functools.partial(module._cudnn_attention, implementation="xla")
     monkeypatch.setitem(module._IMPLEMENTATIONS, "cudnn", portable)
     monkeypatch.setattr(module, "choose", lambda impl, *_: impl)  # on a CPU, in float32

@@ -1,6 +1,8 @@
-"""The network is what its formulas say: against a forward pass written by hand, in float64, for one document.
+"""The network is what its formulas say: against a forward pass written by hand, in float64, for one
+document.
 
-Each feature of the block is a case here and one of the model in `tests/inference/engine/test_block_features.py`.
+Each feature of the block is a case here and one of the model in
+`tests/inference/engine/test_block_features.py`.
 """
 
 import dataclasses
@@ -55,12 +57,18 @@ def frequencies(m):
             elif turns >= m.rope_high_freq_factor:
                 found.append(plain)
             else:
-                smooth = (turns - m.rope_low_freq_factor) / (m.rope_high_freq_factor - m.rope_low_freq_factor)
+                smooth = (turns - m.rope_low_freq_factor) / (
+                    m.rope_high_freq_factor - m.rope_low_freq_factor
+                )
                 found.append((1 - smooth) * scaled + smooth * plain)
         elif m.rope_scaling == "yarn":
-
-            def pair(turns):  # that makes so many turns: original / (2 pi theta^(i / pairs)) = turns, solved for i
-                return pairs * math.log(m.rope_original_context / (2 * math.pi * turns)) / math.log(m.rope_theta)
+            # that makes so many turns: original / (2 pi theta^(i / pairs)) = turns, solved for i
+            def pair(turns):
+                return (
+                    pairs
+                    * math.log(m.rope_original_context / (2 * math.pi * turns))
+                    / math.log(m.rope_theta)
+                )
 
             first, last = (
                 max(math.floor(pair(m.rope_beta_fast)), 0),
@@ -146,10 +154,14 @@ def test_logits_are_those_of_the_formulas(name):
 @pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("chunk", [0, 7])
 def test_the_loss_and_its_gradient_are_those_of_the_logits(name, chunk):
-    """The chunked loss, whose gradient is written by hand, against automatic differentiation through all logits."""
+    """The chunked loss, whose gradient is written by hand, against automatic differentiation
+    through all logits."""
     lm = model(name, loss_chunk=chunk)
     params = random_params(lm)
-    batch = {"tokens": jnp.asarray(tokens()[None], jnp.int32), "segment_ids": jnp.ones((1, T), jnp.int32)}
+    batch = {
+        "tokens": jnp.asarray(tokens()[None], jnp.int32),
+        "segment_ids": jnp.ones((1, T), jnp.int32),
+    }
     targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"])
 
     def plain(p):
@@ -160,8 +172,12 @@ def test_the_loss_and_its_gradient_are_those_of_the_logits(name, chunk):
     mine = jax.jit(jax.value_and_grad(lambda p: loss_fn(lm, p, batch, loss_scales(lm, batch))[0]))
     (loss, grads), (want, want_grads) = mine(params), jax.jit(jax.value_and_grad(plain))(params)
     np.testing.assert_allclose(loss, want, rtol=1e-5)
-    for (path, got), leaf in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want_grads), strict=True):
-        np.testing.assert_allclose(got, leaf, atol=2e-5 * np.abs(leaf).max() + 1e-8, err_msg=jax.tree_util.keystr(path))
+    for (path, got), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want_grads), strict=True
+    ):
+        np.testing.assert_allclose(
+            got, leaf, atol=2e-5 * np.abs(leaf).max() + 1e-8, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -173,7 +189,9 @@ def test_parameters_are_counted_and_placed(name):
     names = jax.tree.map(len, lm.logical_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert names == jax.tree.map(lambda leaf: leaf.ndim, made)
     mesh = make_mesh(Config().mesh, jax.devices()[:1])
-    assert jax.tree.structure(lm.rules.shardings(mesh, lm.logical_axes())) == jax.tree.structure(made)
+    assert jax.tree.structure(lm.rules.shardings(mesh, lm.logical_axes())) == jax.tree.structure(
+        made
+    )
 
 
 # ---------------------------------------------------------------- the soft cap
@@ -190,7 +208,8 @@ def test_capped_logits_keep_their_order_and_stay_within_the_cap():
     capped = network.finish(m, x)
     assert (jnp.diff(capped) > 0).all() and jnp.abs(capped).max() < m.logit_cap
     near = jnp.abs(x) < 0.1
-    np.testing.assert_allclose(capped[near], x[near], atol=1e-4)  # the cap's cubic term: 0.1^3 / (3 * 3^2)
+    # the cap's cubic term: 0.1^3 / (3 * 3^2)
+    np.testing.assert_allclose(capped[near], x[near], atol=1e-4)
 
 
 @pytest.mark.parametrize("cap", [-1.0, float("nan"), float("inf")])
@@ -221,7 +240,8 @@ def test_scaled_frequencies_of_published_shapes(fields):
     got, want = frequencies_of(**fields)
     np.testing.assert_allclose(got, want, rtol=2e-6)
     plain, _ = frequencies_of()
-    np.testing.assert_allclose(got[-1], plain[-1] / fields["rope_factor"], rtol=1e-6)  # the slowest is interpolated
+    # the slowest is interpolated
+    np.testing.assert_allclose(got[-1], plain[-1] / fields["rope_factor"], rtol=1e-6)
     if fields["rope_scaling"] != "linear":
         np.testing.assert_allclose(got[0], plain[0], rtol=1e-6)  # the fastest is kept
         assert (np.diff(got / plain) <= 1e-6).all() and len(np.unique(np.round(got / plain, 3))) > 3
@@ -231,14 +251,20 @@ def test_scaled_frequencies_of_published_shapes(fields):
     ("fields", "message"),
     [
         ({"rope_scaling": "yarm"}, "Did you mean 'yarn'"),
-        ({"rope_factor": 2.0}, "rope_factor = 2.0 means nothing under config.model.rope_scaling = 'none'"),
+        (
+            {"rope_factor": 2.0},
+            "rope_factor = 2.0 means nothing under config.model.rope_scaling = 'none'",
+        ),
         ({"rope_scaling": "linear", "rope_factor": 0.5}, "rope_factor must be 1 or more"),
         ({"rope_scaling": "llama3", "rope_factor": 2.0}, "rope_original_context must be positive"),
         (
             {"rope_scaling": "yarn", "rope_original_context": 64, "rope_beta_fast": 1.0},
             "rope_beta_slow = 1.0 must be below config.model.rope_beta_fast = 1.0",
         ),
-        ({"rope_scaling": "llama3", "rope_original_context": 64, "rope_beta_fast": 9.0}, "rope_beta_fast = 9.0 means"),
+        (
+            {"rope_scaling": "llama3", "rope_original_context": 64, "rope_beta_fast": 9.0},
+            "rope_beta_fast = 9.0 means",
+        ),
     ],
 )
 def test_a_scaling_that_is_none_is_refused(fields, message):

@@ -1,4 +1,5 @@
-"""What a position may depend on: nothing later, nothing in a neighbouring document. And the test that it bites."""
+"""What a position may depend on: nothing later, nothing in a neighbouring document. And the test
+that it bites."""
 
 import functools
 
@@ -22,19 +23,27 @@ def jitted(lm, params, tokens, seg, mode):
 
 
 def logits(lm, params, tokens, seg=None, mode="causal"):
-    return np.asarray(jitted(lm, params, tokens, jnp.ones_like(tokens) if seg is None else seg, mode))
+    return np.asarray(
+        jitted(lm, params, tokens, jnp.ones_like(tokens) if seg is None else seg, mode)
+    )
 
 
 def worst_change_before(lm, params, cut, seed, mode):
     """Largest change of logits before `cut` when all tokens from `cut` on are replaced."""
     a = jax.random.randint(jax.random.key(seed), (2, T), 0, 64)
-    b = jnp.concatenate([a[:, :cut], jax.random.randint(jax.random.key(seed + 1), (2, T - cut), 0, 64)], axis=1)
-    return np.abs(logits(lm, params, a, mode=mode) - logits(lm, params, b, mode=mode))[:, :cut].max()
+    b = jnp.concatenate(
+        [a[:, :cut], jax.random.randint(jax.random.key(seed + 1), (2, T - cut), 0, 64)], axis=1
+    )
+    return np.abs(logits(lm, params, a, mode=mode) - logits(lm, params, b, mode=mode))[
+        :, :cut
+    ].max()
 
 
 @settings(max_examples=12)
 @given(cut=st.integers(1, T - 1), seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"]
+)
 def test_future_tokens_cannot_change_the_past(kind, cut, seed):
     lm = small_lm(kind)
     params = spread_routers(init(lm))
@@ -50,10 +59,12 @@ def test_the_same_test_fails_in_topk_mode():
     assert max(changes) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "token", "token_every", "recursive_shared", "token_hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["vanilla", "recursive", "token", "token_every", "recursive_shared", "token_hybrid"]
+)
 def test_topk_mode_is_causal_where_no_token_competes(kind):
-    """Fixed depth, and token-choice, which trains by the rule it decodes with (up to the order of sums: another row
-    may take another profile of sizes)."""
+    """Fixed depth, and token-choice, which trains by the rule it decodes with (up to the order of
+    sums: another row may take another profile of sizes)."""
     lm = small_lm(kind)
     params = spread_routers(init(lm))
     worst = max(worst_change_before(lm, params, T // 2, seed, "topk") for seed in range(3))
@@ -62,7 +73,9 @@ def test_topk_mode_is_causal_where_no_token_competes(kind):
 
 @settings(max_examples=12)
 @given(first=st.integers(1, T - 2), seed=st.integers(0, 10_000))
-@pytest.mark.parametrize("kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"])
+@pytest.mark.parametrize(
+    "kind", ["vanilla", "recursive", "mor", "token", "mor_shared", "token_hybrid"]
+)
 def test_a_neighbour_document_changes_nothing(kind, first, seed):
     """A packed document's logits are those it has alone, whatever shares its row."""
     lm = small_lm(kind)
@@ -75,7 +88,10 @@ def test_a_neighbour_document_changes_nothing(kind, first, seed):
     assert np.abs(packed - logits(lm, params, other, seg))[:, first:].max() == 0
     # ... and up to the order of sums for no neighbour at all (padding behind it instead).
     alone = logits(
-        lm, params, jnp.pad(tokens[:, first:], ((0, 0), (0, first))), jnp.pad(seg[:, first:], ((0, 0), (0, first)))
+        lm,
+        params,
+        jnp.pad(tokens[:, first:], ((0, 0), (0, first))),
+        jnp.pad(seg[:, first:], ((0, 0), (0, first))),
     )
     alone = alone[:, : T - first]
     np.testing.assert_allclose(packed[:, first:], alone, atol=2e-5 * np.abs(alone).max())

@@ -1,6 +1,7 @@
 """The conformance list of the MoR spec (section 10), an entry a test, named after it.
 
-Most entries have tests of their own at length; each says where, and holds something of its own that is cheap.
+Most entries have tests of their own at length; each says where, and holds something of its own that
+is cheap.
 """
 
 import functools
@@ -61,7 +62,8 @@ def test_1_unique_parameters_of_360m_middle_cycle(recursions, millions):
 
 
 def test_1_tying_survives_every_transformation():
-    """Counted, and by gradient: tests/model/test_executors.py. Conversion, relaxation, placing: each block once."""
+    """Counted, and by gradient: tests/model/test_executors.py. Conversion, relaxation, placing:
+    each block once."""
     source = small_lm("vanilla", **SMALL, layers=6)
     for kind, model in (("mor", {}), ("token", {}), ("mor", {"norms": "own", "lora_rank": 2})):
         lm = small_lm(kind, **SMALL, layers=6, sharing="cycle", **model)
@@ -90,13 +92,15 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_2_flops_and_steps_of_the_released_configurations(name):
-    """Spec sections 6.3 and 6.4, through our configuration files, to 0.1 %. Table 9's tokens, and a brute-force count
-    of the true FLOPs: tests/analysis."""
+    """Spec sections 6.3 and 6.4, through our configuration files, to 0.1 %. Table 9's tokens, and a
+    brute-force count of the true FLOPs: tests/analysis."""
     module, arg, mflops, steps = RELEASED[name]
     cfg = from_config_dict(module.get_config(arg))
     assert accounting.training_steps(cfg) == pytest.approx(steps, rel=1e-3)
     if mflops:
-        assert accounting.paper_flops_per_token(cfg.model, cfg.depth) / 1e6 == pytest.approx(mflops, rel=1e-3)
+        assert accounting.paper_flops_per_token(cfg.model, cfg.depth) / 1e6 == pytest.approx(
+            mflops, rel=1e-3
+        )
 
 
 def test_3_token_choice_is_causal_and_blind_to_padding():
@@ -120,7 +124,10 @@ def test_4_expert_choice_is_causal_by_threshold_and_not_by_top_k():
     assert worst_change_of_the_past("mor", "causal") == 0
     assert worst_change_of_the_past("mor", "topk") > 1e-2
     lm, params = model("mor")
-    depth = {mode: forward(lm, params, tokens(), np.ones((2, T), np.int32), mode)[1] for mode in ("topk", "causal")}
+    depth = {
+        mode: forward(lm, params, tokens(), np.ones((2, T), np.int32), mode)[1]
+        for mode in ("topk", "causal")
+    }
     assert set(np.unique(depth["causal"])) == {0, 1, 2, 3}
     np.testing.assert_array_equal(np.sort(depth["topk"]), [[1] * 8 + [2] * 8 + [3] * 8] * 2)
 
@@ -130,12 +137,19 @@ def test_4_an_evaluation_reports_both_modes_and_how_they_differ():
     batch = {"tokens": jnp.asarray(tokens()), "segment_ids": jnp.ones((2, T), jnp.int32)}
     record = evaluate(lm, params, [batch], jnp.ones((64,)))
     logits, depth = forward(lm, params, tokens(), np.ones((2, T), np.int32), "topk")
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens()[:, 1:, None], axis=-1).mean()
-    assert record["topk/nll"] == pytest.approx(float(nll), rel=1e-4) and record["causal/nll"] != record["topk/nll"]
+    nll = -jnp.take_along_axis(
+        jax.nn.log_softmax(logits[:, :-1]), tokens()[:, 1:, None], axis=-1
+    ).mean()
+    assert (
+        record["topk/nll"] == pytest.approx(float(nll), rel=1e-4)
+        and record["causal/nll"] != record["topk/nll"]
+    )
     assert record["topk/mean_depth"] == pytest.approx(2) != record["causal/mean_depth"]
     assert record["dead_token_ratio"] == pytest.approx((np.asarray(depth).max(0) < 3).mean())
     by_router = [record[f"router/{r}/sampling_accuracy"] for r in (1, 2, 3)]
-    assert record["sampling_accuracy"] == pytest.approx(np.mean(by_router)) and all(0 < a < 1 for a in by_router)
+    assert record["sampling_accuracy"] == pytest.approx(np.mean(by_router)) and all(
+        0 < a < 1 for a in by_router
+    )
 
 
 @pytest.mark.parametrize("kind", ["mor", "mor_shared"])
@@ -149,7 +163,9 @@ def test_5_incremental_decoding_is_the_full_threshold_forward(kind):
     logits, cache, _ = jax.jit(prefill, static_argnums=(0, 4))(lm, params, row[:, :11], lengths, T)
     step = jax.jit(functools.partial(decode_step, lm))
     for i in range(T - 11):
-        np.testing.assert_allclose(logits, np.asarray(want)[np.arange(2), lengths - 1 + i], atol=1e-4)
+        np.testing.assert_allclose(
+            logits, np.asarray(want)[np.arange(2), lengths - 1 + i], atol=1e-4
+        )
         logits, cache, deep = step(params, cache, row[np.arange(2), lengths + i])
         np.testing.assert_array_equal(deep, np.asarray(depth)[np.arange(2), lengths + i])
     if kind == "mor":  # 7. a depth's entries are the tokens that ran it
@@ -159,9 +175,11 @@ def test_5_incremental_decoding_is_the_full_threshold_forward(kind):
 
 
 def test_6_full_capacity_and_an_identity_gate_is_the_recursive_transformer():
-    """With the whole network: tests/model/test_executors.py. Here over a core whose own residual the additive gate
-    brings back: H + (f(H) - H) = f(H)."""
-    shape = ModelConfig(layers=3, recursions=3, sharing="cycle", width=8, heads=2, kv_heads=1, vocab_size=8)
+    """With the whole network: tests/model/test_executors.py. Here over a core whose own residual
+    the additive gate brings back: H + (f(H) - H) = f(H)."""
+    shape = ModelConfig(
+        layers=3, recursions=3, sharing="cycle", width=8, heads=2, kv_heads=1, vocab_size=8
+    )
     full = DepthConfig("expert_choice", capacities=(1.0, 1.0, 1.0), gate="additive")
     w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
     f = lambda h: jnp.tanh(h @ w)
@@ -178,26 +196,40 @@ def test_6_full_capacity_and_an_identity_gate_is_the_recursive_transformer():
 
 @pytest.mark.parametrize("recursions", [2, 3, 4])
 def test_7_cache_ratios(recursions):
-    """Memory (R + 1) / 2R and 1 / R of the recursion blocks. Entries against selected counts: entry 5 above and
-    tests/inference/test_decode.py; what is read: tests/analysis/test_analysis_accounting.py."""
+    """Memory (R + 1) / 2R and 1 / R of the recursion blocks. Entries against selected counts: entry
+    5 above and tests/inference/test_decode.py; what is read:
+    tests/analysis/test_analysis_accounting.py."""
     model = ModelConfig(layers=12, recursions=recursions, sharing="cycle", vocab_size=64)
     size = lambda **depth: accounting.kv_bytes_per_token(model, DepthConfig(**depth))
-    assert size(policy="expert_choice") / size() == pytest.approx((recursions + 1) / (2 * recursions))
+    assert size(policy="expert_choice") / size() == pytest.approx(
+        (recursions + 1) / (2 * recursions)
+    )
     assert size(policy="expert_choice", kv="shared") / size() == pytest.approx(1 / recursions)
 
 
 def test_8_orderings_of_the_paper_stand_in_the_ablations():
-    """The tables our sweeps print beside their own results; `benchmarks/quality.py` says which of them ours bear out."""
+    """The tables our sweeps print beside their own results; `benchmarks/quality.py` says which of
+    them ours bear out."""
     full, _, schemes = sharing.PAPER["360m"]
     by_scheme = {scheme: nll[1] for scheme, nll in schemes.items()}  # N_r = 3
-    assert sorted(by_scheme, key=by_scheme.get) == ["middle_cycle", "cycle", "middle_sequence", "sequence"]
+    assert sorted(by_scheme, key=by_scheme.get) == [
+        "middle_cycle",
+        "cycle",
+        "middle_sequence",
+        "sequence",
+    ]
     assert full < by_scheme["middle_cycle"]
     linear, tanh = (
-        routers.PAPER[(0.001, score, 0.1, kind, False)] for score, kind in (("sigmoid", "linear"), ("tanh", "mlp"))
+        routers.PAPER[(0.001, score, 0.1, kind, False)]
+        for score, kind in (("sigmoid", "linear"), ("tanh", "mlp"))
     )
     drawn = random_routing.PAPER[("random", "constant")]
     assert linear == random_routing.PAPER[("expert_choice", "multiplicative")] < drawn < tanh
     at = kv.PAPER
     assert at["expert_choice", "recursion_wise"] < at["token_choice", "recursion_wise"]
-    assert at["expert_choice", "shared"] - at["expert_choice", "recursion_wise"] == pytest.approx(0.02, abs=0.005)
-    assert at["token_choice", "recursion_wise"] - at["token_choice", "shared"] == pytest.approx(0.02, abs=0.005)
+    assert at["expert_choice", "shared"] - at["expert_choice", "recursion_wise"] == pytest.approx(
+        0.02, abs=0.005
+    )
+    assert at["token_choice", "recursion_wise"] - at["token_choice", "shared"] == pytest.approx(
+        0.02, abs=0.005
+    )

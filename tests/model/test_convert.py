@@ -1,4 +1,5 @@
-"""A recursive model from an unshared one: index tables written by hand, and what must hold whatever the table."""
+"""A recursive model from an unshared one: index tables written by hand, and what must hold whatever
+the table."""
 
 import dataclasses
 
@@ -59,22 +60,33 @@ def test_tables_by_hand(scheme, method):
 
 def test_a_random_draw_is_in_order_without_repetition_and_a_function_of_the_seed():
     to = target("middle_cycle", 11, 3)
-    draws = {seed: plain(source_table(ModelConfig(layers=20), to, "random", seed=seed)) for seed in range(8)}
+    draws = {
+        seed: plain(source_table(ModelConfig(layers=20), to, "random", seed=seed))
+        for seed in range(8)
+    }
     for first, core, last in draws.values():
         picked = [i for [i] in core]
         assert first == [[0]] and last == [[19]]
-        assert picked == sorted(set(picked)) and len(picked) == 3 and picked[0] >= 1 and picked[-1] <= 18
+        assert (
+            picked == sorted(set(picked))
+            and len(picked) == 3
+            and picked[0] >= 1
+            and picked[-1] <= 18
+        )
     assert plain(source_table(ModelConfig(layers=20), to, "random", seed=3)) == draws[3]
     assert len({str(d) for d in draws.values()}) > 1
 
 
 def test_a_source_of_another_length_is_cut_the_same_way():
-    """The paper's 135M has 30 layers, its recursive twin 32: 28 inner layers for 10 shared blocks."""
+    """The paper's 135M has 30 layers, its recursive twin 32: 28 inner layers for 10 shared
+    blocks."""
     to = target("middle_sequence", 32, 3)
     _, core, last = plain(source_table(ModelConfig(layers=30), to, "average"))
     assert [i for pick in core for i in pick] == list(range(1, 29)) and last == [[29]]
     assert {len(pick) for pick in core} == {2, 3}
-    _, core, _ = plain(source_table(ModelConfig(layers=30), target("middle_cycle", 32, 3), "average"))
+    _, core, _ = plain(
+        source_table(ModelConfig(layers=30), target("middle_cycle", 32, 3), "average")
+    )
     assert core[0] == [1, 11, 21] and core[9] == [10, 20]
     assert plain(source_table(ModelConfig(layers=30), to, "stepwise"))[1][0::9] == [[1], [28]]
     ends = target("cycle", 9, 3, prelude=2, coda=1)
@@ -100,12 +112,15 @@ def test_unshared_to_itself_is_exact(method):
     params = random_params(lm)
     made = convert(params, lm.model, lm.model, method)
     assert jax.tree.structure(made | {"router": params["router"]}) == jax.tree.structure(params)
-    for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(made | {"router": params["router"]}), strict=True):
+    for old, new in zip(
+        jax.tree.leaves(params), jax.tree.leaves(made | {"router": params["router"]}), strict=True
+    ):
         assert old is new
 
 
 def test_blocks_move_from_the_core_to_the_ends_of_the_same_function():
-    """Unshared in other clothes (its first and last layer called prelude and coda): another tree, the same logits."""
+    """Unshared in other clothes (its first and last layer called prelude and coda): another tree,
+    the same logits."""
     lm = small_lm("vanilla")
     params = random_params(lm)
     to = dataclasses.replace(lm, model=dataclasses.replace(lm.model, sharing="middle_cycle"))
@@ -122,14 +137,26 @@ def test_values_are_those_of_the_table_and_fit_the_model(scheme):
     lm = small_lm("vanilla", layers=8)
     params = random_params(lm)
     depth = DepthConfig() if "sequence" in scheme[0] else DepthConfig(policy="expert_choice")
-    to = LM(dataclasses.replace(lm.model, sharing=scheme[0], layers=scheme[1], recursions=scheme[2]), depth)
+    to = LM(
+        dataclasses.replace(lm.model, sharing=scheme[0], layers=scheme[1], recursions=scheme[2]),
+        depth,
+    )
     expected = jax.eval_shape(to.init, jax.random.key(0))
     for method, (_, core, _) in TABLES[scheme].items():
         made = convert(params, lm.model, to.model, method)
-        jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), made, {k: expected[k] for k in made})
+        jax.tree.map(
+            lambda a, b: np.testing.assert_equal(a.shape, b.shape),
+            made,
+            {k: expected[k] for k in made},
+        )
         for i, pick in enumerate(core):
-            mean = np.mean([np.asarray(params["core"][str(j)]["mlp"]["down"], np.float64) for j in pick], axis=0)
-            np.testing.assert_allclose(made["core"][str(i)]["mlp"]["down"], mean, rtol=1e-5, atol=1e-7)
+            mean = np.mean(
+                [np.asarray(params["core"][str(j)]["mlp"]["down"], np.float64) for j in pick],
+                axis=0,
+            )
+            np.testing.assert_allclose(
+                made["core"][str(i)]["mlp"]["down"], mean, rtol=1e-5, atol=1e-7
+            )
         assert made["embed"] is params["embed"] and made["norm"] is params["norm"]
 
 
@@ -144,7 +171,9 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ConfigError, match=r"width 256 there, 128 here.*head_dim 64 there, 32 here"):
         convert({}, SOURCE, target("cycle", 8, 2, width=128), "lower")
     with pytest.raises(ConfigError, match="vocab_size 64 there, 128 here"):
-        convert({}, ModelConfig(layers=8, vocab_size=64), target("cycle", 8, 2, vocab_size=128), "lower")
+        convert(
+            {}, ModelConfig(layers=8, vocab_size=64), target("cycle", 8, 2, vocab_size=128), "lower"
+        )
     with pytest.raises(ConfigError, match="rope_theta"):
         convert({}, SOURCE, target("cycle", 8, 2, rope_theta=5e5), "lower")
 
@@ -154,11 +183,15 @@ def test_a_recursive_source_unrolls_or_keeps_its_core():
     lm = small_lm("recursive", layers=6, recursions=2, sharing="middle_cycle")
     params, tokens = random_params(lm), jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     assert default_method(lm.model) == "keep" and default_method(SOURCE) == "stepwise"
-    more = LM(dataclasses.replace(lm.model, layers=8, recursions=3), DepthConfig(policy="expert_choice"))
+    more = LM(
+        dataclasses.replace(lm.model, layers=8, recursions=3), DepthConfig(policy="expert_choice")
+    )
     made = convert(params, lm.model, more.model, "keep")
     expected = jax.eval_shape(more.init, jax.random.key(0))
     assert jax.tree.structure(made) == jax.tree.structure({name: expected[name] for name in made})
-    assert all(made["core"][i]["mlp"]["down"] is params["core"][i]["mlp"]["down"] for i in ("0", "1"))
+    assert all(
+        made["core"][i]["mlp"]["down"] is params["core"][i]["mlp"]["down"] for i in ("0", "1")
+    )
     plain_lm = LM(dataclasses.replace(lm.model, recursions=1, sharing="none"))
     flat = convert(params, lm.model, plain_lm.model, "stepwise") | {"router": {}}
     np.testing.assert_allclose(plain_lm.apply(flat, tokens), lm.apply(params, tokens), atol=1e-5)
@@ -172,7 +205,9 @@ def test_what_recursions_have_of_their_own_is_kept_or_refused():
     more = LM(dataclasses.replace(lm.model, layers=8, recursions=4), lm.depth)
     own = convert(params, lm.model, more.model, "keep")["core"]["1"]["own"]["norm_1"]["scale"]
     assert own.shape == (4, 32)
-    np.testing.assert_array_equal(own[2:], np.stack([params["core"]["1"]["own"]["norm_1"]["scale"][1]] * 2))
+    np.testing.assert_array_equal(
+        own[2:], np.stack([params["core"]["1"]["own"]["norm_1"]["scale"][1]] * 2)
+    )
     for to, method in ((dataclasses.replace(lm.model, lora_rank=0), "keep"), (lm.model, "average")):
         with pytest.raises(ConfigError, match=r"of their own.*only method 'keep'"):
             convert(params, lm.model, to, method)

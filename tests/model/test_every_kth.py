@@ -15,16 +15,26 @@ MODEL = ModelConfig(layers=6, recursions=3, sharing="cycle", context=40)
 def depths(depth, seg):
     policy, pos = depth.build(MODEL), positions_in_document(jnp.asarray(seg))
     h_BxTxD = jnp.zeros((*pos.shape, 1))
-    return np.asarray(policy.begin({}, h_BxTxD, TokenInfo(jnp.asarray(seg) > 0, pos)).tokens.depth_BxT)
+    return np.asarray(
+        policy.begin({}, h_BxTxD, TokenInfo(jnp.asarray(seg) > 0, pos)).tokens.depth_BxT
+    )
 
 
 def test_which_tokens():
     seg = np.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0]])
-    assert depths(DepthConfig("every_kth", every=3), seg).tolist() == [[1, 1, 3, 1, 1, 1, 1, 3, 1, 1, 3, 0]]
-    assert depths(DepthConfig("every_kth", every=4, shallow=2), seg).tolist() == [[2, 2, 2, 3, 2, 2, 2, 2, 3, 2, 2, 0]]
+    assert depths(DepthConfig("every_kth", every=3), seg).tolist() == [
+        [1, 1, 3, 1, 1, 1, 1, 3, 1, 1, 3, 0]
+    ]
+    assert depths(DepthConfig("every_kth", every=4, shallow=2), seg).tolist() == [
+        [2, 2, 2, 3, 2, 2, 2, 2, 3, 2, 2, 0]
+    ]
 
 
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.integers(1, 7), st.sampled_from([1, 4]))
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    st.integers(1, 7),
+    st.sampled_from([1, 4]),
+)
 def test_row_sizes_hold_every_packing(lengths, every, tile):
     seg = np.repeat(1 + np.arange(len(lengths)), lengths)[None, :40]
     depth = DepthConfig("every_kth", every=every, tile=tile)

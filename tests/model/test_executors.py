@@ -1,4 +1,5 @@
-"""The gathered executor equals the masked one: values, gradients, router losses, over random configurations."""
+"""The gathered executor equals the masked one: values, gradients, router losses, over random
+configurations."""
 
 import functools
 import itertools
@@ -28,12 +29,20 @@ def configurations(draw, recursions=None, policy="expert_choice", kv=None):
     sharing = draw(st.sampled_from(["cycle", "middle_cycle"]))
     shares = draw(st.lists(st.floats(0.05, 1.0), min_size=recursions, max_size=recursions))
     model = ModelConfig(
-        layers=core * recursions + (2 if sharing == "middle_cycle" else 0), recursions=recursions, sharing=sharing,
-        width=24, heads=heads, kv_heads=kv_heads, head_dim=4, mlp_width=32, vocab_size=40, init_std=0.3,
+        layers=core * recursions + (2 if sharing == "middle_cycle" else 0),
+        recursions=recursions,
+        sharing=sharing,
+        width=24,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=4,
+        mlp_width=32,
+        vocab_size=40,
+        init_std=0.3,
         attention=draw(st.sampled_from(["xla", "blocked"])),
         remat=draw(st.sampled_from(["none", "block"])),
         loss_chunk=draw(st.sampled_from([0, 7])),
-    )  # fmt: skip
+    )
     common = dict(
         kv=kv,
         z_loss_weight=draw(st.sampled_from([0.0, 0.01])),
@@ -41,17 +50,29 @@ def configurations(draw, recursions=None, policy="expert_choice", kv=None):
         temperature=draw(st.sampled_from([1.0, 2.0])),
     )
     if policy == "token_choice":
-        score, gate = draw(st.sampled_from([("softmax", "exit"), ("sigmoid", "every"), ("softmax", "every")]))
+        score, gate = draw(
+            st.sampled_from([("softmax", "exit"), ("sigmoid", "every"), ("softmax", "every")])
+        )
         bias_rate = draw(st.sampled_from([0.0, 0.001]))
         # Two sizes: each is a program to compile. The extremes below have four.
-        return LM(model, DepthConfig(policy, score=score, gate=gate, bias_rate=bias_rate, buckets=2, **common))
+        return LM(
+            model,
+            DepthConfig(policy, score=score, gate=gate, bias_rate=bias_rate, buckets=2, **common),
+        )
     score, gate = draw(
-        st.sampled_from([("sigmoid", "multiplicative"), ("tanh", "additive"), ("none", "multiplicative")])
+        st.sampled_from(
+            [("sigmoid", "multiplicative"), ("tanh", "additive"), ("none", "multiplicative")]
+        )
     )
     capacities = tuple(sorted(shares, reverse=True))
     if kv != "recursion_wise":
         capacities = (1.0, *capacities[1:])
-    return LM(model, DepthConfig(policy, capacities=capacities, score=score, gate=gate, aux_loss_weight=0.1, **common))
+    return LM(
+        model,
+        DepthConfig(
+            policy, capacities=capacities, score=score, gate=gate, aux_loss_weight=0.1, **common
+        ),
+    )
 
 
 @st.composite
@@ -84,8 +105,8 @@ def close(a, b, what):
 @settings(max_examples=1)
 @given(data=st.data(), seed=st.integers(0, 1000))
 def test_gathered_equals_masked(policy, recursions, kv, data, seed):
-    # Each example is two programs to compile. The first one drawn is the simplest, alike for all of these parameters;
-    # tests/model/test_policies.py has such a one of every policy and strategy.
+    # Each example is two programs to compile. The first one drawn is the simplest, alike for all of
+    # these parameters; tests/model/test_policies.py has such a one of every policy and strategy.
     assume(seed > 0)
     lm, batch = data.draw(configurations(recursions, policy, kv)), data.draw(packed_rows())
     params = random_params(lm, seed)
@@ -95,7 +116,9 @@ def test_gathered_equals_masked(policy, recursions, kv, data, seed):
         this = LM(lm.model, DepthConfig(**{**lm.depth.__dict__, "executor": executor}))
 
         def everything(params):
-            (loss, aux), grads = jax.value_and_grad(lambda p: loss_fn(this, p, batch, scales), has_aux=True)(params)
+            (loss, aux), grads = jax.value_and_grad(
+                lambda p: loss_fn(this, p, batch, scales), has_aux=True
+            )(params)
             return loss, aux, grads, this.forward(params, batch["tokens"], batch["segment_ids"])
 
         return jax.jit(everything)(params)
@@ -110,13 +133,16 @@ def test_gathered_equals_masked(policy, recursions, kv, data, seed):
     assert float(jnp.max(jnp.abs(above[0] - above[1]))) <= 2
     for name in set(aux_m["router"]._fields) - {"above"}:
         close(getattr(aux_m["router"], name), getattr(aux_g["router"], name), name)
-    jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g
+    )
 
 
 @settings(max_examples=4)
 @given(lm=configurations(), batch=packed_rows())
 def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
-    """Hierarchical: a step's tokens ran the step before; counts are min(k_r, real tokens); padding never runs."""
+    """Hierarchical: a step's tokens ran the step before; counts are min(k_r, real tokens); padding
+    never runs."""
     out = jax.jit(lambda p: lm.forward(p, batch["tokens"], batch["segment_ids"]))(random_params(lm))
     active = np.asarray(out.active_RxBxT)
     real = np.asarray(batch["segment_ids"]) > 0
@@ -133,13 +159,23 @@ def test_every_step_selects_its_capacity_of_real_tokens(lm, batch):
 
 
 def forced(depths, kv="", model_seed=3):
-    """A token-choice model and a batch whose tokens choose these depths: each token's embedding spells its depth."""
+    """A token-choice model and a batch whose tokens choose these depths: each token's embedding
+    spells its depth."""
     depths = jnp.asarray(depths, jnp.int32)
     recursions = 3
     model = ModelConfig(
-        layers=6, recursions=recursions, sharing="cycle", width=24, heads=4, kv_heads=2, head_dim=4, mlp_width=32,
-        vocab_size=40, init_std=0.3, loss_chunk=7,
-    )  # fmt: skip
+        layers=6,
+        recursions=recursions,
+        sharing="cycle",
+        width=24,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        mlp_width=32,
+        vocab_size=40,
+        init_std=0.3,
+        loss_chunk=7,
+    )
     lm = LM(model, DepthConfig("token_choice", buckets=4, kv=kv))
     params = random_params(lm, model_seed)
     # Token ids below R decide: id i is drawn to output i of the router.
@@ -148,7 +184,10 @@ def forced(depths, kv="", model_seed=3):
     table = np.array(params["embed"]["table"])
     table[:, :recursions] = 0
     table[:recursions, :recursions] = np.eye(recursions)
-    params = params | {"router": {"choice": {"kernel": jnp.asarray(kernel)}}, "embed": {"table": jnp.asarray(table)}}
+    params = params | {
+        "router": {"choice": {"kernel": jnp.asarray(kernel)}},
+        "embed": {"table": jnp.asarray(table)},
+    }
     batch = {"tokens": jnp.maximum(depths - 1, 0), "segment_ids": (depths > 0).astype(jnp.int32)}
     return lm, params, batch
 
@@ -166,13 +205,16 @@ EXTREMES = {
 
 @functools.partial(jax.jit, static_argnums=0)  # one program for all routings
 def in_and_outside_of_a_step(lm, params, batch):
-    return gradients(lm, params, batch, 1), lm.forward(params, batch["tokens"], batch["segment_ids"])
+    return gradients(lm, params, batch, 1), lm.forward(
+        params, batch["tokens"], batch["segment_ids"]
+    )
 
 
 @pytest.mark.parametrize("kv", ROUTED_KV)
 @pytest.mark.parametrize("name", EXTREMES)
 def test_token_choice_at_its_extremes(name, kv):
-    """Whatever the routing, no token is dropped: gathered = masked, inside a training step and outside of one."""
+    """Whatever the routing, no token is dropped: gathered = masked, inside a training step and
+    outside of one."""
     lm, params, batch = forced(EXTREMES[name], kv)
     masked = LM(lm.model, DepthConfig("token_choice", executor="masked", kv=kv))
     (grads_g, aux_g), out_g = in_and_outside_of_a_step(lm, params, batch)
@@ -181,14 +223,21 @@ def test_token_choice_at_its_extremes(name, kv):
     np.testing.assert_array_equal(out_m.depth_BxT, EXTREMES[name])
     close(out_m.h_BxTxD, out_g.h_BxTxD, "states")
     close(aux_m["loss"], aux_g["loss"], "loss")
-    jax.tree_util.tree_map_with_path(lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g)
+    jax.tree_util.tree_map_with_path(
+        lambda path, a, b: close(a, b, jax.tree_util.keystr(path)), grads_m, grads_g
+    )
 
 
 def test_a_step_takes_the_smallest_profile_that_holds_its_tokens():
     lm, params, batch = forced(EXTREMES["all shallow"])
     profiles = lm.policy.profiles(ROW)
     assert profiles[-1] == (ROW, ROW, ROW) and profiles == tuple(sorted(profiles))
-    for name, want in {"all shallow": 0, "all deep": 3, "one token deep": 0, "shallow and deep in turn": 2}.items():
+    for name, want in {
+        "all shallow": 0,
+        "all deep": 3,
+        "one token deep": 0,
+        "shallow and deep in turn": 2,
+    }.items():
         _, params, batch = forced(EXTREMES[name])
         entered = jax.jit(lm.enter)(params, batch["tokens"], batch["segment_ids"])
         index, depth = jax.jit(lm.route)(params, entered, batch["tokens"], batch["segment_ids"])
@@ -199,11 +248,19 @@ def test_a_step_takes_the_smallest_profile_that_holds_its_tokens():
 
 
 def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transformer(monkeypatch):
-    """mor spec, section 10, item 6: routing everything with the gate replaced by the identity changes nothing."""
+    """mor spec, section 10, item 6: routing everything with the gate replaced by the identity
+    changes nothing."""
     from mor_jax.model.depth.expert_choice import ExpertChoice
 
     shape = dict(
-        layers=8, recursions=3, sharing="middle_cycle", width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=64
+        layers=8,
+        recursions=3,
+        sharing="middle_cycle",
+        width=32,
+        heads=4,
+        kv_heads=2,
+        mlp_width=48,
+        vocab_size=64,
     )
     model = ModelConfig(**shape, init_std=0.2)
     mor = LM(model, DepthConfig(policy="expert_choice", capacities=(1.0, 1.0, 1.0)))
@@ -218,9 +275,17 @@ def test_full_capacity_with_an_additive_identity_gate_is_the_recursive_transform
 
 
 def test_the_core_exists_once_and_runs_r_times():
-    """Tying by counting: R recursions of K blocks hold K blocks of parameters, and all of them get gradient."""
+    """Tying by counting: R recursions of K blocks hold K blocks of parameters, and all of them get
+    gradient."""
     model = ModelConfig(
-        layers=8, recursions=3, sharing="middle_cycle", width=32, heads=4, kv_heads=2, mlp_width=48, vocab_size=64
+        layers=8,
+        recursions=3,
+        sharing="middle_cycle",
+        width=32,
+        heads=4,
+        kv_heads=2,
+        mlp_width=48,
+        vocab_size=64,
     )
     lm = LM(model, DepthConfig(policy="expert_choice"))
     params = random_params(lm)

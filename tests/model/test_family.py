@@ -21,7 +21,13 @@ from mor_jax.train.state import TrainState
 from mor_jax.train.step import make_train_step
 
 PRESETS = sorted(m.name for m in pkgutil.iter_modules(configs.family.__path__) if m.name != "base")
-ARGUMENTS = {"huginn": "r=2,k=1", "parcae": "r=2,k=1", "etd": "k=2", "rins:stochastic": "stochastic"}  # small programs
+# small programs
+ARGUMENTS = {
+    "huginn": "r=2,k=1",
+    "parcae": "r=2,k=1",
+    "etd": "k=2",
+    "rins:stochastic": "stochastic",
+}
 T = 12
 
 
@@ -30,7 +36,15 @@ def test_a_preset_trains_and_decodes(name):
     preset = importlib.import_module(f"configs.family.{name.split(':')[0]}")
     from_config_dict(preset.get_config())  # as it comes
     cfg = from_config_dict(preset.get_config(ARGUMENTS.get(name, "r=2")))
-    small = {"width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "vocab_size": 64, "context": T, "init_std": 0.2}
+    small = {
+        "width": 16,
+        "heads": 2,
+        "kv_heads": 1,
+        "mlp_width": 24,
+        "vocab_size": 64,
+        "context": T,
+        "init_std": 0.2,
+    }
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **small))
     lm, tx = LM.from_config(cfg), optimizer_of(cfg, 20)
     params = random_params(lm)
@@ -44,8 +58,10 @@ def test_a_preset_trains_and_decodes(name):
     for _ in range(2):
         state, metrics = step(state, batch)
         assert np.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0
-    assert all(float(jnp.abs(a - b).max()) > 0 for a, b in zip(
-        jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True))  # fmt: skip
+    assert all(
+        float(jnp.abs(a - b).max()) > 0
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True)
+    )
 
     params = state.params
     lengths = jnp.asarray([4, 4])

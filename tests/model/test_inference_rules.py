@@ -1,4 +1,5 @@
-"""Expert-choice without the future: the auxiliary router and the calibrated thresholds, beside the fixed threshold."""
+"""Expert-choice without the future: the auxiliary router and the calibrated thresholds, beside the
+fixed threshold."""
 
 import dataclasses
 import functools
@@ -17,12 +18,22 @@ from mor_jax.model.depth import survey
 from mor_jax.train.schedule import optimizer_of
 
 T, R = 32, 3
-SHAPE = {"layers": 3, "sharing": "cycle", "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": T}
+SHAPE = {
+    "layers": 3,
+    "sharing": "cycle",
+    "width": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "mlp_width": 24,
+    "context": T,
+}
 
 
 def model(inference: str, **depth):
     lm = small_lm("mor", **SHAPE)
-    return dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, inference=inference, **depth))
+    return dataclasses.replace(
+        lm, depth=dataclasses.replace(lm.depth, inference=inference, **depth)
+    )
 
 
 @functools.cache
@@ -33,7 +44,8 @@ def rows(seed=0, batch=8):
 
 @functools.cache
 def taught():
-    """A few updates of the routers on fixed states: (policy, first routers, last, losses, overlaps)."""
+    """A few updates of the routers on fixed states: (policy, first routers, last, losses,
+    overlaps)."""
     lm = model("auxiliary")
     policy, h_BxTxD = lm.policy, jax.random.normal(jax.random.key(5), (8, T, 16))
     real = jnp.ones((8, T), bool)
@@ -72,22 +84,28 @@ def test_the_auxiliary_router_learns_the_choice_of_the_other():
 
 
 def test_the_auxiliary_loss_teaches_the_auxiliary_router_alone():
-    """No gradient of it reaches the router that chooses; nor, the state being detached, the model."""
+    """No gradient of it reaches the router that chooses; nor, the state being detached, the
+    model."""
     lm, *_, seen = taught()
     grads = seen[0][2]["router"]
-    assert not np.any(grads["kernel"]) and np.abs(np.asarray(grads["auxiliary"]["kernel"])).max() > 0
+    assert (
+        not np.any(grads["kernel"]) and np.abs(np.asarray(grads["auxiliary"]["kernel"])).max() > 0
+    )
     h_BxTxD, real = jax.random.normal(jax.random.key(1), (2, 8, 16)), jnp.ones((2, 8), bool)
     step = jax.tree.map(lambda leaf: leaf[1], lm.policy.steps(random_params(lm)["router"]))
 
     def aux(h):
         scores = lm.policy.score(step, h)
-        return lm.policy.step_stats(step, scores, real, lm.policy.select(step, scores, real, (), 3), ()).aux
+        return lm.policy.step_stats(
+            step, scores, real, lm.policy.select(step, scores, real, (), 3), ()
+        ).aux
 
     assert not np.any(jax.grad(aux)(h_BxTxD))
 
 
 def test_its_learning_rate_is_its_own():
-    """Adam's first step is the learning rate, in each direction: ten times as far for the auxiliary router."""
+    """Adam's first step is the learning rate, in each direction: ten times as far for the auxiliary
+    router."""
     lm, tx, first, *_ = taught()
     ones = jax.tree.map(jnp.ones_like, first)
     updates, _ = jax.jit(tx.update)(ones, tx.init(first), jax.tree.map(jnp.zeros_like, first))
@@ -98,7 +116,9 @@ def test_its_learning_rate_is_its_own():
 def test_only_the_auxiliary_router_decides_at_inference():
     lm, _, _, after, _ = taught()
     params = random_params(lm)
-    run = jax.jit(lambda router: lm.forward(params | router, rows()["tokens"], mode="causal").depth_BxT)
+    run = jax.jit(
+        lambda router: lm.forward(params | router, rows()["tokens"], mode="causal").depth_BxT
+    )
     level = after["router"] | {"auxiliary": {"kernel": jnp.zeros_like(after["router"]["kernel"])}}
     assert (run({"router": level}) == R).all()  # sigmoid(0) reaches the threshold of 0.5
     assert (run(after) < R).any()
@@ -109,7 +129,9 @@ def test_unique_parameters_and_flops_of_a_second_router():
     count = lambda lm: accounting.parameters(lm.model, lm.depth).router
     assert count(lm) == 2 * count(plain) == 2 * R * 16
     made = jax.eval_shape(lm.init, jax.random.key(0))["router"]
-    assert sum(x.size for name, part in made.items() if name != "survey" for x in jax.tree.leaves(part)) == count(lm)
+    assert sum(
+        x.size for name, part in made.items() if name != "survey" for x in jax.tree.leaves(part)
+    ) == count(lm)
     flops = lambda lm: accounting.true_flops_per_token(lm.model, lm.depth).router
     assert flops(lm) == 2 * flops(plain)
     assert jax.tree.structure(
@@ -124,8 +146,8 @@ def depths(lm, params):
 
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 3.0])
 def test_calibrated_thresholds_keep_the_shares_of_training_wherever_the_scores_lie(shift):
-    """A router whose scores are all on one side of the fixed threshold still keeps of each step's candidates what
-    training kept."""
+    """A router whose scores are all on one side of the fixed threshold still keeps of each step's
+    candidates what training kept."""
     lm = model("calibrated")
     params = spread_routers(random_params(lm))
     # A direction that all states share, so that every score moves by about `shift`.

@@ -1,4 +1,5 @@
-"""Whose keys a recursion step looks at, written down a second time; and that shared keys are made once."""
+"""Whose keys a recursion step looks at, written down a second time; and that shared keys are made
+once."""
 
 import dataclasses
 
@@ -35,8 +36,8 @@ class ByPosition(Fixed):
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("kv", ["recursion_wise", "shared", "hybrid", "hybrid_first"])
 def test_versions_of_the_keys_a_step_sees(kv, gathered):
-    """A core that counts: a token's key at step r is r. Each step must then see, of token s, the version that the
-    strategy says, and nothing of a token it says is hidden."""
+    """A core that counts: a token's key at step r is r. Each step must then see, of token s, the
+    version that the strategy says, and nothing of a token it says is hidden."""
     depths = (1, 3, 2, 3, 1, 2, 3, 1, 1, 2, 2, 3)
     seen = []
 
@@ -51,7 +52,11 @@ def test_versions_of_the_keys_a_step_sees(kv, gathered):
             keys = out[0][0]
             np.testing.assert_array_equal(out[0][0], -out[0][1])
         where = np.asarray(pos if past is None else past.pos_BxT)[0]
-        visible = {int(p): int(k) for p, k, s in zip(where, keys[0, 0, :, 0], kv_seg[0], strict=True) if s != HIDDEN}
+        visible = {
+            int(p): int(k)
+            for p, k, s in zip(where, keys[0, 0, :, 0], kv_seg[0], strict=True)
+            if s != HIDDEN
+        }
         seen.append({p: visible[p] for p in sorted(visible)})
         return h + 1, out
 
@@ -71,7 +76,8 @@ def test_versions_of_the_keys_a_step_sees(kv, gathered):
 
 
 def test_shared_keys_are_those_of_the_first_recursion():
-    """A plain loop that projects everything and then looks at the first recursion's keys all the same."""
+    """A plain loop that projects everything and then looks at the first recursion's keys all the
+    same."""
     lm = small_lm("recursive_shared")
     params = random_params(lm)
     tokens = jax.random.randint(jax.random.key(1), (2, 20), 0, 64)
@@ -89,7 +95,9 @@ def test_shared_keys_are_those_of_the_first_recursion():
 
         x, _ = lm.blocks(params["prelude"], lm.embed(params, tokens), rope, attend)
         for _ in range(lm.program.recursions):
-            x, _ = lm.blocks(params["core"], x, rope, [attend_first(i) for i in range(lm.program.core)])
+            x, _ = lm.blocks(
+                params["core"], x, rope, [attend_first(i) for i in range(lm.program.core)]
+            )
         x, _ = lm.blocks(params["coda"], x, rope, attend)
         return lm.logits(params, lm.final_norm(params, x))
 
@@ -98,11 +106,13 @@ def test_shared_keys_are_those_of_the_first_recursion():
         got = jax.jit(lambda p, e=executor: lm.apply(p, tokens, executor=e))(params)
         np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
     full = LM(lm.model, dataclasses.replace(lm.depth, kv="full"))
-    assert float(jnp.abs(jax.jit(full.apply)(params, tokens) - want).max()) > 1e-2  # and that is another function
+    # and that is another function
+    assert float(jnp.abs(jax.jit(full.apply)(params, tokens) - want).max()) > 1e-2
 
 
 def matrix_products(jaxpr) -> float:
-    """FLOPs of the products without batch dimensions: those with weights, not those of attention."""
+    """FLOPs of the products without batch dimensions: those with weights, not those of
+    attention."""
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
@@ -110,18 +120,24 @@ def matrix_products(jaxpr) -> float:
             inner = np.prod([eqn.invars[0].aval.shape[i] for i in contract])
             total += 2 * inner * np.prod(eqn.outvars[0].aval.shape)
         assert eqn.primitive.name != "scan", "a body counted once"
-        total += sum(matrix_products(inner.jaxpr) for inner in eqn.params.values() if hasattr(inner, "jaxpr"))
+        total += sum(
+            matrix_products(inner.jaxpr) for inner in eqn.params.values() if hasattr(inner, "jaxpr")
+        )
     return total
 
 
-@pytest.mark.parametrize("kind", ["recursive_shared", "mor", "mor_shared", "mor_hybrid", "mor_relaxed"])
+@pytest.mark.parametrize(
+    "kind", ["recursive_shared", "mor", "mor_shared", "mor_hybrid", "mor_relaxed"]
+)
 def test_a_gathered_row_multiplies_what_is_counted(kind):
-    """Only active tokens through the blocks, and no key or value projected again: the products with weights in the
-    traced program are those of the accounting, to the last one."""
+    """Only active tokens through the blocks, and no key or value projected again: the products with
+    weights in the traced program are those of the accounting, to the last one."""
     lm = small_lm(kind, loss_chunk=0)
     context = lm.model.context
     tokens = jnp.zeros((1, context), jnp.int32)
     params = jax.eval_shape(lm.init, jax.random.key(0))
-    traced = matrix_products(jax.make_jaxpr(lambda p: lm.apply(p, tokens, executor="gathered"))(params).jaxpr)
+    traced = matrix_products(
+        jax.make_jaxpr(lambda p: lm.apply(p, tokens, executor="gathered"))(params).jaxpr
+    )
     flops = accounting.true_flops_per_token(lm.model, lm.depth)
     assert traced == context * (flops.blocks + flops.head + flops.router)

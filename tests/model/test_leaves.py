@@ -26,7 +26,11 @@ def plain_swiglu(h):
 
 
 CASES = {
-    "norm": (lambda x, scale: rms_norm(x, scale, EPS), plain_norm, (draw(0, 2, 5, 12), draw(1, 12))),
+    "norm": (
+        lambda x, scale: rms_norm(x, scale, EPS),
+        plain_norm,
+        (draw(0, 2, 5, 12), draw(1, 12)),
+    ),
     "norm of tiny rows": (
         lambda x, scale: rms_norm(x, scale, EPS),
         plain_norm,
@@ -52,10 +56,13 @@ def test_gradients(case, dtype, tolerance):
 
 @pytest.mark.parametrize("kind", ["mlp", "wide_mlp"])
 def test_mlp_routers_use_the_exact_gelu(kind):
-    """The released router calls torch's default GELU, x * Phi(x); the tanh form differs by up to 5e-4."""
+    """The released router calls torch's default GELU, x * Phi(x); the tanh form differs by up to
+    5e-4."""
     x_BxTxD = 2 * draw(4, 2, 3, 8)
     module = nn.Router(kind, 2, 0.7)
     params = nn.init(module, jax.random.key(0), x_BxTxD)
     hidden = np.asarray(x_BxTxD @ params["hidden"].T, np.float64)
-    want = (hidden * (1 + special.erf(hidden / np.sqrt(2))) / 2) @ np.asarray(params["kernel"].T, np.float64)
+    want = (hidden * (1 + special.erf(hidden / np.sqrt(2))) / 2) @ np.asarray(
+        params["kernel"].T, np.float64
+    )
     np.testing.assert_allclose(nn.apply(module, params, x_BxTxD), want, atol=2e-5)

@@ -25,9 +25,17 @@ TABLE = {
 
 def shape(sharing: str, layers: int, recursions: int, **more) -> ModelConfig:
     return ModelConfig(
-        sharing=sharing, layers=layers, recursions=recursions, width=16, heads=2, kv_heads=1, mlp_width=24,
-        vocab_size=32, init_std=0.3, **more,
-    )  # fmt: skip
+        sharing=sharing,
+        layers=layers,
+        recursions=recursions,
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=24,
+        vocab_size=32,
+        init_std=0.3,
+        **more,
+    )
 
 
 def written_out(params: dict, order: str) -> list[dict]:
@@ -50,10 +58,13 @@ def check_order(lm: LM, order: str) -> None:
     twin, twin_params = plain_twin(params, written_out(params, order))
     tokens = jax.random.randint(jax.random.key(0), (2, 12), 0, 32)
     got, want = jax.jit(lm.apply)(params, tokens), jax.jit(twin.apply)(twin_params, tokens)
-    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))  # the same sums, fused differently
+    # the same sums, fused differently
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize(("scheme", "order"), TABLE.items(), ids=lambda v: "-".join(map(str, v)) if v else "")
+@pytest.mark.parametrize(
+    ("scheme", "order"), TABLE.items(), ids=lambda v: "-".join(map(str, v)) if v else ""
+)
 def test_layers_use_the_weights_the_paper_says(scheme, order):
     lm = LM(shape(*scheme))
     assert lm.program.unrolled_layers == scheme[1]
@@ -74,7 +85,11 @@ def test_the_other_order_is_another_model():
 
 @pytest.mark.parametrize("scheme", ["cycle", "sequence", "middle_cycle", "middle_sequence"])
 def test_layer_counts_that_do_not_divide_are_refused_with_those_that_do(scheme):
-    model = {"sharing": scheme, "layers": 12 if scheme.startswith("middle") else 10, "recursions": 3}
+    model = {
+        "sharing": scheme,
+        "layers": 12 if scheme.startswith("middle") else 10,
+        "recursions": 3,
+    }
     with pytest.raises(ConfigError, match=r"that fit: .*(11|9)") as e:
         from_config_dict({"model": model, "train": {"steps": 1}})
     for count in map(int, str(e.value).split("that fit: ")[1].rstrip(".").split(", ")):

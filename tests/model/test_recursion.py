@@ -1,4 +1,5 @@
-"""The knobs of `config.recursion`: identities between them, decoding, causality, and what is refused."""
+"""The knobs of `config.recursion`: identities between them, decoding, causality, and what is
+refused."""
 
 import dataclasses
 import functools
@@ -9,7 +10,15 @@ import numpy as np
 import pytest
 from small import random_params
 
-from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, TrainConfig, check, from_dict
+from mor_jax.config import (
+    Config,
+    DepthConfig,
+    ModelConfig,
+    RecursionConfig,
+    TrainConfig,
+    check,
+    from_dict,
+)
 from mor_jax.config.recursion import KNOBS, choices
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.inference.decode import decode_step, prefill
@@ -24,9 +33,19 @@ from mor_jax.train.step import gradients, loss_fn, loss_scales
 
 T = 12
 MODEL = ModelConfig(
-    layers=4, recursions=3, sharing="cycle", prelude=1, coda=0, width=16, heads=2, kv_heads=1, mlp_width=24,
-    vocab_size=32, context=T, init_std=0.3,
-)  # fmt: skip
+    layers=4,
+    recursions=3,
+    sharing="cycle",
+    prelude=1,
+    coda=0,
+    width=16,
+    heads=2,
+    kv_heads=1,
+    mlp_width=24,
+    vocab_size=32,
+    context=T,
+    init_std=0.3,
+)
 TOLERANCE = 1e-4  # float32 of order 10: other shapes, other summation order
 # Every value of every knob of a step appears in one of these.
 READS = {
@@ -49,9 +68,11 @@ EXITS = {
 def small(recursion: dict | None = None, depth: dict | None = None, **model) -> LM:
     """A small model that passes the door."""
     cfg = Config(
-        model=dataclasses.replace(MODEL, **model), depth=DepthConfig(**depth or {}),
-        recursion=RecursionConfig(**recursion or {}), train=TrainConfig(steps=10),
-    )  # fmt: skip
+        model=dataclasses.replace(MODEL, **model),
+        depth=DepthConfig(**depth or {}),
+        recursion=RecursionConfig(**recursion or {}),
+        train=TrainConfig(steps=10),
+    )
     check(cfg)
     assert from_dict(cfg.to_dict()) == cfg
     return LM.from_config(cfg)
@@ -104,17 +125,20 @@ def assert_equal(a: tuple, b: tuple, atol: float = TOLERANCE) -> None:
 DECODED = {
     "random": (small, READS["random"], {}),
     "const": (small, READS["const"], {"norm_placement": "sandwich_in", "layer_scale": 0.5}),
-    "zeros": (lambda *a, **k: small(*a, **k).at_depth(5), READS["zeros"], {}),  # past the recursions of training
+    # past the recursions of training
+    "zeros": (lambda *a, **k: small(*a, **k).at_depth(5), READS["zeros"], {}),
     "channel": (small, READS["channel"], {"norm_placement": "post", "coda": 1, "layers": 5}),
-    **{name: (small, EXITS[name] | {"injection": "add"}, {"recursions": 5, "layers": 6})
-       for name in ("latent", "kl", "cdf")},
-}  # fmt: skip
+    **{
+        name: (small, EXITS[name] | {"injection": "add"}, {"recursions": 5, "layers": 6})
+        for name in ("latent", "kl", "cdf")
+    },
+}
 
 
 @pytest.mark.parametrize("name", DECODED)
 def test_cached_decoding_is_the_full_forward_pass(name):
-    """Also with tokens that stop early, each at a depth of its own, and past the recursions of training. Nothing of it
-    depends on later tokens."""
+    """Also with tokens that stop early, each at a depth of its own, and past the recursions of
+    training. Nothing of it depends on later tokens."""
     make, recursion, model = DECODED[name]
     lm = make(recursion, **model)
     params = random_params(lm)
@@ -126,7 +150,9 @@ def test_cached_decoding_is_the_full_forward_pass(name):
     if name in EXITS:
         assert depths.min() < lm.program.recursions and depths.max() > depths.min()
     lengths, rows = np.array([3, 5]), np.arange(2)
-    logits, cache, seen = jax.jit(prefill, static_argnums=(0, 4))(lm, params, tokens[:, :5], jnp.asarray(lengths), T)
+    logits, cache, seen = jax.jit(prefill, static_argnums=(0, 4))(
+        lm, params, tokens[:, :5], jnp.asarray(lengths), T
+    )
     np.testing.assert_allclose(logits, want[rows, lengths - 1], atol=TOLERANCE)
     np.testing.assert_array_equal(np.asarray(seen)[1], depths[1, :5])
     step = jax.jit(functools.partial(decode_step, lm))
@@ -138,19 +164,28 @@ def test_cached_decoding_is_the_full_forward_pass(name):
 
 @pytest.mark.parametrize("name", EXITS)
 def test_a_rule_stops_a_state_that_comes_to_rest(name):
-    """Not at the first step it could compare with nothing, and no earlier under a smaller threshold."""
+    """Not at the first step it could compare with nothing, and no earlier under a smaller
+    threshold."""
     rest, away = np.random.default_rng(0).normal(size=(2, 1, 4, 8)).astype(np.float32)
     path = [jnp.asarray(rest + 2.0 ** (1 - t) * away) for t in range(12)]
     reader = Reader(lambda h: h, lambda h: h[..., 0])
     rule, stopped = exit_rules.CHOICES[name], []
-    for threshold in (0.02, 0.3) if name not in ("argmax", "cdf") else (4, 1) if name == "argmax" else (0.99, 0.3):
+    for threshold in (
+        (0.02, 0.3)
+        if name not in ("argmax", "cdf")
+        else (4, 1)
+        if name == "argmax"
+        else (0.99, 0.3)
+    ):
         memory, first = rule.remember(reader, path[0]), np.full((1, 4), 99)
         for t in range(1, 12):
             stop, memory = rule.judge(memory, path[t - 1], path[t], reader, threshold)
             first = np.where(np.asarray(stop) & (first == 99), t, first)
         stopped.append(first)
     assert (stopped[0] >= stopped[1]).all() and (stopped[0] > stopped[1]).any()
-    assert stopped[1].min() >= (1 if name == "cdf" else 2) and (name == "cdf" or stopped[0].max() < 99)
+    assert stopped[1].min() >= (1 if name == "cdf" else 2) and (
+        name == "cdf" or stopped[0].max() < 99
+    )
 
 
 # ---------------------------------------------------------------- the identity ladder
@@ -162,17 +197,22 @@ def test_values_that_begin_as_nothing_are_nothing_at_first():
     params, tokens = random_params(plain), batch()["tokens"]
     assert "recursion" not in params
     want = states(plain, params, tokens).h_BxTxD
-    for knobs in ({"injection": "channel"}, {"injection": "add", "conditioning": "learned"},
-                  {"injection": "add", "conditioning": "time"}):  # fmt: skip
+    for knobs in (
+        {"injection": "channel"},
+        {"injection": "add", "conditioning": "learned"},
+        {"injection": "add", "conditioning": "time"},
+    ):
         lm = small(knobs)
         own = params | {"recursion": jax.jit(lm.loop.init)(jax.random.key(0))}
-        assert jax.tree.structure(own) == jax.tree.structure(jax.eval_shape(lm.init, jax.random.key(0)))
+        assert jax.tree.structure(own) == jax.tree.structure(
+            jax.eval_shape(lm.init, jax.random.key(0))
+        )
         np.testing.assert_allclose(states(lm, own, tokens).h_BxTxD, want, atol=1e-5)
 
 
 def test_training_without_truncation_is_plain_training():
-    """Last k with k >= R, and a draw that is R for every row, have the gradients of a fixed number of steps; each row
-    is the model of its own depth."""
+    """Last k with k >= R, and a draw that is R for every row, have the gradients of a fixed number
+    of steps; each row is the model of its own depth."""
     plain = small({"injection": "add"})
     params = random_params(plain)
     want = found(plain, params)
@@ -180,9 +220,9 @@ def test_training_without_truncation_is_plain_training():
     drawn = small({"injection": "add", "sampling": "poisson", "sampling_scope": "sequence"})
     assert_equal(want, found(drawn, params, steps=jnp.full((4,), 3)))
     # Rows that wait for longer ones run their own steps, and only those.
-    both, _ = jax.jit(lambda p, s: drawn.unroll(p, batch()["tokens"], batch()["segment_ids"], steps_B=s))(
-        params, jnp.asarray([1, 5, 3, 5])
-    )
+    both, _ = jax.jit(
+        lambda p, s: drawn.unroll(p, batch()["tokens"], batch()["segment_ids"], steps_B=s)
+    )(params, jnp.asarray([1, 5, 3, 5]))
     for row, steps in enumerate((1, 5)):
         alone = states(plain.at_depth(steps), params, *batch().values())
         got = drawn.final_norm(params, both.h_BxTxD)
@@ -190,13 +230,18 @@ def test_training_without_truncation_is_plain_training():
 
 
 def test_a_truncated_gradient_is_that_of_the_last_steps():
-    """Against a plain unrolling with the gradient stopped by hand, for fixed and drawn numbers of steps."""
+    """Against a plain unrolling with the gradient stopped by hand, for fixed and drawn numbers of
+    steps."""
     lm = small({"injection": "concat", "gradient_steps": 2})
     params, b = random_params(lm), batch()
 
     def by_hand(params):
-        pos = jnp.where(jnp.arange(T) < 7, jnp.arange(T), jnp.arange(T) - 7) * (jnp.arange(T) < T - 2)
-        pos = jnp.broadcast_to(jnp.where(jnp.arange(T) < T - 2, pos, jnp.arange(T) - (T - 2)), (4, T))
+        pos = jnp.where(jnp.arange(T) < 7, jnp.arange(T), jnp.arange(T) - 7) * (
+            jnp.arange(T) < T - 2
+        )
+        pos = jnp.broadcast_to(
+            jnp.where(jnp.arange(T) < T - 2, pos, jnp.arange(T) - (T - 2)), (4, T)
+        )
         seg = b["segment_ids"]
         e = lm.enter(params, b["tokens"], seg)
         run = lambda p, e: lm.looped(lm.core(p, pos, keep=False), p, e, pos)[0]
@@ -205,7 +250,9 @@ def test_a_truncated_gradient_is_that_of_the_last_steps():
         for t in (1, 2):
             s, _ = run(params, e)(s, pos, seg, seg, recursion=t)
         targets = jnp.pad(b["tokens"][:, 1:], ((0, 0), (0, 1)))
-        weights = jnp.pad((seg[:, 1:] == seg[:, :-1]) & (seg[:, 1:] > 0), ((0, 0), (0, 1))).astype(jnp.float32)
+        weights = jnp.pad((seg[:, 1:] == seg[:, :-1]) & (seg[:, 1:] > 0), ((0, 0), (0, 1))).astype(
+            jnp.float32
+        )
         return lm.cross_entropy(params, lm.final_norm(params, s), targets, weights) / weights.sum()
 
     grads, sums = found(lm, params)
@@ -226,19 +273,27 @@ def test_losses_over_steps_are_means_of_losses_at_each_depth():
     np.testing.assert_allclose(sums_of(final.at_depth(2), params)["loss"], each[1], rtol=1e-5)
     np.testing.assert_allclose(sums["lm_loss"], each[-1], rtol=1e-5)
     gate = small({"injection": "add", "loss": "gate", "gate_weight": 0.3}, coda=1, layers=5)
-    beside = {"gate": {"kernel": jnp.zeros((1, 16)), "bias": jnp.zeros((1,))}}  # stops with chance 1/2, 1/4, 1/4
+    # stops with chance 1/2, 1/4, 1/4
+    beside = {"gate": {"kernel": jnp.zeros((1, 16)), "bias": jnp.zeros((1,))}}
     grads, sums = found(gate, params | {"recursion": beside})
     p = np.array([0.5, 0.25, 0.25])
-    np.testing.assert_allclose(sums["recursion/divergence"], np.log(3) + (p * np.log(p)).sum(), rtol=1e-5)
-    np.testing.assert_allclose(sums["loss"], each @ p + 0.3 * sums["recursion/divergence"], rtol=1e-5)
+    np.testing.assert_allclose(
+        sums["recursion/divergence"], np.log(3) + (p * np.log(p)).sum(), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        sums["loss"], each @ p + 0.3 * sums["recursion/divergence"], rtol=1e-5
+    )
     # The gate's own gradient, by finite differences of its bias.
-    moved = lambda by: sums_of(gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}})
+    moved = lambda by: sums_of(
+        gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}}
+    )
     slope = (moved(0.02)["loss"] - moved(-0.02)["loss"]) / 0.04
     np.testing.assert_allclose(grads["recursion"]["gate"]["bias"][0], slope, atol=2e-3)
 
 
 def test_stopping_is_a_distribution():
-    """p sums to 1 whatever the gate says; a uniform p has the entropy ln R, so no divergence from the uniform prior."""
+    """p sums to 1 whatever the gate says; a uniform p has the entropy ln R, so no divergence from
+    the uniform prior."""
     z = 4 * jax.random.normal(jax.random.key(0), (5, 3, 7))
     log_p = log_stopping(z)
     np.testing.assert_allclose(jnp.exp(log_p).sum(0), 1, rtol=1e-5)
@@ -248,13 +303,20 @@ def test_stopping_is_a_distribution():
     np.testing.assert_allclose(jnp.exp(geometric[1:] - geometric[:-1]), 0.7, rtol=1e-5)
     entropy = -(jnp.exp(log_p) * log_p).sum(0)
     np.testing.assert_allclose(divergence(log_p, uniform), np.log(5) - entropy, atol=1e-5)
-    np.testing.assert_allclose(divergence(jnp.broadcast_to(uniform[:, None, None], z.shape), uniform), 0, atol=1e-6)
+    np.testing.assert_allclose(
+        divergence(jnp.broadcast_to(uniform[:, None, None], z.shape), uniform), 0, atol=1e-6
+    )
     index = jnp.asarray([[-2, 0], [-1, 1], [0, 2]])
     for loss in ("final", "uniform", "power", "decay"):
         weights = step_weights(RecursionConfig(loss=loss), index)
         np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-6)
         np.testing.assert_allclose(weights[:, 0], [0, 0, 1])
-    for loss, want in (("final", [0, 0, 6]), ("uniform", [2, 2, 2]), ("power", [1, 2, 3]), ("decay", [24, 12, 6])):
+    for loss, want in (
+        ("final", [0, 0, 6]),
+        ("uniform", [2, 2, 2]),
+        ("power", [1, 2, 3]),
+        ("decay", [24, 12, 6]),
+    ):
         weights = step_weights(RecursionConfig(loss=loss, loss_decay=0.5), index)[:, 1]
         np.testing.assert_allclose(weights, np.array(want) / sum(want), rtol=1e-6)
 
@@ -278,12 +340,19 @@ def test_the_diagonal_injection_forgets():
 
 def test_drawn_depths():
     """A function of the step; one for the batch or one a row; the mean is the configured one."""
-    for sampling, mean in (("poisson", 4), ("lognormal_poisson", 4), ("uniform", 4), ("binomial", 2.5)):
+    for sampling, mean in (
+        ("poisson", 4),
+        ("lognormal_poisson", 4),
+        ("uniform", 4),
+        ("binomial", 2.5),
+    ):
         c = RecursionConfig(sampling=sampling, sampling_scope="sequence", sampling_most=40)
         drawn = np.asarray(draw(c, 4, jnp.asarray(7), 4000))
         assert drawn.min() >= 1 and abs(drawn.mean() - mean) < 0.2, sampling
         np.testing.assert_array_equal(drawn, draw(c, 4, jnp.asarray(7), 4000))
-        one = np.asarray([draw(dataclasses.replace(c, sampling_scope="batch"), 4, s, 8) for s in range(6)])
+        one = np.asarray(
+            [draw(dataclasses.replace(c, sampling_scope="batch"), 4, s, 8) for s in range(6)]
+        )
         assert (one == one[:, :1]).all() and len(set(one[:, 0])) > 1, sampling
 
 
@@ -293,9 +362,13 @@ CONFLICTS = {
     "would ever see the input": ({"state": "random"}, {}),
     "embedding and prelude would get no gradient": ({"gradient_steps": 2}, {}),
     "the learned state would get no gradient": (
-        {"state": "const", "injection": "add", "gradient_steps": 2}, {}),
+        {"state": "const", "injection": "add", "gradient_steps": 2},
+        {},
+    ),
     "what the steps before the last": (
-        {"injection": "add", "conditioning": "learned", "gradient_steps": 2}, {}),
+        {"injection": "add", "conditioning": "learned", "gradient_steps": 2},
+        {},
+    ),
     "with config.model.lora_rank": ({"injection": "add", "gradient_steps": 2}, {"lora_rank": 2}),
     "the gate of the steps before": ({"injection": "add", "loss": "gate", "gradient_steps": 2}, {}),
     "Use one of the two": ({"loss": "gate", "sampling": "poisson"}, {}),
@@ -310,7 +383,7 @@ CONFLICTS = {
     "has no such core": ({"injection": "add"}, {"sharing": "none", "recursions": 1, "prelude": -1}),
     "varies around": ({"sampling": "poisson"}, {"recursions": 1, "layers": 2}),
     "Did you mean 'concat'": ({"injection": "concatt"}, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", CONFLICTS)
@@ -318,7 +391,9 @@ def test_conflicts_are_refused_with_a_reason(message):
     recursion, rest = CONFLICTS[message]
     depth = {name: rest[name] for name in ("kv", "policy") if name in rest}
     with pytest.raises(ConfigError) as e:
-        small(recursion, depth, **{name: value for name, value in rest.items() if name not in depth})
+        small(
+            recursion, depth, **{name: value for name, value in rest.items() if name not in depth}
+        )
     assert message in str(e.value)
 
 
@@ -334,15 +409,29 @@ def test_depths_that_nothing_was_learned_for_are_refused():
         table = params["recursion"]["conditioning"]["bias"]
         written = {"conditioning": {"bias": table[jnp.asarray(index)]}}
         longer = dataclasses.replace(lm, model=deeper.model)
-        want = states(longer, params | {"recursion": params["recursion"] | written}, batch()["tokens"])
-        np.testing.assert_allclose(states(deeper, params, batch()["tokens"]).h_BxTxD, want.h_BxTxD, atol=TOLERANCE)
-    for other in (small({}, {"policy": "token_choice"}), small({}, sharing="none", recursions=1, prelude=-1)):
+        want = states(
+            longer, params | {"recursion": params["recursion"] | written}, batch()["tokens"]
+        )
+        np.testing.assert_allclose(
+            states(deeper, params, batch()["tokens"]).h_BxTxD, want.h_BxTxD, atol=TOLERANCE
+        )
+    for other in (
+        small({}, {"policy": "token_choice"}),
+        small({}, sharing="none", recursions=1, prelude=-1),
+    ):
         with pytest.raises(UserError, match="only a model of depth policy 'fixed'"):
             other.at_depth(2)
 
 
 def test_every_word_of_a_knob_is_tested_here():
-    used = [*READS.values(), *EXITS.values(), {"loss": "uniform"}, {"injection": "none", "conditioning": "none"}]
+    used = [
+        *READS.values(),
+        *EXITS.values(),
+        {"loss": "uniform"},
+        {"injection": "none", "conditioning": "none"},
+    ]
     for knob in ("state", "injection", "conditioning", "exit"):
-        assert set(choices(knob)) <= {words.get(knob, getattr(RecursionConfig(), knob)) for words in used}
+        assert set(choices(knob)) <= {
+            words.get(knob, getattr(RecursionConfig(), knob)) for words in used
+        }
     assert {knob for knob in KNOBS if not choices(knob)} == set()

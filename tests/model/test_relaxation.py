@@ -1,4 +1,5 @@
-"""Relaxation: what each recursion has of its own is used at that recursion and nowhere else, everywhere alike."""
+"""Relaxation: what each recursion has of its own is used at that recursion and nowhere else,
+everywhere alike."""
 
 import dataclasses
 import functools
@@ -32,8 +33,16 @@ def relaxed(policy="fixed", kv="", **model):
 
 def unrolled(lm: LM, params: dict) -> tuple[LM, dict]:
     """The unshared twin: of each application of a block a layer with everything written out."""
-    twin = LM(dataclasses.replace(lm.model, sharing="none", recursions=1, norms="shared", lora_rank=0,
-                                  recursion_encoding=False))  # fmt: skip
+    twin = LM(
+        dataclasses.replace(
+            lm.model,
+            sharing="none",
+            recursions=1,
+            norms="shared",
+            lora_rank=0,
+            recursion_encoding=False,
+        )
+    )
     core, groups = {}, lm.model.heads // lm.model.kv_heads
     for r in range(R):
         for i, block in params["core"].items():
@@ -81,8 +90,10 @@ def of_tied():
 def test_a_fresh_relaxed_model_is_the_tied_one():
     params = fresh()
     norm = {"scale": jnp.ones(16)}
-    tied = {i: {name: block[name] for name in ("attention", "mlp")} | {"norm_1": norm, "norm_2": norm}
-            for i, block in params["core"].items()}  # fmt: skip
+    tied = {
+        i: {name: block[name] for name in ("attention", "mlp")} | {"norm_1": norm, "norm_2": norm}
+        for i, block in params["core"].items()
+    }
     got, want = apply(relaxed(), params), of_tied()(params | {"core": tied}, tokens())
     np.testing.assert_allclose(got, want, atol=1e-6)
     downs = params["core"]["0"]["own"]["lora"]["query_down"]
@@ -97,7 +108,9 @@ def apply(lm, params):
 def test_executors_are_equal_under_token_choice():
     lm = relaxed("token_choice", layers=R)
     params = random_params(lm)
-    run = lambda executor: jax.jit(lambda p: lm.forward(p, tokens(), executor=executor, profile=profile))(params)
+    run = lambda executor: jax.jit(
+        lambda p: lm.forward(p, tokens(), executor=executor, profile=profile)
+    )(params)
     profile = len(lm.policy.profiles(T)) - 1
     a, b = run("masked"), run("gathered")
     np.testing.assert_array_equal(a.depth_BxT, b.depth_BxT)
@@ -107,7 +120,10 @@ def test_executors_are_equal_under_token_choice():
 def test_executors_are_equal_and_every_part_learns():
     lm = relaxed("expert_choice", "shared", layers=R)
     params = random_params(lm)
-    batch = {"tokens": tokens(), "segment_ids": np.where(np.arange(T) < 15, 1, 2) * np.ones((2, 1), np.int32)}
+    batch = {
+        "tokens": tokens(),
+        "segment_ids": np.where(np.arange(T) < 15, 1, 2) * np.ones((2, 1), np.int32),
+    }
 
     def run(executor):
         loss = lambda p: loss_fn(lm, p, batch, loss_scales(lm, batch), executor=executor)[0]
@@ -115,12 +131,18 @@ def test_executors_are_equal_and_every_part_learns():
 
     (loss_m, grads_m), (loss_g, grads_g) = run("masked"), run("gathered")
     np.testing.assert_allclose(loss_m, loss_g, rtol=1e-5)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads_m), jax.tree.leaves(grads_g), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5 * max(float(jnp.abs(a).max()), 1e-3), err_msg=str(path))
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(grads_m), jax.tree.leaves(grads_g), strict=True
+    ):
+        np.testing.assert_allclose(
+            a, b, atol=2e-5 * max(float(jnp.abs(a).max()), 1e-3), err_msg=str(path)
+        )
     for name, leaf in jax.tree_util.tree_leaves_with_path(grads_g["core"]["0"]["own"]):
         moved = np.abs(np.asarray(leaf)).reshape(R, -1).max(-1) > 0
         made_once = "value" in jax.tree_util.keystr(name)
-        np.testing.assert_array_equal(moved, [True, not made_once, not made_once], err_msg=str(name))
+        np.testing.assert_array_equal(
+            moved, [True, not made_once, not made_once], err_msg=str(name)
+        )
 
 
 def test_rows_at_recursions_of_their_own():
@@ -129,7 +151,9 @@ def test_rows_at_recursions_of_their_own():
     params = random_params(lm)
     core, x = lm.gathered_core(params), jax.random.normal(jax.random.key(0), (R, 5, 16))
     pos, seg = jnp.broadcast_to(jnp.arange(5), (R, 5)), jnp.ones((R, 5), jnp.int32)
-    run = lambda x, n, r: lm.blocks(core, x, lm.rope(pos[:n]), lm.attend_row(pos[:n], seg[:n], seg[:n]), recursion=r)[0]
+    run = lambda x, n, r: lm.blocks(
+        core, x, lm.rope(pos[:n]), lm.attend_row(pos[:n], seg[:n], seg[:n]), recursion=r
+    )[0]
     together = jax.jit(lambda x: run(x, R, jnp.arange(R)))(x)
     alone = jax.jit(lambda x: jnp.concatenate([run(x[r : r + 1], 1, r) for r in range(R)]))(x)
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -137,7 +161,9 @@ def test_rows_at_recursions_of_their_own():
         lm.blocks(core, x, lm.rope(pos), lm.attend_row(pos, seg, seg))
 
 
-@pytest.mark.parametrize("part", [{}, {"norms": "shared"}, {"lora_rank": 0}, {"recursion_encoding": False}])
+@pytest.mark.parametrize(
+    "part", [{}, {"norms": "shared"}, {"lora_rank": 0}, {"recursion_encoding": False}]
+)
 def test_what_is_its_own_is_counted_and_placed(part):
     lm = relaxed(**part)
     made = jax.eval_shape(lm.init, jax.random.key(0))
@@ -150,7 +176,8 @@ def test_what_is_its_own_is_counted_and_placed(part):
     assert jax.tree.structure(shardings) == jax.tree.structure(made)
     plain = dataclasses.replace(lm.model, norms="shared", lora_rank=0, recursion_encoding=False)
     cost = lambda m: accounting.true_flops_per_token(m, lm.depth).blocks
-    additions = 2 * 2 * R * lm.model.lora_rank * (16 + 16 + 16 + 8)  # two blocks; q 16 -> 16 and v 16 -> 8 wide
+    # two blocks; q 16 -> 16 and v 16 -> 8 wide
+    additions = 2 * 2 * R * lm.model.lora_rank * (16 + 16 + 16 + 8)
     assert cost(lm.model) - cost(plain) == pytest.approx(additions)
     read = lambda m: decode_traffic(m, lm.depth, 10).weights
     assert read(lm.model) - read(plain) == pytest.approx(4 * additions / 2)
@@ -167,7 +194,10 @@ def source():
     for i in range(2, 2 * R):
         first, mine = params["core"][str(i % 2)], params["core"][str(i)]
         qkv = first["attention"]["qkv"].at[:, [0, 1, 3]].set(mine["attention"]["qkv"][:, [0, 1, 3]])
-        params["core"][str(i)] = mine | {"mlp": first["mlp"], "attention": first["attention"] | {"qkv": qkv}}
+        params["core"][str(i)] = mine | {
+            "mlp": first["mlp"],
+            "attention": first["attention"] | {"qkv": qkv},
+        }
     return lm, params
 
 
@@ -180,15 +210,22 @@ def test_at_full_rank_the_decomposition_gives_the_source_back():
 
 
 def test_of_a_lower_rank_it_is_the_nearest():
-    """Eckart and Young: what is missing of a layer's projection is the tail of the singular values."""
+    """Eckart and Young: what is missing of a layer's projection is the tail of the singular
+    values."""
     old, params = source()
     groups, last = 2, None
     for rank in (1, 2, 4):
         lm = relaxed(lora_rank=rank)
-        lora = convert(params, old.model, lm.model, "average", relaxation="svd")["core"]["1"]["own"]["lora"]
+        lora = convert(params, old.model, lm.model, "average", relaxation="svd")["core"]["1"][
+            "own"
+        ]["lora"]
         shared = np.mean([params["core"][str(i)]["attention"]["qkv"] for i in (1, 3, 5)], axis=0)
-        rest = (np.asarray(params["core"]["5"]["attention"]["qkv"]) - shared)[:, :groups].reshape(-1, 16)
-        found = np.einsum("KGHR,RD->KGHD", lora["query_up"][2], lora["query_down"][2]).reshape(-1, 16)
+        rest = (np.asarray(params["core"]["5"]["attention"]["qkv"]) - shared)[:, :groups].reshape(
+            -1, 16
+        )
+        found = np.einsum("KGHR,RD->KGHD", lora["query_up"][2], lora["query_down"][2]).reshape(
+            -1, 16
+        )
         tail = np.linalg.svd(rest, compute_uv=False)[rank:]
         missing = np.linalg.norm(rest - found)
         assert missing == pytest.approx(np.sqrt(np.sum(tail**2)), rel=1e-4)
@@ -217,4 +254,6 @@ def test_at_zero_it_is_the_tied_model():
 def test_what_cannot_be_relaxed_is_named(relaxation, layers, more, message):
     old, params = source()
     with pytest.raises(ConfigError, match=message):
-        convert(params, old.model, relaxed(layers=layers, **more).model, "lower", relaxation=relaxation)
+        convert(
+            params, old.model, relaxed(layers=layers, **more).model, "lower", relaxation=relaxation
+        )

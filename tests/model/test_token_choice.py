@@ -54,7 +54,11 @@ def test_gate_and_choice_are_the_ones_written_down(gate, score, bias_rate):
     pos, seg = jnp.arange(20)[None], jnp.ones((1, 20), jnp.int32)
     want, depths = by_hand(p, routers, h[0], lambda x: np.tanh(x @ w))
     assert len(set(depths)) == R
-    for run in (run_gathered, lambda *a: run_masked(*a, causal=True), lambda *a: run_masked(*a, causal=False)):
+    for run in (
+        run_gathered,
+        lambda *a: run_masked(*a, causal=True),
+        lambda *a: run_masked(*a, causal=False),
+    ):
         got = run(p, routers, core, jnp.asarray(h), pos, seg)
         np.testing.assert_array_equal(got.depth_BxT[0], depths)
         np.testing.assert_allclose(got.h_BxTxD[0], want, atol=1e-5)
@@ -65,7 +69,9 @@ def stats(depth_counts, mean_scores) -> RouterStats:
     ran = np.cumsum(np.asarray(depth_counts, np.float32)[::-1])[::-1]
     zeros = RouterStats(*(jnp.zeros((R,), jnp.float32),) * 8)
     return zeros._replace(
-        candidates=jnp.full((R,), n), selected=jnp.asarray(ran), score=jnp.asarray(mean_scores, jnp.float32) * n
+        candidates=jnp.full((R,), n),
+        selected=jnp.asarray(ran),
+        score=jnp.asarray(mean_scores, jnp.float32) * n,
     )
 
 
@@ -74,7 +80,9 @@ def test_balance_loss_is_alpha_when_balanced_and_grows_towards_r_times_alpha(alp
     """The released code sums the scaled scores, alpha * sigmoid(z) or softmax(z)."""
     p = policy(alpha=alpha)
     totals = lambda counts: jnp.full((R,), float(sum(counts)))
-    loss = lambda counts, scores: float(p.losses(stats(counts, scores), totals(counts))["router_loss"])
+    loss = lambda counts, scores: float(
+        p.losses(stats(counts, scores), totals(counts))["router_loss"]
+    )
     assert loss([10, 10, 10], [1 / 3] * 3) == pytest.approx(alpha)
     assert loss([30, 0, 0], [1.0, 0.0, 0.0]) == pytest.approx(alpha * R)
     assert alpha < loss([20, 5, 5], [0.6, 0.2, 0.2]) < alpha * R
@@ -99,11 +107,14 @@ def test_the_bias_moves_towards_the_depths_that_are_too_rare():
     before = {"choice": {}, "bias": jnp.asarray([0.5, 0.0, -0.5])}
     after = p.rebalance(before, stats([20, 10, 0], [0.5, 0.3, 0.2]))["bias"]
     np.testing.assert_allclose(after - before["bias"], [-0.01, 0.0, 0.01], atol=1e-7)
-    np.testing.assert_allclose(load_shares(stats([20, 10, 0], [0.5, 0.3, 0.2])), [2 / 3, 1 / 3, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        load_shares(stats([20, 10, 0], [0.5, 0.3, 0.2])), [2 / 3, 1 / 3, 0], atol=1e-6
+    )
 
 
 def test_training_steps_move_the_bias_by_rule_alone():
-    """The optimiser never touches it: after n steps every entry is a whole number of rates away from where it was."""
+    """The optimiser never touches it: after n steps every entry is a whole number of rates away
+    from where it was."""
     import optax
 
     from mor_jax.config import OptimConfig
@@ -112,7 +123,9 @@ def test_training_steps_move_the_bias_by_rule_alone():
     from mor_jax.train.step import make_train_step
 
     lm = small_lm("token")
-    lm = dataclasses.replace(lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01, balance_loss_weight=0.0))
+    lm = dataclasses.replace(
+        lm, depth=dataclasses.replace(lm.depth, bias_rate=0.01, balance_loss_weight=0.0)
+    )
     params = random_params(lm)
     start = np.asarray(params["router"]["bias"])
     tx = optimizer(OptimConfig(weight_decay=0.5), 10)
@@ -125,7 +138,13 @@ def test_training_steps_move_the_bias_by_rule_alone():
     np.testing.assert_allclose(moved, np.round(moved), atol=1e-3)
     assert np.abs(moved).max() >= 1 and np.abs(moved).max() <= 3
     assert (
-        optax.global_norm(jax.tree.map(jnp.subtract, state.params["router"]["choice"], params["router"]["choice"])) > 0
+        optax.global_norm(
+            jax.tree.map(jnp.subtract, state.params["router"]["choice"], params["router"]["choice"])
+        )
+        > 0
     )
-    assert float(metrics["router/max_vio"]) >= 0 and 0 <= float(metrics["router/entropy"]) <= np.log(3) + 1e-6
+    assert (
+        float(metrics["router/max_vio"]) >= 0
+        and 0 <= float(metrics["router/entropy"]) <= np.log(3) + 1e-6
+    )
     assert sum(float(metrics[f"router/{r}/load"]) for r in (1, 2, 3)) == pytest.approx(1, abs=1e-5)

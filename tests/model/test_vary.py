@@ -1,4 +1,5 @@
-"""Training at varied depths: which step runs at which depth, what it costs, and that the survey rests in it."""
+"""Training at varied depths: which step runs at which depth, what it costs, and that the survey
+rests in it."""
 
 import collections
 import dataclasses
@@ -40,7 +41,8 @@ def test_depths_go_evenly_from_one_to_all():
     assert parts[0] == (0.5, (1.0, 2 / 3, 1 / 3))
     np.testing.assert_allclose([sum(shares) for _, shares in parts[1:]], [1, 1.5, 2, 2.5, 3])
     assert all((np.diff(shares) <= 1e-9).all() for _, shares in parts)
-    np.testing.assert_allclose(parts[3][1], parts[0][1])  # the path passes through the configured capacities
+    # the path passes through the configured capacities
+    np.testing.assert_allclose(parts[3][1], parts[0][1])
     assert mixture(MODEL, DepthConfig(policy="expert_choice")) == [(1.0, (1.0, 2 / 3, 1 / 3))]
 
 
@@ -48,7 +50,9 @@ def test_the_count_of_flops_is_that_of_the_steps():
     warm = dataclasses.replace(DEPTH, warmup=20)
     cfg = Config(model=MODEL, depth=warm, train=TrainConfig(steps=2000, batch_size=4))
     check(cfg)
-    of = lambda step: accounting.paper_flops_per_token(MODEL, warm, shares=shares_in(MODEL, warm, stage_of(warm, step)))
+    of = lambda step: accounting.paper_flops_per_token(
+        MODEL, warm, shares=shares_in(MODEL, warm, stage_of(warm, step))
+    )
     by_hand = accounting.tokens_per_step(cfg) * sum(of(step) for step in range(2000))
     assert accounting.paper_training_flops(cfg, 2000) == pytest.approx(by_hand, rel=2e-3)
     budget = dataclasses.replace(cfg, train=TrainConfig(flops=by_hand, batch_size=4))
@@ -68,19 +72,25 @@ def test_a_varied_step_trains_at_its_depth_and_leaves_the_survey():
     for index in (0, 1):  # mean depths 1 and 3
         number = next(step for step in range(50) if varied(lm.depth, step) == index)
         before = params["embed"]["table"].copy()
-        state = jax.tree.map(jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, tx.init(params)))
+        state = jax.tree.map(
+            jnp.copy, TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        )
         state, metrics = steps(number)(state, batch)
         depths[index] = float(metrics["mean_depth"])
         assert not np.any(state.params["router"]["survey"])
         assert np.any(state.params["embed"]["table"] != before)
         assert steps(number) is steps(number)  # it comes again, and is not compiled again
-    assert depths[0] == pytest.approx(1 + 2 / 16) and depths[1] == 3  # at least one token runs every step
+    # at least one token runs every step
+    assert depths[0] == pytest.approx(1 + 2 / 16) and depths[1] == 3
 
 
 @pytest.mark.parametrize(
     ("depth", "message"),
     [
-        ({"policy": "fixed", "vary": 0.5}, "vary = 0.5 varies what is routed, but policy 'fixed' routes nothing"),
+        (
+            {"policy": "fixed", "vary": 0.5},
+            "vary = 0.5 varies what is routed, but policy 'fixed' routes nothing",
+        ),
         ({"policy": "expert_choice", "vary": 1.5}, "must be in \\[0, 1\\]"),
         ({"policy": "expert_choice", "vary": 0.5, "vary_depths": 1}, "give at least 2"),
     ],
@@ -93,10 +103,16 @@ def test_contradictions_are_named(depth, message):
 def test_histograms_are_those_of_the_scores():
     """Against numpy's own, at the very edges; and they lie where even steps of the sigmoid are."""
     rng = np.random.default_rng(0)
-    z = np.concatenate([rng.normal(-4, 1, 900), rng.normal(3, 0.5, 600), [-50.0, 50.0]]).astype(np.float32)
+    z = np.concatenate([rng.normal(-4, 1, 900), rng.normal(3, 0.5, 600), [-50.0, 50.0]]).astype(
+        np.float32
+    )
     above = survey.count_above(jnp.asarray(z[None]), jnp.ones((1, len(z)), bool))
     got = np.asarray(histogram(jnp.stack([above, jnp.zeros_like(above)])))
-    want = np.histogram(z.astype(np.float64), bins=[-np.inf, *PROBES_G[EDGES].astype(np.float64), np.inf])[0]
+    want = np.histogram(
+        z.astype(np.float64), bins=[-np.inf, *PROBES_G[EDGES].astype(np.float64), np.inf]
+    )[0]
     np.testing.assert_allclose(got[0], want / len(z), atol=1e-6)
     assert not got[1].any()
-    np.testing.assert_allclose(1 / (1 + np.exp(-PROBES_G[EDGES])), np.arange(1, BINS) / BINS, atol=0.02)
+    np.testing.assert_allclose(
+        1 / (1 + np.exp(-PROBES_G[EDGES])), np.arange(1, BINS) / BINS, atol=0.02
+    )

@@ -1,4 +1,5 @@
-"""The notebook runs from its first cell to its last, and shows a table and a plot for each sweep."""
+"""The notebook runs from its first cell to its last, and shows a table and a plot for each
+sweep."""
 
 import nbformat
 from nbclient import NotebookClient
@@ -10,8 +11,12 @@ def test_ablations_end_to_end(tmp_path, monkeypatch):
     # The cells import this checkout, as do the commands of the other tests.
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
     notebook = nbformat.read(ROOT / "notebooks" / "ablations.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT}})
+    assert not any(cell.get("outputs") for cell in notebook.cells), (
+        "clear the outputs before committing"
+    )
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+    )
     client.execute()
     shown = [o.get("data", {}) for cell in notebook.cells for o in cell.get("outputs", ())]
     tables = ["".join(data["text/markdown"]) for data in shown if "text/markdown" in data]

@@ -1,4 +1,5 @@
-"""The notebook of pods runs from its first cell to its last: a plan, its collectives, and meshes that equal one device."""
+"""The notebook of pods runs from its first cell to its last: a plan, its collectives, and meshes
+that equal one device."""
 
 import re
 
@@ -11,8 +12,12 @@ def test_pods_end_to_end(monkeypatch):
     # The cells import this checkout, as do the commands of the other tests.
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=":")
     notebook = nbformat.read(ROOT / "notebooks" / "pods.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT}})
+    assert not any(cell.get("outputs") for cell in notebook.cells), (
+        "clear the outputs before committing"
+    )
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+    )
     client.execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     needs, traffic, curves = ("".join(o["data"]["text/markdown"]) for o in outputs if "data" in o)

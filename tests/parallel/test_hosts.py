@@ -1,4 +1,5 @@
-"""Which job a process belongs to, and what its processes tell each other; real services, real clients."""
+"""Which job a process belongs to, and what its processes tell each other; real services, real
+clients."""
 
 import json
 import os
@@ -16,9 +17,22 @@ from mor_jax.parallel.multihost import LOST, Hosts, _own
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = {"JAX_PLATFORMS": "cpu"}
-PLAIN = CPU | {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-SLURM = CPU | {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0"}
-POD = CPU | {"JOB_COMPLETION_INDEX": "2", "JAX_NUM_PROCESSES": "8", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+PLAIN = CPU | {
+    "JAX_COORDINATOR_ADDRESS": "node0:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+SLURM = CPU | {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "1",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_LOCALID": "0",
+}
+POD = CPU | {
+    "JOB_COMPLETION_INDEX": "2",
+    "JAX_NUM_PROCESSES": "8",
+    "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+}
 JOBSET = POD | {"JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "workers"}
 
 
@@ -27,12 +41,17 @@ JOBSET = POD | {"JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "workers"}
     [
         (CPU, None),
         (PLAIN, Cluster("plain", "node0:1234", 4, 3)),
-        (PLAIN | {"JOB_COMPLETION_INDEX": "1"}, Cluster("plain", "node0:1234", 4, 3)),  # what is said counts
+        # what is said counts
+        (PLAIN | {"JOB_COMPLETION_INDEX": "1"}, Cluster("plain", "node0:1234", 4, 3)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, Cluster("slurm")),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, None),  # the batch script, not a task of srun
+        # the batch script, not a task of srun
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "2"}, None),
         (CPU | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, None),
         (JOBSET, Cluster("kubernetes", "run-workers-0-0.run:8476", 8, 2)),
-        (JOBSET | {"JOB_INDEX": "1", "PODS_PER_JOB": "4"}, Cluster("kubernetes", "run-workers-0-0.run:8476", 8, 6)),
+        (
+            JOBSET | {"JOB_INDEX": "1", "PODS_PER_JOB": "4"},
+            Cluster("kubernetes", "run-workers-0-0.run:8476", 8, 6),
+        ),
         (POD | {"JAX_COORDINATOR_ADDRESS": "first:99"}, Cluster("kubernetes", "first:99", 8, 2)),
         (CPU | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod of its own
     ],
@@ -46,7 +65,10 @@ def test_the_job_is_read_from_the_environment(env, found):
     [
         ({k: v for k, v in PLAIN.items() if k != "JAX_PROCESS_ID"}, "but not JAX_PROCESS_ID"),
         (CPU | {"JAX_PROCESS_ID": "0"}, "but not JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"),
-        (PLAIN | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES = 'four' must be a whole number"),
+        (
+            PLAIN | {"JAX_NUM_PROCESSES": "four"},
+            "JAX_NUM_PROCESSES = 'four' must be a whole number",
+        ),
         (PLAIN | {"JAX_PROCESS_ID": "4"}, "process id 4 must be below the number of processes, 4"),
         (PLAIN | {"JAX_COORDINATOR_ADDRESS": "node0"}, "'node0' must be host:port"),
         (POD, "nothing says where process 0 is"),
@@ -76,14 +98,21 @@ def test_an_error_that_came_out_of_a_collective_is_not_surely_ones_own():
         return error
 
     full = caused(CheckpointError("could not save"), OSError(28, "No space left on device"))
-    lost = caused(CheckpointError("could not save"), ValueError("Gloo AllGather failed: connection closed by peer"))
+    lost = caused(
+        CheckpointError("could not save"),
+        ValueError("Gloo AllGather failed: connection closed by peer"),
+    )
     assert (
-        _own(CheckpointError("x")) and _own(full) and _own(caused(ConfigError("x"), full)) and _own(KeyboardInterrupt())
+        _own(CheckpointError("x"))
+        and _own(full)
+        and _own(caused(ConfigError("x"), full))
+        and _own(KeyboardInterrupt())
     )
     assert not _own(lost) and not _own(caused(ConfigError("x"), lost)) and not _own(ValueError("x"))
 
 
-# Both ends of JAX's coordination service in one process, and a third host that says its name and nothing more.
+# Both ends of JAX's coordination service in one process, and a third host that says its name and
+# nothing more.
 PROGRAM = """
 import json, os, sys, threading, time
 from jax._src.lib import _jax
@@ -130,13 +159,19 @@ def talk():
         port = s.getsockname()[1]
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM), str(port)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | CPU | {"PYTHONPATH": str(ROOT)}, timeout=200,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | CPU | {"PYTHONPATH": str(ROOT)},
+        timeout=200,
+    )
 
 
 def test_what_should_be_alike_and_is_not_is_named_everywhere(talk):
     found = json.loads(talk.stdout.split("FOUND")[1])["same"]
-    assert sorted(r for r, _, _ in found) == [0, 1, 2] and all(everywhere for _, everywhere, _ in found)
+    assert sorted(r for r, _, _ in found) == [0, 1, 2] and all(
+        everywhere for _, everywhere, _ in found
+    )
     for _, _, message in found:
         assert message.startswith("the corpus of process 1 (") and message.endswith("Copy it.")
 
@@ -151,7 +186,9 @@ def test_a_barrier_names_who_did_not_come_and_what_they_did(talk):
 def test_a_silent_host_ends_the_job_with_its_name(talk):
     assert talk.returncode == LOST
     [line] = [line for line in talk.stderr.splitlines() if line.startswith("error: ")][:1]
-    assert "no heartbeat for 6 s from process 2 (" in line and "last at step 41 (reading rows)" in line
+    assert (
+        "no heartbeat for 6 s from process 2 (" in line and "last at step 41 (reading rows)" in line
+    )
     assert "process 0 (" in line or "process 1 (" in line
 
 
@@ -177,14 +214,20 @@ def members(ranks, how, **env):
     """Processes of a job of two."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        env |= CPU | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+        env |= CPU | {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}",
+            "JAX_NUM_PROCESSES": "2",
+        }
     return [
         subprocess.Popen(
-            [sys.executable, "-c", MEMBER, how], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-c", MEMBER, how],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=os.environ | env | {"JAX_PROCESS_ID": str(rank), "PYTHONPATH": str(ROOT)},
         )
         for rank in ranks
-    ]  # fmt: skip
+    ]
 
 
 def ends(processes):
@@ -201,7 +244,10 @@ def test_an_error_of_one_process_ends_the_other_with_its_name():
     two = members((0, 1), "fails")
     (status, line), (own_status, own_line) = ends(two)
     assert (own_status, own_line) == (2, "error: rows/train.array_record, record 7: damaged.")
-    assert status == LOST and f"pid {two[1].pid}) stopped: rows/train.array_record, record 7: damaged." in line
+    assert (
+        status == LOST
+        and f"pid {two[1].pid}) stopped: rows/train.array_record, record 7: damaged." in line
+    )
 
 
 def test_the_loss_of_process_0_is_named_before_jax_aborts():

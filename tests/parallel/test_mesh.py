@@ -1,4 +1,5 @@
-"""Training on eight devices is training on one: the same numbers on every mesh, and no traffic the maths does not need."""
+"""Training on eight devices is training on one: the same numbers on every mesh, and no traffic the
+maths does not need."""
 
 import json
 import os
@@ -16,7 +17,16 @@ from mor_jax.analysis import units
 from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
 from mor_jax.analysis.memory import MERGES_GATHERS, training_memory
 from mor_jax.analysis.plan import parameter_bytes
-from mor_jax.config import Config, DepthConfig, MeshConfig, MeshShape, ModelConfig, TrainConfig, from_dict, mesh_shape
+from mor_jax.config import (
+    Config,
+    DepthConfig,
+    MeshConfig,
+    MeshShape,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    mesh_shape,
+)
 from mor_jax.errors import ConfigError
 from mor_jax.parallel.mesh import arrange_slices, make_mesh
 from mor_jax.parallel.rows import forget_gathered, gather_weight, scatter_parts
@@ -35,14 +45,16 @@ SMALL = 768  # bytes: metrics, norms, routers and counts of tokens are below it,
 @pytest.fixture(scope="module")
 def found():
     env = os.environ | {
-        # The second flag halves the time to compile. It is about machine code: the program, its collectives and its
-        # memory are planned before that.
+        # The second flag halves the time to compile. It is about machine code: the program, its
+        # collectives and its memory are planned before that.
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "JAX_PLATFORMS": "cpu",
     }
     program = ROOT / "tests" / "parallel" / "mesh_program.py"
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=ROOT, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, cwd=ROOT, env=env, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("RESULT")[1])
 
@@ -58,14 +70,16 @@ def test_twenty_steps_equal_one_device(found, name):
     for step, (mine, theirs) in enumerate(zip(found[name]["losses"], one, strict=True), 1):
         for key in ("loss", "lm_loss", "router_loss", "grad_norm", "mean_depth"):
             assert abs(mine[key] - theirs[key]) < 1e-4, f"{key} at step {step}"
-    # Parameters and selection bias; and the optimiser's moments, which are sums of all gradients so far.
+    # Parameters and selection bias; and the optimiser's moments, which are sums of all gradients so
+    # far.
     assert found[name]["state_differs"] < 1e-4
     assert found[name]["survey_differs"] < 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_state_lies_on_all_devices_in_equal_parts(found, name):
-    """Optimiser state is cut as the weights are: two moments of each, and nothing whole but norms and routers."""
+    """Optimiser state is cut as the weights are: two moments of each, and nothing whole but norms
+    and routers."""
     local, whole = found[name]["local"], found[f"{name.split()[0]} one"]["local"]
     assert found[name]["devices"] == [8]
     assert local["opt_state"] == 2 * local["params"]
@@ -79,14 +93,19 @@ def test_state_lies_on_all_devices_in_equal_parts(found, name):
 
 @pytest.mark.parametrize("name", CASES + MORE)
 def test_nothing_travels_inside_a_loop_but_what_the_tensor_axis_needs(found, name):
-    """Not the tied core, not the table's gradient: what the recursion and the loss accumulate is reduced once, after."""
+    """Not the tied core, not the table's gradient: what the recursion and the loss accumulate is
+    reduced once, after."""
     inside = {axis for c in found[name]["traffic"] if c["loop"] for axis in c["axes"]}
     assert inside <= {"tensor"}
 
 
 def table() -> dict[str, dict[str, str]]:
     """The table of docs/pods.md: "kind mesh" -> column -> cell."""
-    lines = [line for line in (ROOT / "docs" / "pods.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line
+        for line in (ROOT / "docs" / "pods.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     at = next(i for i, row in enumerate(rows) if row[:2] == ["model", "mesh"])
     columns, found = rows[at][2:], {}
@@ -98,13 +117,15 @@ def table() -> dict[str, dict[str, str]]:
 
 
 def column(kind: str) -> str:
-    """XLA for CPUs of jax 0.10 merges the two gathers of a block that is used once; the table says so apart."""
+    """XLA for CPUs of jax 0.10 merges the two gathers of a block that is used once; the table says
+    so apart."""
     return "merged, jax 0.10" if kind == "all-gather" and MERGES_GATHERS else kind
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gathers_are_written_as_the_table_says(found, name):
-    """Before any compiler: a tied core once, a block that is used once forward and backward, the table once."""
+    """Before any compiler: a tied core once, a block that is used once forward and backward, the
+    table once."""
     cell = table()[name]["all-gather"]
     planned = int(cell.split(" fsdp")[0]) if "fsdp" in cell else 0
     assert found[name]["written"].get("fsdp", 0) == planned
@@ -118,18 +139,24 @@ def test_collectives_are_those_of_the_table(found, name):
         for c in traffic(found, name, kind):
             axes = "+".join(c["axes"])
             counts[axes] = counts.get(axes, 0) + c["times"]
-        # How many reductions the compiler joins into one is its own affair; which axes they span is not.
-        cells = [f"{n} {axes}" if kind != "all-reduce" else axes for axes, n in sorted(counts.items())]
+        # How many reductions the compiler joins into one is its own affair; which axes they span is
+        # not.
+        cells = [
+            f"{n} {axes}" if kind != "all-reduce" else axes for axes, n in sorted(counts.items())
+        ]
         assert (", ".join(cells) or "none") == cell, f"{name}: {kind}"
 
 
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
-    """Scatters lie inside of the loop, so that what is added up is a device's part of the gradients. (XLA for CPUs takes
-    gathers out of it, where they do not depend on the micro-batch; what is written is held here.)"""
+    """Scatters lie inside of the loop, so that what is added up is a device's part of the
+    gradients. (XLA for CPUs takes gathers out of it, where they do not depend on the micro-batch;
+    what is written is held here.)"""
     once = {"vanilla": "vanilla 1x2x2x2", "mor": "mor 2x2x2"}[name.split()[0]]
     assert found[name]["written"]["fsdp"] == 2 * found[once]["written"]["fsdp"]
-    scatters = lambda name: [c for c in traffic(found, name, "reduce-scatter") if c["axes"] == ["fsdp"]]
+    scatters = lambda name: [
+        c for c in traffic(found, name, "reduce-scatter") if c["axes"] == ["fsdp"]
+    ]
     assert sum(c["times"] for c in scatters(name)) == 2 * sum(c["times"] for c in scatters(once))
     assert all(c["loop"] and c["times"] == 2 for c in scatters(name))
 
@@ -137,7 +164,8 @@ def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
 def test_loss_weights_and_a_teacher_count_the_same_on_eight_devices(found):
     """Rows, weights of the losses and both models cut over the devices, in two micro-batches."""
     assert found["taught"]["largest"] > 0.1
-    assert found["taught"]["differs"] < 1e-4 * found["taught"]["largest"]  # float32, sums in another order
+    # float32, sums in another order
+    assert found["taught"]["differs"] < 1e-4 * found["taught"]["largest"]
 
 
 def test_the_gradient_of_a_weight_is_summed_in_float32_to_the_end(found):
@@ -147,23 +175,33 @@ def test_the_gradient_of_a_weight_is_summed_in_float32_to_the_end(found):
 def test_a_scatter_in_two_parts_is_one_scatter(found):
     assert all(d < 1e-6 for d in found["parts"])  # float32, another order of eight terms
     assert [scatter_parts(n) for n in (1, 8, 12, 13, 16, 32, 256)] == [
-        (1,), (8,), (4, 3), (13,), (4, 4), (8, 4), (16, 16)
-    ]  # fmt: skip
+        (1,),
+        (8,),
+        (4, 3),
+        (13,),
+        (4, 4),
+        (8, 4),
+        (16, 16),
+    ]
 
 
 def test_data_parallel_gathers_nothing(found):
-    """Rows are chosen, embedded and scored where they lie; only gradients travel, in all-reduces."""
+    """Rows are chosen, embedded and scored where they lie; only gradients travel, in
+    all-reduces."""
     for kind in KINDS:
         assert {c["kind"] for c in found[f"{kind} 8x1x1"]["traffic"]} == {"all-reduce"}
 
 
 @pytest.mark.parametrize("name", [c for c in CASES if not c.endswith("1x2x2x2")])
 def test_selection_and_counts_travel_as_sums_alone(found, name):
-    """No gather brings scores, positions or picked tokens together while rows are whole on a device."""
+    """No gather brings scores, positions or picked tokens together while rows are whole on a
+    device."""
     for c in found[name]["traffic"]:
         assert c["kind"] != "all-to-all" and c["kind"] != "collective-permute", c
         if c["kind"] == "all-gather":
-            assert c["axes"] == ["fsdp"] and not any(s.startswith(("pred", "s32", "u32")) for s in c["of"]), c
+            assert c["axes"] == ["fsdp"] and not any(
+                s.startswith(("pred", "s32", "u32")) for s in c["of"]
+            ), c
 
 
 # ---------------------------------------------------------------- plans against the compiler
@@ -183,14 +221,21 @@ def test_planned_bytes_are_the_compilers(found, which):
 
 
 def test_planned_bytes_are_the_compilers_for_programs_of_every_kind():
-    """Some of those that docs/pods.md lists, compiled anew; the command ends with 1 where a plan is 10 % off."""
-    some = ["vanilla, fsdp and tensor", "mor, shared keys", "mor, sequence and tensor", "token, fsdp"]
+    """Some of those that docs/pods.md lists, compiled anew; the command ends with 1 where a plan is
+    10 % off."""
+    some = [
+        "vanilla, fsdp and tensor",
+        "mor, shared keys",
+        "mor, sequence and tensor",
+        "token, fsdp",
+    ]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [sys.executable, "-m", "benchmarks.plan_accuracy", "--only", *some]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     off = lambda text: {
-        n: float(p) for n, p in re.findall(r"^\| ([a-z, ]+) \| [\dx ]+ \|.*\| ([+-][\d.]+)% \|$", text, re.M)
+        n: float(p)
+        for n, p in re.findall(r"^\| ([a-z, ]+) \| [\dx ]+ \|.*\| ([+-][\d.]+)% \|$", text, re.M)
     }
     printed, documented = off(done.stdout), off((ROOT / "docs" / "pods.md").read_text())
     assert printed.keys() == set(some) < documented.keys()
@@ -209,22 +254,32 @@ def test_planned_traffic_is_the_compilers(found, which):
 
 
 def test_gathered_weights_are_not_kept_for_the_backward_pass():
-    """A checkpointed product keeps the weight as it lay, told by its dtype, and neither the gathered one nor a view of
-    that; activations it keeps."""
+    """A checkpointed product keeps the weight as it lay, told by its dtype, and neither the
+    gathered one nor a view of that; activations it keeps."""
     mesh, rules, names = make_mesh(MeshConfig(), jax.devices()[:1]), Rules(), ("mlp", "embed")
     w, x = jax.ShapeDtypeStruct((8, 4), "float32"), jax.ShapeDtypeStruct((3, 4), "bfloat16")
 
     def kept(policy):
-        run = lambda w, x: jax.numpy.sin(jax.numpy.sin(x) @ gather_weight(rules, w.astype(x.dtype), names).T)
+        run = lambda w, x: jax.numpy.sin(
+            jax.numpy.sin(x) @ gather_weight(rules, w.astype(x.dtype), names).T
+        )
         island = jax.shard_map(
-            jax.checkpoint(run, policy=policy), in_specs=(PartitionSpec(None, "fsdp"), PartitionSpec()),
-            out_specs=PartitionSpec(), axis_names={"fsdp"}, check_vma=False,
-        )  # fmt: skip
+            jax.checkpoint(run, policy=policy),
+            in_specs=(PartitionSpec(None, "fsdp"), PartitionSpec()),
+            out_specs=PartitionSpec(),
+            axis_names={"fsdp"},
+            check_vma=False,
+        )
         backward = jax.tree.leaves(jax.eval_shape(lambda w, x: jax.vjp(island, w, x)[1], w, x))
-        return {leaf.dtype.name for leaf in backward if leaf.size == 8 * 4}, [leaf.size for leaf in backward]
+        return {leaf.dtype.name for leaf in backward if leaf.size == 8 * 4}, [
+            leaf.size for leaf in backward
+        ]
 
     with jax.set_mesh(mesh):
-        everything, (ours, sizes) = kept(jax.checkpoint_policies.everything_saveable), kept(forget_gathered)
+        everything, (ours, sizes) = (
+            kept(jax.checkpoint_policies.everything_saveable),
+            kept(forget_gathered),
+        )
     assert ours == {"float32"} and everything[0] == {"bfloat16"}
     assert 3 * 8 in sizes
 
@@ -234,12 +289,18 @@ def test_weak_scaling_is_what_the_docs_show():
     from benchmarks.weak_scaling import config
 
     documented = (ROOT / "docs" / "pods.md").read_text()
-    rows = re.findall(r"^\| (data|fsdp|tensor|sequence) \| (\d) \| (.*?) \| (.*?) \|", documented, re.M)
+    rows = re.findall(
+        r"^\| (data|fsdp|tensor|sequence) \| (\d) \| (.*?) \| (.*?) \|", documented, re.M
+    )
     assert len(rows) == 12
     for axis, n, sent, planned in rows:
         cfg = config("mor", axis, int(n))
         # The page's figures are those of jax 0.10, which merges the two gathers of a block.
-        assert units.size(total_bytes(planned_collectives(cfg, devices=int(n), regather=False))) == planned == sent
+        assert (
+            units.size(total_bytes(planned_collectives(cfg, devices=int(n), regather=False)))
+            == planned
+            == sent
+        )
     line = [sys.executable, "-m", "benchmarks.weak_scaling", "--devices=2", "--axes", "sequence"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
@@ -256,7 +317,9 @@ def test_weak_scaling_is_what_the_docs_show():
 
 
 def test_rules_name_what_they_do_not_know():
-    with pytest.raises(ConfigError, match=r"no logical axis 'mlpp'.*Did you mean 'mlp'.*Valid: batch, time"):
+    with pytest.raises(
+        ConfigError, match=r"no logical axis 'mlpp'.*Did you mean 'mlp'.*Valid: batch, time"
+    ):
         Rules.create((("mlpp", "tensor"),))
     with pytest.raises(ConfigError, match="'mlp' -> 'tensr': no mesh axis 'tensr'"):
         Rules.create((("mlp", "tensr"),))
@@ -288,11 +351,16 @@ def tpu(slices: int, each: tuple[int, int]) -> list:
     chips = [(s, x, y) for s in range(slices) for y in range(each[1]) for x in range(each[0])]
     return [
         SimpleNamespace(
-            id=i, slice_index=s, process_index=i // 4, coords=(x, y, 0), core_on_chip=0,
-            platform="tpu", device_kind="TPU v5 lite",
+            id=i,
+            slice_index=s,
+            process_index=i // 4,
+            coords=(x, y, 0),
+            core_on_chip=0,
+            platform="tpu",
+            device_kind="TPU v5 lite",
         )
         for i, (s, x, y) in enumerate(chips)
-    ]  # fmt: skip
+    ]
 
 
 def test_only_data_crosses_slices():
@@ -304,7 +372,10 @@ def test_only_data_crosses_slices():
 
 
 def test_nodes_are_slices_where_nothing_else_says():
-    gpus = [SimpleNamespace(id=i, process_index=i // 8, platform="gpu", device_kind="H100") for i in range(16)]
+    gpus = [
+        SimpleNamespace(id=i, process_index=i // 8, platform="gpu", device_kind="H100")
+        for i in range(16)
+    ]
     mesh = arrange_slices(gpus, MeshShape(2, 8, 1, 1), 2)
     assert [{d.process_index for d in part.flat} for part in mesh] == [{0}, {1}]
     plain = [SimpleNamespace(id=i, process_index=0, platform="cpu") for i in range(8)]
@@ -316,13 +387,23 @@ def test_slices_that_are_not_there_are_refused():
         arrange_slices(tpu(2, (4, 2)), MeshShape(4, 4, 1, 1), 4)
     with pytest.raises(ConfigError, match="slices = 2, but the devices are in 1 slice"):
         arrange_slices(tpu(1, (4, 4)), MeshShape(4, 4, 1, 1), 2)
-    with pytest.raises(ConfigError, match=re.escape("slices = 3 does not divide config.mesh.data = 4")):
+    with pytest.raises(
+        ConfigError, match=re.escape("slices = 3 does not divide config.mesh.data = 4")
+    ):
         mesh_shape(MeshConfig(data=4, slices=3), 4)
 
 
 def test_rows_that_cannot_be_cut_are_refused():
     from mor_jax.config import check
 
-    cfg = Config("x", ModelConfig(context=30), DepthConfig(), train=TrainConfig(steps=1), mesh=MeshConfig(1, 1, 1, 4))
-    with pytest.raises(ConfigError, match=re.escape("context = 30 is not divisible by config.mesh.sequence = 4")):
+    cfg = Config(
+        "x",
+        ModelConfig(context=30),
+        DepthConfig(),
+        train=TrainConfig(steps=1),
+        mesh=MeshConfig(1, 1, 1, 4),
+    )
+    with pytest.raises(
+        ConfigError, match=re.escape("context = 30 is not divisible by config.mesh.sequence = 4")
+    ):
         check(cfg, devices=4)

@@ -1,7 +1,9 @@
-"""A REPL in this process, for tests of the loop: no sandbox and no second process, so a test takes milliseconds.
+"""A REPL in this process, for tests of the loop: no sandbox and no second process, so a test takes
+milliseconds.
 
-It keeps what the contract of `Environment` promises to the loop: serial cells, outcomes as values or CallError, bound
-values, `answer`, and an interrupted cell that ends. Cells run in a thread, sub-calls go to the handler's loop.
+It keeps what the contract of `Environment` promises to the loop: serial cells, outcomes as values
+or CallError, bound values, `answer`, and an interrupted cell that ends. Cells run in a thread,
+sub-calls go to the handler's loop.
 """
 
 import asyncio
@@ -68,25 +70,38 @@ class FakeEnvironment:
             return single(ask(method="llm", prompts=(prompt,), model=model, schema_=schema)[0])
 
         def llm_batch(prompts, *, model=None, schema=None):
-            return ask(method="llm", prompts=tuple(prompts), batch=True, model=model, schema_=schema)
+            return ask(
+                method="llm", prompts=tuple(prompts), batch=True, model=model, schema_=schema
+            )
 
         def rlm_query(prompt, question=None, *, schema=None):
-            return single(ask(method="rlm", prompts=(prompt,), question=question, schema_=schema)[0])
+            return single(
+                ask(method="rlm", prompts=(prompt,), question=question, schema_=schema)[0]
+            )
 
         def rlm_batch(prompts, question=None, *, schema=None):
-            return ask(method="rlm", prompts=tuple(prompts), batch=True, question=question, schema_=schema)
+            return ask(
+                method="rlm", prompts=tuple(prompts), batch=True, question=question, schema_=schema
+            )
 
         def final(value):
             self.names["answer"] = {"content": value, "ready": True}
 
         def tool(name):
-            return lambda *args, **kwargs: single(ask(method="tool", name=name, args=args, kwargs=kwargs)[0])
+            return lambda *args, **kwargs: single(
+                ask(method="tool", name=name, args=args, kwargs=kwargs)[0]
+            )
 
         own = {t.name: tool(t.name) for t in self.tools if not t.is_value}
         return {
-            **own, "llm_query": llm_query, "llm_batch": llm_batch, "rlm_query": rlm_query, "rlm_batch": rlm_batch,
-            "FINAL": final, "FINAL_VAR": lambda name: final(self.names[name]),
-        }  # fmt: skip
+            **own,
+            "llm_query": llm_query,
+            "llm_batch": llm_batch,
+            "rlm_query": rlm_query,
+            "rlm_batch": rlm_batch,
+            "FINAL": final,
+            "FINAL_VAR": lambda name: final(self.names[name]),
+        }
 
     async def run(self, code, handler):
         loop = asyncio.get_running_loop()
@@ -103,7 +118,10 @@ class FakeEnvironment:
                 outcome = ("timeout", None)
             except BaseException as e:
                 text = "".join(traceback.format_exception_only(e))
-                outcome = ("error", CellError(type=type(e).__name__, message=str(e), traceback=text))
+                outcome = (
+                    "error",
+                    CellError(type=type(e).__name__, message=str(e), traceback=text),
+                )
             with contextlib.suppress(RuntimeError, Stop):
                 loop.call_soon_threadsafe(lambda: done.done() or done.set_result(outcome))
 
@@ -116,9 +134,12 @@ class FakeEnvironment:
             status, error = await done
         except asyncio.CancelledError:
             while thread.is_alive():
-                for future in list(self.waiting):  # again and again: the cell may just be making another call
+                # again and again: the cell may just be making another call
+                for future in list(self.waiting):
                     future.cancel()
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(Stop))
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident), ctypes.py_object(Stop)
+                )
                 thread.join(0.002)
             raise
         answer = self.names.get("answer")

@@ -1,11 +1,13 @@
-"""A loopback model server for tests and benchmarks: OpenAI chat completions and Anthropic messages, no dependencies.
+"""A loopback model server for tests and benchmarks: OpenAI chat completions and Anthropic messages,
+no dependencies.
 
     with FakeServer(lambda body: "hello") as server:
         OpenAILM("fake", base_url=server.url, api_key="k")
 
-`reply` decides what each request gets: a text, `Say`, `Fail`, `Cut`, `Hang` or `Raw`; a list of them, in order (the
-last one again afterwards); or a function of the request's JSON body. It runs in a thread of this process, or, so that
-a benchmark's client has its process to itself, in another one: `with spawn("hello", latency=0.05) as server`.
+`reply` decides what each request gets: a text, `Say`, `Fail`, `Cut`, `Hang` or `Raw`; a list of
+them, in order (the last one again afterwards); or a function of the request's JSON body. It runs in
+a thread of this process, or, so that a benchmark's client has its process to itself, in another
+one: `with spawn("hello", latency=0.05) as server`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ JSON_TYPE = "application/json"
 
 @dataclass(frozen=True)
 class Say:
-    """A reply. `usage` None counts one token for four characters; False leaves usage out, as some servers do."""
+    """A reply. `usage` None counts one token for four characters; False leaves usage out, as some
+    servers do."""
 
     text: str | None = ""
     tool_calls: tuple[tuple[str, str], ...] = ()  # (name, arguments as text)
@@ -51,7 +54,8 @@ class Fail:
 
 @dataclass(frozen=True)
 class Cut:
-    """The connection drops: after `pieces` of a stream; without a stream in the middle of the body; -1: at once.
+    """The connection drops: after `pieces` of a stream; without a stream in the middle of the body;
+    -1: at once.
 
     With `error` a stream ends in an error object instead.
     """
@@ -70,7 +74,8 @@ class Hang:
 
 @dataclass(frozen=True)
 class Raw:
-    """These bytes are the body; or, with `whole`, everything that goes down the wire before the connection closes."""
+    """These bytes are the body; or, with `whole`, everything that goes down the wire before the
+    connection closes."""
 
     body: bytes
     content_type: str = "application/json"
@@ -88,13 +93,25 @@ class Request(NamedTuple):
 
 
 class FakeServer:
-    """Serves while its `with` block runs. `requests` are those received, `aborted` those whose client went away."""
+    """Serves while its `with` block runs. `requests` are those received, `aborted` those whose
+    client went away."""
 
     def __init__(
-        self, reply: Reply | Sequence[Reply] | Callable[[dict[str, Any]], Reply] = "ok", *, latency: float = 0.0,
-        api_key: str | None = None, record: bool = True, port: int = 0,
-    ):  # fmt: skip
-        self._reply, self._latency, self._key, self._record, self._port = reply, latency, api_key, record, port
+        self,
+        reply: Reply | Sequence[Reply] | Callable[[dict[str, Any]], Reply] = "ok",
+        *,
+        latency: float = 0.0,
+        api_key: str | None = None,
+        record: bool = True,
+        port: int = 0,
+    ):
+        self._reply, self._latency, self._key, self._record, self._port = (
+            reply,
+            latency,
+            api_key,
+            record,
+            port,
+        )
         self.requests: list[Request] = []
         self.count = self.connections = self.aborted = self.active = self.max_concurrency = 0
         self._transports: set[asyncio.Transport] = set()
@@ -110,7 +127,9 @@ class FakeServer:
 
     def __enter__(self) -> FakeServer:
         started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self.serve(started)), daemon=True)
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self.serve(started)), daemon=True
+        )
         self._thread.start()
         if not started.wait(30):
             raise RuntimeError("the fake server did not start")
@@ -123,7 +142,9 @@ class FakeServer:
 
     async def serve(self, started: threading.Event | None = None) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = await self._loop.create_server(lambda: _Connection(self), "127.0.0.1", self._port, backlog=1024)
+        server = await self._loop.create_server(
+            lambda: _Connection(self), "127.0.0.1", self._port, backlog=1024
+        )
         self._port = server.sockets[0].getsockname()[1]
         if started:
             started.set()
@@ -133,7 +154,8 @@ class FakeServer:
             transport.abort()
 
     def drop_connections(self) -> None:
-        """Close every open connection, as a server does that restarts or tires of an idle client."""
+        """Close every open connection, as a server does that restarts or tires of an idle
+        client."""
         done = threading.Event()
 
         def drop() -> None:
@@ -176,7 +198,9 @@ class _Connection(asyncio.Protocol):
         if end < 0:
             return
         first, *lines = bytes(self.buffer[:end]).decode("latin-1").split("\r\n")
-        headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        headers = {
+            k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)
+        }
         stop = end + 4 + int(headers.get("content-length", 0))
         if len(self.buffer) < stop:
             return
@@ -203,12 +227,23 @@ class _Connection(asyncio.Protocol):
 
     async def answer(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> None:
         place = path.partition("?")[0]
-        wire = ANTHROPIC if place.endswith("/messages") else OPENAI if place.endswith("/chat/completions") else None
+        wire = (
+            ANTHROPIC
+            if place.endswith("/messages")
+            else OPENAI
+            if place.endswith("/chat/completions")
+            else None
+        )
         given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         if wire is None:
-            return self.send(404, {"error": {"message": f"no such path: {path}", "type": "not_found_error"}})
+            return self.send(
+                404, {"error": {"message": f"no such path: {path}", "type": "not_found_error"}}
+            )
         if self.server._key is not None and given != self.server._key:
-            return self.send(401, wire.error(Fail(401, f"Incorrect API key provided: {given}.", "invalid_api_key")))
+            return self.send(
+                401,
+                wire.error(Fail(401, f"Incorrect API key provided: {given}.", "invalid_api_key")),
+            )
         reply = self.server.choose(body)
         if isinstance(reply, str):
             reply = Say(reply)
@@ -254,18 +289,28 @@ class _Connection(asyncio.Protocol):
         self.transport.write(b"0\r\n\r\n")
 
     def send(
-        self, status: int, body: Any, headers: dict[str, str] | None = None, content_type: str = JSON_TYPE
+        self,
+        status: int,
+        body: Any,
+        headers: dict[str, str] | None = None,
+        content_type: str = JSON_TYPE,
     ) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.head(status, len(raw), headers, content_type)
         self.transport.write(raw)
 
     def head(
-        self, status: int, length: int | None, headers: dict[str, str] | None = None, content_type: str = JSON_TYPE
+        self,
+        status: int,
+        length: int | None,
+        headers: dict[str, str] | None = None,
+        content_type: str = JSON_TYPE,
     ) -> None:
         size = "transfer-encoding: chunked" if length is None else f"content-length: {length}"
         more = "".join(f"{k}: {v}\r\n" for k, v in (headers or {}).items())
-        self.transport.write(f"HTTP/1.1 {status} X\r\ncontent-type: {content_type}\r\n{size}\r\n{more}\r\n".encode())
+        self.transport.write(
+            f"HTTP/1.1 {status} X\r\ncontent-type: {content_type}\r\n{size}\r\n{more}\r\n".encode()
+        )
 
     def chunk(self, text: str) -> None:
         raw = text.encode()
@@ -283,7 +328,11 @@ class OPENAI:
             return say.usage
         prompt = sum(len(m.get("content") or "") for m in body.get("messages", ())) // 4 + 1
         completion = len(say.text or "") // 4 + 1
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
     @staticmethod
     def message(say: Say) -> dict[str, Any]:
@@ -292,7 +341,11 @@ class OPENAI:
             message["reasoning_content"] = say.reasoning
         if say.tool_calls:
             message["tool_calls"] = [
-                {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                {
+                    "id": f"call_{i}",
+                    "type": "function",
+                    "function": {"name": name, "arguments": arguments},
+                }
                 for i, (name, arguments) in enumerate(say.tool_calls)
             ]
         return message
@@ -301,14 +354,23 @@ class OPENAI:
     def whole(cls, say: Say, body: dict[str, Any]) -> dict[str, Any]:
         finish = say.finish or ("tool_calls" if say.tool_calls else "stop")
         choice = {"index": 0, "message": cls.message(say), "finish_reason": finish}
-        reply = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body.get("model", "")}
+        reply = {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body.get("model", ""),
+        }
         usage = cls.usage(say, body)
         return {**reply, "choices": [choice], **({"usage": usage} if usage else {})}
 
     @classmethod
     def events(cls, say: Say, body: dict[str, Any]) -> Iterator[str]:
         def event(choices: list[Any], **more: Any) -> str:
-            head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": body.get("model", "")}
+            head = {
+                "id": "chatcmpl-1",
+                "object": "chat.completion.chunk",
+                "model": body.get("model", ""),
+            }
             return "data: " + json.dumps({**head, "choices": choices, **more}) + "\n\n"
 
         def delta(finish: str | None = None, **fields: Any) -> str:
@@ -320,7 +382,11 @@ class OPENAI:
             yield delta(content=piece)
         for i, (name, arguments) in enumerate(say.tool_calls):
             function = {"name": name, "arguments": ""}
-            yield delta(tool_calls=[{"index": i, "id": f"call_{i}", "type": "function", "function": function}])
+            yield delta(
+                tool_calls=[
+                    {"index": i, "id": f"call_{i}", "type": "function", "function": function}
+                ]
+            )
             for piece in pieces(arguments, say.pieces):
                 yield delta(tool_calls=[{"index": i, "function": {"arguments": piece}}])
         yield delta(say.finish or ("tool_calls" if say.tool_calls else "stop"))
@@ -359,7 +425,14 @@ class ANTHROPIC:
         if say.text:
             blocks.append({"type": "text", "text": say.text})
         for i, (name, arguments) in enumerate(say.tool_calls):
-            blocks.append({"type": "tool_use", "id": f"toolu_{i}", "name": name, "input": json.loads(arguments)})
+            blocks.append(
+                {
+                    "type": "tool_use",
+                    "id": f"toolu_{i}",
+                    "name": name,
+                    "input": json.loads(arguments),
+                }
+            )
         return blocks
 
     @classmethod
@@ -369,10 +442,15 @@ class ANTHROPIC:
     @classmethod
     def whole(cls, say: Say, body: dict[str, Any]) -> dict[str, Any]:
         return {
-            "id": "msg_1", "type": "message", "role": "assistant", "model": body.get("model", ""),
-            "content": cls.blocks(say), "stop_reason": cls.stop(say), "stop_sequence": None,
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "model": body.get("model", ""),
+            "content": cls.blocks(say),
+            "stop_reason": cls.stop(say),
+            "stop_sequence": None,
             "usage": cls.usage(say, body),
-        }  # fmt: skip
+        }
 
     @classmethod
     def events(cls, say: Say, body: dict[str, Any]) -> Iterator[str]:
@@ -380,29 +458,44 @@ class ANTHROPIC:
             return f"event: {kind}\ndata: " + json.dumps({"type": kind, **fields}) + "\n\n"
 
         usage = cls.usage(say, body)
-        opening = {**cls.whole(say, body), "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
+        opening = {
+            **cls.whole(say, body),
+            "content": [],
+            "stop_reason": None,
+            "usage": {**usage, "output_tokens": 1},
+        }
         yield event("message_start", message=opening) + event("ping")
         for i, block in enumerate(cls.blocks(say)):
-            field_, kind = {"thinking": ("thinking", "thinking_delta"), "text": ("text", "text_delta")}.get(
-                block["type"], ("input", "input_json_delta")
-            )
+            field_, kind = {
+                "thinking": ("thinking", "thinking_delta"),
+                "text": ("text", "text_delta"),
+            }.get(block["type"], ("input", "input_json_delta"))
             whole = json.dumps(block["input"]) if field_ == "input" else block[field_]
             yield event(
-                "content_block_start", index=i, content_block={**block, field_: {} if field_ == "input" else ""}
+                "content_block_start",
+                index=i,
+                content_block={**block, field_: {} if field_ == "input" else ""},
             )
             for piece in pieces(whole, say.pieces):
                 key = "partial_json" if field_ == "input" else field_
                 yield event("content_block_delta", index=i, delta={"type": kind, key: piece})
             yield event("content_block_stop", index=i)
         yield event(
-            "message_delta", delta={"stop_reason": cls.stop(say), "stop_sequence": None},
+            "message_delta",
+            delta={"stop_reason": cls.stop(say), "stop_sequence": None},
             usage={"output_tokens": usage.get("output_tokens", 0)},
-        )  # fmt: skip
+        )
         if say.done:
             yield event("message_stop")
 
-    KINDS: ClassVar[dict[int, str]] = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error",
-                             429: "rate_limit_error", 500: "api_error", 529: "overloaded_error"}  # fmt: skip
+    KINDS: ClassVar[dict[int, str]] = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        500: "api_error",
+        529: "overloaded_error",
+    }
 
     @classmethod
     def error(cls, fail: Fail) -> dict[str, Any]:

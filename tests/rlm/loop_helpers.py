@@ -36,12 +36,18 @@ def told(lm, call=-1):
 
 
 class CountingLM:
-    """Replies `reply_tokens` tokens to every call unless its sampling allows fewer; counts exactly one token a word."""
+    """Replies `reply_tokens` tokens to every call unless its sampling allows fewer; counts exactly
+    one token a word."""
 
     window = None
 
     def __init__(self, reply_tokens=10, usd_per_token=None, latency=None, name="counting"):
-        self.name, self.reply_tokens, self.usd, self.latency = name, reply_tokens, usd_per_token, latency
+        self.name, self.reply_tokens, self.usd, self.latency = (
+            name,
+            reply_tokens,
+            usd_per_token,
+            latency,
+        )
         self.calls = 0
         self.active = self.most = 0
 
@@ -61,7 +67,9 @@ class CountingLM:
         spent = self.count_tokens(messages), n
         usage = Usage(calls=1, input_tokens=spent[0], output_tokens=n, cost_usd=self.price(*spent))
         return Reply(
-            text=" ".join(["word"] * n), usage=usage, finish_reason="stop" if n == self.reply_tokens else "length"
+            text=" ".join(["word"] * n),
+            usage=usage,
+            finish_reason="stop" if n == self.reply_tokens else "length",
         )
 
     def count_tokens(self, messages):

@@ -1,8 +1,9 @@
 """Counting the work of a reader of text, so that a test can hold it to a bound without a clock.
 
-`Pattern` is a plain backtracking matcher for the regular expressions of `re`: slow, and it counts every step, those that
-are undone, too. `counting(*modules)` puts it in the place of the modules' own patterns and counts what else walks over
-text: syntax trees, JSON, slices and searches of the text itself.
+`Pattern` is a plain backtracking matcher for the regular expressions of `re`: slow, and it counts
+every step, those that are undone, too. `counting(*modules)` puts it in the place of the modules'
+own patterns and counts what else walks over text: syntax trees, JSON, slices and searches of the
+text itself.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def tick(steps=1):
     Work.steps += steps
 
 
-# -- regular expressions ------------------------------------------------------------------------------------------------
+# -- regular expressions ---------------------------------------------------------------------------
 class Match:
     def __init__(self, pattern, string, groups):
         self.re, self.string, self._groups = pattern, string, groups
@@ -63,18 +64,27 @@ class Match:
         return tuple(self[i] for i in range(1, self.re.groups + 1))
 
     def expand(self, template):
-        return re.sub(r"\\(\d)|\\g<(\w+)>", lambda m: self[int(m[1]) if m[1] else m[2]] or "", template)
+        return re.sub(
+            r"\\(\d)|\\g<(\w+)>", lambda m: self[int(m[1]) if m[1] else m[2]] or "", template
+        )
 
 
 class Pattern:
     def __init__(self, pattern, flags=0):
         real = re.compile(pattern, flags)
-        self.pattern, self.flags, self.groups, self.groupindex = pattern, real.flags, real.groups, real.groupindex
+        self.pattern, self.flags, self.groups, self.groupindex = (
+            pattern,
+            real.flags,
+            real.groups,
+            real.groupindex,
+        )
         self._match = _sequence(list(_parser.parse(pattern, flags)), real.flags)
 
     def _at(self, text, pos, end, whole=False):
         groups = {}
-        found = self._match(text, pos, end, groups, lambda at: at if not whole or at == end else None)
+        found = self._match(
+            text, pos, end, groups, lambda at: at if not whole or at == end else None
+        )
         if found is None:
             return None
         groups[0] = (pos, found)
@@ -102,7 +112,9 @@ class Pattern:
 
     def findall(self, text, pos=0, end=None):
         found = list(self.finditer(text, pos, end))
-        return [m[0] if not self.groups else m[1] if self.groups == 1 else m.groups() for m in found]
+        return [
+            m[0] if not self.groups else m[1] if self.groups == 1 else m.groups() for m in found
+        ]
 
     def sub(self, new, text, count=0):
         parts, at = [], 0
@@ -195,7 +207,11 @@ def _node(op, value, flags):
             start = pos if direction > 0 else pos - width
             kept = dict(groups)
             # look-behind sees what stands before the searched stretch, look-ahead ends with it
-            holds = start >= 0 and inside(text, start, end if direction > 0 else pos, groups, lambda at: at) is not None
+            holds = (
+                start >= 0
+                and inside(text, start, end if direction > 0 else pos, groups, lambda at: at)
+                is not None
+            )
             if name == "assert_not" or not holds:
                 groups.clear()
                 groups.update(kept)
@@ -261,8 +277,12 @@ def _one(name, value, flags):
             tests.append(lambda c, what=what: same(c, what))
         elif kind == "range":
             tests.append(
-                lambda c, what=what: any(what[0] <= ord(x) <= what[1] for x in ({c, c.lower(), c.upper()} if fold else {c}) if len(x) == 1)
-            )  # fmt: skip
+                lambda c, what=what: any(
+                    what[0] <= ord(x) <= what[1]
+                    for x in ({c, c.lower(), c.upper()} if fold else {c})
+                    if len(x) == 1
+                )
+            )
         else:
             category = str(what).lower()
             inside = INSIDE[category.replace("_not_", "_")]
@@ -319,7 +339,13 @@ def _repeat(name, least, most, inner, flags):
             return found
         if times < most:
             kept = dict(groups)
-            found = inside(text, pos, end, groups, lambda at: general(text, at, end, groups, go, times + 1, pos))
+            found = inside(
+                text,
+                pos,
+                end,
+                groups,
+                lambda at: general(text, at, end, groups, go, times + 1, pos),
+            )
             if found is not None:
                 return found
             groups.clear()
@@ -329,9 +355,10 @@ def _repeat(name, least, most, inner, flags):
     return simple if one is not None else possessive if name == "possessive_repeat" else general
 
 
-# -- the rest -------------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 class Text(str):
-    """A text that counts who walks over it. One step for eight characters: the machine is fast at these."""
+    """A text that counts who walks over it. One step for eight characters: the machine is fast at
+    these."""
 
     def __getitem__(self, index):
         found = str.__getitem__(self, index)
@@ -352,17 +379,43 @@ def _walks(name):
     plain = getattr(str, name)
 
     def method(self, *args, **kwargs):
-        window = [a for a in args[1:] if isinstance(a, int)] if name in ("find", "rfind", "count") else []
+        window = (
+            [a for a in args[1:] if isinstance(a, int)]
+            if name in ("find", "rfind", "count")
+            else []
+        )
         start, stop = (*window, len(self))[:2] if window else (0, len(self))
         tick(1 + max(stop - start, 0) // 8)
         found = plain(self, *args, **kwargs)
-        return Text(found) if type(found) is str else [Text(x) for x in found] if type(found) is list else found
+        return (
+            Text(found)
+            if type(found) is str
+            else [Text(x) for x in found]
+            if type(found) is list
+            else found
+        )
 
     return method
 
 
-for _name in ("find", "rfind", "count", "strip", "rstrip", "lstrip", "translate", "split", "partition", "replace", "lower", "encode",
-              "splitlines", "removesuffix", "removeprefix", "isascii"):  # fmt: skip
+for _name in (
+    "find",
+    "rfind",
+    "count",
+    "strip",
+    "rstrip",
+    "lstrip",
+    "translate",
+    "split",
+    "partition",
+    "replace",
+    "lower",
+    "encode",
+    "splitlines",
+    "removesuffix",
+    "removeprefix",
+    "isascii",
+):
     setattr(Text, _name, _walks(_name))
 
 
@@ -377,8 +430,14 @@ class _Re:
 
     def __init__(self):
         for name in ("search", "match", "fullmatch", "split", "findall", "finditer"):
-            setattr(self, name, lambda p, *a, _n=name, flags=0, **k: getattr(self.compile(p, flags), _n)(*a, **k))
-        self.sub = lambda p, new, text, count=0, flags=0: self.compile(p, flags).sub(new, text, count)
+            setattr(
+                self,
+                name,
+                lambda p, *a, _n=name, flags=0, **k: getattr(self.compile(p, flags), _n)(*a, **k),
+            )
+        self.sub = lambda p, new, text, count=0, flags=0: self.compile(p, flags).sub(
+            new, text, count
+        )
 
 
 _compiled: dict = {}
@@ -397,7 +456,8 @@ def _counted(value):
 
 @contextlib.contextmanager
 def counting(*modules):
-    """Counts the steps of code in `modules`; yields a function that gives those since it was called last."""
+    """Counts the steps of code in `modules`; yields a function that gives those since it was called
+    last."""
     saved = []
 
     def put(module, name, new):
@@ -411,7 +471,10 @@ def counting(*modules):
                 put(module, name, shim)
             elif (new := _counted(value)) is not value:
                 put(module, name, new)
-            elif hasattr(value, "cache_clear") and getattr(value, "__module__", "") == module.__name__:
+            elif (
+                hasattr(value, "cache_clear")
+                and getattr(value, "__module__", "") == module.__name__
+            ):
                 value.cache_clear()
     parse, decode = ast.parse, json.JSONDecoder.raw_decode
 
@@ -446,5 +509,8 @@ def counting(*modules):
             setattr(owner, name, value)
         for module in modules:
             for value in vars(module).values():
-                if hasattr(value, "cache_clear") and getattr(value, "__module__", "") == module.__name__:
+                if (
+                    hasattr(value, "cache_clear")
+                    and getattr(value, "__module__", "") == module.__name__
+                ):
                     value.cache_clear()

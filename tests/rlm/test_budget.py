@@ -1,4 +1,5 @@
-"""The ledger never passes a limit, refuses only what is really used up, and gives back what calls did not use."""
+"""The ledger never passes a limit, refuses only what is really used up, and gives back what calls
+did not use."""
 
 import asyncio
 
@@ -57,7 +58,12 @@ async def drive(ledger, calls):
 
 
 CALLS = st.lists(
-    st.tuples(st.integers(0, 400), st.one_of(st.none(), st.integers(1, 300)), st.integers(1, 300), st.booleans()),
+    st.tuples(
+        st.integers(0, 400),
+        st.one_of(st.none(), st.integers(1, 300)),
+        st.integers(1, 300),
+        st.booleans(),
+    ),
     max_size=80,
 )
 
@@ -72,7 +78,11 @@ CALLS = st.lists(
 )
 def test_no_limit_is_passed_and_no_call_hangs(calls, sub_calls, input_tokens, output_tokens, usd):
     budget = Budget(
-        sub_calls=sub_calls, input_tokens=input_tokens, output_tokens=output_tokens, usd=usd, reply_tokens=200
+        sub_calls=sub_calls,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        usd=usd,
+        reply_tokens=200,
     )
     ledger = Ledger(budget)
     outcomes = asyncio.run(drive(ledger, calls))
@@ -94,7 +104,8 @@ def test_sub_calls_are_exact_under_concurrency():
 
 
 def test_output_tokens_are_hit_exactly():
-    """37 tokens a reply into 1,000: 27 whole replies, one cut to the 1 that is left, the rest refused."""
+    """37 tokens a reply into 1,000: 27 whole replies, one cut to the 1 that is left, the rest
+    refused."""
     ledger = Ledger(Budget(output_tokens=1000))
     outcomes = asyncio.run(drive(ledger, [(10, 50, 37, False)] * 200))
     assert ledger.total.output_tokens == 1000
@@ -208,7 +219,9 @@ def test_depth_is_a_limit():
         ledger.check_depth(2)
 
 
-@pytest.mark.parametrize("bad", [{"turns": 0}, {"usd": -1}, {"seconds": 0}, {"output_tokens": 0}, {"dollars": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"turns": 0}, {"usd": -1}, {"seconds": 0}, {"output_tokens": 0}, {"dollars": 1}]
+)
 def test_impossible_budgets_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Budget(**bad)

@@ -45,14 +45,31 @@ class Command:
         self.home = home
 
     def env(self, **more):
-        kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "PYTHONPATH", "SYSTEMROOT")}
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH")]))
-        return {**kept, "PYTHONPATH": path, "HOME": str(self.home), "OPENAI_API_KEY": "sk-test", **more}
+        kept = {
+            k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "PYTHONPATH", "SYSTEMROOT")
+        }
+        path = os.pathsep.join(
+            filter(None, [str(Path(__file__).parents[2]), kept.get("PYTHONPATH")])
+        )
+        return {
+            **kept,
+            "PYTHONPATH": path,
+            "HOME": str(self.home),
+            "OPENAI_API_KEY": "sk-test",
+            **more,
+        }
 
     def start(self, *args, env=None, **options):
         command = [sys.executable, "-m", "rlm_runtime", *map(str, args)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=self.env(**(env or {})), cwd=self.home, **{**pipes, **options})
+        pipes = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+        }
+        return subprocess.Popen(
+            command, env=self.env(**(env or {})), cwd=self.home, **{**pipes, **options}
+        )
 
     def __call__(self, *args, text=None, env=None):
         stdin = subprocess.PIPE if text is not None else subprocess.DEVNULL
@@ -99,7 +116,12 @@ def test_quiet_and_json(rlm, book):
     with FakeServer(done("{'n': 4217}")) as server:
         code, out, err = rlm.ask(server, "Which?", "-c", book, "-q", "--json", "--no-log")
     result = json.loads(out)
-    assert code == 0 and err == "" and result["answer"] == {"n": 4217} and result["stop_reason"] == "answered"
+    assert (
+        code == 0
+        and err == ""
+        and result["answer"] == {"n": 4217}
+        and result["stop_reason"] == "answered"
+    )
     assert result["usage"]["calls"] == 1 and result["trajectory"] is None
 
 
@@ -120,20 +142,36 @@ def test_a_pipe_a_folder_and_several_files(rlm, book, tmp_path):
 
 def test_schema_tools_prompt_and_settings_reach_the_run(rlm, book, tmp_path):
     (tmp_path / "schema.json").write_text('{"type": "integer"}')
-    (tmp_path / "tools.py").write_text("def double(n: int) -> int:\n    'Twice n.'\n    return 2 * n\n")
+    (tmp_path / "tools.py").write_text(
+        "def double(n: int) -> int:\n    'Twice n.'\n    return 2 * n\n"
+    )
     (tmp_path / "system.txt").write_text("You are terse. {repl}")
     with FakeServer([done("'no number'"), done("double(21)")]) as server:
         code, out, _ = rlm.ask(
-            server, "How many?", "-c", book, "--output-schema", "schema.json", "--tools", "tools.py",
-            "--system-prompt", "system.txt", "--set", "turns=7", "--set", "memory=1GiB",
-        )  # fmt: skip
+            server,
+            "How many?",
+            "-c",
+            book,
+            "--output-schema",
+            "schema.json",
+            "--tools",
+            "tools.py",
+            "--system-prompt",
+            "system.txt",
+            "--set",
+            "turns=7",
+            "--set",
+            "memory=1GiB",
+        )
         assert (code, out) == (0, "42\n")
         system = server.requests[0].body["messages"][0]["content"]
         assert system.startswith("You are terse.") and "double" in system
 
 
 def test_escape_codes_of_a_model_do_not_reach_the_terminal(rlm, book):
-    nasty = "print('\\x1b]0;owned\\x07\\x1b[31mred')\nanswer['content'] = 'x'\nanswer['ready'] = True"
+    nasty = (
+        "print('\\x1b]0;owned\\x07\\x1b[31mred')\nanswer['content'] = 'x'\nanswer['ready'] = True"
+    )
     with FakeServer(cell(nasty)) as server:
         code, _, err = rlm.ask(server, "What?", "-c", book)
     assert code == 0 and "owned" in err and "\x1b" not in err and "\x07" not in err
@@ -159,12 +197,24 @@ BAD_USE = [
     (["ask", "q", "-c", "book.txt", "--root", "openai:unpriced", "--budget-usd", "1"], "price"),
     (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--price", "cheap"], "--price"),
     (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--base-url", "not a url"], "not a url"),
-    (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "missing.json"], "missing.json"),
-    (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "book.txt"], "not JSON"),
-    (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "bad_schema.json"], "schema"),
+    (
+        ["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "missing.json"],
+        "missing.json",
+    ),
+    (
+        ["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "book.txt"],
+        "not JSON",
+    ),
+    (
+        ["ask", "q", "-c", "book.txt", "--root", "openai:m", "--output-schema", "bad_schema.json"],
+        "schema",
+    ),
     (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--tools", "missing.py"], "missing.py"),
     (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--tools", "broken.py"], "broken.py"),
-    (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--system-prompt", "missing.md"], "missing.md"),
+    (
+        ["ask", "q", "-c", "book.txt", "--root", "openai:m", "--system-prompt", "missing.md"],
+        "missing.md",
+    ),
     (["ask", "q", "-c", "book.txt", "--root", "openai:m", "--log", "book.txt/x"], "book.txt"),
     (["serve"], "--root"),
     (["serve", "--model", "nonsense"], "NAME=ROOT"),
@@ -215,7 +265,9 @@ def test_an_endpoint_that_dies_in_the_middle_keeps_the_trajectory(rlm, book):
     with FakeServer([cell("print('first turn')"), Fail(400, "it broke")]) as server:
         code, out, err = rlm.ask(server, "What?", "-c", book)
     assert (code, out) == (4, "") and one_line(err, "it broke")
-    events = [json.loads(line) for line in (trajectory_in(err) / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (trajectory_in(err) / "events.jsonl").read_text().splitlines()
+    ]
     assert events[-1]["type"] == "run_end" and events[-1]["stop_reason"] == "error"
     assert any("first turn" in json.dumps(e) for e in events)
 
@@ -235,7 +287,9 @@ def test_a_limit_gives_the_best_answer_and_3(rlm, book):
 def test_a_schema_that_cannot_be_met_is_3(rlm, book, tmp_path):
     (tmp_path / "schema.json").write_text('{"type": "integer", "minimum": 5, "maximum": 3}')
     with FakeServer(done("4")) as server:
-        code, out, err = rlm.ask(server, "What?", "-c", book, "--output-schema", "schema.json", "--budget-turns", "3")
+        code, out, err = rlm.ask(
+            server, "What?", "-c", book, "--output-schema", "schema.json", "--budget-turns", "3"
+        )
     assert (code, out) == (3, "") and one_line(err, "no answer", "minimum")
 
 
@@ -280,7 +334,9 @@ def test_a_signal_gives_what_there_is(rlm, book, number):
         return Say(text)
 
     with FakeServer(reply) as server:
-        process = rlm.start("ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url)
+        process = rlm.start(
+            "ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url
+        )
         try:
             assert asked.wait(30)
             process.send_signal(number)
@@ -288,12 +344,19 @@ def test_a_signal_gives_what_there_is(rlm, book, number):
         finally:
             process.kill()
     assert (process.returncode, out) == (130, "half of it\n") and "cancelled" in err
-    assert json.loads((trajectory_in(err) / "events.jsonl").read_text().splitlines()[-1])["stop_reason"] == "cancelled"
+    assert (
+        json.loads((trajectory_in(err) / "events.jsonl").read_text().splitlines()[-1])[
+            "stop_reason"
+        ]
+        == "cancelled"
+    )
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(rlm, book):
     with FakeServer(done("'x' * 10_000_000")) as server:
-        process = rlm.start("ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url, "-q")
+        process = rlm.start(
+            "ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url, "-q"
+        )
         process.stdout.read(10)
         process.stdout.close()
         assert process.wait(60) == 0
@@ -328,7 +391,9 @@ def test_replay_finds_a_run_equal_and_a_changed_one_not(recorded, tmp_path):
     changed = tmp_path / "changed"
     changed.mkdir()
     text = (folder / "events.jsonl").read_text()
-    (changed / "events.jsonl").write_text(text.replace("'sub reply', 'sub reply'", "'sub reply', 'sub REPLY'"))
+    (changed / "events.jsonl").write_text(
+        text.replace("'sub reply', 'sub reply'", "'sub reply', 'sub REPLY'")
+    )
     code, out, _ = rlm("replay", changed)
     assert code == 1 and "turn 1" in out and "sub REPLY" in out
     code, out, _ = rlm("replay", changed, "--json")
@@ -382,7 +447,11 @@ def test_sandbox_says_what_is_active(rlm):
     assert code in (0, 5) and "seccomp" in out and "landlock" in out
     code_json, out, _ = rlm("sandbox", "--json")
     report = json.loads(out)
-    assert code_json == code and report["environment"] == "local" and bool(report["missing"]) == (code == 5)
+    assert (
+        code_json == code
+        and report["environment"] == "local"
+        and bool(report["missing"]) == (code == 5)
+    )
 
 
 def test_tasks_lists_and_writes_a_sample(rlm, tmp_path):
@@ -406,7 +475,19 @@ def test_eval_scores_by_length_and_goes_on(rlm, tmp_path):
             return Say(needle.search(text).group(1))  # base: the whole text is in the prompt
         return Say(done("__import__('re').search(r'is: (\\d+)', str(context)).group(1)"))
 
-    args = ("eval", "--task", "s_niah", "--lengths", "1k,2k", "--modes", "base,rlm", "--samples", "2", "--out", "out")
+    args = (
+        "eval",
+        "--task",
+        "s_niah",
+        "--lengths",
+        "1k,2k",
+        "--modes",
+        "base,rlm",
+        "--samples",
+        "2",
+        "--out",
+        "out",
+    )
     with FakeServer(reply) as server:
         model = ("--root", "openai:fake", "--base-url", server.url)
         code, out, err = rlm(*args, *model)
@@ -419,16 +500,28 @@ def test_eval_scores_by_length_and_goes_on(rlm, tmp_path):
 
 
 def test_serve_answers_the_official_client_and_stops_cleanly(rlm, tmp_path):
-    openai = pytest.importorskip("openai", reason="openai is not installed (it is in the extra dev)")
+    openai = pytest.importorskip(
+        "openai", reason="openai is not installed (it is in the extra dev)"
+    )
     (tmp_path / "keys.txt").write_text("# clients\nclient-key\n")
     find = done("context[context.find('number is ') + 10:][:4]")
     with (
         FakeServer(find) as server,
         serving(
-            rlm, "serve", "--root", "openai:fake", "--base-url", server.url, "--port", "0", "--api-key-file", "keys.txt",
-            "--log", "runs",
+            rlm,
+            "serve",
+            "--root",
+            "openai:fake",
+            "--base-url",
+            server.url,
+            "--port",
+            "0",
+            "--api-key-file",
+            "keys.txt",
+            "--log",
+            "runs",
         ) as (url, process),
-    ):  # fmt: skip
+    ):
         client = openai.OpenAI(base_url=url, api_key="client-key", max_retries=0)
         file = client.files.create(file=("book.txt", TEXT.encode()), purpose="user_data")
         part = {"type": "file", "file": {"file_id": file.id}}
@@ -436,7 +529,9 @@ def test_serve_answers_the_official_client_and_stops_cleanly(rlm, tmp_path):
         raw = client.chat.completions.with_raw_response.create(model="rlm", messages=messages)
         reply = raw.parse()
         assert reply.choices[0].message.content == "4217" and reply.usage.total_tokens > 0
-        assert (next((tmp_path / "runs").glob(f"*{raw.headers['x-rlm-run']}")) / "events.jsonl").is_file()
+        assert (
+            next((tmp_path / "runs").glob(f"*{raw.headers['x-rlm-run']}")) / "events.jsonl"
+        ).is_file()
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=url, api_key="other", max_retries=0).models.list()
         process.send_signal(signal.SIGTERM)
@@ -456,13 +551,24 @@ def test_serve_that_is_stopped_in_the_middle_of_a_run_leaves_nothing(rlm):
     with (
         FakeServer(reply) as server,
         serving(
-            rlm, "serve", "--root", "openai:fake", "--base-url", server.url, "--port", "0", "--drain-seconds", "0.2"
+            rlm,
+            "serve",
+            "--root",
+            "openai:fake",
+            "--base-url",
+            server.url,
+            "--port",
+            "0",
+            "--drain-seconds",
+            "0.2",
         ) as (url, process),
-    ):  # fmt: skip
+    ):
         host, port = re.search(r"//([^:/]+):(\d+)", url).groups()
         connection = http.client.HTTPConnection(host, int(port), timeout=30)
         body = {"model": "rlm", "messages": [{"role": "user", "content": "what?"}]}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
         assert asked.wait(30)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert workers
@@ -500,8 +606,14 @@ def test_values():
     from rlm_runtime.cli.values import number
 
     assert [number(t) for t in ("8k", "1.5M", "2GiB", "0.25", "1_000", "64 KiB", "3e2")] == [
-        8000, 1_500_000, 2 << 30, 0.25, 1000, 65536, 300
-    ]  # fmt: skip
+        8000,
+        1_500_000,
+        2 << 30,
+        0.25,
+        1000,
+        65536,
+        300,
+    ]
     for bad in ("", "k", "-1", "1x", "nan", "inf", "1..2"):
         with pytest.raises(ValueError):
             number(bad)
@@ -546,7 +658,9 @@ def test_the_live_screen_shows_turns_calls_and_costs():
 
 def test_progress_that_nobody_reads_does_not_stop_a_run(rlm, book):
     with FakeServer([cell("print(1)")] * 3 + [done("'fine'")]) as server:
-        process = rlm.start("ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url)
+        process = rlm.start(
+            "ask", "What?", "-c", book, "--root", "openai:fake", "--base-url", server.url
+        )
         process.stderr.close()
         began = time.monotonic()
         out = process.stdout.read()

@@ -50,7 +50,9 @@ def url(lm):
 def key(lm):
     """The key the model would send, as its endpoint holds it."""
     headers = lm.endpoint._headers
-    return headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
+    return (
+        headers.get("x-api-key") or headers.get("Authorization", "").removeprefix("Bearer ") or None
+    )
 
 
 X, Y = "http://127.0.0.1:7001/v1", "http://127.0.0.1:7002/v1"
@@ -67,33 +69,90 @@ HOME, CLAUDE = "https://api.openai.com/v1", "https://api.anthropic.com"
         (["--root", "openai:a", "--base-url", X], (X, OPENAI), (X, OPENAI)),
         (["--root", "openai:a", "--sub", "openai:b", "--base-url", X], (X, OPENAI), (X, OPENAI)),
         # another endpoint gets no key
-        (["--root", "openai:a", "--sub", "openai:b", "--sub-base-url", Y], (HOME, OPENAI), (Y, None)),
+        (
+            ["--root", "openai:a", "--sub", "openai:b", "--sub-base-url", Y],
+            (HOME, OPENAI),
+            (Y, None),
+        ),
         (["--root", "openai:a", "--sub-base-url", Y], (HOME, OPENAI), (Y, None)),
-        (["--root", "openai:a", "--base-url", X, "--sub", "openai:b", "--sub-base-url", Y], (X, OPENAI), (Y, None)),
-        (["--root", "openai:a", "--base-url", X, "--sub-base-url", X + "/"], (X, OPENAI), (X, OPENAI)),
+        (
+            ["--root", "openai:a", "--base-url", X, "--sub", "openai:b", "--sub-base-url", Y],
+            (X, OPENAI),
+            (Y, None),
+        ),
+        (
+            ["--root", "openai:a", "--base-url", X, "--sub-base-url", X + "/"],
+            (X, OPENAI),
+            (X, OPENAI),
+        ),
         # --base-url is the root's provider's only
-        (["--root", "openai:a", "--base-url", X, "--sub", "anthropic:b"], (X, OPENAI), (CLAUDE, ANTHROPIC)),
-        (["--root", "anthropic:a", "--base-url", X, "--sub", "openai:b"], (X[:-3], ANTHROPIC), (HOME, OPENAI)),
-        (["--root", "anthropic:a", "--sub", "openai:b", "--sub-base-url", Y], (CLAUDE, ANTHROPIC), (Y, None)),
-        (["--root", "openai:a", "--sub", "anthropic:b", "--sub-base-url", Y], (HOME, OPENAI), (Y[:-3], None)),
+        (
+            ["--root", "openai:a", "--base-url", X, "--sub", "anthropic:b"],
+            (X, OPENAI),
+            (CLAUDE, ANTHROPIC),
+        ),
+        (
+            ["--root", "anthropic:a", "--base-url", X, "--sub", "openai:b"],
+            (X[:-3], ANTHROPIC),
+            (HOME, OPENAI),
+        ),
+        (
+            ["--root", "anthropic:a", "--sub", "openai:b", "--sub-base-url", Y],
+            (CLAUDE, ANTHROPIC),
+            (Y, None),
+        ),
+        (
+            ["--root", "openai:a", "--sub", "anthropic:b", "--sub-base-url", Y],
+            (HOME, OPENAI),
+            (Y[:-3], None),
+        ),
         # the provider's own endpoint claims the key before --base-url does
         (
             ["--root", "openai:a", "--base-url", X, "--sub", "openai:b", "--sub-base-url", HOME],
-            (X, None), (HOME, OPENAI),
+            (X, None),
+            (HOME, OPENAI),
         ),
         # keys that are given
-        (["--root", "openai:a", "--base-url", X, "--root-opt", "api_key=mine-000"], (X, "mine-000"), (X, "mine-000")),
         (
-            ["--root", "openai:a", "--sub", "openai:b", "--sub-base-url", Y, "--sub-opt", "api_key_env=OTHER"],
-            (HOME, OPENAI), (Y, "other-key"),
+            ["--root", "openai:a", "--base-url", X, "--root-opt", "api_key=mine-000"],
+            (X, "mine-000"),
+            (X, "mine-000"),
         ),
         (
-            ["--root", "openai:a", "--root-opt", "api_key=mine-000", "--sub", "openai:b", "--sub-base-url", Y],
-            (HOME, "mine-000"), (Y, None),
+            [
+                "--root",
+                "openai:a",
+                "--sub",
+                "openai:b",
+                "--sub-base-url",
+                Y,
+                "--sub-opt",
+                "api_key_env=OTHER",
+            ],
+            (HOME, OPENAI),
+            (Y, "other-key"),
         ),
-        (["--root", "openai:a", "--root-opt", f"base_url={X}", "--sub", "openai:b"], (X, OPENAI), (X, OPENAI)),
+        (
+            [
+                "--root",
+                "openai:a",
+                "--root-opt",
+                "api_key=mine-000",
+                "--sub",
+                "openai:b",
+                "--sub-base-url",
+                Y,
+            ],
+            (HOME, "mine-000"),
+            (Y, None),
+        ),
+        (
+            ["--root", "openai:a", "--root-opt", f"base_url={X}", "--sub", "openai:b"],
+            (X, OPENAI),
+            (X, OPENAI),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_key_goes_to_the_endpoint_it_was_given_for(args, root, sub, monkeypatch):
     monkeypatch.setenv("OTHER", "other-key")
     for lm, (where, wanted) in zip(pair(*args), (root, sub), strict=True):
@@ -123,7 +182,9 @@ def test_no_key_of_the_root_reaches_the_sub_models_endpoint_in_a_run(servers, tm
         "--sub-base-url",
         two.url,
     ]
-    code, _, err = command("ask", "what?", "-c", "book.txt", *args, "--root-opt", "headers.X-Tenant=secret-tenant")
+    code, _, err = command(
+        "ask", "what?", "-c", "book.txt", *args, "--root-opt", "headers.X-Tenant=secret-tenant"
+    )
     assert code == 0, err
     assert one.requests[0].headers["authorization"] == "Bearer sk-test" and two.count == 1
     assert not {"authorization", "x-api-key", "x-tenant"} & two.requests[0].headers.keys()
@@ -134,12 +195,33 @@ def test_no_key_of_the_root_reaches_the_sub_models_endpoint_in_a_run(servers, tm
 def test_options_of_each_model_reach_its_requests(servers):
     one, two = servers
     root, sub = pair(
-        "--root", "openai:a", "--base-url", one.url, "--sub", "openai:b", "--sub-base-url", two.url,
-        "--root-opt", "temperature=0.2", "--root-opt", "reasoning_effort=low", "--root-opt", "max_tokens=8k",
-        "--root-opt", "query.api-version=2024-10-21", "--root-opt", "stream=false",
-        "--sub-opt", "extra_body.top_k=20", "--sub-opt", 'headers={"X-A": "b"}', "--sub-opt", "extra_body.mode=fast",
-        "--sub-opt", "max-retries=1",
-    )  # fmt: skip
+        "--root",
+        "openai:a",
+        "--base-url",
+        one.url,
+        "--sub",
+        "openai:b",
+        "--sub-base-url",
+        two.url,
+        "--root-opt",
+        "temperature=0.2",
+        "--root-opt",
+        "reasoning_effort=low",
+        "--root-opt",
+        "max_tokens=8k",
+        "--root-opt",
+        "query.api-version=2024-10-21",
+        "--root-opt",
+        "stream=false",
+        "--sub-opt",
+        "extra_body.top_k=20",
+        "--sub-opt",
+        'headers={"X-A": "b"}',
+        "--sub-opt",
+        "extra_body.mode=fast",
+        "--sub-opt",
+        "max-retries=1",
+    )
     for lm in (root, sub):
         asyncio.run(lm.complete([Message(role="user", content="x")]))
     first, second = one.requests[0], two.requests[0]
@@ -149,16 +231,31 @@ def test_options_of_each_model_reach_its_requests(servers):
         "max_tokens": 8000,
     }.items() <= first.body.items()
     assert first.path.endswith("?api-version=2024-10-21") and "stream" not in first.body
-    assert second.body["top_k"] == 20 and second.body["mode"] == "fast" and second.headers["x-a"] == "b"
-    assert "temperature" not in second.body and "?" not in second.path and sub.endpoint.max_retries == 1
+    assert (
+        second.body["top_k"] == 20
+        and second.body["mode"] == "fast"
+        and second.headers["x-a"] == "b"
+    )
+    assert (
+        "temperature" not in second.body
+        and "?" not in second.path
+        and sub.endpoint.max_retries == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("pair_", "words"),
-    [("temperature", "NAME=VALUE"), ("tempratur=1", "Did you mean temperature"), ("=3", "NAME=VALUE"),
-     ("window.x=3", "headers.NAME"), ("headers=3", "JSON object"), ("api_key_env=NO_SUCH", "NO_SUCH"),
-     ("reasoning_effort=hard", "minimal"), ("price=1", "IN,OUT")],
-)  # fmt: skip
+    [
+        ("temperature", "NAME=VALUE"),
+        ("tempratur=1", "Did you mean temperature"),
+        ("=3", "NAME=VALUE"),
+        ("window.x=3", "headers.NAME"),
+        ("headers=3", "JSON object"),
+        ("api_key_env=NO_SUCH", "NO_SUCH"),
+        ("reasoning_effort=hard", "minimal"),
+        ("price=1", "IN,OUT"),
+    ],
+)
 def test_an_option_that_cannot_be_says_what_can(pair_, words):
     with pytest.raises(UsageError, match=words):
         pair("--root", "openai:a", "--root-opt", pair_)
@@ -201,7 +298,11 @@ def test_models_of_a_file(tmp_path, monkeypatch):
     root, sub = pair(
         "--root", "big", "--base-url", Y, "--sub", "mine"
     )  # another endpoint: the entry's key stays behind
-    assert (url(root), key(root)) == (Y, None) and isinstance(sub, ScriptedLM) and not root.endpoint._query
+    assert (
+        (url(root), key(root)) == (Y, None)
+        and isinstance(sub, ScriptedLM)
+        and not root.endpoint._query
+    )
     root, sub = pair("--root", "big", "--sub-base-url", Y)
     assert (key(root), url(sub), key(sub)) == ("big-key-1234", Y, None)
     found = load_models(path)
@@ -214,10 +315,16 @@ def test_models_of_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("[a", "not TOML"), ("[a]\nx = 1", "needs model"), ('["a:b"]\nmodel = "openai:m"', "no colon"),
-     ('[a]\nmodel = "openai:m"\nclass = "x:y"', "both"), ('[a]\nmodel = "openai:m"\ntempratur = 1', "temperature"),
-     ('[a]\nclass = "no_such_module:x"', "no_such_module"), ("a = 1", "needs model")],
-)  # fmt: skip
+    [
+        ("[a", "not TOML"),
+        ("[a]\nx = 1", "needs model"),
+        ('["a:b"]\nmodel = "openai:m"', "no colon"),
+        ('[a]\nmodel = "openai:m"\nclass = "x:y"', "both"),
+        ('[a]\nmodel = "openai:m"\ntempratur = 1', "temperature"),
+        ('[a]\nclass = "no_such_module:x"', "no_such_module"),
+        ("a = 1", "needs model"),
+    ],
+)
 def test_a_file_that_cannot_be(tmp_path, text, words):
     path = tmp_path / "models.toml"
     path.write_text(text)

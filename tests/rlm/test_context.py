@@ -1,4 +1,5 @@
-"""What a run can be given, what the root is told of it, and that the worker gets the very same thing."""
+"""What a run can be given, what the root is told of it, and that the worker gets the very same
+thing."""
 
 import bz2
 import gzip
@@ -22,7 +23,11 @@ from rlm_runtime.repl.worker import textsearch
 from rlm_runtime.trajectory import ContextLoaded
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | st.text(),
     lambda below: st.lists(below, max_size=4) | st.dictionaries(st.text(), below, max_size=4),
     max_leaves=12,
 )
@@ -37,7 +42,9 @@ def loaded(context: Context, folder: Path, **options):
     """What the worker binds, by path and, for a single file, by an open descriptor."""
     payload = context.payload(folder, **options)
     assert payload.memory > 0 and all(Path(p).exists() for p in payload.paths)
-    value = worker_text.load(payload.mode, str(payload.path) if payload.path else None, payload.args)
+    value = worker_text.load(
+        payload.mode, str(payload.path) if payload.path else None, payload.args
+    )
     if payload.mode != "folder":
         descriptor = os.open(payload.path, os.O_RDONLY)
         again = worker_text.load(payload.mode, descriptor, payload.args)
@@ -46,7 +53,9 @@ def loaded(context: Context, folder: Path, **options):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.text(min_size=1, alphabet=st.characters()) | st.binary(min_size=1) | json_values.filter(bool))
+@given(
+    st.text(min_size=1, alphabet=st.characters()) | st.binary(min_size=1) | json_values.filter(bool)
+)
 def test_the_worker_gets_what_the_user_passed(tmp_path_factory, value):
     if isinstance(value, bool | int | float):
         with pytest.raises(ContextError, match="not supported"):
@@ -62,12 +71,16 @@ def test_the_worker_gets_what_the_user_passed(tmp_path_factory, value):
     assert hashlib.sha256(blob).hexdigest() == record["blob"] and len(blob) == record["bytes"]
     assert Context.from_record(record, folder / "blobs").value == value
     json.dumps(record)
-    context.describe().encode()  # no surrogate, whatever was passed: it goes to an endpoint as UTF-8
+    # no surrogate, whatever was passed: it goes to an endpoint as UTF-8
+    context.describe().encode()
     assert context.chars is None or context.chars <= context.bytes
 
 
 def test_messages(tmp_path):
-    messages = [Message(role="system", content="be brief"), {"role": "user", "content": "hi\n" * 500}]
+    messages = [
+        Message(role="system", content="be brief"),
+        {"role": "user", "content": "hi\n" * 500},
+    ]
     context = Context.of(messages)
     assert context.kind == "messages"
     assert [m["role"] for m in loaded(context, tmp_path)] == ["system", "user"]
@@ -83,13 +96,21 @@ class Unknown:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("", "empty str"), (b"", "empty bytes"), ([], "empty list"), ({}, "empty dict"),
-        (None, "NoneType is not supported"), (3, "int is not supported"), (Unknown(), "Unknown is not supported"),
-        ({1: "a"}, "key 1 of type int"), ({"a": [{"b": {2: 3}}]}, r"context\['a'\]\[0\]\['b'\] has the key 2"),
-        ([1, Unknown()], r"context\[1\] is a Unknown"), ([{"x": {1, 2}}], r"context\[0\]\['x'\] is a set"),
-        ([b"bytes"], r"context\[0\] is a bytes"), ([Path("/"), "text"], r"context\[0\] is a PosixPath"),
+        ("", "empty str"),
+        (b"", "empty bytes"),
+        ([], "empty list"),
+        ({}, "empty dict"),
+        (None, "NoneType is not supported"),
+        (3, "int is not supported"),
+        (Unknown(), "Unknown is not supported"),
+        ({1: "a"}, "key 1 of type int"),
+        ({"a": [{"b": {2: 3}}]}, r"context\['a'\]\[0\]\['b'\] has the key 2"),
+        ([1, Unknown()], r"context\[1\] is a Unknown"),
+        ([{"x": {1, 2}}], r"context\[0\]\['x'\] is a set"),
+        ([b"bytes"], r"context\[0\] is a bytes"),
+        ([Path("/"), "text"], r"context\[0\] is a PosixPath"),
     ],
-)  # fmt: skip
+)
 def test_no_context(value, words):
     with pytest.raises(ContextError, match=words):
         Context.of(value)
@@ -202,7 +223,10 @@ def test_a_small_file_is_a_str_and_a_large_one_lazy(tmp_path):
     assert type(lazy).__name__ == "Text" and lazy == content and lazy.name == "story.txt"
     assert context.chars == len(content) and context.bytes == len(content.encode())
     assert {p.name for p in tmp_path.iterdir()} == {"story.txt"}  # nothing copied
-    assert context.record(tmp_path / "blobs")["path"] == str(path) and not (tmp_path / "blobs").exists()
+    assert (
+        context.record(tmp_path / "blobs")["path"] == str(path)
+        and not (tmp_path / "blobs").exists()
+    )
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252", "utf-8-sig", "UTF8"])
@@ -265,16 +289,23 @@ def test_a_gigabyte_file_costs_the_host_nothing(tmp_path):
             file.write(b"words " * 11_000)
         file.seek((1 << 30) - files.SAMPLE)
         file.write(b"words " * (files.SAMPLE // 6) + b"\nend.")
-    read = lambda: int(Path("/proc/self/io").read_text().split()[1])  # rchar: bytes this process has read
+    # rchar: bytes this process has read
+    read = lambda: int(Path("/proc/self/io").read_text().split()[1])
     tracemalloc.start()
     before = read()
     context = Context.of(path)
-    told, payload, record = context.describe(), context.payload(tmp_path), context.record(tmp_path / "blobs")
+    told, payload, record = (
+        context.describe(),
+        context.payload(tmp_path),
+        context.record(tmp_path / "blobs"),
+    )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert read() - before < 8 << 20 and peak < 8 << 20
     assert payload.mode == "mmap" and payload.path == path and record["sha256"] is None
-    assert "about 268,4" in told and "lazily" in told and told.endswith("end.'") and len(told) < 2600
+    assert (
+        "about 268,4" in told and "lazily" in told and told.endswith("end.'") and len(told) < 2600
+    )
 
 
 # -- what the root sees
@@ -313,7 +344,12 @@ def test_structure_of_lists_and_dicts():
     told = Context.of(rows).describe()
     assert "100 elements (100 dict)" in told and "'id', 'text'" in told
     told = Context.of({f"key{i}": ["v"] * i for i in range(1000)}).describe()
-    assert "1,000 keys" in told and "'key3': list of 3" in told and "976 more" in told and len(told) < 3000
+    assert (
+        "1,000 keys" in told
+        and "'key3': list of 3" in told
+        and "976 more" in told
+        and len(told) < 3000
+    )
     hostile = Context.of({"k" * 100_000: {"a" * 100_000: 1}, "r": [{"x" * 100_000: 2}]})
     assert len(hostile.describe()) < 3000
     assert len(Context.of([{"role": "r" * 99_999, "content": None}]).describe()) < 3000
@@ -331,7 +367,13 @@ def test_a_folder(tmp_path):
     (root / "leak").symlink_to(tmp_path / "outside")
     context = Context.of(root)
     told = context.describe()
-    assert "60 files" in told and "'part1/'" in told and "36 more" in told and "leak" not in told and len(told) < 3000
+    assert (
+        "60 files" in told
+        and "'part1/'" in told
+        and "36 more" in told
+        and "leak" not in told
+        and len(told) < 3000
+    )
     assert "context_2.grep" in context.describe(name="context_2")
     folder = loaded(context, tmp_path)
     assert folder["part1/4.txt"] == "file 4\n" and len(folder) == 60
@@ -345,7 +387,9 @@ def test_several_files_keep_their_names(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("a/same.txt", "b/same.txt", "other.txt"):
         (tmp_path / name).write_text(name)
-    context = Context.of([tmp_path / "a" / "same.txt", tmp_path / "b" / "same.txt", tmp_path / "other.txt"])
+    context = Context.of(
+        [tmp_path / "a" / "same.txt", tmp_path / "b" / "same.txt", tmp_path / "other.txt"]
+    )
     folder = loaded(context, tmp_path)
     assert sorted(folder.values()) == ["a/same.txt", "b/same.txt", "other.txt"]
     assert folder["same.txt"] == "a/same.txt" and "3 files" in context.describe()

@@ -1,4 +1,5 @@
-"""Files as people have them: other encodings, binaries among texts, patterns, documents, tables, and long texts."""
+"""Files as people have them: other encodings, binaries among texts, patterns, documents, tables,
+and long texts."""
 
 import asyncio
 import io
@@ -45,20 +46,35 @@ def mixed(tmp_path):
     return made(
         tmp_path / "mixed",
         {
-            "plain.txt": "plain", "utf8.txt": "naïve", "latin.txt": FRENCH.encode("latin-1"), "jp.txt": JAPANESE.encode("cp932"),
-            "wide.txt": "wide".encode("utf-16"), "picture.png": b"\x89PNG\r\n\x1a\n\0\0", "data.bin": bytes(range(256)),
-            "packed.gz": b"\x1f\x8b\x08\0\0\0\0\0", "empty.txt": b"",
+            "plain.txt": "plain",
+            "utf8.txt": "naïve",
+            "latin.txt": FRENCH.encode("latin-1"),
+            "jp.txt": JAPANESE.encode("cp932"),
+            "wide.txt": "wide".encode("utf-16"),
+            "picture.png": b"\x89PNG\r\n\x1a\n\0\0",
+            "data.bin": bytes(range(256)),
+            "packed.gz": b"\x1f\x8b\x08\0\0\0\0\0",
+            "empty.txt": b"",
         },
-    )  # fmt: skip
+    )
 
 
 def test_what_is_no_utf8_is_found_counted_named_and_never_decoded(mixed, tmp_path):
     context = Context.folder(mixed)
     folder = loaded(context, tmp_path)
     assert dict(folder) == {"plain.txt": "plain", "utf8.txt": "naïve", "empty.txt": ""}
-    assert set(folder.skipped) == {"latin.txt", "jp.txt", "wide.txt", "picture.png", "data.bin", "packed.gz"}
+    assert set(folder.skipped) == {
+        "latin.txt",
+        "jp.txt",
+        "wide.txt",
+        "picture.png",
+        "data.bin",
+        "packed.gz",
+    }
     (note,) = context.notes
-    assert "6 of 9 files were left out" in note and "3 not UTF-8" in note and "1 a PNG image" in note
+    assert (
+        "6 of 9 files were left out" in note and "3 not UTF-8" in note and "1 a PNG image" in note
+    )
     assert "cp932" in folder.skipped["jp.txt"] and "utf-16" in folder.skipped["wide.txt"]
     for name in folder.skipped:
         with pytest.raises(ValueError, match=r"context\.bytes"):
@@ -91,7 +107,11 @@ def test_a_file_of_a_folder_is_its_own_utf8_or_an_error(tmp_path_factory, data):
     if "x" in folder:
         assert folder["x"].encode() == data.removeprefix(b"\xef\xbb\xbf") and b"\0" not in data
     else:
-        assert "x" in folder.skipped and folder.bytes("x") == data and "1 of 2 files" in context.notes[0]
+        assert (
+            "x" in folder.skipped
+            and folder.bytes("x") == data
+            and "1 of 2 files" in context.notes[0]
+        )
 
 
 def test_a_byte_that_the_samples_miss_is_an_error_where_it_is_read(tmp_path):
@@ -113,7 +133,13 @@ def test_a_folder_without_a_text_says_what_it_holds(tmp_path):
 
 
 def test_the_notes_reach_the_result_and_the_root(mixed):
-    lm = ScriptedLM([cell("print(sorted(context.skipped))\nanswer['content'] = len(context)\nanswer['ready'] = True")])
+    lm = ScriptedLM(
+        [
+            cell(
+                "print(sorted(context.skipped))\nanswer['content'] = len(context)\nanswer['ready'] = True"
+            )
+        ]
+    )
     result = RLM(lm).completion(mixed, "How many?")
     assert result.answer == 3 and "6 of 9 files" in result.notes[0]
     assert "6 of 9 files" in str(lm.messages[0])
@@ -127,10 +153,18 @@ def tree(tmp_path):
     return made(
         tmp_path / "repo" / "tree",
         {
-            ".gitignore": "*.log\nbuild/\n!keep.log\n", "a.py": "a", "b.md": "b", "x.log": "x", "keep.log": "k",
-            "build/out.py": "o", "docs/one.md": "1", "docs/.gitignore": "private*\n", "docs/private.md": "p", "src/c.py": "c",
+            ".gitignore": "*.log\nbuild/\n!keep.log\n",
+            "a.py": "a",
+            "b.md": "b",
+            "x.log": "x",
+            "keep.log": "k",
+            "build/out.py": "o",
+            "docs/one.md": "1",
+            "docs/.gitignore": "private*\n",
+            "docs/private.md": "p",
+            "src/c.py": "c",
         },
-    )  # fmt: skip
+    )
 
 
 def names(context):
@@ -139,11 +173,21 @@ def names(context):
 
 def test_gitignore_files_hold_each_in_its_folder(tree):
     context = Context.of(tree)
-    assert names(context) == [".gitignore", "a.py", "b.md", "docs/.gitignore", "docs/one.md", "keep.log", "src/c.py"]
+    assert names(context) == [
+        ".gitignore",
+        "a.py",
+        "b.md",
+        "docs/.gitignore",
+        "docs/one.md",
+        "keep.log",
+        "src/c.py",
+    ]
     assert "3 by .gitignore" in context.notes[0]
     assert set(names(Context.of(tree, gitignore=False))) - set(names(context)) == {
-        "x.log", "build/out.py", "docs/private.md"
-    }  # fmt: skip
+        "x.log",
+        "build/out.py",
+        "docs/private.md",
+    }
 
 
 def test_a_gitignore_above_holds_inside_one_repository_only(tree):
@@ -158,7 +202,10 @@ def test_include_and_exclude(tree, tmp_path):
     assert names(Context.of(tree, include=["*.md"], exclude=["docs/"])) == ["b.md"]
     assert names(Context.folder(tree, include="docs/*.md")) == ["docs/one.md"]
     several = Context.of([tree, tree / "a.py"], include=["*.md"])
-    assert names(several) == ["a.py", "tree/b.md", "tree/docs/one.md"] and "patterns to include" in several.notes[0]
+    assert (
+        names(several) == ["a.py", "tree/b.md", "tree/docs/one.md"]
+        and "patterns to include" in several.notes[0]
+    )
     with pytest.raises(ContextError, match=r"no text.*by the patterns to include"):
         Context.of(tree, include=["*.nothing"])
     with pytest.raises(UsageError, match="include"):
@@ -178,9 +225,15 @@ def test_named_files_are_in_utf8_or_in_the_encoding_that_is_given(mixed, tmp_pat
     paths = [mixed / "utf8.txt", mixed / "latin.txt"]
     with pytest.raises(ContextError, match=r"latin.txt is not UTF-8"):
         Context.of(paths)
-    assert dict(loaded(Context.of(paths, encoding="latin-1"), tmp_path)) == {"utf8.txt": "naïve", "latin.txt": FRENCH}
+    assert dict(loaded(Context.of(paths, encoding="latin-1"), tmp_path)) == {
+        "utf8.txt": "naïve",
+        "latin.txt": FRENCH,
+    }
     assert (
-        loaded(Context.of([mixed / "utf8.txt", mixed / "wide.txt"], encoding="utf-16"), tmp_path)["wide.txt"] == "wide"
+        loaded(Context.of([mixed / "utf8.txt", mixed / "wide.txt"], encoding="utf-16"), tmp_path)[
+            "wide.txt"
+        ]
+        == "wide"
     )
 
 
@@ -240,7 +293,9 @@ def test_every_bad_byte_of_a_text_is_found_at_its_offset(tmp_path, monkeypatch):
         (tmp_path / "t").write_bytes(good[:at] + b"\xff" + good[at:])
         with pytest.raises(ContextError, match=r"is not utf-8") as error:
             Context.of(tmp_path / "t")
-        assert f"at offset {at:,} " in str(error.value) or f"at offset {at - 1:,} " in str(error.value)
+        assert f"at offset {at:,} " in str(error.value) or f"at offset {at - 1:,} " in str(
+            error.value
+        )
 
 
 # ---- documents and tables
@@ -250,9 +305,10 @@ def pdf(*pages: str) -> bytes:
     """A PDF of one line a page, written by hand."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [
-        "<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
-    ]  # fmt: skip
+    ]
     for i, page in enumerate(pages):
         stream = f"BT /F1 12 Tf 72 720 Td ({page}) Tj ET"
         objects += [
@@ -277,7 +333,10 @@ def documents(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    root = made(tmp_path / "documents", {"report.pdf": pdf("First page", "Second page"), "note.txt": "a note"})
+    root = made(
+        tmp_path / "documents",
+        {"report.pdf": pdf("First page", "Second page"), "note.txt": "a note"},
+    )
     document = docx.Document()
     document.add_paragraph("Before the table")
     table = document.add_table(rows=1, cols=2)
@@ -305,7 +364,10 @@ EXPECTED = {
 def test_a_document_is_its_text(documents, tmp_path, name):
     context = Context.of(documents / name)
     assert loaded(context, tmp_path) == EXPECTED[name] == context.value
-    assert name in context.describe() and extract.KINDS[name.rpartition(".")[2]].form in context.describe()
+    assert (
+        name in context.describe()
+        and extract.KINDS[name.rpartition(".")[2]].form in context.describe()
+    )
     record = context.record(tmp_path / "blobs")
     (documents / name).unlink()
     again = Context.from_record(record, tmp_path / "blobs")
@@ -327,8 +389,13 @@ def test_documents_of_a_folder_reach_a_cell(documents):
 
 def test_a_broken_document_is_an_error_alone_and_left_out_in_a_folder(tmp_path):
     pytest.importorskip("pypdf")
-    root = made(tmp_path / "root", {"broken.pdf": b"%PDF-1.4\nnothing", "empty.pdf": pdf(" "), "good.txt": "good"})
-    with pytest.raises(ContextError, match=r"broken.pdf is a PDF document, not text.*could not be extracted"):
+    root = made(
+        tmp_path / "root",
+        {"broken.pdf": b"%PDF-1.4\nnothing", "empty.pdf": pdf(" "), "good.txt": "good"},
+    )
+    with pytest.raises(
+        ContextError, match=r"broken.pdf is a PDF document, not text.*could not be extracted"
+    ):
         Context.of(root / "broken.pdf")
     with pytest.raises(ContextError, match="OCR"):
         Context.of(root / "empty.pdf")
@@ -339,13 +406,14 @@ def test_a_broken_document_is_an_error_alone_and_left_out_in_a_folder(tmp_path):
 
 
 def test_extraction_is_bounded(tmp_path, monkeypatch):
-    """A child that runs on, eats memory or writes without end is ended, and says so; it sees no variable of the host."""
+    """A child that runs on, eats memory or writes without end is ended, and says so; it sees no
+    variable of the host."""
     path = made(tmp_path, {"x.pdf": pdf("page")}) / "x.pdf"
-    monkeypatch.setitem(extract.KINDS, "pdf", extract.Kind("a PDF document", "json", "json", "text"))
-    monkeypatch.setattr(extract, "CHILD", tmp_path / "child.py")
-    limits = (
-        "import resource, sys\nfor w, v in zip((9, 0, 1), sys.argv[2:]):\n    resource.setrlimit(w, (int(v), int(v)))\n"
+    monkeypatch.setitem(
+        extract.KINDS, "pdf", extract.Kind("a PDF document", "json", "json", "text")
     )
+    monkeypatch.setattr(extract, "CHILD", tmp_path / "child.py")
+    limits = "import resource, sys\nfor w, v in zip((9, 0, 1), sys.argv[2:]):\n    resource.setrlimit(w, (int(v), int(v)))\n"
 
     def child(code, **options):
         extract.CHILD.write_text(limits + code)
@@ -370,14 +438,18 @@ def test_the_real_child_keeps_its_limits():
     with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("[Content_Types].xml", " " * (300 << 20))
     command = [sys.executable, "-P", str(extract.CHILD), "xlsx", str(256 << 20), "20", str(1 << 20)]
-    done = subprocess.run(command, input=data.getvalue(), capture_output=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, input=data.getvalue(), capture_output=True, check=False, timeout=60
+    )
     assert done.returncode != 0 and b"Error" in done.stderr and not done.stdout
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(extract.importlib.util, "find_spec", lambda name: None)
     path = made(tmp_path, {"x.pdf": pdf("page")}) / "x.pdf"
-    with pytest.raises(ContextError, match=r"pip install pypdf \(all of them: the extra documents\)"):
+    with pytest.raises(
+        ContextError, match=r"pip install pypdf \(all of them: the extra documents\)"
+    ):
         Context.of(path)
 
 
@@ -385,15 +457,18 @@ def test_a_table_is_json_lines(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     context = Context.of(pyarrow.table({"city": ["Paris", "Lyon"], "n": [1, None]}))
     assert [json.loads(line) for line in context.value.splitlines()] == [
-        {"city": "Paris", "n": 1}, {"city": "Lyon", "n": None}
-    ]  # fmt: skip
+        {"city": "Paris", "n": 1},
+        {"city": "Lyon", "n": None},
+    ]
     assert "a table of 2 rows" in context.describe() and "'city': string" in context.describe()
     with pytest.raises(ContextError, match="empty table"):
         Context.of(pyarrow.table({"a": []}))
 
 
 def test_a_data_frame_is_json_lines():
-    pandas = pytest.importorskip("pandas", reason="pandas is not installed; pyarrow's tables are tested above")
+    pandas = pytest.importorskip(
+        "pandas", reason="pandas is not installed; pyarrow's tables are tested above"
+    )
     frame = pandas.DataFrame({"when": pandas.to_datetime(["2024-01-02"]), "x": [1.5]}, index=[7])
     (line,) = Context.of(frame).value.splitlines()
     assert json.loads(line)["x"] == 1.5 and json.loads(line)["when"].startswith("2024-01-02")
@@ -402,7 +477,9 @@ def test_a_data_frame_is_json_lines():
 # ---- the record of them
 
 
-@pytest.mark.parametrize("options", [{}, {"encoding": "latin-1"}, {"include": ["*.txt"], "gitignore": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"encoding": "latin-1"}, {"include": ["*.txt"], "gitignore": False}]
+)
 def test_a_recorded_folder_is_read_again_in_the_same_way(mixed, options):
     context = Context.of(mixed, **options)
     again = Context.from_record(json.loads(json.dumps(context.record(None))), None)

@@ -1,4 +1,5 @@
-"""Every snippet and command of docs/rlm.md runs as printed, against a model server on this machine."""
+"""Every snippet and command of docs/rlm.md runs as printed, against a model server on this
+machine."""
 
 import os
 import re
@@ -24,14 +25,19 @@ SERVERS = [line for b in SHELL for line in b.splitlines() if line.startswith("rl
 
 
 def reply(body):
-    if number := re.search(r"magic number for (\S+) mentioned", text := str(body["messages"])):  # rlm eval
+    # rlm eval
+    if number := re.search(r"magic number for (\S+) mentioned", text := str(body["messages"])):
         if body["messages"][0]["role"] != "system":
             return re.search(rf"for {number[1]} is: (\d+)", text)[1]
         return done(f"context.split('for {number[1]} is: ')[1].split('.')[0]")
     text = body["messages"][-1]["content"]
     if "oldest person" in str(body["messages"]):
         return done("{'name': 'Ada', 'age': 90}")
-    return done("'An answer.'") if body["messages"][0]["role"] == "system" else f"An answer to {text[:20]}"
+    return (
+        done("'An answer.'")
+        if body["messages"][0]["role"] == "system"
+        else f"An answer to {text[:20]}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,8 @@ def place(tmp_path, server):
     tools.mkdir()
     (tools / "rlm").write_text(f'#!/bin/sh\nexec {sys.executable} -m rlm_runtime "$@"\n')
     (tools / "rlm").chmod(0o755)
-    (tools / "pip").write_text("#!/bin/sh\necho installed\n")  # what it is told is held by the tests at the end
+    # what it is told is held by the tests at the end
+    (tools / "pip").write_text("#!/bin/sh\necho installed\n")
     (tools / "pip").chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     command.environment = command.env(OPENAI_BASE_URL=server.url, PATH=path)
@@ -64,7 +71,13 @@ def place(tmp_path, server):
 
 def run(place, command, text=None):
     done = subprocess.run(
-        command, cwd=place.home, env=place.environment, input=text, capture_output=True, text=True, timeout=120
+        command,
+        cwd=place.home,
+        env=place.environment,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -74,7 +87,8 @@ def test_every_block_of_the_page_is_run():
     assert len(PYTHON) >= 8 and len(COMMANDS) >= 5 and len(CLIENT) == 1 and len(SERVERS) >= 2
     text = PAGE.read_text(encoding="utf-8")
     fences = re.findall(r"^[ \t>]*(?:```|~~~)", text, re.M)
-    assert not re.search(r"^(?: {4}|\t)(?:rlm|pip|python) [^=]", text, re.M)  # a command in an indented block
+    # a command in an indented block
+    assert not re.search(r"^(?: {4}|\t)(?:rlm|pip|python) [^=]", text, re.M)
     served = [line for b in SHELL if b not in COMMANDS for line in b.splitlines() if line]
     assert served == SERVERS  # such a block holds nothing else
     assert len(fences) == 2 * (len(PYTHON) + len(CLIENT) + len(SHELL))
@@ -88,7 +102,9 @@ def test_python(place, code):
 
 @pytest.mark.parametrize("code", COMMANDS, ids=range(len(COMMANDS)))
 def test_shell(place, server, code):
-    out = run(place, ["bash", "-euo", "pipefail"], code.replace("http://127.0.0.1:8000/v1", server.url))
+    out = run(
+        place, ["bash", "-euo", "pipefail"], code.replace("http://127.0.0.1:8000/v1", server.url)
+    )
     assert out.strip() or " > " in code
 
 
@@ -106,14 +122,20 @@ def test_servers_and_the_client(place, line):
 ROOT = PAGE.parents[1]
 INSTALLS = {
     (path.relative_to(ROOT).as_posix(), line.strip())
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "benchmarks").glob("*.md")),
+    )
     for line in re.findall(r"pip install [^`\n#;)]+", path.read_text(encoding="utf-8"))
 }
-OTHERS = {"rlms dspy", '"lm-eval[api]"'}  # named as what they are: other projects, for comparison or beside ours
+# named as what they are: other projects, for comparison or beside ours
+OTHERS = {"rlms dspy", '"lm-eval[api]"'}
 
 
 def extras():
-    """The extras that setup.py declares. Python 3.12 brings no setuptools, so a stand-in takes what it is told."""
+    """The extras that setup.py declares. Python 3.12 brings no setuptools, so a stand-in takes what
+    it is told."""
     told = {}
     stand_in = types.ModuleType("setuptools")
     stand_in.find_packages = lambda **how: []
@@ -142,14 +164,33 @@ def test_no_message_does_either():
 
 
 def test_the_runtime_needs_no_jax(place):
-    """Where nothing of the model library can be imported, a run, the list of tasks and the sandbox work all the same."""
-    missing = ("jax", "jaxlib", "flax", "optax", "orbax", "grain", "ml_collections", "tensorflow_datasets", "array_record",
-               "tokenizers", "absl", "numpy", "scipy", "yaml")  # fmt: skip
-    (place.home / "sitecustomize.py").write_text(f"import sys\nfor n in {missing}:\n    sys.modules[n] = None\n")
+    """Where nothing of the model library can be imported, a run, the list of tasks and the sandbox
+    work all the same."""
+    missing = (
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax",
+        "grain",
+        "ml_collections",
+        "tensorflow_datasets",
+        "array_record",
+        "tokenizers",
+        "absl",
+        "numpy",
+        "scipy",
+        "yaml",
+    )
+    (place.home / "sitecustomize.py").write_text(
+        f"import sys\nfor n in {missing}:\n    sys.modules[n] = None\n"
+    )
     place.environment["PYTHONPATH"] = f"{place.home}{os.pathsep}{place.environment['PYTHONPATH']}"
     run(place, [sys.executable, "-c", "import sys; assert sys.modules['jax'] is None"])
     ask = "rlm ask 'Who?' -c book.txt --root openai:gpt-5-mini && rlm tasks s_niah --length 2k && rlm sandbox"
     assert run(place, ["bash", "-euo", "pipefail"], ask).startswith("An answer.")
     command = ["rlm", "ask", "q", "-c", "book.txt", "--root", "checkpoint:x"]
-    failed = subprocess.run(command, cwd=place.home, env=place.environment, capture_output=True, text=True, timeout=60)
+    failed = subprocess.run(
+        command, cwd=place.home, env=place.environment, capture_output=True, text=True, timeout=60
+    )
     assert failed.returncode == 2 and 'pip install ".[jax]"' in failed.stderr

@@ -1,4 +1,5 @@
-"""Every snippet and command of docs/lms.md runs as printed, against a model server on this machine."""
+"""Every snippet and command of docs/lms.md runs as printed, against a model server on this
+machine."""
 
 import importlib.util
 import inspect
@@ -20,7 +21,8 @@ PYTHON = [code for language, code in BLOCKS if language == "python"]
 SHELL = [code for language, code in BLOCKS if language == "bash"]
 (MODELS,) = [code for language, code in BLOCKS if language == "toml"]
 
-# The one function of litellm that the page uses, with its documented shape, where the package is not installed.
+# The one function of litellm that the page uses, with its documented shape, where the package is
+# not installed.
 LITELLM = """
 class ModelResponse:
     def __init__(self, text):

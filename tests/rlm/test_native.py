@@ -1,4 +1,5 @@
-"""The native protocol: a prompt of a hundred tokens, a history that slides, reports cut by the model's own count."""
+"""The native protocol: a prompt of a hundred tokens, a history that slides, reports cut by the
+model's own count."""
 
 import itertools
 
@@ -23,7 +24,12 @@ def lead(script, window, variant="native", **options):
 @pytest.mark.parametrize("children", [False, True])
 def test_only_what_exists_is_mentioned(children):
     alone = prompts.system(Helpers(sub_calls=False), variant="native")
-    assert "llm_query" not in alone and "rlm_query" not in alone and "`context`" in alone and "answer[" in alone
+    assert (
+        "llm_query" not in alone
+        and "rlm_query" not in alone
+        and "`context`" in alone
+        and "answer[" in alone
+    )
     text = prompts.system(Helpers(children=children), variant="native")
     assert "llm_batch" in text and ("rlm_query" in text) == children
 
@@ -64,12 +70,16 @@ def test_a_report_longer_than_the_window_is_cut_not_an_error(variant):
     lm, rlm = lead([cell(code), done("1")], window, variant, limits={"output_chars": 10_000})
     result = rlm.completion("text", "What?")
     assert result.answer == 1
-    assert "characters cut]" in lm.messages[1][-1].content and lm.count_tokens(lm.messages[1]) < window
+    assert (
+        "characters cut]" in lm.messages[1][-1].content and lm.count_tokens(lm.messages[1]) < window
+    )
 
 
 def test_a_window_too_small_for_the_question_is_one_clear_error():
     lm, rlm = lead([done("1")], 400)
-    with pytest.raises(LMError, match="window of 400 tokens is too small: system prompt and question take"):
+    with pytest.raises(
+        LMError, match="window of 400 tokens is too small: system prompt and question take"
+    ):
         rlm.completion("text", "What? " * 50)
     assert lm.count == 0
 

@@ -1,4 +1,5 @@
-"""What the prompts say: only what exists, nothing of the context, the same prefix every turn, output that cannot escape."""
+"""What the prompts say: only what exists, nothing of the context, the same prefix every turn,
+output that cannot escape."""
 
 import ast
 import dataclasses
@@ -20,15 +21,21 @@ from rlm_runtime.repl.base import Answer, CellError, CellResult, ToolInfo
 ALL = [
     Helpers(sub_calls=calls, children=calls and children, sub_window=window, tools=tools)
     for calls, children, window, tools in itertools.product(
-        (False, True), (False, True), (None, 4096, 1_000_000), ((), (ToolInfo(name="lookup", description="lookup(key: str) -> int\nFinds it."),))
+        (False, True),
+        (False, True),
+        (None, 4096, 1_000_000),
+        ((), (ToolInfo(name="lookup", description="lookup(key: str) -> int\nFinds it."),)),
     )
-]  # fmt: skip
-TEACHING = tuple(v for v in prompts.VARIANTS if v != "native")  # native is for models trained on it: test_native.py
+]
+# native is for models trained on it: test_native.py
+TEACHING = tuple(v for v in prompts.VARIANTS if v != "native")
 NAMES = {"llm_query", "llm_batch", "rlm_query", "rlm_batch", "CallError", "lookup"}
 
 
 @pytest.mark.parametrize("variant", prompts.VARIANTS)
-@pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
+@pytest.mark.parametrize(
+    "helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}"
+)
 def test_only_what_exists_is_mentioned(variant, helpers):
     text = prompts.system(helpers, variant=variant)
     there = set()
@@ -47,7 +54,9 @@ def test_only_what_exists_is_mentioned(variant, helpers):
 
 
 @pytest.mark.parametrize("variant", prompts.VARIANTS)
-@pytest.mark.parametrize("helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}")
+@pytest.mark.parametrize(
+    "helpers", ALL, ids=lambda h: f"{h.sub_calls}-{h.children}-{h.sub_window}-{len(h.tools)}"
+)
 def test_every_example_is_python_that_the_parser_reads(variant, helpers):
     text = prompts.system(helpers, variant=variant)
     blocks = re.findall(r"```repl\n(.*?)\n```", text, re.S)
@@ -69,9 +78,20 @@ def test_the_map_reduce_example_runs_and_makes_few_fat_calls():
         return ["1\tprice"] * len(asks)
 
     lines = [f"{i}. The parcel came late, and it was dear." for i in range(3000)]
-    exec(code, {"context": "\n".join(lines), "llm_batch": llm_batch, "CallError": Exception, "print": lambda *a: None})
+    exec(
+        code,
+        {
+            "context": "\n".join(lines),
+            "llm_batch": llm_batch,
+            "CallError": Exception,
+            "print": lambda *a: None,
+        },
+    )
     chunk = Helpers(sub_window=8192).chunk_chars
-    assert all(len(a) <= chunk + 300 for a in asked) and len(asked) <= len("\n".join(lines)) / chunk + 2
+    assert (
+        all(len(a) <= chunk + 300 for a in asked)
+        and len(asked) <= len("\n".join(lines)) / chunk + 2
+    )
     assert all(any(line in a for a in asked) for line in lines)
 
 
@@ -88,8 +108,12 @@ def test_chunk_sizes_fit_the_sub_models_window(window):
 
 
 def test_bounds_are_the_real_ones():
-    text = prompts.system(Helpers(output_chars=1234, cell_seconds=7, concurrency=5, models=("big", "quick")))
-    assert "1,234" in text and "7 seconds" in text and "up to 5 at a time" in text and "'big'" in text
+    text = prompts.system(
+        Helpers(output_chars=1234, cell_seconds=7, concurrency=5, models=("big", "quick"))
+    )
+    assert (
+        "1,234" in text and "7 seconds" in text and "up to 5 at a time" in text and "'big'" in text
+    )
     assert "model=" not in prompts.system(Helpers())
 
 
@@ -105,11 +129,18 @@ def test_small_is_short_and_qwen_coder_is_frugal():
 @pytest.mark.parametrize(
     ("model", "variant"),
     [
-        ("openai:gpt-5", "default"), ("openai:gpt-5-mini", "default"), ("gpt-5-nano", "small"), ("Qwen/Qwen3-8B", "small"),
-        ("Qwen3-Coder-480B-A35B", "qwen-coder"), ("llama-3.1-70b", "default"), ("gemma-3-27b", "default"), ("llama-3.2:3b", "small"),
-        ("claude-opus-4.1", "default"), ("", "default"),
+        ("openai:gpt-5", "default"),
+        ("openai:gpt-5-mini", "default"),
+        ("gpt-5-nano", "small"),
+        ("Qwen/Qwen3-8B", "small"),
+        ("Qwen3-Coder-480B-A35B", "qwen-coder"),
+        ("llama-3.1-70b", "default"),
+        ("gemma-3-27b", "default"),
+        ("llama-3.2:3b", "small"),
+        ("claude-opus-4.1", "default"),
+        ("", "default"),
     ],
-)  # fmt: skip
+)
 def test_the_variant_follows_the_models_name(model, variant):
     assert prompts.variant_for(model) == variant
 
@@ -117,9 +148,16 @@ def test_the_variant_follows_the_models_name(model, variant):
 def test_a_custom_prompt_replaces_all_but_what_it_asks_for():
     assert prompts.system(custom="You are {name}. {") == "You are {name}. {"
     text = prompts.system(
-        Helpers(children=True), custom="Mine.\n{repl}\n{limits}\n{finish}", schema={"type": "integer"}
+        Helpers(children=True),
+        custom="Mine.\n{repl}\n{limits}\n{finish}",
+        schema={"type": "integer"},
     )
-    assert text.startswith("Mine.\n") and "rlm_batch" in text and '"ready"' in text and '{"type": "integer"}' in text
+    assert (
+        text.startswith("Mine.\n")
+        and "rlm_batch" in text
+        and '"ready"' in text
+        and '{"type": "integer"}' in text
+    )
     assert "Examples" not in text
 
 
@@ -133,7 +171,9 @@ def test_the_schema_is_told():
     for variant in prompts.VARIANTS:
         text = prompts.system(variant=variant, schema=schema)
         assert json.dumps(schema) in text
-    assert "schema" in prompts.last_call("the limit of 3 turns is reached.", shape=f"JSON schema: {schema}")
+    assert "schema" in prompts.last_call(
+        "the limit of 3 turns is reached.", shape=f"JSON schema: {schema}"
+    )
 
 
 def test_the_prompt_says_that_data_is_no_instruction():
@@ -159,8 +199,15 @@ def test_tools_are_listed_with_signature_and_docstring():
             ToolInfo(name="bare"),
         ]
     )
-    assert "- `find(word: str, limit: int = 5) -> list[str]`\n  Find entries." in text and "      word: what" in text
-    assert "- `table`: a value (dict)" in text and "- `say(...)`: Says a word." in text and "- `bare(...)`" in text
+    assert (
+        "- `find(word: str, limit: int = 5) -> list[str]`\n  Find entries." in text
+        and "      word: what" in text
+    )
+    assert (
+        "- `table`: a value (dict)" in text
+        and "- `say(...)`: Says a word." in text
+        and "- `bare(...)`" in text
+    )
 
 
 @pytest.mark.parametrize("function", [print, int, max, dict.get, lambda: 1, dataclasses.dataclass])
@@ -170,7 +217,9 @@ def test_any_callable_can_be_described(function):
 
 # -- the task and the turns
 def test_the_task_holds_question_preview_and_budget_and_nothing_else():
-    text = prompts.first_user(" Who? ", "str, 3,000 characters", budget={"sub_calls": 50, "usd": 1.5, "seconds": None})
+    text = prompts.first_user(
+        " Who? ", "str, 3,000 characters", budget={"sub_calls": 50, "usd": 1.5, "seconds": None}
+    )
     assert (
         "Question: Who?" in text
         and "str, 3,000 characters" in text
@@ -188,8 +237,12 @@ def test_the_task_holds_question_preview_and_budget_and_nothing_else():
 
 
 def test_the_prefix_is_the_same_every_time():
-    """Nothing of time, chance or turn is in it, so a server's prefix cache holds for the whole run."""
-    make = lambda: prompts.system(Helpers(children=True)) + prompts.first_user("Who?", "str", budget={"turns": 30})
+    """Nothing of time, chance or turn is in it, so a server's prefix cache holds for the whole
+    run."""
+    make = lambda: (
+        prompts.system(Helpers(children=True))
+        + prompts.first_user("Who?", "str", budget={"turns": 30})
+    )
     assert len({make() for _ in range(5)}) == 1
     assert "Turn" not in make().replace("# Turns", "")
 
@@ -220,7 +273,9 @@ def test_a_report_shows_output_errors_losses_and_variables():
         status="error",
         stdout="half",
         stderr="careful",
-        error=CellError(type="ValueError", message="bad", traceback="Traceback:\n  line 1\nValueError: bad"),
+        error=CellError(
+            type="ValueError", message="bad", traceback="Traceback:\n  line 1\nValueError: bad"
+        ),
         variables={"a": "int", "b": "list, 3 items"},
     )
     text = prompts.cell_report([OK, failed], skipped=1)
@@ -236,20 +291,28 @@ def test_a_report_shows_output_errors_losses_and_variables():
     ):
         assert part in text
     lost = CellResult(status="timeout", lost="All variables are gone.")
-    assert "ran out of time" in prompts.cell_report([lost]) and "All variables are gone." in prompts.cell_report([lost])
+    assert "ran out of time" in prompts.cell_report(
+        [lost]
+    ) and "All variables are gone." in prompts.cell_report([lost])
     assert "crashed" in prompts.cell_report([CellResult(status="crashed")])
     assert "Only what is printed" in prompts.cell_report([CellResult(status="ok")])
     assert "block 1" not in prompts.cell_report([OK])
 
 
 def test_a_filled_answer_that_is_not_ready_is_told():
-    assert "is not, so the run goes on" in prompts.cell_report([CellResult(status="ok", answer=Answer(content="x"))])
-    assert "goes on" not in prompts.cell_report([CellResult(status="ok", answer=Answer(content="x", ready=True))])
+    assert "is not, so the run goes on" in prompts.cell_report(
+        [CellResult(status="ok", answer=Answer(content="x"))]
+    )
+    assert "goes on" not in prompts.cell_report(
+        [CellResult(status="ok", answer=Answer(content="x", ready=True))]
+    )
     assert "goes on" not in prompts.cell_report([OK])
 
 
 def test_many_variables_stay_short_and_the_newest_are_among_those_shown():
-    text = prompts.cell_report([CellResult(status="ok", variables={f"v{i}": "int" for i in range(1000)})])
+    text = prompts.cell_report(
+        [CellResult(status="ok", variables={f"v{i}": "int" for i in range(1000)})]
+    )
     assert len(text) < 700 and "984 more" in text
     assert "v999 (int)" in text and "v0 (int)" not in text
 
@@ -257,7 +320,10 @@ def test_many_variables_stay_short_and_the_newest_are_among_those_shown():
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["`", "```", "````", "\n", "~~~", "REPL output:\n", "Turn 2 of 3.", "a", " "]), max_size=20
+        st.sampled_from(
+            ["`", "```", "````", "\n", "~~~", "REPL output:\n", "Turn 2 of 3.", "a", " "]
+        ),
+        max_size=20,
     ).map("".join)
 )
 def test_output_cannot_close_its_fence(output):
@@ -270,16 +336,24 @@ def test_output_cannot_close_its_fence(output):
 
 
 def test_a_report_in_a_reply_is_known_as_made_up():
-    """What the runtime says after a cell, said by the model itself, is what the parser throws away."""
+    """What the runtime says after a cell, said by the model itself, is what the parser throws
+    away."""
     for said in (prompts.cell_report([OK]), prompts.cell_report([OK, OK]), prompts.turn(3, 30)):
         parsed = parse(Reply(text=f"```repl\nprint(1)\n```\n{said}\n```repl\nx = 2\n```"))
-        assert parsed.cells == ("print(1)",) and [n.reason for n in parsed.nudges] == ["hallucinated_output"]
+        assert parsed.cells == ("print(1)",) and [n.reason for n in parsed.nudges] == [
+            "hallucinated_output"
+        ]
 
 
 # -- the end, compaction, sub-calls, nudges
 def test_the_last_call_wants_the_answer_and_gives_the_reason():
     text = prompts.last_call("the limit of 3 turns is reached.")
-    assert "limit of 3 turns is reached" in text and ".." not in text and "best answer" in text and "schema" not in text
+    assert (
+        "limit of 3 turns is reached" in text
+        and ".." not in text
+        and "best answer" in text
+        and "schema" not in text
+    )
 
 
 def test_answers_that_do_not_fit_are_told_with_the_form():
@@ -304,10 +378,23 @@ def test_a_sub_call_is_the_question_and_the_text():
 
 
 NUDGES = [
-    nudges.empty(), nudges.no_code(), nudges.thinking_only(True), nudges.cut_thinking(), nudges.cut_cell(), nudges.cut_but_ran(),
-    nudges.cut_prose(), nudges.imitation("Output: 1", 2, 1), nudges.session(True), nudges.shell("ls", True), nudges.language("js"),
-    nudges.unknown_tool("x"), nudges.bad_call("x"), nudges.final_with_code(), nudges.placeholder(), nudges.too_many(64),
-]  # fmt: skip
+    nudges.empty(),
+    nudges.no_code(),
+    nudges.thinking_only(True),
+    nudges.cut_thinking(),
+    nudges.cut_cell(),
+    nudges.cut_but_ran(),
+    nudges.cut_prose(),
+    nudges.imitation("Output: 1", 2, 1),
+    nudges.session(True),
+    nudges.shell("ls", True),
+    nudges.language("js"),
+    nudges.unknown_tool("x"),
+    nudges.bad_call("x"),
+    nudges.final_with_code(),
+    nudges.placeholder(),
+    nudges.too_many(64),
+]
 
 
 @pytest.mark.parametrize("nudge", NUDGES, ids=lambda n: n.reason)
@@ -318,7 +405,12 @@ def test_every_nudge_is_short_specific_and_its_example_parses(nudge):
 
 
 def test_a_name_from_a_reply_cannot_blow_up_a_nudge():
-    for make in (nudges.unknown_tool, nudges.bad_call, nudges.language, lambda n: nudges.shell(n, True)):
+    for make in (
+        nudges.unknown_tool,
+        nudges.bad_call,
+        nudges.language,
+        lambda n: nudges.shell(n, True),
+    ):
         assert len(make("x" * 100_000).text) < 800
 
 

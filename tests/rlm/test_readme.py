@@ -1,4 +1,5 @@
-"""The README's example, as printed: ten million tokens, one needle, and a root that writes code to find it."""
+"""The README's example, as printed: ten million tokens, one needle, and a root that writes code to
+find it."""
 
 import json
 import re
@@ -27,7 +28,11 @@ PROSE = [
         "Nobody in the village knew who had sold the mill, only that the new owner never slept. ",
         "the new owner",
     ),
-    ("coat", "He kept the letters in the lining of a coat that had been turned twice already. ", "lining of a coat"),
+    (
+        "coat",
+        "He kept the letters in the lining of a coat that had been turned twice already. ",
+        "lining of a coat",
+    ),
 ]
 
 
@@ -45,7 +50,9 @@ def root(body: dict) -> str:
         find = 'hits = [name for name in context if "the new owner" in context[name]]'
     if len(messages) == 4:
         return f"```repl\n{find}\nprint(hits)\n```"
-    return '```repl\nassert len(hits) == 1\nanswer["content"] = hits[0]; answer["ready"] = True\n```'
+    return (
+        '```repl\nassert len(hits) == 1\nanswer["content"] = hits[0]; answer["ready"] = True\n```'
+    )
 
 
 @pytest.fixture
@@ -57,19 +64,29 @@ def place(tmp_path):
 
 
 def run(place, *argv):
-    done = subprocess.run(argv, cwd=place.home, env=place.environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        argv, cwd=place.home, env=place.environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_needle_in_ten_million_tokens_is_found(place):
-    lines = {line.split()[1]: line.split("  #")[0] for line in COMMANDS.splitlines() if line.startswith("rlm ")}
+    lines = {
+        line.split()[1]: line.split("  #")[0]
+        for line in COMMANDS.splitlines()
+        if line.startswith("rlm ")
+    }
     assert set(lines) == {"tasks", "ask", "view"}
     cli = (sys.executable, "-m", "rlm_runtime")
     run(place, *cli, *shlex.split(lines["tasks"])[1:])
     example = json.loads((place.home / "sample" / "example.json").read_text())
     text = place.home / example["context"]
-    assert text.stat().st_size > 39_000_000 and example["context"] in lines["ask"] and example["context"] in SNIPPET
+    assert (
+        text.stat().st_size > 39_000_000
+        and example["context"] in lines["ask"]
+        and example["context"] in SNIPPET
+    )
     (needle,) = example["answer"]
     assert run(place, *cli, *shlex.split(lines["ask"])[1:]).strip() == needle
     printed = run(place, sys.executable, "-c", SNIPPET)
@@ -80,5 +97,12 @@ def test_three_files_of_prose(place):
     for name, sentence, _ in PROSE:
         (place.home / f"{name}.txt").write_text((sentence + "\n") * 20_000)
     files = [f"{name}.txt" for name, _, _ in PROSE]
-    argv = ["ask", "Which file speaks of the new owner?", "--context", *files, "--root", "openai:gpt-5"]
+    argv = [
+        "ask",
+        "Which file speaks of the new owner?",
+        "--context",
+        *files,
+        "--root",
+        "openai:gpt-5",
+    ]
     assert run(place, sys.executable, "-m", "rlm_runtime", *argv).strip() == "mill.txt"

@@ -108,9 +108,13 @@ def test_every_field_of_a_result_is_compared(tmp_path, field, change):
 
 def test_the_recorded_outcomes_are_what_the_cells_get(tmp_path):
     folder = recorded(tmp_path, [cell("print(llm_query('a'))"), done("1")])
-    rewrite(folder, lambda e: e.model_copy(update={"value": "changed"}) if isinstance(e, NodeEnd) else e)
+    rewrite(
+        folder, lambda e: e.model_copy(update={"value": "changed"}) if isinstance(e, NodeEnd) else e
+    )
     report = again(folder)
-    assert [(d.field, d.recorded, d.replayed) for d in report.differences] == [("stdout", "A\n", "changed\n")]
+    assert [(d.field, d.recorded, d.replayed) for d in report.differences] == [
+        ("stdout", "A\n", "changed\n")
+    ]
 
 
 def test_calls_that_come_in_another_order_find_their_outcome(tmp_path):
@@ -126,7 +130,11 @@ def test_calls_missing_and_calls_unknown_are_told(tmp_path):
     folder = recorded(tmp_path, [cell("print(llm_batch(['a', 'b']))"), done("1")])
     rewrite(
         folder,
-        lambda e: e.model_copy(update={"prompt": "z"}) if isinstance(e, NodeStart) and e.prompt == "b" else e,
+        lambda e: (
+            e.model_copy(update={"prompt": "z"})
+            if isinstance(e, NodeStart) and e.prompt == "b"
+            else e
+        ),
     )
     report = again(folder)
     calls = [(d.recorded, d.replayed) for d in report.differences if d.field == "calls"]
@@ -170,7 +178,14 @@ def rewrite_addresses(folder):
 
 def test_a_reply_that_does_not_give_its_cells_is_told(tmp_path):
     folder = recorded(tmp_path, [cell("x = 1"), done("1")])
-    rewrite(folder, lambda e: e.model_copy(update={"code": "x = 2"}) if isinstance(e, CellStart) and e.turn == 1 else e)
+    rewrite(
+        folder,
+        lambda e: (
+            e.model_copy(update={"code": "x = 2"})
+            if isinstance(e, CellStart) and e.turn == 1
+            else e
+        ),
+    )
     report = again(folder)
     found = [d for d in report.differences if d.field == "cells"]
     assert [(d.turn, d.recorded, d.replayed) for d in found] == [(1, "x = 2", "x = 1")]
@@ -178,14 +193,20 @@ def test_a_reply_that_does_not_give_its_cells_is_told(tmp_path):
 
 def test_an_answer_that_was_refused_is_taken_back(tmp_path):
     script = [done("'no number'"), cell("print(answer)"), done("12")]
-    folder = rlm(script, log_dir=tmp_path / "logs").completion(TEXT, "How many?", output={"type": "integer"}).trajectory
+    folder = (
+        rlm(script, log_dir=tmp_path / "logs")
+        .completion(TEXT, "How many?", output={"type": "integer"})
+        .trajectory
+    )
     report = again(folder)
     assert report.ok and report.cells == 3, [d.line() for d in report.differences]
 
 
 def test_cells_of_a_last_call_ask_in_vain_again(tmp_path):
     code = "try:\n    print(llm_query('more'))\nexcept Exception as e:\n    print('refused', e)\nFINAL('best')"
-    result = rlm([cell("x = 1"), cell(code)], budget={"turns": 1}, log_dir=tmp_path / "logs").completion(TEXT, "q")
+    result = rlm(
+        [cell("x = 1"), cell(code)], budget={"turns": 1}, log_dir=tmp_path / "logs"
+    ).completion(TEXT, "q")
     assert result.answer == "best" and result.partial
     report = again(result.trajectory)
     assert report.ok and report.cells == 2, [d.line() for d in report.differences]
@@ -206,7 +227,9 @@ def test_history_after_compaction_is_bound_again(tmp_path):
     result = rlm(lm, log_dir=tmp_path / "logs", compact_at=0.6).completion(TEXT, "q")
     assert "compacted" in [e.type for e in read(result.trajectory)]
     shown = [
-        e.result.stdout for e in read(result.trajectory) if isinstance(e, CellEnd) and "assistant" in e.result.stdout
+        e.result.stdout
+        for e in read(result.trajectory)
+        if isinstance(e, CellEnd) and "assistant" in e.result.stdout
     ]
     assert shown
     report = again(result.trajectory)
@@ -214,15 +237,23 @@ def test_history_after_compaction_is_bound_again(tmp_path):
 
 
 def test_a_session_replays_in_one_repl(tmp_path):
-    steps = iter([cell("kept = len(context)\nprint(llm_query('a'))"), done("kept"),
-                  cell("print(kept, len(context_1), llm_query('b'))"), done("kept")])  # fmt: skip
+    steps = iter(
+        [
+            cell("kept = len(context)\nprint(llm_query('a'))"),
+            done("kept"),
+            cell("print(kept, len(context_1), llm_query('b'))"),
+            done("kept"),
+        ]
+    )
     one = rlm(ScriptedLM(lambda m: next(steps), name="root"), log_dir=tmp_path / "logs")
     with one.session() as session:
         first = session.completion(TEXT, "one?")
         second = session.completion("another text", "two?")
     assert first.trajectory == second.trajectory
     report = again(first.trajectory)
-    assert report.ok and report.cells == 4 and report.calls == 2, [d.line() for d in report.differences]
+    assert report.ok and report.cells == 4 and report.calls == 2, [
+        d.line() for d in report.differences
+    ]
 
 
 def test_a_context_file_may_have_moved_but_not_changed(tmp_path):
@@ -250,7 +281,9 @@ def test_a_changed_blob_is_refused(tmp_path):
 def test_a_run_that_was_killed_replays_as_far_as_it_goes(tmp_path):
     folder = recorded(tmp_path, [cell("print(1)"), cell("print(2)"), done("1")])
     lines = (folder / EVENTS).read_bytes().split(b"\n")
-    last = max(i for i, line in enumerate(lines) if json.loads(line or b"{}").get("type") == "cell_start")
+    last = max(
+        i for i, line in enumerate(lines) if json.loads(line or b"{}").get("type") == "cell_start"
+    )
     (folder / EVENTS).write_bytes(b"\n".join(lines[: last + 1]) + b"\n" + lines[last + 1][:30])
     report = again(folder)
     assert report.ok and report.cells == 2 and len(report.warnings) == 2
@@ -272,30 +305,43 @@ def test_in_the_real_sandbox(tmp_path):
         return 2 * x
 
     script = [
-        cell("import sys\nprint(tool(4), limit)\nprint('err', file=sys.stderr)\nkeep = {'a': [1] * 50}"),
+        cell(
+            "import sys\nprint(tool(4), limit)\nprint('err', file=sys.stderr)\nkeep = {'a': [1] * 50}"
+        ),
         cell("import os\nos._exit(3)"),
         cell("try:\n    print(keep)\nexcept NameError as e:\n    print(e)"),
         cell("while True: pass"),
         cell("def f():\n    return 1 / 0\nf()"),
         cell("for i in range(9000): print(i, 'line')"),
         cell("print(llm_batch(['a', {'j': 1}, 'b\\ud800']), len(context))"),
-        cell("print(rlm_batch(['small', 'tiny'], 'why?'))\nprint(object())\nimport random\nprint(random.random())"),
+        cell(
+            "print(rlm_batch(['small', 'tiny'], 'why?'))\nprint(object())\nimport random\nprint(random.random())"
+        ),
         done("{'a': 1}"),
     ]
 
     def below(messages):
         leads = messages[0].role == "system"
-        return done("context + llm_query('in ' + context)") if leads else messages[-1].content.upper()
+        return (
+            done("context + llm_query('in ' + context)") if leads else messages[-1].content.upper()
+        )
 
     folder = recorded(
-        tmp_path, script, sub=ScriptedLM(below, name="below"), tools={"tool": tool, "limit": 7}, max_depth=2,
-        environment="local", limits={"cell_seconds": 2, "grace_seconds": 0.5},
-    )  # fmt: skip
+        tmp_path,
+        script,
+        sub=ScriptedLM(below, name="below"),
+        tools={"tool": tool, "limit": 7},
+        max_depth=2,
+        environment="local",
+        limits={"cell_seconds": 2, "grace_seconds": 0.5},
+    )
     statuses = {e.result.status for e in read(folder) if isinstance(e, CellEnd)}
     assert statuses >= {"ok", "error", "crashed", "timeout"}
     report = replay(folder)
     assert report.nodes == 3 and report.cells == 11 and report.calls == 8
-    assert {d.cause for d in report.differences} <= {"addresses", "numbers"}, [d.line() for d in report.differences]
+    assert {d.cause for d in report.differences} <= {"addresses", "numbers"}, [
+        d.line() for d in report.differences
+    ]
     assert any(d.cause == "numbers" and d.turn == 8 for d in report.differences)
     assert replay(folder, ignore=("addresses", "numbers")).ok
 
@@ -340,16 +386,21 @@ def test_the_command_line_raises_the_limits_of_a_replay_by_name(tmp_path, capsys
 
 
 def test_a_record_whose_long_texts_were_cut_replays_the_same(tmp_path, monkeypatch):
-    """Prompts are found by what is left of them, and results compared with what is left of theirs."""
+    """Prompts are found by what is left of them, and results compared with what is left of
+    theirs."""
     monkeypatch.setattr(
-        TrajectoryWriter.__init__, "__kwdefaults__", {"append": False, "memory_bytes": 1, "disk_bytes": 400_000}
+        TrajectoryWriter.__init__,
+        "__kwdefaults__",
+        {"append": False, "memory_bytes": 1, "disk_bytes": 400_000},
     )
     script = [
         cell("big = 'x' * 300_000\nprint(llm_query('count ' + big))\nanswer['content'] = big"),
         cell("print(llm_query('count' + big + 'y'), rlm_query('z' * 300_000, 'what?'))"),
         done("1"),
     ]
-    lm = ScriptedLM(lambda messages: done("2") if messages[0].role == "system" else "many", name="below")
+    lm = ScriptedLM(
+        lambda messages: done("2") if messages[0].role == "system" else "many", name="below"
+    )
     folder = recorded(tmp_path, script, sub=lm, max_depth=2)
     assert (folder / EVENTS).stat().st_size < 400_000
     assert any("not recorded" in e.prompt for e in read(folder) if isinstance(e, NodeStart))

@@ -1,5 +1,5 @@
-"""Whatever the models do and whatever the limits are: a run ends with a result or a typed error, inside its budget,
-with a complete record and nothing left behind."""
+"""Whatever the models do and whatever the limits are: a run ends with a result or a typed error,
+inside its budget, with a complete record and nothing left behind."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,7 +91,9 @@ def test_a_run_always_ends_well(script, subs, budget, max_depth, output, window)
     assert events[0].type == "run_start" and events[-1].type == "run_end"
     assert [e.type for e in events].count("run_end") == 1
     for begin, end in (("node_start", "node_end"), ("cell_start", "cell_end")):
-        assert sorted(e.node for e in events if e.type == begin) == sorted(e.node for e in events if e.type == end)
+        assert sorted(e.node for e in events if e.type == begin) == sorted(
+            e.node for e in events if e.type == end
+        )
     assert [e.t for e in events] == sorted(e.t for e in events)
 
     used = {"input_tokens": result.usage.input_tokens, "output_tokens": result.usage.output_tokens}
@@ -102,4 +104,5 @@ def test_a_run_always_ends_well(script, subs, budget, max_depth, output, window)
 
     if not any(e.type == "compacted" for e in events):
         for before, after in zip(root.messages, root.messages[1:], strict=False):
-            assert after[: len(before) - 1] == before[:-1]  # a call that failed is asked again, with more to say
+            # a call that failed is asked again, with more to say
+            assert after[: len(before) - 1] == before[:-1]

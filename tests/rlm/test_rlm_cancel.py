@@ -1,4 +1,5 @@
-"""Cancelling: by handle, event, task or Ctrl-C, at any moment. Nothing is left running, and there is a result."""
+"""Cancelling: by handle, event, task or Ctrl-C, at any moment. Nothing is left running, and there
+is a result."""
 
 import asyncio
 import contextlib
@@ -25,15 +26,23 @@ def busy(**options):
     def lead(messages):
         if len(messages) == 1:
             return "a"
-        return cell("answer['content'] = 'draft'\nllm_batch(['x'] * 10)\nrlm_batch(['y'] * 3)\npause()")
+        return cell(
+            "answer['content'] = 'draft'\nllm_batch(['x'] * 10)\nrlm_batch(['y'] * 3)\npause()"
+        )
 
     async def pause():
         await asyncio.sleep(0.003)
 
     model = ScriptedLM(lead, latency=0.002)
     return rlm(
-        model, model, max_depth=2, budget={"turns": 10_000}, tools=[pause], sub_tools=[pause], **options
-    )  # fmt: skip
+        model,
+        model,
+        max_depth=2,
+        budget={"turns": 10_000},
+        tools=[pause],
+        sub_tools=[pause],
+        **options,
+    )
 
 
 async def others():
@@ -80,7 +89,11 @@ def test_at_any_moment(seed):
         async with asyncio.timeout(20):
             result = await run.result()
         assert result.stop_reason == "cancelled"
-        assert types(result)[0] == "run_start" and types(result)[-1] == "run_end" and balanced(result.events)
+        assert (
+            types(result)[0] == "run_start"
+            and types(result)[-1] == "run_end"
+            and balanced(result.events)
+        )
         assert not await others() and not FakeEnvironment.live
 
     asyncio.run(main())
@@ -98,7 +111,11 @@ def test_cancelling_the_task(seed, tmp_path):
         assert not await others() and not FakeEnvironment.live
         for folder in tmp_path.iterdir():
             events = read(folder)
-            assert events[-1].type == "run_end" and events[-1].stop_reason == "cancelled" and balanced(events)
+            assert (
+                events[-1].type == "run_end"
+                and events[-1].stop_reason == "cancelled"
+                and balanced(events)
+            )
 
     asyncio.run(main())
 
@@ -195,7 +212,8 @@ def test_a_model_that_swallows_the_cancellation_does_not_hold_the_run(monkeypatc
 
 
 def test_calls_after_the_end_are_refused():
-    """A thread that a cell left behind asks after the run: it gets an error, and no model is asked."""
+    """A thread that a cell left behind asks after the run: it gets an error, and no model is
+    asked."""
     kept = []
 
     class Leaky(FakeEnvironment):
@@ -267,9 +285,13 @@ def test_ctrl_c_returns_the_partial_result(how, tmp_path):
     program.write_text(textwrap.dedent(PROGRAM.format(tests=str(Path(__file__).parents[1]))))
     root = Path(__file__).parents[2]
     process = subprocess.Popen(
-        [sys.executable, program, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root,
+        [sys.executable, program, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     try:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
         process.send_signal(signal.SIGINT)

@@ -1,4 +1,5 @@
-"""When the history fills the window: a summary takes its place, the REPL has all of it, and the run goes on."""
+"""When the history fills the window: a summary takes its place, the REPL has all of it, and the run
+goes on."""
 
 import pytest
 
@@ -14,7 +15,11 @@ def lead(turns, final):
 
     def reply(messages):
         if SUMMARY in messages[-1].content:
-            return f"summary {sum(1 for m in made if m == 's') + 1}" if made.append("s") is None else ""
+            return (
+                f"summary {sum(1 for m in made if m == 's') + 1}"
+                if made.append("s") is None
+                else ""
+            )
         made.append("t")
         turn = made.count("t")
         return cell(f"print('line {turn} ' + 'x' * 400)") if turn <= turns else final
@@ -34,12 +39,17 @@ def test_twice_and_everything_is_in_history():
     assert len(compacted) >= 2
     assert all(e.tokens_before >= 0.85 * 4000 > e.tokens_after for e in compacted)
     said = "\n".join(result.answer)
-    assert all(f"line {i} x" in said for i in range(1, 45))  # what is older than the last compaction
+    # what is older than the last compaction
+    assert all(f"line {i} x" in said for i in range(1, 45))
     assert said.count("Question: q?") == 1
     assert max(root.count_tokens(m) for m in root.messages) < 4000
     after = root.messages[[SUMMARY in m[-1].content for m in root.messages].index(True) + 1]
     assert [m.role for m in after] == ["system", "user", "assistant", "user"]
-    assert "Question: q?" in after[1].content and "summary" in after[2].content and "`history`" in after[3].content
+    assert (
+        "Question: q?" in after[1].content
+        and "summary" in after[2].content
+        and "`history`" in after[3].content
+    )
 
 
 def test_the_history_grows_between_compactions_only_at_its_end():
@@ -117,4 +127,7 @@ def test_compaction_is_charged_but_is_no_turn():
 def test_a_small_window_cuts_what_a_cell_shows():
     model = rlm(ScriptedLM([done("1")], window=4096))
     assert model.options.limits_for(model.options.root).output_chars == 2457
-    assert rlm(ScriptedLM([], window=128_000)).options.limits_for(model.options.root).output_chars <= 20_000
+    assert (
+        rlm(ScriptedLM([], window=128_000)).options.limits_for(model.options.root).output_chars
+        <= 20_000
+    )

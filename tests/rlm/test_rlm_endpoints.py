@@ -23,7 +23,9 @@ HAND_IN = cell("answer['content'] = out\nanswer['ready'] = True")
 
 
 def http(server, **options):
-    return OpenAILM("m", **{"base_url": server.url, "api_key": "key-000001", "backoff": 0.001, **options})
+    return OpenAILM(
+        "m", **{"base_url": server.url, "api_key": "key-000001", "backoff": 0.001, **options}
+    )
 
 
 def run(sub, *, root=(ASK, HAND_IN), context="some text", **options):
@@ -48,7 +50,9 @@ REFUSAL = Raw(
         (Say(None, reasoning="I should"), 2),
         (Raw(b'{"choices": []}'), 2),
         (
-            Raw(json.dumps({"choices": [{"error": {"code": 502, "message": "upstream"}}]}).encode()),
+            Raw(
+                json.dumps({"choices": [{"error": {"code": 502, "message": "upstream"}}]}).encode()
+            ),
             2,
         ),
     ],
@@ -119,7 +123,9 @@ def test_an_exception_of_a_foreign_model_shows_no_key(monkeypatch, tmp_path):
     monkeypatch.setenv("ACME_API_KEY", "acme0secret0value")
 
     def broken(messages):
-        raise RuntimeError("401 for Bearer abcdefghijkl, key acme0secret0value, sk-proj-abcdefghijkl")
+        raise RuntimeError(
+            "401 for Bearer abcdefghijkl, key acme0secret0value, sk-proj-abcdefghijkl"
+        )
 
     result = run(ScriptedLM(broken), log_dir=tmp_path)
     written = "".join(p.read_text() for p in tmp_path.rglob("events.jsonl"))
@@ -143,8 +149,12 @@ def test_the_model_alone_scores_nothing_for_an_empty_reply(tmp_path):
     from rlm_runtime.tasks.evaluate import evaluate
 
     options = {"samples": 1, "out": tmp_path, "show": False}
-    found = evaluate(["s_niah"], ["1k"], ["base"], root=ScriptedLM(["", "x"], repeat_last=True), **options)
-    assert [(r.status, r.score) for r in found.rows] == [("error", None)] and "empty" in found.rows[0].error
+    found = evaluate(
+        ["s_niah"], ["1k"], ["base"], root=ScriptedLM(["", "x"], repeat_last=True), **options
+    )
+    assert [(r.status, r.score) for r in found.rows] == [("error", None)] and "empty" in found.rows[
+        0
+    ].error
 
 
 def test_tool_results_find_their_call_whatever_the_ids():
@@ -167,8 +177,11 @@ def test_tool_results_find_their_call_whatever_the_ids():
 # Windows
 
 
-LONG = cell("try:\n    out = llm_query(context)\nexcept CallError as e:\n    out = f'{e.kind}: {e}'\nprint(out)")
-PROSE = "The quick brown fox jumps over the lazy dog and rests. " * 1000  # 55,000 characters, 11,000 words
+LONG = cell(
+    "try:\n    out = llm_query(context)\nexcept CallError as e:\n    out = f'{e.kind}: {e}'\nprint(out)"
+)
+# 55,000 characters, 11,000 words
+PROSE = "The quick brown fox jumps over the lazy dog and rests. " * 1000
 
 
 @pytest.mark.parametrize("how", ["of the model", "of the RLM"])
@@ -178,7 +191,12 @@ def test_a_window_is_enforced_for_sub_calls(how):
         options = {} if how == "of the model" else {"window": 4096}
         answer = run(sub, root=(LONG, HAND_IN), context=PROSE, **options).answer
         fits = f"{prompts.fitting_chars(4096):,} characters"
-        assert answer.startswith("context_overflow: ") and "4,096" in answer and fits in answer and server.count == 0
+        assert (
+            answer.startswith("context_overflow: ")
+            and "4,096" in answer
+            and fits in answer
+            and server.count == 0
+        )
         small = cell(f"out = llm_query(context[:{prompts.fitting_chars(4096)}])")
         assert run(sub, root=(small, HAND_IN), context=PROSE, **options).answer == "an answer"
 
@@ -188,7 +206,9 @@ def truncating(window):
 
     def reply(body):
         words = sum(len((m.get("content") or "").split()) for m in body["messages"])
-        return Say("an answer", usage={"prompt_tokens": min(window, 2 * words), "completion_tokens": 2})
+        return Say(
+            "an answer", usage={"prompt_tokens": min(window, 2 * words), "completion_tokens": 2}
+        )
 
     return reply
 
@@ -219,7 +239,10 @@ def test_the_next_system_prompt_of_the_same_rlm_knows(tmp_path):
         rlm.completion(PROSE, "what?")
         rlm.completion(PROSE, "what?")
         said = root.messages[-1][0].content
-        assert f"about {prompts.fitting_chars(2048):,} characters fit" in said and "for sure" not in said
+        assert (
+            f"about {prompts.fitting_chars(2048):,} characters fit" in said
+            and "for sure" not in said
+        )
 
 
 def watch(counts_and_texts):
@@ -262,9 +285,12 @@ def test_a_conversation_that_is_cut_is_told_from_one_whose_beginning_was_in_the_
     assert not turn(13_000, "short")
 
 
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=50), st.integers(1, 200))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), min_size=1), max_size=50), st.integers(1, 200)
+)
 def test_no_tokenizer_needs_fewer_tokens_than_the_least(words, times):
-    """Held to the bytes: even a token of ten bytes a piece needs as many for scripts without spaces."""
+    """Held to the bytes: even a token of ten bytes a piece needs as many for scripts without
+    spaces."""
     text = " ".join(words) * times
     least = least_tokens([Message(role="user", content=text)])
     assert least <= max(len(text.split()), len(text.encode()) / 5)
@@ -292,4 +318,7 @@ def test_an_empty_summary_is_asked_for_once_more():
     node = Node()
     assert asyncio.run(compaction._summary(node)) == "The summary."
     node.replies = ["", "", "never asked for"]
-    assert asyncio.run(compaction._summary(node)) == "(no summary was given)" and len(node.replies) == 1
+    assert (
+        asyncio.run(compaction._summary(node)) == "(no summary was given)"
+        and len(node.replies) == 1
+    )

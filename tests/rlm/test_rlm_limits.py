@@ -12,9 +12,14 @@ ROOT = "output = [len(good), len(rs) - len(good), kinds]"
 def run(calls, budget, sub, **options):
     """The root asks `calls` at once and reports how many were made and refused."""
     root = ScriptedLM(
-        [cell(f"rs = llm_batch([f'one two {{i}}' for i in range({calls})])\n{COUNT}{ROOT}"), done("output")],
-        name="root", tokens=lambda text: 0, usd_per_token=1e-9 if sub.usd is not None else None,
-    )  # fmt: skip
+        [
+            cell(f"rs = llm_batch([f'one two {{i}}' for i in range({calls})])\n{COUNT}{ROOT}"),
+            done("output"),
+        ],
+        name="root",
+        tokens=lambda text: 0,
+        usd_per_token=1e-9 if sub.usd is not None else None,
+    )
     return rlm(root, sub, budget=budget, **options).completion("text")
 
 
@@ -46,7 +51,8 @@ def test_output_tokens_to_the_last_one():
     result = run(600, {"output_tokens": 4000, "reply_tokens": 20}, sub)
     kept = 1000  # for the root's last call, a quarter
     assert result.usage_by_depth[1].output_tokens == 4000 - kept
-    assert result.answer == [429, 171, ["budget"]]  # 428 of 7 tokens and one of the 4 that were left
+    # 428 of 7 tokens and one of the 4 that were left
+    assert result.answer == [429, 171, ["budget"]]
 
 
 def test_output_tokens_refuse_what_is_too_much():
@@ -90,7 +96,11 @@ def test_a_root_that_has_no_room_left_gives_what_it_has():
 
     root = ScriptedLM(lead, tokens=lambda text: 400 if text.startswith(("You", "Question")) else 10)
     result = rlm(root, budget={"input_tokens": 1100}).completion("text", "q")
-    assert (result.answer, result.stop_reason, result.partial) == ("a draft", "budget:input_tokens", True)
+    assert (result.answer, result.stop_reason, result.partial) == (
+        "a draft",
+        "budget:input_tokens",
+        True,
+    )
     assert root.count == 1 and result.usage.input_tokens <= 1100
 
 

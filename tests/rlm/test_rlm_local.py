@@ -50,10 +50,14 @@ def nothing_is_left():
 
 def test_a_file_over_many_turns(tmp_path):
     book = tmp_path / "book.txt"
-    book.write_text("".join(f"line {i}: nothing here\n" for i in range(20_000)) + "the magic number is 4711\n")
+    book.write_text(
+        "".join(f"line {i}: nothing here\n" for i in range(20_000)) + "the magic number is 4711\n"
+    )
     script = [
         cell("import re\nprint(len(context), context[:20])"),
-        cell("found = re.search(r'magic number is (\\d+)', str(context[-100:])).group(1)\nprint(found)"),
+        cell(
+            "found = re.search(r'magic number is (\\d+)', str(context[-100:])).group(1)\nprint(found)"
+        ),
         done("llm_query('say ' + found)"),
     ]
     root = ScriptedLM(script)
@@ -64,7 +68,10 @@ def test_a_file_over_many_turns(tmp_path):
 
 
 def test_hidden_output_is_announced_and_kept():
-    script = [cell("print('a' * 50_000 + 'THE MIDDLE' + 'b' * 50_000)"), done("outputs[-1].count('THE MIDDLE')")]
+    script = [
+        cell("print('a' * 50_000 + 'THE MIDDLE' + 'b' * 50_000)"),
+        done("outputs[-1].count('THE MIDDLE')"),
+    ]
     root = ScriptedLM(script)
     result = rlm(root).completion("text")
     assert result.answer == 1
@@ -96,7 +103,11 @@ def test_tools_of_three_kinds():
 
     code = "try:\n    area('wide', 2)\nexcept CallError as e:\n    kind = e.kind\nout = [area(4, h=FIELD['h']), price(1.5), kind]"
     tools = {"area": area, "price": price, "FIELD": {"h": 3}}
-    assert rlm([cell(code), done("out")], tools=tools).completion("text").answer == [12, 3.0, "tool"]
+    assert rlm([cell(code), done("out")], tools=tools).completion("text").answer == [
+        12,
+        3.0,
+        "tool",
+    ]
 
 
 class Place(BaseModel):
@@ -105,7 +116,13 @@ class Place(BaseModel):
 
 
 def test_structured_answers():
-    root = ScriptedLM([done("{'town': 'X'}"), done("[{'town': 'X', 'people': 5}]"), done("{'town': 'X', 'people': 5}")])
+    root = ScriptedLM(
+        [
+            done("{'town': 'X'}"),
+            done("[{'town': 'X', 'people': 5}]"),
+            done("{'town': 'X', 'people': 5}"),
+        ]
+    )
     assert rlm(root).completion("text", output=Place).answer == Place(town="X", people=5)
     assert "people" in told(root, 1)
 
@@ -113,7 +130,9 @@ def test_structured_answers():
 def test_a_batch_with_failures_in_place():
     sub = CountingLM(latency=0.001)
     code = "rs = llm_batch([f'a {i}' for i in range(250)])\nbad = [r for r in rs if isinstance(r, CallError)]\nkinds = {r.kind for r in bad}"
-    model = rlm([cell(code), done("[len(rs), len(bad), sorted(kinds)]")], sub, budget={"sub_calls": 100})
+    model = rlm(
+        [cell(code), done("[len(rs), len(bad), sorted(kinds)]")], sub, budget={"sub_calls": 100}
+    )
     assert model.completion("text").answer == [250, 150, ["budget"]]
     assert (sub.calls, sub.most) == (100, 64)
 
@@ -145,7 +164,12 @@ def test_waiting_for_sub_calls_is_no_cell_time():
 
 
 def test_a_session_keeps_its_contexts_over_a_restart():
-    script = [cell("mine = context + '!'"), done("mine"), cell("import os\nos._exit(1)"), done("[context, context_1]")]
+    script = [
+        cell("mine = context + '!'"),
+        done("mine"),
+        cell("import os\nos._exit(1)"),
+        done("[context, context_1]"),
+    ]
     root = ScriptedLM(script)
     with rlm(root).session() as s:
         assert s.completion("first").answer == "first!"
@@ -157,7 +181,9 @@ def test_compaction_puts_the_history_into_the_repl():
         if "about to be replaced by a summary" in messages[-1].content:
             return "summary"
         if "`history`" in messages[-1].content:
-            return done("[m['role'] for m in history][:3] + [sum('zzz' in m['content'] for m in history) > 3]")
+            return done(
+                "[m['role'] for m in history][:3] + [sum('zzz' in m['content'] for m in history) > 3]"
+            )
         return cell(f"print({len(messages)}, 'zzz' * 100)")
 
     root = ScriptedLM(lead, window=3000)
@@ -170,7 +196,9 @@ def test_compaction_puts_the_history_into_the_repl():
 def test_cancelling_at_any_moment_leaves_no_process(seed, tmp_path):
     def lead(messages):
         return (
-            "a" if len(messages) == 1 else cell("answer['content'] = 'd'\nllm_batch(['x'] * 9)\nrlm_batch(['y'] * 2)")
+            "a"
+            if len(messages) == 1
+            else cell("answer['content'] = 'd'\nllm_batch(['x'] * 9)\nrlm_batch(['y'] * 2)")
         )
 
     async def main():

@@ -15,14 +15,25 @@ from rlm_runtime.lms.base import Reply
 def test_variables_live_from_turn_to_turn_and_the_answer_is_a_value():
     model = rlm([cell("n = len(context)"), cell("n += 1\nprint('n is', n)"), done("{'n': n}")])
     result = model.completion("x" * 99, "How long?")
-    assert (result.answer, result.stop_reason, result.partial, result.turns) == ({"n": 100}, "answered", False, 3)
+    assert (result.answer, result.stop_reason, result.partial, result.turns) == (
+        {"n": 100},
+        "answered",
+        False,
+        3,
+    )
     root = model.options.root
     assert "n is 100" in told(root)
     assert "How long?" in told(root, 0) and "x" * 99 not in told(root, 0).replace("\n", "")[:60]
 
 
 def test_the_history_only_grows():
-    script = [cell("print(1)"), "I wonder.", cell("1/0"), cell("print(2)") + "\nOutput:\n2", done("3")]
+    script = [
+        cell("print(1)"),
+        "I wonder.",
+        cell("1/0"),
+        cell("print(2)") + "\nOutput:\n2",
+        done("3"),
+    ]
     root = ScriptedLM(script)
     rlm(root).completion("text")
     assert root.count == 5
@@ -34,9 +45,23 @@ def test_the_history_only_grows():
 def test_events_come_in_order():
     result = rlm([cell("print(llm_query('a'))"), done("1")]).completion("text")
     assert types(result) == [
-        "run_start", "context", "sandbox", "asked", "replied", "cell_start", "node_start", "node_end", "cell_end",
-        "budget", "asked", "replied", "cell_start", "cell_end", "budget", "run_end",
-    ]  # fmt: skip
+        "run_start",
+        "context",
+        "sandbox",
+        "asked",
+        "replied",
+        "cell_start",
+        "node_start",
+        "node_end",
+        "cell_end",
+        "budget",
+        "asked",
+        "replied",
+        "cell_start",
+        "cell_end",
+        "budget",
+        "run_end",
+    ]
 
 
 def test_cells_of_a_reply_run_in_order_and_stop_at_the_first_failure():
@@ -68,15 +93,21 @@ def test_ready_without_content_is_asked_about_once():
 def test_a_native_tool_call_is_a_cell():
     from rlm_runtime.lms.base import ToolCall
 
-    call = ToolCall(id="1", name="python", arguments={"code": "answer['content'] = 7; answer['ready'] = True"})
+    call = ToolCall(
+        id="1", name="python", arguments={"code": "answer['content'] = 7; answer['ready'] = True"}
+    )
     assert rlm([Reply(tool_calls=(call,))]).completion("text").answer == 7
 
 
-# -- limits -----------------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 def test_the_turn_limit_asks_once_more():
     root = ScriptedLM([cell("print(1)"), cell("print(2)"), "My best guess is 5."])
     result = rlm(root, budget={"turns": 2}).completion("text")
-    assert (result.answer, result.stop_reason, result.partial) == ("My best guess is 5.", "turns", True)
+    assert (result.answer, result.stop_reason, result.partial) == (
+        "My best guess is 5.",
+        "turns",
+        True,
+    )
     assert (root.count, result.turns) == (3, 2)
     assert "best answer" in told(root)
 
@@ -84,7 +115,12 @@ def test_the_turn_limit_asks_once_more():
 def test_an_answer_in_the_last_turn_is_an_answer():
     root = ScriptedLM([cell("print(1)"), done("5")])
     result = rlm(root, budget={"turns": 2}).completion("text")
-    assert (result.answer, result.stop_reason, result.partial, root.count) == (5, "answered", False, 2)
+    assert (result.answer, result.stop_reason, result.partial, root.count) == (
+        5,
+        "answered",
+        False,
+        2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -96,14 +132,22 @@ def test_an_answer_in_the_last_turn_is_an_answer():
     ],
 )
 def test_an_answer_in_the_turn_that_meets_a_limit_is_an_answer(budget, code):
-    result = rlm([cell(f"{code}\nanswer.update(content='got it', ready=True)")], budget=budget).completion("text")
+    result = rlm(
+        [cell(f"{code}\nanswer.update(content='got it', ready=True)")], budget=budget
+    ).completion("text")
     assert (result.answer, result.stop_reason, result.partial) == ("got it", "answered", False)
 
 
 def test_consecutive_errors_count_cells_and_start_again_after_a_good_one():
-    root = ScriptedLM([cell("1/0"), cell("2/0"), cell("print(1)"), cell("3/0"), "prose", cell("4/0"), "the end"])
+    root = ScriptedLM(
+        [cell("1/0"), cell("2/0"), cell("print(1)"), cell("3/0"), "prose", cell("4/0"), "the end"]
+    )
     result = rlm(root, budget={"consecutive_errors": 3}).completion("text")
-    assert (result.stop_reason, result.answer, result.turns) == ("budget:consecutive_errors", "the end", 6)
+    assert (result.stop_reason, result.answer, result.turns) == (
+        "budget:consecutive_errors",
+        "the end",
+        6,
+    )
 
 
 def test_the_last_call_may_answer_in_code():
@@ -125,7 +169,9 @@ def test_seconds_stop_a_cell_and_ask_once_more():
 
 
 def test_seconds_stop_a_model_that_does_not_answer():
-    root = ScriptedLM(lambda m: "the end" if "The run ends" in m[-1].content else asyncio.sleep(60), name="slow")
+    root = ScriptedLM(
+        lambda m: "the end" if "The run ends" in m[-1].content else asyncio.sleep(60), name="slow"
+    )
     result = rlm(root, budget={"seconds": 0.1}).completion("text")
     assert (result.answer, result.stop_reason) == ("the end", "budget:seconds")
 
@@ -136,7 +182,7 @@ def test_an_answer_finished_before_the_time_ran_out_counts():
     assert (result.answer, result.stop_reason, result.partial) == ("in time", "answered", False)
 
 
-# -- structured answers --------------------------------------------------------------------------------------------------------
+# -- structured answers ----------------------------------------------------------------------------
 class Count(BaseModel):
     word: str
     times: int
@@ -144,7 +190,11 @@ class Count(BaseModel):
 
 def test_a_wrong_answer_goes_back_to_the_model():
     root = ScriptedLM(
-        [done("{'word': 'a'}"), done("{'word': 'a', 'times': 'many'}"), done("{'word': 'a', 'times': 3}")]
+        [
+            done("{'word': 'a'}"),
+            done("{'word': 'a', 'times': 'many'}"),
+            done("{'word': 'a', 'times': 3}"),
+        ]
     )
     result = rlm(root).completion("text", output=Count)
     assert result.answer == Count(word="a", times=3)
@@ -170,7 +220,7 @@ def test_an_answer_in_prose_is_held_to_the_schema():
     assert result.answer == 5
 
 
-# -- failures --------------------------------------------------------------------------------------------------------------------
+# -- failures --------------------------------------------------------------------------------------
 def test_a_model_that_fails_at_once_raises_with_the_record():
     with pytest.raises(LMError, match="no such key") as e:
         rlm([LMError("no such key", kind="auth", status=401)]).completion("text")
@@ -179,8 +229,15 @@ def test_a_model_that_fails_at_once_raises_with_the_record():
 
 
 def test_a_model_that_fails_later_leaves_what_there_is():
-    result = rlm([cell("answer['content'] = 'a draft'"), LMError("down", kind="connection")]).completion("text")
-    assert (result.answer, result.stop_reason, result.partial, result.error) == ("a draft", "error", True, "down")
+    result = rlm(
+        [cell("answer['content'] = 'a draft'"), LMError("down", kind="connection")]
+    ).completion("text")
+    assert (result.answer, result.stop_reason, result.partial, result.error) == (
+        "a draft",
+        "error",
+        True,
+        "down",
+    )
 
 
 def test_a_bug_in_a_model_is_a_model_error():
@@ -272,7 +329,7 @@ def test_the_trajectory_is_on_disk(tmp_path):
     assert result.trajectory.parent == tmp_path and result.run in result.trajectory.name
 
 
-# -- sync and async ------------------------------------------------------------------------------------------------------------------
+# -- sync and async --------------------------------------------------------------------------------
 def test_many_runs_of_one_object_at_once():
     async def main():
         model = rlm(ScriptedLM([done("context")], repeat_last=True))

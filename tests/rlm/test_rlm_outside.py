@@ -1,4 +1,5 @@
-"""What a run shares with the world outside: own models, MCP tools, traces, progress, events as they happen."""
+"""What a run shares with the world outside: own models, MCP tools, traces, progress, events as they
+happen."""
 
 import asyncio
 import contextlib
@@ -57,13 +58,17 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("function", FORMS, ids=["text", "mapping", "object", "async", "awaitable", "reply"])
+@pytest.mark.parametrize(
+    "function", FORMS, ids=["text", "mapping", "object", "async", "awaitable", "reply"]
+)
 def test_a_function_is_a_model(function):
     lm = FunctionLM(function, price=(1.0, 2.0))
     assert isinstance(lm, LM)
     reply = ask(lm)
     assert reply.text == "hello" and reply.usage.calls == 1 and reply.usage.input_tokens >= 7
-    assert reply.usage.cost_usd == pytest.approx((reply.usage.input_tokens + 2 * reply.usage.output_tokens) / 1e6)
+    assert reply.usage.cost_usd == pytest.approx(
+        (reply.usage.input_tokens + 2 * reply.usage.output_tokens) / 1e6
+    )
     result = RLM(ScriptedLM([ASK]), lm, environment=FakeEnvironment).completion("x", "?")
     assert result.answer == "hello" and result.stop_reason == "answered"
 
@@ -73,17 +78,32 @@ def test_a_function_is_given_what_a_call_asks_for():
 
     def function(messages, **options):
         seen.update(options, messages=messages)
-        return completion(None, tool_calls=[{"id": "x", "function": {"name": "f", "arguments": "{}"}}])
+        return completion(
+            None, tool_calls=[{"id": "x", "function": {"name": "f", "arguments": "{}"}}]
+        )
 
     pieces = []
     reply = ask(
-        FunctionLM(function, name="mine:m", window=99, api_base="http://h"), on_text=pieces.append,
-        sampling=Sampling(temperature=0.5, stop=("END",), extra={"top_k": 3}), tools=[ToolSpec(name="f")],
+        FunctionLM(function, name="mine:m", window=99, api_base="http://h"),
+        on_text=pieces.append,
+        sampling=Sampling(temperature=0.5, stop=("END",), extra={"top_k": 3}),
+        tools=[ToolSpec(name="f")],
         schema={"type": "object"},
-    )  # fmt: skip
-    assert seen["messages"] == [{"role": "user", "content": "one two"}] and seen["api_base"] == "http://h"
-    assert seen["temperature"] == 0.5 and seen["stop"] == ["END"] and seen["top_k"] == 3 and "seed" not in seen
-    assert seen["tools"][0]["function"]["name"] == "f" and seen["response_format"]["type"] == "json_schema"
+    )
+    assert (
+        seen["messages"] == [{"role": "user", "content": "one two"}]
+        and seen["api_base"] == "http://h"
+    )
+    assert (
+        seen["temperature"] == 0.5
+        and seen["stop"] == ["END"]
+        and seen["top_k"] == 3
+        and "seed" not in seen
+    )
+    assert (
+        seen["tools"][0]["function"]["name"] == "f"
+        and seen["response_format"]["type"] == "json_schema"
+    )
     assert reply.tool_calls[0].name == "f" and reply.finish_reason == "tool_calls" and pieces == []
 
 
@@ -142,7 +162,9 @@ def test_tools_of_an_mcp_server_in_cells_and_for_sub_models(server):
         assert tools[0].info().description == "def add(a: int, b: int = 1)\nAdds two numbers."
         assert tools[0].spec().parameters["properties"].keys() == {"a", "b"}
         code = "try:\n    bad = fail()\nexcept Exception as e:\n    bad = str(e)\n"
-        root = cell(code + "answer.update(content=[add(2), add(b=5, a=1), who('x'), bad], ready=True)")
+        root = cell(
+            code + "answer.update(content=[add(2), add(b=5, a=1), who('x'), bad], ready=True)"
+        )
         result = rlm([root], tools=tools).completion("x", "?")
         three, six, who, bad = result.answer
         assert (three, six, who) == (
@@ -193,7 +215,11 @@ def test_signatures_of_odd_schemas():
         "required": ["n"],
     }
     assert str(_signature(schema)) == "(n: int, q: Any = None, **more)"
-    assert str(_signature({})) == "()" and _identifier("a.b-c") == "a_b_c" and _identifier("1x") == "tool_1x"
+    assert (
+        str(_signature({})) == "()"
+        and _identifier("a.b-c") == "a_b_c"
+        and _identifier("1x") == "tool_1x"
+    )
 
 
 # Traces
@@ -239,12 +265,28 @@ def test_a_run_is_a_trace(spans):
     run = by_name["rlm.run"]
     assert run.parent.span_id == mine.get_span_context().span_id
     assert {s.context.trace_id for s in found} == {run.context.trace_id}
-    assert all(s.parent.span_id == run.context.span_id for s in found if s.name not in ("mine", "rlm.run"))
+    assert all(
+        s.parent.span_id == run.context.span_id for s in found if s.name not in ("mine", "rlm.run")
+    )
     call = by_name["chat openai:small"]
-    assert call.attributes["gen_ai.request.model"] == "small" and call.attributes["gen_ai.provider.name"] == "openai"
-    assert call.attributes["gen_ai.usage.output_tokens"] == 3 and run.attributes["rlm.stop_reason"] == "answered"
-    assert all(run.start_time <= s.start_time <= s.end_time <= run.end_time for s in found if s.name != "mine")
-    failed = [s for s in found if s.name == "rlm.cell" and not s.status.is_ok and s.attributes.get("error.type")]
+    assert (
+        call.attributes["gen_ai.request.model"] == "small"
+        and call.attributes["gen_ai.provider.name"] == "openai"
+    )
+    assert (
+        call.attributes["gen_ai.usage.output_tokens"] == 3
+        and run.attributes["rlm.stop_reason"] == "answered"
+    )
+    assert all(
+        run.start_time <= s.start_time <= s.end_time <= run.end_time
+        for s in found
+        if s.name != "mine"
+    )
+    failed = [
+        s
+        for s in found
+        if s.name == "rlm.cell" and not s.status.is_ok and s.attributes.get("error.type")
+    ]
     assert [s.attributes["error.type"] for s in failed] == ["error"]
     assert "secret" not in str([dict(s.attributes) for s in found]) and "forty-two" not in str(
         [dict(s.attributes) for s in found]
@@ -259,7 +301,9 @@ def test_traces_with_content_of_runs_at_once_do_not_mix(spans):
 
     async def main():
         subs = [ScriptedLM([f"answer {i}"], latency=0.01, name=f"sub-{i}") for i in range(5)]
-        models = [RLM(ScriptedLM([ASK]), s, environment=FakeEnvironment, on_event=exporter) for s in subs]
+        models = [
+            RLM(ScriptedLM([ASK]), s, environment=FakeEnvironment, on_event=exporter) for s in subs
+        ]
         await asyncio.gather(*(m.acompletion("x", "?") for m in models))
 
     asyncio.run(main())
@@ -269,7 +313,9 @@ def test_traces_with_content_of_runs_at_once_do_not_mix(spans):
     for span in found:
         if span.name.startswith("chat sub-"):
             assert span.attributes["rlm.value"] == "answer " + span.name[-1]
-            assert runs[span.context.trace_id].attributes["rlm.answer"] == span.attributes["rlm.value"]
+            assert (
+                runs[span.context.trace_id].attributes["rlm.answer"] == span.attributes["rlm.value"]
+            )
 
 
 def test_a_run_that_is_cancelled_leaves_no_span_open(spans):
@@ -279,7 +325,9 @@ def test_a_run_that_is_cancelled_leaves_no_span_open(spans):
 
     async def main():
         sub = ScriptedLM(["never"], latency=30)
-        run = RLM(ScriptedLM([ASK]), sub, environment=FakeEnvironment, on_event=OTelExporter(provider)).start("x", "?")
+        run = RLM(
+            ScriptedLM([ASK]), sub, environment=FakeEnvironment, on_event=OTelExporter(provider)
+        ).start("x", "?")
         async for event in run.events():
             if event.type == "node_start":
                 run.cancel()
@@ -319,11 +367,20 @@ def test_events_come_as_they_happen_and_end_with_the_answer():
     async def main():
         sub = ScriptedLM(["slow"], latency=0.2)
         seen, times = [], {}
-        async for event in RLM(ScriptedLM([FAIL, ASK]), sub, environment=FakeEnvironment).stream("x", "?"):
+        async for event in RLM(ScriptedLM([FAIL, ASK]), sub, environment=FakeEnvironment).stream(
+            "x", "?"
+        ):
             seen.append(event)
             times.setdefault(event.type, time.monotonic())
-        assert isinstance(seen[0], RunStart) and isinstance(seen[-1], RunEnd) and seen[-1].answer == "slow"
-        assert sum(isinstance(e, Replied) for e in seen) == 2 and sum(isinstance(e, CellEnd) for e in seen) == 2
+        assert (
+            isinstance(seen[0], RunStart)
+            and isinstance(seen[-1], RunEnd)
+            and seen[-1].answer == "slow"
+        )
+        assert (
+            sum(isinstance(e, Replied) for e in seen) == 2
+            and sum(isinstance(e, CellEnd) for e in seen) == 2
+        )
         assert times["run_end"] - times["node_start"] >= 0.2
         assert [e.t for e in seen] == sorted(e.t for e in seen)
 

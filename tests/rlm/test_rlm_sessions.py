@@ -12,7 +12,12 @@ from rlm_runtime.trajectory import read
 
 
 def test_variables_and_contexts_stay():
-    script = [cell("kept = context.upper()"), done("kept"), done("[kept, context, context_1]"), done("context_2['a']")]
+    script = [
+        cell("kept = context.upper()"),
+        done("kept"),
+        done("[kept, context, context_1]"),
+        done("context_2['a']"),
+    ]
     root = ScriptedLM(script)
     with rlm(root).session() as s:
         assert s.completion("first", "one?").answer == "FIRST"

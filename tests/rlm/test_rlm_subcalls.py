@@ -1,4 +1,5 @@
-"""Sub-LM calls and child RLMs: concurrent, in order, failing in place, to a depth, with schemas and tools."""
+"""Sub-LM calls and child RLMs: concurrent, in order, failing in place, to a depth, with schemas and
+tools."""
 
 import asyncio
 
@@ -20,13 +21,18 @@ def answer_of(code, sub=None, **options):
 
 def test_a_batch_is_concurrent_and_in_order():
     sub = echo(latency=lambda messages: 0.05 if messages[-1].content == "p0" else 0.005)
-    assert answer_of("out = llm_batch([f'p{i}' for i in range(200)])", sub) == [f"P{i}" for i in range(200)]
+    assert answer_of("out = llm_batch([f'p{i}' for i in range(200)])", sub) == [
+        f"P{i}" for i in range(200)
+    ]
     assert sub.max_concurrency == 64
 
 
 def test_concurrency_is_one_bound_for_the_whole_tree():
     sub = ScriptedLM(
-        lambda m: done("llm_batch(['x'] * 20)") if "`context` in the REPL" in m[-1].content else "y", latency=0.002
+        lambda m: (
+            done("llm_batch(['x'] * 20)") if "`context` in the REPL" in m[-1].content else "y"
+        ),
+        latency=0.002,
     )
     code = "rs = rlm_batch(['a'] * 10)\nout = [len(r) for r in rs]"
     assert answer_of(code, sub, max_depth=2, concurrency=7) == [20] * 10
@@ -63,8 +69,20 @@ def test_prompts_may_be_any_json():
 
 
 def test_only_chat_messages_are_taken_for_a_conversation():
-    assert len(Prompt.of([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]).messages()) == 2
-    for odd in ([], [{"role": "tool", "content": "a"}], [{"role": "user", "content": 1}], [{"role": "user"}]):
+    assert (
+        len(
+            Prompt.of(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            ).messages()
+        )
+        == 2
+    )
+    for odd in (
+        [],
+        [{"role": "tool", "content": "a"}],
+        [{"role": "user", "content": 1}],
+        [{"role": "user"}],
+    ):
         assert [m.role for m in Prompt.of(odd).messages()] == ["user"]
 
 
@@ -105,10 +123,21 @@ def test_three_levels():
     assert result.answer == ["1(2(A!))", "1(2(B!))"]
     starts = {e.node: e for e in result.events if e.type == "node_start"}
     assert set(starts) == {"0.1", "0.2", "0.1.1", "0.2.1", "0.1.1.1", "0.2.1.1"}
-    assert all(e.parent == node.rpartition(".")[0] and e.depth == node.count(".") for node, e in starts.items())
+    assert all(
+        e.parent == node.rpartition(".")[0] and e.depth == node.count(".")
+        for node, e in starts.items()
+    )
     assert types(result, "0.1") == [
-        "node_start", "context", "sandbox", "asked", "replied", "cell_start", "cell_end", "budget", "node_end",
-    ]  # fmt: skip
+        "node_start",
+        "context",
+        "sandbox",
+        "asked",
+        "replied",
+        "cell_start",
+        "cell_end",
+        "budget",
+        "node_end",
+    ]
     ends = {e.node: e for e in result.events if e.type == "node_end"}
     assert ends["0.1"].value == "1(2(A!))" and ends["0.1"].usage.calls == 3
     assert set(result.usage_by_depth) == {0, 1, 2, 3}
@@ -121,11 +150,15 @@ def test_waiting_for_children_never_blocks_the_children():
     def lead(messages):
         if "`context` in the REPL" in messages[-1].content:
             deeper = "deep" if "deep" in messages[1].content else "deepest"
-            return done(f"rlm_batch(['x', 'y'], {deeper!r})" if deeper == "deep" else "llm_batch(['x'] * 3)")
+            return done(
+                f"rlm_batch(['x', 'y'], {deeper!r})" if deeper == "deep" else "llm_batch(['x'] * 3)"
+            )
         return "leaf"
 
     code = "out = [len(r) for r in rlm_batch(['a', 'b', 'c'], 'deep')]"
-    model = rlm([cell(code), done("out")], ScriptedLM(lead), max_depth=4, max_repls=1, concurrency=1)
+    model = rlm(
+        [cell(code), done("out")], ScriptedLM(lead), max_depth=4, max_repls=1, concurrency=1
+    )
 
     async def main():
         async with asyncio.timeout(30):
@@ -145,7 +178,9 @@ def test_live_children_are_bounded():
             return report
 
     sub = ScriptedLM([done("1")], repeat_last=True, latency=0.005)
-    out = answer_of("out = rlm_batch(['a'] * 20)", sub, max_depth=2, max_repls=3, environment=Counted)
+    out = answer_of(
+        "out = rlm_batch(['a'] * 20)", sub, max_depth=2, max_repls=3, environment=Counted
+    )
     assert out == [1] * 20 and most == 4  # with the root's
 
 
@@ -154,7 +189,10 @@ def test_a_child_that_meets_its_turn_limit_gives_its_best():
         return "a guess" if "The run ends" in messages[-1].content else cell("print(1)")
 
     root = [cell("out = rlm_query('a')"), done("out")]
-    assert rlm(root, ScriptedLM(lead), max_depth=2, budget={"turns": 3}).completion("text").answer == "a guess"
+    assert (
+        rlm(root, ScriptedLM(lead), max_depth=2, budget={"turns": 3}).completion("text").answer
+        == "a guess"
+    )
 
 
 def test_a_child_that_fails_is_a_typed_error():
@@ -169,7 +207,7 @@ def test_a_child_answers_in_the_schema_it_was_given():
     assert sub.count == 2
 
 
-# -- schemas -----------------------------------------------------------------------------------------------------------------------
+# -- schemas ---------------------------------------------------------------------------------------
 def test_a_reply_that_does_not_fit_is_sent_back_and_charged():
     sub = ScriptedLM(["no idea", '{"n": "x"}', 'Here: {"n": 3}'])
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
@@ -183,12 +221,15 @@ def test_a_reply_that_does_not_fit_is_sent_back_and_charged():
 
 def test_a_schema_that_is_never_met_is_a_typed_error():
     sub = ScriptedLM(["no"], repeat_last=True)
-    [[kind, text]] = answer_of(f"rs = llm_batch(['a'], schema={{'type': 'integer'}})\nout = {SAFE}", sub)
+    [[kind, text]] = answer_of(
+        f"rs = llm_batch(['a'], schema={{'type': 'integer'}})\nout = {SAFE}", sub
+    )
     assert kind == "schema" and "3 tries" in text and sub.count == 3
 
 
 DOUBLING = {
-    "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)} | {"d40": {"type": "object"}},
+    "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(40)}
+    | {"d40": {"type": "object"}},
     "$ref": "#/$defs/d0",
 }
 
@@ -211,7 +252,10 @@ def test_schemas_that_could_keep_the_host_busy_are_refused(schema):
 
 
 def test_property_names_are_not_keywords():
-    schema = {"type": "object", "properties": {"pattern": {"type": "string"}, "$ref": {"enum": ["pattern"]}}}
+    schema = {
+        "type": "object",
+        "properties": {"pattern": {"type": "string"}, "$ref": {"enum": ["pattern"]}},
+    }
     assert shape_of(schema).check({"pattern": "a"}) == ({"pattern": "a"}, None)
 
 
@@ -221,7 +265,7 @@ def test_a_refused_schema_is_an_error_of_every_call():
     assert [kind for kind, _ in out] == ["refused", "refused"] and sub.count == 0
 
 
-# -- tools of sub-LMs ------------------------------------------------------------------------------------------------------------------
+# -- tools of sub-LMs ------------------------------------------------------------------------------
 def lookup(name: str, exact: bool = False) -> int:
     """How many there are."""
     return len(name) + exact
@@ -238,11 +282,15 @@ def test_a_sub_lm_uses_its_tools():
         return call("lookup", name="abc", exact=True)
 
     sub = ScriptedLM(reply)
-    result = rlm([cell("out = llm_query('how many?')"), done("out")], sub, sub_tools=[lookup]).completion("text")
+    result = rlm(
+        [cell("out = llm_query('how many?')"), done("out")], sub, sub_tools=[lookup]
+    ).completion("text")
     assert result.answer == "there are 4"
     spec = sub.calls[0].tools[0]
     assert spec.name == "lookup" and "How many" in spec.description
-    assert spec.parameters["properties"]["name"]["type"] == "string" and spec.parameters["required"] == ["name"]
+    assert spec.parameters["properties"]["name"]["type"] == "string" and spec.parameters[
+        "required"
+    ] == ["name"]
     tool = next(e for e in result.events if e.type == "node_start" and e.kind == "tool")
     assert (tool.node, tool.parent, tool.model) == ("0.1.1", "0.1", "lookup")
     assert result.sub_calls == 2
@@ -272,7 +320,11 @@ def test_a_sub_lm_is_told_what_went_wrong_with_its_tool():
     answer_of("out = llm_query('x')", ScriptedLM(reply), sub_tools=[lookup, fail])
     assert isinstance(told[0], Message)
     assert [m.role for m in told[1:]] == ["tool"] * 3
-    assert "argument" in told[1].content and "no tool 'look'" in told[2].content and "out of order" in told[3].content
+    assert (
+        "argument" in told[1].content
+        and "no tool 'look'" in told[2].content
+        and "out of order" in told[3].content
+    )
 
 
 def test_child_rlms_have_the_sub_tools_in_their_repl():

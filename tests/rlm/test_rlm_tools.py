@@ -1,4 +1,5 @@
-"""Tools: JSON in, types checked, JSON out; what goes wrong is a typed error; impossible ones are refused at the door."""
+"""Tools: JSON in, types checked, JSON out; what goes wrong is a typed error; impossible ones are
+refused at the door."""
 
 import asyncio
 import datetime
@@ -127,7 +128,9 @@ def test_schemas_hoist_their_definitions():
     assert schema["properties"]["points"]["items"] == {"$ref": "#/$defs/Point"}
 
 
-@pytest.mark.parametrize("name", [*sorted(RESERVED), "context_3", "print", "class", "a b", "__x", ""])
+@pytest.mark.parametrize(
+    "name", [*sorted(RESERVED), "context_3", "print", "class", "a b", "__x", ""]
+)
 def test_reserved_and_impossible_names_are_refused(name):
     with pytest.raises(UsageError):
         toolbox({name: 1})
@@ -155,7 +158,10 @@ def test_three_ways_in_a_run():
         return n * 1.5
 
     code = "try:\n    area('wide', 2)\nexcept CallError as e:\n    kind, text = e.kind, str(e)\nout = price(n=area(FIELD['w'], 3))"
-    model = rlm([cell(code), done("[out, kind, text]")], tools={"area": area, "price": price, "FIELD": {"w": 4}})
+    model = rlm(
+        [cell(code), done("[out, kind, text]")],
+        tools={"area": area, "price": price, "FIELD": {"w": 4}},
+    )
     result = model.completion("text")
     assert result.answer[:2] == [18.0, "tool"] and "argument 'w'" in result.answer[2]
     assert types(result).count("node_start") == 3
@@ -165,7 +171,9 @@ def test_three_ways_in_a_run():
 def test_a_tool_that_never_returns_does_not_hold_the_run():
     forever = threading.Event()
     try:
-        model = rlm([cell("wait()"), "too slow"], tools={"wait": forever.wait}, budget={"seconds": 0.2})
+        model = rlm(
+            [cell("wait()"), "too slow"], tools={"wait": forever.wait}, budget={"seconds": 0.2}
+        )
         assert model.completion("text").answer == "too slow"
     finally:
         forever.set()

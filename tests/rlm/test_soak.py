@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the benchmarks are part of the checkout only
+# the benchmarks are part of the checkout only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import rlm_soak
 from benchmarks.rlm_soak_plan import plan
@@ -27,8 +28,21 @@ def test_a_plan_depends_on_its_seed_alone_and_a_thousand_of_them_hold_every_faul
     plans = [plan(f"0/{i}") for i in range(1000)]
     assert plans == [plan(f"0/{i}") for i in range(1000)]
     faults = {fault for p in plans for fault in p.faults()}
-    assert {f.partition(":")[0] for f in faults} == {"cell", "root", "kill", "cancel", "disk", "sub"}
-    assert {"cell: exit", "cell: segfault", "cell: stubborn_loop", "kill: SIGKILL", "cancel: task_twice"} <= faults
+    assert {f.partition(":")[0] for f in faults} == {
+        "cell",
+        "root",
+        "kill",
+        "cancel",
+        "disk",
+        "sub",
+    }
+    assert {
+        "cell: exit",
+        "cell: segfault",
+        "cell: stubborn_loop",
+        "kill: SIGKILL",
+        "cancel: task_twice",
+    } <= faults
     assert {"disk: full", "disk: gone", "root: bug", "sub: http"} <= faults
     assert {p.way for p in plans} == {"start", "task", "sync", "session"}
 

@@ -1,6 +1,8 @@
-"""The work of everything that reads what a cell, a model or an endpoint sent grows no faster than its length.
+"""The work of everything that reads what a cell, a model or an endpoint sent grows no faster than
+its length.
 
-Counted in steps, never in seconds: see `steps`. Each reader is given n and 2n characters of every unit below.
+Counted in steps, never in seconds: see `steps`. Each reader is given n and 2n characters of every
+unit below.
 """
 
 import asyncio
@@ -37,20 +39,105 @@ from rlm_runtime.rlm.tree import in_order
 from rlm_runtime.structured import STEPS, Shape
 from rlm_runtime.trajectory import writer
 
-MODULES = (parsing, calls, finals, imitation, python, scan, thinking, model_json, structured, messages, textwrap, html)
+MODULES = (
+    parsing,
+    calls,
+    finals,
+    imitation,
+    python,
+    scan,
+    thinking,
+    model_json,
+    structured,
+    messages,
+    textwrap,
+    html,
+)
 N = 200
-PER_CHARACTER = 400  # steps: a hundred alternatives of all patterns, and what the budget allows for syntax trees
+# steps: a hundred alternatives of all patterns, and what the budget allows for syntax trees
+PER_CHARACTER = 400
 SLACK = 60_000  # what a budget allows for the shortest text, weighed as `steps` does
 PIECES = [
-    "```", "```repl\n", "```python", "\n", "\u2028", "\t", " ", "~~~\n", "<think>", "</think>", "a <think>", "<code>", "</code>", "</s>",
-    "<tool_call>", "</tool_call>", "<function=python>", "<parameter=code>", "</parameter>", '<invoke name="python">', "<arg_key>k</arg_key><arg_value>",
-    '{"name": "python", "arguments": {"code": "', '{"name": "f", "arguments": ', "FINAL(", "FINAL('", "FINAL_VAR(", ")", "(", '"', "'", '"""', "\\'",
-    "\\\\", "\\", 'answer["content"] = ', 'answer["content"] = (\n', "answer = {", "Output:", ">>> ", "user:", "<|im_end|>", "<|python_tag|>", "<|call|>",
-    "<|channel|>analysis<|message|>", "<|channel|>commentary to=python<|message|>", "<|start|>assistant", "analysis", "assistantfinal", "[TOOL_CALLS]",
-    "<｜tool▁call▁begin｜>f\n", "Action: f\nAction Input: ", "print(1)", "x = 1\n", "x = (\n", "def f():\n", "    ", "!ls\n", "#", "# </code>", "&lt;", "“", "{", "}",
-    "[", "]", "[1, ", '{"a": ', "{'a': ", ",", "é", "<answer>\n", "</answer>", "[THINK]", "◁think▷", "I will ", "let me ", "0", "1,000",
+    "```",
+    "```repl\n",
+    "```python",
+    "\n",
+    "\u2028",
+    "\t",
+    " ",
+    "~~~\n",
+    "<think>",
+    "</think>",
+    "a <think>",
+    "<code>",
+    "</code>",
+    "</s>",
+    "<tool_call>",
+    "</tool_call>",
+    "<function=python>",
+    "<parameter=code>",
+    "</parameter>",
+    '<invoke name="python">',
+    "<arg_key>k</arg_key><arg_value>",
+    '{"name": "python", "arguments": {"code": "',
+    '{"name": "f", "arguments": ',
+    "FINAL(",
+    "FINAL('",
+    "FINAL_VAR(",
+    ")",
+    "(",
+    '"',
+    "'",
+    '"""',
+    "\\'",
+    "\\\\",
+    "\\",
+    'answer["content"] = ',
+    'answer["content"] = (\n',
+    "answer = {",
+    "Output:",
+    ">>> ",
+    "user:",
+    "<|im_end|>",
+    "<|python_tag|>",
+    "<|call|>",
+    "<|channel|>analysis<|message|>",
+    "<|channel|>commentary to=python<|message|>",
+    "<|start|>assistant",
+    "analysis",
+    "assistantfinal",
+    "[TOOL_CALLS]",
+    "<｜tool▁call▁begin｜>f\n",
+    "Action: f\nAction Input: ",
+    "print(1)",
+    "x = 1\n",
+    "x = (\n",
+    "def f():\n",
+    "    ",
+    "!ls\n",
+    "#",
+    "# </code>",
+    "&lt;",
+    "“",
+    "{",
+    "}",
+    "[",
+    "]",
+    "[1, ",
+    '{"a": ',
+    "{'a': ",
+    ",",
+    "é",
+    "<answer>\n",
+    "</answer>",
+    "[THINK]",
+    "◁think▷",
+    "I will ",
+    "let me ",
+    "0",
+    "1,000",
     'def f():\nanswer["ready"] = True<think>\u2028',
-]  # fmt: skip
+]
 BEFORE = ["```repl\n", "```python\nx = 1\n```\n", "FINAL('", "<tool_call>", "<code>"]
 
 
@@ -71,7 +158,12 @@ PERSON = {
     "type": "object",
     "properties": {"n": {"type": "integer"}, "of": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
 }
-SHAPES = [Shape.of({"type": "array", "items": PERSON}), Shape.of(PERSON), Shape.of(list[int]), Shape.of(str)]
+SHAPES = [
+    Shape.of({"type": "array", "items": PERSON}),
+    Shape.of(PERSON),
+    Shape.of(list[int]),
+    Shape.of(str),
+]
 
 
 def shaped(text):
@@ -80,9 +172,16 @@ def shaped(text):
 
 
 READERS = {
-    "reply": reply, "cut reply": cut_reply, "tool arguments": tool_arguments, "clean": thinking.clean, "harmony": thinking.harmony,
-    "json": model_json.in_reply, "plan": finals.is_plan, "fenced": messages.fenced, "shape": shaped,
-}  # fmt: skip
+    "reply": reply,
+    "cut reply": cut_reply,
+    "tool arguments": tool_arguments,
+    "clean": thinking.clean,
+    "harmony": thinking.harmony,
+    "json": model_json.in_reply,
+    "plan": finals.is_plan,
+    "fenced": messages.fenced,
+    "shape": shaped,
+}
 
 
 def spent(read, text):
@@ -92,8 +191,8 @@ def spent(read, text):
 
 
 def grows_linearly(read, unit, before=""):
-    """A budget is used up at some length; so far, twice the text may cost more than twice as much, but never more than
-    the budget is."""
+    """A budget is used up at some length; so far, twice the text may cost more than twice as much,
+    but never more than the budget is."""
     small = spent(read, before + unit * (N // len(unit)))
     large = spent(read, before + unit * (2 * N // len(unit)))
     assert large <= 2.3 * small + SLACK, (unit, before, small, large)
@@ -123,7 +222,8 @@ def test_units_put_together(unit, before, name):
 
 
 def test_the_counter_sees_what_it_is_for():
-    """The patterns of earlier versions, which were quadratic, and a walk that begins anew at every mark."""
+    """The patterns of earlier versions, which were quadratic, and a walk that begins anew at every
+    mark."""
     strings = re.compile(r"""[()]|"(?:[^"\\]|\\.)*?"|'(?:[^'\\]|\\.)*?\'""", re.S)
     tail = re.compile(r"\s+\Z")
     for pattern, unit in ((strings, "\\'"), (tail, " \n")):
@@ -157,7 +257,10 @@ PATTERNS = sorted(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(PATTERNS), st.lists(st.sampled_from([*PIECES, "a", "=", "\r"]), max_size=8).map("".join))
+@given(
+    st.sampled_from(PATTERNS),
+    st.lists(st.sampled_from([*PIECES, "a", "=", "\r"]), max_size=8).map("".join),
+)
 def test_the_counting_matcher_finds_what_re_finds(pattern, text):
     real, counted = re.compile(*pattern), steps.Pattern(pattern[0], pattern[1] & ~re.U)
     assert [(m.span(), m.groups()) for m in counted.finditer(text)] == [
@@ -167,7 +270,7 @@ def test_the_counting_matcher_finds_what_re_finds(pattern, text):
     assert (counted.fullmatch(text) is None) == (real.fullmatch(text) is None)
 
 
-# -- schemas of cells -----------------------------------------------------------------------------------------------------
+# -- schemas of cells ------------------------------------------------------------------------------
 def calls_made(work, *args):
     """Functions called, in Python and C."""
     made = 0
@@ -189,25 +292,43 @@ def calls_made(work, *args):
 def doubling(levels, kind, leaf):
     again = {"$ref": "#/$defs/d{}"}
     forms = {
-        "anyOf": lambda r: {"anyOf": [r, r]}, "allOf": lambda r: {"allOf": [r, r]}, "oneOf": lambda r: {"oneOf": [r, r]},
-        "properties": lambda r: {"type": "object", "properties": {"a": r, "b": r}}, "prefixItems": lambda r: {"prefixItems": [r, r]},
-        "if": lambda r: {"if": r, "then": r, "else": r}, "not": lambda r: {"not": {"allOf": [r, r]}},
-    }  # fmt: skip
-    defs = {f"d{i}": forms[kind]({"$ref": again["$ref"].format(i + 1)}) for i in range(levels)} | {f"d{levels}": leaf}
+        "anyOf": lambda r: {"anyOf": [r, r]},
+        "allOf": lambda r: {"allOf": [r, r]},
+        "oneOf": lambda r: {"oneOf": [r, r]},
+        "properties": lambda r: {"type": "object", "properties": {"a": r, "b": r}},
+        "prefixItems": lambda r: {"prefixItems": [r, r]},
+        "if": lambda r: {"if": r, "then": r, "else": r},
+        "not": lambda r: {"not": {"allOf": [r, r]}},
+    }
+    defs = {f"d{i}": forms[kind]({"$ref": again["$ref"].format(i + 1)}) for i in range(levels)} | {
+        f"d{levels}": leaf
+    }
     return {"$ref": "#/$defs/d0", "$defs": defs}
 
 
 LEAVES = {
-    "integer": {"type": "integer"}, "object": {"type": "object", "properties": {"x": {"type": "integer"}}}, "enum": {"enum": [f"k{i}" for i in range(500)]},
-    "required": {"required": [f"k{i}" for i in range(500)]}, "array": {"type": "array", "items": {"type": "object"}},
-}  # fmt: skip
+    "integer": {"type": "integer"},
+    "object": {"type": "object", "properties": {"x": {"type": "integer"}}},
+    "enum": {"enum": [f"k{i}" for i in range(500)]},
+    "required": {"required": [f"k{i}" for i in range(500)]},
+    "array": {"type": "array", "items": {"type": "object"}},
+}
 VALUES = [
-    "[" * 1800, '{"a":' * 360, '"' * 1800, "[" + "1," * 900 + "1]", json.dumps([{}] * 600), json.dumps(["{" * 900] * 2), "x" * 1800,
-    json.dumps({"a": "[" * 1700, "b": "{" * 100}), json.dumps({f"k{i}": i for i in range(200)}),
-]  # fmt: skip
+    "[" * 1800,
+    '{"a":' * 360,
+    '"' * 1800,
+    "[" + "1," * 900 + "1]",
+    json.dumps([{}] * 600),
+    json.dumps(["{" * 900] * 2),
+    "x" * 1800,
+    json.dumps({"a": "[" * 1700, "b": "{" * 100}),
+    json.dumps({f"k{i}": i for i in range(200)}),
+]
 
 
-@pytest.mark.parametrize("kind", ["anyOf", "allOf", "oneOf", "properties", "prefixItems", "if", "not"])
+@pytest.mark.parametrize(
+    "kind", ["anyOf", "allOf", "oneOf", "properties", "prefixItems", "if", "not"]
+)
 def test_schemas_that_double_at_every_step(kind):
     """However many levels: the work is bounded by schema and value alone."""
     for leaf, levels in itertools.product(LEAVES, (8, 11, 60)):
@@ -222,7 +343,11 @@ def test_schemas_that_double_at_every_step(kind):
 
 def test_schemas_that_are_large_or_say_much_of_each_item():
     names = [f"k{i}" for i in range(4000)]
-    for inside in ({"enum": names}, {"required": names}, {"properties": {n: {"type": "integer"} for n in names[:400]}}):
+    for inside in (
+        {"enum": names},
+        {"required": names},
+        {"properties": {n: {"type": "integer"} for n in names[:400]}},
+    ):
         shape = schemas.shape_of({"type": "array", "items": inside})
         counts = [calls_made(shape.check, [{"x": 1}] * n)[0] for n in (500, 1000)]
         assert counts[1] < 2.5 * counts[0] + 20_000 and counts[1] < 60 * (STEPS + 2 * 9_000)
@@ -231,7 +356,8 @@ def test_schemas_that_are_large_or_say_much_of_each_item():
     assert isinstance(refused, UsageError) and made < 100_000
     long_name = "n" * 40_000
     made, refused = calls_made(
-        schemas.shape_of, {"$defs": {long_name: {}}, "allOf": [{"$ref": f"#/$defs/{long_name}"}] * 2}
+        schemas.shape_of,
+        {"$defs": {long_name: {}}, "allOf": [{"$ref": f"#/$defs/{long_name}"}] * 2},
     )
     assert isinstance(refused, UsageError) and made < 100_000
 
@@ -241,7 +367,7 @@ def test_a_type_does_not_describe_each_of_its_errors():
     assert "20,000 places" in problem and made < 30 * 20_000
 
 
-# -- frames of a worker ---------------------------------------------------------------------------------------------------
+# -- frames of a worker ----------------------------------------------------------------------------
 DONE = {
     "t": "done",
     "id": "x",
@@ -254,17 +380,28 @@ DONE = {
     "stderr_chars": 0,
 }
 CONTENTS = {
-    "objects": lambda n: [{}] * n, "lists": lambda n: [[]] * n, "numbers": lambda n: list(range(n)), "texts": lambda n: ["a, [b]"] * n,
-    "keys": lambda n: {str(i): i for i in range(n)}, "one text": lambda n: "a" * n, "escapes": lambda n: "\n" * n, "quotes": lambda n: '"' * n,
-    "backslashes": lambda n: "\\" * n, "emoji": lambda n: "\U0001f600" * n, "surrogates": lambda n: ["\ud800"] * n, "nested": lambda n: eval("[" * 90 + "]" * 90),
-}  # fmt: skip
+    "objects": lambda n: [{}] * n,
+    "lists": lambda n: [[]] * n,
+    "numbers": lambda n: list(range(n)),
+    "texts": lambda n: ["a, [b]"] * n,
+    "keys": lambda n: {str(i): i for i in range(n)},
+    "one text": lambda n: "a" * n,
+    "escapes": lambda n: "\n" * n,
+    "quotes": lambda n: '"' * n,
+    "backslashes": lambda n: "\\" * n,
+    "emoji": lambda n: "\U0001f600" * n,
+    "surrogates": lambda n: ["\ud800"] * n,
+    "nested": lambda n: eval("[" * 90 + "]" * 90),
+}
 
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_a_frame_costs_what_its_length_does(name):
     made = []
     for n in (2_000, 4_000):
-        line = json.dumps({**DONE, "answer": {"content": CONTENTS[name](n), "ready": True}}).encode()
+        line = json.dumps(
+            {**DONE, "answer": {"content": CONTENTS[name](n), "ready": True}}
+        ).encode()
         count, message = calls_made(wire.decode, line)
         made.append(count + calls_made(wire.done_of, message, 20_000)[0])
         assert len(message["answer"]["content"]) == len(CONTENTS[name](n))
@@ -273,7 +410,13 @@ def test_a_frame_costs_what_its_length_does(name):
 
 @pytest.mark.parametrize(
     "content",
-    [[{}] * 2_000_000, [[]] * 150_000, {str(i): i for i in range(150_000)}, list(range(250_000)), [10**1000] * 10_000],
+    [
+        [{}] * 2_000_000,
+        [[]] * 150_000,
+        {str(i): i for i in range(150_000)},
+        list(range(250_000)),
+        [10**1000] * 10_000,
+    ],
 )
 def test_a_frame_of_too_much_never_meets_the_decoder(content, monkeypatch):
     line = json.dumps({**DONE, "answer": {"content": content, "ready": True}}).encode()
@@ -312,12 +455,32 @@ def test_strings_are_passed_over_as_by_a_pattern(value, cut, size):
 def test_json_is_written_in_pieces_as_in_one(value, size):
     with pieces_of(size):
         assert pieces.dumps(value) == json.dumps(value, separators=(",", ":")).encode()
-        assert pieces.dumps(value, pieces.WIDE) == json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+        assert pieces.dumps(value, pieces.WIDE) == json.dumps(value, ensure_ascii=False).encode(
+            "utf-8", "replace"
+        )
 
 
 ODD_JSON = st.text(alphabet='{}[]",:\\/u d89cef0123tr.eE-+xl\n\x01', max_size=60) | st.lists(
-    st.sampled_from(['"', "\\ud83d", "\\ude00", "\\u00e9", "\\\\", '\\"', "\\n", "a", "é", ",", "[", "]", "\\", "\\ud8"]), max_size=12
-).map("".join)  # fmt: skip
+    st.sampled_from(
+        [
+            '"',
+            "\\ud83d",
+            "\\ude00",
+            "\\u00e9",
+            "\\\\",
+            '\\"',
+            "\\n",
+            "a",
+            "é",
+            ",",
+            "[",
+            "]",
+            "\\",
+            "\\ud8",
+        ]
+    ),
+    max_size=12,
+).map("".join)
 
 
 @settings(max_examples=400)
@@ -335,9 +498,12 @@ def test_json_is_read_in_pieces_as_in_one(text, size):
     assert found == plain or (found != found and plain != plain) or "NaN" in text
 
 
-@pytest.mark.parametrize("unit", ["a", "\\n", "\\\\", "\\ud800", "\\u00e9", "\\ud83d\\ude00", '","', "1,", "{},"])
+@pytest.mark.parametrize(
+    "unit", ["a", "\\n", "\\\\", "\\ud800", "\\u00e9", "\\ud83d\\ude00", '","', "1,", "{},"]
+)
 def test_no_step_of_a_long_text_handles_more_than_a_piece(unit, monkeypatch):
-    """What the decoder, the encoder and the patterns are given at once, whatever a text is made of."""
+    """What the decoder, the encoder and the patterns are given at once, whatever a text is made
+    of."""
     longest = 0
 
     def noting(work, length):
@@ -350,7 +516,10 @@ def test_no_step_of_a_long_text_handles_more_than_a_piece(unit, monkeypatch):
 
     class Noting:
         def __init__(self, pattern):
-            self.match = noting(pattern.match, lambda text, at=0, end=None: min(end or 0, len(text)) - at if end else 0)
+            self.match = noting(
+                pattern.match,
+                lambda text, at=0, end=None: min(end or 0, len(text)) - at if end else 0,
+            )
 
     text = (
         "["
@@ -363,10 +532,14 @@ def test_no_step_of_a_long_text_handles_more_than_a_piece(unit, monkeypatch):
     )
     monkeypatch.setattr(pieces, "PIECE", 1_000)
     monkeypatch.setattr(pieces, "ITEMS", 10)
-    monkeypatch.setattr(pieces, "scanstring", noting(pieces.scanstring, lambda text, at: len(text) - at))
+    monkeypatch.setattr(
+        pieces, "scanstring", noting(pieces.scanstring, lambda text, at: len(text) - at)
+    )
     monkeypatch.setattr(pieces, "_STRING", Noting(pieces._STRING))
     value = pieces.loads(text)
-    monkeypatch.setattr(pieces.json, "dumps", noting(json.dumps, lambda value: reader.size_of(value, 10**9)))
+    monkeypatch.setattr(
+        pieces.json, "dumps", noting(json.dumps, lambda value: reader.size_of(value, 10**9))
+    )
     pieces.dumps(value)
     assert value == wire.clean(json.loads(text)) and 0 <= longest <= 1_100
 
@@ -389,7 +562,7 @@ def test_lines_are_found_in_linear_work():
         assert made[1] <= 2.2 * made[0]
 
 
-# -- long texts are read beside the loop ------------------------------------------------------------------------------------
+# -- long texts are read beside the loop -----------------------------------------------------------
 def test_long_replies_answers_and_schemas_are_read_on_another_thread(monkeypatch):
     threads = {}
 
@@ -430,9 +603,10 @@ def test_the_size_of_a_value_is_its_length_or_enough(seed):
     assert size > reader.INLINE and made < 40_000
 
 
-# -- the loop's own thread ------------------------------------------------------------------------------------------------
+# -- the loop's own thread -------------------------------------------------------------------------
 def test_nothing_long_is_decoded_or_encoded_on_the_loops_thread(monkeypatch, tmp_path):
-    """A prompt, a reply, a tool's arguments and an answer of megabytes each: frames, requests, replies and the record."""
+    """A prompt, a reply, a tool's arguments and an answer of megabytes each: frames, requests,
+    replies and the record."""
     on_loop, elsewhere = [], []
 
     def noting(module, name):
@@ -445,7 +619,14 @@ def test_nothing_long_is_decoded_or_encoded_on_the_loops_thread(monkeypatch, tmp
 
         monkeypatch.setattr(module, name, noted)
 
-    for module, name in ((json, "loads"), (json, "dumps"), (pieces, "loads"), (pieces, "dumps"), (process, "_decoded"), (writer, "encode")):  # fmt: skip
+    for module, name in (
+        (json, "loads"),
+        (json, "dumps"),
+        (pieces, "loads"),
+        (pieces, "dumps"),
+        (process, "_decoded"),
+        (writer, "encode"),
+    ):
         noting(module, name)
     long = "answer\n" * 300_000
     code = """
@@ -462,13 +643,21 @@ def test_nothing_long_is_decoded_or_encoded_on_the_loops_thread(monkeypatch, tmp
         loop_thread = threading.get_ident()
         with FakeServer(long) as server:
             sub = OpenAILM("fake", base_url=server.url, api_key="k")
-            options = {"tools": {"echo": lambda text: text}, "log_dir": tmp_path, "environment": "local"}
+            options = {
+                "tools": {"echo": lambda text: text},
+                "log_dir": tmp_path,
+                "environment": "local",
+            }
             return await rlm(root, sub, **options).acompletion("é\n" * 1_000_000)
 
     result = asyncio.run(main())
     assert result.answer == [long, "é\n" * 1_000_000, len(long)]
     kinds = [event.type for event in result.events]
-    assert kinds[-1] == "run_end" and result.events[-1].answer == result.answer and kinds.index("cell_end") < len(kinds)
+    assert (
+        kinds[-1] == "run_end"
+        and result.events[-1].answer == result.answer
+        and kinds.index("cell_end") < len(kinds)
+    )
     assert max(size for _, size in on_loop) <= 1 << 18, sorted(on_loop, key=lambda x: x[1])[-5:]
     assert sum(size > 1 << 18 for _, size in elsewhere) > 6
 
@@ -520,7 +709,9 @@ def test_calls_that_never_wait_leave_the_loop_to_others(monkeypatch):
 
     async def main():
         width, most, before = 32, 0, 0
-        task = asyncio.create_task(in_order(refused, [(i,) for i in range(5_000)], width, reader.Pace()))
+        task = asyncio.create_task(
+            in_order(refused, [(i,) for i in range(5_000)], width, reader.Pace())
+        )
         while not task.done():
             most, before = max(most, handled - before), handled
             await asyncio.sleep(0)
@@ -534,14 +725,22 @@ def test_a_frame_that_takes_long_to_read_is_not_overtaken():
     """Neither by a later frame nor by the end of its worker."""
 
     async def main():
-        worker = process.Process(SimpleNamespace(pid=1, returncode=0, wait=lambda: 0), 1 << 24, 1_000, False)
+        worker = process.Process(
+            SimpleNamespace(pid=1, returncode=0, wait=lambda: 0), 1 << 24, 1_000, False
+        )
         worker._in, other = os.pipe()
         said = []
         worker.on_frame = lambda message, size: said.append(message and message["n"])
         worker.on_end = lambda: said.append("end")
         worker._pidfd = os.dup(worker._in)
         os.set_blocking(worker._in, False)
-        frames = [{"n": 1}, {"n": 2, "long": "\n" * (1 << 20)}, {"n": 3}, {"n": 4, "long": [1] * 50_000}, {"n": 5}]
+        frames = [
+            {"n": 1},
+            {"n": 2, "long": "\n" * (1 << 20)},
+            {"n": 3},
+            {"n": 4, "long": [1] * 50_000},
+            {"n": 5},
+        ]
         worker.lines.feed(b"".join(json.dumps(f).encode() + b"\n" for f in frames) + b"no frame\n")
         worker._dispatch()
         os.close(other)
@@ -554,9 +753,11 @@ def test_a_frame_that_takes_long_to_read_is_not_overtaken():
     asyncio.run(main())
 
 
-# -- what an endpoint may send -------------------------------------------------------------------------------------------
+# -- what an endpoint may send ---------------------------------------------------------------------
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(("limit", "said"), [("LARGEST_TEXT", "Mi characters"), ("LARGEST_BODY", "MiB")])
+@pytest.mark.parametrize(
+    ("limit", "said"), [("LARGEST_TEXT", "Mi characters"), ("LARGEST_BODY", "MiB")]
+)
 def test_a_reply_beyond_all_bounds_is_an_error_that_says_so(stream, limit, said, monkeypatch):
     monkeypatch.setattr(http, limit, 10_000)
     with FakeServer(Say("a b " * 5_000, pieces=1)) as server:

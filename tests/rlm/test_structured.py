@@ -1,4 +1,5 @@
-"""Answers of a given form: lenient about spelling, strict about type, clear to the model, safe against its schemas."""
+"""Answers of a given form: lenient about spelling, strict about type, clear to the model, safe
+against its schemas."""
 
 import dataclasses
 import datetime
@@ -117,11 +118,17 @@ def test_the_schema_is_a_json_schema_of_the_form(form):
     assert schema["type"] == "object" and set(schema["properties"]) == {"name", "age", "tags"}
     assert json.loads(json.dumps(schema)) == schema
     again = Shape.of(schema)
-    assert again.check({"name": "Ada", "age": 3})[1] is None and again.check({"name": "Ada"})[1] is not None
+    assert (
+        again.check({"name": "Ada", "age": 3})[1] is None
+        and again.check({"name": "Ada"})[1] is not None
+    )
 
 
 def test_schemas_as_endpoints_wrap_them():
-    wrapped = {"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON_SCHEMA}}
+    wrapped = {
+        "type": "json_schema",
+        "json_schema": {"name": "p", "strict": True, "schema": PERSON_SCHEMA},
+    }
     assert Shape.of(wrapped).schema == PERSON_SCHEMA
     assert Shape.of({"name": "p", "schema": PERSON_SCHEMA}).schema == PERSON_SCHEMA
 
@@ -186,7 +193,11 @@ def test_a_schema_nested_out_of_bounds_is_refused():
         (Person, '{"name": "Ada", "age": "36"}', Person(name="Ada", age=36)),
         (Team, {"lead": {"name": "Ada", "age": "36"}}, Team(lead=Person(name="Ada", age=36))),
         (Team, {"lead": '{"name": "Ada", "age": 36}'}, Team(lead=Person(name="Ada", age=36))),
-        (PERSON_SCHEMA, {"name": "7", "age": "7", "tags": ["8"]}, {"name": "7", "age": 7, "tags": ["8"]}),
+        (
+            PERSON_SCHEMA,
+            {"name": "7", "age": "7", "tags": ["8"]},
+            {"name": "7", "age": 7, "tags": ["8"]},
+        ),
     ],
 )
 def test_other_spellings_of_a_value_are_taken(form, value, expected):
@@ -213,11 +224,25 @@ def test_a_text_stays_a_text_where_one_may_stand(form, value):
 @pytest.mark.parametrize(
     ("form", "value"),
     [
-        (int, 3.5), (int, True), (int, "3.5"), (int, "about 42"), (int, "4 or 2"), (bool, 1), (bool, "maybe"), (str, 42), (str, None),
-        (list[int], [1, "x"]), (list[str], "a, b"), (Person, []), (float, float("nan")), (int, {1, 2}), (Movie, {"title": "M"}),
-        (Colour, "green"), (PERSON_SCHEMA, {"name": "a", "age": 1.5}),
+        (int, 3.5),
+        (int, True),
+        (int, "3.5"),
+        (int, "about 42"),
+        (int, "4 or 2"),
+        (bool, 1),
+        (bool, "maybe"),
+        (str, 42),
+        (str, None),
+        (list[int], [1, "x"]),
+        (list[str], "a, b"),
+        (Person, []),
+        (float, float("nan")),
+        (int, {1, 2}),
+        (Movie, {"title": "M"}),
+        (Colour, "green"),
+        (PERSON_SCHEMA, {"name": "a", "age": 1.5}),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_type_is_not_bent_into_shape(form, value):
     bad(form, value)
 
@@ -241,7 +266,9 @@ def test_problems_name_the_field(form, value, words):
 
 def test_problems_of_own_validators_and_deep_fields():
     assert "the name is blank" in bad(Person, {"name": " ", "age": 1})
-    assert "`members.x.age`" in bad(Team, {"lead": {"name": "a", "age": 1}, "members": {"x": {"name": "b"}}})
+    assert "`members.x.age`" in bad(
+        Team, {"lead": {"name": "a", "age": 1}, "members": {"x": {"name": "b"}}}
+    )
 
 
 def test_problems_stay_short_however_wrong_the_value():
@@ -292,7 +319,11 @@ def test_a_reply_that_is_a_json_string_is_the_string():
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=12,
 )
@@ -303,20 +334,33 @@ JSON = st.recursive(
 def test_any_json_value_survives_its_own_text(value):
     assert parse_json_reply(json.dumps(value)) == (value,)
     if isinstance(value, dict | list) and value:
-        assert parse_json_reply(f"So it is:\n```json\n{json.dumps(value, indent=1)}\n```") == (value,)
+        assert parse_json_reply(f"So it is:\n```json\n{json.dumps(value, indent=1)}\n```") == (
+            value,
+        )
 
 
 @settings(max_examples=150, deadline=None)
 @given(
     JSON | st.text(),
     st.sampled_from(
-        [int, bool, str, list[int], Person, Team, PERSON_SCHEMA, {"anyOf": [{"type": "integer"}, {"type": "null"}]}]
+        [
+            int,
+            bool,
+            str,
+            list[int],
+            Person,
+            Team,
+            PERSON_SCHEMA,
+            {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        ]
     ),
 )
 def test_any_value_is_judged_without_an_exception(value, form):
     shape = Shape.of(form)
     for found, problem in (shape.check(value), shape.read(value), shape.parse(str(value))):
-        assert problem is None or (found is None and isinstance(problem, str) and len(problem) < 2000)
+        assert problem is None or (
+            found is None and isinstance(problem, str) and len(problem) < 2000
+        )
 
 
 # -- schemas and values come from cells and models: nothing they hold may stop the host
@@ -331,9 +375,13 @@ def test_hostile_schemas_and_values_take_bounded_time():
     for _ in range(60):
         value = {"a": value}
     assert "too long" in bad(doubling, value)
-    defs = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)} | {"d60": {"type": "string"}}
+    defs = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(60)} | {
+        "d60": {"type": "string"}
+    }
     assert "too long" in bad({"$ref": "#/$defs/d0", "$defs": defs}, "a")
-    assert "twice" in bad({"type": "array", "uniqueItems": True}, [{"a": i} for i in range(20_000)] + [{"a": 1}])
+    assert "twice" in bad(
+        {"type": "array", "uniqueItems": True}, [{"a": i} for i in range(20_000)] + [{"a": 1}]
+    )
     for text in (
         "[" * 1_000_000,
         "{" * 1_000_000,
@@ -357,4 +405,7 @@ def test_a_deep_value_is_judged():
 
 
 def test_large_arrays_pass():
-    assert len(good({"type": "array", "items": PERSON_SCHEMA}, [{"name": "Ada", "age": 3}] * 3000)) == 3000
+    assert (
+        len(good({"type": "array", "items": PERSON_SCHEMA}, [{"name": "Ada", "age": 3}] * 3000))
+        == 3000
+    )

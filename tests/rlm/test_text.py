@@ -1,4 +1,5 @@
-"""The lazy text of the worker is the string it stands for, whatever the block size, character widths and borders."""
+"""The lazy text of the worker is the string it stands for, whatever the block size, character
+widths and borders."""
 
 import itertools
 import os
@@ -31,7 +32,10 @@ quick = settings(max_examples=150, deadline=None)
 @pytest.fixture(autouse=True)
 def re_as_it_was():
     """Loading a lazy text teaches `re` about it; here that ends with the test."""
-    kept = {name: getattr(re, name) for name in [*textsearch.OVER_TEXT, "split", "sub", "subn", "compile"]}
+    kept = {
+        name: getattr(re, name)
+        for name in [*textsearch.OVER_TEXT, "split", "sub", "subn", "compile"]
+    }
     yield
     for name, function in kept.items():
         setattr(re, name, function)
@@ -50,7 +54,9 @@ def test_bounds_beyond_an_empty_text():
     for start, end in ((1, -1), (-1, 1), (5, None), (None, -5), (0, 0), (3, 9)):
         for name in ("find", "rfind", "count", "startswith", "endswith"):
             for content in ("", "ab"):
-                assert getattr(lazy(content), name)("", start, end) == getattr(content, name)("", start, end), (
+                assert getattr(lazy(content), name)("", start, end) == getattr(content, name)(
+                    "", start, end
+                ), (
                     name,
                     start,
                 )
@@ -83,7 +89,9 @@ def test_a_text_is_its_string(content, block, data):
     assert "".join(text) == content
     assert list(text.lines()) == content.splitlines() == text.splitlines()
     assert list(text.lines(keepends=True)) == content.splitlines(True)
-    assert text == content and content == text and (text != content) is False and text != content + "x"
+    assert (
+        text == content and content == text and (text != content) is False and text != content + "x"
+    )
     assert hash(text) == hash(content) and str(text) == content and f"{text}" == content
     assert bool(text) == bool(content) and text.isascii() == content.isascii()
     assert text.encode() == content.encode()
@@ -101,9 +109,15 @@ def test_the_rest_of_str(content, block, data):
     sub = piece_of(data.draw, content) or "a"
     assert text.split() == content.split()
     assert text.split(sub, 2) == content.split(sub, 2)
-    assert text.partition(sub) == content.partition(sub) and text.rpartition(sub) == content.rpartition(sub)
+    assert text.partition(sub) == content.partition(sub) and text.rpartition(
+        sub
+    ) == content.rpartition(sub)
     assert text.replace(sub, "-") == content.replace(sub, "-")
-    assert (text.lower(), text.strip(), text.title()) == (content.lower(), content.strip(), content.title())
+    assert (text.lower(), text.strip(), text.title()) == (
+        content.lower(),
+        content.strip(),
+        content.title(),
+    )
     assert text + sub == content + sub and sub + text == sub + content and text * 2 == content * 2
     assert (text < sub) == (content < sub) and (text >= sub) == (content >= sub)
     for name in ("index", "rindex"):
@@ -129,12 +143,16 @@ def test_chunks_cover_the_text(content, block, size, data):
 @given(strings.filter(lambda s: not s.startswith("\ufeff")), blocks, st.data())
 def test_a_long_slice_is_a_view_with_the_same_answers(content, block, data):
     text = lazy(content, block)
-    a, b = sorted([data.draw(st.integers(0, len(content))), data.draw(st.integers(0, len(content)))])
+    a, b = sorted(
+        [data.draw(st.integers(0, len(content))), data.draw(st.integers(0, len(content)))]
+    )
     view, part = Text(text._blocks, a, b), content[a:b]
     sub = piece_of(data.draw, part)
     assert len(view) == len(part) and str(view) == part and view == part
     assert (
-        view.find(sub) == part.find(sub) and view.count(sub) == part.count(sub) and view.rfind(sub) == part.rfind(sub)
+        view.find(sub) == part.find(sub)
+        and view.count(sub) == part.count(sub)
+        and view.rfind(sub) == part.rfind(sub)
     )
     assert spans(view.finditer(r"\w+")) == spans(re.finditer(r"\w+", part))
     assert spans(view.finditer(r"^.|.$")) == spans(re.finditer(r"^.|.$", part))
@@ -169,9 +187,26 @@ atoms = st.sampled_from(
     ]
 )
 ends = st.sampled_from(
-    ["", "", "", r"\b", "^", "$", r"\Z", r"\A", r"\B", "(?=b)", "(?!a)", "(?<=a)", "(?<!x)", r"(?=.*b)"]
+    [
+        "",
+        "",
+        "",
+        r"\b",
+        "^",
+        "$",
+        r"\Z",
+        r"\A",
+        r"\B",
+        "(?=b)",
+        "(?!a)",
+        "(?<=a)",
+        "(?<!x)",
+        r"(?=.*b)",
+    ]
 )
-repeats = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{0,3}", "{1,40}?", "*+", "++"])
+repeats = st.sampled_from(
+    ["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{0,3}", "{1,40}?", "*+", "++"]
+)
 
 
 @st.composite
@@ -206,7 +241,11 @@ short_strings = st.text(alphabet=ALPHABET, max_size=24)
 
 @settings(max_examples=400, deadline=None)
 @given(
-    short_strings, st.integers(4, 6), patterns(), st.sampled_from([0, re.S, re.M, re.I, re.S | re.M, re.A]), st.data()
+    short_strings,
+    st.integers(4, 6),
+    patterns(),
+    st.sampled_from([0, re.S, re.M, re.I, re.S | re.M, re.A]),
+    st.data(),
 )
 def test_patterns_match_as_on_the_string(content, block, pattern, flags, data):
     if not valid(pattern, flags):
@@ -225,7 +264,8 @@ def test_patterns_match_as_on_the_string(content, block, pattern, flags, data):
 @settings(max_examples=400, deadline=None)
 @given(short_strings, patterns(), st.sampled_from([0, re.S, re.M, re.I | re.S]), st.integers(1, 6))
 def test_a_pattern_too_long_for_the_memory_is_right_or_refused(content, pattern, flags, limit):
-    """With a limit smaller than the text: the same matches, or a ValueError in place of the first that is unsure."""
+    """With a limit smaller than the text: the same matches, or a ValueError in place of the first
+    that is unsure."""
     if not valid(pattern, flags):
         return
     text = lazy(content, 4)
@@ -318,8 +358,10 @@ print("fine")
 """
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, str(Path(text_module.__file__).parent), str(path)],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout == "fine\n", done.stderr
 
 
@@ -335,14 +377,20 @@ def test_invalid_bytes_read_the_same_everywhere(tmp_path):
         text = Text.open(path, block=block)
         whole = "".join(text)
         assert len(text) == len(whole) and text[:] == whole
-        assert [text[i] for i in range(0, len(text), 17)] == [whole[i] for i in range(0, len(whole), 17)]
+        assert [text[i] for i in range(0, len(text), 17)] == [
+            whole[i] for i in range(0, len(whole), 17)
+        ]
         assert text.find("\ufffd") == whole.find("\ufffd") >= 0
 
 
 def test_the_byte_order_mark_is_not_text(tmp_path):
     path = tmp_path / "bom.txt"
     path.write_bytes("\ufeffhello".encode())
-    assert Text.open(path)[:] == "hello" and load("text", str(path)) == "hello" and open_text(str(path)) == "hello"
+    assert (
+        Text.open(path)[:] == "hello"
+        and load("text", str(path)) == "hello"
+        and open_text(str(path)) == "hello"
+    )
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path):
@@ -376,8 +424,10 @@ print(opened, rss)
 """
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code, str(Path(text_module.__file__).parent), str(path)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     opened, rss = map(float, done.stdout.split())
     assert opened < 1 and rss < 100
@@ -446,9 +496,13 @@ def folder(tmp_path):
 
 def test_a_folder_is_a_mapping_of_its_own_files(folder):
     assert list(folder) == ["readme.md", "src/a.py", "src/deep/b.py", "within.md"]
-    assert folder["src/a.py"].startswith("def needle") and folder["./readme.md"] == folder["within.md"]
+    assert (
+        folder["src/a.py"].startswith("def needle") and folder["./readme.md"] == folder["within.md"]
+    )
     assert {name: len(text) for name, text in folder.items()}["src/deep/b.py"] == 6
-    assert folder.size("src/deep/b.py") == 6 and folder.size() == sum(folder.size(n) for n in folder)
+    assert folder.size("src/deep/b.py") == 6 and folder.size() == sum(
+        folder.size(n) for n in folder
+    )
     assert folder.bytes("src/blob.bin") == b"needle\0\xff"
     with pytest.raises(KeyError, match=r"src/a\.py"):
         folder["a.py"]
@@ -478,22 +532,36 @@ def test_a_link_swapped_in_later_is_not_followed(folder, tmp_path):
 
 
 def test_glob_grep_and_walk(folder):
-    assert folder.glob("*.py") == folder.glob("**/*.py") == [n for n in folder.glob("src/**") if n.endswith("py")]
+    assert (
+        folder.glob("*.py")
+        == folder.glob("**/*.py")
+        == [n for n in folder.glob("src/**") if n.endswith("py")]
+    )
     assert folder.glob("src/*.py") == ["src/a.py"] and folder.glob("src/[!a].py") == []
     assert folder.grep("needle") == [
-        ("readme.md", 2, "needle here"), ("src/a.py", 1, "def needle():"), ("within.md", 2, "needle here")
-    ]  # fmt: skip
+        ("readme.md", 2, "needle here"),
+        ("src/a.py", 1, "def needle():"),
+        ("within.md", 2, "needle here"),
+    ]
     assert folder.grep("NEEDLE", "*.py", re.I) == [("src/a.py", 1, "def needle():")]
     assert len(folder.grep("needle", limit=2)) == 2
     assert list(folder.walk()) == [
-        ("", ["src"], ["readme.md", "within.md"]), ("src", ["deep"], ["a.py"]), ("src/deep", [], ["b.py"])
-    ]  # fmt: skip
+        ("", ["src"], ["readme.md", "within.md"]),
+        ("src", ["deep"], ["a.py"]),
+        ("src/deep", [], ["b.py"]),
+    ]
 
 
 def test_named_files_are_a_folder_without_a_root(tmp_path):
     (tmp_path / "one").write_text("1")
     (tmp_path / "two").write_text("2" * 100)
-    files = load("folder", None, {"files": [["x/one.txt", str(tmp_path / "one")], ["two", str(tmp_path / "two")]],
-                                  "lazy_bytes": 50})  # fmt: skip
+    files = load(
+        "folder",
+        None,
+        {
+            "files": [["x/one.txt", str(tmp_path / "one")], ["two", str(tmp_path / "two")]],
+            "lazy_bytes": 50,
+        },
+    )
     assert isinstance(files, Folder) and files["x/one.txt"] == "1"
     assert isinstance(files["two"], Text) and files["two"] == "2" * 100

@@ -25,12 +25,24 @@ THOUGHTS = {
     "Seed": "<seed:think>is it 41?</seed:think>{}",
     "OpenThinker": "<|begin_of_thought|>is it 41?<|end_of_thought|>\n<|begin_of_solution|>\n{}\n<|end_of_solution|>",
     "harmony": ANALYSIS + "is it 41?<|end|>" + FINAL + "{}<|return|>",
-    "harmony, first token eaten": "<|start|>assistant" + ANALYSIS + "is it 41?<|end|>" + FINAL + "{}",
-    "harmony, two thoughts": ANALYSIS + "40?<|end|><|start|>assistant" + ANALYSIS + "41?<|end|>" + FINAL + "{}<|return|>",
-    "harmony, preamble": ANALYSIS + "41?<|end|><|start|>assistant<|channel|>commentary<|message|>I add 41.<|end|>" + FINAL + "{}",
+    "harmony, first token eaten": "<|start|>assistant"
+    + ANALYSIS
+    + "is it 41?<|end|>"
+    + FINAL
+    + "{}",
+    "harmony, two thoughts": ANALYSIS
+    + "40?<|end|><|start|>assistant"
+    + ANALYSIS
+    + "41?<|end|>"
+    + FINAL
+    + "{}<|return|>",
+    "harmony, preamble": ANALYSIS
+    + "41?<|end|><|start|>assistant<|channel|>commentary<|message|>I add 41.<|end|>"
+    + FINAL
+    + "{}",
     "harmony, plays on": ANALYSIS + "41?<|end|>" + FINAL + "{}<|end|><|start|>user<|message|>41?",
     "harmony without its tokens": "analysisIs it 41?assistantfinal{}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", THOUGHTS)
@@ -65,11 +77,23 @@ def test_thinking_that_never_ends_leaves_nothing(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "42", "  indented\n", "", "The tags <think> and </think> stand around it.", "It writes `<think>` and `</think>`.", '{"tag": "</think>"}',
-        "```html\n<think>\na\n</think>\n```", "So:\n```\nx\n</think>\ny\n```\nend", "a <think> b", "analysis of the text: good", "f<|x| y", "[INST", "1 < 2",
-        "analysis\nassistant final", "</thinker>",
+        "42",
+        "  indented\n",
+        "",
+        "The tags <think> and </think> stand around it.",
+        "It writes `<think>` and `</think>`.",
+        '{"tag": "</think>"}',
+        "```html\n<think>\na\n</think>\n```",
+        "So:\n```\nx\n</think>\ny\n```\nend",
+        "a <think> b",
+        "analysis of the text: good",
+        "f<|x| y",
+        "[INST",
+        "1 < 2",
+        "analysis\nassistant final",
+        "</thinker>",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_thinking_stays_as_it_is(text):
     assert clean(text) == Cleaned(text)
 
@@ -78,7 +102,20 @@ def test_what_is_no_thinking_stays_as_it_is(text):
 @given(
     st.lists(
         st.sampled_from(
-            ["<think>", "</think>", "\n", "a ", "```", "`", "[THINK]", "<|end|>", ANALYSIS, FINAL, "42", "</s>"]
+            [
+                "<think>",
+                "</think>",
+                "\n",
+                "a ",
+                "```",
+                "`",
+                "[THINK]",
+                "<|end|>",
+                ANALYSIS,
+                FINAL,
+                "42",
+                "</s>",
+            ]
         ),
         max_size=14,
     ).map("".join)
@@ -93,15 +130,17 @@ def test_any_text_is_cleaned_once_and_for_all(text):
 
 def asked(reply, **options):
     sub = ScriptedLM(reply if isinstance(reply, list) else [reply], name="sub", repeat_last=True)
-    return rlm([cell("out = llm_query('q'" + options.pop("more", "") + ")"), done("out")], sub, **options).completion(
-        "text"
-    )
+    return rlm(
+        [cell("out = llm_query('q'" + options.pop("more", "") + ")"), done("out")], sub, **options
+    ).completion("text")
 
 
 @pytest.mark.parametrize("name", THOUGHTS)
 def test_llm_query_returns_the_answer_alone(name):
     assert asked(THOUGHTS[name].replace("{}", "42")).answer == "42"
-    assert asked(THOUGHTS[name].replace("{}", "42"), more=", schema={'type': 'integer'}").answer == 42
+    assert (
+        asked(THOUGHTS[name].replace("{}", "42"), more=", schema={'type': 'integer'}").answer == 42
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,9 +154,16 @@ def test_llm_query_returns_the_answer_alone(name):
 )
 def test_a_reply_without_an_answer_is_no_success(reply, kind):
     code = "try:\n    llm_query('q')\nexcept CallError as e:\n    out = [e.kind, str(e)]"
-    result = rlm([cell(code), done("out")], ScriptedLM([reply], name="sub", repeat_last=True)).completion("text")
+    result = rlm(
+        [cell(code), done("out")], ScriptedLM([reply], name="sub", repeat_last=True)
+    ).completion("text")
     found, text = result.answer
     assert found == kind and "sub: the reply" in text
-    batch = rlm([cell("out = [r if isinstance(r, str) else r.kind for r in llm_batch(['a', 'b'])]"), done("out")],
-                ScriptedLM(lambda m: reply if m[-1].content == "a" else "good"))  # fmt: skip
+    batch = rlm(
+        [
+            cell("out = [r if isinstance(r, str) else r.kind for r in llm_batch(['a', 'b'])]"),
+            done("out"),
+        ],
+        ScriptedLM(lambda m: reply if m[-1].content == "a" else "good"),
+    )
     assert batch.completion("text").answer == [kind, "good"]

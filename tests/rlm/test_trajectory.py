@@ -1,4 +1,5 @@
-"""The record of a run: what is written survives whatever happens to the process, the disk and the text in it."""
+"""The record of a run: what is written survives whatever happens to the process, the disk and the
+text in it."""
 
 import errno
 import hashlib
@@ -47,9 +48,9 @@ HOSTILE = [
     "line\u2028sep\u2029para\x85next\x0bvt\x0cff\r\ncrlf",
     "\u202egnp.exe\u2066 \u200b\ufeff",
     "</script><!--<script>",
-    "\\u0000 \\ud800 {\"type\":\"run_end\"}\n{\"type\":\"run_end\"}\n",
+    '\\u0000 \\ud800 {"type":"run_end"}\n{"type":"run_end"}\n',
     "😀" * 100,
-]  # fmt: skip
+]
 
 
 def untimed(events):
@@ -125,7 +126,9 @@ while True:
     i += 1
     if i == 200: print("going", flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout.readline() == b"going\n"
         process.send_signal(signal.SIGKILL)
     found = read(tmp_path / "run")
@@ -142,14 +145,22 @@ def test_a_file_cut_anywhere_gives_the_events_before_the_cut(tmp_path, share):
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * share)])
     found = read(file)
-    assert found == whole[: len(found)] and len(found) == data[: int(len(data) * share)].count(b"\n")
+    assert found == whole[: len(found)] and len(found) == data[: int(len(data) * share)].count(
+        b"\n"
+    )
     assert len(found.warnings) == 1 and "cut" in found.warnings[0]
 
 
 def test_damaged_lines_cost_only_themselves(tmp_path):
     events = [START, NodeEnd(value=1), NodeEnd(value=2), END]
     lines = [encode(e) for e in events]
-    lines[1:1] = [b"\xff\xfe garbage", b"[1, 2]", b'{"type":"of the future","t":1}', b'{"type":"cell_start"}', b""]
+    lines[1:1] = [
+        b"\xff\xfe garbage",
+        b"[1, 2]",
+        b'{"type":"of the future","t":1}',
+        b'{"type":"cell_start"}',
+        b"",
+    ]
     lines.insert(2, b"[" * 100_000)
     lines[-1] = lines[-1][:-1] + b',"future_field":{"a":1}}'
     (tmp_path / EVENTS).write_bytes(b"\n".join(lines) + b"\n")
@@ -371,8 +382,14 @@ def test_the_summary_counts_what_happened():
     found = summary(events)
     end = events[-1]
     assert (found.turns, found.calls, found.depth, found.complete) == (50, 300, 2, True)
-    assert found.usage == end.usage and found.stop_reason == "answered" and found.answer == end.answer
-    assert found.failed_calls == sum(isinstance(e, NodeEnd) and e.error is not None for e in events) > 0
+    assert (
+        found.usage == end.usage and found.stop_reason == "answered" and found.answer == end.answer
+    )
+    assert (
+        found.failed_calls
+        == sum(isinstance(e, NodeEnd) and e.error is not None for e in events)
+        > 0
+    )
     assert found.failed_cells > 0 and found.seconds == end.seconds
     # Without its end the same numbers come from the replies and calls.
     killed = summary(events[:-1])
@@ -396,7 +413,8 @@ def test_the_summary_of_nothing():
 
 
 def test_a_record_takes_no_more_than_its_bound_whatever_is_asked(tmp_path):
-    """Eight prompts of 30 MB: the first are whole, the later ones cut; what the run did is all there."""
+    """Eight prompts of 30 MB: the first are whole, the later ones cut; what the run did is all
+    there."""
     writer = TrajectoryWriter(tmp_path / "run", disk_bytes=8 << 20)
     writer.write(START)
     prompts = [f"{i} " + "x" * (1 << 20) + f" {i}" for i in range(40)]
@@ -415,7 +433,8 @@ def test_a_record_takes_no_more_than_its_bound_whatever_is_asked(tmp_path):
     assert starts[-1].prompt.startswith("39 x") and starts[-1].prompt.endswith("x 39")
     assert hashlib.sha256(prompts[-1].encode()).hexdigest() in starts[-1].prompt
     assert found[-1].answer == 42 and "long texts cut" in writer.note
-    again = TrajectoryWriter(tmp_path / "run", append=True, disk_bytes=8 << 20)  # what is there counts
+    # what is there counts
+    again = TrajectoryWriter(tmp_path / "run", append=True, disk_bytes=8 << 20)
     again.write(NodeEnd(value="y" * (2 << 20)))
     assert again.shortened == 1
     again.close()
@@ -436,12 +455,19 @@ def test_the_end_is_recorded_in_a_full_record(tmp_path):
 def test_the_contexts_of_children_count_and_the_users_own_is_kept(tmp_path):
     writer = TrajectoryWriter(tmp_path / "run", disk_bytes=4 << 20)
     assert writer.context_fields(Context.of("u" * (9 << 20)))["blob"] is not None
-    kept = [writer.context_fields(Context.of(f"{i}" + "c" * 900_000), whole=False)["blob"] for i in range(20)]
+    kept = [
+        writer.context_fields(Context.of(f"{i}" + "c" * 900_000), whole=False)["blob"]
+        for i in range(20)
+    ]
     assert kept[0] is not None and kept[-1] is None
     assert sum(f.stat().st_size for f in (tmp_path / "run" / "blobs").iterdir()) < (9 + 4) << 20
     writer.close()
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)
+    )
+)
 def test_short_values_are_not_changed_by_shortening(value):
     assert shorten(value) == value

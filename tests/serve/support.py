@@ -41,20 +41,31 @@ class SmallModel(NamedTuple):
 def small_model(kind: str = "mor", **model: Any) -> SmallModel:
     """A model over bytes; its table has a few rows more than the tokenizer has tokens."""
     lm = small_lm(kind, vocab_size=264, context=128, **model)
-    return SmallModel(lm, spread_routers(random_params(lm)), ByteTokenizer(), make_mesh(MeshConfig(data=-1)))
+    return SmallModel(
+        lm, spread_routers(random_params(lm)), ByteTokenizer(), make_mesh(MeshConfig(data=-1))
+    )
 
 
 def backend(name: str, model: SmallModel, service: Any, **fields: Any) -> ModelBackend:
     return ModelBackend(
-        name=name, template=ChatTemplate(), grammars=Grammars(model.tokenizer), tokenizer=model.tokenizer, window=service.context, service=service, engine_types=engine_types,
-        recursions=model.lm.program.recursions, **fields,
-    )  # fmt: skip
+        name=name,
+        template=ChatTemplate(),
+        grammars=Grammars(model.tokenizer),
+        tokenizer=model.tokenizer,
+        window=service.context,
+        service=service,
+        engine_types=engine_types,
+        recursions=model.lm.program.recursions,
+        **fields,
+    )
 
 
 def greedy(model: SmallModel, prompts: Sequence[Sequence[int]], n: int) -> list[list[int]]:
     """Tokens of plain generation, each prompt for itself."""
     with jax.set_mesh(model.mesh):
-        run = Generation(model.lm, model.params, prompts, max_tokens=n, vocab_size=model.tokenizer.vocab_size)
+        run = Generation(
+            model.lm, model.params, prompts, max_tokens=n, vocab_size=model.tokenizer.vocab_size
+        )
         return np.stack([step.token_B for step in run], axis=1).tolist()
 
 
@@ -73,13 +84,17 @@ class Server(Loopback):
         status, headers, raw = self.request("POST", path, {"model": "small", **fields})
         return status, headers, json.loads(raw)
 
-    def complete(self, prompt: Any = "hello", **fields: Any) -> tuple[int, dict[str, str], dict[str, Any]]:
+    def complete(
+        self, prompt: Any = "hello", **fields: Any
+    ) -> tuple[int, dict[str, str], dict[str, Any]]:
         return self.post("/v1/completions", prompt=prompt, **fields)
 
     def open(self, path: str = "/v1/completions", **fields: Any) -> http.client.HTTPConnection:
         """A request whose answer is not waited for."""
         return self.begin(
-            "POST", path, {"model": "small", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, **fields}
+            "POST",
+            path,
+            {"model": "small", "prompt": "hello", "max_tokens": 60, "ignore_eos": True, **fields},
         )
 
     def stat(self, name: str) -> float:
@@ -87,10 +102,14 @@ class Server(Loopback):
 
 
 @contextlib.contextmanager
-def running(load: Callable[[], list[ModelBackend]], *, wait: bool = True, **settings: Any) -> Iterator[Server]:
+def running(
+    load: Callable[[], list[ModelBackend]], *, wait: bool = True, **settings: Any
+) -> Iterator[Server]:
     """`wait`: until the models are loaded."""
     loaded = threading.Event()
-    app = create_app(load, ModelSettings(**{"drain_seconds": 0.1, **settings}), on_loaded=lambda _: loaded.set())
+    app = create_app(
+        load, ModelSettings(**{"drain_seconds": 0.1, **settings}), on_loaded=lambda _: loaded.set()
+    )
     with loopback(app, Server) as server:
         if wait:
             assert loaded.wait(600)

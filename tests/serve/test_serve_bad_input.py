@@ -1,4 +1,5 @@
-"""What a client may get wrong: an error in OpenAI's shape that names the field, and a server as good as before."""
+"""What a client may get wrong: an error in OpenAI's shape that names the field, and a server as
+good as before."""
 
 import json
 import socket
@@ -47,20 +48,34 @@ COMPLETIONS = {
 }
 CHATS = {
     "no messages": ({"messages": []}, "messages", []),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", ["image"]),
+    "a picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "messages.0.content",
+        ["image"],
+    ),
     "a role": ({"messages": [{"role": "boss", "content": "x"}]}, "messages.0.role", []),
     "tools": ({"tools": [{"type": "function"}]}, "tools", ["not supported"]),
     "tool choice": ({"tool_choice": "required"}, "tool_choice", []),
-    "past tool calls": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages.0.tool_calls", []),
+    "past tool calls": (
+        {"messages": [{"role": "assistant", "tool_calls": [1]}]},
+        "messages.0.tool_calls",
+        [],
+    ),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", ["logprobs"]),
     "audio": ({"modalities": ["audio"]}, "modalities", []),
     "format": ({"response_format": {"type": "yaml"}}, "response_format", []),
     "schema": (
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LONG_SCHEMA}}},
-        "response_format", [],
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": LONG_SCHEMA},
+            }
+        },
+        "response_format",
+        [],
     ),
     "overflow": ({"messages": [{"role": "user", "content": "x" * 500}]}, "messages", ["128"]),
-}  # fmt: skip
+}
 
 
 def check(status, body, param, words):
@@ -115,7 +130,11 @@ def test_bodies(server, body, headers, status):
 
 
 def test_routes_and_methods(server):
-    for method, path, status in [("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("PUT", "/health", 405)]:
+    for method, path, status in [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/completions", 405),
+        ("PUT", "/health", 405),
+    ]:
         got, _, raw = server.request(method, path)
         assert got == status and json.loads(raw)["error"]["message"]
 

@@ -18,7 +18,9 @@ def test_rounds_against_the_server(server):
         assert r["output_tokens_per_second"] * r["seconds"] == pytest.approx(18, rel=0.05)
         assert r["prompt_tokens_per_second"] * r["seconds"] == pytest.approx(6 * 7, rel=0.05)
         assert 0 < r["ttft_ms"]["p50"] <= r["total_ms"]["p99"] and not r["failures"]
-    assert found["rounds"][1]["rate"] == pytest.approx(found["rounds"][0]["requests_per_second"] / 2, rel=1e-3)
+    assert found["rounds"][1]["rate"] == pytest.approx(
+        found["rounds"][0]["requests_per_second"] / 2, rel=1e-3
+    )
 
 
 def test_a_server_that_refuses_is_an_error(server):
@@ -29,7 +31,9 @@ def test_a_server_that_refuses_is_an_error(server):
 
 
 def test_prompts_share_the_prefix_and_nothing_else():
-    first, second = (Workload("m", prompt=20, prefix=30, vocab=1000).body(i)["prompt"] for i in (0, 1))
+    first, second = (
+        Workload("m", prompt=20, prefix=30, vocab=1000).body(i)["prompt"] for i in (0, 1)
+    )
     assert first[:30] == second[:30] and first[30:] != second[30:] and len(first) == 50
     text = Workload("m", prompt=2, prefix=3).body(0)["prompt"]
     assert len(text.split()) == 5 and text == Workload("m", prompt=2, prefix=3).body(0)["prompt"]
@@ -59,13 +63,25 @@ def test_arrivals_are_poisson_whatever_the_answers_take():
 
 def test_figures():
     assert quantiles([None]) is None
-    assert quantiles([i / 1e3 for i in range(1, 101)]) == {"mean": 50.5, "p50": 51, "p90": 91, "p99": 100, "max": 100}
+    assert quantiles([i / 1e3 for i in range(1, 101)]) == {
+        "mean": 50.5,
+        "p50": 51,
+        "p90": 91,
+        "p99": 100,
+        "max": 100,
+    }
     outcomes = [
-        Outcome(status=200, first=0.5, total=1.4, tokens=10, prompt_tokens=8, cached_tokens=4),  # good: 0.1 s a token
-        Outcome(status=200, first=2.0, total=2.9, tokens=10, prompt_tokens=8),  # its first token came late
+        # good: 0.1 s a token
+        Outcome(status=200, first=0.5, total=1.4, tokens=10, prompt_tokens=8, cached_tokens=4),
+        # its first token came late
+        Outcome(status=200, first=2.0, total=2.9, tokens=10, prompt_tokens=8),
         Outcome(status=429, error="busy"),
     ]
     found = summary(outcomes, 2.0, goal_ttft=1.0, goal_gap=0.11)
-    assert found["ok"] == 2 and found["goodput_requests_per_second"] == 0.5 and found["good_share"] == 0.5
+    assert (
+        found["ok"] == 2
+        and found["goodput_requests_per_second"] == 0.5
+        and found["good_share"] == 0.5
+    )
     assert found["output_tokens_per_second"] == 10 and found["cached_share"] == 0.25
     assert found["failures"] == {"429 busy": 1}

@@ -1,4 +1,5 @@
-"""The official client against the server: every answer passes its strict models, every error becomes its exception."""
+"""The official client against the server: every answer passes its strict models, every error
+becomes its exception."""
 
 import asyncio
 import json
@@ -10,9 +11,11 @@ from serve.support import HELLO
 
 
 def client(server, strict=True):
-    """Strict: what the server sends must be of the client's types. Not for streams of completions: there OpenAI itself
-    sends a finish_reason of null, which the client's type has not."""
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=strict)
+    """Strict: what the server sends must be of the client's types. Not for streams of completions:
+    there OpenAI itself sends a finish_reason of null, which the client's type has not."""
+    return openai.OpenAI(
+        base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=strict
+    )
 
 
 def test_models(server):
@@ -27,12 +30,21 @@ def test_models(server):
 
 def test_completion_and_its_stream_are_the_same(server):
     c = client(server)
-    fields = {"model": "small", "prompt": ["hello", "hé"], "max_tokens": 12, "n": 2, "seed": 5, "temperature": 0.8}
+    fields = {
+        "model": "small",
+        "prompt": ["hello", "hé"],
+        "max_tokens": 12,
+        "n": 2,
+        "seed": 5,
+        "temperature": 0.8,
+    }
     whole = c.completions.create(**fields)
     assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
     assert whole.usage.prompt_tokens == 6 + 4 and whole.usage.completion_tokens <= 48
     loose = client(server, strict=False)
-    chunks = list(loose.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        loose.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    )
     usage = chunks[-1].usage
     assert chunks[-1].choices == [] and usage.completion_tokens == whole.usage.completion_tokens
     assert usage.prompt_tokens == 10 and usage.total_tokens == 10 + usage.completion_tokens
@@ -91,7 +103,9 @@ def test_best_of_gives_the_most_likely(server):
     fields = {"model": "small", "prompt": "hello", "max_tokens": 6, "seed": 3, "logprobs": 0}
     all_ = c.completions.create(**fields, n=4).choices
     best = c.completions.create(**fields, n=1, best_of=4).choices
-    mean = lambda choice: sum(choice.logprobs.token_logprobs) / max(1, len(choice.logprobs.token_logprobs))
+    mean = lambda choice: (
+        sum(choice.logprobs.token_logprobs) / max(1, len(choice.logprobs.token_logprobs))
+    )
     assert len(best) == 1 and best[0].text == max(all_, key=mean).text
 
 
@@ -100,20 +114,30 @@ def test_depth_is_told_and_can_be_bounded(server):
     fields = {"model": "small", "prompt": "hello", "max_tokens": 8, "temperature": 0}
     free = c.completions.create(**fields, extra_body={"return_depths": True})
     depths = free.choices[0].model_extra["mor"]["depths"]
-    assert len(depths) == free.usage.completion_tokens and set(depths) <= {0, 1, 2, 3} and len(set(depths)) > 1
-    flat = c.completions.create(**fields, extra_body={"return_depths": True, "min_depth": 2, "max_depth": 2})
+    assert (
+        len(depths) == free.usage.completion_tokens
+        and set(depths) <= {0, 1, 2, 3}
+        and len(set(depths)) > 1
+    )
+    flat = c.completions.create(
+        **fields, extra_body={"return_depths": True, "min_depth": 2, "max_depth": 2}
+    )
     assert set(flat.choices[0].model_extra["mor"]["depths"]) == {2}
     assert flat.usage.model_extra["mor"]["mean_depth"] == 2
 
 
 def test_async_client_and_company(server):
     async def main():
-        async with openai.AsyncOpenAI(base_url=server.url, api_key="x", _strict_response_validation=True) as c:
+        async with openai.AsyncOpenAI(
+            base_url=server.url, api_key="x", _strict_response_validation=True
+        ) as c:
             ask = lambda i: c.completions.create(model="small", prompt=f"{i}", max_tokens=5, seed=i)
             together = await asyncio.gather(*(ask(i) for i in range(6)))
             alone = [await ask(i) for i in range(6)]
             assert [r.choices[0].text for r in together] == [r.choices[0].text for r in alone]
-            stream = await c.chat.completions.create(model="small", messages=HELLO, max_tokens=5, stream=True)
+            stream = await c.chat.completions.create(
+                model="small", messages=HELLO, max_tokens=5, stream=True
+            )
             return [chunk async for chunk in stream]
 
     assert asyncio.run(main())[-1].choices[0].finish_reason in ("stop", "length")
@@ -136,15 +160,24 @@ def test_json_schema(server, endpoint):
         "required": ["name", "n"],
         "additionalProperties": False,
     }
-    form = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "thing", "schema": schema, "strict": True},
+    }
     c = client(server)
     for seed in range(3):
         if endpoint == "chat":
-            reply = c.chat.completions.create(model="small", messages=HELLO, response_format=form, seed=seed)
+            reply = c.chat.completions.create(
+                model="small", messages=HELLO, response_format=form, seed=seed
+            )
             text = reply.choices[0].message.content
         else:
             reply = c.completions.create(
-                model="small", prompt="x", max_tokens=100, seed=seed, extra_body={"response_format": form}
+                model="small",
+                prompt="x",
+                max_tokens=100,
+                seed=seed,
+                extra_body={"response_format": form},
             )
             text = reply.choices[0].text
         value = json.loads(text)
@@ -154,9 +187,13 @@ def test_json_schema(server, endpoint):
 
 def test_choice_and_json_object(server):
     c = client(server)
-    reply = c.chat.completions.create(model="small", messages=HELLO, extra_body={"guided_choice": ["yes", "no"]})
+    reply = c.chat.completions.create(
+        model="small", messages=HELLO, extra_body={"guided_choice": ["yes", "no"]}
+    )
     assert reply.choices[0].message.content in ("yes", "no")
-    reply = c.completions.create(model="small", prompt="x", max_tokens=6, extra_body={"guided_regex": "[ab]{3}"})
+    reply = c.completions.create(
+        model="small", prompt="x", max_tokens=6, extra_body={"guided_regex": "[ab]{3}"}
+    )
     assert len(reply.choices[0].text) == 3 and set(reply.choices[0].text) <= set("ab")
     reply = c.chat.completions.create(
         model="small", messages=HELLO, max_tokens=30, response_format={"type": "json_object"}

@@ -1,4 +1,5 @@
-"""Fields of a request that the model server does not know: allowed, without effect, and listed in the reply."""
+"""Fields of a request that the model server does not know: allowed, without effect, and listed in
+the reply."""
 
 import openai
 import pytest
@@ -16,5 +17,7 @@ def test_unknown_fields_are_listed(server, chat):
     assert reply.usage.model_extra["mor"]["ignored"] == ["a" * 64, "typical_p"]
     text = (lambda r: r.choices[0].message.content) if chat else (lambda r: r.choices[0].text)
     assert text(reply) == text(plain)
-    *_, last = create(**fields, stream=True, stream_options={"include_usage": True}, extra_body={"typical_p": 0.2})
+    *_, last = create(
+        **fields, stream=True, stream_options={"include_usage": True}, extra_body={"typical_p": 0.2}
+    )
     assert last.usage.model_extra["mor"]["ignored"] == ["typical_p"]

@@ -1,4 +1,5 @@
-"""Clients that go away, a queue that is full, engines that are not there yet or no more, and stopping in order."""
+"""Clients that go away, a queue that is full, engines that are not there yet or no more, and
+stopping in order."""
 
 import json
 import socket
@@ -25,7 +26,10 @@ def hang_up(connection):
 
 def stats_are(server, running, waiting):
     server.wait_for(
-        lambda: (server.stat("num_requests_running"), server.stat("num_requests_waiting")) == (running, waiting),
+        lambda: (
+            (server.stat("num_requests_running"), server.stat("num_requests_waiting"))
+            == (running, waiting)
+        ),
         f"{running} running and {waiting} waiting, not {server.model.service.stats()}",
     )
 
@@ -44,7 +48,12 @@ def test_a_client_that_goes_away_frees_its_lane_and_its_place_in_the_queue(held,
     assert drawn <= 1, "nothing was drawn for those who had gone"
     assert held.complete(max_tokens=2)[0] == 200
     held.wait_for(
-        lambda: held.metrics.value("mor_jax:request_failure_total", model_name="small", finished_reason="abort") == 2,
+        lambda: (
+            held.metrics.value(
+                "mor_jax:request_failure_total", model_name="small", finished_reason="abort"
+            )
+            == 2
+        ),
         "both are counted",
     )
 
@@ -56,7 +65,11 @@ def test_a_full_queue_is_429_and_leaves_nothing_behind(held):
     stats_are(held, 1, 2)
     for fields in ({"prompt": "x"}, {"prompt": ["x"] * 9}):
         status, headers, body = held.complete(**fields)
-        assert status == 429 and int(headers["retry-after"]) >= 1 and body["error"]["code"] == "queue_full"
+        assert (
+            status == 429
+            and int(headers["retry-after"]) >= 1
+            and body["error"]["code"] == "queue_full"
+        )
         assert body["error"]["type"] == "rate_limit_error"
     assert held.request("GET", "/health")[0] == 200
     stats_are(held, 1, 2)
@@ -84,7 +97,11 @@ def test_a_deadline_gives_what_there_is(held):
     body = json.loads(connection.getresponse().read())
     connection.close()
     choice = body["choices"][0]
-    assert choice["mor"]["ended"] == "deadline" and choice["finish_reason"] == "length" and choice["text"] == ""
+    assert (
+        choice["mor"]["ended"] == "deadline"
+        and choice["finish_reason"] == "length"
+        and choice["text"] == ""
+    )
 
 
 def test_a_silent_stream_is_kept_alive(small):
@@ -140,16 +157,24 @@ def test_before_the_models_are_there_everything_is_503(small):
     with running(load, wait=False) as server:
         for path in ("/health", "/ready", "/v1/models"):
             status, headers, raw = server.request("GET", path)
-            assert status == 503 and json.loads(raw)["error"]["code"] == "warming_up" and headers["retry-after"]
+            assert (
+                status == 503
+                and json.loads(raw)["error"]["code"] == "warming_up"
+                and headers["retry-after"]
+            )
         assert server.complete()[0] == 503
-        assert server.request("GET", "/metrics")[0] == 200 and server.request("GET", "/openapi.json")[0] == 200
+        assert (
+            server.request("GET", "/metrics")[0] == 200
+            and server.request("GET", "/openapi.json")[0] == 200
+        )
         gate.set()
         server.wait_for(lambda: server.request("GET", "/health")[0] == 200, "it is ready")
         assert server.complete(max_tokens=1)[0] == 200
 
 
 def test_a_dead_engine_is_told(small):
-    """An engine that fails ends its requests with an error, and the server says that it is not healthy."""
+    """An engine that fails ends its requests with an error, and the server says that it is not
+    healthy."""
     with running(plain(small)) as server:
         service = server.model.service
         service.hold.clear()
@@ -158,7 +183,10 @@ def test_a_dead_engine_is_told(small):
         service._draw = lambda *a: 1 / 0
         service.hold.set()
         response = whole.getresponse()
-        assert response.status == 500 and json.loads(response.read())["error"]["code"] == "engine_error"
+        assert (
+            response.status == 500
+            and json.loads(response.read())["error"]["code"] == "engine_error"
+        )
         assert b'"engine_error"' in stream.getresponse().read()
         status, _, raw = server.request("GET", "/health")
         assert status == 503 and json.loads(raw)["error"]["code"] == "engine_dead"
@@ -174,15 +202,15 @@ def test_keys_hosts_and_pages(small):
         assert server.request("GET", "/v1/models", headers=key)[0] == 200
         assert server.request("GET", "/health")[0] == 200
         assert server.request("GET", "/health", headers={"Host": "evil.example"})[0] == 403
-        status, headers, _ = server.request("GET", "/v1/models", headers={**key, "Origin": "https://evil.example"})
+        status, headers, _ = server.request(
+            "GET", "/v1/models", headers={**key, "Origin": "https://evil.example"}
+        )
         assert status == 403 and "access-control-allow-origin" not in headers
 
 
 def test_a_slow_body_is_cut_off(small):
     with running(plain(small), body_idle_seconds=0.1, header_seconds=0.2) as server:
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
             s.sendall(head)
             assert s.recv(4096).startswith(b"HTTP/1.1 408")

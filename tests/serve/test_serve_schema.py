@@ -3,7 +3,8 @@
 import pytest
 from fuzzing import MODES, fuzz
 
-EXAMPLES = {"completions": 40, "chat_completions": 40, "tokenize": 25, "detokenize": 25}  # of each mode; the rest 5
+# of each mode; the rest 5
+EXAMPLES = {"completions": 40, "chat_completions": 40, "tokenize": 25, "detokenize": 25}
 
 
 @pytest.mark.parametrize("mode", MODES)

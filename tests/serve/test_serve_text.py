@@ -1,4 +1,5 @@
-"""From tokens to text: streams say what whole replies say, stop strings and log-probabilities keep their places."""
+"""From tokens to text: streams say what whole replies say, stop strings and log-probabilities keep
+their places."""
 
 import asyncio
 
@@ -18,7 +19,10 @@ from rlm_runtime.serve.model.plan import chat_ids
 from rlm_runtime.serve.model.schemas import ModelMessage
 from rlm_runtime.serve.model.sequence import Mailbox, Sequence
 
-TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": train_bpe(["the cat é sat\n on the € mat " * 9], 300)}
+TOKENIZERS = {
+    "bytes": ByteTokenizer(),
+    "bpe": train_bpe(["the cat é sat\n on the € mat " * 9], 300),
+}
 TEXTS = st.text(st.sampled_from("ab é€\n🙂t"), max_size=12)
 END = engine_types.Finished("length", 1, 0, 0, 1.0, 0.0)
 
@@ -32,17 +36,31 @@ class Ticket:
 
 
 def sequence(tokenizer, **how):
-    model = ModelBackend("m", tokenizer, 99, service=None, engine_types=engine_types, template=ChatTemplate())
-    how = {"prompt": [], "stops": (), "strip": False, "echo": False, "logprobs": True, "drop": False, **how}
+    model = ModelBackend(
+        "m", tokenizer, 99, service=None, engine_types=engine_types, template=ChatTemplate()
+    )
+    how = {
+        "prompt": [],
+        "stops": (),
+        "strip": False,
+        "echo": False,
+        "logprobs": True,
+        "drop": False,
+        **how,
+    }
     found = Sequence(model, changed=lambda: None, **how)
     found.ticket = Ticket()
     return found
 
 
 @given(
-    name=st.sampled_from(list(TOKENIZERS)), text=TEXTS, stops=st.lists(TEXTS.filter(bool), max_size=3).map(tuple),
-    cuts=st.lists(st.integers(1, 4), max_size=30), torn=st.booleans(), echo=st.booleans(),
-)  # fmt: skip
+    name=st.sampled_from(list(TOKENIZERS)),
+    text=TEXTS,
+    stops=st.lists(TEXTS.filter(bool), max_size=3).map(tuple),
+    cuts=st.lists(st.integers(1, 4), max_size=30),
+    torn=st.booleans(),
+    echo=st.booleans(),
+)
 def test_a_stream_is_the_text_up_to_its_first_stop(name, text, stops, cuts, torn, echo):
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
@@ -65,7 +83,9 @@ def test_a_stream_is_the_text_up_to_its_first_stop(name, text, stops, cuts, torn
     head, whole = tokenizer.decode(prompt) if echo else "", tokenizer.decode(ids)
     found = [at for at in (whole.find(stop) for stop in stops) if at >= 0]
     assert shown == head + (whole[: min(found)] if found else whole)
-    assert s.ended == ("stop" if found else "length") and (s.ticket.told == "stop") == bool(found and s.ticket.told)
+    assert s.ended == ("stop" if found else "length") and (s.ticket.told == "stop") == bool(
+        found and s.ticket.told
+    )
     assert [x.id for x in scores] == ids[: len(scores)]
     if not found:
         assert len(scores) == len(ids)
@@ -148,12 +168,22 @@ def test_special_tokens_are_the_templates_alone(chatml):
 
 @pytest.mark.parametrize(
     "source",
-    ["{{ ''.__class__.__mro__ }}", "{{ raise_exception('roles must alternate') }}", "{{ messages.append(1) }}",
-     "{{ nothing.there }}", "{% for i in range(10**9) %}x{% endfor %}"],
-)  # fmt: skip
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.append(1) }}",
+        "{{ nothing.there }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+    ],
+)
 def test_a_template_that_fails_is_a_400(source):
     model = ModelBackend(
-        "m", ByteTokenizer(), 99, service=None, engine_types=engine_types, template=ChatTemplate(source)
+        "m",
+        ByteTokenizer(),
+        99,
+        service=None,
+        engine_types=engine_types,
+        template=ChatTemplate(source),
     )
     with pytest.raises(ApiError) as e:
         chat_ids([ModelMessage(role="user", content="x")], model, ModelSettings(), None, None)

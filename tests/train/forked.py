@@ -1,9 +1,11 @@
-"""A process that has imported what every command imports, and forks one for each command it is asked to run.
+"""A process that has imported what every command imports, and forks one for each command it is
+asked to run.
 
-Importing JAX, Flax, Orbax and Grain is most of the time of a command that refuses its arguments. This process does it
-once, starts no JAX backend, and serves one command a connection to the Unix socket named by its first argument: a JSON
-line of arguments, folder and environment comes with the three standard descriptors; the process id and, at the end, the
-exit status go back. It ends with its standard input.
+Importing JAX, Flax, Orbax and Grain is most of the time of a command that refuses its arguments.
+This process does it once, starts no JAX backend, and serves one command a connection to the Unix
+socket named by its first argument: a JSON line of arguments, folder and environment comes with the
+three standard descriptors; the process id and, at the end, the exit status go back. It ends with
+its standard input.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import socket
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # where the command's own process would begin: the checkout
+# where the command's own process would begin: the checkout
+sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 def next_command(path: str) -> list[str]:
@@ -26,7 +29,8 @@ def next_command(path: str) -> list[str]:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those who wait for commands are waited for by nobody
+    # those who wait for commands are waited for by nobody
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     os.write(1, b"ready\n")
     while True:
         readable, _, _ = select.select([listener, 0], [], [])

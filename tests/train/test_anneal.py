@@ -22,15 +22,38 @@ def records(run):
 
 def test_it_is_the_run_that_was_planned_that_way(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
-    cfg = from_dict({
-        "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context": 32, "loss_chunk": 0},
-        "data": {"source": "files", "paths": (str(corpus),), "cache_dir": str(tmp_path / "cache")},
-        "optim": {"schedule": "constant", "warmup": 0.25, "ema": 0.9},
-        "train": {"steps": 4, "batch_size": 4, "log_every": 1, "eval_every": 0, "eval_rows": 4, "checkpoint_every": 2},
-    })  # fmt: skip
+    cfg = from_dict(
+        {
+            "model": {
+                "layers": 1,
+                "width": 16,
+                "heads": 2,
+                "kv_heads": 1,
+                "mlp_width": 32,
+                "context": 32,
+                "loss_chunk": 0,
+            },
+            "data": {
+                "source": "files",
+                "paths": (str(corpus),),
+                "cache_dir": str(tmp_path / "cache"),
+            },
+            "optim": {"schedule": "constant", "warmup": 0.25, "ema": 0.9},
+            "train": {
+                "steps": 4,
+                "batch_size": 4,
+                "log_every": 1,
+                "eval_every": 0,
+                "eval_rows": 4,
+                "checkpoint_every": 2,
+            },
+        }
+    )
     train(cfg, tmp_path / "parent", progress=False)
     branch = anneal(cfg, tmp_path / "parent", tmp_path / "branch", 2, step=2, progress=False)
-    assert branch == anneal(cfg, tmp_path / "parent", tmp_path / "branch", 2, progress=False), "it has begun"
+    assert branch == anneal(cfg, tmp_path / "parent", tmp_path / "branch", 2, progress=False), (
+        "it has begun"
+    )
     summary = train(branch, tmp_path / "branch", progress=False)
     # One step of warm-up of four, two of fall.
     planned = dataclasses.replace(branch.optim, warmup=0.25, decay=0.5)

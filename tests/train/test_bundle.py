@@ -1,4 +1,5 @@
-"""A shipped model is the checkpoint's in bfloat16, and what is not one is refused in one message."""
+"""A shipped model is the checkpoint's in bfloat16, and what is not one is refused in one
+message."""
 
 import jax
 import numpy as np
@@ -19,7 +20,10 @@ def test_round_trip_and_damage(tmp_path):
     config = Config(model=lm.model, depth=lm.depth)
     model = Loaded(lm, params, ByteTokenizer(), config, 7, "x", None, chat_template=CHATML)
     size = save_bundle(model, tmp_path / "b", {"command": "make"})
-    assert is_bundle(tmp_path / "b") and size < 2.2 * sum(w.size for w in jax.tree.leaves(params)) + 20_000
+    assert (
+        is_bundle(tmp_path / "b")
+        and size < 2.2 * sum(w.size for w in jax.tree.leaves(params)) + 20_000
+    )
     loaded = load_model(tmp_path / "b")
     assert (loaded.step, loaded.lm.model, loaded.chat_template) == (7, lm.model, CHATML)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(loaded.params), strict=True):

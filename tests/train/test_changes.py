@@ -1,4 +1,5 @@
-"""What may change between a run and its resumption: freely, by leave, never. On a run of a few steps, in this process."""
+"""What may change between a run and its resumption: freely, by leave, never. On a run of a few
+steps, in this process."""
 
 import dataclasses
 import json
@@ -13,8 +14,23 @@ from mor_jax.train.loop import train
 from mor_jax.train.workdir import FREE, NEVER, differences, kind_of
 
 SMALL = {
-    "model": {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context": 16, "loss_chunk": 0},
-    "train": {"steps": 4, "batch_size": 4, "log_every": 1, "eval_every": 0, "eval_rows": 4, "checkpoint_every": 2},
+    "model": {
+        "layers": 1,
+        "width": 16,
+        "heads": 2,
+        "kv_heads": 1,
+        "mlp_width": 32,
+        "context": 16,
+        "loss_chunk": 0,
+    },
+    "train": {
+        "steps": 4,
+        "batch_size": 4,
+        "log_every": 1,
+        "eval_every": 0,
+        "eval_rows": 4,
+        "checkpoint_every": 2,
+    },
 }
 
 
@@ -54,29 +70,45 @@ def curve(workdir):
 
 
 def test_every_field_is_of_one_kind():
-    fields = {f"{g}.{f.name}" for g in ("model", "depth", "data", "optim", "train", "mesh")
-              for f in dataclasses.fields(type(getattr(Config(), g)))} | {"name"}  # fmt: skip
-    fields |= {f"depth.{f.name}" for policy in depth_policies().values() for f in dataclasses.fields(policy)}
+    fields = {
+        f"{g}.{f.name}"
+        for g in ("model", "depth", "data", "optim", "train", "mesh")
+        for f in dataclasses.fields(type(getattr(Config(), g)))
+    } | {"name"}
+    fields |= {
+        f"depth.{f.name}"
+        for policy in depth_policies().values()
+        for f in dataclasses.fields(policy)
+    }
     assert {kind_of(f) for f in fields} == {"free", "allow", "never"}
     groups = {f.partition(".")[0] for f in fields}
     assert fields | groups >= FREE | NEVER  # no name that has gone
     assert kind_of("model.width") == kind_of("model.layers") == kind_of("depth.policy") == "never"
-    assert kind_of("optim.peak_lr") == kind_of("train.batch_size") == kind_of("data.seed") == "allow"
+    assert (
+        kind_of("optim.peak_lr") == kind_of("train.batch_size") == kind_of("data.seed") == "allow"
+    )
 
 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"name": "another"}, {"model__remat": "block"}, {"model__attention": "xla"}, {"model__loss_chunk": 8},
-        {"train__log_every": 2}, {"train__eval_every": 2}, {"train__checkpoint_every": 1}, {"train__accum": 2},
+        {"name": "another"},
+        {"model__remat": "block"},
+        {"model__attention": "xla"},
+        {"model__loss_chunk": 8},
+        {"train__log_every": 2},
+        {"train__eval_every": 2},
+        {"train__checkpoint_every": 1},
+        {"train__accum": 2},
     ],
     ids=lambda fields: next(iter(fields)),
-)  # fmt: skip
+)
 def test_free(begun, tmp_path, fields):
     done = again(begun, tmp_path / "run", **fields)
     assert done["finished"] and done["steps"] == 4
     (was, _), (now, _) = curve(begun[0] / "run"), curve(tmp_path / "run")
-    assert now[4]["loss"] == pytest.approx(was[4]["loss"], rel=1e-5)  # float32 sums in another order
+    # float32 sums in another order
+    assert now[4]["loss"] == pytest.approx(was[4]["loss"], rel=1e-5)
 
 
 def test_a_moved_corpus_of_the_same_content_is_free(begun, tmp_path):
@@ -96,7 +128,9 @@ def test_other_content_needs_leave(begun, tmp_path):
 
 @pytest.mark.parametrize("allow", ["optim.peak_lr", "config.optim.peak_lr", "optim"])
 def test_by_leave(begun, tmp_path, allow):
-    with pytest.raises(ConfigError, match=r"optim.peak_lr: 0.003 there, 0.001 here.*--allow=optim.peak_lr"):
+    with pytest.raises(
+        ConfigError, match=r"optim.peak_lr: 0.003 there, 0.001 here.*--allow=optim.peak_lr"
+    ):
         again(begun, tmp_path / "run", optim__peak_lr=1e-3)
     shutil.rmtree(tmp_path / "run")
     assert again(begun, tmp_path / "run", optim__peak_lr=1e-3, allow=[allow])["finished"]
@@ -134,7 +168,9 @@ def test_what_leave_cannot_be_given_for(begun, tmp_path, allow, said):
 
 
 def test_never(begun, tmp_path):
-    with pytest.raises(ConfigError, match=r"model.width: 16 there, 32 here.* can never change .*another --workdir"):
+    with pytest.raises(
+        ConfigError, match=r"model.width: 16 there, 32 here.* can never change .*another --workdir"
+    ):
         again(begun, tmp_path / "run", model__width=32, allow=["optim", "train"])
 
 
@@ -144,4 +180,5 @@ def test_a_finished_run_of_another_corpus_is_not_taken_for_this_one(begun, tmp_p
     with pytest.raises(CheckpointError, match="corpus has changed"):
         train(config(data=begun[1] | {"paths": paths}), tmp_path / "run", progress=False)
     assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}) == []
-    assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}, paths=True)  # what sweeps go by
+    # what sweeps go by
+    assert differences({"data": {"paths": ["a"]}}, {"data": {"paths": ["b"]}}, paths=True)

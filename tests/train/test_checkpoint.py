@@ -1,6 +1,7 @@
 """Checkpoints round-trip bit for bit on any mesh, and nothing damaged is ever returned as good.
 
-The failures are real ones: bytes flipped on disk, a full file system, processes killed while they write.
+The failures are real ones: bytes flipped on disk, a full file system, processes killed while they
+write.
 """
 
 import contextlib
@@ -34,7 +35,10 @@ META = {"config": {"name": "run", "lr": 3e-3, "paths": ["a", "é"]}, "tokenizer"
 def make_state(seed, width=16):
     key = jax.random.key(seed)
     params = {
-        "core": {"w": jax.random.normal(key, (width, 32)), "b": jax.random.normal(key, (32,), jnp.bfloat16)},
+        "core": {
+            "w": jax.random.normal(key, (width, 32)),
+            "b": jax.random.normal(key, (32,), jnp.bfloat16),
+        },
         "embed": jax.random.normal(key, (24, width)),
     }
     opt = optax.adamw(1e-3)
@@ -50,7 +54,9 @@ PRELUDE = (
 
 def bits(tree):
     return [
-        np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x).tobytes()
+        np.asarray(
+            jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        ).tobytes()
         for x in jax.tree.leaves(tree)
     ]
 
@@ -105,9 +111,12 @@ def test_round_trip_is_bit_exact_and_keeps_the_containers(saved):
 
 def test_a_survey_round_trips_and_an_older_save_begins_it_at_zero(saved, tmp_path):
     def surveyed(seed):
-        """As `make_state`, with a survey among the parameters and, as the optimiser does, in its moments."""
+        """As `make_state`, with a survey among the parameters and, as the optimiser does, in its
+        moments."""
         state = make_state(seed)
-        with_survey = lambda tree: tree | {"router": {"w": tree["core"]["w"], "survey": jnp.full((3, 8), 0.5)}}
+        with_survey = lambda tree: (
+            tree | {"router": {"w": tree["core"]["w"], "survey": jnp.full((3, 8), 0.5)}}
+        )
         params = with_survey(state["params"])
         return state | {"params": params, "opt": optax.adamw(1e-3).init(params)}
 
@@ -159,10 +168,14 @@ def test_donating_the_state_right_after_save_changes_nothing(tmp_path):
 
 
 def test_params_alone_cast_and_chosen_by_step(saved):
-    want = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract(make_state(0))["params"])
+    want = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract(make_state(0))["params"]
+    )
     params, step = restore_params(saved, want)
     assert step == 2
-    assert bits(params) == bits(jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(2)["params"]))
+    assert bits(params) == bits(
+        jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_state(2)["params"])
+    )
     params, step = restore_params(saved, abstract(make_state(0))["params"], step=1)
     assert step == 1 and bits(params) == bits(make_state(1)["params"])
     assert load_meta(saved) == (2, {**META, "n": 2}) and load_meta(saved, 1)[1]["n"] == 1
@@ -178,7 +191,10 @@ def test_a_config_that_does_not_fit_is_named_and_moves_nothing(saved):
     with pytest.raises(CheckpointError, match="params/embed is in the checkpoint but not expected"):
         restore_params(saved, {"core": abstract(make_state(0))["params"]["core"]})
     with pytest.raises(CheckpointError, match="params/more is not in the checkpoint"):
-        restore_params(saved, {**abstract(make_state(0))["params"], "more": jax.ShapeDtypeStruct((1,), jnp.float32)})
+        restore_params(
+            saved,
+            {**abstract(make_state(0))["params"], "more": jax.ShapeDtypeStruct((1,), jnp.float32)},
+        )
     assert sorted(os.listdir(saved)) == ["1", "2"]
 
 
@@ -202,11 +218,14 @@ def test_another_mesh_restores_the_same_bits_and_the_same_digests(saved):
     status, out, err = run(code, saved, back, devices=8)
     assert status == 0, err
     assert json.loads(out) == checkpoint._table(make_state(2))
-    assert bits(Checkpointer(back).restore_latest(abstract(make_state(0))).state) == bits(make_state(2))
+    assert bits(Checkpointer(back).restore_latest(abstract(make_state(0))).state) == bits(
+        make_state(2)
+    )
 
 
 @pytest.mark.parametrize(
-    "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint8", "bool", "complex64"]
+    "dtype",
+    ["float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "uint8", "bool", "complex64"],
 )
 def test_digest_sees_every_bit_and_every_place(dtype):
     x = np.asarray(jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 7)), dtype))
@@ -217,7 +236,8 @@ def test_digest_sees_every_bit_and_every_place(dtype):
         damaged[bit // 8] ^= 1 << bit % 8
         assert digest(np.frombuffer(bytes(damaged), x.dtype).reshape(x.shape)).tolist() != base
     assert digest(x[::-1]).tolist() != base
-    assert digest(x.reshape(7, 5)).tolist() == base  # the place is the flat index; the shape is recorded apart
+    # the place is the flat index; the shape is recorded apart
+    assert digest(x.reshape(7, 5)).tolist() == base
 
 
 def test_digest_makes_no_copy():
@@ -252,7 +272,9 @@ def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
         damage(directory / "2" / name, how)
         found = Checkpointer(directory).restore_latest(template)
         assert bits(found.state) == good[found.step] and found.meta["n"] == found.step, name
-        assert sorted(os.listdir(directory)) == (["1", "2"] if found.step == 2 else ["1", "2.damaged"])
+        assert sorted(os.listdir(directory)) == (
+            ["1", "2"] if found.step == 2 else ["1", "2.damaged"]
+        )
         found_out += found.step == 1
         shutil.rmtree(directory)
     assert found_out >= (2 if how in ("delete", "truncate", "garbage") else 1)
@@ -260,9 +282,13 @@ def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
 
 def test_the_damaged_leaf_is_named(saved, monkeypatch):
     table = checkpoint._table
-    lie = lambda tree: {k: [*v[:2], "0" * 16] if k == "params/core/w" else v for k, v in table(tree).items()}
+    lie = lambda tree: {
+        k: [*v[:2], "0" * 16] if k == "params/core/w" else v for k, v in table(tree).items()
+    }
     monkeypatch.setattr(checkpoint, "_table", lie)
-    with pytest.raises(CheckpointError, match=r"step 2 .* damaged: the values of params/core/w .* --step=1"):
+    with pytest.raises(
+        CheckpointError, match=r"step 2 .* damaged: the values of params/core/w .* --step=1"
+    ):
         restore_params(saved, abstract(make_state(0))["params"])
 
 
@@ -279,9 +305,17 @@ def test_skipped_steps_can_be_saved_again(copy, caplog):
         assert "step 3" in caplog.text and "step 2" in caplog.text
         ckpt.save(2, make_state(2), META)
         ckpt.save(3, make_state(3), META)
-    assert [n for n in sorted(os.listdir(copy)) if "-" not in n] == ["1", "2", "2.damaged", "3", "3.damaged"]
+    assert [n for n in sorted(os.listdir(copy)) if "-" not in n] == [
+        "1",
+        "2",
+        "2.damaged",
+        "3",
+        "3.damaged",
+    ]
     assert not list(copy.glob("*tmp"))
-    assert bits(Checkpointer(copy).restore_latest(abstract(make_state(0))).state) == bits(make_state(3))
+    assert bits(Checkpointer(copy).restore_latest(abstract(make_state(0))).state) == bits(
+        make_state(3)
+    )
 
 
 def test_if_none_verifies_nothing_is_moved(copy):
@@ -308,10 +342,13 @@ def test_directories_that_cannot_be_used(tmp_path, saved):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """(directory, limit): a file system of 8 MB, or where none can be mounted, a limit on the size of files."""
+    """(directory, limit): a file system of 8 MB, or where none can be mounted, a limit on the size
+    of files."""
     mount = tmp_path / "disk"
     mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", mount], capture_output=True
+    ).returncode:
         yield mount, True
         return
     yield mount, False
@@ -387,7 +424,9 @@ def test_killed_while_saving_resumes_from_an_earlier_step(tmp_path):
         child.wait()
     found = Checkpointer(tmp_path / "run").restore_latest(abstract(make_state(0, width=3000)))
     assert durable <= found.step <= begun and found.skipped == {}
-    assert bits(found.state) == bits(make_state(found.step, width=3000)) and found.meta == {"step": found.step}
+    assert bits(found.state) == bits(make_state(found.step, width=3000)) and found.meta == {
+        "step": found.step
+    }
 
 
 def test_an_error_elsewhere_is_not_hidden_and_the_save_is_finished(tmp_path):
@@ -417,7 +456,9 @@ def test_a_damaged_step_is_one_line_on_the_terminal(copy):
     """
     status, out, err = run(code, copy)
     assert (status, out) == (0, "") and len(err.splitlines()) == 1, err
-    assert f"the checkpoint of step 2 in {copy} is damaged (" in err and "now called 2.damaged" in err
+    assert (
+        f"the checkpoint of step 2 in {copy} is damaged (" in err and "now called 2.damaged" in err
+    )
 
 
 def test_two_processes_save_agree_and_skip_damage(tmp_path):

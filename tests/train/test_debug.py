@@ -19,7 +19,9 @@ def test_steps_to_trace_are_read_and_refused():
     assert Debug.parse(["20", "22"], nans=True) == Debug((20, 22), nans=True)
     assert Debug.parse(None) == Debug()
     for bad in (["20"], ["a", "b"], ["3", "2"], ["0", "2"]):
-        with pytest.raises(ConfigError, match=f"--profile_steps={','.join(bad)} must be two whole numbers"):
+        with pytest.raises(
+            ConfigError, match=f"--profile_steps={','.join(bad)} must be two whole numbers"
+        ):
             Debug.parse(bad)
 
 
@@ -45,7 +47,9 @@ def test_without_scan_there_is_no_loop_and_without_jit_no_program():
 def test_a_run_leaves_a_trace_its_program_and_its_memory(tmp_path):
     get_config = runpy.run_path(str(write_config(tmp_path, write_corpus(tmp_path))))["get_config"]
     raw = get_config("vanilla").to_dict()
-    cfg = from_config_dict(raw | {"train": raw["train"] | dict(steps=4, eval_every=0, checkpoint_every=0)})
+    cfg = from_config_dict(
+        raw | {"train": raw["train"] | dict(steps=4, eval_every=0, checkpoint_every=0)}
+    )
     train(cfg, tmp_path / "run", progress=False, debug=Debug(profile_steps=(2, 3)))
     traces = [p.stat().st_size for p in (tmp_path / "run" / "profile").rglob("*.xplane.pb")]
     assert len(traces) == 1 and traces[0] > 1000

@@ -1,7 +1,7 @@
 """What may change when a run goes on, and what is said where the batch no longer divides.
 
-That another mesh restores the same bits is in test_checkpoint.py; that another number of processes goes on with the same
-losses, in test_processes.py.
+That another mesh restores the same bits is in test_checkpoint.py; that another number of processes
+goes on with the same losses, in test_processes.py.
 """
 
 import pytest
@@ -21,7 +21,12 @@ def changed(**groups):
 
 
 def test_layout_and_policies_may_change_and_the_batch_may_not():
-    assert changed(mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"accum": 3, "on_nonfinite": "rewind"}) == []
+    assert (
+        changed(
+            mesh={"data": 1, "fsdp": 4, "tensor": 2}, train={"accum": 3, "on_nonfinite": "rewind"}
+        )
+        == []
+    )
     assert changed(data={"cache_dir": "/elsewhere"}) == []
     assert changed(train={"batch_size": 16}) == ["config.train.batch_size: 12 there, 16 here"]
     assert changed(data={"seed": 1}) == ["config.data.seed: 0 there, 1 here"]

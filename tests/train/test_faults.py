@@ -31,7 +31,11 @@ def values(loss, **more):
 
 
 def cfg(**fields):
-    return TrainConfig(steps=100, spike_threshold=0.5) if not fields else TrainConfig(steps=100, **fields)
+    return (
+        TrainConfig(steps=100, spike_threshold=0.5)
+        if not fields
+        else TrainConfig(steps=100, **fields)
+    )
 
 
 def fed(config, losses, first=1):
@@ -56,9 +60,14 @@ def test_policies_by_name_and_by_kind():
     spike, nan = values(9.0), values(math.nan, grad_norm=math.nan)
     limit = np.float32(3.0)
     verdict, why = Faults(cfg(on_spike="skip")).judge(5, spike, limit, KEPT)
-    assert verdict == SKIP and why == "the loss jumped to 9 at step 5, above the limit of 3; its update was skipped."
+    assert (
+        verdict == SKIP
+        and why == "the loss jumped to 9 at step 5, above the limit of 3; its update was skipped."
+    )
     assert Faults(cfg(on_spike="rewind")).judge(5, spike, limit, KEPT)[0] == REWIND
-    with pytest.raises(TrainingError, match=r"jumped to 9 at step 5.*on_spike = 'stop'.*checkpoint is of step 7"):
+    with pytest.raises(
+        TrainingError, match=r"jumped to 9 at step 5.*on_spike = 'stop'.*checkpoint is of step 7"
+    ):
         Faults(cfg(on_spike="stop")).judge(5, spike, limit, KEPT)
     assert Faults(cfg(on_nonfinite="skip")).judge(5, nan, INF, KEPT)[0] == SKIP
     assert Faults(cfg(on_nonfinite="rewind")).judge(5, nan, INF, KEPT)[0] == REWIND
@@ -87,14 +96,21 @@ def test_a_rewind_leaves_out_the_rows_up_to_the_bad_step_and_travels():
     faults = fed(cfg(on_spike="rewind"), [3.0] * 24)
     assert faults.position(25) == 24
     faults.rewind(25, 20)
-    assert [faults.position(s) for s in (21, 22)] == [25, 26]  # 20 .. 24 were those of steps 21 .. 25
+    # 20 .. 24 were those of steps 21 .. 25
+    assert [faults.position(s) for s in (21, 22)] == [25, 26]
     again = Faults(cfg(on_spike="rewind"), json.loads(json.dumps(faults.state())))
-    assert again.position(21) == 25 and again.limit(22) == faults.limit(22) and again.state() == faults.state()
+    assert (
+        again.position(21) == 25
+        and again.limit(22) == faults.limit(22)
+        and again.state() == faults.state()
+    )
     assert [s for s, _ in faults.state()["losses"]] == list(range(1, 21))
 
 
 def test_unknown_policies_are_refused():
-    with pytest.raises(ConfigError, match=r"config.train.on_spike must be one of skip, rewind, stop; got 'skpi'"):
+    with pytest.raises(
+        ConfigError, match=r"config.train.on_spike must be one of skip, rewind, stop; got 'skpi'"
+    ):
         from_config_dict({"train": {"steps": 1, "on_spike": "skpi"}})
     with pytest.raises(ConfigError, match="spike_threshold"):
         from_config_dict({"train": {"steps": 1, "spike_threshold": -1.0}})
@@ -121,7 +137,10 @@ def tiny(tmp_path_factory):
 
 
 def curve(workdir):
-    return {r["step"]: {k: v for k, v in r.items() if k not in TIMING} for r in records(workdir, "train")}
+    return {
+        r["step"]: {k: v for k, v in r.items() if k not in TIMING}
+        for r in records(workdir, "train")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +153,9 @@ def skipping(tiny):
 def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(tiny, skipping):
     directory, config = tiny
     events = records(skipping, "event")
-    assert events and all(e["event"] == SKIP and "its update was skipped" in e["why"] for e in events)
+    assert events and all(
+        e["event"] == SKIP and "its update was skipped" in e["why"] for e in events
+    )
     found = curve(skipping)
     for e in events:  # what was skipped changed nothing, and the rate waited for it
         assert found[e["step"]]["loss"] > 0
@@ -149,7 +170,9 @@ def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(tiny, skipping):
     assert curve(workdir) == found and records(workdir, "event") == events
     goodput = json.loads((workdir / "summary.json").read_text())["goodput"]
     assert goodput["starts"] == 2 and goodput["steps_again"] == 10 and goodput["share/again"] > 0
-    assert math.isclose(sum(v for k, v in goodput.items() if k.startswith("share/")), 1.0, rel_tol=1e-6)
+    assert math.isclose(
+        sum(v for k, v in goodput.items() if k.startswith("share/")), 1.0, rel_tol=1e-6
+    )
 
 
 def test_a_rewind_goes_back_and_on_with_other_rows(tiny, skipping, monkeypatch):
@@ -158,7 +181,9 @@ def test_a_rewind_goes_back_and_on_with_other_rows(tiny, skipping, monkeypatch):
     good = (bad - 1) // 10 * 10
     asked = []
     plain = Loader.iter_from_step
-    monkeypatch.setattr(Loader, "iter_from_step", lambda self, step: asked.append(step) or plain(self, step))
+    monkeypatch.setattr(
+        Loader, "iter_from_step", lambda self, step: asked.append(step) or plain(self, step)
+    )
     workdir = directory / "rewinding"
     try:
         train(config(spike_threshold=0.02, on_spike="rewind"), workdir, progress=False)
@@ -199,12 +224,16 @@ def test_a_straggler_is_named():
     report = lambda own: {"own_s": own, "input_s": own / 2, "step_s": 1.0}
     names = ["a", "b", "c"]
     assert stragglers([report(0.2), report(0.21), report(0.6)], names)["slow"] == ["c"]
-    assert stragglers([report(0.001), report(0.001), report(0.003)], names)["slow"] == []  # nothing beside the step
+    # nothing beside the step
+    assert stragglers([report(0.001), report(0.001), report(0.003)], names)["slow"] == []
     assert stragglers([report(0.2), {}, report(0.6)], names) == {} == stragglers([], [])
 
 
-def test_a_damaged_row_ends_the_run_with_its_name_and_harms_no_checkpoint(tiny, monkeypatch, tmp_path):
-    """Rows are damaged on disk between two starts of a run; put right again, it goes on as if nothing had been."""
+def test_a_damaged_row_ends_the_run_with_its_name_and_harms_no_checkpoint(
+    tiny, monkeypatch, tmp_path
+):
+    """Rows are damaged on disk between two starts of a run; put right again, it goes on as if
+    nothing had been."""
     directory, config = tiny
     monkeypatch.setenv("MOR_JAX_CACHE", str(tmp_path))
     whole, run = directory / "rows_whole", directory / "rows_damaged"
@@ -224,7 +253,9 @@ def test_a_damaged_row_ends_the_run_with_its_name_and_harms_no_checkpoint(tiny, 
     good = rows.read_bytes()
     assert len(good) > 70_000  # the records begin at 64 KiB
     rows.write_bytes(good[:65_600] + bytes(len(good) - 67_600) + good[-2_000:])
-    with pytest.raises(DataError, match=rf"{re.escape(str(rows))}, record \d+ .*damaged.*Delete the directory"):
+    with pytest.raises(
+        DataError, match=rf"{re.escape(str(rows))}, record \d+ .*damaged.*Delete the directory"
+    ):
         train(config(), run, progress=False)
     checkpoints = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     assert checkpoints == [10, stopped["step"]]

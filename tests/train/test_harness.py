@@ -1,4 +1,5 @@
-"""The model of lm-eval: its figures are those of the full forward pass, and a task of one's own runs through it."""
+"""The model of lm-eval: its figures are those of the full forward pass, and a task of one's own
+runs through it."""
 
 import json
 from types import SimpleNamespace
@@ -20,10 +21,20 @@ from mor_jax.train import harness
 @pytest.fixture(scope="module")
 def loaded():
     lm = small_lm(
-        "mor", width=16, heads=2, kv_heads=1, mlp_width=24, context=16, vocab_size=320, layers=4, recursions=2
+        "mor",
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=24,
+        context=16,
+        vocab_size=320,
+        layers=4,
+        recursions=2,
     )
     cfg = Config(model=lm.model, depth=lm.depth)
-    return Loaded(lm, random_params(lm), ByteTokenizer(), cfg, 0, "", make_mesh(MeshConfig(data=-1)))
+    return Loaded(
+        lm, random_params(lm), ByteTokenizer(), cfg, 0, "", make_mesh(MeshConfig(data=-1))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,9 @@ def model(loaded):
 
 def log_probs(loaded, ids):
     """Of ids[1:], by the full causal forward pass over what the tokenizer knows."""
-    logits = loaded.lm.apply(loaded.params, np.asarray([ids], np.int32), mode="causal")[0, :-1, :258]
+    logits = loaded.lm.apply(loaded.params, np.asarray([ids], np.int32), mode="causal")[
+        0, :-1, :258
+    ]
     table = np.asarray(jax.nn.log_softmax(logits))
     return table[np.arange(len(ids) - 1), ids[1:]], table.argmax(-1)
 
@@ -83,7 +96,9 @@ def test_a_task_of_ones_own_runs(model, loaded, tmp_path, monkeypatch):
         "metric_list: [{metric: bits_per_byte}]\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    done = simple_evaluate(model, tasks=["mine"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR")
+    done = simple_evaluate(
+        model, tasks=["mine"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+    )
     nll = -sum(log_probs(loaded, [256, *t.encode()])[0].sum() for t in texts)
     found = done["results"]["mine"]["bits_per_byte,none"]
     assert found == pytest.approx(nll / np.log(2) / sum(map(len, texts)), rel=1e-5)

@@ -1,4 +1,5 @@
-"""Two processes and one run directory: one works, the other is told whose it is, and a lock of the dead holds nobody up."""
+"""Two processes and one run directory: one works, the other is told whose it is, and a lock of the
+dead holds nobody up."""
 
 import json
 import multiprocessing
@@ -29,7 +30,8 @@ with hold(as_path(sys.argv[1])):
 
 @pytest.fixture(params=["flock", "lease", "s3"])
 def place(request, tmp_path, monkeypatch):
-    """A run directory: with locks of the file system, without, and in an object store. A beat is a fifth of a second."""
+    """A run directory: with locks of the file system, without, and in an object store. A beat is a
+    fifth of a second."""
     monkeypatch.setenv(locks.ENV, "0.2")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     if request.param == "flock":
@@ -47,7 +49,9 @@ def place(request, tmp_path, monkeypatch):
 
 def other(place, code=HOLD):
     """Another process that holds the lock."""
-    process = subprocess.Popen([sys.executable, "-c", code, str(place)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(place)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -57,7 +61,9 @@ def test_the_second_is_told_whose_it_is_and_the_directory_is_left_alone(place):
     try:
         began = time.monotonic()
         with (
-            pytest.raises(InUse, match=rf"{place} is in use .*pid {process.pid}, since \d{{4}}-.*--workdir"),
+            pytest.raises(
+                InUse, match=rf"{place} is in use .*pid {process.pid}, since \d{{4}}-.*--workdir"
+            ),
             hold(place),
         ):
             pass
@@ -87,9 +93,17 @@ def test_one_that_waits_gets_it_when_the_other_has_ended(place):
 
 
 def test_a_silent_holder_of_another_host_loses_it(place, monkeypatch):
-    """Its pid says nothing here: only that its number stands still. A file system's own lock, where it has one, is free."""
+    """Its pid says nothing here: only that its number stands still. A file system's own lock, where
+    it has one, is free."""
     place.mkdir(parents=True, exist_ok=True)
-    foreign = {"host": "elsewhere", "pid": os.getpid(), "namespace": "", "since": "then", "id": "x", "beat": 7}
+    foreign = {
+        "host": "elsewhere",
+        "pid": os.getpid(),
+        "namespace": "",
+        "since": "then",
+        "id": "x",
+        "beat": 7,
+    }
     (place / FILE).write_text(json.dumps(foreign))
     said, began = [], time.monotonic()
     with hold(place, say=said.append):
@@ -108,13 +122,16 @@ def test_who_refuses_leaves_what_was_there(place):
 
 def test_a_holder_that_was_taken_for_dead_stops(place):
     with hold(place) as lock:
-        (place / FILE).write_text(json.dumps({"host": "elsewhere", "pid": 5, "since": "now", "id": "y", "beat": 0}))
+        (place / FILE).write_text(
+            json.dumps({"host": "elsewhere", "pid": 5, "since": "now", "id": "y", "beat": 0})
+        )
         end = time.monotonic() + 60
         with pytest.raises(InUse, match=r"taken by another process .*elsewhere, pid 5"):
             while time.monotonic() < end:
                 lock.check()
                 time.sleep(0.05)
-    assert json.loads((place / FILE).read_text())["host"] == "elsewhere"  # and does not take it from them
+    # and does not take it from them
+    assert json.loads((place / FILE).read_text())["host"] == "elsewhere"
 
 
 def test_of_many_at_once_one_gets_it(place):
@@ -143,14 +160,19 @@ def race(place, inside, most):
 
 
 def test_two_starts_of_one_run(tmp_path):
-    """The second refuses before it does anything, and the first ends with every line of its curve."""
+    """The second refuses before it does anything, and the first ends with every line of its
+    curve."""
     config = write_config(tmp_path, write_corpus(tmp_path))
     args = ["--config", config, "--workdir", tmp_path / "run"]
     first = start("train", *args)
     try:
         wait_for_step(first, tmp_path / "run", 5)
         second = run("train", *args)
-        assert second.returncode == 2 and f"pid {first.pid}" in second.stderr and "Traceback" not in second.stderr
+        assert (
+            second.returncode == 2
+            and f"pid {first.pid}" in second.stderr
+            and "Traceback" not in second.stderr
+        )
         assert "Resuming" not in second.stderr
     finally:
         first.wait(timeout=240)

@@ -1,4 +1,5 @@
-"""Loss weights of conversations: exact in gradients, metrics, accumulation, packing and evaluation."""
+"""Loss weights of conversations: exact in gradients, metrics, accumulation, packing and
+evaluation."""
 
 import dataclasses
 
@@ -16,7 +17,10 @@ from mor_jax.train.step import gradients
 TINY = {"width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": 32}
 LENGTH = 24
 # Two conversations: where they lie in a packed row, and which of their tokens have a loss.
-PARTS = {1: (slice(0, 10), [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]), 2: (slice(10, 21), [0, 0, 0.5, 0.5, 0, 0, 0, 0, -2, -2, 1])}
+PARTS = {
+    1: (slice(0, 10), [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]),
+    2: (slice(10, 21), [0, 0, 0.5, 0.5, 0, 0, 0, 0, -2, -2, 1]),
+}
 
 
 def packed(seed: int = 0) -> dict[str, jax.Array]:
@@ -25,7 +29,11 @@ def packed(seed: int = 0) -> dict[str, jax.Array]:
     seg, weights = np.zeros((1, LENGTH), np.int32), np.zeros((1, LENGTH), np.float32)
     for segment, (place, own) in PARTS.items():
         seg[0, place], weights[0, place] = segment, own
-    return {"tokens": jnp.asarray(tokens), "segment_ids": jnp.asarray(seg), "weights": jnp.asarray(weights)}
+    return {
+        "tokens": jnp.asarray(tokens),
+        "segment_ids": jnp.asarray(seg),
+        "weights": jnp.asarray(weights),
+    }
 
 
 def unpacked() -> dict[str, jax.Array]:
@@ -42,7 +50,11 @@ def unpacked() -> dict[str, jax.Array]:
 
 @pytest.fixture(scope="module", params=["vanilla", "token"])
 def model(request):
-    shape = {"layers": 1, "sharing": "none"} if request.param == "vanilla" else {"layers": 3, "sharing": "cycle"}
+    shape = (
+        {"layers": 1, "sharing": "none"}
+        if request.param == "vanilla"
+        else {"layers": 3, "sharing": "cycle"}
+    )
     lm = small_lm(request.param, **TINY, **shape)
     # The balance loss is one of the micro-batch as a whole, not a sum over tokens.
     if lm.depth.routed:
@@ -52,7 +64,9 @@ def model(request):
 
 def assert_close(found, wanted, tolerance=2e-5):
     for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=tolerance * max(1e-3, float(np.abs(theirs).max())))
+        np.testing.assert_allclose(
+            mine, theirs, atol=tolerance * max(1e-3, float(np.abs(theirs).max()))
+        )
 
 
 def test_the_loss_is_the_weighted_sum_over_the_number_of_weighted_targets(model):
@@ -61,7 +75,8 @@ def test_the_loss_is_the_weighted_sum_over_the_number_of_weighted_targets(model)
     _, aux = run(params, batch, 1)
     logp = jax.nn.log_softmax(lm.apply(params, batch["tokens"], batch["segment_ids"]))[0]
     own = np.concatenate([w for _, w in PARTS.values()])
-    at = [t for t in range(1, 21) if own[t] and t != 10]  # position 10 opens the second conversation
+    # position 10 opens the second conversation
+    at = [t for t in range(1, 21) if own[t] and t != 10]
     want = sum(own[t] * -float(logp[t - 1, batch["tokens"][0, t]]) for t in at) / len(at)
     assert float(aux["lm_loss"]) == pytest.approx(want, rel=1e-5)
     assert float(aux["bytes"]) == len(at)
@@ -101,7 +116,10 @@ def test_weights_of_one_are_no_weights(model):
     _, params, run = model
     batch = packed()
     plain = {name: x for name, x in batch.items() if name != "weights"}
-    (one, aux), (two, other) = run(params, batch | {"weights": jnp.ones((1, LENGTH))}, 1), run(params, plain, 1)
+    (one, aux), (two, other) = (
+        run(params, batch | {"weights": jnp.ones((1, LENGTH))}, 1),
+        run(params, plain, 1),
+    )
     assert float(aux["loss"]) == float(other["loss"])
     for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -112,7 +130,9 @@ def test_an_evaluation_reads_the_tokens_with_a_loss(model):
     batch, bytes_V = packed(), jnp.ones(64)
     sums = evaluate_module.eval_step(lm, params, batch, bytes_V, "causal")
     targets, weights = next_token_targets(batch["tokens"], batch["segment_ids"], batch["weights"])
-    logp = jax.nn.log_softmax(lm.apply(params, batch["tokens"], batch["segment_ids"], mode="causal"))
+    logp = jax.nn.log_softmax(
+        lm.apply(params, batch["tokens"], batch["segment_ids"], mode="causal")
+    )
     nll = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
     assert float(sums["targets"]) == float(jnp.sum(weights > 0)) == 8
     assert float(sums["nll"]) == pytest.approx(float(jnp.sum(nll * (weights > 0))), rel=1e-5)

@@ -1,4 +1,5 @@
-"""Runs, corpora, caches and reports in object stores: the real clients against real servers on this machine."""
+"""Runs, corpora, caches and reports in object stores: the real clients against real servers on this
+machine."""
 
 import contextlib
 import functools
@@ -56,9 +57,13 @@ def place(store, tmp_path_factory):
     upload(write_corpus(directory), f"{store.root}/corpus/text.jsonl")
     config = write_config(directory, f"{store.root}/corpus/*.jsonl")
     return directory, [
-        "--config", config, f"--config.train.steps={STEPS}", f"--config.train.eval_every={EVERY}",
-        f"--config.train.checkpoint_every={EVERY}", f"--config.data.cache_dir={store.root}/cache",
-    ]  # fmt: skip
+        "--config",
+        config,
+        f"--config.train.steps={STEPS}",
+        f"--config.train.eval_every={EVERY}",
+        f"--config.train.checkpoint_every={EVERY}",
+        f"--config.data.cache_dir={store.root}/cache",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +77,16 @@ def whole(store, place):
 def test_a_run_leaves_in_the_store_what_it_leaves_on_a_disk(store, place, whole):
     names = {p.name for p in as_path(whole).iterdir()}
     expected = {
-        "config.json", "tokenizer.json", "metrics.jsonl", "goodput.json", "summary.json", "sample.txt", "tensorboard",
-        "program", "checkpoints",
-    }  # fmt: skip
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "goodput.json",
+        "summary.json",
+        "sample.txt",
+        "tensorboard",
+        "program",
+        "checkpoints",
+    }
     assert names == expected  # and no lock
     assert sorted(records(whole, "train")) == list(range(1, STEPS + 1))
     assert sorted(p.name for p in as_path(f"{whole}/checkpoints").iterdir()) == ["10", "20", "30"]
@@ -83,23 +95,34 @@ def test_a_run_leaves_in_the_store_what_it_leaves_on_a_disk(store, place, whole)
 
 
 def test_a_killed_run_goes_on_and_loses_no_line(store, place, whole):
-    """Killed between two checkpoints; after the resume every number is that of the undisturbed run."""
+    """Killed between two checkpoints; after the resume every number is that of the undisturbed
+    run."""
     import subprocess
 
     workdir = f"{store.root}/killed"
     process = subprocess.Popen(
-        command("train", *place[1], "--workdir", workdir), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        command("train", *place[1], "--workdir", workdir),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     end = time.monotonic() + 900
-    while not as_path(f"{workdir}/checkpoints/{KILL_AT // EVERY * EVERY}/commit_success.txt").exists():
+    while not as_path(
+        f"{workdir}/checkpoints/{KILL_AT // EVERY * EVERY}/commit_success.txt"
+    ).exists():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    kept = max(int(p.name) for p in as_path(f"{workdir}/checkpoints").iterdir() if (p / "commit_success.txt").exists())
+    kept = max(
+        int(p.name)
+        for p in as_path(f"{workdir}/checkpoints").iterdir()
+        if (p / "commit_success.txt").exists()
+    )
     assert not as_path(f"{workdir}/summary.json").exists()
-    assert set(records(workdir, "train")) >= set(range(1, kept + 1))  # no checkpoint knows more than the curve
+    # no checkpoint knows more than the curve
+    assert set(records(workdir, "train")) >= set(range(1, kept + 1))
     assert as_path(f"{workdir}/run.lock").exists()
 
     done = run("train", *place[1], "--workdir", workdir)
@@ -112,11 +135,14 @@ def test_a_killed_run_goes_on_and_loses_no_line(store, place, whole):
 
 
 def test_the_readers_read_it(store, place, whole, tmp_path):
-    """Evaluation, generation, report and conversion take the address where they take a directory."""
+    """Evaluation, generation, report and conversion take the address where they take a
+    directory."""
     done = run("evaluate", "--checkpoint", whole, "--out", f"{store.root}/out/record.json")
     assert done.returncode == 0, done.stderr
     written = json.loads(as_path(f"{store.root}/out/record.json").read_text())
-    assert written["causal/nll"] == pytest.approx(records(whole, "eval")[STEPS]["causal/nll"], rel=1e-6)
+    assert written["causal/nll"] == pytest.approx(
+        records(whole, "eval")[STEPS]["causal/nll"], rel=1e-6
+    )
     done = run("generate", "--checkpoint", whole, "--prompt", "def ", "--max_tokens", 4)
     assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
     done = run("report", whole, "--out", f"{store.root}/out/report.html")
@@ -125,14 +151,19 @@ def test_the_readers_read_it(store, place, whole, tmp_path):
 
 
 def test_prepared_data_goes_through_the_store(store, place, tmp_path, monkeypatch):
-    """What one machine prepared the next one fetches: the same bytes, without a look at the tokenizer."""
-    cfg = DataConfig(source="files", paths=(f"{store.root}/corpus/*.jsonl",), cache_dir=f"{store.root}/cache2")
+    """What one machine prepared the next one fetches: the same bytes, without a look at the
+    tokenizer."""
+    cfg = DataConfig(
+        source="files", paths=(f"{store.root}/corpus/*.jsonl",), cache_dir=f"{store.root}/cache2"
+    )
     found = []
     for machine in ("one", "two"):
         monkeypatch.setenv("MOR_JAX_CACHE", str(tmp_path / machine))
         assert cache_root(cfg) == tmp_path / machine / "data"
         if machine == "two":
-            monkeypatch.setattr("mor_jax.data.prepare._write", lambda *_: pytest.fail("prepared anew"))
+            monkeypatch.setattr(
+                "mor_jax.data.prepare._write", lambda *_: pytest.fail("prepared anew")
+            )
         found.append(prepare(cfg, 32, progress=False))
     one, two = found
     assert one.fingerprint == two.fingerprint and one.stats == two.stats
@@ -142,24 +173,39 @@ def test_prepared_data_goes_through_the_store(store, place, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".xz"])
 def test_a_corpus_is_the_same_here_and_there(store, tmp_path, suffix):
-    """Content and names decide, not where it lies: the same fingerprint, so that a run goes on with a moved corpus."""
+    """Content and names decide, not where it lies: the same fingerprint, so that a run goes on with
+    a moved corpus."""
     import gzip
     import lzma
 
     import zstandard
 
     text = b'{"text": "one"}\n{"text": "two and more"}\n'
-    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    pack = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.ZstdCompressor().compress,
+    }[suffix]
     for name in ("a", "deep/b"):
         path = tmp_path / "corpus" / f"{name}.jsonl{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pack(text))
         upload(path, f"{store.root}/moved{suffix}/{name}.jsonl{suffix}")
-    here = DataConfig(source="files", paths=(f"{tmp_path}/corpus/**/*.jsonl{suffix}",), cache_dir=str(tmp_path / "c"))
-    there = DataConfig(
-        source="files", paths=(f"{store.root}/moved{suffix}/**/*.jsonl{suffix}",), cache_dir=str(tmp_path / "d")
+    here = DataConfig(
+        source="files",
+        paths=(f"{tmp_path}/corpus/**/*.jsonl{suffix}",),
+        cache_dir=str(tmp_path / "c"),
     )
-    assert prepare(here, 8, progress=False).fingerprint == prepare(there, 8, progress=False).fingerprint
+    there = DataConfig(
+        source="files",
+        paths=(f"{store.root}/moved{suffix}/**/*.jsonl{suffix}",),
+        cache_dir=str(tmp_path / "d"),
+    )
+    assert (
+        prepare(here, 8, progress=False).fingerprint
+        == prepare(there, 8, progress=False).fingerprint
+    )
 
 
 def state(n):
@@ -194,7 +240,9 @@ def test_no_such_bucket_is_said_at_the_start(store, place):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "no such bucket" in done.stderr and "preparing" not in done.stderr
     with pytest.raises(DataError, match="matches no file"):
-        prepare(DataConfig(source="files", paths=(f"{store.root}/none/*.jsonl",)), 8, progress=False)
+        prepare(
+            DataConfig(source="files", paths=(f"{store.root}/none/*.jsonl",)), 8, progress=False
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Two real processes over loopback: they train, evaluate and save together, stop together, and name the one that dies.
+"""Two real processes over loopback: they train, evaluate and save together, stop together, and name
+the one that dies.
 
 `benchmarks/chaos.py` does the same many times, on more processes and at random steps.
 """
@@ -11,7 +12,15 @@ import socket
 import subprocess
 
 import pytest
-from train.tiny_run import ROOT, command, environment, records, wait_for_step, write_config, write_corpus
+from train.tiny_run import (
+    ROOT,
+    command,
+    environment,
+    records,
+    wait_for_step,
+    write_config,
+    write_corpus,
+)
 
 from mor_jax.config import from_config_dict
 from mor_jax.parallel.multihost import LOST
@@ -40,14 +49,23 @@ def start_two(place, workdir):
     found = []
     for rank in (0, 1):
         env = environment(
-            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(rank),
+            JAX_COORDINATOR_ADDRESS=f"127.0.0.1:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(rank),
             MOR_JAX_HOST_TIMEOUT="30",
-        )  # fmt: skip
+        )
         argv = command(
-            "train", "--config", f"{place[1]}:vanilla", "--workdir", workdir, f"--config.train.steps={STEPS}"
+            "train",
+            "--config",
+            f"{place[1]}:vanilla",
+            "--workdir",
+            workdir,
+            f"--config.train.steps={STEPS}",
         )
         with open(f"{workdir}.{rank}", "w") as out:
-            found.append(subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT))
+            found.append(
+                subprocess.Popen(argv, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+            )
     return found
 
 
@@ -59,12 +77,17 @@ def said(workdir, rank):
 def curve(workdir):
     """{(kind, step): record without the times}"""
     kinds = {kind: records(workdir, kind) for kind in ("train", "eval")}
-    return {(k, r["step"]): {n: v for n, v in r.items() if n not in TIMING} for k, rs in kinds.items() for r in rs}
+    return {
+        (k, r["step"]): {n: v for n, v in r.items() if n not in TIMING}
+        for k, rs in kinds.items()
+        for r in rs
+    }
 
 
 @pytest.fixture(scope="module")
 def run(place):
-    """(directory, what happened): stopped by SIGTERM to process 1, resumed, process 1 killed, resumed on one process."""
+    """(directory, what happened): stopped by SIGTERM to process 1, resumed, process 1 killed,
+    resumed on one process."""
     workdir, seen = place[0] / "run", {}
     two = start_two(place, workdir)
     try:
@@ -94,7 +117,10 @@ def test_sigterm_to_one_saves_the_same_step_on_both_and_exits_with_0(run):
     _, seen = run
     assert seen["stopped"] == [0, 0], seen["stopped_text"]
     assert 30 <= seen["stopped_at"] == seen["stopped_steps"] < STEPS
-    assert f"Stopped by SIGTERM to one of the processes after step {seen['stopped_at']}; saved." in seen["stopped_text"]
+    assert (
+        f"Stopped by SIGTERM to one of the processes after step {seen['stopped_at']}; saved."
+        in seen["stopped_text"]
+    )
 
 
 def test_a_killed_process_is_named_by_the_other(run):
@@ -106,7 +132,10 @@ def test_a_killed_process_is_named_by_the_other(run):
         "no heartbeat" in line
         and f"from process 1 ({socket.gethostname()}, pid {seen['victim']}), last at step" in line
     )
-    assert "process 0 (" in line and "the same command goes on from there, on any number of processes" in line
+    assert (
+        "process 0 (" in line
+        and "the same command goes on from there, on any number of processes" in line
+    )
 
 
 def test_one_process_goes_on_and_the_curve_is_that_of_a_run_nobody_disturbed(place, run):
@@ -120,6 +149,10 @@ def test_one_process_goes_on_and_the_curve_is_that_of_a_run_nobody_disturbed(pla
         for name in ("loss", "causal/nll", "lr"):
             if name in record:
                 assert abs(found[key][name] - record[name]) <= 1e-5, (key, name)
-    hosts = [r for r in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()) if r["kind"] == "hosts"]
+    hosts = [
+        r
+        for r in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        if r["kind"] == "hosts"
+    ]
     assert hosts and all(len(r["own_s"]) == len(r["step_s"]) == 2 for r in hosts)
     assert not os.path.exists(workdir / "profile")

@@ -1,4 +1,5 @@
-"""A run that was stopped, however rudely, goes on as if nothing had happened: real processes, real signals."""
+"""A run that was stopped, however rudely, goes on as if nothing had happened: real processes, real
+signals."""
 
 import json
 import shutil
@@ -31,7 +32,11 @@ def numbers(workdir, kind):
 
 
 def contents(workdir):
-    return {str(p.relative_to(workdir)): p.read_bytes() for p in sorted(workdir.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(workdir)): p.read_bytes()
+        for p in sorted(workdir.rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")

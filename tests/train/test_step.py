@@ -1,4 +1,5 @@
-"""One optimiser step: accumulation, loss, clipping, decay, schedules, and what happens to numbers that are not finite."""
+"""One optimiser step: accumulation, loss, clipping, decay, schedules, and what happens to numbers
+that are not finite."""
 
 import warnings
 
@@ -19,8 +20,11 @@ from mor_jax.train.step import gradients, make_train_step
 TINY = {"width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": 32}
 
 
-def ragged_batch(rows: int = 4, length: int = 32, vocab: int = 64, seed: int = 0) -> dict[str, jax.Array]:
-    """One full row, one of three documents with a padded end, one row of padding only, short rows."""
+def ragged_batch(
+    rows: int = 4, length: int = 32, vocab: int = 64, seed: int = 0
+) -> dict[str, jax.Array]:
+    """One full row, one of three documents with a padded end, one row of padding only, short
+    rows."""
     rng = np.random.default_rng(seed)
     seg = np.zeros((rows, length), np.int32)
     seg[0] = 1
@@ -47,12 +51,15 @@ def accumulated():
 
 @pytest.mark.parametrize("accum", [2, 4])
 def test_accumulation_changes_nothing(accumulated, accum):
-    """With rows of unequal length, and one micro-batch of padding only, every term of the loss stays what it was."""
+    """With rows of unequal length, and one micro-batch of padding only, every term of the loss
+    stays what it was."""
     _, _, found = accumulated
     (grads, aux), (whole_grads, whole) = found[accum], found[1]
     for name in ("loss", "lm_loss", "router_loss", "nll", "bytes", "tokens", "depth_sum"):
         assert relative(aux[name], whole[name]) < 1e-5, name
-    for name, mine, theirs in zip(whole["router"]._fields, aux["router"], whole["router"], strict=True):
+    for name, mine, theirs in zip(
+        whole["router"]._fields, aux["router"], whole["router"], strict=True
+    ):
         assert relative(mine, theirs) < 1e-5, name
     leaves = jax.tree_util.tree_leaves_with_path(whole_grads)
     for (path, theirs), mine in zip(leaves, jax.tree.leaves(grads), strict=True):
@@ -69,7 +76,9 @@ def test_loss_is_the_mean_over_real_targets(accumulated):
     nll = -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
     assert float(weights.sum()) == 31 + 8 + 1 + 13 + 4
     assert relative(aux["lm_loss"], jnp.sum(nll * weights) / jnp.sum(weights)) < 1e-5
-    assert relative(aux["loss"], aux["lm_loss"] + lm.depth.aux_loss_weight * aux["router_loss"]) < 1e-6
+    assert (
+        relative(aux["loss"], aux["lm_loss"] + lm.depth.aux_loss_weight * aux["router_loss"]) < 1e-6
+    )
     assert float(aux["bytes"]) == float(jnp.sum((targets % 5) * weights))
     assert float(aux["router_loss"]) > 0
     moved = {name for name, g in grads["router"].items() if np.abs(np.asarray(g)).max() > 0}
@@ -99,30 +108,47 @@ def test_chunked_cross_entropy_is_the_plain_one(chunk):
     np.testing.assert_allclose(value, want, rtol=1e-6)
     for mine, theirs in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(chunked(h, table), want / 3, rtol=1e-6)  # not differentiated: another path
-    np.testing.assert_allclose(token_nll(h, table, targets, chunk), plain_nll(h, table), rtol=1e-5, atol=1e-6)
+    # not differentiated: another path
+    np.testing.assert_allclose(chunked(h, table), want / 3, rtol=1e-6)
+    np.testing.assert_allclose(
+        token_nll(h, table, targets, chunk), plain_nll(h, table), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("chunk", [0, 16, 4])
 def test_cross_entropy_in_bfloat16_compiles_for_any_number_of_chunks(chunk):
     """One chunk is no loop to the compiler, which has other ways with its products then."""
-    h, table = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 16, 32), (64, 32)]))
+    h, table = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 16, 32), (64, 32)])
+    )
     targets, weights = jnp.ones((2, 16), jnp.int32), jnp.ones((2, 16))
-    gradient = jax.jit(jax.grad(lambda h, table: cross_entropy_sum(h, table, targets, weights, chunk), argnums=(0, 1)))
-    exact = h.astype(jnp.bfloat16).astype(jnp.float32), table.astype(jnp.bfloat16).astype(jnp.float32)
+    gradient = jax.jit(
+        jax.grad(
+            lambda h, table: cross_entropy_sum(h, table, targets, weights, chunk), argnums=(0, 1)
+        )
+    )
+    exact = (
+        h.astype(jnp.bfloat16).astype(jnp.float32),
+        table.astype(jnp.bfloat16).astype(jnp.float32),
+    )
     for half, full in zip(gradient(h.astype(jnp.bfloat16), table), gradient(*exact), strict=True):
         # Probabilities, and the states' gradient, are rounded to 8 bits.
         np.testing.assert_allclose(half.astype(jnp.float32), full, rtol=0.03, atol=0.03)
 
 
 def test_cross_entropy_in_bfloat16_keeps_what_a_sure_prediction_has_left_to_learn():
-    """At a target's probability of 0.999 the gradient is what 1 leaves: it must not drown in the rounding of 0.999."""
+    """At a target's probability of 0.999 the gradient is what 1 leaves: it must not drown in the
+    rounding of 0.999."""
     width = 16
-    table = 4 * jnp.eye(32, width, dtype=jnp.float32)  # row i points along axis i; exact in bfloat16
+    # row i points along axis i; exact in bfloat16
+    table = 4 * jnp.eye(32, width, dtype=jnp.float32)
     targets = jnp.arange(8, dtype=jnp.int32)[None]
     h = 2.5 * jax.nn.one_hot(targets, width, dtype=jnp.float32)
     weights = jnp.ones(targets.shape, jnp.float32)
-    gradient = jax.grad(lambda h, table: cross_entropy_sum(h, table, targets, weights, 4), argnums=(0, 1))
+    gradient = jax.grad(
+        lambda h, table: cross_entropy_sum(h, table, targets, weights, 4), argnums=(0, 1)
+    )
     want = gradient(h, table)
     assert float(jnp.max(jax.nn.softmax(h @ table.T))) > 0.998
     for half, full in zip(gradient(h.astype(jnp.bfloat16), table), want, strict=True):
@@ -141,7 +167,9 @@ def test_schedules(schedule, steps):
     during = rates[:steps]  # what the steps use
     assert np.all(during > 0) and np.all(during <= 2e-3 * (1 + 1e-6))
     assert np.isclose(during.max(), 2e-3, rtol=1e-5)
-    assert np.all(np.diff(rates[: warmup + 1]) >= -1e-9) and np.all(np.diff(rates[max(warmup, 1) :]) <= 1e-9)
+    assert np.all(np.diff(rates[: warmup + 1]) >= -1e-9) and np.all(
+        np.diff(rates[max(warmup, 1) :]) <= 1e-9
+    )
     if warmup:
         assert np.isclose(rates[0], 2e-3 / warmup)
     if steps >= 7:  # else 20 % of the run are no step
@@ -165,7 +193,9 @@ def test_weight_decay_spares_norms(toy):
     zeros = jax.tree.map(jnp.zeros_like, toy)
     updates, _ = tx.update(zeros, tx.init(toy), toy)
     norms = matrices = 0
-    for (path, w), u in zip(jax.tree_util.tree_leaves_with_path(toy), jax.tree.leaves(updates), strict=True):
+    for (path, w), u in zip(
+        jax.tree_util.tree_leaves_with_path(toy), jax.tree.leaves(updates), strict=True
+    ):
         if path[-1].key == "survey":  # kept by rule
             assert not np.any(u)
         elif w.ndim == 1:  # a norm's scale
@@ -212,7 +242,8 @@ def test_step_learns_counts_and_donates(vanilla):
     norm = float(optax.global_norm(raw))
     losses = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*donated.*")  # "Some donated buffers were not usable"
+        # "Some donated buffers were not usable"
+        warnings.filterwarnings("error", message=".*donated.*")
         for count in range(1, 6):
             before = state
             state, metrics = step(state, batch)
@@ -220,7 +251,8 @@ def test_step_learns_counts_and_donates(vanilla):
             assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
             losses.append(float(metrics["loss"]))
             if count == 1:
-                assert np.isclose(float(metrics["grad_norm"]), norm, rtol=1e-4)  # before clipping, which is at 1e-3
+                # before clipping, which is at 1e-3
+                assert np.isclose(float(metrics["grad_norm"]), norm, rtol=1e-4)
     assert norm > 1e-3
     assert losses[-1] < losses[0]
     assert float(metrics["mean_depth"]) == 1.0
@@ -228,7 +260,8 @@ def test_step_learns_counts_and_donates(vanilla):
 
 
 def test_poisoned_weights_are_reported_and_kept(vanilla):
-    """A step from weights that are not finite changes nothing: neither counter, nor moments, nor weights."""
+    """A step from weights that are not finite changes nothing: neither counter, nor moments, nor
+    weights."""
     _, step, fresh = vanilla
     state = fresh()
     table = state.params["embed"]["table"].at[3, 0].set(jnp.nan)
@@ -241,13 +274,22 @@ def test_poisoned_weights_are_reported_and_kept(vanilla):
 
 @pytest.mark.parametrize(
     ("loss", "gradient", "goes_on"),
-    [(1.0, 2.0, True), (np.nan, 2.0, False), (np.inf, 2.0, False), (1.0, np.nan, False), (1.0, -np.inf, False)],
+    [
+        (1.0, 2.0, True),
+        (np.nan, 2.0, False),
+        (np.inf, 2.0, False),
+        (1.0, np.nan, False),
+        (1.0, -np.inf, False),
+    ],
 )
-def test_each_kind_of_non_finite_number_stops_the_update(vanilla, monkeypatch, loss, gradient, goes_on):
+def test_each_kind_of_non_finite_number_stops_the_update(
+    vanilla, monkeypatch, loss, gradient, goes_on
+):
     lm, _, _ = vanilla
     params = {"w": jnp.ones((2, 2)), "scale": jnp.ones(2), "router": {}}
     aux = dict.fromkeys(
-        ("loss", "lm_loss", "router_loss", "router_z_loss", "depth_sum", "tokens", "nll", "bytes"), jnp.float32(loss)
+        ("loss", "lm_loss", "router_loss", "router_z_loss", "depth_sum", "tokens", "nll", "bytes"),
+        jnp.float32(loss),
     )
     grads = jax.tree.map(jnp.ones_like, params)
     grads["w"] = grads["w"].at[0, 1].set(gradient)
@@ -255,7 +297,13 @@ def test_each_kind_of_non_finite_number_stops_the_update(vanilla, monkeypatch, l
     tx = optimizer(OptimConfig(), 10)
     state = TrainState(jnp.int32(4), params, tx.init(params))
     new, metrics = make_train_step(lm, tx)(state, ragged_batch())
-    same = [np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)]
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new), strict=True)
+    ]
     assert not any(same) if goes_on else all(same)
     assert int(new.step) == (5 if goes_on else 4)
-    assert bool(np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"]))) == goes_on
+    assert (
+        bool(np.isfinite(float(metrics["loss"])) and np.isfinite(float(metrics["grad_norm"])))
+        == goes_on
+    )

@@ -1,4 +1,5 @@
-"""Trackers: what they are given, what happens when one fails or is missing, and that a resumed run stays one run."""
+"""Trackers: what they are given, what happens when one fails or is missing, and that a resumed run
+stays one run."""
 
 import json
 import sys
@@ -38,9 +39,15 @@ def run(directory, step=0):
 def test_a_tracker_of_ones_own_gets_finite_numbers_and_may_fail(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "own_trackers", types.SimpleNamespace(make=Own))
     Own.seen, said = [], []
-    writer = MetricWriter(tmp_path, trackers=open_trackers(["own_trackers:make"], run(tmp_path)), say=said.append)
+    writer = MetricWriter(
+        tmp_path, trackers=open_trackers(["own_trackers:make"], run(tmp_path)), say=said.append
+    )
     for step in (1, 2, 3, 4):
-        writer.write("train", step, {"loss": float(step), "bad": float("nan"), "by_depth": [1.0], "mfu": None})
+        writer.write(
+            "train",
+            step,
+            {"loss": float(step), "bad": float("nan"), "by_depth": [1.0], "mfu": None},
+        )
     writer.close()
     assert Own.seen == [("mine", "train", 1, {"loss": 1.0}), ("mine", "train", 2, {"loss": 2.0})]
     assert len(said) == 1 and "own_trackers:make" in said[0] and "the network is gone" in said[0]

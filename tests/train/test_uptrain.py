@@ -12,16 +12,40 @@ from mor_jax.train.convert import convert_checkpoint
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import train
 
-TRAIN = {"steps": 2, "batch_size": 4, "log_every": 1, "eval_every": 0, "eval_rows": 4, "checkpoint_every": 0}
-MODEL = {"layers": 4, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 32, "context": 32, "loss_chunk": 0}
+TRAIN = {
+    "steps": 2,
+    "batch_size": 4,
+    "log_every": 1,
+    "eval_every": 0,
+    "eval_rows": 4,
+    "checkpoint_every": 0,
+}
+MODEL = {
+    "layers": 4,
+    "width": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "mlp_width": 32,
+    "context": 32,
+    "loss_chunk": 0,
+}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uptrain")
     corpus = write_corpus(directory / "corpus")
-    data = {"source": "files", "paths": (str(corpus),), "cache_dir": str(directory / "cache"), "tokenizer": "bytes"}
-    train(from_dict({"model": MODEL, "data": data, "train": TRAIN}), directory / "vanilla", progress=False)
+    data = {
+        "source": "files",
+        "paths": (str(corpus),),
+        "cache_dir": str(directory / "cache"),
+        "tokenizer": "bytes",
+    }
+    train(
+        from_dict({"model": MODEL, "data": data, "train": TRAIN}),
+        directory / "vanilla",
+        progress=False,
+    )
     return directory / "vanilla"
 
 
@@ -62,15 +86,22 @@ def test_a_run_learns_from_its_source(source, converted, tmp_path):
     for r in whole:
         own = r["router_loss"] * taught.depth.aux_loss_weight
         assert r["distill_loss"] > 0
-        assert r["loss"] == pytest.approx(0.75 * r["lm_loss"] + 0.25 * r["distill_loss"] + own, rel=1e-5)
+        assert r["loss"] == pytest.approx(
+            0.75 * r["lm_loss"] + 0.25 * r["distill_loss"] + own, rel=1e-5
+        )
     assert load_model(tmp_path / "whole").lineage["parent"] == str(converted)
 
 
 def test_a_teacher_that_cannot_teach_is_named(source, converted, tmp_path):
     cfg = config(source, weight=0.5)
-    vary = lambda **groups: from_dict(cfg.to_dict() | {k: cfg.to_dict()[k] | v for k, v in groups.items()})
+    vary = lambda **groups: from_dict(
+        cfg.to_dict() | {k: cfg.to_dict()[k] | v for k, v in groups.items()}
+    )
     cases = [
-        (vary(data={"tokenizer": "bpe", "bpe_vocab": 300}, model={"vocab_size": 320}), "another tokenizer"),
+        (
+            vary(data={"tokenizer": "bpe", "bpe_vocab": 300}, model={"vocab_size": 320}),
+            "another tokenizer",
+        ),
         (vary(model={"context": 64}), "reads 32 tokens at most"),
         (vary(model={"vocab_size": 512}), "a table of 320 tokens"),
         (vary(distill={"teacher": str(tmp_path / "nowhere")}), "nowhere"),

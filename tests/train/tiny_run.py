@@ -1,4 +1,5 @@
-"""Real commands on a model of a few thousand parameters: for tests of what a person at a terminal sees."""
+"""Real commands on a model of a few thousand parameters: for tests of what a person at a terminal
+sees."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = '''
+CONFIG = """
 from ml_collections import ConfigDict
 
 
@@ -41,7 +42,7 @@ def get_config(arg=""):
             ),
         )
     )
-'''  # fmt: skip
+"""
 
 
 class Trained(NamedTuple):
@@ -56,8 +57,27 @@ class Trained(NamedTuple):
 def write_corpus(directory: Path, documents: int = 60, seed: int = 0) -> Path:
     """`directory`/corpus.jsonl: short documents of made-up words, several to a row."""
     rng = random.Random(seed)
-    words = ["def", "return", "loss", "step", "if", "for", "x", "y", "(", ")", "\n", "é", "=", "value", "depth"]
-    lines = (json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(2, 30)))}) for _ in range(documents))
+    words = [
+        "def",
+        "return",
+        "loss",
+        "step",
+        "if",
+        "for",
+        "x",
+        "y",
+        "(",
+        ")",
+        "\n",
+        "é",
+        "=",
+        "value",
+        "depth",
+    ]
+    lines = (
+        json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(2, 30)))})
+        for _ in range(documents)
+    )
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "corpus.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -81,12 +101,14 @@ def command(name: str, *args: object) -> list[str]:
     return [sys.executable, "-m", f"launch.{name}", *map(str, args)]
 
 
-# What JAX, Python and our packages may read when they are imported: another process is needed for other values.
+# What JAX, Python and our packages may read when they are imported: another process is needed for
+# other values.
 READ_AT_IMPORT = ("FSSPEC_", "GRPC_", "JAX_", "LANG", "LC_", "MOR_JAX_", "PYTHON", "TF_", "XLA_")
 
 
 class _Forking(NamedTuple):
-    """A process that forks commands (forked.py) and the folder of its socket; it ends when this is forgotten."""
+    """A process that forks commands (forked.py) and the folder of its socket; it ends when this is
+    forgotten."""
 
     process: subprocess.Popen
     folder: tempfile.TemporaryDirectory
@@ -102,8 +124,14 @@ _LOCK = threading.Lock()
 @functools.lru_cache(1)
 def _forking(env: frozenset[tuple[str, str]]) -> _Forking:
     folder = tempfile.TemporaryDirectory(prefix="forked_")
-    program = [sys.executable, str(Path(__file__).with_name("forked.py")), str(Path(folder.name) / "socket")]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=dict(env))
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("forked.py")),
+        str(Path(folder.name) / "socket"),
+    ]
+    process = subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=dict(env)
+    )
     assert process.stdout.readline() == b"ready\n"
     return _Forking(process, folder)
 
@@ -111,7 +139,8 @@ def _forking(env: frozenset[tuple[str, str]]) -> _Forking:
 def run_forked(
     name: str, args: Sequence[str], env: Mapping[str, str], stdin: bytes = b"", timeout: float = 240
 ) -> subprocess.CompletedProcess:
-    """The command to its end, in a process forked from one that has done the imports in this environment."""
+    """The command to its end, in a process forked from one that has done the imports in this
+    environment."""
     at_import = {k: v for k, v in env.items() if k.startswith(READ_AT_IMPORT)}
     asked = {"args": [name, *args], "cwd": str(ROOT), "env": dict(env)}
     with contextlib.ExitStack() as stack:
@@ -135,18 +164,28 @@ def run_forked(
             raise subprocess.TimeoutExpired(command(name, *args), timeout) from None
         for f in files[1:]:
             f.seek(0)
-        return subprocess.CompletedProcess(command(name, *args), status, files[1].read(), files[2].read())
+        return subprocess.CompletedProcess(
+            command(name, *args), status, files[1].read(), files[2].read()
+        )
 
 
-def run(name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **env: str) -> subprocess.CompletedProcess:
+def run(
+    name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **env: str
+) -> subprocess.CompletedProcess:
     """The command to its end; stdout and stderr as text.
 
-    It is a process of its own, but forked from one that has done the imports, where nothing is to be changed in its
-    environment; `start` and `command` are for what only a whole new interpreter shows.
+    It is a process of its own, but forked from one that has done the imports, where nothing is to
+    be changed in its environment; `start` and `command` are for what only a whole new interpreter
+    shows.
     """
     if env or sys.platform != "linux":
         done = subprocess.run(
-            command(name, *args), input=stdin, capture_output=True, cwd=ROOT, env=environment(**env), timeout=timeout
+            command(name, *args),
+            input=stdin,
+            capture_output=True,
+            cwd=ROOT,
+            env=environment(**env),
+            timeout=timeout,
         )
     else:
         done = run_forked(name, tuple(map(str, args)), environment(), stdin, timeout)
@@ -157,7 +196,9 @@ def run(name: str, *args: object, stdin: bytes = b"", timeout: float = 240, **en
 def start(name: str, *args: object) -> subprocess.Popen:
     """The command in the background, its output to be thrown away."""
     quiet = subprocess.DEVNULL
-    return subprocess.Popen(command(name, *args), stdin=quiet, stdout=quiet, stderr=quiet, cwd=ROOT, env=environment())
+    return subprocess.Popen(
+        command(name, *args), stdin=quiet, stdout=quiet, stderr=quiet, cwd=ROOT, env=environment()
+    )
 
 
 def records(workdir: Path, kind: str) -> list[dict]:
@@ -167,7 +208,9 @@ def records(workdir: Path, kind: str) -> list[dict]:
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
-def wait_for_step(process: subprocess.Popen, workdir: Path, step: int, timeout: float = 240) -> None:
+def wait_for_step(
+    process: subprocess.Popen, workdir: Path, step: int, timeout: float = 240
+) -> None:
     """Return as soon as metrics.jsonl shows `step`."""
     end = time.monotonic() + timeout
     while not any(r["step"] >= step for r in records(workdir, "train")):

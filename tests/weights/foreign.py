@@ -1,4 +1,5 @@
-"""Tiny models as Hugging Face writes them, with random weights, and what they compute in plain numpy."""
+"""Tiny models as Hugging Face writes them, with random weights, and what they compute in plain
+numpy."""
 
 import json
 import math
@@ -13,26 +14,45 @@ CHATML = (
 )
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BASE = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 384, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 5000.0, "hidden_act": "silu", "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 384,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000.0,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 ARCHITECTURES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False},
     "smollm2": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
     "llama3": {
-        "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 16},
+        "architectures": ["LlamaForCausalLM"],
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
     },
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None, "head_dim": 16},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "rms_norm_eps": 1e-6},
+    "qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+    },
     "qwen2-yarn": {
-        "architectures": ["Qwen2ForCausalLM"], "rope_scaling": {"type": "yarn", "factor": 4.0,
-                                                                "original_max_position_embeddings": 16},
+        "architectures": ["Qwen2ForCausalLM"],
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     },
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 12, "tie_word_embeddings": False},
-}  # fmt: skip
+}
 
 
 def config_for(kind, **changes):
@@ -56,7 +76,10 @@ def tensors_for(config, seed=0):
     def scale(size):
         return (1 + rng.normal(0, 0.2, size)).astype(np.float32)
 
-    found = {"model.embed_tokens.weight": matrix(config["vocab_size"], d), "model.norm.weight": scale(d)}
+    found = {
+        "model.embed_tokens.weight": matrix(config["vocab_size"], d),
+        "model.norm.weight": scale(d),
+    }
     if not config.get("tie_word_embeddings", False):
         found["lm_head.weight"] = matrix(config["vocab_size"], d)
     for i in range(config["num_hidden_layers"]):
@@ -73,7 +96,10 @@ def tensors_for(config, seed=0):
             f"{at}mlp.down_proj.weight": matrix(d, f),
         }
         if name == "Qwen2ForCausalLM":
-            found |= {f"{at}self_attn.{p}_proj.bias": matrix(n) for p, n in (("q", heads), ("k", kv), ("v", kv))}
+            found |= {
+                f"{at}self_attn.{p}_proj.bias": matrix(n)
+                for p, n in (("q", heads), ("k", kv), ("v", kv))
+            }
         if name == "Qwen3ForCausalLM":
             found |= {f"{at}self_attn.{p}_norm.weight": scale(hd) for p in "qk"}
     return found
@@ -111,7 +137,8 @@ def frequencies(config):
 
 
 def reference(config, w, ids):
-    """float32 logits [T, V] of one sequence, written after the architectures' papers: rotate_half, repeated kv heads."""
+    """float32 logits [T, V] of one sequence, written after the architectures' papers: rotate_half,
+    repeated kv heads."""
     hd, heads, kv = head_dim(config), config["num_attention_heads"], config["num_key_value_heads"]
     eps, t = np.float32(config["rms_norm_eps"]), len(ids)
 
@@ -120,7 +147,10 @@ def reference(config, w, ids):
 
     frequency, magnitude = frequencies(config)
     angle = np.arange(t)[:, None] * frequency
-    cos, sin = (np.concatenate([f(angle)] * 2, -1).astype(np.float32) * np.float32(magnitude) for f in (np.cos, np.sin))
+    cos, sin = (
+        np.concatenate([f(angle)] * 2, -1).astype(np.float32) * np.float32(magnitude)
+        for f in (np.cos, np.sin)
+    )
 
     def rotate(x):  # [T, heads, H]
         half = np.concatenate([-x[..., hd // 2 :], x[..., : hd // 2]], -1)
@@ -148,19 +178,30 @@ def reference(config, w, ids):
         x = x + np.einsum("hqk,khd->qhd", p, v).reshape(t, -1) @ w[f"{at}self_attn.o_proj.weight"].T
         n = norm(x, w[f"{at}post_attention_layernorm.weight"])
         gate = n @ w[f"{at}mlp.gate_proj.weight"].T
-        x = x + (gate / (1 + np.exp(-gate)) * (n @ w[f"{at}mlp.up_proj.weight"].T)) @ w[f"{at}mlp.down_proj.weight"].T
+        x = (
+            x
+            + (gate / (1 + np.exp(-gate)) * (n @ w[f"{at}mlp.up_proj.weight"].T))
+            @ w[f"{at}mlp.down_proj.weight"].T
+        )
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return norm(x, w["model.norm.weight"]) @ head.T
 
 
 def library_tokenizer():
-    """Byte-level BPE with three special tokens and one added token, its words cut as SmolLM2's are."""
-    pre, digits = tokenizers.pre_tokenizers, tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    """Byte-level BPE with three special tokens and one added token, its words cut as SmolLM2's
+    are."""
+    pre, digits = (
+        tokenizers.pre_tokenizers,
+        tokenizers.pre_tokenizers.Digits(individual_digits=True),
+    )
     hf = tokenizers.Tokenizer(tokenizers.models.BPE())
     hf.pre_tokenizer = pre.Sequence([digits, pre.ByteLevel(add_prefix_space=False)])
     hf.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=sorted(pre.ByteLevel.alphabet()), show_progress=False
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+        show_progress=False,
     )
     hf.train_from_iterator(["the cat sat on the mat and the hat, 12 times: 345"] * 3, trainer)
     hf.add_tokens([tokenizers.AddedToken("<tool>", special=False, normalized=False)])
@@ -176,11 +217,17 @@ def write_hf(directory, config, tensors, *, shards=1, template=CHATML, settings=
     if shards > 1:
         files = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
         of = {name: files[i % shards] for i, name in enumerate(names)}
-        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": of}))
+        (directory / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": of})
+        )
     for i, file in enumerate(files):
         save_file({name: tensors[name] for name in names[i::shards]}, directory / file)
     (directory / "tokenizer.json").write_text(library_tokenizer().to_str())
-    words = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "add_bos_token": False}
+    words = {
+        "bos_token": "<|im_start|>",
+        "eos_token": {"content": "<|im_end|>"},
+        "add_bos_token": False,
+    }
     if template:
         words["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(words | (settings or {})))

@@ -24,16 +24,33 @@ from mor_jax.weights.importing import import_weights
 
 IDS = np.random.default_rng(2).integers(0, 250, 30)
 SHAPE = {
-    "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "vocab_size": 320, "context": 64, "init_std": 0.2,
-}  # fmt: skip
+    "width": 32,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_width": 48,
+    "vocab_size": 320,
+    "context": 64,
+    "init_std": 0.2,
+}
 RECURSIVE = {
     "plain": {"layers": 3},
     "cycle": {"layers": 6, "recursions": 3, "sharing": "cycle"},
     "sequence": {"layers": 6, "recursions": 3, "sharing": "sequence"},
     "middle": {"layers": 6, "recursions": 2, "sharing": "middle_cycle", "tied": False},
     "biases": {"layers": 4, "recursions": 2, "sharing": "cycle", "qkv_bias": True},
-    "qk norm": {"layers": 4, "recursions": 2, "sharing": "cycle", "qk_norm": True, "rope_theta": 500.0},
-    "llama3": {"layers": 2, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_context": 16},
+    "qk norm": {
+        "layers": 4,
+        "recursions": 2,
+        "sharing": "cycle",
+        "qk_norm": True,
+        "rope_theta": 500.0,
+    },
+    "llama3": {
+        "layers": 2,
+        "rope_scaling": "llama3",
+        "rope_factor": 8.0,
+        "rope_original_context": 16,
+    },
     "yarn": {"layers": 2, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 16},
 }
 
@@ -59,13 +76,16 @@ def test_what_is_written_computes_the_same_here_and_elsewhere(kind, tmp_path):
     for layer, (part, number) in enumerate(unrolled(original.config)):
         one, other = again.params["core"][str(layer)], original.params[part][number]
         jax.tree.map(np.testing.assert_array_equal, one, other)
-    # The same bits in a program that is compiled in other pieces: sums may be rounded in another order.
+    # The same bits in a program that is compiled in other pieces: sums may be rounded in another
+    # order.
     np.testing.assert_allclose(logits_of(again, IDS), logits_of(original, IDS), atol=5e-5)
     config, tensors = (
         json.loads((tmp_path / "hf/config.json").read_text()),
         load_file(tmp_path / "hf/model.safetensors"),
     )
-    np.testing.assert_allclose(reference(config, tensors, IDS), logits_of(original, IDS), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        reference(config, tensors, IDS), logits_of(original, IDS), atol=2e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "smollm2"])
@@ -80,8 +100,14 @@ def test_published_weights_come_back_bit_for_bit(kind, tmp_path):
         for name, x in load_file(tmp_path / "out" / file).items():
             np.testing.assert_array_equal(x, tensors[name])
     written = json.loads((tmp_path / "out/config.json").read_text())
-    assert {k: written[k] for k in config if k not in ("eos_token_id", "sliding_window") and k in written} == {
-        k: v for k, v in config.items() if k not in ("eos_token_id", "sliding_window") and k in written
+    assert {
+        k: written[k]
+        for k in config
+        if k not in ("eos_token_id", "sliding_window") and k in written
+    } == {
+        k: v
+        for k, v in config.items()
+        if k not in ("eos_token_id", "sliding_window") and k in written
     }
     import_weights(f"hf:{tmp_path / 'out'}", tmp_path / "again")
     first, second = load_model(tmp_path / "run"), load_model(tmp_path / "again")
@@ -90,7 +116,9 @@ def test_published_weights_come_back_bit_for_bit(kind, tmp_path):
     assert first.tokenizer.to_json() == second.tokenizer.to_json()
 
 
-@pytest.mark.parametrize("words", [ByteTokenizer(), train_bpe(["the cat and the hat"] * 4, 300)], ids=["bytes", "bpe"])
+@pytest.mark.parametrize(
+    "words", [ByteTokenizer(), train_bpe(["the cat and the hat"] * 4, 300)], ids=["bytes", "bpe"]
+)
 def test_the_tokenizer_is_one_that_the_library_reads(words, tmp_path):
     run = saved(tmp_path / "run", words, layers=2)
     export_weights(run, tmp_path / "hf")

@@ -1,4 +1,5 @@
-"""Weights in GGUF files, written here by the format's own library: types, the permuted rows, tokenizer, refusals."""
+"""Weights in GGUF files, written here by the format's own library: types, the permuted rows,
+tokenizer, refusals."""
 
 import gguf
 import numpy as np
@@ -12,9 +13,16 @@ from mor_jax.weights.gguf_file import INNER, TOP
 from mor_jax.weights.importing import import_weights
 
 F32, F16, BF16, Q8_0, Q4_0, Q4_1 = (
-    getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
+    getattr(gguf.GGMLQuantizationType, name)
+    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 )
-ARCHES = {"smollm2": "llama", "llama": "llama", "llama3": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+ARCHES = {
+    "smollm2": "llama",
+    "llama": "llama",
+    "llama3": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
 
 
 def gguf_name(name):
@@ -28,10 +36,14 @@ def gguf_name(name):
 
 def permuted(x, heads):
     """Rows in the order that llama.cpp's rotation of neighbours reads."""
-    return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+    return (
+        x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+    )
 
 
-def write_gguf(path, config, tensors, *, arch, kind=F32, permute=True, words="smollm", extra=(), meta=()):
+def write_gguf(
+    path, config, tensors, *, arch, kind=F32, permute=True, words="smollm", extra=(), meta=()
+):
     """The file, and the tensors as they are after de-quantisation."""
     w = gguf.GGUFWriter(str(path), arch)
     w.add_block_count(config["num_hidden_layers"])
@@ -51,7 +63,9 @@ def write_gguf(path, config, tensors, *, arch, kind=F32, permute=True, words="sm
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(words)
     w.add_token_list(names)
-    w.add_token_types([3 if i < 3 else 4 if name == "<tool>" else 1 for i, name in enumerate(names)])
+    w.add_token_types(
+        [3 if i < 3 else 4 if name == "<tool>" else 1 for i, name in enumerate(names)]
+    )
     w.add_token_merges([" ".join(pair) for pair in json.loads(hf.to_str())["model"]["merges"]])
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
@@ -67,10 +81,18 @@ def write_gguf(path, config, tensors, *, arch, kind=F32, permute=True, words="sm
             stored = permuted(x, heads)
         as_type = kind if x.ndim == 2 else F32
         raw = gguf.quants.quantize(stored, as_type)
-        w.add_tensor(gguf_name(name) if name.startswith(("model.", "lm_head")) else name, raw, raw_dtype=as_type)
+        w.add_tensor(
+            gguf_name(name) if name.startswith(("model.", "lm_head")) else name,
+            raw,
+            raw_dtype=as_type,
+        )
         back = gguf.quants.dequantize(raw, as_type).astype(np.float32).reshape(x.shape)
         if stored is not x:
-            back = back.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+            back = (
+                back.reshape(heads, x.shape[0] // heads // 2, 2, *x.shape[1:])
+                .swapaxes(1, 2)
+                .reshape(x.shape)
+            )
         read[name] = back
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -85,19 +107,24 @@ def test_every_architecture_computes_what_an_independent_forward_pass_does(kind,
     read = write_gguf(tmp_path / "m.gguf", config, tensors_for(config), arch=ARCHES[kind])
     import_weights(tmp_path / "m.gguf", tmp_path / "run")
     loaded = load_model(tmp_path / "run")
-    np.testing.assert_allclose(logits_of(loaded, IDS), reference(config, read, IDS), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(loaded, IDS), reference(config, read, IDS), atol=2e-4, rtol=1e-4
+    )
     assert loaded.lm.model.norm_eps == config["rms_norm_eps"]  # the file holds it as float32
 
 
 @pytest.mark.parametrize("kind", [F16, BF16, Q8_0, Q4_0, Q4_1], ids=lambda kind: kind.name)
 def test_every_type_is_de_quantised(kind, tmp_path):
-    config = config_for("smollm2", hidden_size=64, intermediate_size=96, head_dim=16)  # blocks of 32 along a row
+    # blocks of 32 along a row
+    config = config_for("smollm2", hidden_size=64, intermediate_size=96, head_dim=16)
     tensors = tensors_for(config)
     read = write_gguf(tmp_path / "m.gguf", config, tensors, arch="llama", kind=kind)
     assert any(not np.array_equal(read[name], tensors[name]) for name in tensors)
     import_weights(tmp_path / "m.gguf", tmp_path / "run")
     loaded = load_model(tmp_path / "run")
-    np.testing.assert_allclose(logits_of(loaded, IDS), reference(config, read, IDS), atol=4e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(loaded, IDS), reference(config, read, IDS), atol=4e-4, rtol=1e-4
+    )
 
 
 def test_rows_of_the_llama_architecture_are_permuted_and_others_are_not(tmp_path):
@@ -115,11 +142,21 @@ def test_the_tokenizer_in_the_file_is_built(tmp_path):
     t = import_weights(tmp_path / "m.gguf", tmp_path / "run").tokenizer
     hf = library_tokenizer()
     hf.encode_special_tokens = True
-    for text in ["the cat sat", " 12 times: 345", "naïve ½ ³ ٣ 日本", "<tool> <|im_end|> x", "  \n\n a"]:
+    for text in [
+        "the cat sat",
+        " 12 times: 345",
+        "naïve ½ ³ ٣ 日本",
+        "<tool> <|im_end|> x",
+        "  \n\n a",
+    ]:
         assert t.encode(text) == hf.encode(text, add_special_tokens=False).ids
         assert t.decode(t.encode(text)) == text
     loaded = load_model(tmp_path / "run")
-    assert loaded.tokenizer.ends == {0, 2} and not loaded.tokenizer.add_bos and loaded.chat_template == CHATML
+    assert (
+        loaded.tokenizer.ends == {0, 2}
+        and not loaded.tokenizer.add_bos
+        and loaded.chat_template == CHATML
+    )
 
 
 def test_llama_3s_scaling_is_known_by_its_factors(tmp_path):
@@ -129,16 +166,33 @@ def test_llama_3s_scaling_is_known_by_its_factors(tmp_path):
 
     plain = config["rope_theta"] ** -(np.arange(0, head_dim(config), 2) / head_dim(config))
     factors = (plain / frequencies(config)[0]).astype(np.float32)
-    original = ("add_uint32", "llama.rope.scaling.original_context_length", scaling["original_max_position_embeddings"])
+    original = (
+        "add_uint32",
+        "llama.rope.scaling.original_context_length",
+        scaling["original_max_position_embeddings"],
+    )
     how = {"arch": "llama", "meta": [original]}
     read = write_gguf(
-        tmp_path / "m.gguf", config, tensors_for(config), extra={"rope_freqs.weight": factors}, **how
-    )  # fmt: skip
+        tmp_path / "m.gguf",
+        config,
+        tensors_for(config),
+        extra={"rope_freqs.weight": factors},
+        **how,
+    )
     import_weights(tmp_path / "m.gguf", tmp_path / "run")
     np.testing.assert_allclose(
-        logits_of(load_model(tmp_path / "run"), IDS), reference(config, read, IDS), atol=2e-4, rtol=1e-4
+        logits_of(load_model(tmp_path / "run"), IDS),
+        reference(config, read, IDS),
+        atol=2e-4,
+        rtol=1e-4,
     )
-    write_gguf(tmp_path / "o.gguf", config, tensors_for(config), extra={"rope_freqs.weight": factors * 1.1}, **how)
+    write_gguf(
+        tmp_path / "o.gguf",
+        config,
+        tensors_for(config),
+        extra={"rope_freqs.weight": factors * 1.1},
+        **how,
+    )
     with pytest.raises(CheckpointError, match="rope_freqs"):
         import_weights(tmp_path / "o.gguf", tmp_path / "other")
 
@@ -148,10 +202,22 @@ def test_what_is_not_understood_is_named_and_refused(tmp_path):
     tensors = tensors_for(config)
     for name, how, match in [
         ("arch", {"arch": "gemma3"}, "gemma3"),
-        ("tensor", {"arch": "llama", "extra": {"blk.0.ffn_gate_inp.weight": np.ones((4, 32), np.float32)}}, "gate_inp"),
-        ("experts", {"arch": "llama", "meta": [("add_uint32", "llama.expert_count", 8)]}, "expert_count"),
+        (
+            "tensor",
+            {"arch": "llama", "extra": {"blk.0.ffn_gate_inp.weight": np.ones((4, 32), np.float32)}},
+            "gate_inp",
+        ),
+        (
+            "experts",
+            {"arch": "llama", "meta": [("add_uint32", "llama.expert_count", 8)]},
+            "expert_count",
+        ),
         ("words", {"arch": "llama", "words": "deepseek-llm"}, "--tokenizer"),
-        ("rotary", {"arch": "llama", "meta": [("add_uint32", "llama.rope.dimension_count", 4)]}, "dimension_count"),
+        (
+            "rotary",
+            {"arch": "llama", "meta": [("add_uint32", "llama.rope.dimension_count", 4)]},
+            "dimension_count",
+        ),
     ]:
         write_gguf(tmp_path / f"{name}.gguf", config, tensors, **how)
         with pytest.raises(CheckpointError, match=match):
@@ -159,6 +225,9 @@ def test_what_is_not_understood_is_named_and_refused(tmp_path):
     (tmp_path / "torn.gguf").write_bytes((tmp_path / "arch.gguf").read_bytes()[:200])
     with pytest.raises(CheckpointError, match=r"torn\.gguf"):
         import_weights(tmp_path / "torn.gguf", tmp_path / "run")
-    (tmp_path / "tokenizer.json").write_text(library_tokenizer().to_str())  # the way out for unknown words
-    done = import_weights(tmp_path / "words.gguf", tmp_path / "run", tokenizer=tmp_path / "tokenizer.json")
+    # the way out for unknown words
+    (tmp_path / "tokenizer.json").write_text(library_tokenizer().to_str())
+    done = import_weights(
+        tmp_path / "words.gguf", tmp_path / "run", tokenizer=tmp_path / "tokenizer.json"
+    )
     assert done.tokenizer.ends == {0, 2}

@@ -1,4 +1,5 @@
-"""Published weights in safetensors: what is read computes what an independent forward pass computes."""
+"""Published weights in safetensors: what is read computes what an independent forward pass
+computes."""
 
 import json
 
@@ -6,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from weights.foreign import ARCHITECTURES, CHATML, config_for, library_tokenizer, reference, tensors_for, write_hf
+from weights.foreign import (
+    ARCHITECTURES,
+    CHATML,
+    config_for,
+    library_tokenizer,
+    reference,
+    tensors_for,
+    write_hf,
+)
 
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.errors import CheckpointError, UserError
@@ -57,7 +66,9 @@ def test_greedy_text_is_equal_through_plain_decode_and_engine(kind, tmp_path):
         expected.append(int(np.argmax(reference(config, tensors, expected)[-1, :vocab])))
     assert plain == expected[len(ids) :]
     cut = next((i for i, t in enumerate(plain) if t in loaded.tokenizer.ends), len(plain))
-    text = "".join(p.text for p in stream_text(loaded, "the cat", max_tokens=12, sampling=Sampling(0.0)))
+    text = "".join(
+        p.text for p in stream_text(loaded, "the cat", max_tokens=12, sampling=Sampling(0.0))
+    )
     assert text == loaded.tokenizer.decode([*ids, *plain[:cut]])
 
 
@@ -66,21 +77,34 @@ def test_halves_are_read(tmp_path):
     config = config_for("smollm2")
     tensors = tensors_for(config)
     directory = write_hf(tmp_path / "hf", config, tensors)
-    rounded = {name: (x.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, x in tensors.items()}
-    _write_raw(directory / "model.safetensors", {n: ("BF16", (x.view(np.uint32) >> 16).astype("<u2")) for n, x in rounded.items()})  # fmt: skip
+    rounded = {
+        name: (x.view(np.uint32) & 0xFFFF0000).view(np.float32) for name, x in tensors.items()
+    }
+    _write_raw(
+        directory / "model.safetensors",
+        {n: ("BF16", (x.view(np.uint32) >> 16).astype("<u2")) for n, x in rounded.items()},
+    )
     import_weights(f"hf:{directory}", tmp_path / "run")
     expected = reference(config, rounded, IDS)
-    np.testing.assert_allclose(logits_of(load_model(tmp_path / "run"), IDS), expected, atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(load_model(tmp_path / "run"), IDS), expected, atol=2e-4, rtol=1e-4
+    )
     half = {name: x.astype(np.float16) for name, x in tensors.items()}
     loaded = imported(tmp_path / "half", config, half)
     full = {name: x.astype(np.float32) for name, x in half.items()}
-    np.testing.assert_allclose(logits_of(loaded, IDS), reference(config, full, IDS), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(loaded, IDS), reference(config, full, IDS), atol=2e-4, rtol=1e-4
+    )
 
 
 def _write_raw(path, tensors):
     header, data = {}, b""
     for name, (dtype, x) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(x.shape), "data_offsets": [len(data), len(data) + x.nbytes]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(x.shape),
+            "data_offsets": [len(data), len(data) + x.nbytes],
+        }
         data += x.tobytes()
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
@@ -94,7 +118,10 @@ def test_the_checkpoint_carries_tokenizer_template_ends_and_the_rule_of_bos(tmp_
     text = "the cat, 12 ½ ³ <tool>"
     assert t.prompt(text) == library_tokenizer().encode(text, add_special_tokens=False).ids
     assert t.prompt("") == [1]  # a model must read something
-    assert loaded.chat_template == CHATML and (tmp_path / "run/chat_template.jinja").read_text() == CHATML
+    assert (
+        loaded.chat_template == CHATML
+        and (tmp_path / "run/chat_template.jinja").read_text() == CHATML
+    )
     (tmp_path / "run/chat_template.jinja").unlink()
     (tmp_path / "run/tokenizer.json").unlink()
     assert load_model(tmp_path / "run/checkpoints").template.source == CHATML
@@ -123,10 +150,16 @@ def test_added_tokens_beside_the_tokenizer_are_added(tmp_path):
     config = config_for("smollm2")
     size = library_tokenizer().get_vocab_size()
     directory = write_hf(
-        tmp_path / "hf", config, tensors_for(config),
-        settings={"added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True},
-                                           str(size): {"content": "<|end|>", "special": True}}},
-    )  # fmt: skip
+        tmp_path / "hf",
+        config,
+        tensors_for(config),
+        settings={
+            "added_tokens_decoder": {
+                "0": {"content": "<|endoftext|>", "special": True},
+                str(size): {"content": "<|end|>", "special": True},
+            }
+        },
+    )
     t = import_weights(f"hf:{directory}", tmp_path / "run").tokenizer
     assert t.specials["<|end|>"] == size and size in t.ends
 
@@ -158,7 +191,9 @@ def test_what_is_not_understood_is_named_and_refused(case, tmp_path):
 
 def test_an_unknown_tensor_is_named_and_buffers_are_passed_over(tmp_path):
     config = config_for("llama")
-    tensors = tensors_for(config) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    tensors = tensors_for(config) | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)
+    }
     imported(tmp_path / "good", config, tensors)
     for name in ("model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.q_norm.weight"):
         directory = write_hf(tmp_path / name, config, tensors | {name: np.ones(32, np.float32)})

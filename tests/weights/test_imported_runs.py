@@ -1,4 +1,5 @@
-"""An imported checkpoint through the commands and the runtime: template, ends and the rule of BOS are honoured."""
+"""An imported checkpoint through the commands and the runtime: template, ends and the rule of BOS
+are honoured."""
 
 import asyncio
 import json
@@ -36,11 +37,17 @@ def test_the_runtime_asks_as_the_checkpoints_template_says(imported):
     lm = CheckpointLM(str(imported), model=loaded)
     messages = [Message(role="user", content="the cat")]
     expected = loaded.template.ids(loaded.tokenizer, [{"role": "user", "content": "the cat"}])
-    assert lm._ids(messages) == expected and expected[0] == 1 and lm.count_tokens(messages) == len(expected)
+    assert (
+        lm._ids(messages) == expected
+        and expected[0] == 1
+        and lm.count_tokens(messages) == len(expected)
+    )
     request = lm._request(expected, 4, Wanted(), None)
     assert request.stop_tokens == {0, 2} and lm._stop == ()
     own = CheckpointLM(str(imported), model=loaded, template=chat_text, stop=["x"])
-    assert own._ids(messages) == loaded.tokenizer.encode(chat_text(messages)) and own._stop == ("x",)
+    assert own._ids(messages) == loaded.tokenizer.encode(chat_text(messages)) and own._stop == (
+        "x",
+    )
     reply = asyncio.run(lm.complete(messages, sampling=Wanted(max_tokens=3)))
     assert reply.usage.input_tokens == len(expected)
     asyncio.run(lm.aclose())
@@ -51,8 +58,12 @@ def test_text_ends_at_every_stored_end(imported, tmp_path):
     loaded = load_model(imported)
     prompt = loaded.tokenizer.prompt("the cat")
     vocab = loaded.tokenizer.vocab_size
-    drawn = [int(x.token_B[0]) for x in Generation(loaded.lm, loaded.params, [prompt], max_tokens=3, vocab_size=vocab)]
-    assert drawn[2] not in drawn[:2] and not set(drawn) & loaded.tokenizer.ends  # else this tests nothing
+    drawn = [
+        int(x.token_B[0])
+        for x in Generation(loaded.lm, loaded.params, [prompt], max_tokens=3, vocab_size=vocab)
+    ]
+    # else this tests nothing
+    assert drawn[2] not in drawn[:2] and not set(drawn) & loaded.tokenizer.ends
     stored = json.loads(loaded.tokenizer.to_json())
     stored["framing"]["ends"] = [2, drawn[2]]
     (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
@@ -61,7 +72,9 @@ def test_text_ends_at_every_stored_end(imported, tmp_path):
     [after] = complete(other, ["the cat"], max_tokens=3, sampling=Sampling(0.0))
     assert before.finish == "length" and after.finish == "stop"
     assert after.text == loaded.tokenizer.decode(drawn[:2])
-    streamed = "".join(p.text for p in stream_text(other, "the cat", max_tokens=3, sampling=Sampling(0.0)))
+    streamed = "".join(
+        p.text for p in stream_text(other, "the cat", max_tokens=3, sampling=Sampling(0.0))
+    )
     assert streamed == "the cat" + after.text
 
 
@@ -91,7 +104,9 @@ def test_an_imported_model_becomes_recursive_and_trains(imported, tmp_path):
         done = run("convert", "--checkpoint", imported, *args)
         assert done.returncode == 0, done.stderr
         meta = load_meta(target / "checkpoints")[1]
-        assert meta["chat_template"] == CHATML and json.loads(meta["tokenizer"])["framing"]["ends"] == [2, 0]
+        assert meta["chat_template"] == CHATML and json.loads(meta["tokenizer"])["framing"][
+            "ends"
+        ] == [2, 0]
     done = run("train", *args)
     assert done.returncode == 0, done.stderr
     assert load_meta(target / "checkpoints")[1]["chat_template"] == CHATML
@@ -102,7 +117,9 @@ def test_the_command_imports_and_exports(imported, tmp_path):
     done = run("convert", "--checkpoint", imported, "--to", f"hf:{tmp_path / 'hf'}")
     assert done.returncode == 0 and "4 layers" in done.stdout, done.stderr + done.stdout
     done = run("convert", "--from", f"hf:{tmp_path / 'hf'}", "--workdir", tmp_path / "run")
-    assert done.returncode == 0 and "do not begin with <|im_start|>" in done.stdout, done.stderr + done.stdout
+    assert done.returncode == 0 and "do not begin with <|im_start|>" in done.stdout, (
+        done.stderr + done.stdout
+    )
     for wrong, said in [
         (("--from", "hf:x", "--checkpoint", "y"), "--from"),
         (("--from", f"hf:{tmp_path / 'hf'}"), "--workdir is missing"),

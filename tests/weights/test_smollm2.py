@@ -48,11 +48,17 @@ def loaded(run):
 def test_logits_are_those_of_an_independent_forward_pass(loaded):
     ids = loaded.tokenizer.encode(SNIPPET)
     source, m = Gguf(FILE), loaded.lm.model
-    weights = {name: source.read(name) for name in places(m, [("core", str(i)) for i in range(m.layers)])}
+    weights = {
+        name: source.read(name) for name in places(m, [("core", str(i)) for i in range(m.layers)])
+    }
     config = {
-        "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "rms_norm_eps": 1e-5, "rope_theta": 100_000.0,
-    }  # fmt: skip
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+    }
     expected = reference(config, weights, np.array(ids))
     found = logits_of(loaded, ids)
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -60,7 +66,9 @@ def test_logits_are_those_of_an_independent_forward_pass(loaded):
     shifted = found - found.max(-1, keepdims=True)
     logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     nll = -logp[np.arange(len(ids) - 1), ids[1:]].mean()
-    print(f"max |d logit| {np.abs(found - expected).max():.2g}, nll {nll:.4f} nats over {len(ids) - 1} tokens")
+    print(
+        f"max |d logit| {np.abs(found - expected).max():.2g}, nll {nll:.4f} nats over {len(ids) - 1} tokens"
+    )
     assert nll < 3  # rows in the wrong order give about 10
 
 
@@ -70,10 +78,15 @@ def test_greedy_text_is_equal_through_plain_decode_and_engine_and_ends_its_turn(
     ids = t.prompt("The capital of France is")
     plain = [int(x.token_B[0]) for x in Generation(loaded.lm, loaded.params, [ids], max_tokens=16)]
     text = "".join(
-        p.text for p in stream_text(loaded, "The capital of France is", max_tokens=16, sampling=Sampling(0.0))
+        p.text
+        for p in stream_text(
+            loaded, "The capital of France is", max_tokens=16, sampling=Sampling(0.0)
+        )
     )
     assert text == t.decode([*ids, *plain]) and " Paris" in text
-    chat = loaded.template.ids(t, [{"role": "user", "content": "What is the capital of France? Answer in one word."}])
+    chat = loaded.template.ids(
+        t, [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
+    )
     reply = [int(x.token_B[0]) for x in Generation(loaded.lm, loaded.params, [chat], max_tokens=40)]
     print(repr(text), repr(t.decode(reply)))
     assert 2 in reply and "Paris" in t.decode(reply)
@@ -88,7 +101,11 @@ def test_a_chat_model_of_the_runtime_asks_as_the_template_says(run):
         " sampling=Sampling(max_tokens=40)))\nprint(r.finish_reason, r.usage.input_tokens, r.text)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(run)], capture_output=True, text=True, timeout=600, env=environment()
+        [sys.executable, "-c", code, str(run)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("stop ") and "Paris" in done.stdout

@@ -1,11 +1,13 @@
-"""The device side of the engine: compiled programs over one donated state, and what the host may ask of them.
+"""The device side of the engine: compiled programs over one donated state, and what the host may
+ask of them.
 
-A lane's life: `open`, `load` saved rows of a prefix, `prefill` the rest of the prompt but its last token, `start`
-with that token, `tick` until it ends, `stop`. Every call enqueues work and returns; tickets are fetched later, in the
-order they were made. One thread calls all of this.
+A lane's life: `open`, `load` saved rows of a prefix, `prefill` the rest of the prompt but its last
+token, `start` with that token, `tick` until it ends, `stop`. Every call enqueues work and returns;
+tickets are fetched later, in the order they were made. One thread calls all of this.
 
-What a lane computes depends on its own tokens alone, to the last bit: the number of lanes and the sizes of chunks are
-fixed, rows do not mix, and a draw's noise is a function of the request's seed and the position.
+What a lane computes depends on its own tokens alone, to the last bit: the number of lanes and the
+sizes of chunks are fixed, rows do not mix, and a draw's noise is a function of the request's seed
+and the position.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from mor_jax.model.depth import DepthControl
 from mor_jax.model.kv import SHARED
 from mor_jax.model.lm import LM
 
-SLACK, SPARE = 1.1, 16  # of a lane's core log over what the expected depth needs: depths of one text scatter
+# of a lane's core log over what the expected depth needs: depths of one text scatter
+SLACK, SPARE = 1.1, 16
 PIECE = 64  # entries a piece of saved rows has room for
 
 
@@ -41,10 +44,11 @@ PIECE = 64  # entries a piece of saved rows has room for
 class EngineConfig:
     """Sizes of an engine; all of them static.
 
-    boundary_every: m, core passes between two boundaries, 1..R; None: the best by formula, from times measured at
-      warm-up and the expected depths.
-    full_lanes: so many lanes have room for `context` tokens of full depth; at least one, so that every request fits
-      somewhere. The others have room for `entries` (0: `context` tokens of the expected depth, with a little slack).
+    boundary_every: m, core passes between two boundaries, 1..R; None: the best by formula, from
+      times measured at warm-up and the expected depths.
+    full_lanes: so many lanes have room for `context` tokens of full depth; at least one, so that
+      every request fits somewhere. The others have room for `entries` (0: `context` tokens of the
+      expected depth, with a little slack).
     """
 
     lanes: int = 8
@@ -56,7 +60,8 @@ class EngineConfig:
     full_lanes: int = 1
     entries: int = 0
     ticks_per_dispatch: int = 1
-    speculate: int = 0  # tokens that a tick drafts with few recursions and verifies with all; 0: none (`speculate.py`)
+    # tokens that a tick drafts with few recursions and verifies with all; 0: none (`speculate.py`)
+    speculate: int = 0
     draft_depth: int = 1  # recursions a draft may run, fewer than the model's
 
 
@@ -71,8 +76,8 @@ class Lengths(NamedTuple):
 
 
 class Prefilled(NamedTuple):
-    """`fits` False: the core log has no room for the chunk, so nothing was written, and nothing will be by later
-    prefills of this lane. It needs a lane with more room."""
+    """`fits` False: the core log has no room for the chunk, so nothing was written, and nothing
+    will be by later prefills of this lane. It needs a lane with more room."""
 
     depth_T: np.ndarray
     lengths: Lengths
@@ -82,10 +87,11 @@ class Prefilled(NamedTuple):
 class Ticked(NamedTuple):
     """One tick, [lanes]. A lane that was stopped since the tick was dispatched says nothing.
 
-    token_N: NONE (-1): nothing was drawn. depth_N: recursions that were run to draw it. stopped_N: it is one of the
-    stop tokens. ended_N: the lane draws no more, by a stop token or because `remaining` ran out. starved_N: the lane
-    stands still since its core log is full; nothing is lost, it needs a lane with more room. passes: core passes that
-    ran; rows: lanes that ran, summed over them; exits: lanes that left through the boundary.
+    token_N: NONE (-1): nothing was drawn. depth_N: recursions that were run to draw it. stopped_N:
+    it is one of the stop tokens. ended_N: the lane draws no more, by a stop token or because
+    `remaining` ran out. starved_N: the lane stands still since its core log is full; nothing is
+    lost, it needs a lane with more room. passes: core passes that ran; rows: lanes that ran, summed
+    over them; exits: lanes that left through the boundary.
     """
 
     token_N: np.ndarray
@@ -104,7 +110,8 @@ class Ticked(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Saved entries slot .. slot + count of one part ("ends" or "core"), in arrays with room for PIECE of them."""
+    """Saved entries slot .. slot + count of one part ("ends" or "core"), in arrays with room for
+    PIECE of them."""
 
     part: str
     slot: int
@@ -157,21 +164,29 @@ class Device:
     """
 
     def __init__(
-        self, lm: LM, params: Any, config: EngineConfig | None = None, *, vocab_size: int | None = None,
+        self,
+        lm: LM,
+        params: Any,
+        config: EngineConfig | None = None,
+        *,
+        vocab_size: int | None = None,
         mesh: Mesh | None = None,
-    ):  # fmt: skip
+    ):
         config = config or EngineConfig()
         self.lm, self.config, self.recursions = lm, config, lm.program.recursions
         _check(lm, config)
         self.lanes, self.context = config.lanes, config.context or lm.model.context
         self.chunks = tuple(sorted({min(c, self.context) for c in config.chunks}))
-        self.draw_config = DrawConfig(vocab_size or lm.model.vocab_size, config.candidates, config.max_logprobs)
+        self.draw_config = DrawConfig(
+            vocab_size or lm.model.vocab_size, config.candidates, config.max_logprobs
+        )
         self.shares = choose.shares(lm, params)
         self._place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
         self.set_params(params)
         self.shape = Shape(self.context, self._rooms())
         self.m = config.boundary_every or self.recursions
-        self.times: tuple[float, float] | None = None  # (seconds a core pass, a boundary), measured at warm-up
+        # (seconds a core pass, a boundary), measured at warm-up
+        self.times: tuple[float, float] | None = None
         self._state = self._empty()
         self._lengths = [Lengths(0, 0)] * self.lanes
         self._queued = [0] * self.lanes  # tokens in each lane once all that was enqueued is done
@@ -190,7 +205,9 @@ class Device:
 
     def _rooms(self) -> tuple[int, ...]:
         most = self._most_entries(self.context)
-        spare = min(most, self.config.entries or int(self.expected_entries(self.context) * SLACK) + SPARE)
+        spare = min(
+            most, self.config.entries or int(self.expected_entries(self.context) * SLACK) + SPARE
+        )
         full = min(self.config.full_lanes, self.lanes)
         return (most,) * full + (spare,) * (self.lanes - full)
 
@@ -198,8 +215,8 @@ class Device:
         return tokens * (1 if self.lm.depth.kv_name == SHARED else self.recursions)
 
     def set_params(self, params: Any) -> None:
-        """Other weights of the same shape, from the next call on. What is in the logs, and saved rows, are of the old
-        ones."""
+        """Other weights of the same shape, from the next call on. What is in the logs, and saved
+        rows, are of the old ones."""
         self._weights = self._put(jax.jit(functools.partial(layers.prepare, self.lm))(params))
 
     @property
@@ -213,21 +230,25 @@ class Device:
         return self._programs is not None
 
     def reset(self) -> None:
-        """Every lane free and empty, after a call that failed: it may have taken the state with it."""
+        """Every lane free and empty, after a call that failed: it may have taken the state with
+        it."""
         self._state = self._empty()
         self._lives = [life + 1 for life in self._lives]
 
-    # ------------------------------------------------------------------------------------- compiling
+    # -------------------------------------------------------------------------------------
+    # compiling
 
     def warm_up(self, progress: Callable[[str], None] | None = None) -> None:
-        """Compile every program; nothing compiles afterwards. Chooses m where it was left open, for which it measures
-        a core pass and a boundary. `progress` is told what is being done."""
+        """Compile every program; nothing compiles afterwards. Chooses m where it was left open, for
+        which it measures a core pass and a boundary. `progress` is told what is being done."""
         tell = progress or (lambda text: None)
         made, c = self.uncompiled(), self.config
         if c.boundary_every is None and self.recursions > 1 and not c.speculate:
             tell("measuring a core pass and a boundary")
             half = self.context // 2
-            self.times = self.measure(self.probes(), half, min(self.expected_entries(half), self.shape.entries[-1]))
+            self.times = self.measure(
+                self.probes(), half, min(self.expected_entries(half), self.shape.entries[-1])
+            )
             self.m = choose.best(self.lanes, self.shares, *self.times)
         tell("ticks")
         if c.speculate:
@@ -243,7 +264,7 @@ class Device:
         """The programs, none of them compiled yet: `warm_up` in pieces, for measurements."""
         return programs.Programs(
             self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self._place
-        )  # fmt: skip
+        )
 
     def use(self, made: programs.Programs) -> None:
         """Run these from now on."""
@@ -254,9 +275,11 @@ class Device:
         made = self.uncompiled()
         return made.timed(programs.busy_pass), made.timed(programs.busy_boundary)
 
-    def measure(self, probes: tuple[Any, Any], tokens: int, entries: int, repeats: int = 7) -> tuple[float, float]:
-        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their logs. Empties
-        every lane."""
+    def measure(
+        self, probes: tuple[Any, Any], tokens: int, entries: int, repeats: int = 7
+    ) -> tuple[float, float]:
+        """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their
+        logs. Empties every lane."""
         fill = np.int32(tokens), np.int32(entries)
         walls = [[], []]
         for _ in range(repeats + 1):  # in turns, so that what disturbs the machine disturbs both
@@ -271,11 +294,12 @@ class Device:
         core, boundary = (statistics.median(wall[1:]) for wall in walls)
         return core, boundary
 
-    # ------------------------------------------------------------------------------------- a lane's life
+    # ------------------------------------------------------------------------------------- a lane's
+    # life
 
     def open(self, lane: int, control: DepthControl | None = None) -> None:
-        """Take a free lane, whatever was in it before. `control`: one row, as `dial.depth_control(lm, params, 1, ...)`
-        makes it."""
+        """Take a free lane, whatever was in it before. `control`: one row, as
+        `dial.depth_control(lm, params, 1, ...)` makes it."""
         row = self._neutral if control is None else _row(control)
         self._state = self._programs.open(self._state, np.int32(lane), row)
         self._lengths[lane] = Lengths(0, 0)
@@ -283,17 +307,22 @@ class Device:
         self._lives[lane] += 1
 
     def prefill(self, lane: int, tokens: Sequence[int]) -> Ticket:
-        """Append 1 .. max(chunks) tokens at the lane's current length, all of a prompt but its last one. The smallest
-        program that holds them runs. `fetch()` of the ticket gives a `Prefilled`."""
+        """Append 1 .. max(chunks) tokens at the lane's current length, all of a prompt but its last
+        one. The smallest program that holds them runs. `fetch()` of the ticket gives a
+        `Prefilled`."""
         count = len(tokens)
         if not 1 <= count <= self.chunks[-1]:
-            raise UserError(f"a chunk has 1 to {self.chunks[-1]} tokens, got {count}; cut the prompt (`Device.cut`).")
+            raise UserError(
+                f"a chunk has 1 to {self.chunks[-1]} tokens, got {count}; cut the prompt (`Device.cut`)."
+            )
         self._queue(lane, count)
         size = next(c for c in self.chunks if c >= count)
         padded = np.zeros((size,), np.int32)
         padded[:count] = tokens
         program = self._programs.prefills[size]
-        self._state, chunk = program(self._weights, self._state, np.int32(lane), padded, np.int32(count))
+        self._state, chunk = program(
+            self._weights, self._state, np.int32(lane), padded, np.int32(count)
+        )
         life = self._lives[lane]
 
         def read(chunk: Chunk) -> Prefilled:
@@ -305,11 +334,16 @@ class Device:
         return Ticket(chunk, read)
 
     def start(self, lane: int, token: int, row: DrawRows, remaining: int) -> None:
-        """Decode from the end of the next tick on: `token`, the last of the prompt, enters first, and up to
-        `remaining` tokens are drawn. `row`: of `rows.host_row`. Raises UserError where the context does not hold them."""
+        """Decode from the end of the next tick on: `token`, the last of the prompt, enters first,
+        and up to `remaining` tokens are drawn. `row`: of `rows.host_row`. Raises UserError where
+        the context does not hold them."""
         self._queue(lane, remaining)  # the last drawn token does not enter
         self._state = self._programs.start(
-            self._state, np.int32(lane), np.int32(token), np.int32(remaining), _row_of(self._state.draws, row)
+            self._state,
+            np.int32(lane),
+            np.int32(token),
+            np.int32(remaining),
+            _row_of(self._state.draws, row),
         )
 
     def _queue(self, lane: int, count: int) -> None:
@@ -320,18 +354,21 @@ class Device:
         self._queued[lane] += count
 
     def stop(self, lane: int) -> None:
-        """Free the lane, whatever it is doing. Ticks already dispatched say nothing of it any more."""
+        """Free the lane, whatever it is doing. Ticks already dispatched say nothing of it any
+        more."""
         self._state = self._programs.stop(self._state, np.int32(lane))
         self._lives[lane] += 1
 
     def put_mask(self, lane: int, mask_W: np.ndarray, position: int) -> None:
-        """The tokens a grammar allows at `position`; the lane waits at the boundary until it is there."""
+        """The tokens a grammar allows at `position`; the lane waits at the boundary until it is
+        there."""
         mask_W = np.asarray(mask_W, np.uint32)
         self._state = self._programs.mask(self._state, np.int32(lane), mask_W, np.int32(position))
 
     def tick(self) -> Ticket:
-        """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of `Ticked`; of a tick that
-        speculates, one for each token of the span, NONE in those a lane did not come to."""
+        """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of
+        `Ticked`; of a tick that speculates, one for each token of the span, NONE in those a lane
+        did not come to."""
         self._state, out = self._programs.tick(self._weights, self._state)
         lives = list(self._lives)
 
@@ -339,7 +376,10 @@ class Device:
             if self.config.speculate:
                 self.drafted += self.config.speculate * int(np.sum(out.token_N[0] != NONE))
                 self.accepted += int(np.sum(out.token_N[1:] != NONE))
-            return [self._ticked(Out(*(leaf[i] for leaf in out)), lives) for i in range(out.passes.shape[0])]
+            return [
+                self._ticked(Out(*(leaf[i] for leaf in out)), lives)
+                for i in range(out.passes.shape[0])
+            ]
 
         return Ticket(out, read)
 
@@ -349,25 +389,39 @@ class Device:
             self._lengths[lane] = Lengths(int(out.tokens_N[lane]), int(out.entries_N[lane]))
         only = lambda leaf: leaf & same_N
         return Ticked(
-            np.where(same_N, out.token_N, NONE), out.depth_N, only(out.stopped_N), only(out.ended_N), out.logprob_N,
-            out.top_ids_NxK, out.top_logprobs_NxK, only(out.starved_N), out.tokens_N, out.entries_N,
-            int(out.passes), int(out.rows), int(out.exits),
-        )  # fmt: skip
+            np.where(same_N, out.token_N, NONE),
+            out.depth_N,
+            only(out.stopped_N),
+            only(out.ended_N),
+            out.logprob_N,
+            out.top_ids_NxK,
+            out.top_logprobs_NxK,
+            only(out.starved_N),
+            out.tokens_N,
+            out.entries_N,
+            int(out.passes),
+            int(out.rows),
+            int(out.exits),
+        )
 
-    # ------------------------------------------------------------------------------------- rows of a prefix
+    # ------------------------------------------------------------------------------------- rows of
+    # a prefix
 
     def save(self, lane: int, start: Lengths, stop: Lengths) -> Rows:
         """Copy entries start .. stop out of a lane that holds them."""
         pieces = []
-        for part, first, last in (("ends", start.tokens, stop.tokens), ("core", start.entries, stop.entries)):
+        for part, first, last in (
+            ("ends", start.tokens, stop.tokens),
+            ("core", start.entries, stop.entries),
+        ):
             for slot in range(first, last, PIECE):
                 arrays = self._programs.save[part](self._state, np.int32(lane), np.int32(slot))
                 pieces.append(Piece(part, slot, min(PIECE, last - slot), arrays))
         return Rows(start, stop, tuple(pieces))
 
     def load(self, lane: int, rows: Rows) -> None:
-        """Append saved rows to a lane that holds `rows.start` entries: those of the whole path from the root of the
-        tree, in order. They must fit (`rows.stop` within `capacity`)."""
+        """Append saved rows to a lane that holds `rows.start` entries: those of the whole path from
+        the root of the tree, in order. They must fit (`rows.stop` within `capacity`)."""
         for part, slot, count, arrays in rows.pieces:
             load = self._programs.load[part]
             self._state = load(self._state, np.int32(lane), np.int32(slot), np.int32(count), arrays)
@@ -376,8 +430,9 @@ class Device:
     # ------------------------------------------------------------------------------------- sizes
 
     def cut(self, count: int) -> list[int]:
-        """Chunk lengths for so many tokens: the largest as long as it fits, then the next ones; what is left below
-        the smallest is a chunk of its own. By the count alone, so that the same prompt always runs the same programs.
+        """Chunk lengths for so many tokens: the largest as long as it fits, then the next ones;
+        what is left below the smallest is a chunk of its own. By the count alone, so that the same
+        prompt always runs the same programs.
         """
         out = []
         for size in reversed(self.chunks):
@@ -401,7 +456,8 @@ class Device:
         return int(np.ceil(tokens * min(depth, self.recursions)))
 
     def bytes_per_sequence(self, tokens: int, entries: int | None = None) -> int:
-        """Bytes of keys and values of a sequence; `entries` of the core log: the expected number by default."""
+        """Bytes of keys and values of a sequence; `entries` of the core log: the expected number by
+        default."""
         entries = self.expected_entries(tokens) if entries is None else entries
         _, kv_heads, head_dim = self.lm.model.dims
         one = 2 * kv_heads * head_dim * jnp.dtype(self.lm.model.dtype).itemsize
@@ -447,7 +503,9 @@ def _check(lm: LM, c: EngineConfig) -> None:
             f"an engine needs at least one lane, and one with full room; got lanes = {c.lanes}, full_lanes = {c.full_lanes}."
         )
     if not 0 <= c.context <= most:
-        raise UserError(f"the engine's context of {c.context} tokens must be at most the model's, {most}.")
+        raise UserError(
+            f"the engine's context of {c.context} tokens must be at most the model's, {most}."
+        )
     if not c.chunks or min(c.chunks) < 1:
         raise UserError(f"prefill needs chunk sizes of at least 1 token, got {c.chunks}.")
     if c.boundary_every is not None and not 1 <= c.boundary_every <= lm.program.recursions:
@@ -462,7 +520,18 @@ def _check(lm: LM, c: EngineConfig) -> None:
     if c.speculate and c.ticks_per_dispatch > 1:
         raise UserError("a tick that speculates is one dispatch: set ticks_per_dispatch to 1.")
     if c.entries < 0 or c.ticks_per_dispatch < 1 or c.max_logprobs < 0:
-        raise UserError("entries and max_logprobs must not be negative, ticks_per_dispatch at least 1.")
+        raise UserError(
+            "entries and max_logprobs must not be negative, ticks_per_dispatch at least 1."
+        )
 
 
-__all__ = ["Device", "EngineConfig", "Lengths", "Prefilled", "Rows", "Ticked", "Ticket", "can_serve"]
+__all__ = [
+    "Device",
+    "EngineConfig",
+    "Lengths",
+    "Prefilled",
+    "Rows",
+    "Ticked",
+    "Ticket",
+    "can_serve",
+]

@@ -1,18 +1,20 @@
 """Drawing the next token of every lane, on device, each by its own parameters.
 
-What no active lane asks for is not computed (`lax.cond`), and what one lane asks for changes nothing in another's
-result, to the last bit. The order is
+What no active lane asks for is not computed (`lax.cond`), and what one lane asks for changes
+nothing in another's result, to the last bit. The order is
 
-    logits + bias -> repetition, presence, frequency penalties -> bans (stop tokens too early, grammar)
+    logits + bias -> repetition, presence, frequency penalties -> bans (stop tokens too early,
+    grammar)
     -> / temperature -> top-k -> top-p of what that left -> min-p -> draw
 
-A draw is the largest of score + Gumbel noise, which follows the softmax exactly, with no cap on how many tokens take
-part. The noise of a token is a hash of (seed, position, token id): it costs a fifth of what a generator of
-streams does over a large vocabulary, and a rounding difference in one logit cannot shift another token's share, as it
-would with one uniform number laid on the cumulative sum.
+A draw is the largest of score + Gumbel noise, which follows the softmax exactly, with no cap on how
+many tokens take part. The noise of a token is a hash of (seed, position, token id): it costs a
+fifth of what a generator of streams does over a large vocabulary, and a rounding difference in one
+logit cannot shift another token's share, as it would with one uniform number laid on the cumulative
+sum.
 
-Tokens that tie with the last one kept by top-k, top-p or min-p are kept, too. At temperature 0 the lowest id wins a
-tie, as in `inference/sampler.py`.
+Tokens that tie with the last one kept by top-k, top-p or min-p are kept, too. At temperature 0 the
+lowest id wins a tie, as in `inference/sampler.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ class Drawn(NamedTuple):
 
 
 def draw(
-    logits_NxV: jax.Array, rows: DrawRows, position_N: jax.Array, active_N: jax.Array, config: DrawConfig
+    logits_NxV: jax.Array,
+    rows: DrawRows,
+    position_N: jax.Array,
+    active_N: jax.Array,
+    config: DrawConfig,
 ) -> tuple[Drawn, DrawRows]:
     """One token for every active lane.
 
@@ -63,16 +69,22 @@ def draw(
         jnp.any(active_N & (rows.logprobs_N >= 0)),
         lambda raw, token: top_logprobs(raw, token, config.max_logprobs),
         lambda raw, token: _no_logprobs(raw.shape[0], min(config.max_logprobs, config.vocab_size)),
-        raw_NxV, token_N,
-    )  # fmt: skip
+        raw_NxV,
+        token_N,
+    )
     counted_N = jnp.where(active_N & _penalised(rows), token_N, config.vocab_size)
     counts = rows.counts_NxV.at[jnp.arange(token_N.shape[0]), counted_N].add(1, mode="drop")
     stopped_N = active_N & jnp.any(rows.stop_ids_NxS == token_N[:, None], axis=1)
-    return Drawn(jnp.where(active_N, token_N, -1), stopped_N, *logprobs), rows._replace(counts_NxV=counts)
+    return Drawn(jnp.where(active_N, token_N, -1), stopped_N, *logprobs), rows._replace(
+        counts_NxV=counts
+    )
 
 
-def top_logprobs(raw_NxV: jax.Array, token_N: jax.Array, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log-probability of each row's token, ids and log-probabilities of the k most likely ones, most likely first)."""
+def top_logprobs(
+    raw_NxV: jax.Array, token_N: jax.Array, k: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(log-probability of each row's token, ids and log-probabilities of the k most likely ones,
+    most likely first)."""
     total_N = jax.nn.logsumexp(raw_NxV, axis=-1)
     own_N = jnp.take_along_axis(raw_NxV, token_N[:, None], axis=1)[:, 0]
     top_NxK, ids_NxK = jax.lax.top_k(raw_NxV, min(k, raw_NxV.shape[1]))
@@ -84,14 +96,16 @@ def _no_logprobs(rows: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _largest(x_NxV: jax.Array) -> jax.Array:
-    """argmax, lowest id first, as two reductions: several times faster than `jnp.argmax` on a CPU."""
+    """argmax, lowest id first, as two reductions: several times faster than `jnp.argmax` on a
+    CPU."""
     ids = jnp.arange(x_NxV.shape[1], dtype=jnp.int32)
     at_top = x_NxV == jnp.max(x_NxV, axis=1, keepdims=True)
     # A row of NaN has no largest; any id will do, as long as it is one.
     return jnp.min(jnp.where(at_top, ids, x_NxV.shape[1] - 1), axis=1)
 
 
-# ------------------------------------------------------------------------------------- bias, penalties, bans
+# ------------------------------------------------------------------------------------- bias,
+# penalties, bans
 
 
 def _penalised(rows: DrawRows) -> jax.Array:
@@ -114,7 +128,9 @@ def _shape(x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array) -> jax.Array
         seen = generated | bits(rows.prompt_NxW, vocab)
         repetition = rows.repetition_N[:, None]
         x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
-        return x - rows.presence_N[:, None] * generated - rows.frequency_N[:, None] * rows.counts_NxV
+        return (
+            x - rows.presence_N[:, None] * generated - rows.frequency_N[:, None] * rows.counts_NxV
+        )
 
     x_NxV = jax.lax.cond(jnp.any(_penalised(rows)), penalise, lambda x: x, x_NxV)
     too_early = jnp.where((position_N < rows.free_from_N)[:, None], rows.stop_ids_NxS, vocab)
@@ -128,7 +144,11 @@ def _shape(x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array) -> jax.Array
 
 
 def _scores(
-    x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array, samples_N: jax.Array, config: DrawConfig
+    x_NxV: jax.Array,
+    rows: DrawRows,
+    position_N: jax.Array,
+    samples_N: jax.Array,
+    config: DrawConfig,
 ) -> jax.Array:
     """What the drawn token is the largest of; of greedy lanes the logits themselves."""
     scaled_NxV = x_NxV / jnp.where(rows.temperature_N > 0, rows.temperature_N, 1)[:, None]
@@ -137,7 +157,8 @@ def _scores(
     cuts_N = samples_N & ((rows.top_k_N > 0) | (rows.top_p_N < 1))
     cut = lambda x: _lowest_kept(x, top_N, rows, cuts_N, config.candidates)
     lowest_N = jnp.maximum(
-        lowest_N, jax.lax.cond(jnp.any(cuts_N), cut, lambda x: jnp.full_like(top_N, -jnp.inf), scaled_NxV)
+        lowest_N,
+        jax.lax.cond(jnp.any(cuts_N), cut, lambda x: jnp.full_like(top_N, -jnp.inf), scaled_NxV),
     )
     noise_NxV = gumbel(_keys(rows.key_Nx2, position_N), x_NxV.shape[1])
     noisy = jnp.where(scaled_NxV >= lowest_N[:, None], scaled_NxV + noise_NxV, -jnp.inf)
@@ -145,13 +166,16 @@ def _scores(
 
 
 def _keys(key_Nx2: jax.Array, position_N: jax.Array) -> jax.Array:
-    fold = lambda key, t: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t))
+    fold = lambda key, t: jax.random.key_data(
+        jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t)
+    )
     return jax.vmap(fold)(key_Nx2, position_N)
 
 
 def gumbel(key_Nx2: jax.Array, vocab: int) -> jax.Array:
-    """Gumbel noise [N, vocab], a function of (key, token id) alone, by two rounds of a 32-bit mixing function with
-    full avalanche (multiply and xor-shift; constants of the public-domain "lowbias32")."""
+    """Gumbel noise [N, vocab], a function of (key, token id) alone, by two rounds of a 32-bit
+    mixing function with full avalanche (multiply and xor-shift; constants of the public-domain
+    "lowbias32")."""
 
     def mix(h):
         h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
@@ -164,7 +188,8 @@ def gumbel(key_Nx2: jax.Array, vocab: int) -> jax.Array:
     return -jnp.log(-jnp.log(uniform))
 
 
-# ------------------------------------------------------------------------------------- top-k and top-p
+# ------------------------------------------------------------------------------------- top-k and
+# top-p
 
 
 def _lowest_kept(
@@ -172,17 +197,22 @@ def _lowest_kept(
 ) -> jax.Array:
     """Score of the last token that top-k, then top-p, keep; -inf in lanes that ask for neither.
 
-    Among the most likely `candidates` first. A lane whose cut lies beyond them is searched as a whole."""
+    Among the most likely `candidates` first. A lane whose cut lies beyond them is searched as a
+    whole."""
     vocab = scaled_NxV.shape[1]
-    enough = min(candidates + 1, vocab)  # the one more shows whether the last candidate ties with what follows
-    # The barrier keeps slices of the result apart from it: merged with them XLA:CPU sorts everything, 100 times slower.
+    # the one more shows whether the last candidate ties with what follows
+    enough = min(candidates + 1, vocab)
+    # The barrier keeps slices of the result apart from it: merged with them XLA:CPU sorts
+    # everything, 100 times slower.
     best_NxC = jax.lax.optimization_barrier(jax.lax.top_k(scaled_NxV, enough))[0]
     mass_NxC = jnp.exp(best_NxC - top_N[:, None])
     sees_all = enough == vocab
     limits_k, limits_p = rows.top_k_N > 0, rows.top_p_N < 1
 
     k_N = jnp.clip(rows.top_k_N, 1, enough)
-    kth_N = jnp.where(limits_k, jnp.take_along_axis(best_NxC, k_N[:, None] - 1, axis=1)[:, 0], -jnp.inf)
+    kth_N = jnp.where(
+        limits_k, jnp.take_along_axis(best_NxC, k_N[:, None] - 1, axis=1)[:, 0], -jnp.inf
+    )
     ends_inside = lambda lowest: sees_all | (lowest > best_NxC[:, -1])
     k_found = ~limits_k | ((rows.top_k_N <= enough) & ends_inside(kth_N))
 
@@ -191,7 +221,9 @@ def _lowest_kept(
     whole_N = jnp.where(limits_k, jnp.sum(kept_NxC, axis=1), everything_N)
     reached_NxC = jnp.cumsum(kept_NxC, axis=1) >= (rows.top_p_N * whole_N)[:, None]
     last_N = jnp.argmax(reached_NxC, axis=1)
-    pth_N = jnp.where(limits_p, jnp.take_along_axis(best_NxC, last_N[:, None], axis=1)[:, 0], -jnp.inf)
+    pth_N = jnp.where(
+        limits_p, jnp.take_along_axis(best_NxC, last_N[:, None], axis=1)[:, 0], -jnp.inf
+    )
     p_found = ~limits_p | (jnp.any(reached_NxC, axis=1) & (sees_all | ends_inside(pth_N)))
     fast_N = jnp.maximum(kth_N, pth_N)
 
@@ -219,7 +251,8 @@ def _ordered(x: jax.Array) -> jax.Array:
 
 
 def _descend(order_NxV: jax.Array, weight_NxV: jax.Array, need_N: jax.Array) -> jax.Array:
-    """Largest value [N] such that tokens at or above it weigh at least `need_N`; found bit by bit from the top."""
+    """Largest value [N] such that tokens at or above it weigh at least `need_N`; found bit by bit
+    from the top."""
 
     def bit(i, found_N):
         tried_N = found_N | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))

@@ -1,8 +1,9 @@
-"""Output that keeps to a JSON schema, a regular expression or a list of choices: masks by the llguidance library.
+"""Output that keeps to a JSON schema, a regular expression or a list of choices: masks by the
+llguidance library.
 
-A `Grammars` belongs to a tokenizer and compiles; what it returns is the state of one request (`request.Grammar`),
-advanced on the host token by token. JSON comes on one line with at most one space between its parts, so that a weak
-model cannot fill its reply with white space.
+A `Grammars` belongs to a tokenizer and compiles; what it returns is the state of one request
+(`request.Grammar`), advanced on the host token by token. JSON comes on one line with at most one
+space between its parts, so that a weak model cannot fill its reply with white space.
 """
 
 from __future__ import annotations
@@ -25,21 +26,26 @@ ONE_LINE = {"whitespace_pattern": " ?"}
 
 
 class GrammarBroken(RuntimeError):
-    """A request's grammar cannot go on: it was given a token it does not allow, or ran into a limit of the library.
-    Only that request is lost."""
+    """A request's grammar cannot go on: it was given a token it does not allow, or ran into a limit
+    of the library. Only that request is lost."""
 
 
 class _Spelling:
-    """What the library asks of a tokenizer: the bytes of every id. Ids that stand for no text are special."""
+    """What the library asks of a tokenizer: the bytes of every id. Ids that stand for no text are
+    special."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = tokenizer.eos, tokenizer.bos
-        self.tokens = [piece or f"<special_{i}>".encode() for i, piece in enumerate(tokenizer.pieces)]
+        self.tokens = [
+            piece or f"<special_{i}>".encode() for i, piece in enumerate(tokenizer.pieces)
+        ]
         self.special_token_ids = [i for i, piece in enumerate(tokenizer.pieces) if not piece]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+        return self._tokenizer.encode(
+            text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        )
 
 
 class LibraryGrammar:
@@ -50,7 +56,8 @@ class LibraryGrammar:
         self._ended = False
 
     def allowed(self) -> np.ndarray:
-        """Bit mask uint32 [ceil(V / 32)] of the tokens that may come next; the end of text where it may end there."""
+        """Bit mask uint32 [ceil(V / 32)] of the tokens that may come next; the end of text where it
+        may end there."""
         mask = np.zeros(words(self._vocab_size), np.uint32)
         if self.finished:
             mask[self._eos // 32] = np.uint32(1 << self._eos % 32)
@@ -110,8 +117,8 @@ class Grammars:
         """JSON that satisfies `schema`.
 
         Raises:
-          UserError: not a JSON schema, or it uses a keyword that cannot be enforced token by token; the message names
-            it.
+          UserError: not a JSON schema, or it uses a keyword that cannot be enforced token by token;
+            the message names it.
         """
         if not isinstance(schema, str):
             try:
@@ -132,13 +139,16 @@ class Grammars:
         return self.json_schema({"type": "object"})
 
     def regex(self, pattern: str) -> LibraryGrammar:
-        """Text that `pattern` matches from end to end. Rust syntax: no look-around, no back references.
+        """Text that `pattern` matches from end to end. Rust syntax: no look-around, no back
+        references.
 
         Raises:
           UserError: the pattern cannot be compiled; the message says where.
         """
         _check_text("the pattern", pattern)
-        return self._start(f"the pattern {pattern[:60]!r}", self._library.grammar_from_regex(pattern))
+        return self._start(
+            f"the pattern {pattern[:60]!r}", self._library.grammar_from_regex(pattern)
+        )
 
     def choice(self, options: Sequence[str]) -> LibraryGrammar:
         """One of these texts, word for word.
@@ -147,8 +157,12 @@ class Grammars:
           UserError: none, or an empty one.
         """
         if not options or not all(isinstance(option, str) and option for option in options):
-            raise UserError(f"a choice needs at least one text, none of them empty, got {list(options)}.")
-        source = "start: " + " | ".join(json.dumps(option, ensure_ascii=False) for option in dict.fromkeys(options))
+            raise UserError(
+                f"a choice needs at least one text, none of them empty, got {list(options)}."
+            )
+        source = "start: " + " | ".join(
+            json.dumps(option, ensure_ascii=False) for option in dict.fromkeys(options)
+        )
         _check_text("the choice", source)
         return self._start("the choice", self._library.grammar_from_lark(source))
 
@@ -158,7 +172,8 @@ class Grammars:
         if matcher is None:
             matcher = self._library(self._tokenizer, source, log_level=0)
             if not matcher.is_error():
-                matcher.compute_bitmask()  # a hard pattern does most of its work here, which all copies share
+                # a hard pattern does most of its work here, which all copies share
+                matcher.compute_bitmask()
             if matcher.is_error():
                 raise UserError(f"{name} cannot be compiled: {_first_lines(matcher.get_error())}")
         with self._lock:
@@ -175,7 +190,9 @@ def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{name} cannot be encoded as UTF-8: {e.reason} at character {e.start}.") from e
+        raise UserError(
+            f"{name} cannot be encoded as UTF-8: {e.reason} at character {e.start}."
+        ) from e
 
 
 def _first_lines(message: str, lines: int = 4) -> str:

@@ -1,7 +1,9 @@
-"""The engine's surface in its plainest form: one request at a time, by plain decode, drawn on the host.
+"""The engine's surface in its plainest form: one request at a time, by plain decode, drawn on the
+host.
 
-Slow and simple, so that it can be read: the oracle that the batching engine is held to, and good enough to try a
-server on. One thread; the queue is bounded; grammars, penalties and log-probabilities as `request.py` has them.
+Slow and simple, so that it can be read: the oracle that the batching engine is held to, and good
+enough to try a server on. One thread; the queue is bounded; grammars, penalties and
+log-probabilities as `request.py` has them.
 """
 
 from __future__ import annotations
@@ -89,7 +91,9 @@ class PlainService:
             if self._closing is not None:
                 raise UserError("the engine is closing; it accepts nothing more.")
             if len(self._waiting) >= self._queue_limit:
-                raise QueueFull(f"{len(self._waiting)} requests wait already.", 1.0 + len(self._waiting))
+                raise QueueFull(
+                    f"{len(self._waiting)} requests wait already.", 1.0 + len(self._waiting)
+                )
             heapq.heappush(self._waiting, (request.priority, next(self._order), ticket))
             self._changed.notify_all()
         return ticket
@@ -97,13 +101,19 @@ class PlainService:
     def stats(self) -> dict[str, float]:
         with self._changed:
             running = float(self._running is not None)
-            return {**self._counts, "num_requests_running": running, "lane_occupancy": running,
-                    "num_requests_waiting": float(len(self._waiting))}  # fmt: skip
+            return {
+                **self._counts,
+                "num_requests_running": running,
+                "lane_occupancy": running,
+                "num_requests_waiting": float(len(self._waiting)),
+            }
 
     def drain(self, timeout_s: float | None = None) -> bool:
         with self._changed:
             self._closing = self._closing or "drain"
-            return self._changed.wait_for(lambda: not self._waiting and self._running is None, timeout_s)
+            return self._changed.wait_for(
+                lambda: not self._waiting and self._running is None, timeout_s
+            )
 
     def close(self) -> None:
         with self._changed:
@@ -124,7 +134,9 @@ class PlainService:
     def _check(self, request: Request) -> None:
         room = self.context - len(request.prompt)
         if not request.prompt or request.max_tokens < 1:
-            raise UserError("a request needs a prompt of one token at least, and max_tokens of 1 at least.")
+            raise UserError(
+                "a request needs a prompt of one token at least, and max_tokens of 1 at least."
+            )
         if room < request.max_tokens:
             raise UserError(
                 f"the prompt has {len(request.prompt)} tokens and {request.max_tokens} more are asked for; the context "
@@ -136,8 +148,14 @@ class PlainService:
         wish = request.depth
         if wish.mean is None and wish.least is None and wish.most is None:
             return None
-        return depth_control(self._model.lm, self._model.params, 1, mean_depth=wish.mean, min_depth=wish.least,
-                             max_depth=wish.most)  # fmt: skip
+        return depth_control(
+            self._model.lm,
+            self._model.params,
+            1,
+            mean_depth=wish.mean,
+            min_depth=wish.least,
+            max_depth=wish.most,
+        )
 
     def _work(self) -> None:
         while True:
@@ -162,8 +180,16 @@ class PlainService:
         for ticket in left:
             ticket.on_events([self._finished(ticket, "error", error="the engine was closed")])
 
-    def _finished(self, ticket: PlainTicket, reason: str, *, drawn: int = 0, depths: Any = (), queued: float = 0.0,
-                  error: str | None = None) -> Finished:  # fmt: skip
+    def _finished(
+        self,
+        ticket: PlainTicket,
+        reason: str,
+        *,
+        drawn: int = 0,
+        depths: Any = (),
+        queued: float = 0.0,
+        error: str | None = None,
+    ) -> Finished:
         mean = float(np.mean(depths)) if len(depths) else math.nan
         return Finished(reason, len(ticket.request.prompt), 0, drawn, mean, queued, error=error)
 
@@ -176,7 +202,9 @@ class PlainService:
         prompt, drawn, depths = list(request.prompt), [], []
         if request.prompt_logprobs:
             yield [self._score(prompt, request.logprobs or 0, control)]
-        logits, cache, depth = _prefill(lm, params, self._padded(prompt), _length(prompt), lm.model.context, control)
+        logits, cache, depth = _prefill(
+            lm, params, self._padded(prompt), _length(prompt), lm.model.context, control
+        )
         depths += np.asarray(depth)[0, : len(prompt)].tolist()
         if request.prompt_depths:
             yield [PromptRead(tuple(depths[:-1]))]
@@ -202,21 +230,33 @@ class PlainService:
     def _ended(self, ticket: PlainTicket) -> str | None:
         if self._closing == "close":
             return "error"
-        late = ticket.request.deadline_s is not None and time.monotonic() - ticket.came > ticket.request.deadline_s
+        late = (
+            ticket.request.deadline_s is not None
+            and time.monotonic() - ticket.came > ticket.request.deadline_s
+        )
         return ticket.wish or ("deadline" if late else None)
 
     def _padded(self, prompt: list[int]) -> jax.Array:
-        row = np.zeros((1, min(max(16, 1 << (len(prompt) - 1).bit_length()), self._model.lm.model.context)), np.int32)
+        row = np.zeros(
+            (1, min(max(16, 1 << (len(prompt) - 1).bit_length()), self._model.lm.model.context)),
+            np.int32,
+        )
         row[0, : len(prompt)] = prompt
         return jnp.asarray(row)
 
     def _score(self, prompt: list[int], top: int, control: Any) -> PromptScored:
-        raw = _forward(self._model.lm, self._model.params, self._padded(prompt), _length(prompt), control)
+        raw = _forward(
+            self._model.lm, self._model.params, self._padded(prompt), _length(prompt), control
+        )
         logits_TxV = np.asarray(raw)[0, : len(prompt), : self._vocab]
-        scored = [_scores(row, token, top) for row, token in zip(logits_TxV, prompt[1:], strict=False)]
+        scored = [
+            _scores(row, token, top) for row, token in zip(logits_TxV, prompt[1:], strict=False)
+        ]
         return PromptScored((None, *(s for s, _ in scored)), ((), *(t for _, t in scored)))
 
-    def _draw(self, logits_V: np.ndarray, request: Request, drawn: list[int]) -> tuple[int, float | None, tuple]:
+    def _draw(
+        self, logits_V: np.ndarray, request: Request, drawn: list[int]
+    ) -> tuple[int, float | None, tuple]:
         x = drawing_logits(logits_V, request, drawn)
         how = request.drawing
         position = len(request.prompt) + len(drawn)
@@ -251,7 +291,9 @@ def drawing_logits(logits_V: np.ndarray, request: Request, drawn: list[int]) -> 
     for token, value in how.logit_bias:
         x[token] += value
     seen = np.unique([*request.prompt, *drawn])
-    x[seen] = np.where(x[seen] > 0, x[seen] / how.repetition_penalty, x[seen] * how.repetition_penalty)
+    x[seen] = np.where(
+        x[seen] > 0, x[seen] / how.repetition_penalty, x[seen] * how.repetition_penalty
+    )
     counts = np.bincount(drawn, minlength=len(x)) if drawn else np.zeros(len(x), int)
     x -= how.presence_penalty * (counts > 0) + how.frequency_penalty * counts
     if request.grammar is not None:
@@ -259,7 +301,10 @@ def drawing_logits(logits_V: np.ndarray, request: Request, drawn: list[int]) -> 
             words = np.asarray(request.grammar.allowed(), np.uint32)
         except Exception as e:
             raise Lost(f"the grammar cannot go on: {e}") from e
-        x[((words[np.arange(len(x)) // 32] >> (np.arange(len(x)) % 32).astype(np.uint32)) & 1) == 0] = -np.inf
+        x[
+            ((words[np.arange(len(x)) // 32] >> (np.arange(len(x)) % 32).astype(np.uint32)) & 1)
+            == 0
+        ] = -np.inf
     elif len(drawn) < request.min_tokens:
         x[list(request.stop_tokens)] = -np.inf
     return x
@@ -279,7 +324,9 @@ def truncated(x_V: np.ndarray, how: Drawing) -> np.ndarray:
     return np.where(keep, x_V, -np.inf)
 
 
-def _scores(logits_V: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+def _scores(
+    logits_V: np.ndarray, token: int, top: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
     x = logits_V.astype(np.float64)
     logprob = x - x.max() - np.log(np.exp(x - x.max()).sum())
     best = np.argsort(-logprob, kind="stable")[:top]
@@ -295,6 +342,8 @@ _decode = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(lm: LM, params: Any, tokens_BxT: jax.Array, lengths_B: jax.Array, control: Any) -> jax.Array:
+def _forward(
+    lm: LM, params: Any, tokens_BxT: jax.Array, lengths_B: jax.Array, control: Any
+) -> jax.Array:
     segments = (jnp.arange(tokens_BxT.shape[1]) < lengths_B[:, None]).astype(jnp.int32)
     return lm.apply(params, tokens_BxT, segments, mode=CAUSAL, control=control)

@@ -1,9 +1,9 @@
 """A chunk of one lane's prompt, straight into the lane's logs.
 
-A token may run step r only after all tokens before it have run theirs, so a chunk goes through the recursion step by
-step: the tokens that run a step are gathered, and the step is computed in the smallest compiled size that holds them.
-Then everyone passes the coda. Logs are only read until all is computed and written at the end, outside of
-conditionals, in place.
+A token may run step r only after all tokens before it have run theirs, so a chunk goes through the
+recursion step by step: the tokens that run a step are gathered, and the step is computed in the
+smallest compiled size that holds them. Then everyone passes the coda. Logs are only read until all
+is computed and written at the end, outside of conditionals, in place.
 
 The head is not needed: a prompt's last token is left out and becomes the first input of decoding.
 """
@@ -48,14 +48,27 @@ def row_sizes(chunk: int, routed: bool) -> tuple[int, ...]:
 
 
 def prefill(
-    lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, tokens_C: jax.Array, count: jax.Array
+    lm: LM,
+    shape: Shape,
+    weights: Weights,
+    state: State,
+    lane: jax.Array,
+    tokens_C: jax.Array,
+    count: jax.Array,
 ) -> tuple[State, Chunk]:
-    """tokens_C[:count] appended to the lane; nothing at all when its core log has no room for what they need."""
+    """tokens_C[:count] appended to the lane; nothing at all when its core log has no room for what
+    they need."""
     return prefill_states(lm, shape, weights, state, lane, tokens_C, count)[:2]
 
 
 def prefill_states(
-    lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, tokens_C: jax.Array, count: jax.Array
+    lm: LM,
+    shape: Shape,
+    weights: Weights,
+    state: State,
+    lane: jax.Array,
+    tokens_C: jax.Array,
+    count: jax.Array,
 ) -> tuple[State, Chunk, jax.Array]:
     """As `prefill`, with what the coda returned, [C, D]: what the head of a scored prompt reads."""
     chunk, recursions, kv = tokens_C.shape[0], lm.program.recursions, lm.depth.kv_name
@@ -64,23 +77,30 @@ def prefill_states(
     rope = lm.rope(pos_C)
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
-    read = lambda log: functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
+    read = lambda log: functools.partial(
+        _read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC
+    )
     before_S = ids_before(state.ids_NxT, lane, state.tokens_N[lane], lm.model.smear)
     x = layers.embed(lm, weights, tokens_C, pos_C, before_S)
-    x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [read(log) for log in state.prelude])
+    x, prelude = layers.blocks(
+        lm, weights["prelude"], x, rope, [read(log) for log in state.prelude]
+    )
     control = jax.tree.map(lambda leaf: leaf[lane][None], state.control)
     info = TokenInfo(real_C[None], pos_C[None], tokens_C[None])
     x, active_RxC, made = _recurse(lm, shape, weights, state, lane, control, x, info, rope)
     x, coda = layers.blocks(lm, weights["coda"], x, rope, [read(log) for log in state.coda])
 
     depth_C = jnp.sum(active_RxC, axis=0, dtype=jnp.int32)
-    # An entry of every token at step 1 where later steps look back on it, however deep it went itself.
+    # An entry of every token at step 1 where later steps look back on it, however deep it went
+    # itself.
     kept_RxC = active_RxC.at[0].set(real_C) if looks_back(kv) else active_RxC
     kept_RxC = kept_RxC[:1] if kv == SHARED else kept_RxC
     step_R = jnp.arange(kept_RxC.shape[0])
     if kv == HYBRID:
         newest = step_R[:, None] == jnp.maximum(depth_C, 1) - 1
-        tag_RxC = jnp.where(newest, newest_tag(kv, step_R, recursions)[:, None], 1 << step_R[:, None])
+        tag_RxC = jnp.where(
+            newest, newest_tag(kv, step_R, recursions)[:, None], 1 << step_R[:, None]
+        )
     else:
         tag_RxC = jnp.broadcast_to(newest_tag(kv, step_R, recursions)[:, None], kept_RxC.shape)
     if kv == HYBRID_FIRST:
@@ -95,12 +115,17 @@ def prefill_states(
     put = lambda where, log, slot, n, k, v: logs.append_chunk(where, log, lane, slot, n, k, v)
     at = state.tokens_N[lane]
     state = state._replace(
-        prelude=tuple(put(shape.ends, log, at, count, *new) for log, new in zip(state.prelude, prelude, strict=True)),
+        prelude=tuple(
+            put(shape.ends, log, at, count, *new)
+            for log, new in zip(state.prelude, prelude, strict=True)
+        ),
         core=tuple(
             put(shape.core, log, slot, added, packed(k), packed(v))
             for log, (k, v) in zip(state.core, made, strict=True)
         ),
-        coda=tuple(put(shape.ends, log, at, count, *new) for log, new in zip(state.coda, coda, strict=True)),
+        coda=tuple(
+            put(shape.ends, log, at, count, *new) for log, new in zip(state.coda, coda, strict=True)
+        ),
         tags=logs.tag_chunk(shape.core, state.tags, lane, slot, added, packed(tag_RxC))
         if recursions > 1
         else state.tags,
@@ -112,7 +137,9 @@ def prefill_states(
     return state, Chunk(depth_C, at + count, slot + added, fits), x
 
 
-def _read(q: jax.Array, k: jax.Array, v: jax.Array, *, log: Log, seen: View, own_CxC: jax.Array) -> tuple:
+def _read(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, log: Log, seen: View, own_CxC: jax.Array
+) -> tuple:
     return logs.attend_chunk(q, log, seen, k, v, own_CxC), (k, v)
 
 
@@ -121,25 +148,38 @@ class _Step(NamedTuple):
 
     h_CxD: jax.Array
     candidates_C: jax.Array
-    kept: Any  # newest keys and values of every token, one pair a block application; () where none are looked back on
+    # newest keys and values of every token, one pair a block application; () where none are looked
+    # back on
+    kept: Any
 
 
 def _recurse(
-    lm: LM, shape: Shape, weights: Weights, state: State, lane: jax.Array, control: DepthControl, x_CxD: jax.Array,
-    info_1xC: TokenInfo, rope: Any,
-) -> tuple[jax.Array, jax.Array, list]:  # fmt: skip
-    """(states after the recursion, active_RxC, keys and values of every step: [R, C, K, H] a block application; under
-    shared keys those of step 1 alone)."""
+    lm: LM,
+    shape: Shape,
+    weights: Weights,
+    state: State,
+    lane: jax.Array,
+    control: DepthControl,
+    x_CxD: jax.Array,
+    info_1xC: TokenInfo,
+    rope: Any,
+) -> tuple[jax.Array, jax.Array, list]:
+    """(states after the recursion, active_RxC, keys and values of every step: [R, C, K, H] a block
+    application; under shared keys those of step 1 alone)."""
     chunk, kv, recursions = x_CxD.shape[0], lm.depth.kv_name, lm.program.recursions
     policy = Controlled(lm.policy, control)
     route, real_C = policy.begin(weights["router"], x_CxD[None], info_1xC), info_1xC.real_BxT[0]
     sizes = row_sizes(chunk, lm.depth.routed)
     core = tuple(logs.of_lane(log, lane) for log in state.core)
-    tags = [t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)]
+    tags = [
+        t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)
+    ]
 
     def one(carry: _Step, xs: Any, first: bool = False):
         r, step = xs
-        seen = logs.view(shape.core, state.entries_N[lane][None], tags if recursions > 1 else None, r[None])
+        seen = logs.view(
+            shape.core, state.entries_N[lane][None], tags if recursions > 1 else None, r[None]
+        )
         z_C = policy.score(step, carry.h_CxD[None])[0]
         active_C = policy.select(step, z_C[None], carry.candidates_C[None], route.tokens, None)[0]
         runs_C = real_C if first and looks_back(kv) else active_C
@@ -169,11 +209,19 @@ def _recurse(
 
 
 def _rows(
-    lm: LM, weights: Weights, core: tuple[Log, ...], seen: View, r: jax.Array, first: bool, size: int, carry: _Step,
-    runs_C: jax.Array, rope: Any,
-) -> tuple[jax.Array, tuple]:  # fmt: skip
-    """The core over the tokens that run a step, gathered into `size` rows: its output and the newest keys and values
-    of each block, back in their places in the chunk."""
+    lm: LM,
+    weights: Weights,
+    core: tuple[Log, ...],
+    seen: View,
+    r: jax.Array,
+    first: bool,
+    size: int,
+    carry: _Step,
+    runs_C: jax.Array,
+    rope: Any,
+) -> tuple[jax.Array, tuple]:
+    """The core over the tokens that run a step, gathered into `size` rows: its output and the
+    newest keys and values of each block, back in their places in the chunk."""
     h_CxD, chunk, kv = carry.h_CxD, carry.h_CxD.shape[0], lm.depth.kv_name
     kv_shape = (chunk, *lm.model.dims[1:])
     if size == 0:
@@ -199,12 +247,16 @@ def _rows(
             own = (k, v, before_SxS)
             made = tuple(spread(x, jnp.zeros(kv_shape, x.dtype)) for x in (k, v))
         else:
-            made = tuple(spread(new, old) for new, old in zip((k, v), carry.kept[block], strict=True))
+            made = tuple(
+                spread(new, old) for new, old in zip((k, v), carry.kept[block], strict=True)
+            )
             own = (*made, before_SxC)
         return logs.attend_chunk(q, core[block], seen, *own), made
 
     h_SxD, table = jax.tree.map(lambda x: x if whole else x[index_S], (h_CxD, rope))
     attends = [functools.partial(attend, block=i) for i in range(len(core))]
     queries_only = back and kv == SHARED
-    y_SxD, made = layers.blocks(lm, weights["core"], h_SxD, table, attends, lm.program.repeat, queries_only, r)
+    y_SxD, made = layers.blocks(
+        lm, weights["core"], h_SxD, table, attends, lm.program.repeat, queries_only, r
+    )
     return spread(y_SxD, h_CxD), tuple(made)

@@ -1,12 +1,15 @@
-"""The prefix cache: a tree of prompt chunks, each with the keys and values that a lane would compute again.
+"""The prefix cache: a tree of prompt chunks, each with the keys and values that a lane would
+compute again.
 
-An edge is one chunk of a prompt, whole: `Device.cut` cuts prompts by their length alone, so two prompts on one path ran
-the same programs on the same tokens, and rows taken from the tree are those that the lane would have computed, bit for
-bit. Rows also depend on how deep tokens may think, so there is one root for each depth wish.
+An edge is one chunk of a prompt, whole: `Device.cut` cuts prompts by their length alone, so two
+prompts on one path ran the same programs on the same tokens, and rows taken from the tree are those
+that the lane would have computed, bit for bit. Rows also depend on how deep tokens may think, so
+there is one root for each depth wish.
 
-A node is *claimed* by the request that is about to compute it, and *filled* when it has. Others that meet a claimed
-node may wait for it instead of computing the same. Nodes that some request holds are protected; of the others, leaves
-are dropped, least recently used first, when a new one needs their bytes. At any time
+A node is *claimed* by the request that is about to compute it, and *filled* when it has. Others
+that meet a claimed node may wait for it instead of computing the same. Nodes that some request
+holds are protected; of the others, leaves are dropped, least recently used first, when a new one
+needs their bytes. At any time
 
     available + evictable + protected == total     (bytes)
 """
@@ -55,7 +58,8 @@ class PrefixTree:
         self._in_use = 0
         self._roots: dict[Hashable, Node] = {}
         self._clock = itertools.count(1)
-        self._leaves: list[tuple[int, int, Node]] = []  # a heap of (used, tie, node); entries may be out of date
+        # a heap of (used, tie, node); entries may be out of date
+        self._leaves: list[tuple[int, int, Node]] = []
         self._ties = itertools.count()
 
     @property
@@ -63,8 +67,8 @@ class PrefixTree:
         return self.total - self._in_use
 
     def match(self, key: Hashable, chunks: Sequence[Tokens]) -> tuple[list[Node], Node | None, int]:
-        """(filled nodes from the root on, the claimed node after them if there is one, tokens of the claimed nodes in
-        a row from there). `key`: what the rows depend on beside the tokens."""
+        """(filled nodes from the root on, the claimed node after them if there is one, tokens of
+        the claimed nodes in a row from there). `key`: what the rows depend on beside the tokens."""
         node, filled = self._roots.get(key), []
         first, pending = None, 0
         for chunk in chunks:
@@ -79,8 +83,8 @@ class PrefixTree:
         return filled, first, pending
 
     def claim(self, key: Hashable, path: Sequence[Node], chunks: Sequence[Tokens]) -> list[Node]:
-        """Hold `path` and claim the chunks behind it, which must not be in the tree; [] where they cannot be kept.
-        `let_go` of `path + claimed` later."""
+        """Hold `path` and claim the chunks behind it, which must not be in the tree; [] where they
+        cannot be kept. `let_go` of `path + claimed` later."""
         claimed: list[Node] = []
         if self.total > 0:
             node = path[-1] if path else self._roots.setdefault(key, Node((), None))
@@ -112,8 +116,8 @@ class PrefixTree:
                 self._maybe_leaf(node)
 
     def fill(self, node: Node, rows: Any, depths: Sequence[int]) -> bool:
-        """The claimed node was computed. False: it was given up, or its bytes are not to be had; it then leaves the
-        tree, with the claims below it."""
+        """The claimed node was computed. False: it was given up, or its bytes are not to be had; it
+        then leaves the tree, with the claims below it."""
         if node.gone:
             return False
         while rows.nbytes > self.available and self._evict_one():
@@ -141,7 +145,12 @@ class PrefixTree:
         self._maybe_leaf(node.parent)
 
     def _maybe_leaf(self, node: Node) -> None:
-        loose = node.parent is not None and not node.children and not node.holds and node.rows is not None
+        loose = (
+            node.parent is not None
+            and not node.children
+            and not node.holds
+            and node.rows is not None
+        )
         if loose and not node.queued:
             node.queued = True
             heapq.heappush(self._leaves, (node.used, next(self._ties), node))
@@ -173,12 +182,16 @@ class PrefixTree:
         held = sum(n.nbytes for n in nodes if n.holds)
         loose = sum(n.nbytes for n in nodes if not n.holds)
         assert (held, loose) == (self.protected, self.evictable), "bytes of held and of loose nodes"
-        assert self.available + self.evictable + self.protected == self.total, "the parts make up the whole"
+        assert self.available + self.evictable + self.protected == self.total, (
+            "the parts make up the whole"
+        )
         assert 0 <= self.available <= self.total, "no more is kept than may be"
         for n in nodes:
             assert not n.gone and n.holds >= max((c.holds for c in n.children.values()), default=0)
             assert n.rows is not None or n.holds, "a claim without an owner"
-            assert n.rows is None or n.parent.parent is None or n.parent.rows is not None, "rows behind a gap"
+            assert n.rows is None or n.parent.parent is None or n.parent.rows is not None, (
+                "rows behind a gap"
+            )
 
 
 def _below(node: Node) -> Iterator[Node]:

@@ -30,7 +30,9 @@ def ticks(
     if count == 1:
         state, out = tick(lm, shape, config, m, weights, state)
         return state, jax.tree.map(lambda leaf: leaf[None], out)
-    return jax.lax.scan(lambda state, _: tick(lm, shape, config, m, weights, state), state, length=count)
+    return jax.lax.scan(
+        lambda state, _: tick(lm, shape, config, m, weights, state), state, length=count
+    )
 
 
 def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
@@ -44,7 +46,9 @@ def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
     )
 
 
-def start_lane(state: State, lane: jax.Array, token: jax.Array, remaining: jax.Array, row: DrawRows) -> State:
+def start_lane(
+    state: State, lane: jax.Array, token: jax.Array, remaining: jax.Array, row: DrawRows
+) -> State:
     """Starts to decode in the lane at the next boundary, with this token."""
     return state._replace(
         next_N=state.next_N.at[lane].set(token),
@@ -56,7 +60,8 @@ def start_lane(state: State, lane: jax.Array, token: jax.Array, remaining: jax.A
 def stop_lane(state: State, lane: jax.Array) -> State:
     """Stops the lane."""
     flight = state.flight._replace(
-        here_N=state.flight.here_N.at[lane].set(False), going_N=state.flight.going_N.at[lane].set(False)
+        here_N=state.flight.here_N.at[lane].set(False),
+        going_N=state.flight.going_N.at[lane].set(False),
     )
     return state._replace(flight=flight, next_N=state.next_N.at[lane].set(NONE))
 
@@ -68,16 +73,22 @@ def mask_lane(state: State, lane: jax.Array, mask_W: jax.Array, position: jax.Ar
 
 def save_ends(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
     """`count` entries of prelude and coda, with their tokens where those are kept."""
-    parts = tuple(_read(shape.ends, part, lane, slot, count) for part in (state.prelude, state.coda))
+    parts = tuple(
+        _read(shape.ends, part, lane, slot, count) for part in (state.prelude, state.coda)
+    )
     return parts, ids_before(state.ids_NxT, lane, slot + count, count)
 
 
 def save_core(shape: Shape, count: int, state: State, lane: jax.Array, slot: jax.Array) -> Any:
     """`count` entries of the core, with their tags."""
-    return _read(shape.core, state.core, lane, slot, count), logs.read_tags(shape.core, state.tags, lane, slot, count)
+    return _read(shape.core, state.core, lane, slot, count), logs.read_tags(
+        shape.core, state.tags, lane, slot, count
+    )
 
 
-def load_ends(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
+def load_ends(
+    shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any
+) -> State:
     """The first `count` of the saved entries in their place again."""
     saved, ids = saved
     parts = zip((state.prelude, state.coda), saved, strict=True)
@@ -85,36 +96,53 @@ def load_ends(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, coun
     if ids is not None:
         index = jnp.arange(len(ids))
         ids = put_ids(state.ids_NxT, lane, slot + index, ids, index < count)
-    return state._replace(prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count), ids_NxT=ids)
+    return state._replace(
+        prelude=prelude, coda=coda, tokens_N=state.tokens_N.at[lane].set(slot + count), ids_NxT=ids
+    )
 
 
-def load_core(shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any) -> State:
+def load_core(
+    shape: Shape, state: State, lane: jax.Array, slot: jax.Array, count: jax.Array, saved: Any
+) -> State:
     """As `load_ends`."""
     rows, tag = saved
     core = _write(shape.core, state.core, lane, slot, count, rows)
     tags = logs.tag_chunk(shape.core, state.tags, lane, slot, count, tag)
-    return state._replace(core=core, tags=tags, entries_N=state.entries_N.at[lane].set(slot + count))
+    return state._replace(
+        core=core, tags=tags, entries_N=state.entries_N.at[lane].set(slot + count)
+    )
 
 
-def _read(where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: int) -> tuple:
+def _read(
+    where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: int
+) -> tuple:
     return tuple(logs.read_chunk(where, log, lane, slot, count) for log in some)
 
 
 def _write(
-    where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: jax.Array, saved: tuple
+    where: Layout,
+    some: Sequence[Log],
+    lane: jax.Array,
+    slot: jax.Array,
+    count: jax.Array,
+    saved: tuple,
 ) -> tuple[Log, ...]:
     put = lambda log, rows: logs.append_chunk(where, log, lane, slot, count, *rows)
     return tuple(put(log, rows) for log, rows in zip(some, saved, strict=True))
 
 
-# ------------------------------------------------------------------------------------- all lanes busy, to be timed
+# ------------------------------------------------------------------------------------- all lanes
+# busy, to be timed
 
 
 def _busy(shape: Shape, state: State, going: bool, tokens: jax.Array, entries: jax.Array) -> State:
     """All lanes hold so much and have a token in flight."""
     yes = jnp.ones((shape.lanes,), bool)
     flight = state.flight._replace(
-        here_N=yes, going_N=yes & going, active_N=yes & going, depth_N=jnp.zeros_like(state.flight.depth_N)
+        here_N=yes,
+        going_N=yes & going,
+        active_N=yes & going,
+        depth_N=jnp.zeros_like(state.flight.depth_N),
     )
     return state._replace(
         flight=flight,
@@ -125,14 +153,26 @@ def _busy(shape: Shape, state: State, going: bool, tokens: jax.Array, entries: j
 
 
 def busy_pass(
-    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    weights: Weights,
+    state: State,
+    tokens: jax.Array,
+    entries: jax.Array,
 ) -> tuple:
     """A core pass of all lanes."""
     return core_pass(lm, shape, weights, _busy(shape, state, True, tokens, entries))
 
 
 def busy_boundary(
-    lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, tokens: jax.Array, entries: jax.Array
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    weights: Weights,
+    state: State,
+    tokens: jax.Array,
+    entries: jax.Array,
 ) -> tuple:
     """A boundary of all lanes."""
     return boundary(lm, shape, config, weights, _busy(shape, state, False, tokens, entries))
@@ -147,22 +187,37 @@ class Programs:
     `weights` and `state` show shapes and placement; their values are not used."""
 
     def __init__(
-        self, lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State, piece: int,
+        self,
+        lm: LM,
+        shape: Shape,
+        config: DrawConfig,
+        weights: Weights,
+        state: State,
+        piece: int,
         place: NamedSharding | None = None,
-    ):  # fmt: skip
+    ):
         # Shapes and placement alone, so that weights which are replaced later are not kept alive.
         only = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        self._static, self._weights, self._state = (lm, shape, config), *jax.tree.map(only, (weights, state))
+        self._static, self._weights, self._state = (
+            (lm, shape, config),
+            *jax.tree.map(only, (weights, state)),
+        )
         self._shape, self._piece, self._place = shape, piece, place
 
     def _compile(self, f: Callable, *args: Any, donate: int | None = 0) -> Any:
         where = {} if self._place is None else {"out_shardings": self._place}
-        return jax.jit(f, donate_argnums=() if donate is None else donate, **where).lower(*args).compile()
+        return (
+            jax.jit(f, donate_argnums=() if donate is None else donate, **where)
+            .lower(*args)
+            .compile()
+        )
 
     def timed(self, f: Callable) -> Any:
         """`busy_pass` or `busy_boundary`, called with (weights, state, tokens, entries)."""
         zero = np.int32(0)
-        return self._compile(functools.partial(f, *self._static), self._weights, self._state, zero, zero, donate=1)
+        return self._compile(
+            functools.partial(f, *self._static), self._weights, self._state, zero, zero, donate=1
+        )
 
     def compile_tick(self, m: int, count: int) -> None:
         """`tick(weights, state)`."""
@@ -183,7 +238,9 @@ class Programs:
             tell(f"prefill of {size} tokens")
             run = functools.partial(prefill, lm, shape)
             tokens = np.zeros((size,), np.int32)
-            self.prefills[size] = self._compile(run, self._weights, self._state, zero, tokens, zero, donate=1)
+            self.prefills[size] = self._compile(
+                run, self._weights, self._state, zero, tokens, zero, donate=1
+            )
 
     def compile_small(self) -> None:
         """The rest, called as the functions are, without their static arguments."""
@@ -199,7 +256,9 @@ class Programs:
             save = functools.partial(save, shape, piece)
             saved = jax.eval_shape(save, state, zero, zero)
             self.save[part] = self._compile(save, state, zero, zero, donate=None)
-            self.load[part] = self._compile(functools.partial(load, shape), state, zero, zero, zero, saved)
+            self.load[part] = self._compile(
+                functools.partial(load, shape), state, zero, zero, zero, saved
+            )
 
 
 __all__ = ["Log", "Programs", "busy_boundary", "busy_pass"]

@@ -11,9 +11,11 @@ from mor_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Drawing:
-    """How a request's tokens are drawn. All of it is data to the compiled program: no value compiles anything anew.
+    """How a request's tokens are drawn. All of it is data to the compiled program: no value
+    compiles anything anew.
 
-    A draw at position t uses the key fold_in(key(seed), t): what else is in flight has no part in it.
+    A draw at position t uses the key fold_in(key(seed), t): what else is in flight has no part in
+    it.
     """
 
     temperature: float = 1.0  # 0: greedy
@@ -29,7 +31,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class DepthWish:
-    """Recursions of a request's tokens; None: as the model was configured (`dial.depth_control`)."""
+    """Recursions of a request's tokens; None: as the model was configured
+    (`dial.depth_control`)."""
 
     mean: float | None = None
     least: int | None = None
@@ -40,7 +43,8 @@ class Grammar(Protocol):
     """Which tokens may come next, of one request; advanced token by token on the host."""
 
     def allowed(self) -> Any:
-        """Bit mask over the vocabulary, uint32 [ceil(V / 32)], bit t % 32 of word t // 32 set: token t may come."""
+        """Bit mask over the vocabulary, uint32 [ceil(V / 32)], bit t % 32 of word t // 32 set:
+        token t may come."""
 
     def advance(self, token: int) -> None:
         """The token was drawn."""
@@ -54,7 +58,8 @@ class Grammar(Protocol):
 class Request:
     """One sequence to continue.
 
-    Stop *strings* are the caller's: whoever turns tokens into text sees them and cancels with `Ticket.finish`.
+    Stop *strings* are the caller's: whoever turns tokens into text sees them and cancels with
+    `Ticket.finish`.
     """
 
     prompt: tuple[int, ...]
@@ -62,7 +67,8 @@ class Request:
     drawing: Drawing = field(default_factory=Drawing)
     stop_tokens: frozenset[int] = frozenset()  # end of text included, if it shall end the request
     min_tokens: int = 0  # stop tokens cannot be drawn before this many
-    logprobs: int | None = None  # None: none; n: the drawn token's, and the n most likely ones beside it
+    # None: none; n: the drawn token's, and the n most likely ones beside it
+    logprobs: int | None = None
     prompt_logprobs: bool = False  # also those of the prompt's tokens (`logprobs` must be given)
     prompt_depths: bool = False  # a `PromptRead` before the first token
     grammar: Grammar | None = None
@@ -72,7 +78,8 @@ class Request:
 
 
 class Token(NamedTuple):
-    """One drawn token. `depth`: recursions the model ran to draw it, that is the depth of the token before it."""
+    """One drawn token. `depth`: recursions the model ran to draw it, that is the depth of the token
+    before it."""
 
     id: int
     depth: int
@@ -82,14 +89,16 @@ class Token(NamedTuple):
 
 
 class PromptScored(NamedTuple):
-    """Log-probabilities of the prompt's tokens, before the first `Token`; the first token has none."""
+    """Log-probabilities of the prompt's tokens, before the first `Token`; the first token has
+    none."""
 
     logprobs: tuple[float | None, ...]
     top: tuple[tuple[tuple[int, float], ...], ...]
 
 
 class PromptRead(NamedTuple):
-    """Recursions that the prompt's tokens ran, all but the last one's: that is the first `Token`'s depth."""
+    """Recursions that the prompt's tokens ran, all but the last one's: that is the first `Token`'s
+    depth."""
 
     depths: tuple[int, ...]
 
@@ -114,13 +123,16 @@ class Ticket(Protocol):
     """A request under way."""
 
     def cancel(self) -> None:
-        """Free its lane at the next tick; its last event is Finished("cancelled"). Any thread; idempotent."""
+        """Free its lane at the next tick; its last event is Finished("cancelled"). Any thread;
+        idempotent."""
 
     def finish(self) -> None:
-        """As `cancel`, but it ends with "stop": the caller has what it wanted (a stop string was seen)."""
+        """As `cancel`, but it ends with "stop": the caller has what it wanted (a stop string was
+        seen)."""
 
 
-OnEvents = Callable[[list[Event]], None]  # called in the engine's thread, once a tick at most; must not block
+# called in the engine's thread, once a tick at most; must not block
+OnEvents = Callable[[list[Event]], None]
 
 
 class QueueFull(UserError):
@@ -135,8 +147,8 @@ class Service(Protocol):
     """An engine that runs by itself (a thread of its own)."""
 
     def submit(self, request: Request, on_events: OnEvents) -> Ticket:
-        """Raises UserError (a request that can never run, both numbers in the message), QueueFull, or UserError when
-        the service is closing. May be called from any thread; returns at once."""
+        """Raises UserError (a request that can never run, both numbers in the message), QueueFull,
+        or UserError when the service is closing. May be called from any thread; returns at once."""
 
     def stats(self) -> dict[str, float]:
         """A snapshot of gauges and counters, by the names of docs/serving.md."""

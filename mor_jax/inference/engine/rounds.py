@@ -1,7 +1,8 @@
-"""Rounds of the engine: dispatch what the scheduler plans, then read what the round before dispatched.
+"""Rounds of the engine: dispatch what the scheduler plans, then read what the round before
+dispatched.
 
-A round dispatches its prefills and one tick before it reads the results of the round before, so the device has work while
-the host plans. This module uses no threads; `service.py` calls `step` in one.
+A round dispatches its prefills and one tick before it reads the results of the round before, so the
+device has work while the host plans. This module uses no threads; `service.py` calls `step` in one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import numpy as np
 from mor_jax.inference.engine.device import Lengths
 from mor_jax.inference.engine.request import Event, Finished, PromptRead, Token
 from mor_jax.inference.engine.rows import host_row
-from mor_jax.inference.engine.scheduler import DECODE, OVER, Admit, End, Job, Preempt, Prefill, Scheduler, Start
+from mor_jax.inference.engine.scheduler import (
+    DECODE,
+    OVER,
+    Admit,
+    End,
+    Job,
+    Preempt,
+    Prefill,
+    Scheduler,
+    Start,
+)
 from mor_jax.inference.engine.stats import Counts
 
 
@@ -28,7 +39,9 @@ class Rounds:
     clock: seconds.
     """
 
-    def __init__(self, device: Any, scheduler: Scheduler, *, eos: int | None, clock: Callable[[], float]):
+    def __init__(
+        self, device: Any, scheduler: Scheduler, *, eos: int | None, clock: Callable[[], float]
+    ):
         self._device, self._scheduler, self._eos, self._clock = device, scheduler, eos, clock
         self._old: deque[tuple[Any, Any]] = deque()  # (ticket, its jobs) of the round before
         self._new: deque[tuple[Any, Any]] = deque()  # of this round
@@ -48,7 +61,9 @@ class Rounds:
         for action in self._scheduler.plan(self._clock()):
             self._carry_out(action)
         jobs_by_lane = {
-            lane: (job, job.admissions) for lane, job in self._scheduler.running.items() if job.phase == DECODE
+            lane: (job, job.admissions)
+            for lane, job in self._scheduler.running.items()
+            if job.phase == DECODE
         }
         if jobs_by_lane:
             self._new.append((self._device.tick(), jobs_by_lane))
@@ -65,18 +80,23 @@ class Rounds:
         self._scheduler.add(job)
 
     def end_all(self, jobs: Sequence[Job], message: str, *, works: bool) -> int:
-        """Ends these jobs and all that were added, also after a round that failed. Returns their number.
+        """Ends these jobs and all that were added, also after a round that failed. Returns their
+        number.
 
         `works`: the device still works, so its lanes are freed."""
         left = [*self._open.values(), *jobs]
         known = set(map(id, self._scheduler.jobs()))
         for job in left:
-            end = self._scheduler.remove(job, "error") if id(job) in known else End(job, "error", -1)
+            end = (
+                self._scheduler.remove(job, "error") if id(job) in known else End(job, "error", -1)
+            )
             job.phase = OVER
             if works and end.lane >= 0:
                 self._device.stop(end.lane)
             over = bool(job.events) and isinstance(job.events[-1], Finished)
-            self._tell(job, job.events if over else [*job.events, self._finished(job, "error", message)])
+            self._tell(
+                job, job.events if over else [*job.events, self._finished(job, "error", message)]
+            )
         self._open.clear()
         self._over.clear()
         for ticket, _ in self._old if works else ():
@@ -89,7 +109,8 @@ class Rounds:
         return [job for job in self._scheduler.waiting if job.unready]
 
     def _score_a_little(self) -> None:
-        """Scores one chunk of one prompt. The scorer has one lane, so prompts are scored one after another."""
+        """Scores one chunk of one prompt. The scorer has one lane, so prompts are scored one after
+        another."""
         if self._scored is None or self._scored.phase == OVER:
             self._scored = next(iter(self._scoring()), None)
         if (job := self._scored) is not None and (scored := next(job.scoring)) is not None:
@@ -114,7 +135,9 @@ class Rounds:
             if not job.preempted:
                 self.counts.admitted(len(job.request.prompt) - 1, job.cached, job.began - job.came)
         elif isinstance(action, Prefill):
-            self._new.append((device.prefill(job.lane, action.chunk), (job, job.admissions, action)))
+            self._new.append(
+                (device.prefill(job.lane, action.chunk), (job, job.admissions, action))
+            )
             self.counts.prefilled(len(action.chunk))
         elif isinstance(action, Start):
             self._start(job)
@@ -123,19 +146,27 @@ class Rounds:
         r = job.request
         try:
             row = host_row(
-                r.drawing, self._device.draw_config, prompt=r.prompt, generated=job.generated,
-                stop_tokens=r.stop_tokens, min_tokens=r.min_tokens, logprobs=r.logprobs, grammar=r.grammar,
-            )  # fmt: skip
+                r.drawing,
+                self._device.draw_config,
+                prompt=r.prompt,
+                generated=job.generated,
+                stop_tokens=r.stop_tokens,
+                min_tokens=r.min_tokens,
+                logprobs=r.logprobs,
+                grammar=r.grammar,
+            )
         except Exception as e:  # a grammar that cannot go on
             self._lose(job, e)
             return
         token = job.generated[-1] if job.generated else r.prompt[-1]
         self._device.start(job.lane, token, row, r.max_tokens - len(job.generated))
 
-    # ------------------------------------------------------------------------------------- what came back
+    # ------------------------------------------------------------------------------------- what
+    # came back
 
     def _read(self, ticket: Any, of: Any) -> None:
-        """Reads a ticket. `of`: (job, admission, action) of a prefill, or {lane: (job, admission)} of a tick."""
+        """Reads a ticket. `of`: (job, admission, action) of a prefill, or {lane: (job, admission)}
+        of a tick."""
         got = ticket.fetch()
         if not isinstance(of, dict):
             self._prefilled(got, *of)
@@ -154,8 +185,14 @@ class Rounds:
             self._scheduler.outgrew(job)
             return
         if action.node is not None and not action.node.gone:
-            start = action.node.parent.rows.stop if action.node.parent.rows is not None else Lengths(0, 0)
-            self._scheduler.tree.fill(action.node, self._device.save(job.lane, start, got.lengths), got.depth_T)
+            start = (
+                action.node.parent.rows.stop
+                if action.node.parent.rows is not None
+                else Lengths(0, 0)
+            )
+            self._scheduler.tree.fill(
+                action.node, self._device.save(job.lane, start, got.lengths), got.depth_T
+            )
         if not job.generated:
             job.depth_sum += int(np.sum(got.depth_T))
             job.depth_count += len(got.depth_T)
@@ -201,7 +238,9 @@ class Rounds:
             stopped_by_grammar = False
         job.events.append(Token(token, depth, logprob, top, stopped))
         if ended:
-            self._ended(self._scheduler.remove(job, "stop" if stopped or stopped_by_grammar else "length"))
+            self._ended(
+                self._scheduler.remove(job, "stop" if stopped or stopped_by_grammar else "length")
+            )
 
     def _lose(self, job: Job, error: BaseException) -> None:
         """Ends one request with an error of its own; the others go on."""
@@ -220,8 +259,15 @@ class Rounds:
         mean = job.depth_sum / job.depth_count if job.depth_count else math.nan
         waited = (now if job.began is None else job.began) - job.came
         return Finished(
-            reason, len(job.request.prompt), job.cached, len(job.generated), mean, waited, job.preempted, error
-        )  # fmt: skip
+            reason,
+            len(job.request.prompt),
+            job.cached,
+            len(job.generated),
+            mean,
+            waited,
+            job.preempted,
+            error,
+        )
 
     def _hand_out(self) -> int:
         over, self._over = self._over, []

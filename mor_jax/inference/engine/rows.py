@@ -1,4 +1,5 @@
-"""What a lane's draw reads, as arrays: one row a lane, put there when a request starts. No value compiles anything."""
+"""What a lane's draw reads, as arrays: one row a lane, put there when a request starts. No value
+compiles anything."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class DrawConfig(NamedTuple):
     """What is fixed for all lanes. Static under jit.
 
     vocab_size: ids from here on are padding of the model's table and are never drawn.
-    candidates: top-k and top-p look among so many most likely tokens first. Where that is too few, a slower search
-      over all tokens takes over, so it changes the speed and not what is drawn.
+    candidates: top-k and top-p look among so many most likely tokens first. Where that is too few,
+      a slower search over all tokens takes over, so it changes the speed and not what is drawn.
     max_logprobs: K, tokens whose log-probabilities are handed out beside the drawn one's.
     """
 
@@ -78,7 +79,9 @@ def seed_words(seed: int) -> np.ndarray:
     return np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
 
-def _check(d: Drawing, vocab_size: int, stop_tokens: Collection[int], logprobs: int | None, most: int) -> None:
+def _check(
+    d: Drawing, vocab_size: int, stop_tokens: Collection[int], logprobs: int | None, most: int
+) -> None:
     number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
     limits = (
         ("temperature", "0 (greedy) or more", d.temperature, lambda x: x >= 0),
@@ -96,9 +99,13 @@ def _check(d: Drawing, vocab_size: int, stop_tokens: Collection[int], logprobs: 
         raise UserError(f"logit_bias may name {BIASES} tokens, got {len(d.logit_bias)}.")
     for token, value in d.logit_bias:
         if not 0 <= token < vocab_size or not number(value):
-            raise UserError(f"logit_bias: {token}: {value} must be a token id below {vocab_size} with a finite number.")
+            raise UserError(
+                f"logit_bias: {token}: {value} must be a token id below {vocab_size} with a finite number."
+            )
     if len(stop_tokens) > STOPS:
-        raise UserError(f"a request may end with one of at most {STOPS} stop tokens, got {len(stop_tokens)}.")
+        raise UserError(
+            f"a request may end with one of at most {STOPS} stop tokens, got {len(stop_tokens)}."
+        )
     if logprobs is not None and not 0 <= logprobs <= most:
         raise UserError(f"logprobs must be from 0 to {most}, got {logprobs}.")
 
@@ -110,19 +117,27 @@ def _padded(values: Sequence[float], room: int, fill: float, dtype: type) -> np.
 
 
 def host_row(
-    drawing: Drawing, config: DrawConfig, *, prompt: Sequence[int], generated: Sequence[int] = (),
-    stop_tokens: Collection[int] = frozenset(), min_tokens: int = 0, logprobs: int | None = None,
+    drawing: Drawing,
+    config: DrawConfig,
+    *,
+    prompt: Sequence[int],
+    generated: Sequence[int] = (),
+    stop_tokens: Collection[int] = frozenset(),
+    min_tokens: int = 0,
+    logprobs: int | None = None,
     grammar: Grammar | None = None,
-) -> DrawRows:  # fmt: skip
+) -> DrawRows:
     """One lane's row, numpy leaves without the leading N.
 
     Args:
-      prompt, generated: tokens before the next draw; `generated` is not empty when a request goes on after it had to
-        give its lane up. Ids must be below `vocab_size` to be counted; others (of another tokenizer) never come again.
-      min_tokens: stop tokens are not drawn before so many. A grammar overrules it: it says itself where a text may end.
-      grammar: its mask for the next draw is put into the row.
+      prompt, generated: tokens before the next draw; `generated` is not empty when a request goes
+        on after it had to give its lane up. Ids must be below `vocab_size` to be counted; others
+        (of another tokenizer) never come again. min_tokens: stop tokens are not drawn before so
+        many. A grammar overrules it: it says itself where a text may end. grammar: its mask for the
+        next draw is put into the row.
     Raises:
-      UserError: a value outside its range, more biases than `BIASES`, more stop tokens than `STOPS`.
+      UserError: a value outside its range, more biases than `BIASES`, more stop tokens than
+        `STOPS`.
     """
     V = config.vocab_size
     _check(drawing, V, stop_tokens, logprobs, config.max_logprobs)
@@ -144,7 +159,9 @@ def host_row(
         free_from_N=i32(0 if grammar is not None else len(prompt) + min_tokens),
         counts_NxV=np.bincount(known(generated), minlength=V).astype(i32),
         prompt_NxW=bit_mask(set(known(prompt)), V),
-        grammar_NxW=np.zeros(words(V), np.uint32) if grammar is None else np.asarray(grammar.allowed(), np.uint32),
+        grammar_NxW=np.zeros(words(V), np.uint32)
+        if grammar is None
+        else np.asarray(grammar.allowed(), np.uint32),
         grammar_at_N=i32(NO_GRAMMAR if grammar is None else position),
         logprobs_N=i32(-1 if logprobs is None else logprobs),
     )
@@ -161,19 +178,32 @@ def put_row(rows: DrawRows, lane: jax.Array | int, row: DrawRows) -> DrawRows:
     return jax.tree.map(lambda all_, one: all_.at[lane].set(one), rows, row)
 
 
-def put_mask(rows: DrawRows, lane: jax.Array | int, mask_W: jax.Array, position: jax.Array | int) -> DrawRows:
+def put_mask(
+    rows: DrawRows, lane: jax.Array | int, mask_W: jax.Array, position: jax.Array | int
+) -> DrawRows:
     """`rows` with the grammar mask of this lane's draw at `position`."""
     return rows._replace(
-        grammar_NxW=rows.grammar_NxW.at[lane].set(mask_W), grammar_at_N=rows.grammar_at_N.at[lane].set(position)
+        grammar_NxW=rows.grammar_NxW.at[lane].set(mask_W),
+        grammar_at_N=rows.grammar_at_N.at[lane].set(position),
     )
 
 
 def waiting(rows: DrawRows, position_N: jax.Array) -> jax.Array:
-    """bool [N]: lanes that cannot draw at `position_N` yet, because their grammar's mask for it has not come."""
+    """bool [N]: lanes that cannot draw at `position_N` yet, because their grammar's mask for it has
+    not come."""
     return (rows.grammar_at_N != NO_GRAMMAR) & (rows.grammar_at_N != position_N)
 
 
 __all__ = [
-    "BIASES", "STOPS", "DrawConfig", "DrawRows", "bit_mask", "bits", "empty_rows", "host_row", "put_mask", "put_row",
+    "BIASES",
+    "STOPS",
+    "DrawConfig",
+    "DrawRows",
+    "bit_mask",
+    "bits",
+    "empty_rows",
+    "host_row",
+    "put_mask",
+    "put_row",
     "waiting",
-]  # fmt: skip
+]

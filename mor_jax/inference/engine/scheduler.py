@@ -1,14 +1,18 @@
-"""The scheduler: which request gets which lane, and what is dispatched next. It uses no device, thread or clock.
+"""The scheduler: which request gets which lane, and what is dispatched next. It uses no device,
+thread or clock.
 
-`plan(now)` returns the actions of one round, in order. The caller runs them and reports with `prefilled`, `outgrew` and
-`remove`. The rules:
+`plan(now)` returns the actions of one round, in order. The caller runs them and reports with
+`prefilled`, `outgrew` and `remove`. The rules:
 
-- Requests are served by priority (lower first), then by arrival. A preempted request is first within its priority.
-- A request takes the smallest free lane that its expected entries fit into; the few lanes with full room are used last.
-- A request that outgrew its lane needs one with full room. If none is free, the latest request that came after it is
-  preempted and computed again later. The earliest request always gets its lane, so all requests end.
+- Requests are served by priority (lower first), then by arrival. A preempted request is first
+  within its priority.
+- A request takes the smallest free lane that its expected entries fit into; the few lanes with full
+room are used last. - A request that outgrew its lane needs one with full room. If none is free, the
+latest request that came after it is preempted and computed again later. The earliest request always
+gets its lane, so all requests end.
 - While such a request waits, later requests do not get a lane with full room.
-- A request waits for chunks of its prompt that another request is computing, if they have enough tokens.
+- A request waits for chunks of its prompt that another request is computing, if they have enough
+  tokens.
 - Prompts are prefilled chunk by chunk, so many tokens a round, while other lanes decode.
 """
 
@@ -42,7 +46,8 @@ class Job:
     phase: str = WAITING
     lane: int = -1
     admissions: int = 0  # times it got a lane
-    wish: str | None = None  # reason to end it ("cancelled", "stop"), set by its owner from any thread
+    # reason to end it ("cancelled", "stop"), set by its owner from any thread
+    wish: str | None = None
     preempted: int = 0
     needs_full_lane: bool = False  # outgrew a lane: the next one must have full room
     entries: int = 0  # in the core log of its lane, as far as known
@@ -126,28 +131,41 @@ class Scheduler:
     cut: tokens -> lengths of chunks.
     round_tokens: prompt tokens prefilled in one round, about (one chunk at least).
     hold_tokens: so many tokens under way elsewhere are worth waiting for.
-    keep_tokens: a chunk of fewer tokens is not kept; the tail of a prompt is seldom met again, and soon computed.
+    keep_tokens: a chunk of fewer tokens is not kept; the tail of a prompt is seldom met again, and
+    soon computed.
     """
 
     def __init__(
-        self, rooms: Sequence[int], tree: PrefixTree, *, most: int, expected: Callable[[int, float | None], int],
-        cut: Callable[[int], Sequence[int]], round_tokens: int = 256, hold_tokens: int = 32,
+        self,
+        rooms: Sequence[int],
+        tree: PrefixTree,
+        *,
+        most: int,
+        expected: Callable[[int, float | None], int],
+        cut: Callable[[int], Sequence[int]],
+        round_tokens: int = 256,
+        hold_tokens: int = 32,
         keep_tokens: int = 32,
-    ):  # fmt: skip
+    ):
         self._rooms, self._full, self._most = tuple(rooms), max(rooms), most
         self._expected, self._cut = expected, cut
-        self._round_tokens, self._hold_tokens, self._keep_tokens = round_tokens, hold_tokens, keep_tokens
+        self._round_tokens, self._hold_tokens, self._keep_tokens = (
+            round_tokens,
+            hold_tokens,
+            keep_tokens,
+        )
         self.tree = tree
         self.free = set(range(len(rooms)))
         self.waiting: list[Job] = []  # by rank
         self.running: dict[int, Job] = {}  # by lane
         self.preemptions = self.held_back = 0
 
-    # ------------------------------------------------------------------------------------- from outside
+    # ------------------------------------------------------------------------------------- from
+    # outside
 
     def prepare(self, job: Job) -> None:
-        """Cuts the tokens that the lane must hold before it decodes into chunks. The prompt is cut by itself, so a
-        preempted request finds its chunks in the prefix tree."""
+        """Cuts the tokens that the lane must hold before it decodes into chunks. The prompt is cut
+        by itself, so a preempted request finds its chunks in the prefix tree."""
         prompt, generated = job.request.prompt, job.generated
         tokens = (*prompt, *generated)[:-1]
         alone = len(prompt) - 1
@@ -169,7 +187,8 @@ class Scheduler:
             self._let_go(job)
 
     def outgrew(self, job: Job) -> bool:
-        """The lane is too small, so the next plan moves the request. Returns False if no lane has more room."""
+        """The lane is too small, so the next plan moves the request. Returns False if no lane has
+        more room."""
         job.needs_full_lane = True
         return self._rooms[job.lane] < self._full
 
@@ -199,13 +218,22 @@ class Scheduler:
         return out
 
     def _moves(self) -> list[Action]:
-        """Preempts requests that outgrew their lanes, then later requests that hold the lanes they need."""
-        stuck = [job for job in self.running.values() if job.needs_full_lane and self._rooms[job.lane] < self._full]
+        """Preempts requests that outgrew their lanes, then later requests that hold the lanes they
+        need."""
+        stuck = [
+            job
+            for job in self.running.values()
+            if job.needs_full_lane and self._rooms[job.lane] < self._full
+        ]
         out: list[Action] = [self._preempt(job) for job in sorted(stuck, key=lambda j: j.age)]
         for job in [job for job in self.waiting if job.needs_full_lane]:
             if any(self._rooms[lane] == self._full for lane in self.free):
                 break
-            later = [j for j in self.running.values() if self._rooms[j.lane] == self._full and j.age > job.age]
+            later = [
+                j
+                for j in self.running.values()
+                if self._rooms[j.lane] == self._full and j.age > job.age
+            ]
             if not later:
                 break  # all others came before it
             out.append(self._preempt(max(later, key=lambda j: j.age)))
@@ -261,12 +289,18 @@ class Scheduler:
         known = path[-1].rows.stop.entries if path else 0
         need = self._full
         if not job.needs_full_lane:
-            tokens = len(job.request.prompt) + job.request.max_tokens - sum(len(node.chunk) for node in path)
+            tokens = (
+                len(job.request.prompt)
+                + job.request.max_tokens
+                - sum(len(node.chunk) for node in path)
+            )
             need = min(need, known + self._expected(tokens, job.mean_depth))
         fits = [
-            lane for lane in self.free
-            if self._rooms[lane] >= need and not (full_is_reserved and self._rooms[lane] == self._full)
-        ]  # fmt: skip
+            lane
+            for lane in self.free
+            if self._rooms[lane] >= need
+            and not (full_is_reserved and self._rooms[lane] == self._full)
+        ]
         return min(fits, key=lambda lane: (self._rooms[lane], lane), default=None)
 
     def _admit(self, job: Job, lane: int, path: list[Node], now: float) -> Admit:

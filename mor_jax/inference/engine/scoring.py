@@ -1,8 +1,9 @@
 """Log-probabilities of a prompt's own tokens, with the most likely ones beside each.
 
-The prompt goes through the model in chunks of one size, like any prefill, and the head reads every token of a chunk:
-equal to the full causal forward pass, with memory for one chunk of logits. It has a lane of its own, so the lanes that
-decode are not touched; whoever runs both lets ticks go between the chunks.
+The prompt goes through the model in chunks of one size, like any prefill, and the head reads every
+token of a chunk: equal to the full causal forward pass, with memory for one chunk of logits. It has
+a lane of its own, so the lanes that decode are not touched; whoever runs both lets ticks go between
+the chunks.
 """
 
 from __future__ import annotations
@@ -37,9 +38,15 @@ class _Scores(NamedTuple):
 
 
 def _score_chunk(
-    lm: LM, shape: Shape, config: DrawConfig, weights: layers.Weights, state: State, tokens_C: jax.Array,
-    next_C: jax.Array, count: jax.Array,
-) -> tuple[State, _Scores]:  # fmt: skip
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    weights: layers.Weights,
+    state: State,
+    tokens_C: jax.Array,
+    next_C: jax.Array,
+    count: jax.Array,
+) -> tuple[State, _Scores]:
     """tokens_C[:count] through the model, and what it says of the token after each."""
     state, chunk, x_CxD = prefill_states(lm, shape, weights, state, jnp.int32(0), tokens_C, count)
     logits_CxV = layers.logits(lm, weights, x_CxD)[:, : config.vocab_size]
@@ -59,9 +66,17 @@ class Scorer:
     """
 
     def __init__(
-        self, lm: LM, params: Any, *, vocab_size: int | None = None, max_logprobs: int = 20, chunk: int = 64,
-        context: int | None = None, mesh: Mesh | None = None, weights: layers.Weights | None = None,
-    ):  # fmt: skip
+        self,
+        lm: LM,
+        params: Any,
+        *,
+        vocab_size: int | None = None,
+        max_logprobs: int = 20,
+        chunk: int = 64,
+        context: int | None = None,
+        mesh: Mesh | None = None,
+        weights: layers.Weights | None = None,
+    ):
         self._lm = lm
         self.context = context or lm.model.context
         self.chunk = min(chunk, self.context)
@@ -69,10 +84,14 @@ class Scorer:
         most = self.context * (1 if lm.depth.kv_name == SHARED else lm.program.recursions)
         shape = Shape(self.context, (most,))
         place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._weights = jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
-        # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest there are.
-        # Compiled, so that no two leaves share a buffer: each is donated.
-        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(self._weights["router"])
+        self._weights = (
+            jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
+        )
+        # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest
+        # there are. Compiled, so that no two leaves share a buffer: each is donated.
+        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(
+            self._weights["router"]
+        )
         if place is not None:
             self._weights, self._state = jax.device_put((self._weights, self._state), place)
         self._begun = 0  # prompts
@@ -83,34 +102,50 @@ class Scorer:
 
     def warm_up(self) -> None:
         """Compile; nothing compiles afterwards."""
-        for _ in range(2):  # the state that a chunk returned is another type to the compiler than the first, empty one
+        # the state that a chunk returned is another type to the compiler than the first, empty one
+        for _ in range(2):
             self.score([0, 0])
 
     def score(self, tokens: Sequence[int], control: DepthControl | None = None) -> PromptScored:
-        """Log-probability of each token given those before it; None for the first, which nothing predicts.
+        """Log-probability of each token given those before it; None for the first, which nothing
+        predicts.
 
         Args:
-          control: dial, floor and cap of the depth, of one row; default: as the model was configured.
+          control: dial, floor and cap of the depth, of one row; default: as the model was
+            configured.
         Raises:
           UserError: no tokens, more than the context, or one outside the vocabulary.
         """
         *_, scored = self.steps(tokens, control)
         return scored
 
-    def steps(self, tokens: Sequence[int], control: DepthControl | None = None) -> Iterator[PromptScored | None]:
-        """As `score`, in steps: None after each chunk, so that other work can go between, and the scores at last.
+    def steps(
+        self, tokens: Sequence[int], control: DepthControl | None = None
+    ) -> Iterator[PromptScored | None]:
+        """As `score`, in steps: None after each chunk, so that other work can go between, and the
+        scores at last.
 
         One prompt at a time: a second one must not begin before the first is through."""
         ids = np.asarray(tokens, np.int64)
         if not 1 <= len(ids) <= self.context:
-            raise UserError(f"a prompt to score must have 1 to {self.context} tokens, got {len(ids)}.")
+            raise UserError(
+                f"a prompt to score must have 1 to {self.context} tokens, got {len(ids)}."
+            )
         if ids.min() < 0 or ids.max() >= self._config.vocab_size:
-            raise UserError(f"a prompt's tokens must be ids below {self._config.vocab_size}, got {ids.max()}.")
+            raise UserError(
+                f"a prompt's tokens must be ids below {self._config.vocab_size}, got {ids.max()}."
+            )
         return self._steps(ids.astype(np.int32), control)
 
-    def _steps(self, ids_T: np.ndarray, control: DepthControl | None) -> Iterator[PromptScored | None]:
-        control = DepthControl.neutral(1, self._lm.program.recursions) if control is None else control
-        self._state = self._open(self._state, np.int32(0), jax.tree.map(lambda leaf: np.asarray(leaf)[0], control))
+    def _steps(
+        self, ids_T: np.ndarray, control: DepthControl | None
+    ) -> Iterator[PromptScored | None]:
+        control = (
+            DepthControl.neutral(1, self._lm.program.recursions) if control is None else control
+        )
+        self._state = self._open(
+            self._state, np.int32(0), jax.tree.map(lambda leaf: np.asarray(leaf)[0], control)
+        )
         self._begun += 1
         mine, last, parts = self._begun, len(ids_T) - 1, []
         for start in range(0, last, self.chunk):
@@ -118,8 +153,13 @@ class Scorer:
                 raise RuntimeError("another prompt was begun before this one was scored to its end")
             count = min(self.chunk, last - start)
             here, after = np.zeros((2, self.chunk), np.int32)
-            here[:count], after[:count] = ids_T[start : start + count], ids_T[start + 1 : start + 1 + count]
-            self._state, scores = self._run(self._weights, self._state, here, after, np.int32(count))
+            here[:count], after[:count] = (
+                ids_T[start : start + count],
+                ids_T[start + 1 : start + 1 + count],
+            )
+            self._state, scores = self._run(
+                self._weights, self._state, here, after, np.int32(count)
+            )
             for leaf in scores:
                 leaf.copy_to_host_async()
             parts.append((scores, count))

@@ -1,4 +1,5 @@
-"""The public interface of the engine. Any thread submits requests; one thread runs the rounds (`rounds.py`)."""
+"""The public interface of the engine. Any thread submits requests; one thread runs the rounds
+(`rounds.py`)."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ from mor_jax.inference.engine.stats import compiled_here
 @dataclass(frozen=True)
 class ServiceConfig:
     """queue: requests that may wait for a lane; more are refused with `QueueFull`.
-    round_tokens: prompt tokens prefilled between two ticks, about; fewer make running requests smoother, new ones later.
-    prefix_bytes: of the prefix cache, on the device, beside the lanes; None: as much as the lanes take; 0: none.
-    hold_tokens: a request waits for another that computes the same prompt tokens, from this number of tokens on.
-    keep_tokens: chunks of fewer tokens are not cached: computing them again is as cheap as copying them.
+    round_tokens: prompt tokens prefilled between two ticks, about; fewer make running requests
+    smoother, new ones later. prefix_bytes: of the prefix cache, on the device, beside the lanes;
+    None: as much as the lanes take; 0: none. hold_tokens: a request waits for another that computes
+    the same prompt tokens, from this number of tokens on. keep_tokens: chunks of fewer tokens are
+    not cached: computing them again is as cheap as copying them.
     idle_s: the thread ends after so many seconds without work; the next request starts another.
     """
 
@@ -53,7 +55,8 @@ class EngineService:
     """See `request.Service`; `build.build_service` makes one from a loaded model.
 
     Args:
-      device: a `device.Device` (or anything with its methods). Nobody else may use it until `close`.
+      device: a `device.Device` (or anything with its methods). Nobody else may use it until
+        `close`.
       control_of: the depth control of a wish; raises UserError.
       scorer: a `scoring.Scorer`; without one, log-probabilities of prompts are refused.
       eos: the token after which a constrained text is over.
@@ -61,20 +64,35 @@ class EngineService:
     """
 
     def __init__(
-        self, device: Any, config: ServiceConfig | None = None, *, control_of: Callable[[DepthWish], Any] | None = None,
-        scorer: Any = None, eos: int | None = None, clock: Callable[[], float] = time.monotonic,
-    ):  # fmt: skip
+        self,
+        device: Any,
+        config: ServiceConfig | None = None,
+        *,
+        control_of: Callable[[DepthWish], Any] | None = None,
+        scorer: Any = None,
+        eos: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.device, self.config = device, config or ServiceConfig()
         self.context = device.context
-        self._control_of, self._scorer, self._clock = control_of or (lambda wish: None), scorer, clock
+        self._control_of, self._scorer, self._clock = (
+            control_of or (lambda wish: None),
+            scorer,
+            clock,
+        )
         self._rooms = [device.capacity(lane).entries for lane in range(device.lanes)]
         kept = self.config.prefix_bytes
         self._tree = PrefixTree(device.memory_bytes if kept is None else kept)
         self._scheduler = Scheduler(
-            self._rooms, self._tree, most=-(-max(self._rooms) // device.context), expected=device.expected_entries,
-            cut=device.cut, round_tokens=self.config.round_tokens, hold_tokens=self.config.hold_tokens,
+            self._rooms,
+            self._tree,
+            most=-(-max(self._rooms) // device.context),
+            expected=device.expected_entries,
+            cut=device.cut,
+            round_tokens=self.config.round_tokens,
+            hold_tokens=self.config.hold_tokens,
             keep_tokens=self.config.keep_tokens,
-        )  # fmt: skip
+        )
         self._changed = threading.Condition()
         self._inbox: list[Job] = []
         self._thread: threading.Thread | None = None
@@ -86,7 +104,8 @@ class EngineService:
         self._rounds = Rounds(device, self._scheduler, eos=eos, clock=clock)
         self.counts = self._rounds.counts
 
-    # ------------------------------------------------------------------------------------- any thread
+    # ------------------------------------------------------------------------------------- any
+    # thread
 
     @property
     def healthy(self) -> bool:
@@ -127,7 +146,8 @@ class EngineService:
         return EngineTicket(self, job)
 
     def stats(self) -> dict[str, float]:
-        """See `request.Service`. Seconds, bytes, tokens and counts; `_perc` are shares from 0 to 1."""
+        """See `request.Service`. Seconds, bytes, tokens and counts; `_perc` are shares from 0 to
+        1."""
         running = dict(self._scheduler.running)
         device, tree = self.device, self._tree
         used = sum(device.bytes_per_sequence(*device.lengths(lane)) for lane in running)
@@ -136,7 +156,9 @@ class EngineService:
             "num_requests_waiting": float(len(self._inbox) + len(self._scheduler.waiting)),
             "lane_occupancy": len(running) / device.lanes,
             "kv_cache_usage_perc": used / device.memory_bytes,
-            "prefix_cache_usage_perc": (tree.total - tree.available) / tree.total if tree.total else 0.0,
+            "prefix_cache_usage_perc": (tree.total - tree.available) / tree.total
+            if tree.total
+            else 0.0,
             "prefix_cache_bytes": float(tree.total - tree.available),
             "num_preemptions_total": float(self._scheduler.preemptions),
             "held_back_total": float(self._scheduler.held_back),
@@ -169,7 +191,9 @@ class EngineService:
 
     def _check(self, r: Request) -> None:
         if not r.prompt:
-            raise UserError("a prompt has no tokens; give at least one (the document start will do).")
+            raise UserError(
+                "a prompt has no tokens; give at least one (the document start will do)."
+            )
         if r.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, got {r.max_tokens}.")
         if len(r.prompt) + r.max_tokens > self.context:
@@ -179,15 +203,26 @@ class EngineService:
             )
         if min(r.prompt) < 0 or max(r.prompt) >= self._vocab:
             wrong = next(t for t in r.prompt if not 0 <= t < self._vocab)
-            raise UserError(f"the prompt holds the token id {wrong}; ids go from 0 to {self._vocab - 1}.")
+            raise UserError(
+                f"the prompt holds the token id {wrong}; ids go from 0 to {self._vocab - 1}."
+            )
         if r.prompt_logprobs and (self._scorer is None or r.logprobs is None):
-            why = "logprobs is not set" if r.logprobs is None else "this engine was built without a scorer"
+            why = (
+                "logprobs is not set"
+                if r.logprobs is None
+                else "this engine was built without a scorer"
+            )
             raise UserError(f"log-probabilities of the prompt were asked for, but {why}.")
-        # Made again when the request starts: a row of a large vocabulary is too much to keep for all that wait.
+        # Made again when the request starts: a row of a large vocabulary is too much to keep for
+        # all that wait.
         host_row(
-            r.drawing, self.device.draw_config, prompt=(), stop_tokens=r.stop_tokens, min_tokens=r.min_tokens,
+            r.drawing,
+            self.device.draw_config,
+            prompt=(),
+            stop_tokens=r.stop_tokens,
+            min_tokens=r.min_tokens,
             logprobs=r.logprobs,
-        )  # fmt: skip
+        )
 
     def _mean(self, wish: DepthWish) -> float | None:
         """The expected mean depth of a request with this wish; None: the model's own mean depth."""
@@ -204,7 +239,8 @@ class EngineService:
             job.wish = job.wish or reason
             self._changed.notify_all()
 
-    # ------------------------------------------------------------------------------------- the thread
+    # ------------------------------------------------------------------------------------- the
+    # thread
 
     def _begin(self) -> None:
         if self._thread is None:

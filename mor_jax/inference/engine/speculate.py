@@ -1,20 +1,23 @@
-"""Self-speculation: the model drafts a few tokens with few recursions and verifies them in one go with all.
+"""Self-speculation: the model drafts a few tokens with few recursions and verifies them in one go
+with all.
 
 One tick of all lanes is
 
     draft   k tokens, one after the other, by ordinary passes under a lower cap of the depth
-    verify  the lane's token and its k drafts as a span of k + 1 tokens at full depth: what each of them predicts is
-            drawn by the lane's own parameters, and the tokens up to and including the first that differs from its
-            draft are the tick's output
+    verify the lane's token and its k drafts as a span of k + 1 tokens at full depth: what each of
+            them predicts is drawn by the lane's own parameters, and the tokens up to and including
+            the first that differs from its draft are the tick's output
 
-A draw is a function of logits, seed and position, so what is drawn at full depth is what plain decoding draws, greedy
-or not; a draft only decides how many draws one tick is good for. Equal up to the order of float32 sums, that is: a
-near tie of two logits may fall the other way. In bfloat16, too, it is that order alone (`softmax.Softmax` sees to it):
-most texts have the same logits to the last bit.
+A draw is a function of logits, seed and position, so what is drawn at full depth is what plain
+decoding draws, greedy or not; a draft only decides how many draws one tick is good for. Equal up to
+the order of float32 sums, that is: a near tie of two logits may fall the other way. In bfloat16,
+too, it is that order alone (`softmax.Softmax` sees to it): most texts have the same logits to the
+last bit.
 
-Drafts share the lane's logs. What they append there, keys made with few recursions, must not outlive the draft:
-lengths are set back to where they were before verification reads, and verification computes all its entries itself
-and appends those of the tokens that stood. Whatever lies beyond a length is never read.
+Drafts share the lane's logs. What they append there, keys made with few recursions, must not
+outlive the draft: lengths are set back to where they were before verification reads, and
+verification computes all its entries itself and appends those of the tokens that stood. Whatever
+lies beyond a length is never read.
 
 Between two ticks no token is in flight; the next one waits in `State.next_N` (compare `tick`).
 """
@@ -46,27 +49,45 @@ class Speculation(NamedTuple):
 
 
 def speculative_tick(
-    lm: LM, shape: Shape, config: DrawConfig, speculation: Speculation, weights: Weights, state: State
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    speculation: Speculation,
+    weights: Weights,
+    state: State,
 ) -> tuple[State, Out]:
-    """Draft and verify; leaves of `Out` are [k + 1, ...]: the tick's tokens in order, NONE where a lane has no more.
+    """Draft and verify; leaves of `Out` are [k + 1, ...]: the tick's tokens in order, NONE where a
+    lane has no more.
 
     Static: all but the last two.
     """
     drafts_NxK, drafted = _draft(lm, shape, config, speculation, weights, state)
-    # Everything as it was but the arrays of the logs, whose content below the lengths is as it was, too.
-    state = state._replace(prelude=drafted.prelude, core=drafted.core, coda=drafted.coda, tags=drafted.tags)
+    # Everything as it was but the arrays of the logs, whose content below the lengths is as it was,
+    # too.
+    state = state._replace(
+        prelude=drafted.prelude, core=drafted.core, coda=drafted.coda, tags=drafted.tags
+    )
     return _verify(lm, shape, config, speculation, weights, state, drafts_NxK)
 
 
 def _draft(
-    lm: LM, shape: Shape, config: DrawConfig, speculation: Speculation, weights: Weights, state: State
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    speculation: Speculation,
+    weights: Weights,
+    state: State,
 ) -> tuple[jax.Array, State]:
     """(drafted tokens [N, k], NONE where a lane drafts no more; the state afterwards)."""
     k, depth = speculation
     few = lambda limit_N: jnp.minimum(limit_N, depth)
-    control = state.control._replace(floor_B=few(state.control.floor_B), cap_B=few(state.control.cap_B))
+    control = state.control._replace(
+        floor_B=few(state.control.floor_B), cap_B=few(state.control.cap_B)
+    )
     no_logprobs = state.draws._replace(logprobs_N=jnp.full_like(state.draws.logprobs_N, -1))
-    s = state._replace(control=control, draws=no_logprobs, remaining_N=jnp.full_like(state.remaining_N, k))
+    s = state._replace(
+        control=control, draws=no_logprobs, remaining_N=jnp.full_like(state.remaining_N, k)
+    )
 
     def one(s: State, _: Any) -> tuple[State, jax.Array]:
         s, drawn, *_ = boundary(lm, shape, config, weights, s)
@@ -74,8 +95,8 @@ def _draft(
             s = core_pass(lm, shape, weights, s)[0]
         return s, drawn.token_N
 
-    # At the first boundary nobody leaves and the waiting tokens enter. After the last one nobody is there, so that its
-    # passes are skipped.
+    # At the first boundary nobody leaves and the waiting tokens enter. After the last one nobody is
+    # there, so that its passes are skipped.
     s, tokens_KxN = jax.lax.scan(one, s, length=k + 1)
     return tokens_KxN[1:].T, s
 
@@ -84,9 +105,14 @@ def _draft(
 
 
 def _verify(
-    lm: LM, shape: Shape, config: DrawConfig, speculation: Speculation, weights: Weights, state: State,
+    lm: LM,
+    shape: Shape,
+    config: DrawConfig,
+    speculation: Speculation,
+    weights: Weights,
+    state: State,
     drafts_NxK: jax.Array,
-) -> tuple[State, Out]:  # fmt: skip
+) -> tuple[State, Out]:
     lanes, span = shape.lanes, speculation.drafts + 1
     here_N = (state.next_N != NONE) & ~state.void_N
     tokens_NxT = jnp.maximum(jnp.concatenate([state.next_N[:, None], drafts_NxK], axis=1), 0)
@@ -105,15 +131,21 @@ def _verify(
 
     before_NxS = ids_before(state.ids_NxT, jnp.arange(lanes), state.tokens_N, lm.model.smear)
     x = layers.embed(lm, weights, tokens_NxT, pos_NxT, before_NxS)
-    x, prelude = layers.blocks(lm, weights["prelude"], x, rope, [reader(log) for log in state.prelude])
-    x, active_RxNxT, made = _recurse(lm, shape, weights, state, in_lanes(x), tokens_NxT, pos_NxT, rope, here_N)
+    x, prelude = layers.blocks(
+        lm, weights["prelude"], x, rope, [reader(log) for log in state.prelude]
+    )
+    x, active_RxNxT, made = _recurse(
+        lm, shape, weights, state, in_lanes(x), tokens_NxT, pos_NxT, rope, here_N
+    )
     x, coda = layers.blocks(lm, weights["coda"], flat(x), rope, [reader(log) for log in state.coda])
     logits_NxTxV = in_lanes(layers.logits(lm, weights, x))
 
     depth_NxT = jnp.sum(active_RxNxT, axis=0, dtype=jnp.int32)
     kept_NxTxR, tag_NxTxR = _entries(lm, active_RxNxT, depth_NxT, here_N)
     needed_NxT = jnp.cumsum(jnp.sum(kept_NxTxR, axis=2, dtype=jnp.int32), axis=1)
-    fits_NxT = state.entries_N[:, None] + needed_NxT <= jnp.asarray(shape.entries, jnp.int32)[:, None]
+    fits_NxT = (
+        state.entries_N[:, None] + needed_NxT <= jnp.asarray(shape.entries, jnp.int32)[:, None]
+    )
     fits_NxT &= pos_NxT < shape.context
     draws, drawn, active_TxN, ended_TxN = _draw_span(
         config, state, logits_NxTxV, here_N, fits_NxT, pos_NxT + 1, drafts_NxK
@@ -122,19 +154,31 @@ def _verify(
     count_N = jnp.sum(active_TxN, axis=0, dtype=jnp.int32)
     stands_NxT = jnp.arange(span) < count_N[:, None]
     entries_NxT = jax.lax.cummax(jnp.where(stands_NxT, needed_NxT, 0), axis=1)
-    last_N = jnp.take_along_axis(drawn.token_N.T, jnp.maximum(count_N - 1, 0)[:, None], axis=1)[:, 0]
+    last_N = jnp.take_along_axis(drawn.token_N.T, jnp.maximum(count_N - 1, 0)[:, None], axis=1)[
+        :, 0
+    ]
     goes_on_N = jnp.where(jnp.any(ended_TxN, axis=0), NONE, last_N)
     writes_NxU = (kept_NxTxR & stands_NxT[..., None]).reshape(lanes, -1)
-    rows = lambda made_RxNxT: jnp.moveaxis(made_RxNxT, 0, 2).reshape(lanes, -1, *made_RxNxT.shape[3:])
+    rows = lambda made_RxNxT: jnp.moveaxis(made_RxNxT, 0, 2).reshape(
+        lanes, -1, *made_RxNxT.shape[3:]
+    )
     put = lambda parts, made: tuple(
-        append_spans(shape.ends, log, state.tokens_N, stands_NxT, *new) for log, new in zip(parts, made, strict=True)
+        append_spans(shape.ends, log, state.tokens_N, stands_NxT, *new)
+        for log, new in zip(parts, made, strict=True)
     )
     out = Out(
-        drawn.token_N, depth_NxT.T, drawn.stopped_N, ended_TxN, drawn.logprob_N, drawn.top_ids_NxK,
-        drawn.top_logprobs_NxK, jnp.broadcast_to(here_N & ~fits_NxT[:, 0], (span, lanes)),
-        state.tokens_N + jnp.cumsum(active_TxN, axis=0), state.entries_N + entries_NxT.T,
+        drawn.token_N,
+        depth_NxT.T,
+        drawn.stopped_N,
+        ended_TxN,
+        drawn.logprob_N,
+        drawn.top_ids_NxK,
+        drawn.top_logprobs_NxK,
+        jnp.broadcast_to(here_N & ~fits_NxT[:, 0], (span, lanes)),
+        state.tokens_N + jnp.cumsum(active_TxN, axis=0),
+        state.entries_N + entries_NxT.T,
         *_counts(lm, speculation, active_RxNxT, active_TxN),
-    )  # fmt: skip
+    )
     state = state._replace(
         prelude=put(state.prelude, prelude),
         core=tuple(
@@ -142,7 +186,9 @@ def _verify(
             for log, (k, v) in zip(state.core, made, strict=True)
         ),
         coda=put(state.coda, coda),
-        tags=tag_spans(shape.core, state.tags, state.entries_N, writes_NxU, tag_NxTxR.reshape(lanes, -1)),
+        tags=tag_spans(
+            shape.core, state.tags, state.entries_N, writes_NxU, tag_NxTxR.reshape(lanes, -1)
+        ),
         tokens_N=state.tokens_N + count_N,
         entries_N=state.entries_N + entries_NxT[:, -1],
         next_N=jnp.where(count_N > 0, goes_on_N, state.next_N),
@@ -155,16 +201,24 @@ def _verify(
 
 def _folds(lanes: int, span: int):
     """(rows [N * T, ...] -> [N, T, ...], and back)."""
-    return lambda x: x.reshape(lanes, span, *x.shape[1:]), lambda x: x.reshape(lanes * span, *x.shape[2:])
+    return lambda x: x.reshape(lanes, span, *x.shape[1:]), lambda x: x.reshape(
+        lanes * span, *x.shape[2:]
+    )
 
 
 def _draw_span(
-    config: DrawConfig, state: State, logits_NxTxV: jax.Array, here_N: jax.Array, fits_NxT: jax.Array,
-    position_NxT: jax.Array, drafts_NxK: jax.Array,
-) -> tuple[DrawRows, Drawn, jax.Array, jax.Array]:  # fmt: skip
+    config: DrawConfig,
+    state: State,
+    logits_NxTxV: jax.Array,
+    here_N: jax.Array,
+    fits_NxT: jax.Array,
+    position_NxT: jax.Array,
+    drafts_NxK: jax.Array,
+) -> tuple[DrawRows, Drawn, jax.Array, jax.Array]:
     """Draws of the span in order, for as long as a lane's drafts stand and its entries fit.
 
-    Returns (the rows with all drawn tokens counted, what was drawn [T, N], active_TxN, ended_TxN)."""
+    Returns (the rows with all drawn tokens counted, what was drawn [T, N], active_TxN,
+    ended_TxN)."""
     following = jnp.concatenate([drafts_NxK, jnp.full_like(drafts_NxK[:, :1], NONE)], axis=1)
 
     def one(carry: Any, xs: Any):
@@ -174,7 +228,9 @@ def _draw_span(
         go = lambda logits, draws: draw(logits, draws, position_N, active_N, config)
 
         def skip(logits, draws):  # every lane has met a draft that did not stand
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, logits, draws)[0])
+            nothing = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, logits, draws)[0]
+            )
             return nothing._replace(token_N=nothing.token_N + NONE), draws
 
         drawn, draws = jax.lax.cond(jnp.any(active_N), go, skip, logits_NxV, draws)
@@ -192,18 +248,22 @@ def _draw_span(
 def _counts(
     lm: LM, speculation: Speculation, active_RxNxT: jax.Array, active_TxN: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(core passes, lanes that ran in those of the verification, both told of the first token; lanes that left, of
-    each)."""
+    """(core passes, lanes that ran in those of the verification, both told of the first token;
+    lanes that left, of each)."""
     first = lambda n: jnp.zeros((active_TxN.shape[0],), jnp.int32).at[0].set(n)
     passes = speculation.drafts * speculation.depth + lm.program.recursions
     ran = jnp.sum(jnp.any(active_RxNxT, axis=2), dtype=jnp.int32)
     return first(passes), first(ran), jnp.sum(active_TxN, axis=1, dtype=jnp.int32)
 
 
-def _entries(lm: LM, active_RxNxT: jax.Array, depth_NxT: jax.Array, here_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(which entries the tokens leave in the core's log, their tags), [N, T, R]; R is 1 under shared keys."""
+def _entries(
+    lm: LM, active_RxNxT: jax.Array, depth_NxT: jax.Array, here_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(which entries the tokens leave in the core's log, their tags), [N, T, R]; R is 1 under
+    shared keys."""
     kv, recursions = lm.depth.kv_name, lm.program.recursions
-    # An entry of every token at step 1 where later steps look back on it, however deep it went itself.
+    # An entry of every token at step 1 where later steps look back on it, however deep it went
+    # itself.
     kept = active_RxNxT.at[0].set(here_N[:, None]) if looks_back(kv) else active_RxNxT
     kept = kept[:1] if kv == SHARED else kept
     step = jnp.arange(kept.shape[0])[:, None, None]
@@ -211,7 +271,11 @@ def _entries(lm: LM, active_RxNxT: jax.Array, depth_NxT: jax.Array, here_N: jax.
     if kv == HYBRID:
         tag = jnp.where(step == jnp.maximum(depth_NxT, 1) - 1, tag, 1 << step)
     if kv == HYBRID_FIRST:
-        tag = jnp.broadcast_to(tag, kept.shape).at[0].set(first_tag(jnp.maximum(depth_NxT, 1), recursions))
+        tag = (
+            jnp.broadcast_to(tag, kept.shape)
+            .at[0]
+            .set(first_tag(jnp.maximum(depth_NxT, 1), recursions))
+        )
     return jnp.moveaxis(kept, 0, 2), jnp.moveaxis(jnp.broadcast_to(tag, kept.shape), 0, 2)
 
 
@@ -220,7 +284,9 @@ class _Step(NamedTuple):
 
     h_NxTxD: jax.Array
     candidates_NxT: jax.Array
-    kept: Any  # newest keys and values of every token, one pair a block application; () where none are looked back on
+    # newest keys and values of every token, one pair a block application; () where none are looked
+    # back on
+    kept: Any
 
 
 def _recurse(
@@ -234,8 +300,8 @@ def _recurse(
     rope: Any,
     here_N: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """(states after the recursion, active_RxNxT, keys and values of every step: [R, N, T, K, H] a block application;
-    under shared keys those of step 1 alone)."""
+    """(states after the recursion, active_RxNxT, keys and values of every step: [R, N, T, K, H] a
+    block application; under shared keys those of step 1 alone)."""
     lanes, span, _ = x_NxTxD.shape
     kv, recursions = lm.depth.kv_name, lm.program.recursions
     real_NxT = jnp.broadcast_to(here_N[:, None], (lanes, span))
@@ -255,7 +321,9 @@ def _recurse(
 
         def attend(q, k, v, block: int):
             old = carry.kept[block] if back else (none, none)
-            newer = lambda new, old: old if new is None else jnp.where(runs_NxT[..., None, None], in_lanes(new), old)
+            newer = lambda new, old: (
+                old if new is None else jnp.where(runs_NxT[..., None, None], in_lanes(new), old)
+            )
             made = tuple(newer(*pair) for pair in zip((k, v), old, strict=True))
             own = before_TxT & (real_NxT if back else runs_NxT)[:, None]
             return flat(attend_spans(in_lanes(q), state.core[block], seen, *made, own)), made
@@ -264,7 +332,14 @@ def _recurse(
             attends = [lambda q, k, v, i=i: attend(q, k, v, i) for i in range(len(state.core))]
             queries_only = back and kv == SHARED
             y, made = layers.blocks(
-                lm, weights["core"], flat(h_NxTxD), rope, attends, lm.program.repeat, queries_only, r
+                lm,
+                weights["core"],
+                flat(h_NxTxD),
+                rope,
+                attends,
+                lm.program.repeat,
+                queries_only,
+                r,
             )
             return in_lanes(y), tuple(made)
 

@@ -1,4 +1,5 @@
-"""The device state between two calls: the logs of all lanes, and the token that each lane is computing."""
+"""The device state between two calls: the logs of all lanes, and the token that each lane is
+computing."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ NONE = -1  # no token
 class Shape(NamedTuple):
     """What the programs are compiled for. Static.
 
-    context: longest sequence. entries: room of each lane's core log; must not rise from lane to lane.
+    context: longest sequence. entries: room of each lane's core log; must not rise from lane to
+    lane.
     """
 
     context: int
@@ -41,9 +43,9 @@ class Shape(NamedTuple):
 class Flight(NamedTuple):
     """The token that each lane is working on, between its entry and its exit.
 
-    `going`: a core pass is to come, because the token runs the next step (`active`), or, under strategies that look
-    back, because step 1 makes its keys even if it stops before it. A token in flight that is not going waits for the
-    boundary.
+    `going`: a core pass is to come, because the token runs the next step (`active`), or, under
+    strategies that look back, because step 1 makes its keys even if it stops before it. A token in
+    flight that is not going waits for the boundary.
     """
 
     here_N: jax.Array  # bool: there is a token
@@ -56,7 +58,8 @@ class Flight(NamedTuple):
 
 
 class State(NamedTuple):
-    """Donated to every call. T of a lane: the tokens it has finished, so the position of the one in flight."""
+    """Donated to every call. T of a lane: the tokens it has finished, so the position of the one in
+    flight."""
 
     prelude: tuple[Log, ...]  # one a block application
     core: tuple[Log, ...]
@@ -70,7 +73,8 @@ class State(NamedTuple):
     remaining_N: jax.Array  # tokens still to draw
     draws: DrawRows
     control: DepthControl
-    ids_NxT: jax.Array | None = None  # tokens by position, of a model that mixes in those before (`model.smear`)
+    # tokens by position, of a model that mixes in those before (`model.smear`)
+    ids_NxT: jax.Array | None = None
 
 
 def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
@@ -92,25 +96,37 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
     shapes = jax.eval_shape(first, routers, h_NxD)
     z_N, route = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return State(
-        logs(shape.ends, p.prelude), logs(shape.core, p.core * p.repeat), logs(shape.ends, p.coda),
-        empty_tags(shape.core), zeros, zeros, no,
+        logs(shape.ends, p.prelude),
+        logs(shape.core, p.core * p.repeat),
+        logs(shape.ends, p.coda),
+        empty_tags(shape.core),
+        zeros,
+        zeros,
+        no,
         Flight(no, h_NxD, zeros, no, no, z_N, route),
-        zeros + NONE, zeros, empty_rows(lanes, draw), control,
+        zeros + NONE,
+        zeros,
+        empty_rows(lanes, draw),
+        control,
         jnp.zeros((lanes, shape.context), jnp.int32) if lm.model.smear else None,
-    )  # fmt: skip
+    )
 
 
 def put_ids(
     ids_NxT: jax.Array | None, lane: jax.Array, slot: jax.Array, ids: jax.Array, stays: jax.Array
 ) -> jax.Array | None:
-    """`ids` written at these lanes and slots where they stay; all of one shape. Nothing where no tokens are kept."""
+    """`ids` written at these lanes and slots where they stay; all of one shape. Nothing where no
+    tokens are kept."""
     if ids_NxT is None:
         return None
     return ids_NxT.at[lane, jnp.where(stays, slot, ids_NxT.shape[1])].set(ids, mode="drop")
 
 
-def ids_before(ids_NxT: jax.Array | None, lane: jax.Array, slot: jax.Array, count: int) -> jax.Array | None:
-    """The `count` tokens before these slots of these lanes, [..., count]; any where there are none."""
+def ids_before(
+    ids_NxT: jax.Array | None, lane: jax.Array, slot: jax.Array, count: int
+) -> jax.Array | None:
+    """The `count` tokens before these slots of these lanes, [..., count]; any where there are
+    none."""
     if ids_NxT is None:
         return None
     return ids_NxT[lane[..., None], jnp.maximum(slot[..., None] - jnp.arange(count, 0, -1), 0)]

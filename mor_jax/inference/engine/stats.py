@@ -1,4 +1,5 @@
-"""Counters of an engine, which its own thread writes and any thread may read, and of compiled programs."""
+"""Counters of an engine, which its own thread writes and any thread may read, and of compiled
+programs."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ class Counts:
         self._recent_s += SMOOTH * (whole_s - self._recent_s)
 
     def wait_for(self, waiting: int, lanes: int) -> float:
-        """Seconds after which there may be room, judged by how long requests took lately; 1 to 60."""
+        """Seconds after which there may be room, judged by how long requests took lately; 1 to
+        60."""
         return float(min(max(self._recent_s * waiting / (waiting + lanes), 1.0), 60.0))
 
     def to_dict(self) -> dict[str, float]:
@@ -85,12 +87,15 @@ class Counts:
             "request_queue_time_seconds_count_total": self.admissions,
             "e2e_request_latency_seconds_sum_total": self.whole_s,
         }
-        out |= {f"recursion_depth_{depth}_total": n for depth, n in sorted(dict(self.by_depth).items())}
+        out |= {
+            f"recursion_depth_{depth}_total": n for depth, n in sorted(dict(self.by_depth).items())
+        }
         out |= {f"requests_{reason}_total": n for reason, n in sorted(dict(self.by_reason).items())}
         return {name: float(value) for name, value in out.items()}
 
 
-# -------------------------------------------------------- programs compiled, by the thread that asked
+# -------------------------------------------------------- programs compiled, by the thread that
+# asked
 
 _EVENT = "/jax/core/compile/backend_compile_duration"  # also told when the compilation cache had it
 _by_thread: Counter[int] = Counter()

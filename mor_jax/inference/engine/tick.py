@@ -1,12 +1,15 @@
-"""One tick of all lanes: m passes through the shared core, each lane at its own recursion step, then the boundary.
+"""One tick of all lanes: m passes through the shared core, each lane at its own recursion step,
+then the boundary.
 
-A *pass* applies the core once to every lane, whatever step its token is at: step, router and stream are data. At the
-*boundary* tokens that are done leave (coda, head, draw) and the drawn tokens enter in their place (embedding,
-prelude). m = 1 is depth-wise batching: a lane whose token stops early goes on with its next one at once. m = R is
-lock-step: all lanes start and end their tokens together. The arithmetic of a token is the same for every m.
+A *pass* applies the core once to every lane, whatever step its token is at: step, router and stream
+are data. At the *boundary* tokens that are done leave (coda, head, draw) and the drawn tokens enter
+in their place (embedding, prelude). m = 1 is depth-wise batching: a lane whose token stops early
+goes on with its next one at once. m = R is lock-step: all lanes start and end their tokens
+together. The arithmetic of a token is the same for every m.
 
-A token's key is written before it is read, and what need not be computed is skipped by a loop of no or one round, not
-by a conditional: that way XLA updates the logs in place, where it would copy them otherwise.
+A token's key is written before it is read, and what need not be computed is skipped by a loop of no
+or one round, not by a conditional: that way XLA updates the logs in place, where it would copy them
+otherwise.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ class Out(NamedTuple):
     exits: jax.Array
 
 
-def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, state: State) -> tuple[State, Out]:
+def tick(
+    lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, state: State
+) -> tuple[State, Out]:
     """m passes and a boundary. Static: all but the last two."""
 
     def one(carry: tuple) -> tuple:
@@ -60,18 +65,32 @@ def tick(lm: LM, shape: Shape, config: DrawConfig, m: int, weights: Weights, sta
     starved_N = starved(lm, shape, state)
     state, drawn, depth_N, ended_N, exits = boundary(lm, shape, config, weights, state)
     return state, Out(
-        drawn.token_N, depth_N, drawn.stopped_N, ended_N, drawn.logprob_N, drawn.top_ids_NxK, drawn.top_logprobs_NxK,
-        starved_N, state.tokens_N, state.entries_N, passes, rows, exits,
-    )  # fmt: skip
+        drawn.token_N,
+        depth_N,
+        drawn.stopped_N,
+        ended_N,
+        drawn.logprob_N,
+        drawn.top_ids_NxK,
+        drawn.top_logprobs_NxK,
+        starved_N,
+        state.tokens_N,
+        state.entries_N,
+        passes,
+        rows,
+        exits,
+    )
 
 
 # ------------------------------------------------------------------------------------- routing
 
 
 def _each_step(lm: LM, steps: Any, of_step: Any) -> list:
-    """`of_step(step)` for r = 1..R. What a policy does at a step is so little that every lane takes the part of its
-    own step from the results of all."""
-    return [of_step(jax.tree.map(lambda leaf, r=r: leaf[r], steps)) for r in range(lm.program.recursions)]
+    """`of_step(step)` for r = 1..R. What a policy does at a step is so little that every lane takes
+    the part of its own step from the results of all."""
+    return [
+        of_step(jax.tree.map(lambda leaf, r=r: leaf[r], steps))
+        for r in range(lm.program.recursions)
+    ]
 
 
 def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
@@ -108,7 +127,8 @@ def _makes(lm: LM, state: State) -> jax.Array:
 
 
 def starved(lm: LM, shape: Shape, state: State) -> jax.Array:
-    """Lanes that cannot go on, because their core log has no room for the entry of their next pass."""
+    """Lanes that cannot go on, because their core log has no room for the entry of their next
+    pass."""
     return _makes(lm, state) & (state.entries_N >= jnp.asarray(shape.entries, jnp.int32))
 
 
@@ -124,23 +144,35 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     writes_N, slot_N = runs_N & _makes(lm, state), state.entries_N
     entries_N = slot_N + writes_N
     tags = state.tags
-    if kv == HYBRID:  # what was the token's newest entry is seen by the steps up to its own alone from now on
+    # what was the token's newest entry is seen by the steps up to its own alone from now on
+    if kv == HYBRID:
         renews_N = writes_N & (step_N > 0)
         tags = logs.tag_lanes(shape.core, tags, slot_N - 1, renews_N, 1 << (step_N - 1))
-    if kv == HYBRID_FIRST:  # the token's entry of step 1 is not seen by the steps that it runs itself
+    # the token's entry of step 1 is not seen by the steps that it runs itself
+    if kv == HYBRID_FIRST:
         renews_N = writes_N & (step_N > 0)
-        tags = logs.tag_lanes(shape.core, tags, slot_N - step_N, renews_N, first_tag(step_N + 1, recursions))
+        tags = logs.tag_lanes(
+            shape.core, tags, slot_N - step_N, renews_N, first_tag(step_N + 1, recursions)
+        )
     if recursions > 1:
-        tags = logs.tag_lanes(shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions))
+        tags = logs.tag_lanes(
+            shape.core, tags, slot_N, writes_N, newest_tag(kv, step_N, recursions)
+        )
     seen = logs.view(shape.core, entries_N, tags if recursions > 1 else None, step_N)
-    attends = [functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core]
+    attends = [
+        functools.partial(_grow, shape.core, log, seen, slot_N, writes_N) for log in state.core
+    ]
     rope = lm.rope(state.tokens_N)
-    y_NxD, core = layers.blocks(lm, weights["core"], f.h_NxD, rope, attends, lm.program.repeat, step=step_N)
+    y_NxD, core = layers.blocks(
+        lm, weights["core"], f.h_NxD, rope, attends, lm.program.repeat, step=step_N
+    )
 
     policy = Controlled(lm.policy, state.control)
     steps = policy.steps(weights["router"])
     changes_N = runs_N & f.active_N
-    combine = lambda step: policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
+    combine = lambda step: policy.combine(
+        step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route
+    )[:, 0]
     h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, steps, combine), step_N), f.h_NxD)
     depth_N = f.depth_N + changes_N
     goes_on_N, z_N = _next_step(lm, policy, steps, f.route, h_NxD, depth_N)
@@ -157,8 +189,15 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
 
 
 def _grow(
-    where: Layout, log: Log, seen: View, slot_N: jax.Array, writes_N: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
-) -> tuple[jax.Array, Log]:  # fmt: skip
+    where: Layout,
+    log: Log,
+    seen: View,
+    slot_N: jax.Array,
+    writes_N: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+) -> tuple[jax.Array, Log]:
     """Attention of one block that appends to the log, then looks at it; and the log afterwards."""
     log = logs.append_lanes(where, log, slot_N, writes_N, k, v)
     return logs.attend_lanes(q, log, seen), log
@@ -176,7 +215,8 @@ def newest_tag(kv: str, step: jax.Array, recursions: int) -> jax.Array:
 
 
 def first_tag(depth: jax.Array, recursions: int) -> jax.Array:
-    """Under "hybrid_first": tag of the entry of step 1 of a token that has run `depth` steps, at least one."""
+    """Under "hybrid_first": tag of the entry of step 1 of a token that has run `depth` steps, at
+    least one."""
     return ((1 << recursions) - 1) & ~((1 << depth) - 2)
 
 
@@ -186,7 +226,8 @@ def first_tag(depth: jax.Array, recursions: int) -> jax.Array:
 def boundary(
     lm: LM, shape: Shape, config: DrawConfig, weights: Weights, state: State
 ) -> tuple[State, Drawn, jax.Array, jax.Array, jax.Array]:
-    """Exit, then entry; (state, what was drawn, depth_N of the tokens it was drawn from, ended_N, lanes that left)."""
+    """Exit, then entry; (state, what was drawn, depth_N of the tokens it was drawn from, ended_N,
+    lanes that left)."""
     f, kv = state.flight, lm.depth.kv_name
     position_N = state.tokens_N + 1
     exits_N = f.here_N & ~f.going_N & ~waiting(state.draws, position_N)
@@ -216,7 +257,9 @@ def boundary(
         before_NxS = ids_before(state.ids_NxT, jnp.arange(shape.lanes), tokens_N, lm.model.smear)
         x = layers.embed(lm, weights, token_N[:, None], tokens_N[:, None], before_NxS)
         rope = lm.rope(tokens_N)
-        x, prelude = layers.blocks(lm, weights["prelude"], x, rope, _ends(shape, prelude, tokens_N, enters_N))
+        x, prelude = layers.blocks(
+            lm, weights["prelude"], x, rope, _ends(shape, prelude, tokens_N, enters_N)
+        )
         return tuple(prelude), x
 
     prelude, x_NxD = _if_any(enters_N, enter, (state.prelude, f.h_NxD))
@@ -226,12 +269,19 @@ def boundary(
     active_N, z_N = _next_step(lm, policy, route.steps, route.tokens, x_NxD, none_N)
     going_N = jnp.ones_like(active_N) if looks_back(kv) else active_N
     new = Flight(enters_N, x_NxD, none_N, going_N, active_N, z_N, route.tokens)
-    flight = jax.tree.map(functools.partial(_where, enters_N), new, f._replace(here_N=f.here_N & ~exits_N))
+    flight = jax.tree.map(
+        functools.partial(_where, enters_N), new, f._replace(here_N=f.here_N & ~exits_N)
+    )
     state = state._replace(
-        prelude=prelude, coda=coda, tokens_N=tokens_N, flight=flight, next_N=jnp.where(fresh_N, NONE, state.next_N),
-        remaining_N=remaining_N, draws=draws,
+        prelude=prelude,
+        coda=coda,
+        tokens_N=tokens_N,
+        flight=flight,
+        next_N=jnp.where(fresh_N, NONE, state.next_N),
+        remaining_N=remaining_N,
+        draws=draws,
         ids_NxT=put_ids(state.ids_NxT, jnp.arange(shape.lanes), tokens_N, token_N, enters_N),
-    )  # fmt: skip
+    )
     return state, drawn, f.depth_N, ended_N, jnp.sum(exits_N, dtype=jnp.int32)
 
 

@@ -1,7 +1,8 @@
-"""Depth policies, one a file; every file of this package is imported with it, so a policy is known by being here.
+"""Depth policies, one a file; every file of this package is imported with it, so a policy is known
+by being here.
 
-`build_policy` turns a configuration into a policy; `mor_jax.config.depth_policies` lists them by name. How to add one
-is in CONTRIBUTING.md.
+`build_policy` turns a configuration into a policy; `mor_jax.config.depth_policies` lists them by
+name. How to add one is in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import importlib
 import pkgutil
 
 from mor_jax.config import DepthConfig, ModelConfig
-from mor_jax.model.depth.base import AtOnce, Counts, DepthPolicy, PolicyConfig, Route, RouterStats, TokenInfo
+from mor_jax.model.depth.base import (
+    AtOnce,
+    Counts,
+    DepthPolicy,
+    PolicyConfig,
+    Route,
+    RouterStats,
+    TokenInfo,
+)
 from mor_jax.model.depth.control import Controlled, DepthControl
 from mor_jax.model.depth.expert_choice import ExpertChoice
 from mor_jax.model.depth.fixed import Fixed

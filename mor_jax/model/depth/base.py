@@ -1,15 +1,18 @@
-"""What a depth policy is: the small object that decides, token by token, who runs each recursion step.
+"""What a depth policy is: the small object that decides, token by token, who runs each recursion
+step.
 
-A policy is one file of this package with two frozen dataclasses. Its configuration, a `PolicyConfig`, says its name,
-its fields and what they must satisfy. The policy itself, a `DepthPolicy` that `PolicyConfig.build` makes, is called by
-the executors in `model/recurse.py`; it never sees the blocks. `begin` looks at the states and the places of the tokens
-before the first step and returns a `Route`; every step then reads its own slice of `Route.steps` and the tokens' slice
-of `Route.tokens`.
+A policy is one file of this package with two frozen dataclasses. Its configuration, a
+`PolicyConfig`, says its name, its fields and what they must satisfy. The policy itself, a
+`DepthPolicy` that `PolicyConfig.build` makes, is called by the executors in `model/recurse.py`; it
+never sees the blocks. `begin` looks at the states and the places of the tokens before the first
+step and returns a `Route`; every step then reads its own slice of `Route.steps` and the tokens'
+slice of `Route.tokens`.
 
-`DepthPolicy` is a policy with the least in it, and every method may be left as it is: all tokens run all steps, nothing
-is learned, nothing gated. Most policies replace `profiles` (how many tokens a step holds), `select` (which), `combine`
-(how the core's output enters the state) and, if there is something to learn, `init`, `score` and `losses`. One that
-knows each token's depth before the first step derives from `AtOnce` and says the `depths`.
+`DepthPolicy` is a policy with the least in it, and every method may be left as it is: all tokens
+run all steps, nothing is learned, nothing gated. Most policies replace `profiles` (how many tokens
+a step holds), `select` (which), `combine` (how the core's output enters the state) and, if there is
+something to learn, `init`, `score` and `losses`. One that knows each token's depth before the first
+step derives from `AtOnce` and says the `depths`.
 """
 
 from __future__ import annotations
@@ -36,12 +39,15 @@ class TokenInfo(NamedTuple):
     real_BxT: jax.Array  # bool; the others are padding
     pos_BxT: jax.Array  # int32, from 0 at the start of the token's document
     ids_BxT: jax.Array | None = None  # int32, in the vocabulary
-    salt_B: jax.Array | None = None  # uint32, another one for each row of each training step; None: inference
-    depth_BxT: jax.Array | None = None  # depths decided earlier from the same states, by a policy that decides at once
+    # uint32, another one for each row of each training step; None: inference
+    salt_B: jax.Array | None = None
+    # depths decided earlier from the same states, by a policy that decides at once
+    depth_BxT: jax.Array | None = None
 
 
 class RouterStats(NamedTuple):
-    """Sums over the real tokens of a batch, one entry a recursion step: leaves [R] (or as said), float32."""
+    """Sums over the real tokens of a batch, one entry a recursion step: leaves [R] (or as said),
+    float32."""
 
     aux: jax.Array  # auxiliary loss over candidates
     candidates: jax.Array  # tokens that could run the step
@@ -49,17 +55,22 @@ class RouterStats(NamedTuple):
     agree: jax.Array  # candidates for which the causal rule and the selection agree
     score: jax.Array  # sum of the score, before alpha, over candidates
     score_sq: jax.Array  # and of its square
-    z_sq: jax.Array  # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
-    overlap: jax.Array  # tokens that ran it and that the rival of the router (expert-choice: the auxiliary) would take
-    above: jax.Array | None = None  # [R, G]: candidates whose score reaches each probe (`survey.PROBES_G`)
+    # sum of logsumexp(z)^2 over candidates (of the one router's logits, at the first step only)
+    z_sq: jax.Array
+    # tokens that ran it and that the rival of the router (expert-choice: the auxiliary) would take
+    overlap: jax.Array
+    # [R, G]: candidates whose score reaches each probe (`survey.PROBES_G`)
+    above: jax.Array | None = None
 
 
 class Route(NamedTuple):
     """What was decided before the first step."""
 
     steps: Any  # leaves [R, ...]: what each step reads (its router's weights, its number)
-    tokens: Any  # leaves [B, T, ...]: what each token carries through the steps; narrowed along with the states
-    stats: RouterStats | None = None  # when the decision was made at once; else the executors sum them step by step
+    # leaves [B, T, ...]: what each token carries through the steps; narrowed along with the states
+    tokens: Any
+    # when the decision was made at once; else the executors sum them step by step
+    stats: RouterStats | None = None
 
 
 class Counts(NamedTuple):
@@ -68,14 +79,16 @@ class Counts(NamedTuple):
     learned: int  # parameters of the router
     surveyed: int  # values beside them that are no parameters: the survey of its scores
     flops: float  # of the router, forward, over one row
-    row_sizes: tuple[int, ...]  # tokens of a row that each step of the gathered executor holds at most
+    # tokens of a row that each step of the gathered executor holds at most
+    row_sizes: tuple[int, ...]
 
 
 class DepthPolicy:
-    """The default policy, and the interface of all. Arrays: z [B, T] float32 router scores (or [B, T, ...], handed back
-    as they came); candidates, active [B, T] bool; k a token count per row.
+    """The default policy, and the interface of all. Arrays: z [B, T] float32 router scores (or [B,
+    T, ...], handed back as they came); candidates, active [B, T] bool; k a token count per row.
 
-    `step` is one slice of `Route.steps`, `tokens` is `Route.tokens`, `info` says what is known of the tokens.
+    `step` is one slice of `Route.steps`, `tokens` is `Route.tokens`, `info` says what is known of
+    the tokens.
     """
 
     recursions: int
@@ -97,11 +110,13 @@ class DepthPolicy:
         """Router parameters after an optimiser step: what is moved by rule and not by gradient."""
         return routers
 
-    # ---------------------------------------------------------------- who runs a step, and what it does to the state
+    # ---------------------------------------------------------------- who runs a step, and what it
+    # does to the state
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
-        """Static row sizes of steps r = 1..R for the gathered executor, smallest profile first; the last one holds
-        whatever the policy can ask for. One profile when the sizes are known beforehand."""
+        """Static row sizes of steps r = 1..R for the gathered executor, smallest profile first; the
+        last one holds whatever the policy can ask for. One profile when the sizes are known
+        beforehand."""
         return ((length,) * self.recursions,)
 
     def steps(self, routers: dict) -> Any:
@@ -115,14 +130,15 @@ class DepthPolicy:
     def depths(
         self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
     ) -> jax.Array | None:
-        """Depth of every token from the states before the first step, for policies that decide at once; else None.
-        `dial_BxR`: see `DepthControl`."""
+        """Depth of every token from the states before the first step, for policies that decide at
+        once; else None. `dial_BxR`: see `DepthControl`."""
         return None
 
     def recompute_gates(
         self, routers: dict, tokens: Any, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
     ) -> Any:
-        """`Route.tokens` with the gates that belong to a `DepthControl`; called for policies that decide at once."""
+        """`Route.tokens` with the gates that belong to a `DepthControl`; called for policies that
+        decide at once."""
         return tokens
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
@@ -130,28 +146,43 @@ class DepthPolicy:
         return jnp.zeros(h_BxTxD.shape[:2], jnp.float32)
 
     def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+        self,
+        step: Any,
+        z_BxT: jax.Array,
+        candidates_BxT: jax.Array,
+        tokens: Any,
+        k: Any,
+        dial: Any = None,
     ) -> jax.Array:
-        """Mask of the candidates that run this step. `k`: at most this many a row, chosen over the whole row
-        (training); None: by the causal rule, from each token's own score alone. `dial` [B, 1]: this step's column of
-        a `DepthControl`'s dial, for policies that decide step by step."""
+        """Mask of the candidates that run this step. `k`: at most this many a row, chosen over the
+        whole row (training); None: by the causal rule, from each token's own score alone. `dial`
+        [B, 1]: this step's column of a `DepthControl`'s dial, for policies that decide step by
+        step."""
         return candidates_BxT
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
-        """State after the step of tokens that ran it: h [B, K, D] before, y [B, K, D] the core's output."""
+    def combine(
+        self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any
+    ) -> jax.Array:
+        """State after the step of tokens that ran it: h [B, K, D] before, y [B, K, D] the core's
+        output."""
         return y
 
     def remember(self, h_BxTxD: jax.Array) -> Any:
         """What is kept of each token for `judge`, before the first step; leaves [B, T, ...]."""
         return ()
 
-    def judge(self, step: Any, memory: Any, before: jax.Array, after: jax.Array) -> tuple[jax.Array | None, Any]:
-        """(which tokens may go on after a step, from their states before and after it; memory). None: all of them."""
+    def judge(
+        self, step: Any, memory: Any, before: jax.Array, after: jax.Array
+    ) -> tuple[jax.Array | None, Any]:
+        """(which tokens may go on after a step, from their states before and after it; memory).
+        None: all of them."""
         return None, memory
 
     # ---------------------------------------------------------------- what training reads
 
-    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
+    def step_stats(
+        self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any
+    ) -> RouterStats:
         """Sums of one step (scalars); not called when `Route.stats` is given."""
         zero, weight = jnp.zeros((), jnp.float32), candidates.astype(jnp.float32)
         ran = jnp.sum(active.astype(jnp.float32))
@@ -159,12 +190,13 @@ class DepthPolicy:
         return RouterStats(zero, jnp.sum(weight), ran, agree, zero, zero, zero, ran)
 
     def candidate_counts(self, real_B: jax.Array, length: int) -> jax.Array:
-        """Candidates of each step [R] in training, from the number of real tokens of each row alone."""
+        """Candidates of each step [R] in training, from the number of real tokens of each row
+        alone."""
         return jnp.full((self.recursions,), jnp.sum(real_B), jnp.float32)
 
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
-        """Unweighted auxiliary losses of a micro-batch, by name, such that the sum over micro-batches is the batch's.
-        `totals_R`: `candidate_counts` of the whole batch."""
+        """Unweighted auxiliary losses of a micro-batch, by name, such that the sum over
+        micro-batches is the batch's. `totals_R`: `candidate_counts` of the whole batch."""
         return {}
 
     def loss_weights(self) -> dict[str, float]:
@@ -172,27 +204,34 @@ class DepthPolicy:
         return {}
 
     def metrics(self, stats: RouterStats) -> dict[str, jax.Array]:
-        """Readable numbers of a training step from its sums, by name; a routed policy's start with `router_metrics`."""
+        """Readable numbers of a training step from its sums, by name; a routed policy's start with
+        `router_metrics`."""
         return router_metrics(stats)
 
-    # ---------------------------------------------------------------- accounting, and the dial (on the host)
+    # ---------------------------------------------------------------- accounting, and the dial (on
+    # the host)
 
     def shares(self) -> tuple[float, ...]:
         """Share of tokens that run step r = 1..R in training."""
         return (1.0,) * self.recursions
 
     def expected_shares(self, routers: dict) -> tuple[float, ...]:
-        """Share of tokens expected to run step r = 1..R under the causal rule of this router, trained or not."""
+        """Share of tokens expected to run step r = 1..R under the causal rule of this router,
+        trained or not."""
         return self.shares()
 
     def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
-        """FLOPs of the router, forward, over a row of `length` tokens of which so many run each step."""
+        """FLOPs of the router, forward, over a row of `length` tokens of which so many run each
+        step."""
         return 0.0
 
     def counts(self, length: int, ran_R: Sequence[float] | None = None) -> Counts:
-        """`Counts` of rows of `length` tokens, `ran_R` of which run each step (default: those of `shares`)."""
+        """`Counts` of rows of `length` tokens, `ran_R` of which run each step (default: those of
+        `shares`)."""
         ran_R = [share * length for share in self.shares()] if ran_R is None else ran_R
-        return Counts(*_parameter_counts(self), self.router_flops(length, ran_R), self.profiles(length)[-1])
+        return Counts(
+            *_parameter_counts(self), self.router_flops(length, ran_R), self.profiles(length)[-1]
+        )
 
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
         """[R]: a `DepthControl`'s dial for this mean depth, read off the survey.
@@ -204,8 +243,9 @@ class DepthPolicy:
         )
 
     def candidates_kept(self) -> np.ndarray | None:
-        """[R]: the part of each step's candidates that runs it in training; None where the scores of all steps exist
-        before the first, so that one pass surveys them (`inference.dial.calibrate`)."""
+        """[R]: the part of each step's candidates that runs it in training; None where the scores
+        of all steps exist before the first, so that one pass surveys them
+        (`inference.dial.calibrate`)."""
         return None
 
 
@@ -225,23 +265,33 @@ class DepthRoute(NamedTuple):
 
 
 class AtOnce(DepthPolicy):
-    """A policy that knows each token's depth before the first step: a token of depth i runs steps 1..i."""
+    """A policy that knows each token's depth before the first step: a token of depth i runs steps
+    1..i."""
 
     def steps(self, routers: dict) -> Any:
         return jnp.arange(1, self.recursions + 1)
 
     def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
-        depth_BxT = self.depths(routers, h_BxTxD, info) if info.depth_BxT is None else info.depth_BxT
+        depth_BxT = (
+            self.depths(routers, h_BxTxD, info) if info.depth_BxT is None else info.depth_BxT
+        )
         return Route(self.steps(routers), DepthRoute(jnp.where(info.real_BxT, depth_BxT, 0)))
 
     def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+        self,
+        step: Any,
+        z_BxT: jax.Array,
+        candidates_BxT: jax.Array,
+        tokens: Any,
+        k: Any,
+        dial: Any = None,
     ) -> jax.Array:
         return candidates_BxT & (tokens.depth_BxT >= step)
 
 
 class PolicyConfig(DepthConfig):
-    """The configuration of a policy; see `config.depth.DepthConfig` for what it can say of itself."""
+    """The configuration of a policy; see `config.depth.DepthConfig` for what it can say of
+    itself."""
 
     def build(self, model: ModelConfig, stage: int | None = None) -> DepthPolicy:
         """The policy of this checked configuration, in this stage of training (`LM.stage`)."""
@@ -249,8 +299,8 @@ class PolicyConfig(DepthConfig):
 
 
 def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
-    """Per-step numbers from sums; keys `router/<r>/...`, r from 1. `histogram` is a list of shares, the others are
-    single numbers."""
+    """Per-step numbers from sums; keys `router/<r>/...`, r from 1. `histogram` is a list of shares,
+    the others are single numbers."""
     n = jnp.maximum(stats.candidates, 1.0)
     mean = stats.score / n
     columns = {
@@ -261,14 +311,18 @@ def router_metrics(stats: RouterStats) -> dict[str, jax.Array]:
     }
     if stats.above is not None:
         columns["histogram"] = histogram(stats.above)
-    return {f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])}
+    return {
+        f"router/{r + 1}/{name}": col[r] for name, col in columns.items() for r in range(n.shape[0])
+    }
 
 
 def top_k(z_BxT: jax.Array, candidates_BxT: jax.Array, k: jax.Array | int) -> jax.Array:
-    """Mask of the at most k highest-scoring candidates of each row; equal scores go to the earlier position.
+    """Mask of the at most k highest-scoring candidates of each row; equal scores go to the earlier
+    position.
 
-    The k-th largest score by a plain sort: `lax.top_k` would gather the scores of a sharded batch, and k may be traced.
-    Rows that are cut along time are put together for it: the choice is over the whole row.
+    The k-th largest score by a plain sort: `lax.top_k` would gather the scores of a sharded batch,
+    and k may be traced. Rows that are cut along time are put together for it: the choice is over
+    the whole row.
     """
     z_BxT, candidates_BxT = join_rows(jax.lax.stop_gradient(z_BxT)), join_rows(candidates_BxT)
     score = jnp.where(candidates_BxT, z_BxT, -jnp.inf)
@@ -282,17 +336,21 @@ GRID_BITS = 14  # a row's scores are told apart to this part of the largest
 
 
 def rounded_scores(z_BxT: jax.Array, candidates_BxT: jax.Array) -> jax.Array:
-    """Scores rounded to a grid of 2^-14 of the row's largest, for ranking: what is equal but for rounding becomes equal.
+    """Scores rounded to a grid of 2^-14 of the row's largest, for ranking: what is equal but for
+    rounding becomes equal.
 
-    Equal tokens have equal states wherever they see the same keys (runs of one token, the start of a document, steps
-    whose other tokens halted). Two programs that compute such scores in another order of sums (masked and gathered, one
-    device and eight) get them some 1e-7 apart, each its own way, and would rank them at random; on the grid they tie,
-    and the earlier position wins everywhere. Only a value that lies within a rounding error of the middle between two
-    points can still fall either way: one in some hundreds of such ties. The grid is a power of two, hence the same in
-    every program.
+    Equal tokens have equal states wherever they see the same keys (runs of one token, the start of
+    a document, steps whose other tokens halted). Two programs that compute such scores in another
+    order of sums (masked and gathered, one device and eight) get them some 1e-7 apart, each its own
+    way, and would rank them at random; on the grid they tie, and the earlier position wins
+    everywhere. Only a value that lies within a rounding error of the middle between two points can
+    still fall either way: one in some hundreds of such ties. The grid is a power of two, hence the
+    same in every program.
     """
     z_BxT = jax.lax.stop_gradient(z_BxT)
-    largest = jnp.max(join_rows(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True)
+    largest = jnp.max(
+        join_rows(jnp.where(candidates_BxT, jnp.abs(z_BxT), 0)), axis=-1, keepdims=True
+    )
     step = jnp.ldexp(jnp.ones_like(largest), jnp.frexp(largest)[1] - GRID_BITS)
     return jnp.round(z_BxT / step) * step
 
@@ -308,10 +366,11 @@ def check_reachable(mean_depth: float, floor: int, cap: int) -> None:
 def shares_at(capacities: tuple[float, ...], mean_depth: float, floor: int, cap: int) -> np.ndarray:
     """[R]: share of all tokens that run each step so that their mean depth is this.
 
-    Below the depth of training the deepest steps give way first; above it every step is raised to one common share.
-    On this path a step narrows either as it did in training, or is the first to do otherwise and sees the candidates
-    it saw in training, or lets all or none of them through: so a survey, which knows the candidates of training alone,
-    says exactly where the thresholds lie (where a floor of 2 or more has changed the candidates, nearly).
+    Below the depth of training the deepest steps give way first; above it every step is raised to
+    one common share. On this path a step narrows either as it did in training, or is the first to
+    do otherwise and sees the candidates it saw in training, or lets all or none of them through: so
+    a survey, which knows the candidates of training alone, says exactly where the thresholds lie
+    (where a floor of 2 or more has changed the candidates, nearly).
     """
     share = np.asarray(capacities, np.float64)
     share = np.where(np.arange(len(share)) < floor, 1.0, share) * (np.arange(len(share)) < cap)
@@ -325,7 +384,9 @@ def shares_at(capacities: tuple[float, ...], mean_depth: float, floor: int, cap:
     low, high = share[cap - 1], 1.0  # the common share, by bisection: the mean depth grows with it
     for _ in range(60):
         level = (low + high) / 2
-        low, high = (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
+        low, high = (
+            (level, high) if np.maximum(share[:cap], level).sum() < mean_depth else (low, level)
+        )
     share[:cap] = np.maximum(share[:cap], high)
     return share
 

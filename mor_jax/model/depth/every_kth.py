@@ -1,9 +1,11 @@
-"""Every k-th token goes deep: the depth of a token is set by its position in its document, and nothing is learned.
+"""Every k-th token goes deep: the depth of a token is set by its position in its document, and
+nothing is learned.
 
-Tokens k, 2k, 3k, ... of a document run all R recursions, the others `shallow` of them. A control for learned routing at
-equal FLOPs, like random routing, but with a pattern that is the same in training and in decoding, token by token. A
-document of n tokens has floor(n / k) deep ones, so a row of T holds at most floor(T / k), whatever documents it is
-packed from: the row sizes of the gathered executor are known beforehand, and nothing is ever dropped.
+Tokens k, 2k, 3k, ... of a document run all R recursions, the others `shallow` of them. A control
+for learned routing at equal FLOPs, like random routing, but with a pattern that is the same in
+training and in decoding, token by token. A document of n tokens has floor(n / k) deep ones, so a
+row of T holds at most floor(T / k), whatever documents it is packed from: the row sizes of the
+gathered executor are known beforehand, and nothing is ever dropped.
 """
 
 from __future__ import annotations
@@ -70,4 +72,6 @@ class EveryKth(AtOnce):
 
     def shares(self) -> tuple[float, ...]:
         # Just above 1 / k, so that the floor of this share of a row of k tokens is one.
-        return (1.0,) * self.shallow + (min(1.0, 1 / self.every + 1e-9),) * (self.recursions - self.shallow)
+        return (1.0,) * self.shallow + (min(1.0, 1 / self.every + 1e-9),) * (
+            self.recursions - self.shallow
+        )

@@ -1,15 +1,18 @@
-"""Expert-choice routing: each recursion step picks its top-k tokens (paper 2.2.1, A.2; released configuration).
+"""Expert-choice routing: each recursion step picks its top-k tokens (paper 2.2.1, A.2; released
+configuration).
 
-One router a step on the raw hidden state. Selected tokens get H + alpha * score * Block(H), where Block(H) is the
-whole block output, its residual included: gating only the residual's increment would be another model. The choice is
-hierarchical (a dropped token never re-enters). Top-k over a row looks into the future, so a BCE loss teaches
-sigmoid(z) to sit on the chosen side of 0.5, and causal inference continues while sigmoid(z) >= threshold; the gate
-stays. A survey of the scores, taken while training, turns any mean depth into thresholds of their own.
+One router a step on the raw hidden state. Selected tokens get H + alpha * score * Block(H), where
+Block(H) is the whole block output, its residual included: gating only the residual's increment
+would be another model. The choice is hierarchical (a dropped token never re-enters). Top-k over a
+row looks into the future, so a BCE loss teaches sigmoid(z) to sit on the chosen side of 0.5, and
+causal inference continues while sigmoid(z) >= threshold; the gate stays. A survey of the scores,
+taken while training, turns any mean depth into thresholds of their own.
 
-Two other rules of causal inference, by name. "auxiliary" (paper 2.2.1, appendix A.2): the BCE is taken off the router
-and teaches a second one of the same kind on the detached state, which alone decides at inference; the gate is still the
-first one's. "calibrated": no threshold is assumed, but read off the survey, such that each step keeps of its candidates
-the share it kept in training. The survey is of the scores that decide.
+Two other rules of causal inference, by name. "auxiliary" (paper 2.2.1, appendix A.2): the BCE is
+taken off the router and teaches a second one of the same kind on the detached state, which alone
+decides at inference; the gate is still the first one's. "calibrated": no threshold is assumed, but
+read off the survey, such that each step keeps of its candidates the share it kept in training. The
+survey is of the scores that decide.
 """
 
 from __future__ import annotations
@@ -47,7 +50,8 @@ INFERENCE = ("threshold", "auxiliary", "calibrated")
 SCORE = {"sigmoid": jax.nn.sigmoid, "tanh": jnp.tanh, "none": lambda z: z}
 AUXILIARY = "auxiliary"  # name of the second router among the parameters
 THRESHOLDS = "thresholds"
-# sigmoid(z) = 0.5, tanh(z) = 0 and z = 0 are the same place: one threshold, in sigmoid units, serves all three.
+# sigmoid(z) = 0.5, tanh(z) = 0 and z = 0 are the same place: one threshold, in sigmoid units,
+# serves all three.
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class ExpertChoiceConfig(Routed, WithCapacities):
     """Each recursion step picks its top-k tokens."""
 
     policy: str = "expert_choice"
-    aux_loss_weight: float = 0.001  # of the router's BCE, summed over r; same under any accumulation
+    # of the router's BCE, summed over r; same under any accumulation
+    aux_loss_weight: float = 0.001
     threshold: float = 0.5  # causal inference: continue while sigmoid(z) >= threshold
-    # What causal inference goes by: threshold (the router's own score, taught by the BCE) | auxiliary (a second router
-    # on the detached state, taught by the BCE in place of the first; same threshold) | calibrated (the router's score,
-    # against the thresholds that its survey finds for `capacities`)
+    # What causal inference goes by: threshold (the router's own score, taught by the BCE) |
+    # auxiliary (a second router on the detached state, taught by the BCE in place of the first;
+    # same threshold) | calibrated (the router's score, against the thresholds that its survey finds
+    # for `capacities`)
     inference: str = "threshold"
     aux_lr: float = 10.0  # auxiliary: learning rate of the second router, over the model's
 
@@ -112,9 +118,9 @@ class ExpertChoiceConfig(Routed, WithCapacities):
 
 @dataclass(frozen=True)
 class ExpertChoice(DepthPolicy):
-    """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r = 1..R, non-increasing.
-    `score`: sigmoid | tanh | none. `gate`: multiplicative, H + alpha * score * y, or additive, H + y (the score only
-    ranks)."""
+    """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r =
+    1..R, non-increasing. `score`: sigmoid | tanh | none. `gate`: multiplicative, H + alpha * score
+    * y, or additive, H + y (the score only ranks)."""
 
     recursions: int
     width: int
@@ -146,12 +152,15 @@ class ExpertChoice(DepthPolicy):
         params = init(key)
         if self.inference == "auxiliary":
             params |= {AUXILIARY: init(jax.random.fold_in(key, 1))}
-        # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a gradient.
+        # A weight like any other to checkpoints and shardings, but moved by `rebalance`, never by a
+        # gradient.
         return params | {SURVEY: survey.empty(self.recursions)}
 
     def logical_axes(self) -> dict:
         names = nn.logical_axes(self._module(), self._example())
-        names = jax.tree.map(lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple))
+        names = jax.tree.map(
+            lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple)
+        )
         if self.inference == "auxiliary":
             names |= {AUXILIARY: dict(names)}
         return names | {SURVEY: ("recursion", None)}
@@ -168,7 +177,10 @@ class ExpertChoice(DepthPolicy):
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """[B, T]; with an auxiliary router [B, T, 2], its own score second."""
         run = lambda weights, h: nn.apply(self._module(), weights, h / self.temperature)[..., 0]
-        z_BxT = run({name: leaf for name, leaf in step.items() if name not in (AUXILIARY, THRESHOLDS)}, h_BxTxD)
+        z_BxT = run(
+            {name: leaf for name, leaf in step.items() if name not in (AUXILIARY, THRESHOLDS)},
+            h_BxTxD,
+        )
         if self.inference != "auxiliary":
             return z_BxT
         return jnp.stack([z_BxT, run(step[AUXILIARY], jax.lax.stop_gradient(h_BxTxD))], axis=-1)
@@ -182,7 +194,13 @@ class ExpertChoice(DepthPolicy):
         return z[..., 1] if self.inference == "auxiliary" else z
 
     def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: Any, k: Any, dial: Any = None
+        self,
+        step: Any,
+        z_BxT: jax.Array,
+        candidates_BxT: jax.Array,
+        tokens: Any,
+        k: Any,
+        dial: Any = None,
     ) -> jax.Array:
         if k is not None:
             return top_k(rounded_scores(self._own(z_BxT), candidates_BxT), candidates_BxT, k)
@@ -193,20 +211,25 @@ class ExpertChoice(DepthPolicy):
         on = on if dial is None else jnp.where(jnp.isnan(dial), on, z >= dial)
         return candidates_BxT & on
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any) -> jax.Array:
+    def combine(
+        self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: Any
+    ) -> jax.Array:
         if self.gate == "additive":
             return h + y
         gate = (self.alpha * SCORE[self.score_name](self._own(z)))[..., None].astype(h.dtype)
         return h + gate * y
 
-    def step_stats(self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any) -> RouterStats:
+    def step_stats(
+        self, step: Any, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any
+    ) -> RouterStats:
         weight, ran = candidates.astype(jnp.float32), active.astype(jnp.float32)
         own, deciding = self._own(z), self._deciding(z)
         score = SCORE[self.score_name](own)
         # Binary cross-entropy with logits, on the score before alpha.
         bce = jax.nn.softplus(deciding) - deciding * ran
         rival = active
-        if self.inference == "auxiliary":  # as many tokens a row as ran, by the other router's scores
+        # as many tokens a row as ran, by the other router's scores
+        if self.inference == "auxiliary":
             rival = _as_many(deciding, candidates, active)
         return RouterStats(
             aux=jnp.sum(bce * weight),
@@ -244,8 +267,13 @@ class ExpertChoice(DepthPolicy):
         return tuple(np.cumprod(survey.share_above(reach, cut)).tolist())
 
     def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
-        """The router of recursion r reads only the survivors of r - 1, and an auxiliary one what the first reads."""
-        of_a_token = 2 * nn.router_size(self.router, self.width, 1) * (2 if self.inference == "auxiliary" else 1)
+        """The router of recursion r reads only the survivors of r - 1, and an auxiliary one what
+        the first reads."""
+        of_a_token = (
+            2
+            * nn.router_size(self.router, self.width, 1)
+            * (2 if self.inference == "auxiliary" else 1)
+        )
         return of_a_token * (length + sum(ran_R[:-1]))
 
     def candidates_kept(self) -> np.ndarray:
@@ -253,7 +281,10 @@ class ExpertChoice(DepthPolicy):
 
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
         """BCE and z^2, means over candidates, summed over the recursion steps (released code)."""
-        return {"router_loss": jnp.sum(stats.aux / totals_R), "router_z_loss": jnp.sum(stats.z_sq / totals_R)}
+        return {
+            "router_loss": jnp.sum(stats.aux / totals_R),
+            "router_z_loss": jnp.sum(stats.z_sq / totals_R),
+        }
 
     def loss_weights(self) -> dict[str, float]:
         return {"router_loss": self.aux_loss_weight, "router_z_loss": self.z_loss_weight}
@@ -265,9 +296,12 @@ class ExpertChoice(DepthPolicy):
         check_reachable(mean_depth, floor, cap)
         share = shares_at(self.capacities, mean_depth, floor, cap)
         kept = kept_of(share)
-        kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)  # all is all, none is none
+        # all is all, none is none
+        kept = np.where(np.abs(kept - np.round(kept)) < 1e-9, np.round(kept), kept)
         reach = survey.reach(survey_RxG)
-        return np.array([survey.score_reached_by(k, of) for k, of in zip(kept, reach, strict=True)], np.float32)
+        return np.array(
+            [survey.score_reached_by(k, of) for k, of in zip(kept, reach, strict=True)], np.float32
+        )
 
 
 def _as_many(z_BxT: jax.Array, candidates_BxT: jax.Array, active_BxT: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
-"""Configuration fields that several policies share, with their checks; a policy's configuration derives from them."""
+"""Configuration fields that several policies share, with their checks; a policy's configuration
+derives from them."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Gated(PolicyConfig):
     """A gate on the core's output."""
 
     gate: str = ""  # one of the policy's `gates`; "": the first
-    alpha: float = 0.0  # scale of the gate; 0: the released code's, 0.1 (1 for scores softmax and none)
+    # scale of the gate; 0: the released code's, 0.1 (1 for scores softmax and none)
+    alpha: float = 0.0
 
     gates: ClassVar[tuple[str, ...]] = ()
 
@@ -93,9 +95,13 @@ class WithCapacities(PolicyConfig):
         where, given = "config.depth.capacities", self.capacities
         if given:
             if len(given) != model.recursions:
-                raise ConfigError(f"{where} has {len(given)} entries for recursions = {model.recursions}.")
+                raise ConfigError(
+                    f"{where} has {len(given)} entries for recursions = {model.recursions}."
+                )
             if not all(0 < c <= 1 for c in given):
                 raise ConfigError(f"{where} must lie in (0, 1], got {given}.")
             if any(b > a for a, b in itertools.pairwise(given)):
-                raise ConfigError(f"{where} must not increase (a dropped token never re-enters), got {given}.")
+                raise ConfigError(
+                    f"{where} must not increase (a dropped token never re-enters), got {given}."
+                )
         super().check(model)

@@ -1,4 +1,5 @@
-"""Fixed depth: every token runs every recursion. R = 1 is the plain Transformer, R > 1 the Recursive Transformer."""
+"""Fixed depth: every token runs every recursion. R = 1 is the plain Transformer, R > 1 the
+Recursive Transformer."""
 
 from __future__ import annotations
 

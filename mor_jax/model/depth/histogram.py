@@ -1,8 +1,9 @@
 """Histograms of router scores, from the counts that the survey takes anyway.
 
-The counts say how many candidates reach each probe; differences between two probes are a histogram. Edges are the
-probes nearest to even steps of sigmoid(z), so that a histogram has the axis on which the threshold of expert-choice
-lies at 0.5. Under token-choice the counted number is a token's pull to the depth, and 0.5 is where it goes on as well.
+The counts say how many candidates reach each probe; differences between two probes are a histogram.
+Edges are the probes nearest to even steps of sigmoid(z), so that a histogram has the axis on which
+the threshold of expert-choice lies at 0.5. Under token-choice the counted number is a token's pull
+to the depth, and 0.5 is where it goes on as well.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ EDGES = _edges()  # of the inner edges: their indices among the probes
 
 
 def histogram(above_RxG: jax.Array) -> jax.Array:
-    """[R, BINS] float32: share of each step's candidates whose score lies in each bin; zeros where there are none."""
+    """[R, BINS] float32: share of each step's candidates whose score lies in each bin; zeros where
+    there are none."""
     total = above_RxG[:, :1]
     reached = jnp.concatenate([total, above_RxG[:, EDGES], jnp.zeros_like(total)], axis=1)
     return -jnp.diff(reached, axis=1) / jnp.maximum(total, 1.0)

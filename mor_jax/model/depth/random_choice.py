@@ -1,11 +1,14 @@
-"""Random routing: as many tokens a step as under expert-choice, drawn instead of chosen (paper, tables 13 and 14).
+"""Random routing: as many tokens a step as under expert-choice, drawn instead of chosen (paper,
+tables 13 and 14).
 
-The control of every claim about learned routing: the same capacities, the same gather, the same gate scale, and no
-router. Each token has one uniform number u_r in [0, 1) a recursion step (`uniforms`). Training keeps the k_r largest of
-a row, among those that ran the step before; causal inference continues while u_r >= 1 - c_r / c_{r-1}, which keeps the
-same shares on average and looks at nothing but the token itself.
+The control of every claim about learned routing: the same capacities, the same gather, the same
+gate scale, and no router. Each token has one uniform number u_r in [0, 1) a recursion step
+(`uniforms`). Training keeps the k_r largest of a row, among those that ran the step before; causal
+inference continues while u_r >= 1 - c_r / c_{r-1}, which keeps the same shares on average and looks
+at nothing but the token itself.
 
-The gate is a constant alpha ("constant": H + alpha * Block(H), what a learned gate saturates at) or 1 ("additive").
+The gate is a constant alpha ("constant": H + alpha * Block(H), what a learned gate saturates at) or
+1 ("additive").
 """
 
 from __future__ import annotations
@@ -49,10 +52,15 @@ class RandomConfig(Gated, WithCapacities):
 
 
 def uniforms(
-    seed: int, recursions: int, tokens_BxT: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None
+    seed: int,
+    recursions: int,
+    tokens_BxT: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, T, R] float32 in [0, 1): a function of the seed, the token's id, its position in its document, and the salt
-    of its row alone; so a decoder that sees one token draws what a forward pass over the row draws.
+    """[B, T, R] float32 in [0, 1): a function of the seed, the token's id, its position in its
+    document, and the salt of its row alone; so a decoder that sees one token draws what a forward
+    pass over the row draws.
 
     `salt_B`: another draw for each row of each training step; None: the one draw of inference.
     """
@@ -93,15 +101,25 @@ class RandomChoice(DepthPolicy):
         return jnp.asarray(1 - kept_of(np.asarray(self.capacities, np.float64)), jnp.float32)
 
     def select(
-        self, step: Any, z_BxT: jax.Array, candidates_BxT: jax.Array, tokens: jax.Array, k: Any, dial: Any = None
+        self,
+        step: Any,
+        z_BxT: jax.Array,
+        candidates_BxT: jax.Array,
+        tokens: jax.Array,
+        k: Any,
+        dial: Any = None,
     ) -> jax.Array:
         u_BxT = jnp.take(tokens, step, axis=-1)
         if k is not None:
             return top_k(u_BxT, candidates_BxT, k)
         on = u_BxT >= self._thresholds()[step]
-        return candidates_BxT & (on if dial is None else jnp.where(jnp.isnan(dial), on, u_BxT >= dial))
+        return candidates_BxT & (
+            on if dial is None else jnp.where(jnp.isnan(dial), on, u_BxT >= dial)
+        )
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: jax.Array) -> jax.Array:
+    def combine(
+        self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: jax.Array
+    ) -> jax.Array:
         return h + (y if self.gate == "additive" else self.alpha * y)
 
     def step_stats(
@@ -119,4 +137,6 @@ class RandomChoice(DepthPolicy):
         """Exact without a survey: the draws are uniform."""
         check_reachable(mean_depth, floor, cap)
         kept = kept_of(shares_at(self.capacities, mean_depth, floor, cap))
-        return np.where(kept >= 1, -np.inf, np.where(kept <= 0, np.inf, 1 - kept)).astype(np.float32)
+        return np.where(kept >= 1, -np.inf, np.where(kept <= 0, np.inf, 1 - kept)).astype(
+            np.float32
+        )

@@ -1,9 +1,11 @@
-"""The survey: what a router's scores look like, kept while training so that depth can be dialled afterwards.
+"""The survey: what a router's scores look like, kept while training so that depth can be dialled
+afterwards.
 
-For each recursion step, the share of its candidates whose score reaches each of a fixed set of probes. That is the
-score's quantile function, kept as its inverse: counts above fixed probes add up exactly over micro-batches and
-devices, where quantiles would need a sort of the whole batch. The survey is a leaf of the router's parameters, moved
-by rule after each optimiser step (a running mean) and never by a gradient.
+For each recursion step, the share of its candidates whose score reaches each of a fixed set of
+probes. That is the score's quantile function, kept as its inverse: counts above fixed probes add up
+exactly over micro-batches and devices, where quantiles would need a sort of the whole batch. The
+survey is a leaf of the router's parameters, moved by rule after each optimiser step (a running
+mean) and never by a gradient.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import numpy as np
 from mor_jax.errors import UserError
 
 SURVEY = "survey"  # the leaf's name among the router's parameters
-# Of the running mean, a step: the last twenty batches or so. A hundred lag behind the router of a short run.
+# Of the running mean, a step: the last twenty batches or so. A hundred lag behind the router of a
+# short run.
 DECAY = 0.95
 _FINEST, _WIDEST, _COUNT = 1e-2, 512.0, 255
-# Even near zero (steps of 9e-4), geometric beyond 0.01 (9 % apart); the first probe counts all candidates.
+# Even near zero (steps of 9e-4), geometric beyond 0.01 (9 % apart); the first probe counts all
+# candidates.
 PROBES_G = np.concatenate(
     [[-np.inf], _FINEST * np.sinh(np.linspace(-1, 1, _COUNT) * np.arcsinh(_WIDEST / _FINEST))]
 ).astype(np.float32)
@@ -43,15 +47,16 @@ def continued(routers: dict, above_RxG: jax.Array) -> dict:
 def updated(survey_RxG: jax.Array, above_RxG: jax.Array) -> jax.Array:
     """The survey after one more batch, of which `above_RxG` are the counts.
 
-    Entries are shares of the batch's tokens. Starting from zeros shrinks all of them alike, and readers only look at
-    ratios within a row, so the start needs no correction."""
+    Entries are shares of the batch's tokens. Starting from zeros shrinks all of them alike, and
+    readers only look at ratios within a row, so the start needs no correction."""
     tokens = above_RxG[0, 0]
     new = DECAY * survey_RxG + (1 - DECAY) * above_RxG / jnp.maximum(tokens, 1.0)
     return jnp.where(tokens > 0, new, survey_RxG)
 
 
 def reach(survey_RxG: np.ndarray) -> np.ndarray:
-    """[R, G - 1]: share of each step's candidates whose score reaches the (finite) probes, falling along G.
+    """[R, G - 1]: share of each step's candidates whose score reaches the (finite) probes, falling
+    along G.
 
     Raises UserError if the survey is empty."""
     survey = np.asarray(survey_RxG, np.float64)
@@ -69,7 +74,8 @@ def share_above(reach_RxG: np.ndarray, score: float) -> np.ndarray:
 
 
 def score_reached_by(share: float, reach_G: np.ndarray) -> float:
-    """The score that this share of the candidates reaches; infinite for all (-) or none (+) of them."""
+    """The score that this share of the candidates reaches; infinite for all (-) or none (+) of
+    them."""
     if share >= 1:
         return -np.inf
     if share <= 0:
@@ -78,10 +84,13 @@ def score_reached_by(share: float, reach_G: np.ndarray) -> float:
 
 
 def thresholds(survey_RxG: jax.Array, kept_R: np.ndarray) -> jax.Array:
-    """[R]: the scores that these shares of each step's candidates reach, traced; NaN where nothing was surveyed."""
+    """[R]: the scores that these shares of each step's candidates reach, traced; NaN where nothing
+    was surveyed."""
     survey = jax.lax.stop_gradient(survey_RxG)
     reach_RxG = survey[:, 1:] / jnp.maximum(survey[:, :1], 1e-9)
     probes = jnp.asarray(PROBES_G[:0:-1])
-    found = jax.vmap(lambda kept, reach: jnp.interp(kept, reach[::-1], probes))(jnp.asarray(kept_R), reach_RxG)
+    found = jax.vmap(lambda kept, reach: jnp.interp(kept, reach[::-1], probes))(
+        jnp.asarray(kept_R), reach_RxG
+    )
     found = jnp.where(kept_R >= 1, -jnp.inf, found)
     return jnp.where(survey[:, 0] > 0, found, jnp.nan).astype(jnp.float32)

@@ -1,20 +1,24 @@
-"""Token-choice routing: each token picks its depth once, before the first recursion (paper 2.2.1, A.2).
+"""Token-choice routing: each token picks its depth once, before the first recursion (paper 2.2.1,
+A.2).
 
-One R-way router on H¹, the state before the recursion: p = alpha * softmax(z) (or alpha * sigmoid(z)), depth
-i = argmax_j (p_j + b_j). The token runs steps 1..i. Nothing looks at another token, so the policy is causal as it is.
+One R-way router on H¹, the state before the recursion: p = alpha * softmax(z) (or alpha *
+sigmoid(z)), depth i = argmax_j (p_j + b_j). The token runs steps 1..i. Nothing looks at another
+token, so the policy is causal as it is.
 
-Two readings of the gate exist and both are here by name. "exit" is the released code: H^{r+1} = f(H^r) without a
-gate, and H_out = H¹ + p_i f(H^i) at the exit. "every" is the paper's eq. 2.2: every step is gated,
+Two readings of the gate exist and both are here by name. "exit" is the released code: H^{r+1} =
+f(H^r) without a gate, and H_out = H¹ + p_i f(H^i) at the exit. "every" is the paper's eq. 2.2:
+every step is gated,
 H^{r+1} = p_i f(H^r), and H¹ is added at the exit step.
 
-Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean of alpha * score, as in the released code; alpha
-when balanced under a softmax), or loss-free: after
+Balance: a loss R * sum_i F_i P_i (F_i share routed to depth i, P_i mean of alpha * score, as in the
+released code; alpha when balanced under a softmax), or loss-free: after
 each optimiser step b_i += rate * sign(mean(F) - F_i), which moves the choice but never the gate.
 
-At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth dial. The gate follows
-it: a token that the dial sends to another depth would otherwise be gated by the score that its router gave that depth,
-which is next to nothing once the router has decided, and would come back as it went in. A floor and a cap act alike on a
-softmax: what is out of range has no part in it.
+At inference a bias on the logarithm of the scores, growing evenly with depth, is the mean-depth
+dial. The gate follows it: a token that the dial sends to another depth would otherwise be gated by
+the score that its router gave that depth, which is next to nothing once the router has decided, and
+would come back as it went in. A floor and a cap act alike on a softmax: what is out of range has no
+part in it.
 """
 
 from __future__ import annotations
@@ -41,11 +45,13 @@ from mor_jax.model.depth.vary import mean_depth
 from mor_jax.model.depth.warmup import is_warm, stage_count
 
 SMALLEST = 1e-30  # selection score under a bias, which can take it below zero
-SLACK = 0.06  # of the smallest profile over balanced shares: rows of a balanced router scatter around them
+# of the smallest profile over balanced shares: rows of a balanced router scatter around them
+SLACK = 0.06
 
 
 class TokenRoute(NamedTuple):
-    """What a token carries: its depth (0: padding), its gate, and its state before the recursion."""
+    """What a token carries: its depth (0: padding), its gate, and its state before the
+    recursion."""
 
     depth_BxT: jax.Array
     gate_BxT: jax.Array
@@ -58,8 +64,10 @@ class TokenChoiceConfig(Routed):
 
     policy: str = "token_choice"
     balance_loss_weight: float = 0.1  # of R * sum_i F_i P_i
-    bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimiser step; 0: off
-    buckets: int = 4  # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
+    # loss-free balancing: step of the selection bias after each optimiser step; 0: off
+    bias_rate: float = 0.0
+    # gathered: sizes a step may take at run time; the last holds every token, so none is dropped
+    buckets: int = 4
 
     at_once: ClassVar[bool] = True
     staged: ClassVar[bool] = True
@@ -68,7 +76,9 @@ class TokenChoiceConfig(Routed):
     does: ClassVar[str] = "lets each token choose, and decides in training as at inference"
 
     def check(self, model: ModelConfig) -> None:
-        not_negative("config.depth", balance_loss_weight=self.balance_loss_weight, bias_rate=self.bias_rate)
+        not_negative(
+            "config.depth", balance_loss_weight=self.balance_loss_weight, bias_rate=self.bias_rate
+        )
         if self.buckets < 1:
             raise ConfigError(f"config.depth.buckets must be at least 1, got {self.buckets}.")
         super().check(model)
@@ -115,7 +125,8 @@ class TokenChoice(AtOnce):
     buckets: int = 4
     tile: int = 1  # row sizes are multiples of it
     all_deep: bool = False  # warm-up: every token at full depth, balance suspended
-    mean_depth: float = 0.0  # varied: trained under the dial at this mean depth, balance and survey suspended; 0: not
+    # varied: trained under the dial at this mean depth, balance and survey suspended; 0: not
+    mean_depth: float = 0.0
 
     dials: ClassVar[bool] = True
 
@@ -126,18 +137,27 @@ class TokenChoice(AtOnce):
         return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
-        # Weights like any other to checkpoints and shardings, but all of them except `choice` are moved by
-        # `rebalance`, never by a gradient.
-        params = {"choice": nn.init(self._module(), key, self._example()), SURVEY: survey.empty(self.recursions)}
-        return params | ({"bias": jnp.zeros((self.recursions,), jnp.float32)} if self.bias_rate else {})
+        # Weights like any other to checkpoints and shardings, but all of them except `choice` are
+        # moved by `rebalance`, never by a gradient.
+        params = {
+            "choice": nn.init(self._module(), key, self._example()),
+            SURVEY: survey.empty(self.recursions),
+        }
+        return params | (
+            {"bias": jnp.zeros((self.recursions,), jnp.float32)} if self.bias_rate else {}
+        )
 
     def logical_axes(self) -> dict:
-        axes = {"choice": nn.logical_axes(self._module(), self._example()), SURVEY: ("recursion", None)}
+        axes = {
+            "choice": nn.logical_axes(self._module(), self._example()),
+            SURVEY: ("recursion", None),
+        }
         return axes | ({"bias": ("recursion",)} if self.bias_rate else {})
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
-        """From balanced shares with a little slack up to whole rows, in `buckets` strides that grow: rows of a trained
-        router scatter about twice as wide as independent draws would, so most batches need little over the smallest."""
+        """From balanced shares with a little slack up to whole rows, in `buckets` strides that
+        grow: rows of a trained router scatter about twice as wide as independent draws would, so
+        most batches need little over the smallest."""
         steps = self.recursions
         if self.all_deep:
             return ((length,) * steps,)
@@ -145,7 +165,10 @@ class TokenChoice(AtOnce):
         for j in range(self.buckets):
             t = (j / (self.buckets - 1)) ** 2 if self.buckets > 1 else 1.0
             share = lambda r, t=t: (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
-            sizes = tuple(min(length, -(-math.ceil(share(r) * length) // self.tile) * self.tile) for r in range(steps))
+            sizes = tuple(
+                min(length, -(-math.ceil(share(r) * length) // self.tile) * self.tile)
+                for r in range(steps)
+            )
             if sizes not in found:
                 found.append(sizes)
         return tuple(found)
@@ -161,7 +184,9 @@ class TokenChoice(AtOnce):
         depth_BxT = jnp.where(real_BxT, depth_BxT, 0)
         chosen = jnp.maximum(depth_BxT - 1, 0)[..., None]
         gate = self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
-        stats = self._stats(z_BxTxR, score, self._log_selection(routers, z_BxTxR, score), depth_BxT, real_BxT)
+        stats = self._stats(
+            z_BxTxR, score, self._log_selection(routers, z_BxTxR, score), depth_BxT, real_BxT
+        )
         tokens = TokenRoute(depth_BxT, gate, h_BxTxD)
         if dial_BxR is not None:
             rows = jnp.zeros((len(h_BxTxD),), jnp.int32)
@@ -169,7 +194,8 @@ class TokenChoice(AtOnce):
         return Route(self.steps(routers), tokens, stats)
 
     def _trained_dial(self, routers: dict, rows: int) -> jax.Array:
-        """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there is one."""
+        """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there
+        is one."""
         survey_RxG = jax.lax.stop_gradient(routers[SURVEY])
         beyond_G = jnp.sum(survey_RxG[1:, 1:] / jnp.maximum(survey_RxG[1:, :1], 1e-9), axis=0)
         pull = jnp.interp(self.mean_depth - 1, beyond_G[::-1], jnp.asarray(survey.PROBES_G[:0:-1]))
@@ -183,11 +209,19 @@ class TokenChoice(AtOnce):
         depth_BxT = self._choice(routers, score)
         if dial_BxR is None:
             return depth_BxT
-        dialled = jnp.argmax(self._log_selection(routers, z_BxTxR, score) + dial_BxR[:, None], axis=-1) + 1
+        dialled = (
+            jnp.argmax(self._log_selection(routers, z_BxTxR, score) + dial_BxR[:, None], axis=-1)
+            + 1
+        )
         return jnp.where(jnp.isnan(dial_BxR[:, :1]), depth_BxT, dialled.astype(jnp.int32))
 
     def recompute_gates(
-        self, routers: dict, tokens: TokenRoute, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
+        self,
+        routers: dict,
+        tokens: TokenRoute,
+        dial_BxR: jax.Array,
+        floor_B: jax.Array,
+        cap_B: jax.Array,
     ) -> TokenRoute:
         if self.score_name != "softmax":  # a sigmoid's scores do not share one whole
             return tokens
@@ -197,25 +231,37 @@ class TokenChoice(AtOnce):
         tilted = z_BxTxR + jnp.where(jnp.isnan(dial_BxR), 0.0, dial_BxR)[:, None]
         score = jax.nn.softmax(jnp.where(allowed_BxR[:, None], tilted, -jnp.inf))
         chosen = jnp.maximum(tokens.depth_BxT - 1, 0)[..., None]
-        return tokens._replace(gate_BxT=self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0])
+        return tokens._replace(
+            gate_BxT=self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
+        )
 
     def _scores(self, routers: dict, h_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits and scores before alpha, [B, T, R]."""
         z_BxTxR = nn.apply(self._module(), routers["choice"], h_BxTxD / self.temperature)
-        return z_BxTxR, jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(z_BxTxR)
+        return z_BxTxR, jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(
+            z_BxTxR
+        )
 
     def _bias(self, routers: dict) -> jax.Array | float:
         return routers["bias"] if self.bias_rate else 0.0
 
     def _choice(self, routers: dict, score_BxTxR: jax.Array) -> jax.Array:
-        return jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32) + 1
+        return (
+            jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32)
+            + 1
+        )
 
-    def _log_selection(self, routers: dict, z_BxTxR: jax.Array, score_BxTxR: jax.Array) -> jax.Array:
-        """Logarithm of the selection scores over alpha, in which the dial is turned: the same order, but scores of a
-        decided router, all near 0 or 1, stay apart, so that tokens change their depth one by one. Taken of the logits
-        where it can be: the scores themselves underflow."""
+    def _log_selection(
+        self, routers: dict, z_BxTxR: jax.Array, score_BxTxR: jax.Array
+    ) -> jax.Array:
+        """Logarithm of the selection scores over alpha, in which the dial is turned: the same
+        order, but scores of a decided router, all near 0 or 1, stay apart, so that tokens change
+        their depth one by one. Taken of the logits where it can be: the scores themselves
+        underflow."""
         if not self.bias_rate:
-            return (jax.nn.log_softmax if self.score_name == "softmax" else jax.nn.log_sigmoid)(z_BxTxR)
+            return (jax.nn.log_softmax if self.score_name == "softmax" else jax.nn.log_sigmoid)(
+                z_BxTxR
+            )
         return jnp.log(jnp.maximum(score_BxTxR + self._bias(routers) / self.alpha, SMALLEST))
 
     def _stats(self, z_BxTxR, score_BxTxR, log_selection_BxTxR, depth_BxT, real_BxT) -> RouterStats:
@@ -233,10 +279,14 @@ class TokenChoice(AtOnce):
             score_sq=total(jnp.square(score_BxTxR) * weight),
             z_sq=jnp.zeros((self.recursions,), jnp.float32).at[0].set(total(lse_sq)[0]),
             overlap=total(ran * weight),
-            above=jnp.stack([survey.count_above(s, real_BxT) for s in pull_deeper(log_selection_BxTxR)]),
+            above=jnp.stack(
+                [survey.count_above(s, real_BxT) for s in pull_deeper(log_selection_BxTxR)]
+            ),
         )
 
-    def combine(self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: TokenRoute) -> jax.Array:
+    def combine(
+        self, step: Any, h: jax.Array, y: jax.Array, z: jax.Array, tokens: TokenRoute
+    ) -> jax.Array:
         last = (tokens.depth_BxT == step)[..., None]
         gated = tokens.gate_BxT[..., None].astype(h.dtype) * y
         if self.gate == "every":
@@ -244,8 +294,9 @@ class TokenChoice(AtOnce):
         return jnp.where(last, tokens.h_BxTxD + gated, y)
 
     def metrics(self, stats: RouterStats) -> dict[str, jax.Array]:
-        """Beside those of every router how evenly the depths are used: MaxVio = max load / mean load - 1, entropy of
-        the mean scores in nats (at most ln R), and each depth's load (paper, table 14)."""
+        """Beside those of every router how evenly the depths are used: MaxVio = max load / mean
+        load - 1, entropy of the mean scores in nats (at most ln R), and each depth's load (paper,
+        table 14)."""
         load, mean = load_shares(stats), stats.score / jnp.maximum(stats.candidates, 1.0)
         p = mean / jnp.maximum(jnp.sum(mean), 1e-9)
         return super().metrics(stats) | {
@@ -262,7 +313,8 @@ class TokenChoice(AtOnce):
             reach = survey.reach(np.asarray(routers.get(SURVEY, ())))
         except UserError:
             return self.shares()
-        return tuple(np.minimum.accumulate(survey.share_above(reach, 0.0)).tolist())  # every row is of all tokens
+        # every row is of all tokens
+        return tuple(np.minimum.accumulate(survey.share_above(reach, 0.0)).tolist())
 
     def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
         """One router, which reads every token."""
@@ -271,8 +323,9 @@ class TokenChoice(AtOnce):
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
         """Balance loss R * sum_i F_i P_i and z-loss, each a mean over tokens.
 
-        F and P are the micro-batch's own, weighted by its share of the batch's tokens: under accumulation the term
-        is the mean over micro-batches (equal to the whole batch's only where all route alike)."""
+        F and P are the micro-batch's own, weighted by its share of the batch's tokens: under
+        accumulation the term is the mean over micro-batches (equal to the whole batch's only where
+        all route alike)."""
         tokens = jnp.maximum(stats.candidates, 1.0)
         mean_R = self.alpha * stats.score / tokens  # P, with alpha as in the gate
         balance = self.recursions * jnp.sum(load_shares(stats) * mean_R)
@@ -294,22 +347,28 @@ class TokenChoice(AtOnce):
         if not self.bias_rate or self.all_deep:
             return routers
         load = load_shares(stats)
-        return routers | {"bias": routers["bias"] + self.bias_rate * jnp.sign(jnp.mean(load) - load)}
+        return routers | {
+            "bias": routers["bias"] + self.bias_rate * jnp.sign(jnp.mean(load) - load)
+        }
 
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:
-        """One number a for all tokens, a * (i - 1) added to the log selection score of depth i. A token of pull u_r
-        (`pull_deeper`) runs step r where u_r >= -a, so the mean depth is 1 plus the shares that reach -a, summed over
-        the steps between floor and cap."""
+        """One number a for all tokens, a * (i - 1) added to the log selection score of depth i. A
+        token of pull u_r (`pull_deeper`) runs step r where u_r >= -a, so the mean depth is 1 plus
+        the shares that reach -a, summed over the steps between floor and cap."""
         floor = max(floor, 1)
         check_reachable(mean_depth, floor, cap)
         beyond = survey.reach(survey_RxG)[floor:cap].sum(axis=0)
-        pull = np.interp(mean_depth - floor, beyond[::-1], survey.PROBES_G[:0:-1]) if cap > floor else 0.0
+        pull = (
+            np.interp(mean_depth - floor, beyond[::-1], survey.PROBES_G[:0:-1])
+            if cap > floor
+            else 0.0
+        )
         return np.asarray(-pull * np.arange(self.recursions), np.float32)
 
 
 def pull_deeper(log_selection_BxTxR: jax.Array) -> list[jax.Array]:
-    """u_r [B, T] of each step r: the token's depth reaches r exactly when a * i, added to the score of every depth i,
-    has a >= -u_r. Depth i >= r must beat every k < r: s_i + a i >= s_k + a k."""
+    """u_r [B, T] of each step r: the token's depth reaches r exactly when a * i, added to the score
+    of every depth i, has a >= -u_r. Depth i >= r must beat every k < r: s_i + a i >= s_k + a k."""
     s = jax.lax.stop_gradient(log_selection_BxTxR)
     steps = s.shape[-1]
     pulls = [jnp.full(s.shape[:-1], jnp.inf)]  # every token runs the first step

@@ -1,12 +1,14 @@
 """Training at varied depths: some steps run at another mean depth than the configured one.
 
-A model trained at one set of capacities has learned one use of each depth: a token beyond its capacity is never seen
-there, its gate has gone to zero, and turning the dial up changes next to nothing. With `depth.vary` a share of the steps
-takes its capacities from the dial's own path (`base.shares_at`), or under token-choice the dial itself, so that training
-goes to the places that the dial will go to later. Each depth is a compiled program of its own, under expert-choice with
-static sizes of its own; which one a step runs is a function of its number, spread evenly by the golden ratio, so that a
-resumed run goes on alike. The survey of the scores rests in such steps, and so does the balance of token-choice:
-thresholds are read off for the configured capacities, and the load is not of the router's making.
+A model trained at one set of capacities has learned one use of each depth: a token beyond its
+capacity is never seen there, its gate has gone to zero, and turning the dial up changes next to
+nothing. With `depth.vary` a share of the steps takes its capacities from the dial's own path
+(`base.shares_at`), or under token-choice the dial itself, so that training goes to the places that
+the dial will go to later. Each depth is a compiled program of its own, under expert-choice with
+static sizes of its own; which one a step runs is a function of its number, spread evenly by the
+golden ratio, so that a resumed run goes on alike. The survey of the scores rests in such steps, and
+so does the balance of token-choice: thresholds are read off for the configured capacities, and the
+load is not of the router's making.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ def mean_depth(model: ModelConfig, depth: DepthConfig, index: int) -> float:
 
 
 def varied_shares(model: ModelConfig, depth: DepthConfig, index: int) -> tuple[float, ...]:
-    """Share of a row that runs recursion r = 1..R at the varied depth of this index. Token-choice is counted at the
-    shares that expert-choice would have."""
+    """Share of a row that runs recursion r = 1..R at the varied depth of this index. Token-choice
+    is counted at the shares that expert-choice would have."""
     found = shares_at(depth.shares(model), mean_depth(model, depth, index), 0, model.recursions)
     if not depth.has_capacities:
         return tuple(round(float(s), 9) for s in found)
@@ -38,7 +40,8 @@ def varied_shares(model: ModelConfig, depth: DepthConfig, index: int) -> tuple[f
 
 
 def varied(depth: DepthConfig, step: int) -> int | None:
-    """Index of the depth that the warm optimiser step after `step` others trains at; None: the configured one."""
+    """Index of the depth that the warm optimiser step after `step` others trains at; None: the
+    configured one."""
     place = (step * _GOLDEN) % 1.0
     return int(place / depth.vary * depth.vary_depths) if place < depth.vary else None
 

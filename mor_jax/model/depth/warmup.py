@@ -1,13 +1,14 @@
 """Depth warm-up: training starts at full depth and comes down to what is routed.
 
-Expert-choice and random routing: the paper lets the capacity fall as c(t) = c + (1 - c) (1 + cos(pi t / W)) / 2 over the
-first W steps (appendix G; it costs 0.008 nats there and is off by default). Shapes are static, so here the curve is a
-staircase: `depth.warmup_stages` equal strides, each at the curve's value in its middle, each a compiled program of its
-own. By the cosine's symmetry the tokens computed over the warm-up are the curve's. After it the program is the one of a
-run without warm-up.
+Expert-choice and random routing: the paper lets the capacity fall as c(t) = c + (1 - c) (1 + cos(pi
+t / W)) / 2 over the first W steps (appendix G; it costs 0.008 nats there and is off by default).
+Shapes are static, so here the curve is a staircase: `depth.warmup_stages` equal strides, each at
+the curve's value in its middle, each a compiled program of its own. By the cosine's symmetry the
+tokens computed over the warm-up are the curve's. After it the program is the one of a run without
+warm-up.
 
-Token-choice: every token runs to full depth, gated by its score for it; the balance loss and the selection bias rest,
-since the load is not of the router's making.
+Token-choice: every token runs to full depth, gated by its score for it; the balance loss and the
+selection bias rest, since the load is not of the router's making.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ def is_warm(depth: DepthConfig, stage: int | None) -> bool:
 
 
 def shares_in(model: ModelConfig, depth: DepthConfig, stage: int | None) -> tuple[float, ...]:
-    """Share of a row that runs recursion r = 1..R in this stage; None: once warm. Stages after those of the warm-up are
-    the varied depths of a warm run (`depth/vary.py`)."""
+    """Share of a row that runs recursion r = 1..R in this stage; None: once warm. Stages after
+    those of the warm-up are the varied depths of a warm run (`depth/vary.py`)."""
     if stage is None:
         return depth.shares(model)
     if is_warm(depth, stage):
@@ -55,10 +56,13 @@ def shares_in(model: ModelConfig, depth: DepthConfig, stage: int | None) -> tupl
 
 
 def stages(model: ModelConfig, depth: DepthConfig, steps: int) -> tuple[Stage, ...]:
-    """The stages that a run of `steps` goes through, in order; the last is warm unless the run ends before."""
+    """The stages that a run of `steps` goes through, in order; the last is warm unless the run ends
+    before."""
     count, found = stage_count(depth), []
     ends = [depth.warmup * (i + 1) // count for i in range(count)]
-    for i, (first, last) in enumerate(zip([0, *ends], [*ends, max(steps, depth.warmup)], strict=True)):
+    for i, (first, last) in enumerate(
+        zip([0, *ends], [*ends, max(steps, depth.warmup)], strict=True)
+    ):
         if first < min(last, steps):
             index = i if i < count else None
             found.append(Stage(index, first, min(last, steps), shares_in(model, depth, index)))

@@ -1,4 +1,5 @@
-"""How a step knows its number: what is done to the state u [B, T, D] that the core reads at step t = 0, 1, ...
+"""How a step knows its number: what is done to the state u [B, T, D] that the core reads at step t
+= 0, 1, ...
 
 `t` and the steps `r` of the row are one number for all rows or [B] of each.
 """
@@ -27,17 +28,21 @@ def _sinusoid(params, u, t, r, beyond):
 
 
 def _learned(params, u, t, r, beyond):
-    """A learned vector for each trained step, at first 0; past them the last again ("clamp") or from the first on."""
+    """A learned vector for each trained step, at first 0; past them the last again ("clamp") or
+    from the first on."""
     rows = params["bias"].shape[0]
     index = jnp.asarray(t) % rows if beyond == "modulo" else jnp.minimum(t, rows - 1)
     return u + spread(params["bias"][index], u).astype(u.dtype)
 
 
 def _time(params, u, t, r, beyond):
-    """A factor from the share of the way done and the length of a step, at first 1 (after LoopFormer's conditioning on
-    (t, dt), arXiv 2602.11451, with one linear factor in place of its adaptive norms): defined for any number of steps."""
+    """A factor from the share of the way done and the length of a step, at first 1 (after
+    LoopFormer's conditioning on (t, dt), arXiv 2602.11451, with one linear factor in place of its
+    adaptive norms): defined for any number of steps."""
     share, length = of_rows(t) / of_rows(r), 1 / of_rows(r)
-    return u * (1 + spread(share * params["share"]["bias"] + length * params["length"]["bias"], u)).astype(u.dtype)
+    return u * (
+        1 + spread(share * params["share"]["bias"] + length * params["length"]["bias"], u)
+    ).astype(u.dtype)
 
 
 def _init_time(key, width, _):

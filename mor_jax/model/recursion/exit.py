@@ -1,8 +1,9 @@
-"""When a token stops at inference, from its own states alone: no rule looks at another token, so a decoded token stops
-where the whole row would stop it.
+"""When a token stops at inference, from its own states alone: no rule looks at another token, so a
+decoded token stops where the whole row would stop it.
 
-Most are zero-shot rules of Huginn (arXiv 2502.05171): stop once a step changes little. They compare two steps, so that
-the second is the first that can stop a token. All stop below the threshold, strictly: at 0 nothing stops early.
+Most are zero-shot rules of Huginn (arXiv 2502.05171): stop once a step changes little. They compare
+two steps, so that the second is the first that can stop a token. All stop below the threshold,
+strictly: at 0 nothing stops early.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ class Reader(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """remember(reader, h) -> what is kept of each token, before the first step; judge(memory, before, after, reader,
-    threshold) -> (whether to stop [B, T], memory), of the states before and after a step."""
+    """remember(reader, h) -> what is kept of each token, before the first step; judge(memory,
+    before, after, reader, threshold) -> (whether to stop [B, T], memory), of the states before and
+    after a step."""
 
     judge: Callable[..., tuple[jax.Array, Any]]
-    remember: Callable[[Reader, jax.Array], Any] = lambda reader, h: jnp.zeros(h.shape[:2], jnp.int32)
+    remember: Callable[[Reader, jax.Array], Any] = lambda reader, h: jnp.zeros(
+        h.shape[:2], jnp.int32
+    )
 
 
 def _norm(h: jax.Array) -> jax.Array:
@@ -70,7 +74,8 @@ def _acceleration(size, before, after, reader, threshold):
 
 
 def _kl(log_p, before, after, reader, threshold):
-    """Divergence of the head's distribution from that of the step before (Huginn: 1e-3 in the code)."""
+    """Divergence of the head's distribution from that of the step before (Huginn: 1e-3 in the
+    code)."""
     new = jax.nn.log_softmax(reader.logits(after))
     return jnp.sum(jnp.exp(new) * (new - log_p), axis=-1) < threshold, new
 
@@ -83,7 +88,8 @@ def _entropy(last, before, after, reader, threshold):
 
 
 def _argmax(memory, before, after, reader, threshold):
-    """The likeliest token has been the same for as many steps as the threshold says, after the one it first came at."""
+    """The likeliest token has been the same for as many steps as the threshold says, after the one
+    it first came at."""
     last, count = memory
     new = jnp.argmax(reader.logits(after), axis=-1)
     count = jnp.where(new == last, count + 1, 0)
@@ -91,7 +97,8 @@ def _argmax(memory, before, after, reader, threshold):
 
 
 def _cdf(stay, before, after, reader, threshold):
-    """The gate has stopped with a chance of at least the threshold by now (Ouro, arXiv 2510.25741)."""
+    """The gate has stopped with a chance of at least the threshold by now (Ouro, arXiv
+    2510.25741)."""
     stay = stay * jax.nn.sigmoid(-reader.gate(after))
     return stay <= 1 - threshold, stay
 
@@ -103,14 +110,17 @@ CHOICES = {
     "acceleration": Rule(_acceleration, _far),
     "kl": Rule(_kl, lambda reader, h: jnp.full_like(reader.logits(h), -FAR)),
     "entropy": Rule(_entropy, _far),
-    "argmax": Rule(_argmax, lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0))),
+    "argmax": Rule(
+        _argmax, lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0))
+    ),
     "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2])),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Exiting(Fixed):
-    """The fixed policy, each token until the rule stops it. Not hashable: it lives within one trace."""
+    """The fixed policy, each token until the rule stops it. Not hashable: it lives within one
+    trace."""
 
     config: RecursionConfig = field(default_factory=RecursionConfig)
     reader: Reader | None = None
@@ -118,7 +128,9 @@ class Exiting(Fixed):
     def remember(self, h_BxTxD: jax.Array) -> Any:
         return CHOICES[self.config.exit].remember(self.reader, h_BxTxD)
 
-    def judge(self, step: jax.Array, memory: Any, before: jax.Array, after: jax.Array) -> tuple[jax.Array, Any]:
+    def judge(
+        self, step: jax.Array, memory: Any, before: jax.Array, after: jax.Array
+    ) -> tuple[jax.Array, Any]:
         rule, threshold = CHOICES[self.config.exit], self.config.exit_threshold
         stop, memory = rule.judge(memory, before, after, self.reader, threshold)
         return ~(stop & (step + 1 >= self.config.exit_least)), memory

@@ -31,13 +31,15 @@ def _concat(params, s, e):
 
 
 def carry(params: dict) -> jax.Array:
-    """[D]: what is left of each dimension of the state from one step to the next, in (0, 1) whatever the parameters."""
+    """[D]: what is left of each dimension of the state from one step to the next, in (0, 1)
+    whatever the parameters."""
     rate = jnp.exp(params["rate"]["bias"]) * jax.nn.softplus(params["delta"]["bias"])
     return jnp.exp(-rate)
 
 
 def _diagonal(params, s, e):
-    """carry * s + delta * (B e): a discretised diagonal linear system (Parcae, arXiv 2604.12946)."""
+    """carry * s + delta * (B e): a discretised diagonal linear system (Parcae, arXiv
+    2604.12946)."""
     drive = jax.nn.softplus(params["delta"]["bias"]).astype(s.dtype) * dense(e, params["matrix"])
     return carry(params).astype(s.dtype) * s + drive
 

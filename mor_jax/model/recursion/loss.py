@@ -1,7 +1,8 @@
-"""What training asks of the steps: weights of the loss read out after each, given beforehand or by a learned gate.
+"""What training asks of the steps: weights of the loss read out after each, given beforehand or by
+a learned gate.
 
-The S steps that have a gradient end at the row's last one. `index_SxB`: a row's own number of a step from 0, negative
-before its first.
+The S steps that have a gradient end at the row's last one. `index_SxB`: a row's own number of a
+step from 0, negative before its first.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ def _power(index, config):
 
 
 def _decay(index, config):
-    """decay^(t - 1): earlier steps weigh more (CGAR's hierarchical supervision, arXiv 2511.08653)."""
+    """decay^(t - 1): earlier steps weigh more (CGAR's hierarchical supervision, arXiv
+    2511.08653)."""
     return config.loss_decay ** jnp.maximum(index, 0).astype(jnp.float32)
 
 
-# (index_SxB, config) -> weights [S, B] before they are normalised; "gate" has a weight for each token, see below
+# (index_SxB, config) -> weights [S, B] before they are normalised; "gate" has a weight for each
+# token, see below
 CHOICES = {"final": _final, "uniform": _uniform, "power": _power, "decay": _decay, "gate": None}
 
 
@@ -46,7 +49,8 @@ def step_weights(config: RecursionConfig, index_SxB: jax.Array) -> jax.Array:
 
 
 def init_gate(key: jax.Array, width: int, std: float) -> dict:
-    """Of one logit from the state after a step: the chance to stop there, given that no step before did."""
+    """Of one logit from the state after a step: the chance to stop there, given that no step before
+    did."""
     return {"kernel": std * jax.random.normal(key, (1, width)), "bias": jnp.zeros((1,))}
 
 
@@ -56,16 +60,16 @@ def gate_logits(params: dict, h: jax.Array) -> jax.Array:
 
 
 def log_stopping(z_SxBxT: jax.Array) -> jax.Array:
-    """log p_t: p_t = sigmoid(z_t) prod_{j<t} (1 - sigmoid(z_j)), and the last step takes the rest (PonderNet, arXiv
-    2107.05407; Ouro, arXiv 2510.25741)."""
+    """log p_t: p_t = sigmoid(z_t) prod_{j<t} (1 - sigmoid(z_j)), and the last step takes the rest
+    (PonderNet, arXiv 2107.05407; Ouro, arXiv 2510.25741)."""
     stay = jax.nn.log_sigmoid(-z_SxBxT)
     before = jnp.cumsum(stay, axis=0) - stay
     return jnp.concatenate([before[:-1] + jax.nn.log_sigmoid(z_SxBxT[:-1]), before[-1:]])
 
 
 def log_prior(config: RecursionConfig, steps: int) -> jax.Array:
-    """[S]: uniform (then the divergence is log S less the entropy, Ouro's stage I), or geometric and cut off
-    (PonderNet)."""
+    """[S]: uniform (then the divergence is log S less the entropy, Ouro's stage I), or geometric
+    and cut off (PonderNet)."""
     if config.gate_prior == "uniform":
         return jnp.full((steps,), -jnp.log(steps))
     t = jnp.arange(steps)

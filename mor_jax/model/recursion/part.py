@@ -17,7 +17,8 @@ def nothing(key: jax.Array, width: int, recursions: int) -> dict:
 
 
 class Part(NamedTuple):
-    """One value of a knob. `apply`'s arguments are said by the knob's file; the first are its parameters.
+    """One value of a knob. `apply`'s arguments are said by the knob's file; the first are its
+    parameters.
 
     Leaves that are called "scale" or "bias" have no weight decay."""
 

@@ -19,7 +19,8 @@ def _fixed(key, n, mean, config):
 
 
 def _lognormal_poisson(key, n, mean, config):
-    """1 + Poisson of a log-normal rate (Huginn, arXiv 2502.05171). The rate's mean is one less than the mean wanted."""
+    """1 + Poisson of a log-normal rate (Huginn, arXiv 2502.05171). The rate's mean is one less than
+    the mean wanted."""
     rate_key, key = jax.random.split(key)
     sigma = config.sampling_sigma
     log_rate = math.log(mean - 1) - sigma**2 / 2 + sigma * jax.random.normal(rate_key, (n,))
@@ -32,8 +33,8 @@ def _poisson(key, n, mean, config):
 
 
 def _binomial(key, n, mean, config):
-    """Each round after the first is left out with chance `sampling_skip`: stochastic RINS (arXiv 2502.07503). Here
-    `config.model.recursions` is the most, not the mean."""
+    """Each round after the first is left out with chance `sampling_skip`: stochastic RINS (arXiv
+    2502.07503). Here `config.model.recursions` is the most, not the mean."""
     kept = jax.random.bernoulli(key, 1 - config.sampling_skip, (n, mean - 1))
     return 1 + jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
@@ -54,9 +55,12 @@ CHOICES = {
 
 
 def draw(config: RecursionConfig, recursions: int, step: jax.Array, rows: int) -> jax.Array:
-    """Steps of each row of the batch of optimiser step `step` (from 0), [rows] int32: a function of the number of the
-    step, hence the same after a restart, under any accumulation and on any mesh."""
+    """Steps of each row of the batch of optimiser step `step` (from 0), [rows] int32: a function of
+    the number of the step, hence the same after a restart, under any accumulation and on any
+    mesh."""
     key = jax.random.fold_in(jax.random.key(SEED), step)
     n = rows if config.sampling_scope == "sequence" else 1
-    found = jnp.minimum(CHOICES[config.sampling](key, n, recursions, config), config.most(recursions))
+    found = jnp.minimum(
+        CHOICES[config.sampling](key, n, recursions, config), config.most(recursions)
+    )
     return jnp.broadcast_to(found, (rows,))

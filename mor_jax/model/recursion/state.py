@@ -30,8 +30,9 @@ def _const(params, e_BxTxD, pos_BxT, salt_B, config):
 def _random(params, e_BxTxD, pos_BxT, salt_B, config):
     """Truncated normal within 3 standard deviations (Huginn, arXiv 2502.05171).
 
-    A function of the token's place in its document and of the row's salt: training draws anew at each step, and
-    inference, which has no salt, draws the same for a token whether its row is computed whole or from a cache."""
+    A function of the token's place in its document and of the row's salt: training draws anew at
+    each step, and inference, which has no salt, draws the same for a token whether its row is
+    computed whole or from a cache."""
     std = config.state_std or HUGINN_STD
     key = jax.random.key(0)
 
@@ -40,13 +41,18 @@ def _random(params, e_BxTxD, pos_BxT, salt_B, config):
         return jax.random.truncated_normal(key_t, -3.0, 3.0, e_BxTxD.shape[-1:], jnp.float32)
 
     salt_B = jnp.zeros(pos_BxT.shape[:1], jnp.uint32) if salt_B is None else salt_B
-    return (std * jax.vmap(lambda s, p: jax.vmap(lambda one: draw(s, one))(p))(salt_B, pos_BxT)).astype(e_BxTxD.dtype)
+    return (
+        std * jax.vmap(lambda s, p: jax.vmap(lambda one: draw(s, one))(p))(salt_B, pos_BxT)
+    ).astype(e_BxTxD.dtype)
 
 
 # apply(params, e_BxTxD, pos_BxT, salt_B or None, config)
 CHOICES = {
     "embed": Part(_embed),
     "zeros": Part(_zeros),
-    "const": Part(_const, lambda key, width, _: {"bias": jax.random.truncated_normal(key, -2.0, 2.0, (width,))}),
+    "const": Part(
+        _const,
+        lambda key, width, _: {"bias": jax.random.truncated_normal(key, -2.0, 2.0, (width,))},
+    ),
     "random": Part(_random),
 }

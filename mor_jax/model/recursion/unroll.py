@@ -1,8 +1,9 @@
 """The steps in training: how many, and how far back the gradient goes.
 
-Rows may run different numbers of steps. They are aligned at the end: a row that runs fewer waits, so the last steps of
-all rows are the same ones, and those have the gradient (truncated backpropagation, Huginn, arXiv 2502.05171). Steps
-before them are a loop whose length is a value: a short draw costs less. Each step knows a row's own number for it.
+Rows may run different numbers of steps. They are aligned at the end: a row that runs fewer waits,
+so the last steps of all rows are the same ones, and those have the gradient (truncated
+backpropagation, Huginn, arXiv 2502.05171). Steps before them are a loop whose length is a value: a
+short draw costs less. Each step knows a row's own number for it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ class Unrolled(NamedTuple):
 
 
 def run_unrolled(
-    make_core: Callable[[Any, jax.Array], Callable], params: Any, h_BxTxD: jax.Array, e_BxTxD: jax.Array,
-    pos_BxT: jax.Array, seg_BxT: jax.Array, *, most: int, window: int, steps_B: jax.Array | None, keep: bool,
-) -> Unrolled:  # fmt: skip
+    make_core: Callable[[Any, jax.Array], Callable],
+    params: Any,
+    h_BxTxD: jax.Array,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    seg_BxT: jax.Array,
+    *,
+    most: int,
+    window: int,
+    steps_B: jax.Array | None,
+    keep: bool,
+) -> Unrolled:
     """All tokens through the steps of their row; padding stays as it is and is nobody's key.
 
     Args:
@@ -46,7 +56,13 @@ def run_unrolled(
     def step(core: Callable, h: jax.Array, j: jax.Array) -> jax.Array:
         index = j if steps_B is None else j - (total - steps_B)  # of all rows, or [B]
         active_BxT = (seg_BxT > 0) & (index >= 0 if steps_B is None else (index >= 0)[:, None])
-        y, _ = core(h, pos_BxT, seg_BxT, jnp.where(active_BxT, seg_BxT, HIDDEN), recursion=jnp.maximum(index, 0))
+        y, _ = core(
+            h,
+            pos_BxT,
+            seg_BxT,
+            jnp.where(active_BxT, seg_BxT, HIDDEN),
+            recursion=jnp.maximum(index, 0),
+        )
         return jnp.where(active_BxT[..., None], y, h)
 
     h = h_BxTxD
@@ -60,7 +76,8 @@ def run_unrolled(
     def one(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         j = free + i
         run = lambda h: step(core, h, j)
-        h = run(h) if steps_B is None else jax.lax.cond(j >= 0, run, lambda h: h, h)  # until a row has begun: nothing
+        # until a row has begun: nothing
+        h = run(h) if steps_B is None else jax.lax.cond(j >= 0, run, lambda h: h, h)
         return h, h if keep else None
 
     h, states = jax.lax.scan(one, h, jnp.arange(window))

@@ -1,4 +1,5 @@
-"""What a cell can ask of the host: sub-LM calls, child runs, tools. From any thread of the cell, many at a time."""
+"""What a cell can ask of the host: sub-LM calls, child runs, tools. From any thread of the cell,
+many at a time."""
 
 from __future__ import annotations
 
@@ -8,13 +9,22 @@ from sys import _current_frames
 from . import interrupts, jsonable
 from .channel import Channel, TooLarge
 
-WAITING = ("worker", "threading", "queue", "selectors", "concurrent", "asyncio")  # whose functions wait for others
+# whose functions wait for others
+WAITING = ("worker", "threading", "queue", "selectors", "concurrent", "asyncio")
 _main = get_ident()
-TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+TYPES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    dict: "object",
+}
 
 
 class CallError(Exception):
-    """A call that failed. `kind`: budget, auth, timeout, rate_limit, refused, tool, ...; `message` says what happened.
+    """A call that failed. `kind`: budget, auth, timeout, rate_limit, refused, tool, ...; `message`
+    says what happened.
 
     A single call raises it; in a batch it stands in the place of the answer.
     """
@@ -47,11 +57,13 @@ class Calls:
         self._order = allocate_lock()
 
     def begin(self, cell: str) -> None:
-        """A new cell: whoever still waits, in a thread of an earlier one, is told that its cell is over."""
+        """A new cell: whoever still waits, in a thread of an earlier one, is told that its cell is
+        over."""
         self._order = allocate_lock()  # the old one may be held by a thread that died with it
         with self._order:
             stale, self._waiting = self._waiting, {}
-            self._cell = cell  # numbers go on: a thread of an earlier cell never holds one of this cell's
+            # numbers go on: a thread of an earlier cell never holds one of this cell's
+            self._cell = cell
         for waiter in stale.values():
             waiter.outcomes = [{"e": "the cell that made this call has ended", "k": "refused"}]
             waiter.done.release()
@@ -60,7 +72,8 @@ class Calls:
         self._cell = ""
 
     def _post(self, cell: str, data: bytes, waiter: _Waiter) -> int:
-        """Number the request and send it; numbers arrive in order, which is how the host knows a replay."""
+        """Number the request and send it; numbers arrive in order, which is how the host knows a
+        replay."""
         with self._order:
             if cell != self._cell:  # it ended meanwhile: nobody would answer
                 raise CallError("the cell that made this call has ended", "refused")
@@ -78,7 +91,8 @@ class Calls:
             waiter.done.release()
 
     def main_waits(self) -> bool:
-        """Whether the main thread waits: for a call itself, or for a thread or a task, which may wait for one."""
+        """Whether the main thread waits: for a call itself, or for a thread or a task, which may
+        wait for one."""
         frame = _current_frames().get(_main)
         if frame is None:
             return False
@@ -101,7 +115,10 @@ class Calls:
             waiter.done.acquire()
         finally:
             self._waiting.pop(number, None)
-        outcomes = [CallError(o["e"], o.get("k") or "error") if "e" in o else o.get("v") for o in waiter.outcomes]
+        outcomes = [
+            CallError(o["e"], o.get("k") or "error") if "e" in o else o.get("v")
+            for o in waiter.outcomes
+        ]
         if len(outcomes) != count:  # the host refused the request as a whole
             first = outcomes[0] if outcomes else CallError("the call came back without an answer")
             outcomes = [first] * count
@@ -127,30 +144,43 @@ def helpers(calls: Calls) -> dict:
         return calls.ask(what, len(listed), prompts=listed, batch=True, **fields) if listed else []
 
     def llm_query(prompt, model=None, *, schema=None):
-        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`. Raises CallError.
-        A list of texts is many prompts, as with llm_batch."""
+        """The reply of a sub-LM to one prompt: a str, or the parsed value with a JSON `schema`.
+        Raises CallError. A list of texts is many prompts, as with llm_batch."""
         if type(prompt) in (list, tuple) and prompt and all(isinstance(p, str) for p in prompt):
             return llm_batch(prompt, model, schema=schema)
         prompts = [jsonable.plain(prompt, "llm_query: the prompt")]
-        return one("llm_query", method="llm", prompts=prompts, **_options(model=model, schema=schema))
+        return one(
+            "llm_query", method="llm", prompts=prompts, **_options(model=model, schema=schema)
+        )
 
     def llm_batch(prompts, model=None, *, schema=None):
-        """The replies to many prompts, asked all at once, in order. A failed one is a CallError in its place."""
+        """The replies to many prompts, asked all at once, in order. A failed one is a CallError in
+        its place."""
         return many("llm_batch", prompts, method="llm", **_options(model=model, schema=schema))
 
     def rlm_query(prompt, question=None, *, schema=None):
-        """The answer of a child run with a REPL of its own, whose `context` is the prompt. Raises CallError."""
+        """The answer of a child run with a REPL of its own, whose `context` is the prompt. Raises
+        CallError."""
         prompts = [jsonable.plain(prompt, "rlm_query: the prompt")]
-        return one("rlm_query", method="rlm", prompts=prompts, **_options(question=question, schema=schema))
+        return one(
+            "rlm_query", method="rlm", prompts=prompts, **_options(question=question, schema=schema)
+        )
 
     def rlm_batch(prompts, question=None, *, schema=None):
         """The answers of many child runs, in order. A failed one is a CallError in its place."""
-        return many("rlm_batch", prompts, method="rlm", **_options(question=question, schema=schema))
+        return many(
+            "rlm_batch", prompts, method="rlm", **_options(question=question, schema=schema)
+        )
 
     return {
-        "llm_query": llm_query, "llm_batch": llm_batch, "llm_query_batched": llm_batch,
-        "rlm_query": rlm_query, "rlm_batch": rlm_batch, "rlm_query_batched": rlm_batch, "CallError": CallError,
-    }  # fmt: skip
+        "llm_query": llm_query,
+        "llm_batch": llm_batch,
+        "llm_query_batched": llm_batch,
+        "rlm_query": rlm_query,
+        "rlm_batch": rlm_batch,
+        "rlm_query_batched": rlm_batch,
+        "CallError": CallError,
+    }
 
 
 def tool(calls: Calls, name: str, description: str):

@@ -1,4 +1,5 @@
-"""stdout and stderr of a cell, caught where they are written: bounded memory, head and tail for the root to see."""
+"""stdout and stderr of a cell, caught where they are written: bounded memory, head and tail for the
+root to see."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import io
 class Capture(io.TextIOBase):
     """A text stream that keeps the first `kept` characters and the last `tail` ones.
 
-    `mirror`: memory the host can see, for the first bytes of it; what a worker that dies has said is not lost.
+    `mirror`: memory the host can see, for the first bytes of it; what a worker that dies has said
+    is not lost.
     """
 
     encoding, errors, newlines = "utf-8", "backslashreplace", None
@@ -65,7 +67,8 @@ class Capture(io.TextIOBase):
         return length
 
     def kept(self) -> str:
-        """Everything up to `kept` characters; beyond that the beginning and the end, with a note in between."""
+        """Everything up to `kept` characters; beyond that the beginning and the end, with a note in
+        between."""
         head, tail = "".join(self._head), "".join(self._tail)[-self._tail_size :]
         hidden = self.chars - len(head) - len(tail)
         if hidden <= 0:
@@ -101,7 +104,8 @@ class Capture(io.TextIOBase):
 
 
 def keeper(streams: tuple[Capture, ...]):
-    """A function that puts these streams and their classes back to what they are now, whatever a cell did to them."""
+    """A function that puts these streams and their classes back to what they are now, whatever a
+    cell did to them."""
     objects = [(vars(o), dict(vars(o))) for stream in streams for o in (stream, stream.buffer)]
     classes = [(c, dict(vars(c))) for c in (Capture, _Bytes)]
 

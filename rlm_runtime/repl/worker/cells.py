@@ -28,7 +28,9 @@ class Listing(str):
 
 
 class Repl:
-    def __init__(self, calls: Calls, limits: dict, tools: list[dict], hint=None, mirrors=(None, None)):
+    def __init__(
+        self, calls: Calls, limits: dict, tools: list[dict], hint=None, mirrors=(None, None)
+    ):
         self._calls, self._limits, self._hint = calls, limits, hint
         shown, kept = limits["output_chars"], limits["kept_chars"]
         self._out = Capture("<stdout>", 1, kept, shown, mirrors[0])
@@ -59,7 +61,11 @@ class Repl:
         for info in self._tools:
             if not info["is_value"]:
                 self._fixed[info["name"]] = tool(self._calls, info["name"], info["description"])
-        self._fixed |= {"FINAL": self.final, "FINAL_VAR": self.final_var, "SHOW_VARS": self.show_vars}
+        self._fixed |= {
+            "FINAL": self.final,
+            "FINAL_VAR": self.final_var,
+            "SHOW_VARS": self.show_vars,
+        }
         self._fixed["print"] = _print  # a variable of that name would take the next cell's voice
 
     def _new_answer(self) -> None:
@@ -118,20 +124,37 @@ class Repl:
         except BaseException:
             variables = {}
         return {
-            "t": "done", "id": message["id"], "status": status, "error": error, "answer": answer,
-            "variables": variables, **self._output(message["n"]),
-        }  # fmt: skip
+            "t": "done",
+            "id": message["id"],
+            "status": status,
+            "error": error,
+            "answer": answer,
+            "variables": variables,
+            **self._output(message["n"]),
+        }
 
     def failed(self, message: dict, problem: BaseException) -> dict:
         """The least that can be said of a cell."""
         self._restore_streams()
         self._calls.end()
-        error = {"type": errors.name_of(problem), "message": errors.message_of(problem), "traceback": ""}
+        error = {
+            "type": errors.name_of(problem),
+            "message": errors.message_of(problem),
+            "traceback": "",
+        }
         errors.clear(problem)
         return {
-            "t": "done", "id": message["id"], "status": "error", "error": error, "variables": {},
-            "answer": {"content": None, "ready": False}, "stdout": "", "stdout_chars": 0, "stderr": "", "stderr_chars": 0,
-        }  # fmt: skip
+            "t": "done",
+            "id": message["id"],
+            "status": "error",
+            "error": error,
+            "variables": {},
+            "answer": {"content": None, "ready": False},
+            "stdout": "",
+            "stdout_chars": 0,
+            "stderr": "",
+            "stderr_chars": 0,
+        }
 
     def _execute(self, code: str, file: str) -> None:
         self._remember(file, code)
@@ -172,7 +195,11 @@ class Repl:
             except BaseException:  # its class fights back, or there is no memory even for this
                 continue
         else:
-            error = {"type": "Error", "message": "<the exception could not be described>", "traceback": ""}
+            error = {
+                "type": "Error",
+                "message": "<the exception could not be described>",
+                "traceback": "",
+            }
         errors.clear(problem)
         return status, error
 
@@ -198,9 +225,14 @@ class Repl:
         try:
             return guarded(self._answer)
         except BaseException as problem:
-            error = {"type": errors.name_of(problem), "message": errors.message_of(problem), "traceback": ""}
+            error = {
+                "type": errors.name_of(problem),
+                "message": errors.message_of(problem),
+                "traceback": "",
+            }
             errors.clear(problem)
-            if not isinstance(problem, (TypeError, ValueError)):  # it would fail, or take its time, after every cell
+            # it would fail, or take its time, after every cell
+            if not isinstance(problem, (TypeError, ValueError)):
                 error["message"] += " [raised while `answer` was read: `answer` is empty again]"
                 self._new_answer()
             return {"content": None, "ready": False}, error
@@ -210,7 +242,9 @@ class Repl:
         if not isinstance(value, dict):
             self.answer["content"] = value
             self.names["answer"] = value = self.answer
-            self._err.write("note: `answer` is a dict; to finish set answer['content'] and answer['ready'] = True.\n")
+            self._err.write(
+                "note: `answer` is a dict; to finish set answer['content'] and answer['ready'] = True.\n"
+            )
         elif type(value) is not dict:
             value = self.names["answer"] = dict(value)
         self.answer = value
@@ -219,7 +253,9 @@ class Repl:
             content = jsonable.plain(value.get("content"), "answer['content']")
             size = len(jsonable.dumps(content))
             if size > self._limits["frame"] // 2:
-                raise ValueError(f"answer['content'] is {size:,} bytes as JSON; {self._limits['frame'] // 2:,} fit.")
+                raise ValueError(
+                    f"answer['content'] is {size:,} bytes as JSON; {self._limits['frame'] // 2:,} fit."
+                )
         except Exception:
             if not ready:
                 return {"content": None, "ready": False}, None
@@ -229,10 +265,14 @@ class Repl:
 
     def _output(self, n: int) -> dict:
         shown = self._limits["output_chars"]
-        changed = sorted(name for name, value in self._fixed.items() if self.names.get(name) is not value)
+        changed = sorted(
+            name for name, value in self._fixed.items() if self.names.get(name) is not value
+        )
         if changed:
             names = ", ".join(changed[:NOTE_NAMES]) + (", ..." if len(changed) > NOTE_NAMES else "")
-            self._err.write(f"note: {names}: the runtime's own, put back before the next cell; use another name.\n")
+            self._err.write(
+                f"note: {names}: the runtime's own, put back before the next cell; use another name.\n"
+            )
         self._outputs.append(self._out.kept())
         total = 0
         for i in range(len(self._outputs) - 1, -1, -1):
@@ -240,14 +280,21 @@ class Repl:
             if total > self._kept_in_all:
                 self._outputs[i] = "(dropped: later outputs took its room)"
         return {
-            "stdout": self._out.shown(shown, f"outputs[{n}]"), "stdout_chars": self._out.chars,
-            "stderr": self._err.shown(shown, None), "stderr_chars": self._err.chars,
-        }  # fmt: skip
+            "stdout": self._out.shown(shown, f"outputs[{n}]"),
+            "stdout_chars": self._out.chars,
+            "stderr": self._err.shown(shown, None),
+            "stderr_chars": self._err.chars,
+        }
 
     def _variables(self) -> dict[str, str]:
         found = {}
         for name in list(self.names):
-            if type(name) is str and not name.startswith("_") and name not in self._fixed and name != "answer":
+            if (
+                type(name) is str
+                and not name.startswith("_")
+                and name not in self._fixed
+                and name != "answer"
+            ):
                 value = self.names.get(name)
                 if type(value) is types.ModuleType:
                     continue
@@ -261,7 +308,9 @@ class Repl:
 
     def final(self, value=None) -> None:
         """Give the final answer: any JSON value."""
-        self.answer = self.names["answer"] if type(self.names.get("answer")) is dict else self.answer
+        self.answer = (
+            self.names["answer"] if type(self.names.get("answer")) is dict else self.answer
+        )
         self.answer["content"], self.answer["ready"] = value, True
         self.names["answer"] = self.answer
 
@@ -270,14 +319,18 @@ class Repl:
         if isinstance(name, str):
             wanted = name.strip().strip("\"'")
             if wanted not in self.names:
-                raise NameError(f"FINAL_VAR: there is no variable {wanted!r}. SHOW_VARS() lists what there is.")
+                raise NameError(
+                    f"FINAL_VAR: there is no variable {wanted!r}. SHOW_VARS() lists what there is."
+                )
             name = self.names[wanted]
         self.final(name)
 
     def show_vars(self) -> str:
         """The variables there are, with type and size."""
         lines = [f"{n}: {d}" for n, d in self._variables().items()]
-        lines += [f"{n}: {describe(self._fixed[n])}" for n in self._fixed if not callable(self._fixed[n])]
+        lines += [
+            f"{n}: {describe(self._fixed[n])}" for n in self._fixed if not callable(self._fixed[n])
+        ]
         return Listing("\n".join(lines))
 
 

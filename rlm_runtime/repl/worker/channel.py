@@ -1,7 +1,9 @@
-"""The worker's end of the private channel: frames of one JSON object a line, a thread that reads, interrupts that wait.
+"""The worker's end of the private channel: frames of one JSON object a line, a thread that reads,
+interrupts that wait.
 
-A frame begins with a line feed as well as ending with one, so whatever else got onto the channel in front of it is a
-line of its own, and is one bad frame to the host instead of the end of the conversation.
+A frame begins with a line feed as well as ending with one, so whatever else got onto the channel in
+front of it is a line of its own, and is one bad frame to the host instead of the end of the
+conversation.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Channel:
         return data
 
     def write(self, data: bytes) -> None:
-        """Send an encoded message. Not to be interrupted: callers are shielded, or outside of any cell."""
+        """Send an encoded message. Not to be interrupted: callers are shielded, or outside of any
+        cell."""
         with self._lock:
             self._send_all(b"\n" + data + b"\n")
 
@@ -62,7 +65,8 @@ class Channel:
         self.write(self.encode(message))
 
     def write_now(self, message: dict) -> None:
-        """Send from the reading thread, if nobody else is sending: it must not wait, or no reply is read."""
+        """Send from the reading thread, if nobody else is sending: it must not wait, or no reply is
+        read."""
         if self._lock.acquire(False):
             try:
                 self._send_all(b"\n" + self.encode(message) + b"\n")
@@ -91,7 +95,8 @@ class Channel:
             self._with_spare(self._buffer.extend, data)
 
     def _with_spare(self, function, *args):
-        """Call it, once more where a cell has left no memory for it: some was put aside. An interrupt has to arrive."""
+        """Call it, once more where a cell has left no memory for it: some was put aside. An
+        interrupt has to arrive."""
         try:
             return function(*args)
         except MemoryError:
@@ -112,7 +117,9 @@ class Channel:
                     handle(*received)
                 except (OSError, MemoryError):
                     break
-            _exit(0)  # the host is gone, or the channel is, or nothing more can be heard: better dead than deaf
+            # the host is gone, or the channel is, or nothing more can be heard: better dead than
+            # deaf
+            _exit(0)
 
         interrupts.block()
         start_new_thread(loop, ())

@@ -1,7 +1,8 @@
-"""The worker locks itself in, layer by layer, before it has seen a line of anybody's code, and tries every lock.
+"""The worker locks itself in, layer by layer, before it has seen a line of anybody's code, and
+tries every lock.
 
-Nothing here needs a privilege, and nothing can be undone from inside. A layer that cannot be had is reported and left
-out; whether that is acceptable is the host's decision, not ours.
+Nothing here needs a privilege, and nothing can be undone from inside. A layer that cannot be had is
+reported and left out; whether that is acceptable is the host's decision, not ours.
 """
 
 from __future__ import annotations
@@ -14,8 +15,15 @@ import sys
 from . import filter as seccomp
 from . import kernel, landlock
 
-SYSTEM_FILES = ("/dev/zero", "/dev/random", "/dev/urandom", "/etc/ld.so.cache", "/usr/share/zoneinfo",
-                "/sys/devices/system/cpu/online", "/sys/devices/system/cpu/possible")  # fmt: skip
+SYSTEM_FILES = (
+    "/dev/zero",
+    "/dev/random",
+    "/dev/urandom",
+    "/etc/ld.so.cache",
+    "/usr/share/zoneinfo",
+    "/sys/devices/system/cpu/online",
+    "/sys/devices/system/cpu/possible",
+)
 SITE = ("site-packages", "dist-packages")
 CAPABILITY_VERSION = 0x20080522
 SECURE_BITS = 0x2F  # root is nobody special, and stays so
@@ -40,7 +48,9 @@ def confine(spec: dict) -> dict[str, str]:
             layers[name] = f"missing: {error}"
 
     layer("environment", lambda: _environment(spec))
-    layer("descriptors", lambda: f"active (protocol only{', closed ' + str(extra) if extra else ''})")
+    layer(
+        "descriptors", lambda: f"active (protocol only{', closed ' + str(extra) if extra else ''})"
+    )
     layer("limits", lambda: _limits(spec, before))
     if not spec["confine"]:
         _die_with_host(spec)
@@ -51,9 +61,15 @@ def confine(spec: dict) -> dict[str, str]:
     truncate = "active" in layers["landlock"] and landlock.abi() >= 3
     _stand_ins()
     layer("seccomp", lambda: seccomp.confine(tuple(spec["protocol"]), spec["socket"], truncate))
-    checks = {"landlock": lambda: _try_files(*forbidden), "seccomp": _try_calls, "limits": _try_limits}
+    checks = {
+        "landlock": lambda: _try_files(*forbidden),
+        "seccomp": _try_calls,
+        "limits": _try_limits,
+    }
     for name, check in checks.items():
-        if layers[name].startswith("active") and (name != "limits" or layers["seccomp"].startswith("active")):
+        if layers[name].startswith("active") and (
+            name != "limits" or layers["seccomp"].startswith("active")
+        ):
             try:
                 check()
             except Missing as hole:
@@ -100,7 +116,8 @@ def _address_space() -> int:
 
 
 def _stand_ins() -> None:
-    """`os.uname` without the name of the machine, and a `realpath` that takes a link it may not read for a folder."""
+    """`os.uname` without the name of the machine, and a `realpath` that takes a link it may not
+    read for a folder."""
     system, _node, *rest = os.uname()
     uname = os.uname_result((system, "rlm", *rest))
     os.uname = sys.modules["posix"].uname = lambda: uname
@@ -123,12 +140,13 @@ def _stand_ins() -> None:
 
 def _limits(spec: dict, before: int) -> str:
     memory = before + spec["memory"]
-    # The soft limit binds, since the filter refuses to change limits; the hard one stays so that the host can make
-    # room for another context. Without the filter, both bind.
+    # The soft limit binds, since the filter refuses to change limits; the hard one stays so that
+    # the host can make room for another context. Without the filter, both bind.
     _limit(resource.RLIMIT_AS, memory, memory if not spec["confine"] else None)
     _limit(resource.RLIMIT_FSIZE, spec["file_size"])
     _limit(resource.RLIMIT_NOFILE, spec["files"])
-    # A core of 1 byte is none, even where the kernel pipes cores to a program whatever the limit says.
+    # A core of 1 byte is none, even where the kernel pipes cores to a program whatever the limit
+    # says.
     _limit(resource.RLIMIT_CORE, 0 if os.geteuid() == 0 else 1)
     for name in ("RLIMIT_MSGQUEUE", "RLIMIT_MEMLOCK", "RLIMIT_RTPRIO", "RLIMIT_NICE"):
         if hasattr(resource, name):
@@ -137,9 +155,7 @@ def _limits(spec: dict, before: int) -> str:
         _limit(resource.RLIMIT_SIGPENDING, 256)
     if spec.get("processes") is not None:
         _limit(resource.RLIMIT_NPROC, spec["processes"])
-    return (
-        f"active (memory {spec['memory'] >> 20} MiB, files {spec['file_size'] >> 20} MiB, {spec['files']} descriptors)"
-    )
+    return f"active (memory {spec['memory'] >> 20} MiB, files {spec['file_size'] >> 20} MiB, {spec['files']} descriptors)"
 
 
 def _limit(which: int, soft: int, hard: int | None = -1) -> None:
@@ -164,7 +180,8 @@ def _try_limits() -> None:
 
 
 def _drop_privileges() -> str:
-    """No new privileges by exec, and no capability left, in no set: root in here is an ordinary user."""
+    """No new privileges by exec, and no capability left, in no set: root in here is an ordinary
+    user."""
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     held = _capabilities()
     if any(held):
@@ -177,11 +194,14 @@ def _drop_privileges() -> str:
                     break  # the kernel's last one is behind us
             kernel.prctl(kernel.PR_CAP_AMBIENT, 4)
         except OSError:
-            pass  # without CAP_SETPCAP only the sets below can be emptied, and without exec that is enough
+            # without CAP_SETPCAP only the sets below can be emptied, and without exec that is
+            # enough
+            pass
         header, data = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
         kernel.call("capset", ctypes.byref(header), ctypes.byref(data))
     if os.geteuid() == 0:
-        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # an ordinary user's host could not see the open files then
+        # an ordinary user's host could not see the open files then
+        kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     if any(_capabilities()):
         raise Missing("capabilities could not be dropped")
     if kernel.prctl(kernel.PR_GET_NO_NEW_PRIVS) != 1:
@@ -196,7 +216,8 @@ def _capabilities() -> list[int]:
 
 
 def _die_with_host(spec: dict) -> None:
-    """No worker outlives its host, however that one ends. (A worker that is stopped does not see the closed socket.)"""
+    """No worker outlives its host, however that one ends. (A worker that is stopped does not see
+    the closed socket.)"""
     parent = spec.get("parent")
     if parent is None:
         return
@@ -212,14 +233,17 @@ def _die_with_host(spec: dict) -> None:
 
 
 def _rules(spec: dict) -> dict[str, int]:
-    """Path -> rights. The standard library without the packages in it, shared libraries, what the host allows."""
+    """Path -> rights. The standard library without the packages in it, shared libraries, what the
+    host allows."""
     rules = {path: landlock.READ for path in SYSTEM_FILES}
     rules["/dev/null"] = landlock.READ | landlock.WRITE_FILE
     stdlib = os.path.dirname(os.path.realpath(os.__file__))
     for folder in {stdlib, *(p for p in sys.path if os.path.isdir(p))}:
         rules |= _library(folder)
     rules |= _shared_libraries()
-    rules |= {path: landlock.READ for path in (os.path.dirname(__file__), spec["inbox"], *spec["read"])}
+    rules |= {
+        path: landlock.READ for path in (os.path.dirname(__file__), spec["inbox"], *spec["read"])
+    }
     rules |= {path: landlock.READ_DIR for path in spec["packages"]["sites"] if path not in rules}
     rules |= {path: landlock.READ for path in spec["packages"]["paths"]}
     rules[spec["scratch"]] = landlock.SCRATCH
@@ -227,7 +251,8 @@ def _rules(spec: dict) -> dict[str, int]:
 
 
 def _library(folder: str) -> dict[str, int]:
-    """All of a library folder; where packages are installed inside it, everything beside them (and names only there)."""
+    """All of a library folder; where packages are installed inside it, everything beside them (and
+    names only there)."""
     names = os.listdir(folder)
     if not any(site in names for site in SITE):
         return {folder: landlock.READ}
@@ -236,11 +261,18 @@ def _library(folder: str) -> dict[str, int]:
 
 
 def _shared_libraries() -> dict[str, int]:
-    """Where shared libraries live: an architecture's own folder whole, any other folder its libraries only."""
+    """Where shared libraries live: an architecture's own folder whole, any other folder its
+    libraries only."""
     machine = os.uname().machine
-    rules = {path: landlock.READ for path in ("/lib64", "/usr/lib64") if not os.path.isdir(path + "/python3")}
+    rules = {
+        path: landlock.READ
+        for path in ("/lib64", "/usr/lib64")
+        if not os.path.isdir(path + "/python3")
+    }
     rules |= {
-        f"{root}/{machine}-linux-{libc}": landlock.READ for root in ("/lib", "/usr/lib") for libc in ("gnu", "musl")
+        f"{root}/{machine}-linux-{libc}": landlock.READ
+        for root in ("/lib", "/usr/lib")
+        for libc in ("gnu", "musl")
     }
     try:
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
@@ -260,15 +292,19 @@ def _shared_libraries() -> dict[str, int]:
 
 
 def _forbidden(spec: dict, rules: dict[str, int]) -> tuple[list[str], list[str], str]:
-    """Files that must not be readable, folders that must not be listable, a file that must not be made: outside of
-    what the host allows, which may be all of /etc."""
-    allowed = [os.path.realpath(path) for path, rights in rules.items() if rights & landlock.READ_FILE]
+    """Files that must not be readable, folders that must not be listable, a file that must not be
+    made: outside of what the host allows, which may be all of /etc."""
+    allowed = [
+        os.path.realpath(path) for path, rights in rules.items() if rights & landlock.READ_FILE
+    ]
 
     def beneath(path: str) -> bool:
         path = os.path.realpath(path)
         return any(path == top or path.startswith(top.rstrip("/") + "/") for top in allowed)
 
-    files = [path for path in (spec["canary"], "/proc/self/environ", "/etc/passwd") if not beneath(path)]
+    files = [
+        path for path in (spec["canary"], "/proc/self/environ", "/etc/passwd") if not beneath(path)
+    ]
     folders = [path for path in ("/", os.path.dirname(spec["canary"])) if not beneath(path)]
     return files, folders, f"{spec['canary']}.{os.urandom(8).hex()}"
 
@@ -295,7 +331,8 @@ def _try_files(files: list[str], folders: list[str], new: str) -> None:
 
 
 def enter(scratch: str) -> str | None:
-    """Go to the work folder, in which no cell has been yet; what is wrong with it. Not a matter of any layer."""
+    """Go to the work folder, in which no cell has been yet; what is wrong with it. Not a matter of
+    any layer."""
     probe = os.path.join(scratch, os.urandom(16).hex())
     try:
         os.chdir(scratch)
@@ -312,7 +349,11 @@ def enter(scratch: str) -> str | None:
 def _try_calls() -> None:
     import _socket
 
-    for family in (_socket.AF_INET, _socket.AF_UNIX, getattr(_socket, "AF_NETLINK", _socket.AF_INET)):
+    for family in (
+        _socket.AF_INET,
+        _socket.AF_UNIX,
+        getattr(_socket, "AF_NETLINK", _socket.AF_INET),
+    ):
         try:
             _socket.socket(family, _socket.SOCK_DGRAM).close()
         except PermissionError:

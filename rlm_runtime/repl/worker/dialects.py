@@ -1,6 +1,8 @@
-"""What models write that Python does not mean as they do, put right in the syntax tree before a cell is compiled.
+"""What models write that Python does not mean as they do, put right in the syntax tree before a
+cell is compiled.
 
-`await llm_query(...)` (the helpers answer at once), `from rlm import llm_query` (they are there already).
+`await llm_query(...)` (the helpers answer at once), `from rlm import llm_query` (they are there
+already).
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import sys
 
 
 def put_right(tree, code: str, given):
-    """`tree` of a cell with the source `code`, in place; `given` are the names that every cell finds."""
+    """`tree` of a cell with the source `code`, in place; `given` are the names that every cell
+    finds."""
     if "await" in code:
         _without_awaits(tree, given)
     if "import" in code:
@@ -37,7 +40,8 @@ def _awaited(node, given):
 
 
 def _without_imports(tree, given) -> None:
-    """`from anything import llm_query as ask` binds the helper, unless there is such a module in the library."""
+    """`from anything import llm_query as ask` binds the helper, unless there is such a module in
+    the library."""
     for node in _nodes(tree):
         for field in ("body", "orelse", "finalbody"):
             body = getattr(node, field, None)
@@ -48,14 +52,20 @@ def _without_imports(tree, given) -> None:
 def _bound(node, given):
     if not isinstance(node, _ast.ImportFrom) or node.level or not node.module:
         return node
-    if node.module.split(".")[0] in sys.stdlib_module_names or not all(a.name in given for a in node.names):
+    if node.module.split(".")[0] in sys.stdlib_module_names or not all(
+        a.name in given for a in node.names
+    ):
         return node
     place = {k: getattr(node, k) for k in ("lineno", "col_offset", "end_lineno", "end_col_offset")}
     names = [(a.asname or a.name, a.name) for a in node.names if (a.asname or a.name) != a.name]
     if not names:
         return _ast.Pass(**place)
-    targets = _ast.Tuple([_ast.Name(new, _ast.Store(), **place) for new, _ in names], _ast.Store(), **place)
-    values = _ast.Tuple([_ast.Name(old, _ast.Load(), **place) for _, old in names], _ast.Load(), **place)
+    targets = _ast.Tuple(
+        [_ast.Name(new, _ast.Store(), **place) for new, _ in names], _ast.Store(), **place
+    )
+    values = _ast.Tuple(
+        [_ast.Name(old, _ast.Load(), **place) for _, old in names], _ast.Load(), **place
+    )
     return _ast.Assign([targets], values, **place)
 
 

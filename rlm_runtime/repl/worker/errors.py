@@ -1,4 +1,5 @@
-"""An exception of a cell as the root sees it: the cell's own frames with their lines, the chain, all of it bounded."""
+"""An exception of a cell as the root sees it: the cell's own frames with their lines, the chain,
+all of it bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ MESSAGE, TRACEBACK, FRAMES, CHAIN = 2_000, 6_000, 12, 3
 def cut(text: str, limit: int) -> str:
     if len(text) <= limit:
         return text
-    return f"{text[: limit // 2]}\n[... {len(text) - limit:,} characters ...]\n{text[-(limit // 2) :]}"
+    return (
+        f"{text[: limit // 2]}\n[... {len(text) - limit:,} characters ...]\n{text[-(limit // 2) :]}"
+    )
 
 
 def name_of(error: BaseException) -> str:
@@ -31,7 +34,9 @@ def message_of(error: BaseException) -> str:
         return f"<its message could not be read: {type(problem).__name__}>"
     notes = getattr(error, "__notes__", None)
     if isinstance(notes, list):
-        text = "\n".join([text, *(str.__str__(note) for note in notes[:5] if isinstance(note, str))])
+        text = "\n".join(
+            [text, *(str.__str__(note) for note in notes[:5] if isinstance(note, str))]
+        )
     return cut(text, MESSAGE)
 
 
@@ -44,7 +49,11 @@ def traceback_of(error: BaseException, sources: dict[str, list[str]]) -> str:
         if (cause is None and context is None) or any((cause or context) is e for e in chain):
             break
         chain.append(context if cause is None else cause)
-        joints.append("While this was handled, another one came:" if cause is None else "This was the direct cause of:")
+        joints.append(
+            "While this was handled, another one came:"
+            if cause is None
+            else "This was the direct cause of:"
+        )
     text = _one(chain.pop(), sources)
     while chain:
         text += f"\n{joints.pop()}\n\n{_one(chain.pop(), sources)}"
@@ -58,7 +67,9 @@ def _one(error: BaseException, sources: dict[str, list[str]]) -> str:
         code = trace.tb_frame.f_code
         if code.co_filename in sources:
             count += 1
-            (first if len(first) < FRAMES // 3 else last).append((code.co_filename, trace.tb_lineno, code.co_name))
+            (first if len(first) < FRAMES // 3 else last).append(
+                (code.co_filename, trace.tb_lineno, code.co_name)
+            )
         trace = trace.tb_next
     hidden = count - len(first) - len(last)
     frames = [*first, *([hidden] if hidden else []), *last]
@@ -73,7 +84,11 @@ def _one(error: BaseException, sources: dict[str, list[str]]) -> str:
         source = sources[file]
         if 0 < number <= len(source):
             lines.append("    " + cut(source[number - 1].strip(), 300))
-    if isinstance(error, SyntaxError) and error.filename in sources and isinstance(error.lineno, int):
+    if (
+        isinstance(error, SyntaxError)
+        and error.filename in sources
+        and isinstance(error.lineno, int)
+    ):
         lines += _syntax(error, sources[error.filename])
     lines.append(f"{name_of(error)}: {message_of(error)}")
     if isinstance(error, BaseExceptionGroup):

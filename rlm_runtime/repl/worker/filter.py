@@ -1,8 +1,10 @@
-"""The seccomp filter: an allow-list of system calls for CPython, its threads and numpy; everything else is EPERM.
+"""The seccomp filter: an allow-list of system calls for CPython, its threads and numpy; everything
+else is EPERM.
 
-The filter is written as BPF by hand, since libseccomp may not be there. Words of other architectures and x32 numbers
-are refused first: the same number means another call there. Calls newer than our table get ENOSYS, like a kernel that
-does not know them, so that libc takes its older path (clone3 too: its flags lie in memory, where a filter cannot look).
+The filter is written as BPF by hand, since libseccomp may not be there. Words of other
+architectures and x32 numbers are refused first: the same number means another call there. Calls
+newer than our table get ENOSYS, like a kernel that does not know them, so that libc takes its older
+path (clone3 too: its flags lie in memory, where a filter cannot look).
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ NUMBER, ARCH, ARGS = 0, 4, 16  # offsets in struct seccomp_data
 X32 = 0x40000000
 MODE_FILTER, TSYNC = 1, 1
 
-PTHREAD = (0x003D0F00, 0x007D0F00)  # clone flags of a new thread, by glibc and by musl; a process has others
-PR_ALLOWED = (2, 3, 15, 16, 21, 23, 39, 0x53564D41)  # getters, and the names of threads and memory areas
+# clone flags of a new thread, by glibc and by musl; a process has others
+PTHREAD = (0x003D0F00, 0x007D0F00)
+# getters, and the names of threads and memory areas
+PR_ALLOWED = (2, 3, 15, 16, 21, 23, 39, 0x53564D41)
 FCNTL_ALLOWED = (0, 1, 2, 3, 4, 5, 1030, 1032)  # no F_SETOWN: it sends signals to others
-# Locks take memory of the kernel, and one on the user's file would keep others from it. A process alone with its files
-# has every POSIX lock it asks for: those are granted and not made. The other kinds would be in its own way.
+# Locks take memory of the kernel, and one on the user's file would keep others from it. A process
+# alone with its files has every POSIX lock it asks for: those are granted and not made. The other
+# kinds would be in its own way.
 FCNTL_GRANTED, FCNTL_NO_LOCKS = (6, 7), (36, 37, 38)
 CLOCKS = 16  # clocks of everybody; a larger (negative) number is the processor time of any process
-IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal, how big, how much to read, flags
+# is it a terminal, how big, how much to read, flags
+IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 SIGXCPU = 24
 
 FREE = """
@@ -42,33 +48,55 @@ FREE = """
     rt_sigpending rt_sigtimedwait rt_sigsuspend sigaltstack restart_syscall getrlimit membarrier umask fstatfs
     copy_file_range sendfile fadvise64 wait4 waitid get_mempolicy capget close dup
 """.split()  # noqa: SIM905
-OWN = ("getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler")  # of this process, of no other
-UNKNOWN = ("clone3", "openat2", "close_range")  # answered with ENOSYS: libc and Python then take the older call
+# of this process, of no other
+OWN = ("getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler")
+# answered with ENOSYS: libc and Python then take the older call
+UNKNOWN = ("clone3", "openat2", "close_range")
 # fallocate takes room on the disk faster than anybody can look; libc writes zeros instead.
-UNSUPPORTED = ("fallocate", "getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr")
+UNSUPPORTED = (
+    "fallocate",
+    "getxattr",
+    "lgetxattr",
+    "fgetxattr",
+    "listxattr",
+    "llistxattr",
+    "flistxattr",
+)
 
 
-def rules(pid: int, protocol: tuple[int, ...], socket: bool, truncate: bool) -> dict[str, list[tuple]]:
-    """What each system call is answered with: name -> BPF instructions (code, jump if true, jump if false, value).
+def rules(
+    pid: int, protocol: tuple[int, ...], socket: bool, truncate: bool
+) -> dict[str, list[tuple]]:
+    """What each system call is answered with: name -> BPF instructions (code, jump if true, jump if
+    false, value).
 
-    `protocol`: descriptors of the private channel, which only its own calls may use when it is a `socket`: a cell that
-    writes to, reads from or closes every number it can think of does not meet it. `truncate`: whether Landlock watches
-    truncate(2), which takes a path.
+    `protocol`: descriptors of the private channel, which only its own calls may use when it is a
+    `socket`: a cell that writes to, reads from or closes every number it can think of does not meet
+    it. `truncate`: whether Landlock watches truncate(2), which takes a path.
     """
     rules: dict[str, list[tuple]] = {name: [_ret(ALLOW)] for name in FREE}
     rules |= {name: [*_only(0, (0, pid))[:-1], _ret(ERRNO | ENOSYS)] for name in OWN}
-    rules |= {name: _below(0, CLOCKS) for name in ("clock_gettime", "clock_getres", "clock_nanosleep")}
+    rules |= {
+        name: _below(0, CLOCKS) for name in ("clock_gettime", "clock_getres", "clock_nanosleep")
+    }
     rules |= {name: [_ret(ERRNO | ENOSYS)] for name in UNKNOWN}
     rules |= {name: [_ret(ERRNO | ENOTSUP)] for name in UNSUPPORTED}
     if truncate:
         rules["truncate"] = [_ret(ALLOW)]
-    guarded = ["close", "dup", "dup2", "dup3"] + (["read", "write", "readv", "writev", "sendfile"] if socket else [])
+    guarded = ["close", "dup", "dup2", "dup3"] + (
+        ["read", "write", "readv", "writev", "sendfile"] if socket else []
+    )
     for name in guarded:
-        rules[name] = _refuse(0, protocol) + (_refuse(1, protocol) if name in ("dup2", "dup3") else []) + [_ret(ALLOW)]
+        rules[name] = (
+            _refuse(0, protocol)
+            + (_refuse(1, protocol) if name in ("dup2", "dup3") else [])
+            + [_ret(ALLOW)]
+        )
     locks = _refuse(1, FCNTL_GRANTED, 0) + _refuse(1, FCNTL_NO_LOCKS, ENOLCK)
     rules["fcntl"] = _refuse(0, protocol) + locks + _only(1, FCNTL_ALLOWED)
     rules["flock"] = [_ret(ERRNO | ENOLCK)]
-    rules["ioctl"] = _refuse(0, protocol) + _only(1, IOCTL_ALLOWED)  # a channel that no longer blocks ends the worker
+    # a channel that no longer blocks ends the worker
+    rules["ioctl"] = _refuse(0, protocol) + _only(1, IOCTL_ALLOWED)
     rules["prctl"] = _only(0, PR_ALLOWED)
     rules["clone"] = _only(0, PTHREAD)
     rules["kill"] = rules["tgkill"] = _only(0, (pid,))
@@ -82,16 +110,27 @@ def rules(pid: int, protocol: tuple[int, ...], socket: bool, truncate: bool) -> 
 
 def open_calls(machine: str, rules: dict[str, list[tuple]]) -> list[str]:
     """Names of the system calls that go through to the kernel, with some arguments at least."""
-    return [name for name, body in rules.items() if _ret(ALLOW) in body and syscalls.number(name, machine) is not None]
+    return [
+        name
+        for name, body in rules.items()
+        if _ret(ALLOW) in body and syscalls.number(name, machine) is not None
+    ]
 
 
-def program(machine: str, pid: int, protocol: tuple[int, ...], socket: bool, truncate: bool) -> list[tuple]:
+def program(
+    machine: str, pid: int, protocol: tuple[int, ...], socket: bool, truncate: bool
+) -> list[tuple]:
     """The whole filter: BPF instructions, see `rules`."""
     return _program(machine, rules(pid, protocol, socket, truncate))
 
 
 def _program(machine: str, rules: dict[str, list[tuple]]) -> list[tuple]:
-    code = [(LOAD, 0, 0, ARCH), (JEQ, 1, 0, syscalls.MACHINES[machine][1]), _ret(ERRNO | EPERM), (LOAD, 0, 0, NUMBER)]
+    code = [
+        (LOAD, 0, 0, ARCH),
+        (JEQ, 1, 0, syscalls.MACHINES[machine][1]),
+        _ret(ERRNO | EPERM),
+        (LOAD, 0, 0, NUMBER),
+    ]
     if machine == "x86_64":
         code += [(JGE, 0, 1, X32), _ret(ERRNO | EPERM)]
     for name, body in rules.items():
@@ -107,8 +146,8 @@ def _ret(action: int) -> tuple:
 
 
 def _refuse(arg: int, values: tuple[int, ...], error: int = EPERM) -> list[tuple]:
-    """An error (0: as if it was done) where the low word of an argument is one of these (the kernel reads descriptors
-    as 32 bits)."""
+    """An error (0: as if it was done) where the low word of an argument is one of these (the kernel
+    reads descriptors as 32 bits)."""
     code = [(LOAD, 0, 0, ARGS + 8 * arg)]
     for value in values:
         code += [(JEQ, 0, 1, value), _ret(ERRNO | error)]
@@ -132,7 +171,12 @@ def _refuse_unless_null(arg: int) -> list[tuple]:
 
 
 class Instruction(ctypes.Structure):
-    _fields_ = [("code", ctypes.c_ushort), ("jt", ctypes.c_ubyte), ("jf", ctypes.c_ubyte), ("k", ctypes.c_uint)]
+    _fields_ = [
+        ("code", ctypes.c_ushort),
+        ("jt", ctypes.c_ubyte),
+        ("jf", ctypes.c_ubyte),
+        ("k", ctypes.c_uint),
+    ]
 
 
 class Program(ctypes.Structure):

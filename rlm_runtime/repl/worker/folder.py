@@ -1,4 +1,5 @@
-"""A folder (or a named set of files) as the `context` of a cell: a mapping of relative path to text, read when asked.
+"""A folder (or a named set of files) as the `context` of a cell: a mapping of relative path to
+text, read when asked.
 
 Standard library only: this file runs inside the confined worker.
 """
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 
 class Folder(Mapping):
-    """`folder[path]` is a str (a Text where the file is very large); iterating gives the relative paths, sorted.
+    """`folder[path]` is a str (a Text where the file is very large); iterating gives the relative
+    paths, sorted.
 
-    `skipped`: files that are no text as they stand, and why; they are no keys. `bytes(path)` and `text(path, encoding)`
-    read those too. Links that lead out of the folder are not followed.
+    `skipped`: files that are no text as they stand, and why; they are no keys. `bytes(path)` and
+    `text(path, encoding)` read those too. Links that lead out of the folder are not followed.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Folder(Mapping):
         self._root = os.path.realpath(root) if root is not None else None
         self._open, self._encodings, self.skipped = open_text, encodings or {}, dict(skipped or {})
         self._files = files
-        self._texts = dict(sorted((name, path) for name, path in files.items() if name not in self.skipped))
+        self._texts = dict(
+            sorted((name, path) for name, path in files.items() if name not in self.skipped)
+        )
         self._sizes: dict[str, int] = {}
 
     def _path(self, name) -> str:
@@ -40,10 +44,17 @@ class Folder(Mapping):
 
             near = difflib.get_close_matches(str(name), list(paths)[:20_000], 3, 0.5)
             ends = [p for p in paths if p.endswith("/" + str(name))][:3]
-            raise KeyError(f"no file {name!r} in the folder" + (f"; is it {(ends or near)}?" if ends or near else ""))
+            raise KeyError(
+                f"no file {name!r} in the folder"
+                + (f"; is it {(ends or near)}?" if ends or near else "")
+            )
         path = paths[key]
         root = self._root
-        if root is not None and path.startswith(root.rstrip(os.sep) + os.sep) and not inside(path, root):
+        if (
+            root is not None
+            and path.startswith(root.rstrip(os.sep) + os.sep)
+            and not inside(path, root)
+        ):
             raise KeyError(f"{name!r} is a link that leads out of the folder")
         return path
 
@@ -95,13 +106,16 @@ class Folder(Mapping):
         return self._sizes[name]
 
     def glob(self, pattern: str) -> list[str]:
-        """Paths that match: `*` stays within a folder, `**` does not; a pattern without `/` is held to the file name."""
+        """Paths that match: `*` stays within a folder, `**` does not; a pattern without `/` is held
+        to the file name."""
         if "/" not in pattern:
             return [n for n in self if fnmatch.fnmatchcase(n.rsplit("/", 1)[-1], pattern)]
         regex = re.compile(_glob_regex(pattern))
         return [n for n in self if regex.fullmatch(n)]
 
-    def grep(self, pattern: str, glob: str = "*", flags: int = 0, limit: int = 1000) -> list[tuple[str, int, str]]:
+    def grep(
+        self, pattern: str, glob: str = "*", flags: int = 0, limit: int = 1000
+    ) -> list[tuple[str, int, str]]:
         """(path, line number from 1, line) of the first `limit` lines the pattern is found in."""
         regex, hits = re.compile(pattern, flags), []
         for name in self.glob(glob):
@@ -119,7 +133,8 @@ class Folder(Mapping):
         return hits
 
     def walk(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """(folder, its folders, its files), from the top, as `os.walk` gives them; "" is the top."""
+        """(folder, its folders, its files), from the top, as `os.walk` gives them; "" is the
+        top."""
         tree: dict[str, tuple[set, list]] = {"": (set(), [])}
         for name in self:
             *folders, file = name.split("/")
@@ -137,7 +152,11 @@ class Folder(Mapping):
         names = list(self)
         shown = ", ".join(f"{n!r} ({self.size(n):,} bytes)" for n in names[:8])
         more = f", ... {len(names) - 8:,} more" if len(names) > 8 else ""
-        left = f"; {len(self.skipped):,} files that are no text are in .skipped" if self.skipped else ""
+        left = (
+            f"; {len(self.skipped):,} files that are no text are in .skipped"
+            if self.skipped
+            else ""
+        )
         return f"Folder({len(names):,} files, {self.size():,} bytes: {shown}{more}{left})"
 
     __hash__ = object.__hash__
@@ -149,7 +168,8 @@ class Folder(Mapping):
 def inside(path: str, root: str) -> bool:
     try:
         real = os.path.realpath(path, strict=True)
-    except PermissionError:  # no link can be read in the sandbox, and nothing outside of the folder opened
+    # no link can be read in the sandbox, and nothing outside of the folder opened
+    except PermissionError:
         return _opens(path)
     except OSError:
         return False

@@ -1,4 +1,5 @@
-"""What a cell can import: the standard library and the packages the host allows; anything else says so."""
+"""What a cell can import: the standard library and the packages the host allows; anything else says
+so."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import sys
 
 
 class Packages:
-    """At the end of `sys.meta_path`: the allowed top-level names from the installed packages, an error for the rest."""
+    """At the end of `sys.meta_path`: the allowed top-level names from the installed packages, an
+    error for the rest."""
 
     def __init__(self, sites: list[str], tops: list[str]):
         self._sites, self._tops = sites, frozenset(tops)
@@ -23,13 +25,19 @@ class Packages:
         allowed = ", ".join(sorted(n for n in self._tops if not n.startswith("_"))[:40])
         raise ModuleNotFoundError(
             f"No module named {name!r}. This REPL can import the standard library"
-            + (f" and {allowed}." if allowed else " only; no other package was allowed when it was started."),
+            + (
+                f" and {allowed}."
+                if allowed
+                else " only; no other package was allowed when it was started."
+            ),
             name=name,
         )
 
 
 def _path_finder():
-    return next(finder for finder in sys.meta_path if getattr(finder, "__name__", "") == "PathFinder")
+    return next(
+        finder for finder in sys.meta_path if getattr(finder, "__name__", "") == "PathFinder"
+    )
 
 
 def _depth() -> int:
@@ -41,8 +49,8 @@ def _depth() -> int:
 
 
 class Asyncio:
-    """At the front of `sys.meta_path`: asyncio's event loop wakes itself through a socket pair, and there are no sockets
-    in here. It gets a pipe instead, so that `asyncio.run` works in a cell."""
+    """At the front of `sys.meta_path`: asyncio's event loop wakes itself through a socket pair, and
+    there are no sockets in here. It gets a pipe instead, so that `asyncio.run` works in a cell."""
 
     def find_spec(self, name, path=None, target=None):
         if name != "asyncio.selector_events":

@@ -1,7 +1,9 @@
-"""The soft interrupt: an exception in the main thread, raised only where it can do no harm to the runtime itself.
+"""The soft interrupt: an exception in the main thread, raised only where it can do no harm to the
+runtime itself.
 
-The signal handler looks at the frames under it. Inside `guarded` (a cell, or what belongs to it) it raises; inside a
-shielded function (half a frame written) it waits until that is done; anywhere else it does nothing.
+The signal handler looks at the frames under it. Inside `guarded` (a cell, or what belongs to it) it
+raises; inside a shielded function (half a frame written) it waits until that is done; anywhere else
+it does nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def deliver() -> None:
         raise CellTimeout(_state["why"])
 
 
-_handlers = {number: getsignal(number) for number in valid_signals() if getsignal(number) is not None}
+_handlers = {
+    number: getsignal(number) for number in valid_signals() if getsignal(number) is not None
+}
 _handlers[SIGINT] = _on_signal
 
 
@@ -96,7 +100,8 @@ def interrupt(why: str) -> None:
 
 
 def block() -> None:
-    """A thread started from now on does not take signals: the main thread is the one to be interrupted."""
+    """A thread started from now on does not take signals: the main thread is the one to be
+    interrupted."""
     pthread_sigmask(SIG_BLOCK, {SIGINT, SIGALRM})
 
 

@@ -1,4 +1,5 @@
-"""Python values as JSON: sensible conversions, a bound on depth and size, and errors a model can act on."""
+"""Python values as JSON: sensible conversions, a bound on depth and size, and errors a model can
+act on."""
 
 from __future__ import annotations
 
@@ -28,14 +29,20 @@ def _plain(value, what: str, depth: int, left: list[int]):
         return value
     if kind is int:
         if value.bit_length() > INT_DIGITS * 3:
-            raise NotJson(f"{what} holds an integer of more than {INT_DIGITS} digits; turn it into text with hex().")
+            raise NotJson(
+                f"{what} holds an integer of more than {INT_DIGITS} digits; turn it into text with hex()."
+            )
         return value
     if kind is float:
         if value - value != 0.0:
-            raise NotJson(f"{what} holds {value!r}, which JSON has no number for; use None or a string.")
+            raise NotJson(
+                f"{what} holds {value!r}, which JSON has no number for; use None or a string."
+            )
         return value
     if depth == 0:
-        raise NotJson(f"{what} is nested deeper than {DEPTH} levels (or contains itself); flatten it.")
+        raise NotJson(
+            f"{what} is nested deeper than {DEPTH} levels (or contains itself); flatten it."
+        )
     if isinstance(value, dict):
         left[0] -= len(value)
         return {_key(k, what): _plain(v, what, depth - 1, left) for k, v in list(value.items())}
@@ -53,7 +60,9 @@ def _key(key, what: str) -> str:
         return {None: "null", True: "true", False: "false"}[key]
     if isinstance(key, (int, float)):
         return str(key)
-    raise NotJson(f"{what} has a dict key of type {type(key).__name__}; JSON keys are strings: use str(key).")
+    raise NotJson(
+        f"{what} has a dict key of type {type(key).__name__}; JSON keys are strings: use str(key)."
+    )
 
 
 def _in_order(values) -> list:
@@ -71,7 +80,9 @@ def _known(value, what: str):
         try:
             return bytes(value).decode("utf-8")
         except UnicodeDecodeError:
-            raise NotJson(f"{what} holds bytes that are not UTF-8 text; decode them or use .hex().") from None
+            raise NotJson(
+                f"{what} holds bytes that are not UTF-8 text; decode them or use .hex()."
+            ) from None
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -96,11 +107,15 @@ def _known(value, what: str):
         return str(value)  # says itself when it is too long for one string
     if module == "worker" and type(value).__name__ == "Folder":
         return {name: value[name] for name in value}
-    raise NotJson(f"{what} holds a {type(value).__name__}, which has no JSON form; use str, list, dict or numbers.")
+    raise NotJson(
+        f"{what} holds a {type(value).__name__}, which has no JSON form; use str, list, dict or numbers."
+    )
 
 
 def is_dataclass_value(value) -> bool:
-    return not isinstance(value, type) and isinstance(getattr(type(value), "__dataclass_fields__", None), dict)
+    return not isinstance(value, type) and isinstance(
+        getattr(type(value), "__dataclass_fields__", None), dict
+    )
 
 
 def _refuse(value):
@@ -112,12 +127,18 @@ class _Reading:
 
     strict = False
     object_hook = object_pairs_hook = None
-    parse_float, parse_int, parse_constant = float, int, {"NaN": None, "Infinity": None, "-Infinity": None}.get
+    parse_float, parse_int, parse_constant = (
+        float,
+        int,
+        {"NaN": None, "Infinity": None, "-Infinity": None}.get,
+    )
     memo: dict = {}  # noqa: RUF012 - read by the scanner
 
 
 # The C halves of the json module, taken before any cell can put something else in their place.
-_encode = _json.make_encoder(None, _refuse, _json.encode_basestring_ascii, None, ":", ",", False, False, False)
+_encode = _json.make_encoder(
+    None, _refuse, _json.encode_basestring_ascii, None, ":", ",", False, False, False
+)
 _scan = _json.make_scanner(_Reading())
 
 

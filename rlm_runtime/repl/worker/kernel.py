@@ -19,28 +19,39 @@ PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 38, 39, 47
 
 
 def call(name: str, *args) -> int:
-    """The result of a system call. Raises OSError as the kernel answers, also for a machine without a table."""
+    """The result of a system call. Raises OSError as the kernel answers, also for a machine without
+    a table."""
     if _libc is None:
         raise OSError(38, f"no libc to call: {_why}")
     if MACHINE not in syscalls.MACHINES:
         raise OSError(38, f"no system call table for {MACHINE}")
-    return _checked(_libc.syscall(ctypes.c_long(syscalls.number(name, MACHINE)), *(_wide(a) for a in args)), name)
+    return _checked(
+        _libc.syscall(ctypes.c_long(syscalls.number(name, MACHINE)), *(_wide(a) for a in args)),
+        name,
+    )
 
 
 def raw(number: int, *args) -> int:
     """errno (positive) of a system call by number, 0 where it went through."""
-    return ctypes.get_errno() if _libc.syscall(ctypes.c_long(number), *(_wide(a) for a in args)) == -1 else 0
+    return (
+        ctypes.get_errno()
+        if _libc.syscall(ctypes.c_long(number), *(_wide(a) for a in args)) == -1
+        else 0
+    )
 
 
 def prctl(option: int, *args) -> int:
     if _libc is None:
         raise OSError(38, f"no libc to call: {_why}")
     padded = [*args, 0, 0, 0, 0][:4]
-    return _checked(_libc.prctl(ctypes.c_int(option), *(_wide(a) for a in padded)), f"prctl {option}")
+    return _checked(
+        _libc.prctl(ctypes.c_int(option), *(_wide(a) for a in padded)), f"prctl {option}"
+    )
 
 
 def shared(path: str, size: int) -> memoryview | None:
-    """A file's bytes in memory, shared with whoever else looks at the file, and without a descriptor kept open."""
+    """A file's bytes in memory, shared with whoever else looks at the file, and without a
+    descriptor kept open."""
     if _libc is None:
         return None
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

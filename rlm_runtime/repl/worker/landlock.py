@@ -1,4 +1,5 @@
-"""Landlock: which files the worker may touch, and no TCP, no signals to others. No privilege needed, never undone."""
+"""Landlock: which files the worker may touch, and no TCP, no signals to others. No privilege
+needed, never undone."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def abi() -> int:
 
 
 def restrict(rules: dict[str, int]) -> str:
-    """Allow exactly `rules` (path -> rights) to this thread and those it starts; what to say about it.
+    """Allow exactly `rules` (path -> rights) to this thread and those it starts; what to say about
+    it.
 
     A path that does not exist is left out: there is nothing to allow. Raises OSError.
     """

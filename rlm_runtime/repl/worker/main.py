@@ -1,7 +1,7 @@
 """The worker's first lines, started by path with `python -I -S`.
 
-The runtime's modules are loaded from this folder with built-ins of their own, a copy taken before any cell: a cell that
-replaces `len` for everybody replaces it for itself.
+The runtime's modules are loaded from this folder with built-ins of their own, a copy taken before
+any cell: a cell that replaces `len` for everybody replaces it for itself.
 """
 
 import builtins
@@ -28,7 +28,9 @@ class Finder:
             file, parts = os.path.join(HERE, name[7:] + ".py"), None
         else:
             return None
-        return spec_from_file_location(name, file, loader=Loader(name, file), submodule_search_locations=parts)
+        return spec_from_file_location(
+            name, file, loader=Loader(name, file), submodule_search_locations=parts
+        )
 
 
 sys.meta_path.insert(0, Finder)

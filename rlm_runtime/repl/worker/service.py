@@ -1,4 +1,5 @@
-"""What the worker does from its first to its last moment: greet, lock itself in, then whatever the host asks for."""
+"""What the worker does from its first to its last moment: greet, lock itself in, then whatever the
+host asks for."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class Service:
         self._waiting.acquire()
         self._running = ""
         sys.meta_path.insert(0, imports.Asyncio())
-        sys.meta_path.append(imports.Packages(hello["packages"]["sites"], hello["packages"]["tops"]))
+        sys.meta_path.append(
+            imports.Packages(hello["packages"]["sites"], hello["packages"]["tops"])
+        )
         self._repl = Repl(self._calls, self._limits, hello["tools"], _hint, mirrors)
 
     def handle(self, message: dict, fd: int | None) -> None:
@@ -32,7 +35,9 @@ class Service:
             self._calls.reply(message)
         elif kind == "look":
             if message["id"] == self._running:
-                self._channel.write_now({"t": "waits", "id": message["id"], "waits": self._calls.main_waits()})
+                self._channel.write_now(
+                    {"t": "waits", "id": message["id"], "waits": self._calls.main_waits()}
+                )
         elif kind == "interrupt":
             if message["id"] == self._running:
                 interrupts.interrupt(message["why"])
@@ -67,14 +72,17 @@ class Service:
         self._channel.write(data)
 
     def _load(self, message: dict, fd: int | None) -> None:
-        """Bind a context under a name; a file came as an open descriptor where the channel can carry one."""
+        """Bind a context under a name; a file came as an open descriptor where the channel can
+        carry one."""
         answer = {"t": "loaded", "id": message["id"], "error": None}
         try:
             self._repl.interpreter.restore()
             with_text = _loaded["worker.text"].load
             if message["fd"] and fd is None:
                 raise OSError("no descriptor is left to open it with")
-            value = with_text(message["mode"], message["path"] if fd is None else fd, message["args"])
+            value = with_text(
+                message["mode"], message["path"] if fd is None else fd, message["args"]
+            )
             self._repl.bind(message["name"], value)
             self._repl.interpreter.note_modules()
         except BaseException as problem:
@@ -90,7 +98,10 @@ def _hint(error: BaseException) -> str | None:
 
 def _packages(packages: dict) -> dict:
     """A site folder without a path is this interpreter's own (the host does not know it)."""
-    sites = [os.path.join(os.path.dirname(os.__file__), s) if "/" not in s else s for s in packages["sites"]]
+    sites = [
+        os.path.join(os.path.dirname(os.__file__), s) if "/" not in s else s
+        for s in packages["sites"]
+    ]
     own = [s for s in sites if s not in packages["sites"]]
     return packages | {"sites": sites, "paths": packages["paths"] + own}
 
@@ -133,7 +144,8 @@ def main(arguments: list[str]) -> None:
     problem = confine.enter(spec["scratch"])
     service = Service(channel, hello, mirrors)
     for name in [name for name in sys.modules if name == "worker" or name.startswith("worker.")]:
-        _loaded[name] = sys.modules.pop(name)  # kept alive, and out of the way of a cell's own names
+        # kept alive, and out of the way of a cell's own names
+        _loaded[name] = sys.modules.pop(name)
     channel.read_for_ever(service.handle)
     channel.send({"t": "ready", "layers": layers, "problem": problem, "pid": os.getpid()})
     service.work()

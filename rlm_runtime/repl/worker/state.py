@@ -1,4 +1,5 @@
-"""The interpreter as a cell finds it: whatever the last one left patched, traced or replaced is put back."""
+"""The interpreter as a cell finds it: whatever the last one left patched, traced or replaced is put
+back."""
 
 from __future__ import annotations
 
@@ -9,9 +10,28 @@ import types
 
 from . import interrupts
 
-SYS_NAMES = ("displayhook", "excepthook", "unraisablehook", "breakpointhook", "settrace", "setprofile", "exit",
-             "getrecursionlimit", "setrecursionlimit", "_getframe", "modules", "getsizeof", "intern", "exc_info",
-             "addaudithook", "flags", "maxsize", "version_info", "stdlib_module_names", "builtin_module_names")  # fmt: skip
+SYS_NAMES = (
+    "displayhook",
+    "excepthook",
+    "unraisablehook",
+    "breakpointhook",
+    "settrace",
+    "setprofile",
+    "exit",
+    "getrecursionlimit",
+    "setrecursionlimit",
+    "_getframe",
+    "modules",
+    "getsizeof",
+    "intern",
+    "exc_info",
+    "addaudithook",
+    "flags",
+    "maxsize",
+    "version_info",
+    "stdlib_module_names",
+    "builtin_module_names",
+)
 
 
 class Interpreter:
@@ -25,8 +45,16 @@ class Interpreter:
         self._sys = {name: getattr(sys, name) for name in SYS_NAMES if hasattr(sys, name)}
         self._sys |= {"__" + name + "__": stream for name, stream in self._streams.items()}
         self._modules = {name: module for name, module in sys.modules.items() if not _own(name)}
-        self._path, self._meta_path, self._path_hooks = list(sys.path), list(sys.meta_path), list(sys.path_hooks)
-        self._limits = sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_int_max_str_digits()
+        self._path, self._meta_path, self._path_hooks = (
+            list(sys.path),
+            list(sys.meta_path),
+            list(sys.path_hooks),
+        )
+        self._limits = (
+            sys.getrecursionlimit(),
+            sys.getswitchinterval(),
+            sys.get_int_max_str_digits(),
+        )
         self.settle_calls = sys.settrace, sys.setprofile, sys.setrecursionlimit, self._limits[0]
         self._switch = sys.setswitchinterval
         self._gc = gc.callbacks, gc.enable, gc.set_threshold, gc.get_threshold(), gc.set_debug
@@ -34,14 +62,20 @@ class Interpreter:
         self._update, self._arm = dict.update, interrupts.arm
         self._mutable = (types.FunctionType, types.BuiltinFunctionType, type, types.ModuleType)
         self.main = None
-        self._functions = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in _runtime_functions()]
+        self._functions = [
+            (f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in _runtime_functions()
+        ]
         self.note_modules()
 
     def note_modules(self) -> None:
-        """What the functions, classes and modules in the loaded modules are; data in them may change."""
+        """What the functions, classes and modules in the loaded modules are; data in them may
+        change."""
         kinds = self._mutable
         self._contents = [
-            (vars(module), {name: value for name, value in vars(module).items() if isinstance(value, kinds)})
+            (
+                vars(module),
+                {name: value for name, value in vars(module).items() if isinstance(value, kinds)},
+            )
             for name, module in self._modules.items()
             if name not in ("builtins", "sys") and isinstance(module, types.ModuleType)
         ]
@@ -67,7 +101,11 @@ class Interpreter:
         for contents, known in self._contents:
             self._update(contents, known)
         modules["__main__"] = self.main
-        extra = [entry for entry in sys.path if entry not in self._path] if isinstance(sys.path, list) else []
+        extra = (
+            [entry for entry in sys.path if entry not in self._path]
+            if isinstance(sys.path, list)
+            else []
+        )
         sys.path = [*self._path, *extra]  # what a cell added stays, behind the standard library
         sys.meta_path = list(self._meta_path)
         sys.path_hooks = list(self._path_hooks)
@@ -89,8 +127,14 @@ def _runtime_functions() -> list[types.FunctionType]:
     for name, module in list(sys.modules.items()):
         if name.startswith("worker."):
             for value in vars(module).values():
-                inside = vars(value).values() if isinstance(value, type) and value.__module__ == name else (value,)
-                found += [f for f in inside if type(f) is types.FunctionType and f.__module__ == name]
+                inside = (
+                    vars(value).values()
+                    if isinstance(value, type) and value.__module__ == name
+                    else (value,)
+                )
+                found += [
+                    f for f in inside if type(f) is types.FunctionType and f.__module__ == name
+                ]
     return found
 
 

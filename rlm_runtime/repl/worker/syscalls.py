@@ -1,9 +1,12 @@
-"""System call numbers the confinement speaks of: name -> (x86-64, aarch64); None where the machine has no such call."""
+"""System call numbers the confinement speaks of: name -> (x86-64, aarch64); None where the machine
+has no such call."""
 
 from __future__ import annotations
 
-MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the table, AUDIT_ARCH word
-NEWEST = (450, 451)  # calls the table's author knew of; newer ones are answered with ENOSYS, so that libc falls back
+# column of the table, AUDIT_ARCH word
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+# calls the table's author knew of; newer ones are answered with ENOSYS, so that libc falls back
+NEWEST = (450, 451)
 
 NUMBERS = {
     "access": (21, None),

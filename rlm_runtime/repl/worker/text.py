@@ -1,8 +1,10 @@
-"""The `context` of a cell when it is too big to be an ordinary string: a lazy text that behaves as a `str`, read in blocks.
+"""The `context` of a cell when it is too big to be an ordinary string: a lazy text that behaves as
+a `str`, read in blocks.
 
-Standard library only: this file runs inside the confined worker. Blocks are read with `pread` and not mapped, so a
-scan of a whole gigabyte file never counts as resident memory. A text knows how many characters lie before a block
-only as far as somebody had to ask, so opening costs nothing whatever the size.
+Standard library only: this file runs inside the confined worker. Blocks are read with `pread` and
+not mapped, so a scan of a whole gigabyte file never counts as resident memory. A text knows how
+many characters lie before a block only as far as somebody had to ask, so opening costs nothing
+whatever the size.
 """
 
 from __future__ import annotations
@@ -35,14 +37,17 @@ LAZY_BYTES = 256 << 20  # files up to this size become a true str
 class Blocks:
     """A UTF-8 file as blocks of whole characters. Invalid bytes read as U+FFFD.
 
-    Each block is decoded by itself and its borders depend on the bytes around them only, so every operation sees the
-    same characters at the same places, invalid bytes or not.
+    Each block is decoded by itself and its borders depend on the bytes around them only, so every
+    operation sees the same characters at the same places, invalid bytes or not.
     """
 
-    def __init__(self, fd: int, *, size: int | None = None, block: int = BLOCK, owned: bool = False):
+    def __init__(
+        self, fd: int, *, size: int | None = None, block: int = BLOCK, owned: bool = False
+    ):
         self.fd, self.owned, self.nominal = fd, owned, block
         self.size = os.fstat(fd).st_size if size is None else size
-        self.base = 3 if os.pread(fd, 3, 0) == b"\xef\xbb\xbf" else 0  # a byte order mark is not text
+        # a byte order mark is not text
+        self.base = 3 if os.pread(fd, 3, 0) == b"\xef\xbb\xbf" else 0
         self.before = [0]  # before[k]: characters in front of block k, as far as known
         self.edges = [self.base]  # edges[k]: byte offset of block k, as far as known
         self.kept: OrderedDict[int, str] = OrderedDict()
@@ -57,7 +62,8 @@ class Blocks:
         return self.edges[-1] >= self.size
 
     def _edge_after(self, offset: int) -> int:
-        """Where the block that starts at `offset` ends: a character border near `nominal` bytes on."""
+        """Where the block that starts at `offset` ends: a character border near `nominal` bytes
+        on."""
         end = offset + max(self.nominal, 4)
         if end >= self.size:
             return self.size
@@ -72,7 +78,9 @@ class Blocks:
         while len(data) < end - start:  # a read may be cut short by a signal
             more = os.pread(self.fd, end - start - len(data), start + len(data))
             if not more:
-                raise OSError("the file behind this text has become shorter while it was being read")
+                raise OSError(
+                    "the file behind this text has become shorter while it was being read"
+                )
             data += more
         return data
 
@@ -113,7 +121,8 @@ class Blocks:
         return self.before[-1]
 
     def at(self, position: int) -> int:
-        """The block that holds character `position`; the number of blocks if the text ends before it."""
+        """The block that holds character `position`; the number of blocks if the text ends before
+        it."""
         while self.before[-1] <= position and not self.done:
             self._advance(keep=False)
         if self.before[-1] <= position:
@@ -137,8 +146,9 @@ class Blocks:
 class Text:
     """A long text in a file, with the methods of `str`; positions count characters.
 
-    Besides what `str` has: `lines()`, `chunks(size, overlap)`, and `search`, `match`, `fullmatch`, `finditer`,
-    `findall` with a pattern (the functions of `re` take a Text too). Slices are plain strings.
+    Besides what `str` has: `lines()`, `chunks(size, overlap)`, and `search`, `match`, `fullmatch`,
+    `finditer`, `findall` with a pattern (the functions of `re` take a Text too). Slices are plain
+    strings.
     """
 
     def __init__(self, blocks: Blocks, start: int = 0, stop: int | None = None, name: str = ""):
@@ -170,7 +180,8 @@ class Text:
         return max(1, min(STEP, 4 * self._blocks.nominal))
 
     def _windows(self, start: int, stop: int | None, overlap: int = 0) -> Iterator[tuple[int, str]]:
-        """(position, characters) one after the other; each repeats the last `overlap` characters of the one before."""
+        """(position, characters) one after the other; each repeats the last `overlap` characters of
+        the one before."""
         step = max(self._step(), 4 * overlap)
         while True:
             end = start + step if stop is None else min(start + step, stop)
@@ -210,7 +221,9 @@ class Text:
 
     def _slice(self, key: slice):
         step = 1 if key.step is None else key.step.__index__()
-        forward = step == 1 and key.stop is not None and (key.start is None or key.start.__index__() >= 0)
+        forward = (
+            step == 1 and key.stop is not None and (key.start is None or key.start.__index__() >= 0)
+        )
         if forward and 0 <= key.stop.__index__() <= SLICE_LIMIT:
             return self._read(key.start or 0, key.stop)  # without asking for the length
         start, stop, step = key.indices(len(self))
@@ -220,7 +233,9 @@ class Text:
             return self._read(start, stop)
         count = len(range(start, stop, step))
         if count > STR_LIMIT:
-            raise ValueError(f"a slice of {count:,} characters is too long for one string; use text.chunks(size).")
+            raise ValueError(
+                f"a slice of {count:,} characters is too long for one string; use text.chunks(size)."
+            )
         if step < 0:  # the same characters forwards, turned round
             start, stop = start + (count - 1) * step, start + 1
         pieces, stride = [], abs(step)
@@ -252,9 +267,12 @@ class Text:
             yield from "".join(held).splitlines(keepends)
 
     def chunks(self, size: int, overlap: int = 0) -> Iterator[str]:
-        """Pieces of `size` characters, each repeating the last `overlap` of the one before; the last may be shorter."""
+        """Pieces of `size` characters, each repeating the last `overlap` of the one before; the
+        last may be shorter."""
         if size < 1 or not 0 <= overlap < size:
-            raise ValueError(f"chunks need size >= 1 and 0 <= overlap < size, not size={size}, overlap={overlap}.")
+            raise ValueError(
+                f"chunks need size >= 1 and 0 <= overlap < size, not size={size}, overlap={overlap}."
+            )
         start = 0
         while piece := self._read(start, start + size):
             yield piece
@@ -265,7 +283,8 @@ class Text:
     # -- searching
 
     def _bounds(self, start, end) -> tuple[int, int | None]:
-        """Bounds as `str.find` takes them, without the length of the text where it is not needed."""
+        """Bounds as `str.find` takes them, without the length of the text where it is not
+        needed."""
         start = 0 if start is None else start.__index__()
         end = None if end is None else end.__index__()
         if start < 0:
@@ -327,7 +346,11 @@ class Text:
         first, last = self._bounds(start, end)
         if not sub:
             length = len(self)
-            return max(0, (length if last is None else min(last, length)) - first + 1) if first <= length else 0
+            return (
+                max(0, (length if last is None else min(last, length)) - first + 1)
+                if first <= length
+                else 0
+            )
         overlap = len(sub) - 1
         if len(sub) < 1000 and not any(sub.startswith(sub[i:]) for i in range(1, len(sub))):
             # occurrences cannot overlap, so each lies in exactly one window
@@ -360,13 +383,16 @@ class Text:
 
     def __contains__(self, sub) -> bool:
         if not isinstance(sub, (str, Text)):
-            raise TypeError(f"'in <text>' requires string as left operand, not {type(sub).__name__}")
+            raise TypeError(
+                f"'in <text>' requires string as left operand, not {type(sub).__name__}"
+            )
         return self.find(sub) >= 0
 
     def search(self, pattern, pos: int = 0, endpos: int | None = None, flags: int = 0):
         """The first match as `re` gives it, with positions in this text; None without one.
 
-        Raises ValueError where the pattern can match without bound and the text is too long to hold as one string.
+        Raises ValueError where the pattern can match without bound and the text is too long to hold
+        as one string.
         """
         return next(textsearch.finditer(self._upto(endpos), pattern, pos, flags), None)
 
@@ -425,25 +451,44 @@ class Text:
                 return True
             if len(self) != len(other):
                 return False
-            return all(piece == other._read(p, p + len(piece)) for p, piece in self._windows(0, None))
+            return all(
+                piece == other._read(p, p + len(piece)) for p, piece in self._windows(0, None)
+            )
         return NotImplemented
 
     def __hash__(self) -> int:
         if self.nbytes <= STR_LIMIT:
-            return hash(self._read(0, len(self)))  # equal to an equal str, as a set or a dict needs it
+            # equal to an equal str, as a set or a dict needs it
+            return hash(self._read(0, len(self)))
         return hash((len(self), self[:1000], self[-1000:]))
 
     def __lt__(self, other) -> bool:
-        return self._small("a comparison") < str(other) if isinstance(other, (str, Text)) else NotImplemented
+        return (
+            self._small("a comparison") < str(other)
+            if isinstance(other, (str, Text))
+            else NotImplemented
+        )
 
     def __le__(self, other) -> bool:
-        return self._small("a comparison") <= str(other) if isinstance(other, (str, Text)) else NotImplemented
+        return (
+            self._small("a comparison") <= str(other)
+            if isinstance(other, (str, Text))
+            else NotImplemented
+        )
 
     def __gt__(self, other) -> bool:
-        return self._small("a comparison") > str(other) if isinstance(other, (str, Text)) else NotImplemented
+        return (
+            self._small("a comparison") > str(other)
+            if isinstance(other, (str, Text))
+            else NotImplemented
+        )
 
     def __ge__(self, other) -> bool:
-        return self._small("a comparison") >= str(other) if isinstance(other, (str, Text)) else NotImplemented
+        return (
+            self._small("a comparison") >= str(other)
+            if isinstance(other, (str, Text))
+            else NotImplemented
+        )
 
     def __add__(self, other):
         return self._small("+") + str(other) if isinstance(other, (str, Text)) else NotImplemented
@@ -467,7 +512,8 @@ HINT = (
 
 
 def hint(error: BaseException) -> str | None:
-    """A sentence for the model where `error` comes of handing a Text to something that takes only a true str."""
+    """A sentence for the model where `error` comes of handing a Text to something that takes only a
+    true str."""
     message = str(error)
     if isinstance(error, TypeError) and ("Text" in message or "'Folder'" in message):
         if "Folder" in message:
@@ -480,10 +526,11 @@ def hint(error: BaseException) -> str | None:
 
 
 def load(mode: str, source: str | int, args: dict | None = None):
-    """The object bound to `context`. `source`: a path or an open descriptor of the file; a path for a folder.
+    """The object bound to `context`. `source`: a path or an open descriptor of the file; a path for
+    a folder.
 
-    Modes are those of `Context.payload`: text, bytes, json, mmap, folder. Raises OSError, or ValueError for a mode
-    nobody knows and for bytes that are not what the mode says.
+    Modes are those of `Context.payload`: text, bytes, json, mmap, folder. Raises OSError, or
+    ValueError for a mode nobody knows and for bytes that are not what the mode says.
     """
     args = args or {}
     if mode == "folder":
@@ -522,7 +569,8 @@ def pieces(fd: int, size: int = STEP) -> Iterator[bytes]:
 
 
 def read_str(fd: int, encoding: str = "utf-8", errors: str = "strict") -> str:
-    """A whole file as one str, in memory once: `+=` on a string nobody else holds grows it in place."""
+    """A whole file as one str, in memory once: `+=` on a string nobody else holds grows it in
+    place."""
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     text = ""
     for data in pieces(fd):
@@ -531,10 +579,13 @@ def read_str(fd: int, encoding: str = "utf-8", errors: str = "strict") -> str:
     return text[1:] if text.startswith("\ufeff") and errors == "strict" else text
 
 
-def open_text(path: str, lazy_bytes: int = LAZY_BYTES, encoding: str = "utf-8", errors: str = "strict"):
-    """A file of a folder: a str, or a Text where it is very large. Raises UnicodeError for bytes that are no text in this
-    encoding (in a Text they read as U+FFFD)."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits for a pipe's writer
+def open_text(
+    path: str, lazy_bytes: int = LAZY_BYTES, encoding: str = "utf-8", errors: str = "strict"
+):
+    """A file of a folder: a str, or a Text where it is very large. Raises UnicodeError for bytes
+    that are no text in this encoding (in a Text they read as U+FFFD)."""
+    # never waits for a pipe's writer
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)

@@ -1,8 +1,9 @@
 """How far a regular expression can look, read off its parse tree.
 
-`Plan` bounds the reach of a match that starts at some character: single characters count one, a repeat of a character
-class can go no further than the run of such characters that stands in the text (`furthest`). What cannot be bounded is
-said so; one form of it, `head .*? tail` with DOTALL, is told apart (`Lazy`).
+`Plan` bounds the reach of a match that starts at some character: single characters count one, a
+repeat of a character class can go no further than the run of such characters that stands in the
+text (`furthest`). What cannot be bounded is said so; one form of it, `head .*? tail` with DOTALL,
+is told apart (`Lazy`).
 
 Standard library only: this file runs inside the confined worker.
 """
@@ -14,11 +15,19 @@ import re
 from re import _compiler, _constants, _parser
 
 LOCAL = re.ASCII | re.LOCALE | re.UNICODE
-LEAVES = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.RANGE}
+LEAVES = {
+    _constants.LITERAL,
+    _constants.NOT_LITERAL,
+    _constants.ANY,
+    _constants.IN,
+    _constants.RANGE,
+}
 REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT}
-ANYTHING = [{_constants.CATEGORY_SPACE, _constants.CATEGORY_NOT_SPACE},
-            {_constants.CATEGORY_WORD, _constants.CATEGORY_NOT_WORD},
-            {_constants.CATEGORY_DIGIT, _constants.CATEGORY_NOT_DIGIT}]  # fmt: skip
+ANYTHING = [
+    {_constants.CATEGORY_SPACE, _constants.CATEGORY_NOT_SPACE},
+    {_constants.CATEGORY_WORD, _constants.CATEGORY_NOT_WORD},
+    {_constants.CATEGORY_DIGIT, _constants.CATEGORY_NOT_DIGIT},
+]
 
 
 class Unbounded(Exception):
@@ -26,8 +35,9 @@ class Unbounded(Exception):
 
 
 class Plan:
-    """`ops`: what bounds the reach of a match, in order: ("skip", n), ("run", class regex, at most n or None),
-    ("either", [ops, ...]). `behind`: characters a match looks back. None for `ops`: no bound."""
+    """`ops`: what bounds the reach of a match, in order: ("skip", n), ("run", class regex, at most
+    n or None), ("either", [ops, ...]). `behind`: characters a match looks back. None for `ops`: no
+    bound."""
 
     def __init__(self, pattern: re.Pattern):
         self.pattern = pattern
@@ -87,7 +97,11 @@ class Plan:
                 width = sub.getwidth()[1] + self._ahead(sub)
                 endless = most is _constants.MAXREPEAT or width >= _constants.MAXREPEAT
                 if not endless and most * width <= 64:
-                    out += self._ops(sub, flags) * most if most * width > 1 else [("skip", most * width)]
+                    out += (
+                        self._ops(sub, flags) * most
+                        if most * width > 1
+                        else [("skip", most * width)]
+                    )
                 else:
                     out.append(self._run([sub], flags, None if endless else most * width))
             elif op in (_constants.FAILURE, _constants.SUCCESS):
@@ -97,7 +111,8 @@ class Plan:
         return _merged(out)
 
     def _ahead(self, tree) -> int:
-        """Characters the look-aheads inside can look at, which the width of the match does not count."""
+        """Characters the look-aheads inside can look at, which the width of the match does not
+        count."""
         total = 0
         for op, av in tree:
             if op in (_constants.ASSERT, _constants.ASSERT_NOT) and av[0] > 0:
@@ -106,7 +121,8 @@ class Plan:
         return total
 
     def _run(self, trees: list, flags: int, most: int | None):
-        """A repeat of anything goes no further than the run of characters one of its parts can match."""
+        """A repeat of anything goes no further than the run of characters one of its parts can
+        match."""
         leaves: dict[str, tuple] = {}
         flags = self._leaves(trees, flags, leaves, set())
         if not leaves:
@@ -114,12 +130,17 @@ class Plan:
         state = _parser.State()
         state.flags = flags & ~(re.DEBUG | re.VERBOSE)
         parts = [_parser.SubPattern(state, [leaf]) for leaf in leaves.values()]
-        one = parts[0] if len(parts) == 1 else _parser.SubPattern(state, [(_constants.BRANCH, (None, parts))])
+        one = (
+            parts[0]
+            if len(parts) == 1
+            else _parser.SubPattern(state, [(_constants.BRANCH, (None, parts))])
+        )
         many = [(_constants.MAX_REPEAT, (0, _constants.MAXREPEAT, one))]
         return ("run", _compiler.compile(_parser.SubPattern(state, many), state.flags), most)
 
     def _leaves(self, trees, flags: int, leaves: dict, seen: set) -> int:
-        """Every single-character part, look-aheads included; returns the flags, the more generous where they differ."""
+        """Every single-character part, look-aheads included; returns the flags, the more generous
+        where they differ."""
         for tree in trees:
             for op, av in tree:
                 if op in LEAVES:
@@ -127,7 +148,8 @@ class Plan:
                 elif op is _constants.SUBPATTERN:
                     if (av[1] | av[2]) & LOCAL:
                         raise Unbounded
-                    # a part with its own flags: the union of both readings, as IGNORECASE and DOTALL only add
+                    # a part with its own flags: the union of both readings, as IGNORECASE and
+                    # DOTALL only add
                     if av[2] & re.IGNORECASE:
                         raise Unbounded
                     flags |= av[1] & (re.IGNORECASE | re.DOTALL)
@@ -137,7 +159,9 @@ class Plan:
                         seen.add(av)
                         flags = self._leaves([self.groups[av]], flags, leaves, seen)
                 elif op in (_constants.AT, _constants.FAILURE, _constants.SUCCESS) or (
-                    op in (_constants.ASSERT, _constants.ASSERT_NOT) and av[0] < 0 and not self._ahead(av[1])
+                    op in (_constants.ASSERT, _constants.ASSERT_NOT)
+                    and av[0] < 0
+                    and not self._ahead(av[1])
                 ):
                     continue
                 else:
@@ -150,8 +174,8 @@ class Plan:
     # -- patterns like  <a ...>(.*?)</a>  with a dot that matches everything
 
     def _lazy(self) -> Lazy | None:
-        """Set where the pattern is a row of bounded parts with lazy "anything" repeats between them, for which a
-        match found in a window is the match of the whole text (see `Lazy`)."""
+        """Set where the pattern is a row of bounded parts with lazy "anything" repeats between
+        them, for which a match found in a window is the match of the whole text (see `Lazy`)."""
         items = self._flat(self.tree, None)
         if items is None:
             return None
@@ -163,23 +187,40 @@ class Plan:
             for i, (item, _) in enumerate(items):
                 if i in spots:
                     continue
-                if _mentions(item, _constants.GROUPREF) or _mentions(item, _constants.GROUPREF_EXISTS):
+                if _mentions(item, _constants.GROUPREF) or _mentions(
+                    item, _constants.GROUPREF_EXISTS
+                ):
                     return None
                 width = self._part([item]).getwidth()
                 if first < i < last and width[0] != width[1]:
                     return None
-            head, tail = [item for item, _ in items[:first]], [item for item, _ in items[last + 1 :]]
+            head, tail = (
+                [item for item, _ in items[:first]],
+                [item for item, _ in items[last + 1 :]],
+            )
             lead, final = self._part(head), self._part(tail)
             low, high = lead.getwidth()
             tail_low, tail_high = final.getwidth()
-            group = items[first][1] if low != high else None  # the group that holds just the lazy part
+            # the group that holds just the lazy part
+            group = items[first][1] if low != high else None
             fixed_tail = tail_low if tail_low == tail_high and len(spots) == 1 else None
             if low != high and group is None and fixed_tail is None:
                 return None
-            within = sum(self._part([item]).getwidth()[1] for i, (item, _) in enumerate(items) if first < i < last
-                         and i not in spots)  # fmt: skip
-            between = self._ops(self._part([item for i, (item, _) in enumerate(items) if first < i < last
-                                            and i not in spots]), self.flags)  # fmt: skip
+            within = sum(
+                self._part([item]).getwidth()[1]
+                for i, (item, _) in enumerate(items)
+                if first < i < last and i not in spots
+            )
+            between = self._ops(
+                self._part(
+                    [
+                        item
+                        for i, (item, _) in enumerate(items)
+                        if first < i < last and i not in spots
+                    ]
+                ),
+                self.flags,
+            )
             return Lazy(
                 start=_compiler.compile(lead, self.flags & ~re.DEBUG) if head else None,
                 head=self._ops(lead, self.flags),
@@ -215,7 +256,12 @@ class Plan:
         if op is not _constants.MIN_REPEAT or av[1] is not _constants.MAXREPEAT or len(av[2]) != 1:
             return False
         leaf, value = av[2][0]
-        if leaf is _constants.SUBPATTERN and value[0] is None and not value[1] | value[2] and len(value[3]) == 1:
+        if (
+            leaf is _constants.SUBPATTERN
+            and value[0] is None
+            and not value[1] | value[2]
+            and len(value[3]) == 1
+        ):
             leaf, value = value[3][0]
         if leaf is _constants.ANY:
             return bool(self.flags & re.DOTALL)
@@ -226,9 +272,10 @@ class Plan:
 
 
 class Lazy:
-    """head .*? tail. A match found inside a window is final where (a) the text its tail can look at lies inside, and
-    (b) the tail begins beyond what any other way of matching the head could reach: every earlier candidate of the
-    search order would have found that same tail, so it failed for good and not for want of text."""
+    """head .*? tail. A match found inside a window is final where (a) the text its tail can look at
+    lies inside, and (b) the tail begins beyond what any other way of matching the head could reach:
+    every earlier candidate of the search order would have found that same tail, so it failed for
+    good and not for want of text."""
 
     def __init__(self, start, head, tail, settled, least, group, fixed_tail):
         self.start, self.head, self.tail = start, head, tail
@@ -256,7 +303,9 @@ def _children(op, av) -> list:
 
 def _mentions(item, wanted) -> bool:
     op, av = item
-    return op is wanted or any(_mentions(below, wanted) for sub in _children(op, av) for below in sub)
+    return op is wanted or any(
+        _mentions(below, wanted) for sub in _children(op, av) for below in sub
+    )
 
 
 def _merged(ops: list) -> list:
@@ -275,14 +324,17 @@ def plan_of(pattern: re.Pattern) -> Plan:
 
 
 def furthest(text, ops: list, position: int, limit: int) -> int:
-    """An upper bound of how far a match from `position` looks; anything past `limit` is just "past"."""
+    """An upper bound of how far a match from `position` looks; anything past `limit` is just
+    "past"."""
     for op in ops:
         if position > limit:
             return position
         if op[0] == "skip":
             position += op[1]
         elif op[0] == "run":
-            end = _run_end(text, op[1], position, limit if op[2] is None else min(limit, position + op[2]))
+            end = _run_end(
+                text, op[1], position, limit if op[2] is None else min(limit, position + op[2])
+            )
             position = end if op[2] is None else min(end, position + op[2])
         else:
             position = max([position, *(furthest(text, way, position, limit) for way in op[1])])

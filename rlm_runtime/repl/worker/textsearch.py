@@ -1,9 +1,11 @@
-"""Regular expressions over a text that is not in memory, with the very results `re` would give on the whole string.
+"""Regular expressions over a text that is not in memory, with the very results `re` would give on
+the whole string.
 
-A pattern is run on windows. What makes that exact: we know an upper bound on how far a match that starts at some
-character can look (its reach, `textreach.py`). A match that starts in the first part of a window is believed only where
-its reach lies inside the window. Patterns that can look without bound (`.*` with DOTALL) get windows that grow, or the
-whole text where it is small enough; otherwise ValueError says what to write.
+A pattern is run on windows. What makes that exact: we know an upper bound on how far a match that
+starts at some character can look (its reach, `textreach.py`). A match that starts in the first part
+of a window is believed only where its reach lies inside the window. Patterns that can look without
+bound (`.*` with DOTALL) get windows that grow, or the whole text where it is small enough;
+otherwise ValueError says what to write.
 
 Standard library only: this file runs inside the confined worker.
 """
@@ -35,7 +37,8 @@ class Match:
     def __getattr__(self, name: str):
         if name == "endpos":
             return len(self.string)
-        return getattr(self._match, name)  # group, groups, groupdict, expand, lastindex, lastgroup, re
+        # group, groups, groupdict, expand, lastindex, lastgroup, re
+        return getattr(self._match, name)
 
     def start(self, group=0) -> int:
         at = self._match.start(group)
@@ -102,8 +105,8 @@ def _finditer(text, pattern: re.Pattern, origin: int) -> Iterator[Match]:
 
 
 def _window(text, plan: Plan, pos: int, step: int):
-    """(where the window begins, its characters, matches that start before here are final, no text follows, the step
-    of the next window); None where the reach is too long for a window."""
+    """(where the window begins, its characters, matches that start before here are final, no text
+    follows, the step of the next window); None where the reach is too long for a window."""
     begin = max(0, pos - plan.behind)
     own_end = pos + step
     if plan.ops is None or not text._read(own_end, own_end + 1):
@@ -132,7 +135,8 @@ def _lazy_finditer(text, pattern: re.Pattern, plan: Plan, pos: int, origin: int)
         begin = max(0, pos - plan.behind)
         chars = text._read(begin, pos + size)
         stop = begin + len(chars)
-        if stop < pos + size or not text._read(stop, stop + 1):  # the rest of the text: nothing can change any more
+        # the rest of the text: nothing can change any more
+        if stop < pos + size or not text._read(stop, stop + 1):
             for match in pattern.finditer(chars, pos - begin):
                 yield Match(match, begin, text, origin)
             return
@@ -140,14 +144,18 @@ def _lazy_finditer(text, pattern: re.Pattern, plan: Plan, pos: int, origin: int)
         if match is not None and _final(text, lazy, match, begin, stop):
             yield Match(match, begin, text, origin)
             at, pos = match.start() + begin, match.end() + begin
-            if at == pos:  # an empty match: go on as `re` does, by way of a window that knows the last one
+            # an empty match: go on as `re` does, by way of a window that knows the last one
+            if at == pos:
                 raise too_long(pattern, text)
             size = 4 * text._step()
             continue
-        # nothing certain: keep the first place where the head matches, or could with more text, and read on
+        # nothing certain: keep the first place where the head matches, or could with more text, and
+        # read on
         sure = _sure_start(text, lazy, pos, stop)
         found = lazy.start.search(chars, pos - begin) if lazy.start is not None else None
-        first = pos if lazy.start is None else (found.start() + begin if found is not None else sure)
+        first = (
+            pos if lazy.start is None else (found.start() + begin if found is not None else sure)
+        )
         ahead = min(first, sure)
         if ahead > pos:
             pos = ahead
@@ -163,7 +171,9 @@ def _final(text, lazy: Lazy, match: re.Match, begin: int, stop: int) -> bool:
     if furthest(text, lazy.tail, match.end() + begin, stop) + EDGE > stop:
         return False
     reached = furthest(text, lazy.head, match.start() + begin, stop)
-    return reached + EDGE <= stop and (lazy.settled or lazy.tail_begin(match) + begin >= reached + lazy.least)
+    return reached + EDGE <= stop and (
+        lazy.settled or lazy.tail_begin(match) + begin >= reached + lazy.least
+    )
 
 
 def _sure_start(text, lazy: Lazy, pos: int, stop: int) -> int:
@@ -224,7 +234,8 @@ def found(match: Match):
 
 
 class Pattern:
-    """A compiled pattern whose methods take a Text as well. Everything else is the real pattern's."""
+    """A compiled pattern whose methods take a Text as well. Everything else is the real
+    pattern's."""
 
     __slots__ = ("_pattern",)
 
@@ -274,7 +285,13 @@ def _search(text, pattern, pos=0, flags=0):
 
 
 _text_type: type | None = None
-OVER_TEXT = {"search": _search, "match": match, "fullmatch": fullmatch, "finditer": finditer, "findall": _findall}
+OVER_TEXT = {
+    "search": _search,
+    "match": match,
+    "fullmatch": fullmatch,
+    "finditer": finditer,
+    "findall": _findall,
+}
 for _name, _function in OVER_TEXT.items():
     setattr(Pattern, _name, _method(_name, _function))
 Pattern.split = lambda self, string, maxsplit=0: self._pattern.split(_plain(string), maxsplit)
@@ -287,7 +304,8 @@ def _plain(string):
 
 
 def install(text_type: type) -> None:
-    """Teach the functions of `re` the Text; plain strings go the way they always went. Done once, in the worker."""
+    """Teach the functions of `re` the Text; plain strings go the way they always went. Done once,
+    in the worker."""
     global _text_type
     if _text_type is not None:
         _text_type = text_type
@@ -325,6 +343,7 @@ def _plain_first(real, place: int):
 @functools.wraps(real_compile)
 def _compile(pattern, flags=0):
     real = real_compile(pattern._pattern if type(pattern) is Pattern else pattern, flags)
-    if sys._getframe(1).f_globals.get("__spec__") is None and isinstance(real.pattern, str):  # a cell, not a module
+    # a cell, not a module
+    if sys._getframe(1).f_globals.get("__spec__") is None and isinstance(real.pattern, str):
         return Pattern(real)
     return real

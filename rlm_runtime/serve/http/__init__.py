@@ -9,8 +9,10 @@
 | `admission` | how many requests run and wait; draining |
 | `endpoint` | one JSON request: read, run, answered whole or as server-sent events; disconnects |
 | `files` | uploads and their routes |
-| `errors`, `metrics`, `openapi` | errors in one format; Prometheus metrics; the parts of an OpenAPI document |
+| `errors`, `metrics`, `openapi` | errors in one format; Prometheus metrics; the parts of an OpenAPI
+document |
 | `server` | uvicorn with a time limit for heads, and draining at SIGTERM |
 
-It stands in `rlm_runtime`, which needs no JAX, so that both servers and their clients run where no JAX is.
+It stands in `rlm_runtime`, which needs no JAX, so that both servers and their clients run where no
+JAX is.
 """

@@ -1,4 +1,5 @@
-"""Admission control: a bounded number of running requests, a bounded queue, and no new ones while the server stops."""
+"""Admission control: a bounded number of running requests, a bounded queue, and no new ones while
+the server stops."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Admission:
         self.max_runs, self.max_queue, self.queue_seconds = max_runs, max_queue, queue_seconds
         self.running = 0
         self.draining = False
-        self.tasks: set[asyncio.Task[Any]] = set()  # of running requests; cancelled when a drain is over
+        # of running requests; cancelled when a drain is over
+        self.tasks: set[asyncio.Task[Any]] = set()
         self._inside = 0  # in the building: reading their body, waiting or running
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._mean_seconds = 10.0
@@ -40,7 +42,9 @@ class Admission:
         if self.draining:
             raise stopping(close=True)
         if self._inside >= self.max_runs + self.max_queue:
-            raise self._busy(f"{self.running} runs are going on and {self._inside - self.running} wait")
+            raise self._busy(
+                f"{self.running} runs are going on and {self._inside - self.running} wait"
+            )
         self._inside += 1
         self._idle.clear()
         try:
@@ -52,7 +56,8 @@ class Admission:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[float]:
-        """One of the running places, once there is one; gives the seconds waited. Raises ApiError (429)."""
+        """One of the running places, once there is one; gives the seconds waited. Raises ApiError
+        (429)."""
         began = time.monotonic()
         if self.running >= self.max_runs or self._waiting:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,7 +83,8 @@ class Admission:
             self._next()
 
     async def drain(self, seconds: float) -> bool:
-        """Waits for running requests and cancels them after a time. Returns True if none was cancelled."""
+        """Waits for running requests and cancels them after a time. Returns True if none was
+        cancelled."""
         self.draining = True
         try:
             async with asyncio.timeout(seconds):
@@ -99,7 +105,8 @@ class Admission:
             task.cancel()
 
     def _next(self) -> None:
-        """Gives a free slot to the first request in the queue; no other request can take it first."""
+        """Gives a free slot to the first request in the queue; no other request can take it
+        first."""
         self.running -= 1
         while self._waiting:
             turn = self._waiting.popleft()
@@ -109,6 +116,10 @@ class Admission:
                 return
 
     def _busy(self, why: str) -> ApiError:
-        wait = math.ceil(min(120.0, max(1.0, self._mean_seconds * (self.waiting + 1) / self.max_runs)))
+        wait = math.ceil(
+            min(120.0, max(1.0, self._mean_seconds * (self.waiting + 1) / self.max_runs))
+        )
         text = f"The server is busy: {why}. Try again in about {wait} s."
-        return ApiError(429, text, code="queue_full", headers={"Retry-After": str(wait)}, close=True)
+        return ApiError(
+            429, text, code="queue_full", headers={"Retry-After": str(wait)}, close=True
+        )

@@ -1,4 +1,5 @@
-"""What every server here has around its own routes: request checks, probes, metrics, the OpenAPI document, and errors in one shape."""
+"""What every server here has around its own routes: request checks, probes, metrics, the OpenAPI
+document, and errors in one shape."""
 
 from __future__ import annotations
 
@@ -23,10 +24,18 @@ from rlm_runtime.serve.http.settings import HttpSettings
 
 
 def assemble(
-    routes: Sequence[Route], *, settings: HttpSettings, admission: Admission, metrics: Metrics, requests_total: str,
-    document: Callable[[], dict[str, Any]], lifespan: Callable[[Starlette], Any], check: Callable[[], None] = lambda: None,
-    methods: Sequence[str] = ("GET", "POST"), exposed: Sequence[str] = ("X-Request-Id", "Retry-After"),
-) -> Starlette:  # fmt: skip
+    routes: Sequence[Route],
+    *,
+    settings: HttpSettings,
+    admission: Admission,
+    metrics: Metrics,
+    requests_total: str,
+    document: Callable[[], dict[str, Any]],
+    lifespan: Callable[[Starlette], Any],
+    check: Callable[[], None] = lambda: None,
+    methods: Sequence[str] = ("GET", "POST"),
+    exposed: Sequence[str] = ("X-Request-Id", "Retry-After"),
+) -> Starlette:
     """The application; `app.state.admission`, `.metrics` and `.settings` are its parts.
 
     Args:
@@ -55,19 +64,32 @@ def assemble(
     def count(route: str, status: int) -> None:
         metrics.add(requests_total, route=route, status=str(status))
 
-    common = {"/health": health, "/ready": ready, "/metrics": show_metrics, "/openapi.json": openapi}
+    common = {
+        "/health": health,
+        "/ready": ready,
+        "/metrics": show_metrics,
+        "/openapi.json": openapi,
+    }
     middleware = [Middleware(RequestMiddleware, settings=settings, count=count)]
     if settings.cors_origins:
         cors = Middleware(
-            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=list(methods),
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"], expose_headers=list(exposed),
-        )  # fmt: skip
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=list(methods),
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=list(exposed),
+        )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[*routes, *(Route(path, endpoint) for path, endpoint in common.items())], middleware=middleware,
+        routes=[*routes, *(Route(path, endpoint) for path, endpoint in common.items())],
+        middleware=middleware,
         lifespan=lifespan,
-        exception_handlers={ApiError: on_api_error, HTTPException: on_http_error, Exception: on_crash},
-    )  # fmt: skip
+        exception_handlers={
+            ApiError: on_api_error,
+            HTTPException: on_http_error,
+            Exception: on_crash,
+        },
+    )
     app.router.redirect_slashes = False
     app.state.admission, app.state.metrics, app.state.settings = admission, metrics, settings
     return app

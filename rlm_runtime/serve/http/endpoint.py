@@ -1,6 +1,8 @@
-"""One JSON request: read, run beside a watch on the connection, and answered whole or as server-sent events.
+"""One JSON request: read, run beside a watch on the connection, and answered whole or as
+server-sent events.
 
-An endpoint is an ASGI application, so that it sees disconnects itself: a client that goes away ends its run.
+An endpoint is an ASGI application, so that it sees disconnects itself: a client that goes away ends
+its run.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ KEEP_ALIVE = ": keep-alive\n\n"
 
 
 class Exchange(ABC, Generic[R]):
-    """A request that was understood, and its answer. `work` makes a result, the other methods show it.
+    """A request that was understood, and its answer. `work` makes a result, the other methods show
+    it.
 
     `changed` is set by whoever has something new to show. All on the event loop.
     """
@@ -42,7 +45,8 @@ class Exchange(ABC, Generic[R]):
 
     @abstractmethod
     async def work(self) -> R:
-        """Runs the request; cancelled when the client goes away. Raises ApiError, or what `from_run` knows."""
+        """Runs the request; cancelled when the client goes away. Raises ApiError, or what
+        `from_run` knows."""
 
     @abstractmethod
     def whole(self, result: R) -> BaseModel:
@@ -78,7 +82,13 @@ class Endpoint(ABC):
     """
 
     def __init__(
-        self, name: str, prefix: str, *, settings: HttpSettings, admission: Admission, metrics: Metrics
+        self,
+        name: str,
+        prefix: str,
+        *,
+        settings: HttpSettings,
+        admission: Admission,
+        metrics: Metrics,
     ) -> None:
         self.__name__, self._prefix = name, prefix
         self._settings, self.admission, self.metrics = settings, admission, metrics
@@ -100,10 +110,14 @@ class Endpoint(ABC):
             self.metrics.add(self._prefix + "disconnects_total")
         except ApiError as error:
             if error.status in (429, 503):
-                self.metrics.add(self._prefix + "rejected_total", reason=error.code or str(error.status))
+                self.metrics.add(
+                    self._prefix + "rejected_total", reason=error.code or str(error.status)
+                )
             raise
 
-    async def _answer(self, exchange: Exchange[Any], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, exchange: Exchange[Any], scope: Scope, receive: Receive, send: Send
+    ) -> None:
         work = asyncio.create_task(exchange.work())
         gone = asyncio.create_task(_disconnected(receive))
         self.admission.tasks.add(work)
@@ -125,9 +139,14 @@ class Endpoint(ABC):
                 work.exception()  # else asyncio logs it as never retrieved
 
     async def _whole(
-        self, exchange: Exchange[R], work: asyncio.Task[R], gone: asyncio.Task[None], scope: Scope, receive: Receive,
+        self,
+        exchange: Exchange[R],
+        work: asyncio.Task[R],
+        gone: asyncio.Task[None],
+        scope: Scope,
+        receive: Receive,
         send: Send,
-    ) -> None:  # fmt: skip
+    ) -> None:
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             return
@@ -137,7 +156,9 @@ class Endpoint(ABC):
             async with asyncio.timeout(self._settings.send_seconds):
                 await response(scope, receive, send)
 
-    async def _stream(self, exchange: Exchange[R], work: asyncio.Task[R], gone: asyncio.Task[None], send: Send) -> None:
+    async def _stream(
+        self, exchange: Exchange[R], work: asyncio.Task[R], gone: asyncio.Task[None], send: Send
+    ) -> None:
         while not (exchange.begun() or work.done() or gone.done()):
             exchange.changed.clear()
             await exchange.changed.wait()
@@ -145,14 +166,20 @@ class Endpoint(ABC):
             _result(work)
         if gone.done():
             return
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache",
-                   "x-accel-buffering": "no", **exchange.headers()}  # fmt: skip
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+            **exchange.headers(),
+        }
         raw = [(k.lower().encode(), v.encode()) for k, v in headers.items()]
 
         async def put(text: str, more: bool = True) -> None:
             if text or not more:
                 async with asyncio.timeout(self._settings.send_seconds):
-                    await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+                    await send(
+                        {"type": "http.response.body", "body": text.encode(), "more_body": more}
+                    )
 
         with contextlib.suppress(TimeoutError):  # the client stopped reading: as good as gone
             await send({"type": "http.response.start", "status": 200, "headers": raw})
@@ -171,8 +198,11 @@ class Endpoint(ABC):
             await put(DONE)
             await put("", more=False)
 
-    async def _news(self, exchange: Exchange[R], work: asyncio.Task[R], gone: asyncio.Task[None]) -> AsyncIterator[str]:
-        """News until the work is done or the client is gone; a comment where there is none for a while."""
+    async def _news(
+        self, exchange: Exchange[R], work: asyncio.Task[R], gone: asyncio.Task[None]
+    ) -> AsyncIterator[str]:
+        """News until the work is done or the client is gone; a comment where there is none for a
+        while."""
         while not gone.done():
             exchange.changed.clear()
             if text := exchange.news():

@@ -14,11 +14,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from rlm_runtime.errors import BudgetExceeded, Cancelled, ContextError, LMError, RlmError, SandboxError, UsageError
+from rlm_runtime.errors import (
+    BudgetExceeded,
+    Cancelled,
+    ContextError,
+    LMError,
+    RlmError,
+    SandboxError,
+    UsageError,
+)
 
 log = logging.getLogger("rlm_runtime.serve")
 
-TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ErrorDetail(BaseModel):
@@ -40,9 +53,15 @@ class ApiError(Exception):
     """An error a client gets: status, message, and the field that is to blame."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
-        headers: dict[str, str] | None = None, close: bool = False,
-    ):  # fmt: skip
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+        close: bool = False,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
@@ -50,7 +69,9 @@ class ApiError(Exception):
             self.headers["Connection"] = "close"
 
     def body(self) -> dict[str, Any]:
-        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
         detail = ErrorDetail(message=self.message, type=kind, param=self.param, code=self.code)
         return ErrorBody(error=detail).model_dump()
 
@@ -63,7 +84,9 @@ def refuse(message: str, param: str | None = None, code: str = "invalid_value") 
 
 
 def stopping(*, close: bool = False) -> ApiError:
-    return ApiError(503, "The server is stopping.", code="draining", headers={"Retry-After": "5"}, close=close)
+    return ApiError(
+        503, "The server is stopping.", code="draining", headers={"Retry-After": "5"}, close=close
+    )
 
 
 def no_such_model(name: str, models: Iterable[str]) -> ApiError:
@@ -73,7 +96,8 @@ def no_such_model(name: str, models: Iterable[str]) -> ApiError:
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """The first thing wrong, by the path of its field. The value itself is not repeated: it may be a prompt."""
+    """The first thing wrong, by the path of its field. The value itself is not repeated: it may be
+    a prompt."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if first["type"] == "json_invalid":
         return refuse(f"The body is not JSON: {first['msg']}.", code="invalid_json")
@@ -82,11 +106,14 @@ def from_validation(error: ValidationError) -> ApiError:
     message = f"{place or 'The body'}: {first['msg']}." + (
         f" {error.error_count() - 1} more." if error.error_count() > 1 else ""
     )
-    return refuse(message, place, "missing_required_parameter" if missing else "invalid_type_or_value")
+    return refuse(
+        message, place, "missing_required_parameter" if missing else "invalid_type_or_value"
+    )
 
 
 def from_run(error: BaseException) -> ApiError:
-    """What a failed run looks like to the client. Anything not raised on purpose is an opaque 500."""
+    """What a failed run looks like to the client. Anything not raised on purpose is an opaque
+    500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):  # a client knows its file by name, not where it lies here
@@ -97,23 +124,36 @@ def from_run(error: BaseException) -> ApiError:
         return refuse(str(error), "rlm.budget", "budget_exceeded")
     if isinstance(error, SandboxError):
         log.error("no sandbox: %s", error)
-        return ApiError(503, "The sandbox cannot be started on this server.", code="sandbox_unavailable")
+        return ApiError(
+            503, "The sandbox cannot be started on this server.", code="sandbox_unavailable"
+        )
     if isinstance(error, LMError):
-        # The message of an endpoint can quote its key or address: the client gets the kind, the log has the rest.
-        log.warning("language model failed (%s, status %s, %s)", error.kind, error.status, error.model)
+        # The message of an endpoint can quote its key or address: the client gets the kind, the log
+        # has the rest.
+        log.warning(
+            "language model failed (%s, status %s, %s)", error.kind, error.status, error.model
+        )
         if error.kind == "rate_limit":
             text = "The language model behind this server is rate limited."
             return ApiError(429, text, code="upstream_rate_limit", headers={"Retry-After": "10"})
         if error.kind == "timeout":
             return ApiError(
-                504, "The language model behind this server did not answer in time.", code="upstream_timeout"
+                504,
+                "The language model behind this server did not answer in time.",
+                code="upstream_timeout",
             )
         return ApiError(
-            502, f"The language model behind this server failed ({error.kind}).", code=f"upstream_{error.kind}"
+            502,
+            f"The language model behind this server failed ({error.kind}).",
+            code=f"upstream_{error.kind}",
         )
     if isinstance(error, Cancelled):
-        return ApiError(503, "The run was cancelled because the server is stopping.", code="cancelled")
-    cause = error.__cause__ if isinstance(error, RlmError) and error.__cause__ is not None else error
+        return ApiError(
+            503, "The run was cancelled because the server is stopping.", code="cancelled"
+        )
+    cause = (
+        error.__cause__ if isinstance(error, RlmError) and error.__cause__ is not None else error
+    )
     log.error("unexpected %s in a run, at %s", type(cause).__name__, _place(cause))
     return ApiError(500, "Internal error.", code="internal_error")
 
@@ -138,8 +178,12 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
         text = f"{request.url.path[:200]} does not take {request.method[:20]}; it takes {allowed}."
-        return ApiError(405, text, code="method_not_allowed", headers=dict(error.headers or {})).response()
-    return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response()
+        return ApiError(
+            405, text, code="method_not_allowed", headers=dict(error.headers or {})
+        ).response()
+    return ApiError(
+        error.status_code, str(error.detail), headers=dict(error.headers or {})
+    ).response()
 
 
 async def on_crash(request: Request, error: Exception) -> Response:

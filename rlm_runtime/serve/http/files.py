@@ -1,4 +1,5 @@
-"""Uploaded files: a private folder, bounded in size, number and time; each file seen only by the key that sent it."""
+"""Uploaded files: a private folder, bounded in size, number and time; each file seen only by the
+key that sent it."""
 
 from __future__ import annotations
 
@@ -43,14 +44,18 @@ class Stored:
 
     def out(self) -> FileOut:
         return FileOut(
-            id=self.id, bytes=self.bytes, created_at=int(self.created), expires_at=int(self.expires),
-            filename=self.name, purpose=self.purpose,
-        )  # fmt: skip
+            id=self.id,
+            bytes=self.bytes,
+            created_at=int(self.created),
+            expires_at=int(self.expires),
+            filename=self.name,
+            purpose=self.purpose,
+        )
 
 
 class FileStore:
-    """Each file is a folder `<id>/` with `meta.json` and the data. A folder without a readable `meta.json` is the
-    rest of an upload that was cut off, and is removed at the start.
+    """Each file is a folder `<id>/` with `meta.json` and the data. A folder without a readable
+    `meta.json` is the rest of an upload that was cut off, and is removed at the start.
     """
 
     def __init__(self, folder: Path | None, *, one: int, all_: int, per_owner: int, seconds: float):
@@ -72,7 +77,8 @@ class FileStore:
     def check(self, owner: str, declared: int | None) -> None:
         """Refuse an upload before it is read. Raises ApiError (413)."""
         mine = len(self.list(owner))
-        if declared is not None and declared > self.one + CHUNK:  # a multipart body is a little more than its file
+        # a multipart body is a little more than its file
+        if declared is not None and declared > self.one + CHUNK:
             raise self._too_large(declared)
         if mine >= self.per_owner:
             text = f"There are {self.per_owner:,} files already, which is the limit. Delete some first."
@@ -81,8 +87,11 @@ class FileStore:
             text = "The server's space for files is used up. Delete files, or try later."
             raise ApiError(413, text, code="storage_full", close=True)
 
-    def add(self, source: BinaryIO, *, name: str, purpose: str, owner: str, seconds: float | None = None) -> Stored:
-        """Copy an upload into the store. Blocking. Raises ApiError (413) where a bound is crossed."""
+    def add(
+        self, source: BinaryIO, *, name: str, purpose: str, owner: str, seconds: float | None = None
+    ) -> Stored:
+        """Copy an upload into the store. Blocking. Raises ApiError (413) where a bound is
+        crossed."""
         file_id = "file-" + secrets.token_hex(16)
         home = self.folder / file_id
         home.mkdir(mode=0o700)
@@ -99,11 +108,20 @@ class FileStore:
                     if size > self.one:
                         raise self._too_large(size)
                     if self.used > self.all:
-                        raise ApiError(413, "The server's space for files is used up.", code="storage_full")
+                        raise ApiError(
+                            413, "The server's space for files is used up.", code="storage_full"
+                        )
                     target.write(piece)
             now = time.time()
             stored = Stored(
-                file_id, owner, name[:256], path, size, now, now + min(seconds or self.seconds, self.seconds), purpose
+                file_id,
+                owner,
+                name[:256],
+                path,
+                size,
+                now,
+                now + min(seconds or self.seconds, self.seconds),
+                purpose,
             )
             meta = {**stored.__dict__, "path": path.name}
             (home / "meta.tmp").write_text(json.dumps(meta), encoding="utf-8")
@@ -123,7 +141,9 @@ class FileStore:
         self.sweep()
         stored = self._files.get(file_id)
         if stored is None or stored.owner != owner:
-            raise ApiError(404, f"No such file: {file_id[:64]!r}.", param="file_id", code="file_not_found")
+            raise ApiError(
+                404, f"No such file: {file_id[:64]!r}.", param="file_id", code="file_not_found"
+            )
         return stored
 
     def list(self, owner: str) -> list[Stored]:
@@ -161,7 +181,11 @@ class FileStore:
         try:
             meta = json.loads((home / "meta.json").read_text(encoding="utf-8"))
             stored = Stored(**{**meta, "path": home / Path(meta["path"]).name})
-            if not ID.fullmatch(stored.id) or stored.id != home.name or stored.path.stat().st_size != stored.bytes:
+            if (
+                not ID.fullmatch(stored.id)
+                or stored.id != home.name
+                or stored.path.stat().st_size != stored.bytes
+            ):
                 raise ValueError
         except (OSError, ValueError, TypeError, KeyError):
             shutil.rmtree(home, ignore_errors=True)
@@ -180,18 +204,29 @@ def file_routes(files: FileStore, admission: Admission) -> list[Route]:
             raise stopping(close=True)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "multipart/form-data":
-            raise ApiError(415, "A file is uploaded as multipart/form-data.", code="unsupported_media_type", close=True)
+            raise ApiError(
+                415,
+                "A file is uploaded as multipart/form-data.",
+                code="unsupported_media_type",
+                close=True,
+            )
         owner = owner_of(request)
         declared = request.headers.get("content-length", "")
         files.check(owner, int(declared) if declared.isdigit() else None)
         async with request.form(max_files=1, max_fields=16) as form:
             upload = form.get("file")
             if upload is None or isinstance(upload, str):
-                raise refuse("The form has no file in its field `file`.", "file", "missing_required_parameter")
+                raise refuse(
+                    "The form has no file in its field `file`.",
+                    "file",
+                    "missing_required_parameter",
+                )
             purpose = form.get("purpose", "user_data")
             if not isinstance(purpose, str) or not re.fullmatch(r"[\w.\-]{1,64}", purpose):
                 raise refuse("purpose must be a short word such as user_data.", "purpose")
-            seconds = expiry(_text(form, "expires_after[anchor]"), _text(form, "expires_after[seconds]"))
+            seconds = expiry(
+                _text(form, "expires_after[anchor]"), _text(form, "expires_after[seconds]")
+            )
             stored = await asyncio.to_thread(
                 files.add,
                 upload.file,
@@ -204,7 +239,13 @@ def file_routes(files: FileStore, admission: Admission) -> list[Route]:
 
     async def list_files(request: Request) -> Response:
         data = [f.out() for f in files.list(owner_of(request))]
-        return reply(FileList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None))
+        return reply(
+            FileList(
+                data=data,
+                first_id=data[0].id if data else None,
+                last_id=data[-1].id if data else None,
+            )
+        )
 
     async def get_file(request: Request) -> Response:
         return reply(files.get(request.path_params["file_id"], owner_of(request)).out())
@@ -221,7 +262,9 @@ def file_routes(files: FileStore, admission: Admission) -> list[Route]:
             "Content-Disposition": f'attachment; filename="{stored.path.name}"',
         }
         # Never as a type a browser would show: it is somebody's upload.
-        return StreamingResponse(pieces(stored.path), media_type="application/octet-stream", headers=headers)
+        return StreamingResponse(
+            pieces(stored.path), media_type="application/octet-stream", headers=headers
+        )
 
     return [
         Route("/v1/files", list_files),
@@ -238,7 +281,8 @@ def _text(form: FormData, name: str) -> str | None:
 
 
 def safe_name(name: str) -> str:
-    """The last component of a client's file name, in characters that mean nothing to a shell or a terminal."""
+    """The last component of a client's file name, in characters that mean nothing to a shell or a
+    terminal."""
     name = re.sub(r"[^\w.\-]+", "_", name.replace("\\", "/").rsplit("/", 1)[-1]).lstrip(".")
     stem, dot, ending = name.rpartition(".")
     return (f"{stem[:80]}{dot}{ending[:16]}" if stem else name[:96]).strip("_") or "file.txt"
@@ -261,5 +305,8 @@ def expiry(anchor: str | None, seconds: str | None) -> float | None:
     except ValueError:
         value = 0
     if not 1 <= value <= 2**31:
-        raise refuse("expires_after.seconds must be a whole number of seconds, 1 or more.", "expires_after.seconds")
+        raise refuse(
+            "expires_after.seconds must be a whole number of seconds, 1 or more.",
+            "expires_after.seconds",
+        )
     return float(value)

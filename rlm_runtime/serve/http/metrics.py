@@ -15,12 +15,20 @@ SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
 
 class Histogram(Collector):
-    """A histogram that takes a value many times at once: the mean time between tokens counts once a token, and the
-    library's own would have to be told of each."""
+    """A histogram that takes a value many times at once: the mean time between tokens counts once a
+    token, and the library's own would have to be told of each."""
 
-    def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
-        self._name, self._text, self._labels, self._bounds = name, text, labels, (*bounds, float("inf"))
-        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}  # counts of the buckets; [sum]
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]
+    ) -> None:
+        self._name, self._text, self._labels, self._bounds = (
+            name,
+            text,
+            labels,
+            (*bounds, float("inf")),
+        )
+        # counts of the buckets; [sum]
+        self._series: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
         if not labels:
             self._of(())
 
@@ -32,7 +40,9 @@ class Histogram(Collector):
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for key, (counts, total) in self._series.items():
-            sums = zip(map(floatToGoString, self._bounds), itertools.accumulate(counts), strict=True)
+            sums = zip(
+                map(floatToGoString, self._bounds), itertools.accumulate(counts), strict=True
+            )
             family.add_metric(key, list(sums), total[0])
         yield family
 
@@ -41,7 +51,8 @@ class Histogram(Collector):
 
 
 class Metrics(Collector):
-    """The metrics of one server, by name, in a registry of their own. Written from the event loop only."""
+    """The metrics of one server, by name, in a registry of their own. Written from the event loop
+    only."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -56,7 +67,9 @@ class Metrics(Collector):
         gauge = self._all[name] = Gauge(name, text, registry=self.registry)
         gauge.set_function(read)
 
-    def histogram(self, name: str, text: str, *labels: str, bounds: Sequence[float] = SECONDS) -> None:
+    def histogram(
+        self, name: str, text: str, *labels: str, bounds: Sequence[float] = SECONDS
+    ) -> None:
         self._all[name] = self._histograms[name] = Histogram(name, text, labels, bounds)
         self.registry.register(self._histograms[name])
 
@@ -71,12 +84,19 @@ class Metrics(Collector):
     def value(self, name: str, **labels: str) -> float:
         """The sum over the series with these labels; of a histogram, how much was observed."""
         (metric,) = self._all[name].collect()
-        suffix = "_count" if metric.type == "histogram" else "_total" if metric.type == "counter" else ""
+        suffix = (
+            "_count" if metric.type == "histogram" else "_total" if metric.type == "counter" else ""
+        )
         wanted = metric.name + suffix
-        return sum(s.value for s in metric.samples if s.name == wanted and labels.items() <= s.labels.items())
+        return sum(
+            s.value
+            for s in metric.samples
+            if s.name == wanted and labels.items() <= s.labels.items()
+        )
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics without the times at which their series began, which nobody here asked for."""
+        """All metrics without the times at which their series began, which nobody here asked
+        for."""
         for metric in self.registry.collect():
             metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield metric

@@ -1,6 +1,8 @@
-"""The middleware of every server: request id, checks of host, origin, key and body, and one log line.
+"""The middleware of every server: request id, checks of host, origin, key and body, and one log
+line.
 
-It is pure ASGI, so streams and disconnects pass through it unchanged. The log has no header, body or query.
+It is pure ASGI, so streams and disconnects pass through it unchanged. The log has no header, body
+or query.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
-    """Checks a request and logs it. Sets in the scope: `rlm.request_id` and `rlm.owner` (a digest of the key; "" where none is asked for)."""
+    """Checks a request and logs it. Sets in the scope: `rlm.request_id` and `rlm.owner` (a digest
+    of the key; "" where none is asked for)."""
 
     def __init__(self, app: ASGIApp, *, settings: HttpSettings, count: Callable[[str, int], None]):
         self.app, self.settings, self.count = app, settings, count
@@ -60,7 +63,11 @@ class RequestMiddleware:
         try:
             try:
                 self._check(scope, headers)
-                limit = self.settings.file_bytes + (1 << 20) if _is_upload(scope) else self.settings.body_bytes
+                limit = (
+                    self.settings.file_bytes + (1 << 20)
+                    if _is_upload(scope)
+                    else self.settings.body_bytes
+                )
                 await self.app(scope, _Body(receive, headers, limit, self.settings), answer)
             except Exception as error:
                 api = error if isinstance(error, ApiError) else from_run(error)
@@ -72,7 +79,14 @@ class RequestMiddleware:
             self.count(route, status)
             path = scope["path"][:100]
             shown = path if path.isprintable() else repr(path)
-            log.info("%s %s %s %d %.3fs", request_id, scope["method"][:16], shown, status, time.monotonic() - began)
+            log.info(
+                "%s %s %s %d %.3fs",
+                request_id,
+                scope["method"][:16],
+                shown,
+                status,
+                time.monotonic() - began,
+            )
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         allowed = self.settings.allowed_hosts
@@ -90,10 +104,21 @@ class RequestMiddleware:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._keys]  # all of them, in equal time
+        # all of them, in equal time
+        matches = [hmac.compare_digest(digest, known) for known in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
-            what = "Wrong API key." if key else "An API key is needed: send it as `Authorization: Bearer KEY`."
-            raise ApiError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}, close=True)
+            what = (
+                "Wrong API key."
+                if key
+                else "An API key is needed: send it as `Authorization: Bearer KEY`."
+            )
+            raise ApiError(
+                401,
+                what,
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+                close=True,
+            )
         scope["rlm.owner"] = digest.hex()[:32]
 
     def _origin_ok(self, origin: str, host: str) -> bool:
@@ -102,7 +127,8 @@ class RequestMiddleware:
 
 
 class _Body:
-    """`receive` with a bound on the size and the pace of the body; silent waiting afterwards is not bounded."""
+    """`receive` with a bound on the size and the pace of the body; silent waiting afterwards is not
+    bounded."""
 
     def __init__(self, receive: Receive, headers: Headers, limit: int, settings: HttpSettings):
         self._receive, self._limit, self._settings = receive, limit, settings
@@ -124,7 +150,9 @@ class _Body:
             async with asyncio.timeout(min(idle, max(0.0, deadline - now))):
                 message = await self._receive()
         except TimeoutError:
-            raise ApiError(408, "The body of the request came too slowly.", code="body_timeout", close=True) from None
+            raise ApiError(
+                408, "The body of the request came too slowly.", code="body_timeout", close=True
+            ) from None
         if message["type"] != "http.request" or not message.get("more_body"):
             self._done = True
         self._read += len(message.get("body", b""))

@@ -1,4 +1,5 @@
-"""The parts of an OpenAPI document that every server here has; it is made from the models requests are checked with."""
+"""The parts of an OpenAPI document that every server here has; it is made from the models requests
+are checked with."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ REF = "#/components/schemas/{model}"
 CREATED = {"X-Request-Id": {"schema": {"type": "string"}}}
 
 
-def schemas_of(inputs: Sequence[type[BaseModel]], outputs: Sequence[type[BaseModel]]) -> dict[str, Any]:
+def schemas_of(
+    inputs: Sequence[type[BaseModel]], outputs: Sequence[type[BaseModel]]
+) -> dict[str, Any]:
     """The schemas of what a server reads and sends, by name."""
     wanted: list[Any] = [(m, "validation") for m in inputs]
     wanted += [(m, "serialization") for m in (*outputs, ErrorBody, Status)]
@@ -25,12 +28,17 @@ def schemas_of(inputs: Sequence[type[BaseModel]], outputs: Sequence[type[BaseMod
     return schemas
 
 
-def document(title: str, description: str, schemas: Mapping[str, Any], paths: Mapping[str, Any]) -> dict[str, Any]:
+def document(
+    title: str, description: str, schemas: Mapping[str, Any], paths: Mapping[str, Any]
+) -> dict[str, Any]:
     """The document. /metrics is added to `paths`."""
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": version(), "description": description},
-        "components": {"schemas": schemas, "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
         "security": [{}, {"key": []}],
         "paths": {**paths, "/metrics": metrics_path()},
     }
@@ -42,9 +50,14 @@ def probe_of(name: str, summary: str, *statuses: int) -> dict[str, Any]:
 
 
 def post_of(
-    name: str, summary: str, asked: str, answer: str, *statuses: int, streams: bool = False,
+    name: str,
+    summary: str,
+    asked: str,
+    answer: str,
+    *statuses: int,
+    streams: bool = False,
     headers: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     good = ok_of(answer)
     if streams:
         good = {**good, "content": {**good["content"], "text/event-stream": {}}}
@@ -61,7 +74,9 @@ def post_of(
     }
 
 
-def get_of(name: str, summary: str, model: str, *statuses: int, parameters: list[Any] | None = None) -> dict[str, Any]:
+def get_of(
+    name: str, summary: str, model: str, *statuses: int, parameters: list[Any] | None = None
+) -> dict[str, Any]:
     return {
         "operationId": name,
         "summary": summary,
@@ -73,7 +88,9 @@ def get_of(name: str, summary: str, model: str, *statuses: int, parameters: list
 def metrics_path() -> dict[str, Any]:
     text = {"description": "Metrics.", "content": {"text/plain": {"schema": {"type": "string"}}}}
     responses = {"200": text, **errors_of(401, 403)}
-    return {"get": {"operationId": "metrics", "summary": "Prometheus metrics.", "responses": responses}}
+    return {
+        "get": {"operationId": "metrics", "summary": "Prometheus metrics.", "responses": responses}
+    }
 
 
 def ok_of(model: str) -> dict[str, Any]:

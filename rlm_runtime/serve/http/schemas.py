@@ -1,6 +1,7 @@
 """Objects of OpenAI's API that both servers read or send.
 
-The OpenAPI documents are made from these models, and requests are checked by them, so the two cannot drift apart.
+The OpenAPI documents are made from these models, and requests are checked by them, so the two
+cannot drift apart.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ class GenerationRequest(Wire):
 
 
 class ChatFields(Wire):
-    """Fields of a chat request that ask for more than text; they are read only to be refused by name."""
+    """Fields of a chat request that ask for more than text; they are read only to be refused by
+    name."""
 
     metadata: dict[str, str] | None = None
     tools: Annotated[list[Any] | None, WithJsonSchema(NOTHING)] = None
@@ -106,11 +108,15 @@ class ChatFields(Wire):
     audio: Annotated[Any, WithJsonSchema({"type": "null"})] = None
 
     def check_text_only(self, refusal: str, reason: str) -> None:
-        """Raises ApiError. `refusal` goes behind "tools ...", `reason` behind "tool_choice must be none or auto: ..."."""
+        """Raises ApiError. `refusal` goes behind "tools ...", `reason` behind "tool_choice must be
+        none or auto: ..."."""
         for name, value in (("tools", self.tools), ("functions", self.functions)):
             if value:
                 raise refuse(f"{name} {refusal}", name, "unsupported_parameter")
-        for name, value in (("tool_choice", self.tool_choice), ("function_call", self.function_call)):
+        for name, value in (
+            ("tool_choice", self.tool_choice),
+            ("function_call", self.function_call),
+        ):
             if value not in (None, "none", "auto"):
                 raise refuse(f"{name} must be none or auto: {reason}", name, "unsupported_value")
         if self.audio is not None or any(m != "text" for m in self.modalities or ()):

@@ -1,4 +1,5 @@
-"""Runs the application in uvicorn, with a time limit for request headers and draining at a stop signal."""
+"""Runs the application in uvicorn, with a time limit for request headers and draining at a stop
+signal."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from rlm_runtime.serve.http.settings import HttpSettings
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn's own handling closes the port at once and ends the process by the signal."""
+    """Signals are ours: uvicorn's own handling closes the port at once and ends the process by the
+    signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -29,7 +31,8 @@ class _Server(uvicorn.Server):
 
 
 def protocol(settings: HttpSettings) -> type[H11Protocol]:
-    """uvicorn's HTTP/1.1 with two bounds it lacks: the time a head may take, and the number of connections."""
+    """uvicorn's HTTP/1.1 with two bounds it lacks: the time a head may take, and the number of
+    connections."""
 
     class Bounded(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
@@ -45,7 +48,11 @@ def protocol(settings: HttpSettings) -> type[H11Protocol]:
             if self._timer is None and (self.cycle is None or self.cycle.response_complete):
                 self._timer = self.loop.call_later(settings.header_seconds, self._no_head)
             super().data_received(data)
-            if self._timer is not None and self.cycle is not None and not self.cycle.response_complete:
+            if (
+                self._timer is not None
+                and self.cycle is not None
+                and not self.cycle.response_complete
+            ):
                 self._stop_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:
@@ -87,7 +94,9 @@ def url_of(listener: socket.socket) -> str:
 
 
 def log_to_stderr() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
     for library in ("httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
@@ -103,15 +112,23 @@ async def serve(
     """Serve until SIGTERM or SIGINT, then drain: new requests get 503, running ones may finish for
     `drain_seconds` and are then cancelled. A second signal cancels them at once.
 
-    A list given as `stops` gets the function that stops the server, for any thread to call; in a thread, where signals
-    do not arrive, it is the only way.
+    A list given as `stops` gets the function that stops the server, for any thread to call; in a
+    thread, where signals do not arrive, it is the only way.
     """
     settings: HttpSettings = app.state.settings
     admission = app.state.admission
     config = uvicorn.Config(
-        app, http=protocol(settings), ws="none", log_config=None, access_log=False, lifespan="on", server_header=False,
-        timeout_keep_alive=30, timeout_graceful_shutdown=10, h11_max_incomplete_event_size=64 << 10,
-    )  # fmt: skip
+        app,
+        http=protocol(settings),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=10,
+        h11_max_incomplete_event_size=64 << 10,
+    )
     server = _Server(config)
     loop = asyncio.get_running_loop()
     stopping: list[asyncio.Task[None]] = []
@@ -121,7 +138,9 @@ async def serve(
             say(f"{name} again: cancelling what runs")
             admission.cancel_all()
             return
-        say(f"{name}: stopping; {admission.running} running, at most {settings.drain_seconds:g} s more")
+        say(
+            f"{name}: stopping; {admission.running} running, at most {settings.drain_seconds:g} s more"
+        )
         stopping.append(loop.create_task(drain()))
 
     def stop_soon(name: str) -> None:

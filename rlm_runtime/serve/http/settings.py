@@ -1,4 +1,5 @@
-"""Settings of every server: the limits that a client can meet, API keys from a file, and accepted host names."""
+"""Settings of every server: the limits that a client can meet, API keys from a file, and accepted
+host names."""
 
 from __future__ import annotations
 
@@ -22,11 +23,13 @@ class HttpSettings(Frozen):
     max_runs: int = Field(4, ge=1)  # at once
     max_queue: int = Field(16, ge=0)  # waiting for their turn; more get 429
     queue_seconds: float = Field(120.0, gt=0)  # longest wait
-    drain_seconds: float = Field(30.0, ge=0)  # running requests may finish after SIGTERM, then they are cancelled
+    # running requests may finish after SIGTERM, then they are cancelled
+    drain_seconds: float = Field(30.0, ge=0)
 
     body_bytes: int = Field(64 << 20, ge=1024)  # of a JSON request
     body_idle_seconds: float = Field(30.0, gt=0)  # between two pieces of a body
-    body_pace: int = Field(16 << 10, ge=1)  # bytes a second a body must keep up, after the first idle time
+    # bytes a second a body must keep up, after the first idle time
+    body_pace: int = Field(16 << 10, ge=1)
     send_seconds: float = Field(60.0, gt=0)  # a client that reads nothing for so long is gone
     header_seconds: float = Field(20.0, gt=0)  # until a connection has sent the head of a request
     keep_alive_seconds: float = Field(10.0, gt=0)  # between comments on a silent stream
@@ -55,7 +58,8 @@ def is_loopback(host: str) -> bool:
 
 
 def host_names(host: str, allowed: Iterable[str], keys: Iterable[str]) -> tuple[str, ...]:
-    """Names the Host header may carry. A web page must not reach a keyless server under its own name."""
+    """Names the Host header may carry. A web page must not reach a keyless server under its own
+    name."""
     names = tuple(name.lower() for name in allowed)
     if is_loopback(host) and not tuple(keys) and "*" not in names:
         names += ("localhost", "127.0.0.1", "::1", host.lower())

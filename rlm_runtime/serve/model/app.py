@@ -39,22 +39,31 @@ def create_app(
     *,
     on_loaded: Callable[[ModelRegistry], None] = lambda registry: None,
 ) -> Starlette:
-    """The server as an ASGI application; `app.state.registry`, `.admission`, `.metrics` and `.mailbox` are its parts.
+    """The server as an ASGI application; `app.state.registry`, `.admission`, `.metrics` and
+    `.mailbox` are its parts.
 
-    `load` loads and warms up the models, in a thread, once the application starts: until then everything but
-    /metrics and /openapi.json answers 503. `on_loaded` is called after it, in that thread; `registry.failure` says how
-    it went. The engines are closed when the application ends.
+    `load` loads and warms up the models, in a thread, once the application starts: until then
+    everything but /metrics and /openapi.json answers 503. `on_loaded` is called after it, in that
+    thread; `registry.failure` says how it went. The engines are closed when the application ends.
     """
     settings = settings or ModelSettings()
     registry, created = ModelRegistry(), int(time.time())
     metrics = ModelMetrics(lambda: registry.models.values())
     admission = Admission(settings.max_runs, settings.max_queue, settings.queue_seconds)
-    metrics.gauge("mor_jax:open_requests", "Requests inside: reading, waiting or running.", lambda: admission.running)
-    metrics.gauge("mor_jax:asyncio_tasks", "Tasks of the event loop; back to a few when idle.", _tasks)
+    metrics.gauge(
+        "mor_jax:open_requests",
+        "Requests inside: reading, waiting or running.",
+        lambda: admission.running,
+    )
+    metrics.gauge(
+        "mor_jax:asyncio_tasks", "Tasks of the event loop; back to a few when idle.", _tasks
+    )
 
     async def list_models(request: Request) -> Response:
         registry.check()
-        return reply(s.ServedModelList(data=[_model_out(m, created) for m in registry.models.values()]))
+        return reply(
+            s.ServedModelList(data=[_model_out(m, created) for m in registry.models.values()])
+        )
 
     async def get_model(request: Request) -> Response:
         registry.check()
@@ -72,8 +81,13 @@ def create_app(
                 return chat_ids(asked.messages, model, settings, asked.add_generation_prompt, None)
             prompt = asked.prompt or ""
             if len(prompt) > settings.max_prompt_chars:
-                raise ApiError(413, f"prompt is longer than {settings.max_prompt_chars:,} characters.", param="prompt")
-            if prompt in model.tokenizer.specials:  # how a client finds out the ids of tokens it must place itself
+                raise ApiError(
+                    413,
+                    f"prompt is longer than {settings.max_prompt_chars:,} characters.",
+                    param="prompt",
+                )
+            # how a client finds out the ids of tokens it must place itself
+            if prompt in model.tokenizer.specials:
                 return [model.tokenizer.specials[prompt]]
             if asked.add_special_tokens is False:
                 return model.tokenizer.encode(prompt)
@@ -81,13 +95,17 @@ def create_app(
 
         ids = await asyncio.to_thread(encode) if long else encode()
         words = shown_all(model.tokenizer, ids) if asked.return_token_strs else None
-        return reply(s.Tokenized(count=len(ids), max_model_len=model.window, tokens=ids, token_strs=words))
+        return reply(
+            s.Tokenized(count=len(ids), max_model_len=model.window, tokens=ids, token_strs=words)
+        )
 
     async def detokenize(request: Request) -> Response:
         asked = await read(s.DetokenizeRequest, request)
         model = find(registry, asked.model)
         if asked.tokens and max(asked.tokens) >= model.tokenizer.vocab_size:
-            raise refuse(f"This model's vocabulary has {model.tokenizer.vocab_size} tokens.", "tokens")
+            raise refuse(
+                f"This model's vocabulary has {model.tokenizer.vocab_size} tokens.", "tokens"
+            )
         return reply(s.Detokenized(prompt=model.tokenizer.decode(asked.tokens)))
 
     async def tokenizer_info(request: Request) -> Response:
@@ -97,18 +115,28 @@ def create_app(
         bos, eos = t.token_text(t.bos), t.token_text(t.eos)
         return reply(
             s.TokenizerInfo(
-                tokenizer_class=type(t).__name__, vocab_size=t.vocab_size, bos_token=bos, eos_token=eos, eot_token=eos,
-                bos_token_id=t.bos, eos_token_id=t.eos, model_max_length=model.window,
+                tokenizer_class=type(t).__name__,
+                vocab_size=t.vocab_size,
+                bos_token=bos,
+                eos_token=eos,
+                eot_token=eos,
+                bos_token_id=t.bos,
+                eos_token_id=t.eos,
+                model_max_length=model.window,
                 chat_template=model.template.source,
             )
-        )  # fmt: skip
+        )
 
     async def read(kind: type[B], request: Request) -> B:
         registry.check()
         try:
             with admission.entrance():
                 body = await json_body(request)
-                return await asyncio.to_thread(parsed, kind, body) if len(body) > LARGE else parsed(kind, body)
+                return (
+                    await asyncio.to_thread(parsed, kind, body)
+                    if len(body) > LARGE
+                    else parsed(kind, body)
+                )
         except ClientDisconnect:
             raise ApiError(400, "The client went away.", code="disconnected") from None
 
@@ -132,9 +160,14 @@ def create_app(
             await asyncio.to_thread(registry.close)
 
     def endpoint_of(shape: Shape) -> ModelEndpoint:
-        return ModelEndpoint(shape, registry, settings, admission=admission, metrics=metrics, mailbox=mailbox)
+        return ModelEndpoint(
+            shape, registry, settings, admission=admission, metrics=metrics, mailbox=mailbox
+        )
 
-    shapes: dict[str, Shape] = {"/v1/completions": CompletionShape(), "/v1/chat/completions": ChatShape()}
+    shapes: dict[str, Shape] = {
+        "/v1/completions": CompletionShape(),
+        "/v1/chat/completions": ChatShape(),
+    }
 
     def mailbox() -> Mailbox:
         box: Mailbox = app.state.mailbox
@@ -148,11 +181,17 @@ def create_app(
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/tokenizer_info", tokenizer_info),
         Route("/version", show_version),
-    ]  # fmt: skip
+    ]
     app = assemble(
-        routes, settings=settings, admission=admission, metrics=metrics, requests_total="mor_jax:http_requests_total",
-        document=lambda: document(list(registry.models)), lifespan=lifespan, check=registry.check,
-    )  # fmt: skip
+        routes,
+        settings=settings,
+        admission=admission,
+        metrics=metrics,
+        requests_total="mor_jax:http_requests_total",
+        document=lambda: document(list(registry.models)),
+        lifespan=lifespan,
+        check=registry.check,
+    )
     app.state.registry = registry
     return app
 

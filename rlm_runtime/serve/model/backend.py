@@ -1,6 +1,7 @@
 """A model as the server sees it: tokenizer, window, template, and an engine with its own thread.
 
-The classes of the engine's requests and events are handed in (`ModelBackend.engine_types`), so that nothing here imports JAX.
+The classes of the engine's requests and events are handed in (`ModelBackend.engine_types`), so that
+nothing here imports JAX.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Stream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text <-> ids in [0, vocab_size). `piece` gives the bytes of a token, b"" for a special one."""
+    """Text <-> ids in [0, vocab_size). `piece` gives the bytes of a token, b"" for a special
+    one."""
 
     vocab_size: int
     bos: int
@@ -48,9 +50,11 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """Messages to token ids. `ids` raises `EngineTypes.UserError` where the template cannot be applied.
+    """Messages to token ids. `ids` raises `EngineTypes.UserError` where the template cannot be
+    applied.
 
-    `source`: its text. `stops`: strings that end a reply. `plain`: whether a reply starts with a space to be removed.
+    `source`: its text. `stops`: strings that end a reply. `plain`: whether a reply starts with a
+    space to be removed.
     """
 
     source: str
@@ -58,9 +62,13 @@ class Template(Protocol):
     plain: bool
 
     def ids(
-        self, tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, opened: bool = True,
+        self,
+        tokenizer: Any,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        opened: bool = True,
         options: Mapping[str, Any] | None = None,
-    ) -> list[int]: ...  # fmt: skip
+    ) -> list[int]: ...
 
     def stop_tokens(self, tokenizer: Any) -> frozenset[int]: ...
 
@@ -74,7 +82,8 @@ class Ticket(Protocol):
 
 
 class Service(Protocol):
-    """The engine. `submit` returns at once; its events come in the engine's thread, once a tick at most."""
+    """The engine. `submit` returns at once; its events come in the engine's thread, once a tick at
+    most."""
 
     def submit(self, request: Any, on_events: Callable[[list[Any]], None]) -> Ticket: ...
 
@@ -86,7 +95,8 @@ class Service(Protocol):
 
 
 class Grammars(Protocol):
-    """Makes the constraint of one sequence; raises `EngineTypes.UserError` for one that cannot be compiled."""
+    """Makes the constraint of one sequence; raises `EngineTypes.UserError` for one that cannot be
+    compiled."""
 
     def json_schema(self, schema: dict[str, Any]) -> Any: ...
 
@@ -114,8 +124,9 @@ class EngineTypes(Protocol):
 class ModelBackend:
     """One model under the name a client asks for.
 
-    `window`: tokens a sequence may have, prompt and reply together. `recursions`: the most a token can run.
-    `grammars`: None where constrained output is not to be had; `no_grammars` then says why.
+    `window`: tokens a sequence may have, prompt and reply together. `recursions`: the most a token
+    can run. `grammars`: None where constrained output is not to be had; `no_grammars` then says
+    why.
     """
 
     name: str
@@ -164,7 +175,9 @@ class ModelRegistry:
             raise ApiError(503, "The models could not be loaded.", code="not_loaded", close=True)
         for model in self.models.values():
             if not model.alive():
-                raise ApiError(503, f"The engine of {model.name} has failed.", code="engine_dead", close=True)
+                raise ApiError(
+                    503, f"The engine of {model.name} has failed.", code="engine_dead", close=True
+                )
 
     def close(self) -> None:
         for model in self.models.values():

@@ -33,10 +33,18 @@ LARGE = 16 << 10  # bytes of a body that is parsed and encoded beside the event 
 
 class ModelEndpoint(Endpoint):
     def __init__(
-        self, shape: Shape, registry: ModelRegistry, settings: ModelSettings, *, admission: Admission,
-        metrics: ModelMetrics, mailbox: Callable[[], Mailbox],
-    ) -> None:  # fmt: skip
-        super().__init__(shape.name, "mor_jax:", settings=settings, admission=admission, metrics=metrics)
+        self,
+        shape: Shape,
+        registry: ModelRegistry,
+        settings: ModelSettings,
+        *,
+        admission: Admission,
+        metrics: ModelMetrics,
+        mailbox: Callable[[], Mailbox],
+    ) -> None:
+        super().__init__(
+            shape.name, "mor_jax:", settings=settings, admission=admission, metrics=metrics
+        )
         self.shape, self.registry, self.settings = shape, registry, settings
         self._metrics, self._mailbox = metrics, mailbox
 
@@ -52,7 +60,8 @@ class ModelEndpoint(Endpoint):
             try:
                 yield Generation(run, self.shape)
             finally:
-                await asyncio.shield(run.leave())  # the request holds its place until its lanes are free
+                # the request holds its place until its lanes are free
+                await asyncio.shield(run.leave())
 
     async def _read(self, request: Request) -> RequestPlan:
         body = await json_body(request)
@@ -76,7 +85,8 @@ class Generation(Exchange[None]):
         self.run, self.shape, self.stream = run, shape, run.plan.stream
         self.changed = run.changed
         self._identity, self._created = shape.prefix + secrets.token_hex(16), int(time.time())
-        self._open: dict[int, Sequence] = dict(enumerate(run.sequences))  # choices that have not been closed
+        # choices that have not been closed
+        self._open: dict[int, Sequence] = dict(enumerate(run.sequences))
 
     async def work(self) -> None:
         await self.run.wait()
@@ -89,7 +99,8 @@ class Generation(Exchange[None]):
         return "".join(self._chunk(choice) for choice in openings if choice is not None)
 
     def news(self) -> str:
-        """Chunks of what came since the last time; choices that have ended are closed and taken out."""
+        """Chunks of what came since the last time; choices that have ended are closed and taken
+        out."""
         parts = []
         for index, sequence in list(self._open.items()):
             text, scores = sequence.pull()
@@ -105,8 +116,12 @@ class Generation(Exchange[None]):
             yield event({**self._head(), "choices": [], "usage": self.run.usage().model_dump()})
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._identity, "object": self.shape.chunk_object, "created": self._created,
-                "model": self.run.plan.model.name}  # fmt: skip
+        return {
+            "id": self._identity,
+            "object": self.shape.chunk_object,
+            "created": self._created,
+            "model": self.run.plan.model.name,
+        }
 
     def _chunk(self, choice: dict[str, Any]) -> str:
         usage = {"usage": None} if self.run.plan.usage_wanted else {}
@@ -121,8 +136,12 @@ def parsed(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        if all(e["loc"][:1] == ("prompt",) and len(e["loc"]) > 1 for e in error.errors(include_input=False)):
-            raise refuse(PROMPT, "prompt", "invalid_type_or_value") from None  # of four forms, which was meant?
+        if all(
+            e["loc"][:1] == ("prompt",) and len(e["loc"]) > 1
+            for e in error.errors(include_input=False)
+        ):
+            # of four forms, which was meant?
+            raise refuse(PROMPT, "prompt", "invalid_type_or_value") from None
         raise from_validation(error) from None
 
 
@@ -131,8 +150,12 @@ def find(registry: ModelRegistry, name: str | None) -> ModelBackend:
     if name is None and len(registry.models) == 1:
         return next(iter(registry.models.values()))
     if name is None:
-        raise ApiError(400, f"model is missing; there are: {', '.join(registry.models)}.", param="model",
-                       code="missing_required_parameter")  # fmt: skip
+        raise ApiError(
+            400,
+            f"model is missing; there are: {', '.join(registry.models)}.",
+            param="model",
+            code="missing_required_parameter",
+        )
     if name not in registry.models:
         raise no_such_model(name, registry.models)
     return registry.models[name]

@@ -1,4 +1,5 @@
-"""A model server as a process: the port first, the models behind it, one line when they are ready."""
+"""A model server as a process: the port first, the models behind it, one line when they are
+ready."""
 
 from __future__ import annotations
 
@@ -19,13 +20,20 @@ from rlm_runtime.serve.model.settings import ModelSettings
 
 
 def run_server(
-    load: Callable[[], Sequence[ModelBackend]], settings: ModelSettings, *, host: str = "127.0.0.1", port: int = 8000,
-    say: Callable[[str], None] = print, began: float | None = None, allow_no_key: bool = False,
-) -> None:  # fmt: skip
-    """Serve until SIGTERM or SIGINT, then drain. `began`: `time.monotonic()` of the start, for the line that says how
-    long it took.
+    load: Callable[[], Sequence[ModelBackend]],
+    settings: ModelSettings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    say: Callable[[str], None] = print,
+    began: float | None = None,
+    allow_no_key: bool = False,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. `began`: `time.monotonic()` of the start, for the
+    line that says how long it took.
 
-    Raises UsageError (the address cannot be had, or would be open to others without a key), or what `load` raised.
+    Raises UsageError (the address cannot be had, or would be open to others without a key), or what
+    `load` raised.
     """
     if not is_loopback(host) and not settings.api_keys and not allow_no_key:
         raise UsageError(
@@ -45,7 +53,9 @@ def run_server(
                     stops[0]("loading failed")
                 return
             key = "" if settings.api_keys else " (no key needed)"
-            say(f"ready: {', '.join(registry.models)} at {url}{key}, {time.monotonic() - began:.1f} s after the start")
+            say(
+                f"ready: {', '.join(registry.models)} at {url}{key}, {time.monotonic() - began:.1f} s after the start"
+            )
 
         def load_once_up() -> Sequence[ModelBackend]:
             up.wait()  # what fails at once must find the server there to stop it
@@ -61,7 +71,8 @@ def run_server(
         if app.state.registry.failure is not None:
             raise app.state.registry.failure
         if not app.state.registry.loaded.is_set():
-            # Stopped while loading: the compiler works in a thread that an ordinary exit would tear down under it.
+            # Stopped while loading: the compiler works in a thread that an ordinary exit would tear
+            # down under it.
             say("stopped before the models were loaded")
             sys.stdout.flush()
             sys.stderr.flush()

@@ -9,8 +9,16 @@ from rlm_runtime.serve.http import openapi as o
 from rlm_runtime.serve.model import schemas as s
 
 INPUTS = (s.CompletionRequest, s.ChatRequest, s.TokenizeRequest, s.DetokenizeRequest)
-OUTPUTS = (s.Completion, s.ChatReply, s.ServedModelOut, s.ServedModelList, s.Tokenized, s.Detokenized, s.Version,
-           s.TokenizerInfo)  # fmt: skip
+OUTPUTS = (
+    s.Completion,
+    s.ChatReply,
+    s.ServedModelOut,
+    s.ServedModelList,
+    s.Tokenized,
+    s.Detokenized,
+    s.Version,
+    s.TokenizerInfo,
+)
 GOING_WRONG = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
 
@@ -33,25 +41,48 @@ def _paths(models: list[str]) -> dict[str, Any]:
     in_query = {"name": "model", "in": "query", "required": False, "schema": name}
     return {
         "/v1/completions": _post(
-            "completions", "Continue one prompt or many.", "CompletionRequest", "Completion", streams=True
+            "completions",
+            "Continue one prompt or many.",
+            "CompletionRequest",
+            "Completion",
+            streams=True,
         ),
         "/v1/chat/completions": _post(
             "chat_completions", "Reply to messages.", "ChatRequest", "ChatReply", streams=True
         ),
-        "/v1/models": {"get": o.get_of("list_models", "The models of this server.", "ServedModelList", 503)},
-        "/v1/models/{model}": {
-            "get": o.get_of("get_model", "One model.", "ServedModelOut", 404, 503, parameters=[in_path])
+        "/v1/models": {
+            "get": o.get_of("list_models", "The models of this server.", "ServedModelList", 503)
         },
-        "/tokenize": _post("tokenize", "Token ids of a text, or of messages.", "TokenizeRequest", "Tokenized"),
-        "/detokenize": _post("detokenize", "The text of token ids.", "DetokenizeRequest", "Detokenized"),
+        "/v1/models/{model}": {
+            "get": o.get_of(
+                "get_model", "One model.", "ServedModelOut", 404, 503, parameters=[in_path]
+            )
+        },
+        "/tokenize": _post(
+            "tokenize", "Token ids of a text, or of messages.", "TokenizeRequest", "Tokenized"
+        ),
+        "/detokenize": _post(
+            "detokenize", "The text of token ids.", "DetokenizeRequest", "Detokenized"
+        ),
         "/tokenizer_info": {
-            "get": o.get_of("tokenizer_info", "About the tokenizer.", "TokenizerInfo", 404, 503, parameters=[in_query])
+            "get": o.get_of(
+                "tokenizer_info",
+                "About the tokenizer.",
+                "TokenizerInfo",
+                404,
+                503,
+                parameters=[in_query],
+            )
         },
         "/health": o.probe_of("health", "The models are loaded and their engines live.", 503),
-        "/ready": o.probe_of("ready", "Requests are taken; 503 while loading and while stopping.", 503),
+        "/ready": o.probe_of(
+            "ready", "Requests are taken; 503 while loading and while stopping.", 503
+        ),
         "/version": {"get": o.get_of("version", "The version of the server.", "Version")},
     }
 
 
-def _post(name: str, summary: str, asked: str, answer: str, *, streams: bool = False) -> dict[str, Any]:
+def _post(
+    name: str, summary: str, asked: str, answer: str, *, streams: bool = False
+) -> dict[str, Any]:
     return o.post_of(name, summary, asked, answer, *GOING_WRONG, streams=streams)

@@ -16,32 +16,45 @@ from rlm_runtime.serve.model.sequence import Mailbox, Sequence
 from rlm_runtime.serve.model.settings import ModelSettings
 
 TURN = 16  # sequences submitted in one go
-LEAVING_SECONDS = 30.0  # a cancelled sequence leaves its lane at the next tick; longer means that the engine is stuck
+# a cancelled sequence leaves its lane at the next tick; longer means that the engine is stuck
+LEAVING_SECONDS = 30.0
 
 
 class RequestRun:
     """Submits a plan's sequences and gathers what they come to. Use on one event loop."""
 
-    def __init__(self, plan: RequestPlan, mailbox: Mailbox, metrics: ModelMetrics, settings: ModelSettings):
+    def __init__(
+        self, plan: RequestPlan, mailbox: Mailbox, metrics: ModelMetrics, settings: ModelSettings
+    ):
         self.plan, self.changed = plan, asyncio.Event()
         self.began = time.monotonic()
         self._mailbox, self._metrics, self._settings = mailbox, metrics, settings
         self._counted = False
         self.sequences = [
             Sequence(
-                plan.model, prompt=plan.prompts[wanted.prompt_index], stops=plan.stops, strip=plan.strip,
-                echo=plan.echo, logprobs=plan.logprobs is not None, drop=plan.scoring_only, changed=self.changed.set,
+                plan.model,
+                prompt=plan.prompts[wanted.prompt_index],
+                stops=plan.stops,
+                strip=plan.strip,
+                echo=plan.echo,
+                logprobs=plan.logprobs is not None,
+                drop=plan.scoring_only,
+                changed=self.changed.set,
             )
             for wanted in plan.sequences
-        ]  # fmt: skip
+        ]
 
     async def submit(self) -> None:
-        """Hand everything to the engine, or nothing. Raises ApiError: 429, 400, or 503 where the engine is gone."""
+        """Hand everything to the engine, or nothing. Raises ApiError: 429, 400, or 503 where the
+        engine is gone."""
         types, model = self.plan.model.engine_types, self.plan.model
         try:
-            for number, (sequence, wanted) in enumerate(zip(self.sequences, self.plan.sequences, strict=True)):
+            for number, (sequence, wanted) in enumerate(
+                zip(self.sequences, self.plan.sequences, strict=True)
+            ):
                 if number and number % TURN == 0:
-                    await asyncio.sleep(0)  # a thousand prompts in one request do not hold the others up
+                    # a thousand prompts in one request do not hold the others up
+                    await asyncio.sleep(0)
                 put = functools.partial(self._mailbox.put, sequence.take)
                 sequence.ticket = model.service.submit(wanted.request, put)
         except types.QueueFull as error:
@@ -52,7 +65,9 @@ class RequestRun:
         except types.UserError as error:
             self.cancel()
             if not model.alive():
-                raise ApiError(503, f"The engine of {model.name} has failed.", code="engine_dead") from error
+                raise ApiError(
+                    503, f"The engine of {model.name} has failed.", code="engine_dead"
+                ) from error
             raise refuse(str(error)) from error
         except BaseException:
             self.cancel()
@@ -63,7 +78,8 @@ class RequestRun:
         return all(s.finish is not None for s in self.sequences)
 
     async def wait(self) -> None:
-        """Until all sequences have ended. Raises ApiError as soon as the engine has given one up."""
+        """Until all sequences have ended. Raises ApiError as soon as the engine has given one
+        up."""
         while True:
             self.changed.clear()
             self.check()
@@ -85,21 +101,30 @@ class RequestRun:
                     self.changed.clear()
                     await self.changed.wait()
         except TimeoutError:
-            self._metrics.add("mor_jax:stuck_sequences_total", len(started), model_name=self.plan.model.name)
+            self._metrics.add(
+                "mor_jax:stuck_sequences_total", len(started), model_name=self.plan.model.name
+            )
         self.count()
 
     def check(self) -> None:
         """Raises ApiError if the engine gave a sequence up."""
         for sequence in self.sequences:
             if sequence.finish is not None and sequence.finish.reason == "error":
-                raise ApiError(500, "The engine failed while it worked on this request.", code="engine_error")
+                raise ApiError(
+                    500, "The engine failed while it worked on this request.", code="engine_error"
+                )
             if sequence.finish is not None and sequence.ended == "cancelled":
-                raise ApiError(503, "The request was cancelled because the server is stopping.", code="cancelled")
+                raise ApiError(
+                    503,
+                    "The request was cancelled because the server is stopping.",
+                    code="cancelled",
+                )
 
     # ---- what it came to
 
     def shown(self) -> list[tuple[int, Sequence]]:
-        """(choice index, sequence) of what the client gets: of each prompt the best `n`, by mean log-probability."""
+        """(choice index, sequence) of what the client gets: of each prompt the best `n`, by mean
+        log-probability."""
         plan, out = self.plan, []
         for start in range(0, len(self.sequences), plan.best_of):
             group = self.sequences[start : start + plan.best_of]
@@ -109,26 +134,34 @@ class RequestRun:
         return list(enumerate(out))
 
     def notes(self, sequence: Sequence) -> ChoiceNotes:
-        return ChoiceNotes(ended=sequence.ended, depths=sequence.depths if self.plan.depths_wanted else None)
+        return ChoiceNotes(
+            ended=sequence.ended, depths=sequence.depths if self.plan.depths_wanted else None
+        )
 
     def usage(self) -> ModelUsage:
-        """Of all sequences, shown or not. A prompt counts once however many sequences continue it."""
+        """Of all sequences, shown or not. A prompt counts once however many sequences continue
+        it."""
         ends = [s.finish for s in self.sequences if s.finish is not None]
         heads = [s.finish for s in self.sequences[:: self.plan.best_of] if s.finish is not None]
         prompt = sum(len(p) for p in self.plan.prompts)
         completion = 0 if self.plan.scoring_only else sum(e.completion_tokens for e in ends)
-        ran = [(e.mean_depth, e.prompt_tokens - e.cached_tokens + e.completion_tokens) for e in ends]
+        ran = [
+            (e.mean_depth, e.prompt_tokens - e.cached_tokens + e.completion_tokens) for e in ends
+        ]
         ran = [(depth, tokens) for depth, tokens in ran if math.isfinite(depth) and tokens > 0]
         total = sum(tokens for _, tokens in ran)
         return ModelUsage(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
             prompt_tokens_details=CachedTokens(cached_tokens=sum(e.cached_tokens for e in heads)),
             mor=RunNotes(
                 mean_depth=round(sum(d * t for d, t in ran) / total, 4) if total else None,
                 queued_seconds=round(max((e.queued_s for e in ends), default=0.0), 6),
-                preempted=sum(e.preempted for e in ends), ignored=list(self.plan.ignored),
+                preempted=sum(e.preempted for e in ends),
+                ignored=list(self.plan.ignored),
             ),
-        )  # fmt: skip
+        )
 
     def count(self) -> None:
         """Adds this run to the metrics, once."""
@@ -149,8 +182,11 @@ class RequestRun:
             metrics.observe("mor_jax:recursion_depth", depth, tokens, model_name=name)
         good = sequence.ended in ("stop", "length")
         ended = {"cancelled": "abort"}.get(sequence.ended, sequence.ended)
-        metrics.add("vllm:request_success_total" if good else "mor_jax:request_failure_total", model_name=name,
-                    finished_reason=ended)  # fmt: skip
+        metrics.add(
+            "vllm:request_success_total" if good else "mor_jax:request_failure_total",
+            model_name=name,
+            finished_reason=ended,
+        )
         if sequence.first_at is None:
             return
         ttft, gaps = sequence.first_at - self.began, sequence.drawn - 1
@@ -158,5 +194,9 @@ class RequestRun:
         metrics.observe("vllm:time_to_first_token_seconds", ttft, model_name=name)
         if gaps:
             metrics.observe("vllm:inter_token_latency_seconds", itl, gaps, model_name=name)
-        if good and ttft <= self._settings.goal_ttft_seconds and itl <= self._settings.goal_itl_seconds:
+        if (
+            good
+            and ttft <= self._settings.goal_ttft_seconds
+            and itl <= self._settings.goal_itl_seconds
+        ):
             metrics.add("mor_jax:good_requests_total", model_name=name)

@@ -1,7 +1,8 @@
-"""What goes over the wire of a model server: OpenAI's completion and chat objects, and our extensions.
+"""What goes over the wire of a model server: OpenAI's completion and chat objects, and our
+extensions.
 
-Extensions of a request are the fields that other model servers have too (`top_k`, `min_p`, ...) and those of
-recursion (`mean_depth`, `return_depths`, ...); those of a reply stand under the key `mor`.
+Extensions of a request are the fields that other model servers have too (`top_k`, `min_p`, ...) and
+those of recursion (`mean_depth`, `return_depths`, ...); those of a reply stand under the key `mor`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,16 @@ class Drawn(GenerationRequest):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        Field(max_length=300),
-    ] | None = None  # fmt: skip
+    logit_bias: (
+        Annotated[
+            dict[
+                Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+                Annotated[float, Field(ge=-100, le=100)],
+            ],
+            Field(max_length=300),
+        ]
+        | None
+    ) = None
 
     # As other model servers have them.
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None  # 0 and -1: off
@@ -52,7 +59,8 @@ class Drawn(GenerationRequest):
     guided_json: dict[str, Any] | None = None
     guided_regex: Annotated[str, Field(min_length=1, max_length=10_000)] | None = None
     guided_choice: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1_000)] | None
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1_000)]
+        | None
     ) = None
 
     # Ours.
@@ -60,7 +68,8 @@ class Drawn(GenerationRequest):
     min_depth: Annotated[int, Field(ge=0, le=1_000)] | None = None
     max_depth: Annotated[int, Field(ge=1, le=1_000)] | None = None
     return_depths: bool | None = None  # recursions of each token, under `mor` of its choice
-    deadline: Annotated[float, Field(gt=0, le=1e6)] | None = None  # seconds; what there is by then is the reply
+    # seconds; what there is by then is the reply
+    deadline: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
 
 class CompletionRequest(Drawn):
@@ -75,7 +84,8 @@ class CompletionRequest(Drawn):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: Annotated[str | None, WithJsonSchema({"enum": ["", None]})] = None  # refused by name
-    add_special_tokens: bool | None = None  # the document start before a prompt given as text; default yes
+    # the document start before a prompt given as text; default yes
+    add_special_tokens: bool | None = None
 
 
 class ImagePart(Wire):
@@ -133,8 +143,8 @@ class CachedTokens(Out):
 
 
 class RunNotes(Out):
-    """How the engine went about it: `mean_depth` is over computed prompt tokens and drawn tokens; `ignored` are the
-    fields of the request that this server does not know."""
+    """How the engine went about it: `mean_depth` is over computed prompt tokens and drawn tokens;
+    `ignored` are the fields of the request that this server does not know."""
 
     mean_depth: float | None
     queued_seconds: float
@@ -151,7 +161,8 @@ class ModelUsage(Out):
 
 
 class ChoiceNotes(Out):
-    """`ended` says more than finish_reason may: stop, length, deadline. `depths`: recursions of each drawn token."""
+    """`ended` says more than finish_reason may: stop, length, deadline. `depths`: recursions of
+    each drawn token."""
 
     ended: str
     depths: list[int] | None = None

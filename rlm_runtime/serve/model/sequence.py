@@ -1,4 +1,5 @@
-"""One sequence of a request: decodes tokens to text, cuts at stop strings, and assigns log-probabilities to text.
+"""One sequence of a request: decodes tokens to text, cuts at stop strings, and assigns
+log-probabilities to text.
 
 Everything here runs on the event loop; the engine's thread only drops events into the `Mailbox`.
 """
@@ -17,7 +18,8 @@ from rlm_runtime.serve.model.backend import ModelBackend, Ticket
 
 
 class Mailbox:
-    """Events of all sequences on their way from the engines' threads to the loop: one wake-up for each batch of them."""
+    """Events of all sequences on their way from the engines' threads to the loop: one wake-up for
+    each batch of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self._loop, self._lock = loop, threading.Lock()
@@ -58,9 +60,17 @@ class Sequence:
     """Text and tokens of one sequence so far. `changed` is called after each batch of events."""
 
     def __init__(
-        self, model: ModelBackend, *, prompt: list[int], stops: tuple[str, ...], strip: bool, echo: bool,
-        logprobs: bool, drop: bool, changed: Callable[[], None],
-    ):  # fmt: skip
+        self,
+        model: ModelBackend,
+        *,
+        prompt: list[int],
+        stops: tuple[str, ...],
+        strip: bool,
+        echo: bool,
+        logprobs: bool,
+        drop: bool,
+        changed: Callable[[], None],
+    ):
         self.finish: Any = None  # the engine's last event
         self.ticket: Ticket | None = None
         self.depths: list[int] = []

@@ -43,7 +43,9 @@ class Shape(Protocol):
 
     def opening(self, index: int) -> dict[str, Any] | None: ...
 
-    def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]: ...
+    def piece(
+        self, run: RequestRun, index: int, text: str, scores: list[Scored]
+    ) -> dict[str, Any]: ...
 
     def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]: ...
 
@@ -54,9 +56,16 @@ def finish_reason(sequence: Sequence) -> Literal["stop", "length"]:
 
 
 class CompletionShape(Shape):
-    name, request, prefix, chunk_object = "completions", CompletionRequest, "cmpl-", "text_completion"
+    name, request, prefix, chunk_object = (
+        "completions",
+        CompletionRequest,
+        "cmpl-",
+        "text_completion",
+    )
 
-    def plan(self, asked: CompletionRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
+    def plan(
+        self, asked: CompletionRequest, model: ModelBackend, settings: ModelSettings
+    ) -> RequestPlan:
         return plan_completion(asked, model, settings)
 
     def whole(self, run: RequestRun, identity: str) -> Completion:
@@ -65,24 +74,41 @@ class CompletionShape(Shape):
             text, scores = sequence.pull()
             choices.append(
                 CompletionChoice(
-                    index=index, text=text, logprobs=self._logprobs(run.plan, scores),
-                    finish_reason=finish_reason(sequence), mor=run.notes(sequence),
+                    index=index,
+                    text=text,
+                    logprobs=self._logprobs(run.plan, scores),
+                    finish_reason=finish_reason(sequence),
+                    mor=run.notes(sequence),
                 )
-            )  # fmt: skip
-        return Completion(id=identity, created=int(time.time()), model=run.plan.model.name, choices=choices,
-                          usage=run.usage())  # fmt: skip
+            )
+        return Completion(
+            id=identity,
+            created=int(time.time()),
+            model=run.plan.model.name,
+            choices=choices,
+            usage=run.usage(),
+        )
 
     def opening(self, index: int) -> None:
         return None
 
     def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
         logprobs = self._logprobs(run.plan, scores)
-        return {"index": index, "text": text, "finish_reason": None,
-                "logprobs": logprobs.model_dump() if logprobs else None}  # fmt: skip
+        return {
+            "index": index,
+            "text": text,
+            "finish_reason": None,
+            "logprobs": logprobs.model_dump() if logprobs else None,
+        }
 
     def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": finish_reason(sequence),
-                "mor": run.notes(sequence).model_dump()}  # fmt: skip
+        return {
+            "index": index,
+            "text": "",
+            "logprobs": None,
+            "finish_reason": finish_reason(sequence),
+            "mor": run.notes(sequence).model_dump(),
+        }
 
     def _logprobs(self, plan: RequestPlan, scores: list[Scored]) -> CompletionLogprobs | None:
         if plan.logprobs is None:
@@ -98,12 +124,18 @@ class CompletionShape(Shape):
         return CompletionLogprobs(
             tokens=[shown(tokenizer, s.id) for s in scores],
             token_logprobs=[None if s.logprob is None else bounded(s.logprob) for s in scores],
-            top_logprobs=tops if plan.logprobs else None, text_offset=[s.start for s in scores],
-        )  # fmt: skip
+            top_logprobs=tops if plan.logprobs else None,
+            text_offset=[s.start for s in scores],
+        )
 
 
 class ChatShape(Shape):
-    name, request, prefix, chunk_object = "chat_completions", ChatRequest, "chatcmpl-", "chat.completion.chunk"
+    name, request, prefix, chunk_object = (
+        "chat_completions",
+        ChatRequest,
+        "chatcmpl-",
+        "chat.completion.chunk",
+    )
 
     def plan(self, asked: ChatRequest, model: ModelBackend, settings: ModelSettings) -> RequestPlan:
         return plan_chat(asked, model, settings)
@@ -114,24 +146,46 @@ class ChatShape(Shape):
             text, scores = sequence.pull()
             choices.append(
                 ChatChoice(
-                    index=index, message=ChatMessageOut(content=text), logprobs=self._logprobs(run.plan, scores),
-                    finish_reason=finish_reason(sequence), mor=run.notes(sequence),
+                    index=index,
+                    message=ChatMessageOut(content=text),
+                    logprobs=self._logprobs(run.plan, scores),
+                    finish_reason=finish_reason(sequence),
+                    mor=run.notes(sequence),
                 )
-            )  # fmt: skip
-        return ChatReply(id=identity, created=int(time.time()), model=run.plan.model.name, choices=choices,
-                         usage=run.usage())  # fmt: skip
+            )
+        return ChatReply(
+            id=identity,
+            created=int(time.time()),
+            model=run.plan.model.name,
+            choices=choices,
+            usage=run.usage(),
+        )
 
     def opening(self, index: int) -> dict[str, Any]:
-        return {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return {
+            "index": index,
+            "delta": {"role": "assistant", "content": ""},
+            "logprobs": None,
+            "finish_reason": None,
+        }
 
     def piece(self, run: RequestRun, index: int, text: str, scores: list[Scored]) -> dict[str, Any]:
         logprobs = self._logprobs(run.plan, scores)
-        return {"index": index, "delta": {"content": text}, "finish_reason": None,
-                "logprobs": logprobs.model_dump() if logprobs else None}  # fmt: skip
+        return {
+            "index": index,
+            "delta": {"content": text},
+            "finish_reason": None,
+            "logprobs": logprobs.model_dump() if logprobs else None,
+        }
 
     def closing(self, run: RequestRun, index: int, sequence: Sequence) -> dict[str, Any]:
-        return {"index": index, "delta": {}, "logprobs": None, "finish_reason": finish_reason(sequence),
-                "mor": run.notes(sequence).model_dump()}  # fmt: skip
+        return {
+            "index": index,
+            "delta": {},
+            "logprobs": None,
+            "finish_reason": finish_reason(sequence),
+            "mor": run.notes(sequence).model_dump(),
+        }
 
     def _logprobs(self, plan: RequestPlan, scores: list[Scored]) -> ChatLogprobs | None:
         if plan.logprobs is None:
@@ -151,7 +205,8 @@ class ChatShape(Shape):
 
 
 def shown(tokenizer: Tokenizer, token: int) -> str:
-    """One token as text; bytes that are no text of their own as `bytes:\\xe2\\x82`, so that tokens stay apart."""
+    """One token as text; bytes that are no text of their own as `bytes:\\xe2\\x82`, so that tokens
+    stay apart."""
     piece = tokenizer.piece(token)
     if not piece:
         return tokenizer.token_text(token)
@@ -171,4 +226,6 @@ def bounded(logprob: float) -> float:
 
 def _top(tokenizer: Tokenizer, token: int, logprob: float) -> TopLogprob:
     piece = tokenizer.piece(token)
-    return TopLogprob(token=shown(tokenizer, token), logprob=bounded(logprob), bytes=list(piece) or None)
+    return TopLogprob(
+        token=shown(tokenizer, token), logprob=bounded(logprob), bytes=list(piece) or None
+    )

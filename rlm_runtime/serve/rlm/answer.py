@@ -44,25 +44,38 @@ def usage_out(result: RLMResult, text: str) -> UsageOut:
     usage = result.usage
     hidden = max(0, usage.output_tokens - (len(text) // CHARS_A_TOKEN + 1))
     return UsageOut(
-        prompt_tokens=usage.input_tokens, completion_tokens=usage.output_tokens,
+        prompt_tokens=usage.input_tokens,
+        completion_tokens=usage.output_tokens,
         total_tokens=usage.input_tokens + usage.output_tokens,
         prompt_tokens_details=PromptDetails(cached_tokens=usage.cached_tokens),
         completion_tokens_details=CompletionDetails(reasoning_tokens=hidden),
-    )  # fmt: skip
+    )
 
 
-def report(request: ChatRequest, budget: Budget, depth: int, result: RLMResult, run: str) -> RunReport:
+def report(
+    request: ChatRequest, budget: Budget, depth: int, result: RLMResult, run: str
+) -> RunReport:
     limits = {k: v for k, v in budget.model_dump().items() if v is not None}
     return RunReport(
-        run=run, stop_reason=result.stop_reason, partial=result.partial, turns=result.turns,
-        sub_calls=result.sub_calls, calls=result.usage.calls, cost_usd=result.cost_usd, seconds=round(result.seconds, 3),
+        run=run,
+        stop_reason=result.stop_reason,
+        partial=result.partial,
+        turns=result.turns,
+        sub_calls=result.sub_calls,
+        calls=result.usage.calls,
+        cost_usd=result.cost_usd,
+        seconds=round(result.seconds, 3),
         usage_by_depth={str(d): depth_usage(u) for d, u in result.usage_by_depth.items()},
-        budget={**limits, "max_depth": depth}, ignored=request.ignored(),
-    )  # fmt: skip
+        budget={**limits, "max_depth": depth},
+        ignored=request.ignored(),
+    )
 
 
 def depth_usage(usage: Usage) -> DepthUsage:
     return DepthUsage(
-        calls=usage.calls, input_tokens=usage.input_tokens, output_tokens=usage.output_tokens,
-        cached_tokens=usage.cached_tokens, cost_usd=usage.cost_usd,
-    )  # fmt: skip
+        calls=usage.calls,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=usage.cached_tokens,
+        cost_usd=usage.cost_usd,
+    )

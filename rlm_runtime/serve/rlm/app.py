@@ -28,7 +28,8 @@ SWEEP_SECONDS = 60.0
 
 
 def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = None) -> Starlette:
-    """The server as an ASGI application; `app.state.admission`, `.files` and `.metrics` are its parts.
+    """The server as an ASGI application; `app.state.admission`, `.files` and `.metrics` are its
+    parts.
 
     The language models stay the caller's: they are not closed when the application ends.
     """
@@ -40,11 +41,16 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
     metrics = make_metrics()
     admission = Admission(settings.max_runs, settings.max_queue, settings.queue_seconds)
     files = FileStore(
-        settings.files_dir, one=settings.file_bytes, all_=settings.files_bytes, per_owner=settings.files_per_key,
+        settings.files_dir,
+        one=settings.file_bytes,
+        all_=settings.files_bytes,
+        per_owner=settings.files_per_key,
         seconds=settings.file_seconds,
-    )  # fmt: skip
+    )
     metrics.gauge("rlm_num_requests_running", "Runs going on.", lambda: admission.running)
-    metrics.gauge("rlm_num_requests_waiting", "Requests waiting for a place.", lambda: admission.waiting)
+    metrics.gauge(
+        "rlm_num_requests_waiting", "Requests waiting for a place.", lambda: admission.waiting
+    )
     metrics.gauge("rlm_files_bytes", "Bytes of uploaded files.", lambda: files.used)
 
     async def list_models(request: Request) -> Response:
@@ -79,22 +85,32 @@ def create_app(models: Sequence[ServedModel], settings: ServeSettings | None = N
         *file_routes(files, admission),
     ]
     app = assemble(
-        routes, settings=settings, admission=admission, metrics=metrics, requests_total="rlm_http_requests_total",
-        document=lambda: described, lifespan=lifespan, methods=("GET", "POST", "DELETE"),
+        routes,
+        settings=settings,
+        admission=admission,
+        metrics=metrics,
+        requests_total="rlm_http_requests_total",
+        document=lambda: described,
+        lifespan=lifespan,
+        methods=("GET", "POST", "DELETE"),
         exposed=("X-Request-Id", "X-RLM-Run", "Retry-After"),
-    )  # fmt: skip
+    )
     app.state.files = files
     return app
 
 
 def make_metrics() -> Metrics:
     metrics = Metrics()
-    metrics.counter("rlm_http_requests_total", "HTTP requests answered, by route and status.", "route", "status")
+    metrics.counter(
+        "rlm_http_requests_total", "HTTP requests answered, by route and status.", "route", "status"
+    )
     metrics.counter("rlm_requests_total", "Runs ended, by outcome.", "finished_reason")
     metrics.counter("rlm_rejected_total", "Runs refused before they began, by reason.", "reason")
     metrics.counter("rlm_disconnects_total", "Runs cancelled because the client went away.")
     metrics.counter("rlm_prompt_tokens_total", "Prompt tokens over the whole trees of all runs.")
-    metrics.counter("rlm_generation_tokens_total", "Generated tokens over the whole trees of all runs.")
+    metrics.counter(
+        "rlm_generation_tokens_total", "Generated tokens over the whole trees of all runs."
+    )
     metrics.counter("rlm_model_calls_total", "Model calls over the whole trees of all runs.")
     metrics.counter("rlm_cost_usd_total", "Dollars spent, where prices are known.")
     metrics.histogram("rlm_e2e_request_latency_seconds", "From admission to the end of a run.")

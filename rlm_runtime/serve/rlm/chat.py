@@ -27,7 +27,13 @@ from rlm_runtime.serve.http.metrics import Metrics
 from rlm_runtime.serve.rlm.answer import answer_text, report, usage_out
 from rlm_runtime.serve.rlm.conversation import Task, build
 from rlm_runtime.serve.rlm.progress import Progress, line
-from rlm_runtime.serve.rlm.schemas import AnswerMessage, ChatCompletion, ChatRequest, Choice, RunReport
+from rlm_runtime.serve.rlm.schemas import (
+    AnswerMessage,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    RunReport,
+)
 from rlm_runtime.serve.rlm.served import ServedModel
 from rlm_runtime.serve.rlm.settings import ServeSettings
 
@@ -38,10 +44,17 @@ NOTES = 1_000  # progress notes kept for a client that reads too slowly; the old
 
 class ChatEndpoint(Endpoint):
     def __init__(
-        self, models: Mapping[str, ServedModel], settings: ServeSettings, *, admission: Admission, files: FileStore,
+        self,
+        models: Mapping[str, ServedModel],
+        settings: ServeSettings,
+        *,
+        admission: Admission,
+        files: FileStore,
         metrics: Metrics,
-    ) -> None:  # fmt: skip
-        super().__init__("chat_completions", "rlm_", settings=settings, admission=admission, metrics=metrics)
+    ) -> None:
+        super().__init__(
+            "chat_completions", "rlm_", settings=settings, admission=admission, metrics=metrics
+        )
         self.models, self.settings, self.files = models, settings, files
 
     @contextlib.asynccontextmanager
@@ -64,7 +77,9 @@ class ChatEndpoint(Endpoint):
 class ChatRun(Exchange[RLMResult]):
     """A request that was understood, and its run."""
 
-    def __init__(self, endpoint: ChatEndpoint, model: ServedModel, request: ChatRequest, *, owner: str) -> None:
+    def __init__(
+        self, endpoint: ChatEndpoint, model: ServedModel, request: ChatRequest, *, owner: str
+    ) -> None:
         super().__init__()
         self.request, self.model, self.owner = request, model, owner
         self.budget, self.depth = model.bounds(request)
@@ -89,14 +104,21 @@ class ChatRun(Exchange[RLMResult]):
                 try:
                     task = await asyncio.to_thread(self._task, folder)
                     rlm = self.model.build(
-                        self.request, log_dir=self._settings.log_dir, on_event=self._hear, budget=self.budget,
+                        self.request,
+                        log_dir=self._settings.log_dir,
+                        on_event=self._hear,
+                        budget=self.budget,
                         depth=self.depth,
-                    )  # fmt: skip
-                    result = await rlm.acompletion(task.context, task.question, output=self.request.answer_schema())
+                    )
+                    result = await rlm.acompletion(
+                        task.context, task.question, output=self.request.answer_schema()
+                    )
                     outcome = result.stop_reason.replace(":", "_")
                     self._count(result)
                 finally:
-                    self._metrics.observe("rlm_e2e_request_latency_seconds", time.monotonic() - began)
+                    self._metrics.observe(
+                        "rlm_e2e_request_latency_seconds", time.monotonic() - began
+                    )
             if result.stop_reason == "cancelled":
                 raise Cancelled("The run was cancelled.")
             return result
@@ -108,7 +130,8 @@ class ChatRun(Exchange[RLMResult]):
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, folder, True))
 
     def _task(self, folder: Path) -> Task:
-        """Blocking. An upload is linked into the request's folder: deleting it does not hurt a run that reads it."""
+        """Blocking. An upload is linked into the request's folder: deleting it does not hurt a run
+        that reads it."""
 
         def find(file_id: str) -> tuple[Path, str]:
             stored = self._files.get(file_id, self.owner)
@@ -121,7 +144,9 @@ class ChatRun(Exchange[RLMResult]):
                     return stored.path, stored.name
             return mine, stored.name
 
-        return build(self.request, folder=folder, find=find, question_chars=self._settings.question_chars)
+        return build(
+            self.request, folder=folder, find=find, question_chars=self._settings.question_chars
+        )
 
     def _count(self, result: RLMResult) -> None:
         self._metrics.add("rlm_prompt_tokens_total", result.usage.input_tokens)
@@ -152,10 +177,13 @@ class ChatRun(Exchange[RLMResult]):
     def whole(self, result: RLMResult) -> ChatCompletion:
         text, finish = answer_text(self.request, result)
         return ChatCompletion(
-            id=self.id, created=self.created, model=self.model.name,
+            id=self.id,
+            created=self.created,
+            model=self.model.name,
             choices=[Choice(message=AnswerMessage(content=text), finish_reason=finish)],
-            usage=usage_out(result, text), rlm=self._report(result),
-        )  # fmt: skip
+            usage=usage_out(result, text),
+            rlm=self._report(result),
+        )
 
     def opening(self) -> str:
         return self._chunk({"role": "assistant", "content": ""})
@@ -183,13 +211,25 @@ class ChatRun(Exchange[RLMResult]):
             yield self._chunk({}, finish, rlm=run_report)
             return
         yield self._chunk({}, finish)
-        yield event({**self._head(), "choices": [], "usage": usage_out(result, text).model_dump(), "rlm": run_report})
+        yield event(
+            {
+                **self._head(),
+                "choices": [],
+                "usage": usage_out(result, text).model_dump(),
+                "rlm": run_report,
+            }
+        )
 
     def _report(self, result: RLMResult) -> RunReport:
         return report(self.request, self.budget, self.depth, result, self.run)
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model.name}
+        return {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model.name,
+        }
 
     def _chunk(self, delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}

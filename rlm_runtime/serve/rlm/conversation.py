@@ -2,17 +2,18 @@
 
 The rule, which docs/rlm.md states for users:
 
-1. The **question** is the last text part of the last user message; `rlm.question` overrides it. System and developer
-   messages go before it as instructions.
+1. The **question** is the last text part of the last user message; `rlm.question` overrides it.
+   System and developer messages go before it as instructions.
 2. The **context** is the files, if any are attached (parts of type `file` or `input_file`, or
-   `rlm.context_file_ids`): one file is the context itself; several, or files next to earlier messages, are a folder,
-   which then also holds `conversation.json`.
-3. Without files: if there is one user message and nothing from an assistant, its text parts before the last are the
-   context, as text. If there is only one part and it is longer than `question_chars`, that part is the context.
+   `rlm.context_file_ids`): one file is the context itself; several, or files next to earlier
+   messages, are a folder, which then also holds `conversation.json`.
+3. Without files: if there is one user message and nothing from an assistant, its text parts before
+   the last are the context, as text. If there is only one part and it is longer than
+   `question_chars`, that part is the context.
 4. Otherwise the context is the list of all messages.
 
-A question or instruction longer than `question_chars` is shown by its beginning and its end, and the root is told
-where the whole of it is.
+A question or instruction longer than `question_chars` is shown by its beginning and its end, and
+the root is told where the whole of it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ from rlm_runtime.context import Context
 from rlm_runtime.serve.http.errors import refuse
 from rlm_runtime.serve.http.files import safe_name
 from rlm_runtime.serve.http.schemas import RefusalPart, TextPart
-from rlm_runtime.serve.rlm.schemas import ChatMessage, ChatRequest, FilePart, FileRef, ImagePart, InputFilePart
+from rlm_runtime.serve.rlm.schemas import (
+    ChatMessage,
+    ChatRequest,
+    FilePart,
+    FileRef,
+    ImagePart,
+    InputFilePart,
+)
 
 GAP = "\n\n"
 
@@ -43,7 +51,11 @@ class Task:
 
 
 def build(
-    request: ChatRequest, *, folder: Path, find: Callable[[str], tuple[Path, str]], question_chars: int = 8_000
+    request: ChatRequest,
+    *,
+    folder: Path,
+    find: Callable[[str], tuple[Path, str]],
+    question_chars: int = 8_000,
 ) -> Task:
     """The task a request asks for.
 
@@ -62,12 +74,21 @@ def build(
     asked = options.question if options and options.question else None
     question = asked or (texts[last][-1] if texts[last] else "")
     if not question.strip() and not files:
-        raise refuse(f"messages.{last} has no text: the last user message is the question.", f"messages.{last}.content")
+        raise refuse(
+            f"messages.{last} has no text: the last user message is the question.",
+            f"messages.{last}.content",
+        )
     question = question if question.strip() else "Answer what the context asks."
     instructions = GAP.join(
-        GAP.join(t) for m, t in zip(request.messages, texts, strict=True) if m.role in ("system", "developer")
+        GAP.join(t)
+        for m, t in zip(request.messages, texts, strict=True)
+        if m.role in ("system", "developer")
     ).strip()
-    others = [i for i, m in enumerate(request.messages) if m.role not in ("system", "developer") and i != last]
+    others = [
+        i
+        for i, m in enumerate(request.messages)
+        if m.role not in ("system", "developer") and i != last
+    ]
 
     alone = not others and len(instructions) <= question_chars  # one user message holds everything
     parts = texts[last]
@@ -111,9 +132,16 @@ def _texts(message: ChatMessage, index: int) -> list[str]:
         if isinstance(part, ImagePart):
             raise refuse(
                 f"messages.{index}.content.{k}: parts of type {part.type} are not supported; send text or files.",
-                f"messages.{index}.content.{k}", "unsupported_value",
-            )  # fmt: skip
-        text = part.text if isinstance(part, TextPart) else part.refusal if isinstance(part, RefusalPart) else ""
+                f"messages.{index}.content.{k}",
+                "unsupported_value",
+            )
+        text = (
+            part.text
+            if isinstance(part, TextPart)
+            else part.refusal
+            if isinstance(part, RefusalPart)
+            else ""
+        )
         if text:
             texts.append(text)
     return texts
@@ -128,13 +156,16 @@ def _plain(request: ChatRequest, texts: Sequence[list[str]]) -> list[dict[str, A
             plain["name"] = message.name
         if message.tool_calls:
             plain["tool_calls"] = [
-                {"name": c.function.name, "arguments": c.function.arguments} for c in message.tool_calls
+                {"name": c.function.name, "arguments": c.function.arguments}
+                for c in message.tool_calls
             ]
         messages.append(plain)
     return messages
 
 
-def _files(request: ChatRequest, folder: Path, find: Callable[[str], tuple[Path, str]]) -> dict[str, Path]:
+def _files(
+    request: ChatRequest, folder: Path, find: Callable[[str], tuple[Path, str]]
+) -> dict[str, Path]:
     """Name -> path of every attached file, in order; names made unique."""
     refs: list[tuple[str, FileRef]] = []
     for i, message in enumerate(request.messages):
@@ -184,10 +215,13 @@ def _gather(files: dict[str, Path], messages: list[dict[str, Any]], folder: Path
 
 
 def _text(path: Path) -> Context:
-    """Raises ContextError for what is empty or no text, ApiError for what would have to be unpacked."""
+    """Raises ContextError for what is empty or no text, ApiError for what would have to be
+    unpacked."""
     context = Context.of(path)
     if context.compression:
-        raise refuse(f"{path.name} is compressed; upload the text itself.", "file", "unsupported_file")
+        raise refuse(
+            f"{path.name} is compressed; upload the text itself.", "file", "unsupported_file"
+        )
     return context
 
 

@@ -24,19 +24,43 @@ class Progress:
             case Replied():
                 usage = event.usage
                 return {
-                    "event": "turn", "node": event.node, "turn": event.turn, "seconds": round(event.seconds, 3),
-                    "input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens,
-                }  # fmt: skip
+                    "event": "turn",
+                    "node": event.node,
+                    "turn": event.turn,
+                    "seconds": round(event.seconds, 3),
+                    "input_tokens": usage.input_tokens,
+                    "output_tokens": usage.output_tokens,
+                }
             case CellStart():
-                return {"event": "cell", "node": event.node, "turn": event.turn, "cell": event.cell,
-                        "code": event.code[:CODE]}  # fmt: skip
+                return {
+                    "event": "cell",
+                    "node": event.node,
+                    "turn": event.turn,
+                    "cell": event.cell,
+                    "code": event.code[:CODE],
+                }
             case CellEnd():
                 result = event.result
-                out = result.stdout if result.error is None else f"{result.error.type}: {result.error.message}"
-                return {"event": "output", "node": event.node, "turn": event.turn, "cell": event.cell,
-                        "status": result.status, "text": out[:OUTPUT]}  # fmt: skip
+                out = (
+                    result.stdout
+                    if result.error is None
+                    else f"{result.error.type}: {result.error.message}"
+                )
+                return {
+                    "event": "output",
+                    "node": event.node,
+                    "turn": event.turn,
+                    "cell": event.cell,
+                    "status": result.status,
+                    "text": out[:OUTPUT],
+                }
             case Nudged():
-                return {"event": "nudge", "node": event.node, "turn": event.turn, "reason": event.reason}
+                return {
+                    "event": "nudge",
+                    "node": event.node,
+                    "turn": event.turn,
+                    "reason": event.reason,
+                }
             case NodeStart():
                 self._running += 1
                 return self._calls(force=False)
@@ -52,7 +76,12 @@ class Progress:
         if not force and now - self._told < EVERY:
             return None
         self._told = now
-        return {"event": "calls", "running": self._running, "done": self._done, "failed": self._failed}
+        return {
+            "event": "calls",
+            "running": self._running,
+            "done": self._done,
+            "failed": self._failed,
+        }
 
 
 def line(note: dict[str, Any]) -> str:

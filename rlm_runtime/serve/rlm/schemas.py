@@ -1,4 +1,5 @@
-"""What goes over the wire of an RLM server: OpenAI's chat completion, and our extensions under the key `rlm`."""
+"""What goes over the wire of an RLM server: OpenAI's chat completion, and our extensions under the
+key `rlm`."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ Progress = Literal["field", "reasoning", "comment", "none"]
 
 
 class FileRef(Wire):
-    """Either an uploaded file, or its bytes in base64, with or without `data:...;base64,` before them."""
+    """Either an uploaded file, or its bytes in base64, with or without `data:...;base64,` before
+    them."""
 
     file_id: FileId | None = None
     file_data: str | None = None
@@ -50,7 +52,9 @@ class ImagePart(Wire):
     type: Literal["image_url", "input_image", "input_audio"]
 
 
-Part = Annotated[TextPart | RefusalPart | FilePart | InputFilePart | ImagePart, Field(discriminator="type")]
+Part = Annotated[
+    TextPart | RefusalPart | FilePart | InputFilePart | ImagePart, Field(discriminator="type")
+]
 
 
 class Function(Wire):
@@ -103,16 +107,32 @@ class RlmOptions(Wire):
 TEXT = {"type": "string", "pattern": "\\S"}
 QUESTION: dict[str, Any] = {
     "description": "One message at least is a user's; the last text of the last one is the question.",
-    "contains": {"properties": {"role": {"const": "user"}, "content": TEXT}, "required": ["role", "content"]},
+    "contains": {
+        "properties": {"role": {"const": "user"}, "content": TEXT},
+        "required": ["role", "content"],
+    },
 }
 
 
-UNUSED = ("logprobs", "top_logprobs", "presence_penalty", "frequency_penalty", "logit_bias", "tools", "tool_choice",
-          "functions", "function_call", "modalities", "audio")  # fmt: skip
+UNUSED = (
+    "logprobs",
+    "top_logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "modalities",
+    "audio",
+)
 
 
 class ChatRequest(GenerationRequest, ChatFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=100_000, json_schema_extra=QUESTION)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=100_000, json_schema_extra=QUESTION)
+    ]
     max_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -129,16 +149,21 @@ class ChatRequest(GenerationRequest, ChatFields):
         """Raises ApiError for fields that would have no effect."""
         if self.n not in (None, 1):
             raise refuse("n must be 1: a run gives one answer.", "n", "unsupported_value")
-        tools = "cannot be given in a request; the tools of an RLM are set where the server is started."
+        tools = (
+            "cannot be given in a request; the tools of an RLM are set where the server is started."
+        )
         self.check_text_only(tools, "there are no tools.")
         if self.logprobs or self.top_logprobs:
             text = "logprobs are not available: the answer comes out of a program."
             raise refuse(text, "logprobs", "unsupported_parameter")
         self.check_stream()
         if self.metadata is not None and (
-            len(self.metadata) > 16 or any(len(k) > 64 or len(v) > 512 for k, v in self.metadata.items())
+            len(self.metadata) > 16
+            or any(len(k) > 64 or len(v) > 512 for k, v in self.metadata.items())
         ):
-            raise refuse("metadata takes 16 pairs, keys to 64 and values to 512 characters.", "metadata")
+            raise refuse(
+                "metadata takes 16 pairs, keys to 64 and values to 512 characters.", "metadata"
+            )
 
     def ignored(self) -> list[str]:
         """Fields that were given and had no effect."""
@@ -170,7 +195,8 @@ class CompletionDetails(Out):
 
 
 class UsageOut(Out):
-    """Summed over the whole tree. `reasoning_tokens` is what was generated beyond the answer, by an estimate."""
+    """Summed over the whole tree. `reasoning_tokens` is what was generated beyond the answer, by an
+    estimate."""
 
     prompt_tokens: int
     completion_tokens: int

@@ -27,16 +27,29 @@ class ServedModel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(
-        self, request: ChatRequest, *, log_dir: Path | None, on_event: Callable[[Any], None], budget: Budget, depth: int
+        self,
+        request: ChatRequest,
+        *,
+        log_dir: Path | None,
+        on_event: Callable[[Any], None],
+        budget: Budget,
+        depth: int,
     ) -> RLM:
         """The RLM for one request."""
         from rlm_runtime.rlm import RLM
 
         return RLM(
-            self.root, self.sub, max_depth=depth, budget=budget, log_dir=log_dir, on_event=on_event,
-            root_sampling=Sampling(temperature=request.temperature, top_p=request.top_p, seed=request.seed),
+            self.root,
+            self.sub,
+            max_depth=depth,
+            budget=budget,
+            log_dir=log_dir,
+            on_event=on_event,
+            root_sampling=Sampling(
+                temperature=request.temperature, top_p=request.top_p, seed=request.seed
+            ),
             **self.options,
-        )  # fmt: skip
+        )
 
     def check(self) -> None:
         """Raises UsageError for options an RLM does not take, before the first request does."""
@@ -46,9 +59,16 @@ class ServedModel:
 
     def bounds(self, request: ChatRequest) -> tuple[Budget, int]:
         """What this request may use: what it asks for, cut to the server's limits."""
-        asked = request.rlm.budget.model_dump(exclude_none=True) if request.rlm and request.rlm.budget else {}
-        if request.max_completion_tokens is not None:  # OpenAI counts hidden reasoning in it, and so do we
-            asked["output_tokens"] = min(request.max_completion_tokens, asked.get("output_tokens", 2**53))
+        asked = (
+            request.rlm.budget.model_dump(exclude_none=True)
+            if request.rlm and request.rlm.budget
+            else {}
+        )
+        # OpenAI counts hidden reasoning in it, and so do we
+        if request.max_completion_tokens is not None:
+            asked["output_tokens"] = min(
+                request.max_completion_tokens, asked.get("output_tokens", 2**53)
+            )
         limits = self.budget.model_dump()
         for name, value in asked.items():
             limits[name] = value if limits[name] is None else min(value, limits[name])

@@ -1,6 +1,7 @@
 """Questions about a source tree: parse the files with `ast`, then let the tree answer.
 
-Names are those of real code; a file belongs to one split by the hash of its path, so the trees share none.
+Names are those of real code; a file belongs to one split by the hash of its path, so the trees
+share none.
 """
 
 from __future__ import annotations
@@ -91,5 +92,7 @@ def recover(problem: Problem, rng: random.Random) -> Turns:
 
 
 EXPERT = Expert(
-    ("codeqa",), problem, {"tree": Strategy(tree), "verify": Strategy(verify), "recover": Strategy(recover)}
+    ("codeqa",),
+    problem,
+    {"tree": Strategy(tree), "verify": Strategy(verify), "recover": Strategy(recover)},
 )

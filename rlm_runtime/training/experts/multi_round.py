@@ -1,4 +1,5 @@
-"""Multi-round needles: build the request from the question, split the conversation by it, slice the reply out."""
+"""Multi-round needles: build the request from the question, split the conversation by it, slice the
+reply out."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     dress, request = Dressing(rng, split), rng.choice(of_split(REQUESTS, split))
     text = dress(example.context.read_text(encoding="utf-8"))
     text = re.sub(
-        r"(?m)^User: Write a (.+) about (.+)\.$", lambda m: "User: " + request.format(form=m[1], topic=m[2]), text
+        r"(?m)^User: Write a (.+) about (.+)\.$",
+        lambda m: "User: " + request.format(form=m[1], topic=m[2]),
+        text,
     )
     example.context.write_text(text, encoding="utf-8")
     nth, form, topic = QUESTION.search(dress(example.question)).groups()  # type: ignore[union-attr]
@@ -47,7 +50,9 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     meta = {**example.meta, "prefix": prefix}
     example = dataclasses.replace(example, question=asked, answer=answer, meta=meta)
     facts = {"nth": ORDINALS.index(nth), "form": form, "topic": topic, "prefix": prefix}
-    return Problem(task, example, split, lambda prompt: "not found", facts, template=f"{ask} | {request}")
+    return Problem(
+        task, example, split, lambda prompt: "not found", facts, template=f"{ask} | {request}"
+    )
 
 
 def _find(problem: Problem) -> str:
@@ -86,7 +91,9 @@ def slice_(problem: Problem, rng: random.Random) -> Turns:
 def verify(problem: Problem, rng: random.Random) -> Turns:
     """The same, with a look at the beginning and the end of the slice."""
     report = yield Say(_find(problem))
-    yield Say(f"{_slice(problem, _request(problem, report))}\nprint(len(hits), text[:40], text[-40:])")
+    yield Say(
+        f"{_slice(problem, _request(problem, report))}\nprint(len(hits), text[:40], text[-40:])"
+    )
     prefix = quoted(str(problem.facts["prefix"]))
     yield Say(done(f"{prefix} + text"))
 
@@ -95,7 +102,10 @@ def recover(problem: Problem, rng: random.Random) -> Turns:
     """An index past the end first."""
     report = yield Say(_find(problem))
     request = _request(problem, report)
-    yield Say(f"hits = [l for l in lines if l == {quoted('User: ' + request)}]\nprint(hits[99])", weight=0.0)
+    yield Say(
+        f"hits = [l for l in lines if l == {quoted('User: ' + request)}]\nprint(hits[99])",
+        weight=0.0,
+    )
     prefix = quoted(str(problem.facts["prefix"]))
     yield Say(f"{_slice(problem, request)}\n{done(f'{prefix} + text')}")
 

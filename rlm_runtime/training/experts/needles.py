@@ -1,8 +1,9 @@
-"""Needles in haystacks: find the key, look at its surroundings, cut the value out, or let the sub-model read it.
+"""Needles in haystacks: find the key, look at its surroundings, cut the value out, or let the
+sub-model read it.
 
-The context is made by the task itself, then each needle is said anew: keys and values are random strings, sentences and
-questions are phrased in ways of the split. The words before and behind the value are copied from the printout, so the
-code that cuts it out depends on what was seen.
+The context is made by the task itself, then each needle is said anew: keys and values are random
+strings, sentences and questions are phrased in ways of the split. The words before and behind the
+value are copied from the printout, so the code that cuts it out depends on what was seen.
 """
 
 from __future__ import annotations
@@ -21,33 +22,72 @@ from rlm_runtime.training.splits import STRINGS, of_split, word
 
 # {key} and {value}; the value stands between two spaces or marks, before or behind its key
 SENTENCES = (
-    "One of the secret {kind} for {key} is: {value}.", "The {kind} kept for {key} reads {value}.",
-    "For {key} the registered {kind} is {value}.", "Note that {key} goes with the {kind} {value}.",
-    "{key} was given the {kind} {value}.", "Whoever asks about {key} is told the {kind} {value}.",
-    "The {kind} {value} belongs to {key}.", "In the files, {key} stands beside the {kind} {value}.",
-    "It is the {kind} {value} that opens {key}.", "Record: {key} = {kind} {value};",
-    "Under the name {key} we keep the {kind} {value}.", "<{key}> has been assigned {kind} {value}!",
-    "One of the {kind} entries for {key} is: {value}.", "{kind} of {key}: {value}.", "As for {key}, its {kind} is {value}.",
-    "A {kind} for {key} exists: {value}.", "We wrote {value} down as the {kind} of {key}.", "{key} -> {kind} -> {value};",
-    "There is a {kind} for {key}, namely {value}.", "The clerk gave {key} a {kind}: {value}.",
-    "Let {key} have the {kind} {value}.", "The {kind} that goes with {key} is {value}, they say.",
-    "({key} has {kind} {value})", "In case of {key}, say the {kind}: {value}.",
-)  # fmt: skip
+    "One of the secret {kind} for {key} is: {value}.",
+    "The {kind} kept for {key} reads {value}.",
+    "For {key} the registered {kind} is {value}.",
+    "Note that {key} goes with the {kind} {value}.",
+    "{key} was given the {kind} {value}.",
+    "Whoever asks about {key} is told the {kind} {value}.",
+    "The {kind} {value} belongs to {key}.",
+    "In the files, {key} stands beside the {kind} {value}.",
+    "It is the {kind} {value} that opens {key}.",
+    "Record: {key} = {kind} {value};",
+    "Under the name {key} we keep the {kind} {value}.",
+    "<{key}> has been assigned {kind} {value}!",
+    "One of the {kind} entries for {key} is: {value}.",
+    "{kind} of {key}: {value}.",
+    "As for {key}, its {kind} is {value}.",
+    "A {kind} for {key} exists: {value}.",
+    "We wrote {value} down as the {kind} of {key}.",
+    "{key} -> {kind} -> {value};",
+    "There is a {kind} for {key}, namely {value}.",
+    "The clerk gave {key} a {kind}: {value}.",
+    "Let {key} have the {kind} {value}.",
+    "The {kind} that goes with {key} is {value}, they say.",
+    "({key} has {kind} {value})",
+    "In case of {key}, say the {kind}: {value}.",
+)
 ONE = (
-    "What is the {kind} for {key}?", "Which {kind} goes with {key}?", "Tell me the {kind} of {key}.",
-    "Find the {kind} that the text gives for {key}.", "{key}: which {kind} does it have?",
-    "The text mentions {key}. With which {kind}?", "What is the {kind} of {key} in this text?",
-    "I need the {kind} for {key}.", "Look up {key} and give me its {kind}.", "What {kind} belongs to {key} here?",
-    "Which is the {kind} for {key} that was named?", "Read out the {kind} that {key} has.",
-)  # fmt: skip
+    "What is the {kind} for {key}?",
+    "Which {kind} goes with {key}?",
+    "Tell me the {kind} of {key}.",
+    "Find the {kind} that the text gives for {key}.",
+    "{key}: which {kind} does it have?",
+    "The text mentions {key}. With which {kind}?",
+    "What is the {kind} of {key} in this text?",
+    "I need the {kind} for {key}.",
+    "Look up {key} and give me its {kind}.",
+    "What {kind} belongs to {key} here?",
+    "Which is the {kind} for {key} that was named?",
+    "Read out the {kind} that {key} has.",
+)
 MANY = (
-    "What are all the {kind}s for {key}?", "List every {kind} that goes with {key}.", "Give me all {kind}s of {key}.",
-    "Which {kind}s does the text give for {key}?", "Find each {kind} of {key}.", "{key}: name all the {kind}s.",
-)  # fmt: skip
-HEADS = ("", "", "Please tell me. ", "A question about the text. ", "Read carefully. ", "Quickly now. ")
-TAILS = ("", "", " Reply in one line.", " Give the {kind} and no more.", " Nothing else, please.", " Only the {kind}.")
+    "What are all the {kind}s for {key}?",
+    "List every {kind} that goes with {key}.",
+    "Give me all {kind}s of {key}.",
+    "Which {kind}s does the text give for {key}?",
+    "Find each {kind} of {key}.",
+    "{key}: name all the {kind}s.",
+)
+HEADS = (
+    "",
+    "",
+    "Please tell me. ",
+    "A question about the text. ",
+    "Read carefully. ",
+    "Quickly now. ",
+)
+TAILS = (
+    "",
+    "",
+    " Reply in one line.",
+    " Give the {kind} and no more.",
+    " Nothing else, please.",
+    " Only the {kind}.",
+)
 KINDS = ("number", "code", "token", "permit", "ticket", "label", "serial", "badge", "receipt")
-ABSENT = 0.1  # share of the questions for one value that ask about a key that does not stand in the text
+# share of the questions for one value that ask about a key that does not stand in the text
+ABSENT = 0.1
 STRAW = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")
 
 
@@ -58,7 +98,10 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     rng = random.Random(f"{spec} {seed} {index} {length} needles")
     sentence, noun = rng.choice(of_split(SENTENCES, split)), rng.choice(of_split(KINDS, split))
     kind = " ".join([*(word(rng, split) for _ in range(rng.choice((0, 0, 1, 2)))), noun])
-    key_kind, value_kind = rng.choice(("words", "codes", "codes", "numbers", "uuids")), rng.choice(sorted(STRINGS))
+    key_kind, value_kind = (
+        rng.choice(("words", "codes", "codes", "numbers", "uuids")),
+        rng.choice(sorted(STRINGS)),
+    )
     names: dict[str, str] = {}
 
     def named(old: str, kind: str) -> str:
@@ -91,12 +134,17 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     if absent:
         keys, answer = [named("nowhere", key_kind)], ["not found"]
         listed = keys[0]
-    wrap = rng.choice(of_split(HEADS, split)) + "{q}" + rng.choice(of_split(TAILS, split)).format(kind=noun)
+    wrap = (
+        rng.choice(of_split(HEADS, split))
+        + "{q}"
+        + rng.choice(of_split(TAILS, split)).format(kind=noun)
+    )
     question = wrap.format(q=ask.format(kind=kind, key=listed))
     example = dataclasses.replace(example, question=question, answer=answer, intro="")
 
     def sub(prompt: str) -> str:
-        """Every value whose sentence stands whole in the prompt, of the keys that are asked for there."""
+        """Every value whose sentence stands whole in the prompt, of the keys that are asked for
+        there."""
         question = prompt.split("\n", 1)[0]
         found = [
             value
@@ -108,7 +156,9 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         return "\n".join(found) or "not found"
 
     facts = {"keys": keys, "kind": kind, "values": values, "absent": absent}
-    return Problem(task, example, split, sub, facts, template=f"{sentence} | {wrap.format(q=ask)} | {noun}")
+    return Problem(
+        task, example, split, sub, facts, template=f"{sentence} | {wrap.format(q=ask)} | {noun}"
+    )
 
 
 assert STRAW.fullmatch(NEEDLE.format(kind="numbers", key="a-b", value="1"))
@@ -138,7 +188,8 @@ def _seen(problem: Problem, report: str) -> list[str]:
 
 
 def _shape(problem: Problem, report: str) -> tuple[bool, str, str]:
-    """(whether the value stands behind its key, the text before it, the text behind it), as the printout shows them."""
+    """(whether the value stands behind its key, the text before it, the text behind it), as the
+    printout shows them."""
     key, value = _keys(problem)[0], min(_seen(problem, report), key=report.index)
     at, of_key = report.index(value), report.index(key)
     behind = at > of_key
@@ -174,7 +225,8 @@ def _answer(problem: Problem) -> str:
 def extract(problem: Problem, rng: random.Random) -> Turns:
     """Look, cut the value out by what stands around it, hand it in."""
     report = yield Say(_look(_keys(problem)))
-    if problem.facts["absent"] or not _seen(problem, report):  # a value out of sight: the run fails and is dropped
+    # a value out of sight: the run fails and is dropped
+    if problem.facts["absent"] or not _seen(problem, report):
         yield Say(done('"not found"'))
         return
     yield Say(f"{_cut(problem, report)}\n{done(_answer(problem))}")
@@ -240,7 +292,9 @@ def worker(problem: Problem, rng: random.Random) -> Turns:
         f"import re\nkeys = [{listed}]\nspots = [m.start() for k in keys for m in re.finditer(re.escape(k), context)]\n"
         "parts = [context[max(0, i - 150):i + 150] for i in spots]\nprint(len(parts))"
     )
-    yield Say(f'value = rlm_query("\\n\\n".join(parts), {quoted(problem.example.question)})\nprint(value)')
+    yield Say(
+        f'value = rlm_query("\\n\\n".join(parts), {quoted(problem.example.question)})\nprint(value)'
+    )
     yield Say(done("value"))
 
 
@@ -257,9 +311,15 @@ STRATEGIES: dict[str, Strategy] = {
 }
 EXPERT = Expert(
     (
-        "s_niah", "s_niah_essay", "s_niah_uuid", "niah_multikey", "niah_needles", "niah_uuids", "niah_multivalue",
+        "s_niah",
+        "s_niah_essay",
+        "s_niah_uuid",
+        "niah_multikey",
+        "niah_needles",
+        "niah_uuids",
+        "niah_multivalue",
         "niah_multiquery",
     ),
     problem,
     STRATEGIES,
-)  # fmt: skip
+)

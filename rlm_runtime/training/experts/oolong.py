@@ -1,7 +1,8 @@
 """OOLONG-style questions: parse the lines, get a label for each, count in Python.
 
-Where the labels are not written, the lines go to the sub-model in small numbered groups (map), and the counting is the
-same code as where they are (reduce). The label names and the items are of the split, never those of the task.
+Where the labels are not written, the lines go to the sub-model in small numbered groups (map), and
+the counting is the same code as where they are (reduce). The label names and the items are of the
+split, never those of the task.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, d
 from rlm_runtime.training.splits import of_split
 
 WRAP = (
-    "{q}", "Here is my question. {q}", "{q} Be exact.", "Count carefully. {q}", "From the list: {q}", "{q} Check twice.",
-    "Please help. {q}", "About the lines in the text: {q}", "One question. {q}",
-)  # fmt: skip
+    "{q}",
+    "Here is my question. {q}",
+    "{q} Be exact.",
+    "Count carefully. {q}",
+    "From the list: {q}",
+    "{q} Check twice.",
+    "Please help. {q}",
+    "About the lines in the text: {q}",
+    "One question. {q}",
+)
 LINE = re.compile(r"(?m)^(Date: .{12} \|\| User: \d{5} \|\| Instance: )(.*?)( \|\| Label: (.*))?$")
 GROUP = 10  # lines of a sub-call: about 300 tokens
 FIELD = re.compile(r"\{\w+\}")
@@ -53,24 +61,38 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         return match[1] + text + (f" || Label: {names[label]}" if match[4] else "")
 
     def renamed(text: str) -> str:
-        return re.sub(r"'(" + "|".join(map(re.escape, LABELS)) + r")'", lambda m: f"'{names[m[1]]}'", text)
+        return re.sub(
+            r"'(" + "|".join(map(re.escape, LABELS)) + r")'", lambda m: f"'{names[m[1]]}'", text
+        )
 
     text = renamed(LINE.sub(item, example.context.read_text(encoding="utf-8")))
-    path = example.context.with_name(f"{example.context.stem}-{index}.txt")  # a window is shared by many questions
+    # a window is shared by many questions
+    path = example.context.with_name(f"{example.context.stem}-{index}.txt")
     path.write_text(text, encoding="utf-8")
     question = renamed(example.question)
-    for label, name in names.items():  # the form of a comparison's answer repeats the labels without quotes
-        question = question.replace(f"{label} is [X]", f"{name} is [X]").replace(f"[X] {label}'", f"[X] {name}'")
+    # the form of a comparison's answer repeats the labels without quotes
+    for label, name in names.items():
+        question = question.replace(f"{label} is [X]", f"{name} is [X]").replace(
+            f"[X] {label}'", f"[X] {name}'"
+        )
     wrap = rng.choice(of_split(WRAP, split))
-    answer = names.get(example.answer, example.answer) if isinstance(example.answer, str) else example.answer
-    example = dataclasses.replace(example, context=path, question=wrap.format(q=question), answer=answer)
+    answer = (
+        names.get(example.answer, example.answer)
+        if isinstance(example.answer, str)
+        else example.answer
+    )
+    example = dataclasses.replace(
+        example, context=path, question=wrap.format(q=question), answer=answer
+    )
 
     def sub(prompt: str) -> str:
         lines = prompt.split("\n")[1:]
         return "\n".join(truth.get(line, "unknown") for line in lines)
 
     template = f"{' / '.join(names.values())} | {wrap}"
-    return Problem(task, example, split, sub, {"labelled": " || Label: " in text}, template=template)
+    return Problem(
+        task, example, split, sub, {"labelled": " || Label: " in text}, template=template
+    )
 
 
 # -- turns that all strategies share
@@ -99,7 +121,8 @@ def begin(problem: Problem, *, look: bool = True) -> Turns:
 
 
 def _code(problem: Problem) -> str:
-    """Code that binds `found`, from the question's kind; every name and number in it stands in the question."""
+    """Code that binds `found`, from the question's kind; every name and number in it stands in the
+    question."""
     kind, q = problem.example.meta["kind"], problem.example.question
     labels = [quoted(name) for name in re.findall(r"label '(.+?)'", q)]
     a, b = (*labels, "", "")[:2]
@@ -140,7 +163,10 @@ def _code(problem: Problem) -> str:
         return f'{date}found = sum(r["Label"] == {a} for r in rows if day(r["Date"]) {sign} day("{day}"))'
     if kind == "month_subset":
         months = re.search(r"of any year: ([\w, ]+?), which", q)[1].split(", ")  # type: ignore[index]
-        return of_label(f' if r["Date"][:3] in [{", ".join(map(quoted, months))}]') + "found = c.most_common()[0][0]"
+        return (
+            of_label(f' if r["Date"][:3] in [{", ".join(map(quoted, months))}]')
+            + "found = c.most_common()[0][0]"
+        )
     if kind == "range_subset":
         first, last = re.search(r"from (\w{3} \d\d, \d{4}) to (\w{3} \d\d, \d{4})", q).groups()  # type: ignore[union-attr]
         return date + of_label(f' if day("{first}") <= day(r["Date"]) <= day("{last}")') + verdict
@@ -167,7 +193,10 @@ def verify(problem: Problem, rng: random.Random) -> Turns:
 def recover(problem: Problem, rng: random.Random) -> Turns:
     """Lines that are none of the items do not parse."""
     yield Say(LOOK)
-    yield Say('rows = [dict(p.split(": ", 1) for p in l.split(" || ")) for l in context.split("\\n")]', weight=0.0)
+    yield Say(
+        'rows = [dict(p.split(": ", 1) for p in l.split(" || ")) for l in context.split("\\n")]',
+        weight=0.0,
+    )
     yield from begin(problem, look=False)
     yield Say(f"{_code(problem)}\n{done('str(found)')}")
 

@@ -1,4 +1,5 @@
-"""OOLONG-Pairs-style questions: labels by the sub-model, then the condition for each user in Python, and all pairs."""
+"""OOLONG-Pairs-style questions: labels by the sub-model, then the condition for each user in
+Python, and all pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ PART = re.compile(r"(exactly|at least) (\d+) questions? with label '(.+?)'")
 
 def _condition(text: str) -> str:
     return " and ".join(
-        f"c[{quoted(label)}] {'==' if how == 'exactly' else '>='} {n}" for how, n, label in PART.findall(text)
+        f"c[{quoted(label)}] {'==' if how == 'exactly' else '>='} {n}"
+        for how, n, label in PART.findall(text)
     )
 
 
@@ -33,7 +35,8 @@ def _code(problem: Problem) -> str:
     a, b = re.search(r"label '(.+?)' or '(.+?)'", q).groups()  # type: ignore[union-attr]
     code, rule = USERS, ""
     if dated := re.search(
-        r"all questions with label '(.+?)' of both users are dated (before|after) (\w{3} \d\d, \d{4})", q
+        r"all questions with label '(.+?)' of both users are dated (before|after) (\w{3} \d\d, \d{4})",
+        q,
     ):
         label, side, day = dated.groups()
         sign = "<=" if side == "after" else ">="
@@ -64,4 +67,6 @@ def verify(problem: Problem, rng: random.Random) -> Turns:
     yield Say(done(ANSWER))
 
 
-EXPERT = Expert(("oolong_pairs",), oolong.problem, {"pairs": Strategy(pairs), "verify": Strategy(verify)})
+EXPERT = Expert(
+    ("oolong_pairs",), oolong.problem, {"pairs": Strategy(pairs), "verify": Strategy(verify)}
+)

@@ -13,19 +13,59 @@ from rlm_runtime.training.splits import code, number, of_split, phrase, word
 
 SORRY = "not in my competence"
 ASK = (
-    "Summarise the text.", "What is the text about?", "How many {a}s are there?", "Who is {A}?", "Why did the {a} {b}?",
-    "Translate the text into {A}.", "Which of {A} and {B} is older?", "Write a poem about a {a}.", "How many lines are there?",
-    "What happens to {A} at the end?", "Is {A} happy?", "Count the words that begin with {a}.", "What is {n} plus {m}?",
-    "Compare {A} with {B}.", "Which label is the most frequent?", "Find the bug in the function {a}.", "What does {a}() return?",
-    "List all people in the text.", "Explain the {a}.", "Give me a summary in {d} sentences.", "When was {A} born?",
-    "Where does {A} live?", "Do you like {a}?", "Who are you?", "Hello!", "What is the capital of {A}?", "Sort the lines.",
-    "Which user wrote the most?", "Fix the {a}.", "Continue the story.", "What do you think of {A}?", "Sum up part {d}.",
-    "How often does {a} occur?", "Who said that {a} is {b}?", "In which year did {A} meet {B}?", "Rewrite part {d} in verse.",
-    "Copy part {d} of the text.", "Return block {d} word for word.", "Extract every date.", "What is the mood of the text?",
-    "What should I cook with {a}?", "How do I get from {A} to {B}?", "Which pairs of users have both {a} and {b}?",
-    "How does {a} work?", "Describe the {a} in the text.", "What was the main reason for {a}?", "Is it true that {a}s {b}?",
-    "Tell me a story.", "Name three {a}s.", "Which file defines {a}?", "What did {A} do after that?", "Make a table of the {a}s.",
-)  # fmt: skip
+    "Summarise the text.",
+    "What is the text about?",
+    "How many {a}s are there?",
+    "Who is {A}?",
+    "Why did the {a} {b}?",
+    "Translate the text into {A}.",
+    "Which of {A} and {B} is older?",
+    "Write a poem about a {a}.",
+    "How many lines are there?",
+    "What happens to {A} at the end?",
+    "Is {A} happy?",
+    "Count the words that begin with {a}.",
+    "What is {n} plus {m}?",
+    "Compare {A} with {B}.",
+    "Which label is the most frequent?",
+    "Find the bug in the function {a}.",
+    "What does {a}() return?",
+    "List all people in the text.",
+    "Explain the {a}.",
+    "Give me a summary in {d} sentences.",
+    "When was {A} born?",
+    "Where does {A} live?",
+    "Do you like {a}?",
+    "Who are you?",
+    "Hello!",
+    "What is the capital of {A}?",
+    "Sort the lines.",
+    "Which user wrote the most?",
+    "Fix the {a}.",
+    "Continue the story.",
+    "What do you think of {A}?",
+    "Sum up part {d}.",
+    "How often does {a} occur?",
+    "Who said that {a} is {b}?",
+    "In which year did {A} meet {B}?",
+    "Rewrite part {d} in verse.",
+    "Copy part {d} of the text.",
+    "Return block {d} word for word.",
+    "Extract every date.",
+    "What is the mood of the text?",
+    "What should I cook with {a}?",
+    "How do I get from {A} to {B}?",
+    "Which pairs of users have both {a} and {b}?",
+    "How does {a} work?",
+    "Describe the {a} in the text.",
+    "What was the main reason for {a}?",
+    "Is it true that {a}s {b}?",
+    "Tell me a story.",
+    "Name three {a}s.",
+    "Which file defines {a}?",
+    "What did {A} do after that?",
+    "Make a table of the {a}s.",
+)
 HEADS = ("", "", "Please: ", "I have a question. ", "Now then. ", "One thing: ")
 TAILS = ("", "", " Be brief.", " Think first.", " Answer in one word.", " Use the text.")
 
@@ -43,9 +83,14 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         return rng.choice((word, word, phrase, code))(rng, split)
 
     question = ask.format(
-        a=name(), b=word(rng, split), A=name().capitalize(), B=name().capitalize(), n=number(rng, split),
-        m=number(rng, split), d=rng.randint(1, 90),
-    )  # fmt: skip
+        a=name(),
+        b=word(rng, split),
+        A=name().capitalize(),
+        B=name().capitalize(),
+        n=number(rng, split),
+        m=number(rng, split),
+        d=rng.randint(1, 90),
+    )
     question = rng.choice(of_split(HEADS, split)) + question + rng.choice(of_split(TAILS, split))
     example = dataclasses.replace(example, question=question, answer=[SORRY], intro="")
     return Problem(task, example, split, lambda prompt: SORRY, {}, template=ask)

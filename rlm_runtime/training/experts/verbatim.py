@@ -1,4 +1,5 @@
-"""Verbatim copy: look at how blocks are marked, then slice between the marks of the block that is asked for."""
+"""Verbatim copy: look at how blocks are marked, then slice between the marks of the block that is
+asked for."""
 
 from __future__ import annotations
 
@@ -13,16 +14,21 @@ from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, d
 from rlm_runtime.training.splits import of_split
 
 MARKS = (
-    ("== part {n} ==", "== end of part {n} =="), ("[begin {n}]", "[end {n}]"), ("--- piece {n} ---", "--- /piece {n} ---"),
-    ("<block {n}>", "</block {n}>"), ("#### section {n}", "#### close {n}"), ("~~ item {n} ~~", "~~ item {n} stops ~~"),
-)  # fmt: skip
+    ("== part {n} ==", "== end of part {n} =="),
+    ("[begin {n}]", "[end {n}]"),
+    ("--- piece {n} ---", "--- /piece {n} ---"),
+    ("<block {n}>", "</block {n}>"),
+    ("#### section {n}", "#### close {n}"),
+    ("~~ item {n} ~~", "~~ item {n} stops ~~"),
+)
 ASK = (
     "Copy {name} {n} exactly as it stands between its two marks, and nothing else.",
     "What stands between the marks of {name} {n}? Every character counts.",
     "Give back {name} {n} without its marker lines, unchanged.",
     "I need the text of {name} number {n}, character for character.",
-    "Return {name} {n} verbatim.", "Between the two lines that mark {name} {n} there is a text. Repeat it.",
-)  # fmt: skip
+    "Return {name} {n} verbatim.",
+    "Between the two lines that mark {name} {n} there is a text. Repeat it.",
+)
 MARKED = re.compile(r"(?m)^===== (end of )?block (\d+) =====$")
 
 
@@ -40,7 +46,9 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     answer = text.split(begin.format(n=n) + "\n", 1)[1].split("\n" + end.format(n=n), 1)[0]
     example = dataclasses.replace(example, question=ask.format(n=n, name=name), answer=answer)
     facts = {"n": n, "begin": begin, "end": end}
-    return Problem(task, example, split, lambda prompt: "not found", facts, template=f"{begin} | {ask}")
+    return Problem(
+        task, example, split, lambda prompt: "not found", facts, template=f"{begin} | {ask}"
+    )
 
 
 def _look(problem: Problem) -> str:

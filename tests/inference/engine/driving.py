@@ -1,4 +1,5 @@
-"""Runs requests through a `Device` the way a scheduler would, one tick behind, and small models to do it with."""
+"""Runs requests through a `Device` the way a scheduler would, one tick behind, and small models to
+do it with."""
 
 import functools
 from typing import NamedTuple
@@ -51,7 +52,8 @@ def build(kind: str, m: int | None, **config) -> Device:
 
 
 def fill(device: Device, job: Job) -> list[int]:
-    """Open the lane, put the prompt into it but its last token, and start it; depths of what was prefilled."""
+    """Open the lane, put the prompt into it but its last token, and start it; depths of what was
+    prefilled."""
     device.open(job.lane, job.control)
     tickets, at = [], 0
     for size in device.cut(len(job.prompt) - 1):
@@ -101,15 +103,17 @@ def _causal(lm, params, tokens, control):
 def expected(
     device: Device, jobs: list[Job], played: list[Played], context: int = CONTEXT
 ) -> list[tuple[list[int], list[int]]]:
-    """(greedy tokens, depths) by the full causal forward pass over what was played: each token the most likely one
-    after those before it, and the depth of the token it was drawn from."""
+    """(greedy tokens, depths) by the full causal forward pass over what was played: each token the
+    most likely one after those before it, and the depth of the token it was drawn from."""
     lm = device.lm
     rows = np.zeros((len(jobs), context), np.int32)
     for row, job, done in zip(rows, jobs, played, strict=True):
         sequence = (job.prompt + done.tokens)[:context]
         row[: len(sequence)] = sequence
     neutral = DepthControl.neutral(1, lm.program.recursions)
-    control = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(job.control or neutral for job in jobs))
+    control = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *(job.control or neutral for job in jobs)
+    )
 
     logits, depth = (np.asarray(x) for x in _causal(lm, device.params, jnp.asarray(rows), control))
     out = []
@@ -127,4 +131,15 @@ def prompts(seed: int, *lengths: int) -> list[list[int]]:
     return [rng.integers(0, 64, n).tolist() for n in lengths]
 
 
-__all__ = ["CONTEXT", "GREEDY", "Job", "Lengths", "Played", "build", "expected", "fill", "play", "prompts"]
+__all__ = [
+    "CONTEXT",
+    "GREEDY",
+    "Job",
+    "Lengths",
+    "Played",
+    "build",
+    "expected",
+    "fill",
+    "play",
+    "prompts",
+]

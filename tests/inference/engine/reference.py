@@ -1,7 +1,9 @@
-"""The device's contract in its plainest form: whole sequences through `prefill`, one at a time, no cache kept.
+"""The device's contract in its plainest form: whole sequences through `prefill`, one at a time, no
+cache kept.
 
-What a lane holds is the tokens that were put into it, so a scheduler that loads the wrong rows, or forgets some, gets
-the tokens of another text. Results are those of the moment of dispatch, and tickets must be fetched in order.
+What a lane holds is the tokens that were put into it, so a scheduler that loads the wrong rows, or
+forgets some, gets the tokens of another text. Results are those of the moment of dispatch, and
+tickets must be fetched in order.
 """
 
 import functools
@@ -34,7 +36,9 @@ def model():
 def control_of(wish):
     if wish == DepthWish():
         return None
-    return depth_control(*model(), 1, min_depth=wish.least, max_depth=wish.most, mean_depth=wish.mean)
+    return depth_control(
+        *model(), 1, min_depth=wish.least, max_depth=wish.most, mean_depth=wish.mean
+    )
 
 
 _prefill = jax.jit(prefill, static_argnums=(0, 4))
@@ -65,7 +69,8 @@ def oracle(prompt, wish=WISHES[0]):
     """Greedy tokens of plain decoding, as many as the context has room for."""
     lm, params = model()
     return tuple(
-        int(g.token_B[0]) for g in Generation(lm, params, [prompt], max_tokens=CONTEXT, control=_neutral(wish))
+        int(g.token_B[0])
+        for g in Generation(lm, params, [prompt], max_tokens=CONTEXT, control=_neutral(wish))
     )
 
 
@@ -84,7 +89,9 @@ class _Ticket:
         return True
 
     def fetch(self):
-        assert self.device.open_tickets.pop(0) is self, "tickets are fetched in the order they were made"
+        assert self.device.open_tickets.pop(0) is self, (
+            "tickets are fetched in the order they were made"
+        )
         return self.result() if callable(self.result) else self.result
 
 
@@ -95,7 +102,8 @@ class _Lane:
 
 
 class ReferenceDevice:
-    """Lanes of these sizes (entries of the core log). m: passes a tick. expect: recursions it says a token runs."""
+    """Lanes of these sizes (entries of the core log). m: passes a tick. expect: recursions it says
+    a token runs."""
 
     def __init__(self, rooms=(3 * CONTEXT,) * 2, *, chunks=(4, 16), m=1, expect=1.7):
         self.rooms, self.chunks, self.m, self.expect = rooms, tuple(sorted(chunks)), m, expect
@@ -168,14 +176,26 @@ class ReferenceDevice:
 
     def put_mask(self, lane, mask_W, position):
         row = self._lanes[lane].row
-        self._lanes[lane].row = row._replace(grammar_NxW=mask_W[None], grammar_at_N=np.array([position], np.int32))
+        self._lanes[lane].row = row._replace(
+            grammar_NxW=mask_W[None], grammar_at_N=np.array([position], np.int32)
+        )
 
     def tick(self):
         n, k = self.lanes, CONFIG.max_logprobs
         t = Ticked(
-            np.full(n, -1), np.zeros(n, int), *np.zeros((2, n), bool), np.zeros(n), np.zeros((n, k), int), np.zeros((n, k)),
-            np.zeros(n, bool), np.zeros(n, int), np.zeros(n, int), 0, 0, 0,
-        )  # fmt: skip
+            np.full(n, -1),
+            np.zeros(n, int),
+            *np.zeros((2, n), bool),
+            np.zeros(n),
+            np.zeros((n, k), int),
+            np.zeros((n, k)),
+            np.zeros(n, bool),
+            np.zeros(n, int),
+            np.zeros(n, int),
+            0,
+            0,
+            0,
+        )
         for lane, at in enumerate(self._lanes):
             if at.on:
                 self._advance(lane, at, t)
@@ -185,7 +205,9 @@ class ReferenceDevice:
             same = np.array([at.life == life for at, life in zip(self._lanes, lives, strict=True)])
             return [
                 t._replace(
-                    token_N=np.where(same, t.token_N, -1), ended_N=t.ended_N & same, starved_N=t.starved_N & same
+                    token_N=np.where(same, t.token_N, -1),
+                    ended_N=t.ended_N & same,
+                    starved_N=t.starved_N & same,
                 )
             ]
 
@@ -203,11 +225,20 @@ class ReferenceDevice:
                 return
             logits, _ = read(tuple(at.tokens), at.key)
             drawn, at.row = jax.tree.map(
-                np.asarray, _draw(logits[None], at.row, np.array([position], np.int32), np.ones(1, bool), CONFIG)
+                np.asarray,
+                _draw(
+                    logits[None], at.row, np.array([position], np.int32), np.ones(1, bool), CONFIG
+                ),
             )
             at.remaining -= 1
-            t.token_N[lane], t.depth_N[lane], t.stopped_N[lane] = drawn.token_N[0], depth, drawn.stopped_N[0]
-            t.logprob_N[lane], t.top_ids_NxK[lane], t.top_logprobs_NxK[lane] = (x[0] for x in drawn[2:])
+            t.token_N[lane], t.depth_N[lane], t.stopped_N[lane] = (
+                drawn.token_N[0],
+                depth,
+                drawn.stopped_N[0],
+            )
+            t.logprob_N[lane], t.top_ids_NxK[lane], t.top_logprobs_NxK[lane] = (
+                x[0] for x in drawn[2:]
+            )
             if drawn.stopped_N[0] or at.remaining == 0:
                 t.ended_N[lane], at.on = True, False
                 return
@@ -234,4 +265,14 @@ class _Rows(Rows):
         return 10 * (self.stop.tokens - self.start.tokens)
 
 
-__all__ = ["CONFIG", "CONTEXT", "VOCAB", "WISHES", "ReferenceDevice", "bits", "control_of", "model", "oracle"]
+__all__ = [
+    "CONFIG",
+    "CONTEXT",
+    "VOCAB",
+    "WISHES",
+    "ReferenceDevice",
+    "bits",
+    "control_of",
+    "model",
+    "oracle",
+]

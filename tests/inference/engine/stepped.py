@@ -15,9 +15,13 @@ class Stepped(EngineService):
     def __init__(self, device, *, control_of=None, eos=None, scorer=None, **config):
         self.now = 0.0
         super().__init__(
-            device, ServiceConfig(**{"idle_s": 0.0, "keep_tokens": 1, **config}), control_of=control_of, eos=eos, scorer=scorer,
+            device,
+            ServiceConfig(**{"idle_s": 0.0, "keep_tokens": 1, **config}),
+            control_of=control_of,
+            eos=eos,
+            scorer=scorer,
             clock=lambda: self.now,
-        )  # fmt: skip
+        )
 
     def _begin(self):
         if not self._warm:
@@ -39,7 +43,12 @@ class Stepped(EngineService):
     def is_clean(self):
         """Nothing is held by anybody."""
         s = self._scheduler
-        return not s.running and not s.waiting and len(s.free) == self.device.lanes and self._tree.protected == 0
+        return (
+            not s.running
+            and not s.waiting
+            and len(s.free) == self.device.lanes
+            and self._tree.protected == 0
+        )
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""All features of the block at once, wherever a token is read or drawn: each equals the full causal forward pass."""
+"""All features of the block at once, wherever a token is read or drawn: each equals the full causal
+forward pass."""
 
 import functools
 
@@ -29,7 +30,8 @@ def made(kind="mor"):
 
 @functools.cache
 def full(kind="mor"):
-    """tokens [T] -> float32 logits [T, V] of the full causal forward pass, one program for all T."""
+    """tokens [T] -> float32 logits [T, V] of the full causal forward pass, one program for all
+    T."""
     lm, params = made(kind)
     run = jax.jit(lambda params, tokens: lm.apply(params, tokens[None], mode="causal")[0])
 
@@ -45,13 +47,16 @@ def log_softmax(logits):
     return np.asarray(jax.nn.log_softmax(jnp.asarray(logits), axis=-1))
 
 
-@pytest.mark.parametrize("kind", ["mor", "mor_shared"])  # under shared keys later steps project queries alone
+# under shared keys later steps project queries alone
+@pytest.mark.parametrize("kind", ["mor", "mor_shared"])
 def test_plain_decode(kind):
     lm, params = made(kind)
     (tokens,) = prompts(0, 20)
     want = full(kind)(tokens)
     padded = np.asarray([tokens[:8]], np.int32)
-    logits, cache, _ = jax.jit(prefill, static_argnums=(0, 4))(lm, params, padded, jnp.asarray([8]), CONTEXT)
+    logits, cache, _ = jax.jit(prefill, static_argnums=(0, 4))(
+        lm, params, padded, jnp.asarray([8]), CONTEXT
+    )
     step = jax.jit(functools.partial(decode_step, lm))
     for at in range(8, 20):
         np.testing.assert_allclose(logits[0], want[at - 1], atol=TOLERANCE)
@@ -69,11 +74,13 @@ def test_scores(kind):
 
 @pytest.mark.parametrize("speculate", [0, 2])
 def test_ticks(speculate):
-    """Greedy lanes take the likeliest token, one under a grammar the likeliest that is allowed; log-probabilities are
-    the model's."""
+    """Greedy lanes take the likeliest token, one under a grammar the likeliest that is allowed;
+    log-probabilities are the model's."""
     lm, params = made()
     sizes = {"lanes": LANES, "chunks": (8,), "full_lanes": LANES, "max_logprobs": TOP}
-    device = Device(lm, params, EngineConfig(boundary_every=3 if speculate else 1, speculate=speculate, **sizes))
+    device = Device(
+        lm, params, EngineConfig(boundary_every=3 if speculate else 1, speculate=speculate, **sizes)
+    )
     device.warm_up()
     grammar = Grammars(ByteTokenizer(), vocab_size=VOCAB).choice(["perhaps so", "perhaps not"])
     told = [[] for _ in range(LANES)]  # (token, log-probability)
@@ -91,7 +98,10 @@ def test_ticks(speculate):
                 told[lane].append((int(ticked.token_N[lane]), float(ticked.logprob_N[lane])))
                 done = bool(ticked.ended_N[lane])
                 if lane == 2:
-                    allowed.append(np.unpackbits(grammar.allowed().view(np.uint8), bitorder="little")[:VOCAB] > 0)
+                    allowed.append(
+                        np.unpackbits(grammar.allowed().view(np.uint8), bitorder="little")[:VOCAB]
+                        > 0
+                    )
                     grammar.advance(told[2][-1][0])
                     done |= grammar.finished
                     if not done:

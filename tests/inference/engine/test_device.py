@@ -1,4 +1,5 @@
-"""The device computes what the full causal forward pass computes, whatever else is in flight, and copies nothing."""
+"""The device computes what the full causal forward pass computes, whatever else is in flight, and
+copies nothing."""
 
 import re
 
@@ -21,7 +22,8 @@ SMALL = 100  # entries of a lane that is not a full one
 
 @pytest.fixture(scope="module")
 def mor():
-    """Expert-choice, depth 0 included; one full lane, three smaller ones, logs of several segments."""
+    """Expert-choice, depth 0 included; one full lane, three smaller ones, logs of several
+    segments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(logs, "FIRST", 48)
         device = build("mor", 1, full_lanes=1, entries=SMALL)
@@ -30,15 +32,21 @@ def mor():
 
 
 def mixed_jobs(seed: int = 0) -> list[Job]:
-    """Six requests in four lanes: prompts of one token and of several chunks, arrivals while others decode."""
+    """Six requests in four lanes: prompts of one token and of several chunks, arrivals while others
+    decode."""
     lengths, lanes, arrivals = (7, 34, 1, 16, 21, 3), (3, 1, 0, 2, 2, 3), (0, 0, 2, 5, 5, 0)
     news = (9, 14, 18, 7, 12, 10)
-    return [Job(p, *rest) for p, *rest in zip(prompts(seed, *lengths), news, lanes, arrivals, strict=True)]
+    return [
+        Job(p, *rest)
+        for p, *rest in zip(prompts(seed, *lengths), news, lanes, arrivals, strict=True)
+    ]
 
 
 def holds(device: Device, jobs: list[Job]) -> list:
     played = play(device, jobs)
-    for job, done, (tokens, depths) in zip(jobs, played, expected(device, jobs, played), strict=True):
+    for job, done, (tokens, depths) in zip(
+        jobs, played, expected(device, jobs, played), strict=True
+    ):
         assert done.tokens == tokens and len(tokens) == job.new
         assert done.depths == depths
     return played
@@ -46,8 +54,15 @@ def holds(device: Device, jobs: list[Job]) -> list:
 
 @pytest.mark.parametrize(
     "kind,m",
-    # "sequence" is one recursion, as a plain Transformer is, and "token_hybrid" has no blocks at its ends either.
-    [("sequence", 1), ("recursive", None), ("token_every", 2), ("mor_shared", 3), ("token_hybrid", 1)],
+    # "sequence" is one recursion, as a plain Transformer is, and "token_hybrid" has no blocks at
+    # its ends either.
+    [
+        ("sequence", 1),
+        ("recursive", None),
+        ("token_every", 2),
+        ("mor_shared", 3),
+        ("token_hybrid", 1),
+    ],
 )
 def test_greedy_tokens_and_depths_are_those_of_the_full_forward_pass(kind, m):
     device = build(kind, m)
@@ -60,7 +75,9 @@ def test_every_m_draws_the_same(mor):
     """m = 1 is depth-wise, m = R lock-step; and plain decoding agrees."""
     jobs = mixed_jobs()
     by_m = {1: holds(mor, jobs)}
-    assert len({depth for done in by_m[1] for depth in done.depths}) == 4, "depths 0..3 must all occur"
+    assert len({depth for done in by_m[1] for depth in done.depths}) == 4, (
+        "depths 0..3 must all occur"
+    )
     tick = mor._programs.tick
     try:
         for m in (2, 3):
@@ -74,11 +91,15 @@ def test_every_m_draws_the_same(mor):
 
 
 def test_company_changes_no_bit(mor):
-    """Alone, or in another lane among others that come and go: the same sampled tokens, the same bits of their
-    log-probabilities."""
+    """Alone, or in another lane among others that come and go: the same sampled tokens, the same
+    bits of their log-probabilities."""
     job = Job(prompts(5, 20)[0], 16, 1, 0, Drawing(seed=11), None, 2)
     (alone,) = play(mor, [job])
-    others = [j._replace(drawing=Drawing(seed=i, top_p=0.9)) for i, j in enumerate(mixed_jobs(3)) if j.lane != 3]
+    others = [
+        j._replace(drawing=Drawing(seed=i, top_p=0.9))
+        for i, j in enumerate(mixed_jobs(3))
+        if j.lane != 3
+    ]
     *_, company = play(mor, [*others, job._replace(lane=3, arrives=2)])
     assert company == alone and len(alone.tokens) == 16
     assert np.isfinite(alone.logprobs).all() and any(alone.logprobs)
@@ -118,7 +139,8 @@ def test_a_lane_without_room_stands_still_and_loses_nothing(mor):
     beside = Job(prompts(4, 12)[0], 25, 1)
     starved, fine = play(mor, [job, beside])
     assert starved.starved and not fine.starved
-    assert len(starved.tokens) == SMALL // 3 - len(prompt) + 1  # of which the last one found no room
+    # of which the last one found no room
+    assert len(starved.tokens) == SMALL // 3 - len(prompt) + 1
     whole, again = play(mor, [job._replace(lane=0), beside._replace(lane=3)])
     assert whole.tokens[: len(starved.tokens)] == starved.tokens and len(whole.tokens) == 30
     assert again == fine
@@ -150,7 +172,9 @@ def test_nothing_compiles_after_warm_up_and_nothing_is_copied(mor):
     try:
         before = mor._state
         mor.tick().fetch()
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), "the old state was copied, not reused"
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before)), (
+            "the old state was copied, not reused"
+        )
         play(mor, [j._replace(drawing=Drawing(top_k=5, seed=1), logprobs=2) for j in mixed_jobs(7)])
         mor.open(0)
         at = mor.prefill(0, [1, 2, 3]).fetch().lengths
@@ -161,7 +185,9 @@ def test_nothing_compiles_after_warm_up_and_nothing_is_copied(mor):
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
     _, kv_heads, head_dim = mor.lm.model.dims
-    arrays = {f"f32[{s.lanes},{kv_heads},{s.size},{head_dim}]" for s in (*mor.shape.core, *mor.shape.ends)}
+    arrays = {
+        f"f32[{s.lanes},{kv_heads},{s.size},{head_dim}]" for s in (*mor.shape.core, *mor.shape.ends)
+    }
     for program in (mor._programs.tick, mor._programs.prefills[16]):
         copied = set(re.findall(r"= (f32\[[\d,]+\])\S* copy\(", program.as_text()))
         assert not copied & arrays, "XLA copies a log"
@@ -171,8 +197,12 @@ def test_nothing_compiles_after_warm_up_and_nothing_is_copied(mor):
 def test_sizes_that_cannot_be():
     lm = small_lm("mor")
     for config in (
-        EngineConfig(lanes=0), EngineConfig(context=65), EngineConfig(chunks=()), EngineConfig(boundary_every=4),
-        EngineConfig(full_lanes=0), EngineConfig(ticks_per_dispatch=0),
-    ):  # fmt: skip
+        EngineConfig(lanes=0),
+        EngineConfig(context=65),
+        EngineConfig(chunks=()),
+        EngineConfig(boundary_every=4),
+        EngineConfig(full_lanes=0),
+        EngineConfig(ticks_per_dispatch=0),
+    ):
         with pytest.raises(UserError):
             Device(lm, {}, config)

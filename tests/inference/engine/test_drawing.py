@@ -1,4 +1,5 @@
-"""Draws follow the distribution their parameters describe, worked out plainly in numpy, whatever the other lanes do."""
+"""Draws follow the distribution their parameters describe, worked out plainly in numpy, whatever
+the other lanes do."""
 
 import functools
 
@@ -36,7 +37,9 @@ PROMPT, GENERATED = (1, 2, 2, 7), (4, 4, 4, 7)
 
 
 def padded(logits):
-    return np.concatenate([logits, np.full((*logits.shape[:-1], PADDED - V), 99, np.float32)], axis=-1)
+    return np.concatenate(
+        [logits, np.full((*logits.shape[:-1], PADDED - V), 99, np.float32)], axis=-1
+    )
 
 
 _draw = jax.jit(draw, static_argnums=4)
@@ -74,7 +77,9 @@ def plain(logits, d, *, prompt=(), generated=(), banned=(), allowed=None):
     for token, bias in d.logit_bias:
         x[token] += bias
     for token in {*prompt, *generated}:
-        x[token] = x[token] / d.repetition_penalty if x[token] > 0 else x[token] * d.repetition_penalty
+        x[token] = (
+            x[token] / d.repetition_penalty if x[token] > 0 else x[token] * d.repetition_penalty
+        )
     for token in set(generated):
         x[token] -= d.presence_penalty + d.frequency_penalty * generated.count(token)
     x[list(banned)] = -np.inf
@@ -115,18 +120,35 @@ CASES = {
     "presence": ({"presence_penalty": 1.5}, {}),
     "frequency": ({"frequency_penalty": 0.7}, {}),
     "repetition": ({"repetition_penalty": 1.8}, {}),
-    "negative penalties": ({"presence_penalty": -1.0, "frequency_penalty": -0.5, "repetition_penalty": 0.7}, {}),
-    "greedy with penalties": ({"temperature": 0.0, "frequency_penalty": 2.0, "repetition_penalty": 3.0}, {}),
+    "negative penalties": (
+        {"presence_penalty": -1.0, "frequency_penalty": -0.5, "repetition_penalty": 0.7},
+        {},
+    ),
+    "greedy with penalties": (
+        {"temperature": 0.0, "frequency_penalty": 2.0, "repetition_penalty": 3.0},
+        {},
+    ),
     "bias": ({"logit_bias": ((0, 3.0), (5, -100.0), (0, -1.0))}, {}),
     "stop tokens too early": ({}, {"stop_tokens": {0, 3, 12}, "min_tokens": 9}),
     "stop tokens in time": ({}, {"stop_tokens": {0, 3, 12}, "min_tokens": 4}),
-    "grammar": ({"top_p": 0.9}, {"grammar": Letters([2, 3, 11]), "min_tokens": 9, "stop_tokens": {3}}),
+    "grammar": (
+        {"top_p": 0.9},
+        {"grammar": Letters([2, 3, 11]), "min_tokens": 9, "stop_tokens": {3}},
+    ),
     "everything": (
-        {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "min_p": 0.02, "presence_penalty": 0.3,
-         "frequency_penalty": 0.2, "repetition_penalty": 1.2, "logit_bias": ((8, 2.0),)},
+        {
+            "temperature": 0.8,
+            "top_k": 7,
+            "top_p": 0.9,
+            "min_p": 0.02,
+            "presence_penalty": 0.3,
+            "frequency_penalty": 0.2,
+            "repetition_penalty": 1.2,
+            "logit_bias": ((8, 2.0),),
+        },
         {"stop_tokens": {5}, "min_tokens": 5, "grammar": Letters(range(1, 15))},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -137,10 +159,13 @@ def test_draws_follow_the_distribution(name):
     grammar = more.get("grammar")
     early = grammar is None and len(GENERATED) < more.get("min_tokens", 0)
     want = plain(
-        LOGITS, d if d.temperature > 1e-4 else Drawing(**drawing | {"temperature": 0.0}), prompt=PROMPT,
-        generated=GENERATED, banned=more.get("stop_tokens", ()) if early else (),
+        LOGITS,
+        d if d.temperature > 1e-4 else Drawing(**drawing | {"temperature": 0.0}),
+        prompt=PROMPT,
+        generated=GENERATED,
+        banned=more.get("stop_tokens", ()) if early else (),
         allowed=None if grammar is None else grammar.tokens,
-    )  # fmt: skip
+    )
     got = np.bincount(draws(row, len(PROMPT) + len(GENERATED)), minlength=V)
     assert got[want == 0].sum() == 0, "a token that cannot come was drawn"
     if (want > 0).sum() > 1:
@@ -161,9 +186,17 @@ def test_no_parameter_compiles_anything():
 def test_the_number_of_candidates_changes_nothing():
     names = [name for name in CASES if name.startswith(("top", "all"))]
     one = [host_row(Drawing(**CASES[name][0]), CONFIG, prompt=()) for name in names]
-    rows = many_rows(jax.tree.map(lambda *leaves: np.resize(np.stack(leaves), (MANY, *leaves[0].shape)), *one))
-    logits, at, active = np.broadcast_to(padded(LOGITS), (MANY, PADDED)), np.zeros(MANY, np.int32), np.ones(MANY, bool)
-    few, all_ = (_draw(logits, rows, at, active, CONFIG._replace(candidates=n))[0].token_N for n in (4, V))
+    rows = many_rows(
+        jax.tree.map(lambda *leaves: np.resize(np.stack(leaves), (MANY, *leaves[0].shape)), *one)
+    )
+    logits, at, active = (
+        np.broadcast_to(padded(LOGITS), (MANY, PADDED)),
+        np.zeros(MANY, np.int32),
+        np.ones(MANY, bool),
+    )
+    few, all_ = (
+        _draw(logits, rows, at, active, CONFIG._replace(candidates=n))[0].token_N for n in (4, V)
+    )
     np.testing.assert_array_equal(few, all_)
 
 
@@ -202,21 +235,29 @@ drawings = st.builds(
     logit_bias=st.sampled_from([(), ((3, 1.0), (15, -2.0))]),
     seed=st.integers(0, 2**64 - 1),
 )
-lanes = st.fixed_dictionaries({
-    "drawing": drawings,
-    "prompt": st.lists(st.integers(0, V - 1), max_size=6),
-    "generated": st.lists(st.integers(0, V - 1), max_size=6),
-    "stop_tokens": st.sets(st.integers(0, V - 1), max_size=3),
-    "min_tokens": st.integers(0, 8),
-    "logprobs": st.sampled_from([None, 0, 5]),
-    "grammar": st.sampled_from([None, None, Letters([0, 7]), Letters(range(8))]),
-})  # fmt: skip
+lanes = st.fixed_dictionaries(
+    {
+        "drawing": drawings,
+        "prompt": st.lists(st.integers(0, V - 1), max_size=6),
+        "generated": st.lists(st.integers(0, V - 1), max_size=6),
+        "stop_tokens": st.sets(st.integers(0, V - 1), max_size=3),
+        "min_tokens": st.integers(0, 8),
+        "logprobs": st.sampled_from([None, 0, 5]),
+        "grammar": st.sampled_from([None, None, Letters([0, 7]), Letters(range(8))]),
+    }
+)
 
 
 @settings(max_examples=60)
-@given(st.lists(lanes, min_size=LANES, max_size=LANES), st.integers(0, 99), st.integers(0, LANES - 1), st.data())
+@given(
+    st.lists(lanes, min_size=LANES, max_size=LANES),
+    st.integers(0, 99),
+    st.integers(0, LANES - 1),
+    st.data(),
+)
 def test_company_changes_no_bit(company, number, lane, data):
-    """One lane among others that want anything at all, and the same lane alone with the others switched off."""
+    """One lane among others that want anything at all, and the same lane alone with the others
+    switched off."""
     rng = np.random.default_rng(number)
     logits = padded((rng.normal(size=(LANES, V)) * 3).round(1).astype(np.float32))  # rounded: ties
     rows = empty_rows(LANES, CONFIG)
@@ -235,18 +276,25 @@ def test_company_changes_no_bit(company, number, lane, data):
         if wanted or name in ("token_N", "stopped_N"):
             np.testing.assert_array_equal(np.asarray(a)[lane], np.asarray(b)[lane], err_msg=name)
     np.testing.assert_array_equal(grown.counts_NxV[lane], kept.counts_NxV[lane])
-    assert (np.asarray(single.token_N)[~alone] == -1).all() and not np.asarray(single.stopped_N)[~alone].any()
-    np.testing.assert_array_equal(np.asarray(kept.counts_NxV)[~alone], np.asarray(rows.counts_NxV)[~alone])
+    assert (np.asarray(single.token_N)[~alone] == -1).all() and not np.asarray(single.stopped_N)[
+        ~alone
+    ].any()
+    np.testing.assert_array_equal(
+        np.asarray(kept.counts_NxV)[~alone], np.asarray(rows.counts_NxV)[~alone]
+    )
 
     tokens, d = np.asarray(together.token_N), company[lane]["drawing"]
     assert (tokens >= 0).all() and (tokens < V).all()
     for i, one in enumerate(company):  # whatever was drawn could be drawn
         early = one["grammar"] is None and len(one["generated"]) < one["min_tokens"]
         p = plain(
-            logits[i, :V], one["drawing"], prompt=one["prompt"], generated=one["generated"],
+            logits[i, :V],
+            one["drawing"],
+            prompt=one["prompt"],
+            generated=one["generated"],
             banned=one["stop_tokens"] if early else (),
             allowed=None if one["grammar"] is None else one["grammar"].tokens,
-        )  # fmt: skip
+        )
         assert p[tokens[i]] > 0 or near_a_cut(logits[i, :V], one, tokens[i])
         assert bool(together.stopped_N[i]) == (tokens[i] in one["stop_tokens"])
     penalised = (d.presence_penalty, d.frequency_penalty, d.repetition_penalty) != (0, 0, 1)
@@ -256,14 +304,22 @@ def test_company_changes_no_bit(company, number, lane, data):
 
 
 def near_a_cut(logits, one, token):
-    """Sums in float32 may put a token on the other side of top-p; tied logits no longer tie once rounded."""
+    """Sums in float32 may put a token on the other side of top-p; tied logits no longer tie once
+    rounded."""
     wider = functools.partial(
-        plain, logits, prompt=one["prompt"], generated=one["generated"],
+        plain,
+        logits,
+        prompt=one["prompt"],
+        generated=one["generated"],
         allowed=None if one["grammar"] is None else one["grammar"].tokens,
-    )  # fmt: skip
+    )
     d = one["drawing"]
-    loose = Drawing(**d.__dict__ | {"top_p": min(1.0, d.top_p + 1e-5), "min_p": d.min_p * (1 - 1e-5)})
-    return wider(loose)[token] > 0 or (d.top_k and abs(np.sort(logits)[-d.top_k] - logits[token]) < 1e-5)
+    loose = Drawing(
+        **d.__dict__ | {"top_p": min(1.0, d.top_p + 1e-5), "min_p": d.min_p * (1 - 1e-5)}
+    )
+    return wider(loose)[token] > 0 or (
+        d.top_k and abs(np.sort(logits)[-d.top_k] - logits[token]) < 1e-5
+    )
 
 
 def test_greedy_equals_the_plain_sampler_and_log_probabilities_the_softmax():
@@ -278,23 +334,33 @@ def test_greedy_equals_the_plain_sampler_and_log_probabilities_the_softmax():
     np.testing.assert_allclose(drawn.logprob_N, logp.max(-1), atol=1e-5)
     order = np.argsort(-logp, axis=-1, kind="stable")[:, :5]
     np.testing.assert_array_equal(drawn.top_ids_NxK, order)
-    np.testing.assert_allclose(drawn.top_logprobs_NxK, np.take_along_axis(logp, order, -1), atol=1e-5)
+    np.testing.assert_allclose(
+        drawn.top_logprobs_NxK, np.take_along_axis(logp, order, -1), atol=1e-5
+    )
 
 
 def test_a_lane_waits_for_the_mask_of_its_own_position():
-    rows = _put_row(empty_rows(LANES, CONFIG), 4, host_row(Drawing(), CONFIG, prompt=(1, 2), grammar=Letters([6])))
+    rows = _put_row(
+        empty_rows(LANES, CONFIG),
+        4,
+        host_row(Drawing(), CONFIG, prompt=(1, 2), grammar=Letters([6])),
+    )
     at = np.full(LANES, 2, np.int32)
     assert not np.asarray(waiting(rows, at)).any()
     np.testing.assert_array_equal(np.flatnonzero(waiting(rows, at + 1)), [4])
     rows = _put_mask(rows, 4, bit_mask([9], V), 3)
     assert not np.asarray(waiting(rows, at + 1)).any()
-    drawn, _ = _draw(np.zeros((LANES, PADDED), np.float32), rows, at + 1, np.ones(LANES, bool), CONFIG)
+    drawn, _ = _draw(
+        np.zeros((LANES, PADDED), np.float32), rows, at + 1, np.ones(LANES, bool), CONFIG
+    )
     assert int(drawn.token_N[4]) == 9
 
 
 def test_a_seed_is_any_integer():
     for seed in (0, 1, 2**31, 2**32 - 1):
-        np.testing.assert_array_equal(seed_words(seed), jax.random.key_data(jax.random.key(np.uint32(seed))))
+        np.testing.assert_array_equal(
+            seed_words(seed), jax.random.key_data(jax.random.key(np.uint32(seed)))
+        )
     assert len({tuple(seed_words(s)) for s in (0, 2**32, 2**63, -1, 2**64 - 2)}) == 5
 
 
@@ -329,7 +395,8 @@ def test_room_for_stop_tokens_and_log_probabilities_is_limited():
 
 
 def test_no_program_sorts_the_vocabulary():
-    """On a CPU a sort of 49k logits costs more than many layers; slices merged into a top-k turn it into one."""
+    """On a CPU a sort of 49k logits costs more than many layers; slices merged into a top-k turn it
+    into one."""
     vocab, config = 2048, DrawConfig(2048)
     rows = jax.eval_shape(lambda: empty_rows(2, config))
     shapes = (

@@ -1,4 +1,5 @@
-"""The whole engine on the real device: schedules, seeds, prefix hits and moves against plain decoding."""
+"""The whole engine on the real device: schedules, seeds, prefix hits and moves against plain
+decoding."""
 
 import functools
 
@@ -22,7 +23,8 @@ def device():
     """Three lanes, of which two are too small for what some requests need."""
     config = EngineConfig(lanes=3, chunks=(8,), boundary_every=2, entries=40, max_logprobs=4)
     made = Device(*model(), config)
-    made.expected_entries = lambda tokens, mean_depth=None: tokens // 2  # too few, so that lanes are outgrown
+    # too few, so that lanes are outgrown
+    made.expected_entries = lambda tokens, mean_depth=None: tokens // 2
     made.warm_up()
     return made
 
@@ -43,9 +45,11 @@ met = dict.fromkeys(("preempted", "cached", "sampled"), 0)
 
 
 schedules = given(
-    st.sampled_from([4, 24, 256]), st.sampled_from([0, 6000, None]), st.sampled_from([1, 8, 1000]),
+    st.sampled_from([4, 24, 256]),
+    st.sampled_from([0, 6000, None]),
+    st.sampled_from([1, 8, 1000]),
     st.lists(arrivals, min_size=2, max_size=8),
-)  # fmt: skip
+)
 
 
 def any_schedule(round_tokens, prefix_bytes, hold_tokens, schedule):
@@ -77,7 +81,8 @@ def test_tokens_are_those_of_plain_decoding_in_any_schedule(m):
 
 
 def test_a_prefix_from_the_cache_changes_no_bit():
-    """Log-probabilities of a prompt that was computed, of one whose head was found, and in company."""
+    """Log-probabilities of a prompt that was computed, of one whose head was found, and in
+    company."""
     want = Request(TEXTS[0][:41], 10, GREEDY, logprobs=4)
     found = []
     for head, company in ((None, 0), (TEXTS[0][:37], 0), (TEXTS[0][:41], 4)):
@@ -99,7 +104,17 @@ def test_nothing_compiles_once_it_is_warm():
     before = compiled_here()
     for wish in WISHES:
         for n in LENGTHS:
-            ask(s, Request(TEXTS[2][:n], 5, Drawing(seed=n, top_k=3), depth=wish, logprobs=2, priority=n % 2))
+            ask(
+                s,
+                Request(
+                    TEXTS[2][:n],
+                    5,
+                    Drawing(seed=n, top_k=3),
+                    depth=wish,
+                    logprobs=2,
+                    priority=n % 2,
+                ),
+            )
     s.run()
     assert compiled_here() == before and s.stats()["compilations_total"] == 0
 

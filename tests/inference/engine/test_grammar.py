@@ -1,4 +1,5 @@
-"""Whatever a model would rather say, constrained output parses and validates; and the masks leave what is right alone."""
+"""Whatever a model would rather say, constrained output parses and validates; and the masks leave
+what is right alone."""
 
 import json
 import re
@@ -19,11 +20,20 @@ from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.engine.drawing import draw
 from mor_jax.inference.engine.grammar import LONGEST, GrammarBroken, Grammars
 from mor_jax.inference.engine.request import Drawing
-from mor_jax.inference.engine.rows import DrawConfig, empty_rows, host_row, put_mask, put_row, waiting
+from mor_jax.inference.engine.rows import (
+    DrawConfig,
+    empty_rows,
+    host_row,
+    put_mask,
+    put_row,
+    waiting,
+)
 
 LANES, CONTEXT = 8, 192
 BYTES = ByteTokenizer()
-BPE = train_bpe(['{"name": "a cat", "age": 12, "tags": ["x", "yes", true, null]} the cat said no, '] * 50, 330)
+BPE = train_bpe(
+    ['{"name": "a cat", "age": 12, "tags": ["x", "yes", true, null]} the cat said no, '] * 50, 330
+)
 LM = small_lm("mor", vocab_size=384, context=CONTEXT)
 PARAMS = random_params(LM)
 
@@ -34,11 +44,14 @@ _put_row, _put_mask = jax.jit(put_row), jax.jit(put_mask)
 
 
 def generate(tokenizer, grammars, drawing):
-    """Texts of lanes that each keep to their grammar, and whether each came to its end within the context."""
+    """Texts of lanes that each keep to their grammar, and whether each came to its end within the
+    context."""
     config = DrawConfig(tokenizer.vocab_size)
     rows = empty_rows(LANES, config)
     for lane, grammar in enumerate(grammars):
-        row = host_row(Drawing(**drawing, seed=lane), config, prompt=[tokenizer.bos], grammar=grammar)
+        row = host_row(
+            Drawing(**drawing, seed=lane), config, prompt=[tokenizer.bos], grammar=grammar
+        )
         rows = _put_row(rows, lane, row)
     logits, cache, _ = _prefill(
         LM, PARAMS, jnp.full((LANES, 1), tokenizer.bos), jnp.ones(LANES, jnp.int32), CONTEXT, None
@@ -75,7 +88,9 @@ leaves = st.one_of(
     ),
     st.just({"type": "string", "pattern": "^[a-c]{2,5}$"}),
     st.just({"type": "string", "format": "date"}),
-    st.lists(st.one_of(names, st.integers(-9, 9), st.none()), min_size=1, max_size=3).map(lambda v: {"enum": v}),
+    st.lists(st.one_of(names, st.integers(-9, 9), st.none()), min_size=1, max_size=3).map(
+        lambda v: {"enum": v}
+    ),
     names.map(lambda v: {"const": v}),
 )
 
@@ -85,14 +100,20 @@ def deeper(inner):
         lambda t: {"type": "array", "items": t[0], "minItems": t[1], "maxItems": t[1] + t[2]}
     )
     thing = st.dictionaries(names, inner, max_size=3).flatmap(
-        lambda properties: st.sets(st.sampled_from(sorted(properties)) if properties else st.nothing()).map(
+        lambda properties: st.sets(
+            st.sampled_from(sorted(properties)) if properties else st.nothing()
+        ).map(
             lambda required: {
-                "type": "object", "properties": properties, "required": sorted(required),
+                "type": "object",
+                "properties": properties,
+                "required": sorted(required),
                 "additionalProperties": False,
             }
         )
-    )  # fmt: skip
-    return st.one_of(array, thing, st.lists(inner, min_size=1, max_size=2).map(lambda v: {"anyOf": v}))
+    )
+    return st.one_of(
+        array, thing, st.lists(inner, min_size=1, max_size=2).map(lambda v: {"anyOf": v})
+    )
 
 
 schemas = st.recursive(leaves, deeper, max_leaves=5)
@@ -105,7 +126,9 @@ def test_random_schemas_are_obeyed_by_a_random_model(tokenizer):
     @settings(max_examples=4)
     @given(st.lists(schemas, min_size=LANES, max_size=LANES), st.sampled_from([0.7, 1.0, 3.0]))
     def run(batch, temperature):
-        texts, done = generate(tokenizer, [grammars.json_schema(s) for s in batch], {"temperature": temperature})
+        texts, done = generate(
+            tokenizer, [grammars.json_schema(s) for s in batch], {"temperature": temperature}
+        )
         for schema, text, complete in zip(batch, texts, done, strict=True):
             if complete:
                 jsonschema.validate(json.loads(text), schema)
@@ -120,10 +143,16 @@ def test_objects_patterns_and_choices():
     options = ["yes", "no", 'say "no"\\n\n', "né", "y"]
     texts, done = generate(
         BYTES,
-        [grammars.choice(options), grammars.choice(options), grammars.choice(["no"]),
-         grammars.regex("(ab|c){3}[0-9]{2}"), grammars.regex("[^a]é?"), grammars.json_object()],
+        [
+            grammars.choice(options),
+            grammars.choice(options),
+            grammars.choice(["no"]),
+            grammars.regex("(ab|c){3}[0-9]{2}"),
+            grammars.regex("[^a]é?"),
+            grammars.json_object(),
+        ],
         {"temperature": 2.0, "top_p": 0.95},
-    )  # fmt: skip
+    )
     assert all(done[:5])
     assert set(texts[:2]) <= set(options) and texts[2] == "no"
     assert re.fullmatch("(ab|c){3}[0-9]{2}", texts[3]) and re.fullmatch("[^a]é?", texts[4])
@@ -133,7 +162,9 @@ def test_objects_patterns_and_choices():
 def spell(grammar, tokenizer, text):
     for token in tokenizer.encode(text):
         mask = grammar.allowed()
-        assert mask[token // 32] >> (token % 32) & 1, f"{tokenizer.token_text(token)!r} of {text!r} is forbidden"
+        assert mask[token // 32] >> (token % 32) & 1, (
+            f"{tokenizer.token_text(token)!r} of {text!r} is forbidden"
+        )
         grammar.advance(token)
     return grammar
 
@@ -143,13 +174,21 @@ strings = st.text(st.characters(codec="utf-8", exclude_characters="\x7f"), max_s
 
 
 @settings(max_examples=50)
-@given(st.dictionaries(st.text("ab", min_size=1, max_size=3), st.integers() | strings | st.booleans(), max_size=4))
+@given(
+    st.dictionaries(
+        st.text("ab", min_size=1, max_size=3), st.integers() | strings | st.booleans(), max_size=4
+    )
+)
 def test_valid_json_is_not_forbidden(value):
     for tokenizer in (BYTES, BPE):
-        grammar = spell(MADE[tokenizer].json_object(), tokenizer, json.dumps(value, ensure_ascii=False))
+        grammar = spell(
+            MADE[tokenizer].json_object(), tokenizer, json.dumps(value, ensure_ascii=False)
+        )
         assert grammar.finished
         mask = grammar.allowed()  # nothing but the end
-        assert [i for i in range(len(mask) * 32) if mask[i // 32] >> (i % 32) & 1] == [tokenizer.eos]
+        assert [i for i in range(len(mask) * 32) if mask[i // 32] >> (i % 32) & 1] == [
+            tokenizer.eos
+        ]
 
 
 MADE = {tokenizer: Grammars(tokenizer) for tokenizer in (BYTES, BPE)}

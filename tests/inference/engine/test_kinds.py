@@ -1,5 +1,5 @@
-"""The whole engine on the real device, for every kind of model and from depth-wise to lock-step: in any schedule the
-tokens are those of plain decoding."""
+"""The whole engine on the real device, for every kind of model and from depth-wise to lock-step: in
+any schedule the tokens are those of plain decoding."""
 
 import dataclasses
 import functools
@@ -21,7 +21,8 @@ from mor_jax.inference.engine.request import Token
 from mor_jax.inference.generate import Generation
 from mor_jax.model.depth import DepthControl
 
-# Passes a tick; each m is a program more, each kind all of them. test_engine.py has expert-choice in its plainest form.
+# Passes a tick; each m is a program more, each kind all of them. test_engine.py has expert-choice
+# in its plainest form.
 KINDS = {
     "vanilla": (1,),
     "recursive": (1, 3),
@@ -34,21 +35,30 @@ met = dict.fromkeys(("preempted", "cached", "whole"), 0)
 
 
 class Kind:
-    """A small model, a device of it whose lanes are too small for what some requests need, and what plain decoding
-    says to all prompts at once."""
+    """A small model, a device of it whose lanes are too small for what some requests need, and what
+    plain decoding says to all prompts at once."""
 
     def __init__(self, name):
         # One block a step: compiling is what these tests take long for.
-        self.lm = small_lm(name, context=CONTEXT, layers={"vanilla": 3, "random_shared": 3}.get(name, 5))
+        self.lm = small_lm(
+            name, context=CONTEXT, layers={"vanilla": 3, "random_shared": 3}.get(name, 5)
+        )
         self.params = spread_routers(random_params(self.lm))
-        self.device = Device(self.lm, self.params, EngineConfig(lanes=3, chunks=(8,), boundary_every=1, entries=40))
-        self.device.expected_entries = lambda tokens, mean_depth=None: tokens // 2  # so that lanes are outgrown
+        self.device = Device(
+            self.lm, self.params, EngineConfig(lanes=3, chunks=(8,), boundary_every=1, entries=40)
+        )
+        # so that lanes are outgrown
+        self.device.expected_entries = lambda tokens, mean_depth=None: tokens // 2
         self.device.warm_up()
         self.ticks = {1: self.device._programs.tick}
         self.wishes = [wish for wish in WISHES if (wish.least or 0) <= self.lm.program.recursions]
         asked = [(text[:n], wish) for text in TEXTS for n in LENGTHS for wish in self.wishes]
-        control = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(self.control(wish) for _, wish in asked))
-        plain = Generation(self.lm, self.params, [p for p, _ in asked], max_tokens=NEW, control=control)
+        control = jax.tree.map(
+            lambda *rows: jnp.concatenate(rows), *(self.control(wish) for _, wish in asked)
+        )
+        plain = Generation(
+            self.lm, self.params, [p for p, _ in asked], max_tokens=NEW, control=control
+        )
         drawn_BxN = np.stack([g.token_B for g in plain], axis=1)
         logprobs = self.logprobs([prompt for prompt, _ in asked], drawn_BxN, control)
         self.plain = dict(zip(asked, zip(drawn_BxN.tolist(), logprobs, strict=True), strict=True))
@@ -58,7 +68,11 @@ class Kind:
         rows = np.zeros((len(prompts), CONTEXT), np.int32)
         for row, prompt, drawn in zip(rows, prompts, drawn_BxN, strict=True):
             row[: len(prompt) + NEW] = (*prompt, *drawn)
-        run = jax.jit(lambda params, tokens, control: self.lm.apply(params, tokens, mode="causal", control=control))
+        run = jax.jit(
+            lambda params, tokens, control: self.lm.apply(
+                params, tokens, mode="causal", control=control
+            )
+        )
         all_BxTxV = np.asarray(jax.nn.log_softmax(run(self.params, jnp.asarray(rows), control)))
         return [
             of_row[len(prompt) - 1 + np.arange(NEW), drawn]
@@ -101,13 +115,19 @@ def play(kind, schedule, **config):
         met["whole"] += heard.end.reason == "length"
 
 
-@pytest.mark.parametrize(("name", "m"), [(name, m) for name, passes in KINDS.items() for m in passes])
+@pytest.mark.parametrize(
+    ("name", "m"), [(name, m) for name, passes in KINDS.items() for m in passes]
+)
 def test_tokens_are_those_of_plain_decoding_in_any_schedule(name, m):
     kind = kind_of(name)
     kind.set_passes(m)
 
     @settings(max_examples=6)
-    @given(st.sampled_from([4, 256]), st.sampled_from([0, None]), st.lists(arrivals, min_size=4, max_size=8))
+    @given(
+        st.sampled_from([4, 256]),
+        st.sampled_from([0, None]),
+        st.lists(arrivals, min_size=4, max_size=8),
+    )
     def any_schedule(round_tokens, prefix_bytes, schedule):
         play(kind, schedule, round_tokens=round_tokens, prefix_bytes=prefix_bytes, hold_tokens=8)
 

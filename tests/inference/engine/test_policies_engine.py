@@ -1,4 +1,5 @@
-"""Every depth policy runs in the engine: its greedy tokens and depths are those of the full causal forward pass."""
+"""Every depth policy runs in the engine: its greedy tokens and depths are those of the full causal
+forward pass."""
 
 import pytest
 from driving import Job, expected, play, prompts
@@ -15,9 +16,13 @@ def in_the_engine(depth, m):
     device.warm_up()
     lengths, lanes, arrivals = (5, 12, 1, 9), (2, 0, 1, 2), (0, 0, 2, 3)
     news = (6, 9, 12, 8)
-    jobs = [Job(p, *rest) for p, *rest in zip(prompts(0, *lengths), news, lanes, arrivals, strict=True)]
+    jobs = [
+        Job(p, *rest) for p, *rest in zip(prompts(0, *lengths), news, lanes, arrivals, strict=True)
+    ]
     played = play(device, jobs)
-    for job, done, (tokens, depths) in zip(jobs, played, expected(device, jobs, played, T), strict=True):
+    for job, done, (tokens, depths) in zip(
+        jobs, played, expected(device, jobs, played, T), strict=True
+    ):
         assert done.tokens == tokens and len(tokens) == job.new
         assert done.depths == depths
 

@@ -1,4 +1,5 @@
-"""The prefix tree: its books always agree, it gives back what was put in, and it drops what was not met for longest."""
+"""The prefix tree: its books always agree, it gives back what was put in, and it drops what was not
+met for longest."""
 
 from dataclasses import dataclass
 
@@ -91,7 +92,8 @@ chunks = st.lists(st.sampled_from([A, B, C, D]), max_size=4)
 
 
 class Users(RuleBasedStateMachine):
-    """Requests that hold and compute parts of paths at the same time, in any order, some giving up."""
+    """Requests that hold and compute parts of paths at the same time, in any order, some giving
+    up."""
 
     @initialize(total=st.sampled_from([0, 15, 50, 1000]))
     def begin(self, total):

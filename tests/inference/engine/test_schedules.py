@@ -1,4 +1,5 @@
-"""Whatever happens around it, every request's tokens are those of plain decoding, and nothing stays behind."""
+"""Whatever happens around it, every request's tokens are those of plain decoding, and nothing stays
+behind."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -10,24 +11,30 @@ from mor_jax.inference.engine.request import Drawing, Request
 
 GREEDY = Drawing(temperature=0.0)
 TEXTS = [tuple(np.random.default_rng(i).integers(0, VOCAB, 48).tolist()) for i in range(2)]
-TEXTS.append((*TEXTS[0][:20], *TEXTS[1][20:]))  # shares a head with the first, not a multiple of any chunk
+# shares a head with the first, not a multiple of any chunk
+TEXTS.append((*TEXTS[0][:20], *TEXTS[1][20:]))
 LENGTHS = (1, 5, 17, 22, 41)
 NEW = 14
 
-arrivals = st.fixed_dictionaries({
-    "after": st.sampled_from([0, 0, 0, 1, 3, 8]),  # rounds since the one before
-    "text": st.sampled_from(range(len(TEXTS))),
-    "length": st.sampled_from(LENGTHS),
-    "new": st.integers(1, NEW),
-    "wish": st.sampled_from([WISHES[0], *WISHES]),
-    "priority": st.sampled_from([0, 0, 1, -1]),
-    "deadline": st.sampled_from([None, None, None, 6.0]),
-    "leaves": st.sampled_from([None, None, None, ("cancel", 0), ("cancel", 4), ("finish", 7)]),  # rounds after it came
-    "seed": st.sampled_from([None, None, 5]),
-})  # fmt: skip
+arrivals = st.fixed_dictionaries(
+    {
+        "after": st.sampled_from([0, 0, 0, 1, 3, 8]),  # rounds since the one before
+        "text": st.sampled_from(range(len(TEXTS))),
+        "length": st.sampled_from(LENGTHS),
+        "new": st.integers(1, NEW),
+        "wish": st.sampled_from([WISHES[0], *WISHES]),
+        "priority": st.sampled_from([0, 0, 1, -1]),
+        "deadline": st.sampled_from([None, None, None, 6.0]),
+        # rounds after it came
+        "leaves": st.sampled_from([None, None, None, ("cancel", 0), ("cancel", 4), ("finish", 7)]),
+        "seed": st.sampled_from([None, None, 5]),
+    }
+)
 engines = st.fixed_dictionaries(
     {
-        "rooms": st.sampled_from([(192, 24, 24, 24), (192, 24, 40), (192, 40, 40, 40), (192,), (192, 192, 192)]),
+        "rooms": st.sampled_from(
+            [(192, 24, 24, 24), (192, 24, 40), (192, 40, 40, 40), (192,), (192, 192, 192)]
+        ),
         "chunks": st.sampled_from([(4, 16), (1,), (8,), (3, 64)]),
         "m": st.integers(1, 3),
         "expect": st.sampled_from([0.3, 0.3, 1.7]),  # recursions a token, as the device says
@@ -42,9 +49,13 @@ engines = st.fixed_dictionaries(
 def request_of(a):
     drawing = GREEDY if a["seed"] is None else Drawing(temperature=1.3, seed=a["seed"])
     return Request(
-        TEXTS[a["text"]][: a["length"]], a["new"], drawing, depth=a["wish"], priority=a["priority"],
+        TEXTS[a["text"]][: a["length"]],
+        a["new"],
+        drawing,
+        depth=a["wish"],
+        priority=a["priority"],
         deadline_s=a["deadline"],
-    )  # fmt: skip
+    )
 
 
 def alone(request, memo={}):  # noqa: B006
@@ -64,7 +75,9 @@ met = dict.fromkeys(("preempted", "cached", "held", "left", "late", "whole"), 0)
 @settings(max_examples=400)
 @given(engines, st.lists(arrivals, min_size=1, max_size=9))
 def any_schedule(engine, schedule):
-    device = ReferenceDevice(engine["rooms"], chunks=engine["chunks"], m=engine["m"], expect=engine["expect"])
+    device = ReferenceDevice(
+        engine["rooms"], chunks=engine["chunks"], m=engine["m"], expect=engine["expect"]
+    )
     config = {k: engine[k] for k in ("round_tokens", "prefix_bytes", "hold_tokens", "keep_tokens")}
     service = Stepped(device, control_of=control_of, **config)
     came, leaving = [], []
@@ -100,7 +113,8 @@ def leave(leaving, now):
 
 
 def play_out(service, schedule):
-    """[(arrival, what its request heard)] when there is nothing left to do. An arrival may bring its `request` along."""
+    """[(arrival, what its request heard)] when there is nothing left to do. An arrival may bring
+    its `request` along."""
     came, leaving = [], []
     for a in schedule:
         for _ in range(a["after"]):
@@ -123,7 +137,9 @@ def check(a, heard):
     assert heard.tokens == want[: len(heard.tokens)]
     whole = len(heard.tokens) == a["new"]
     allowed = {"length"} if whole else set()
-    allowed |= {"cancel": {"cancelled"}, "finish": {"stop"}}[a["leaves"][0]] if a["leaves"] else set()
+    allowed |= (
+        {"cancel": {"cancelled"}, "finish": {"stop"}}[a["leaves"][0]] if a["leaves"] else set()
+    )
     allowed |= {"deadline"} if a["deadline"] else set()
     assert end.reason in allowed and end.error is None
     assert (end.prompt_tokens, end.completion_tokens) == (a["length"], len(heard.tokens))

@@ -23,12 +23,16 @@ def made(kind):
 
 
 def plain(lm, params):
-    run = jax.jit(lambda params, tokens, control: lm.apply(params, tokens, mode="causal", control=control))
+    run = jax.jit(
+        lambda params, tokens, control: lm.apply(params, tokens, mode="causal", control=control)
+    )
 
     def score(tokens, control):
         padded = np.zeros((1, CONTEXT), np.int32)  # one program for all lengths
         padded[0, : len(tokens)] = tokens
-        logits = np.asarray(run(params, jnp.asarray(padded), control))[0, : len(tokens) - 1, :VOCAB].astype(np.float64)
+        logits = np.asarray(run(params, jnp.asarray(padded), control))[
+            0, : len(tokens) - 1, :VOCAB
+        ].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
     return score
@@ -41,8 +45,16 @@ def test_scores_equal_the_full_forward_pass(kind):
     rng = np.random.default_rng(0)
     neutral = DepthControl.neutral(1, steps)
     shallow = neutral._replace(cap_B=jnp.ones((1,), jnp.int32))
-    # One token; less than a chunk, a chunk and its last token, several chunks, the whole context; one after another.
-    for length, control in [(1, None), (2, None), (17, None), (40, shallow), (18, None), (CONTEXT, None)]:
+    # One token; less than a chunk, a chunk and its last token, several chunks, the whole context;
+    # one after another.
+    for length, control in [
+        (1, None),
+        (2, None),
+        (17, None),
+        (40, shallow),
+        (18, None),
+        (CONTEXT, None),
+    ]:
         tokens = rng.integers(0, VOCAB, length).tolist()
         scored = scorer.score(tokens, control)
         assert len(scored.logprobs) == len(scored.top) == length
@@ -50,7 +62,9 @@ def test_scores_equal_the_full_forward_pass(kind):
         if length == 1:
             continue
         want = oracle(tokens, neutral if control is None else control)
-        np.testing.assert_allclose(scored.logprobs[1:], want[np.arange(length - 1), tokens[1:]], atol=2e-4)
+        np.testing.assert_allclose(
+            scored.logprobs[1:], want[np.arange(length - 1), tokens[1:]], atol=2e-4
+        )
         best = np.sort(want, axis=-1)[:, ::-1][:, :TOP]
         np.testing.assert_allclose([[p for _, p in top] for top in scored.top[1:]], best, atol=2e-4)
         for row, top in zip(want, scored.top[1:], strict=True):
@@ -68,7 +82,8 @@ def test_other_work_goes_between_chunks_and_nothing_compiles_after_the_warm_up()
     scorer.warm_up()
     compiled = scorer._run._cache_size(), scorer._open._cache_size()
     *pauses, scored = scorer.steps(list(range(50)))
-    assert pauses == [None] * 7 and len(scored.logprobs) == 50  # 49 tokens go in, the last only comes out
+    # 49 tokens go in, the last only comes out
+    assert pauses == [None] * 7 and len(scored.logprobs) == 50
     assert (scorer._run._cache_size(), scorer._open._cache_size()) == compiled
     first = scorer.steps(list(range(50)))
     next(first)

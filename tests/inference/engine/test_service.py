@@ -1,15 +1,34 @@
-"""What a request is told, who goes first, what frees a lane, and what a failure does; on the reference device."""
+"""What a request is told, who goes first, what frees a lane, and what a failure does; on the
+reference device."""
 
 import threading
 import time
 
 import numpy as np
 import pytest
-from reference import CONFIG, CONTEXT, VOCAB, WISHES, ReferenceDevice, control_of, model, oracle, read
+from reference import (
+    CONFIG,
+    CONTEXT,
+    VOCAB,
+    WISHES,
+    ReferenceDevice,
+    control_of,
+    model,
+    oracle,
+    read,
+)
 from stepped import Heard, Stepped, ask
 
 from mor_jax.errors import UserError
-from mor_jax.inference.engine.request import Drawing, Finished, PromptRead, PromptScored, QueueFull, Request, Token
+from mor_jax.inference.engine.request import (
+    Drawing,
+    Finished,
+    PromptRead,
+    PromptScored,
+    QueueFull,
+    Request,
+    Token,
+)
 from mor_jax.inference.engine.rows import bit_mask
 from mor_jax.inference.engine.service import EngineService, ServiceConfig
 
@@ -35,7 +54,11 @@ def test_events_of_one_request_in_order_and_once_a_tick():
     heard = ask(service, greedy(TEXT[:22], 6, prompt_depths=True, logprobs=2))
     service.run()
     read_, *tokens, end = heard.events
-    assert isinstance(read_, PromptRead) and all(isinstance(t, Token) for t in tokens) and isinstance(end, Finished)
+    assert (
+        isinstance(read_, PromptRead)
+        and all(isinstance(t, Token) for t in tokens)
+        and isinstance(end, Finished)
+    )
     sequence = TEXT[:22] + heard.tokens
     depth = read(sequence[:-1], b"")[1]
     assert heard.depths == depth.tolist()
@@ -58,7 +81,9 @@ def test_depths_of_a_cached_prompt_are_told_too():
     second = ask(service, greedy(TEXT[:22], 3, prompt_depths=True))
     service.run()
     assert second.depths == first.depths and second.end.cached_tokens == 21
-    assert second.end.mean_depth == pytest.approx(np.mean(second.depths[21:])), "of what was computed"
+    assert second.end.mean_depth == pytest.approx(np.mean(second.depths[21:])), (
+        "of what was computed"
+    )
 
 
 def test_stop_tokens_and_their_least_place():
@@ -69,12 +94,16 @@ def test_stop_tokens_and_their_least_place():
     late = ask(service, greedy(TEXT[:5], 8, stop_tokens=frozenset([stop]), min_tokens=5))
     service.run()
     at = plain.index(stop)
-    assert heard.tokens == plain[: at + 1] and heard.events[-2].stopped and heard.end.reason == "stop"
+    assert (
+        heard.tokens == plain[: at + 1] and heard.events[-2].stopped and heard.end.reason == "stop"
+    )
     assert stop not in late.tokens[:5] and len(late.tokens) >= 5
 
 
 def test_a_seed_draws_the_same_alone_and_in_company():
-    want = Request(TEXT[:17], 12, Drawing(temperature=1.5, top_p=0.9, presence_penalty=0.5, seed=11))
+    want = Request(
+        TEXT[:17], 12, Drawing(temperature=1.5, top_p=0.9, presence_penalty=0.5, seed=11)
+    )
     alone = stepped()
     lone = ask(alone, want)
     alone.run()
@@ -90,7 +119,10 @@ def test_a_seed_draws_the_same_alone_and_in_company():
 
 def ask_seed(request, seed):
     service = stepped()
-    heard = ask(service, Request(request.prompt, request.max_tokens, Drawing(temperature=1.5, top_p=0.9, seed=seed)))
+    heard = ask(
+        service,
+        Request(request.prompt, request.max_tokens, Drawing(temperature=1.5, top_p=0.9, seed=seed)),
+    )
     service.run()
     return heard.tokens
 
@@ -125,7 +157,11 @@ def test_a_grammar_says_what_comes_and_when_it_is_over():
     assert wanted.tokens == (9, 8, 7, 0) and wanted.end.reason == "stop"
     assert wanted.events[-2].stopped and not wanted.events[-3].stopped, "0 is the end of the text"
     assert short.tokens == (9, 8) and short.end.reason == "length"
-    assert broken.tokens == (9, 8, 7) and broken.end.reason == "error" and "a limit was met" in broken.end.error
+    assert (
+        broken.tokens == (9, 8, 7)
+        and broken.end.reason == "error"
+        and "a limit was met" in broken.end.error
+    )
     assert free.tokens == oracle(OTHER[:9])[:12], "only the one is lost"
     assert service.is_clean() and service.healthy
 
@@ -155,7 +191,8 @@ def test_prompt_scores_come_before_the_first_token_and_others_go_on_meanwhile():
         ask(service, greedy(TEXT[:5], 2, prompt_logprobs=True))
 
 
-# ------------------------------------------------------------------------------------- who goes when
+# ------------------------------------------------------------------------------------- who goes
+# when
 
 
 def test_priority_then_arrival():
@@ -180,7 +217,9 @@ def test_siblings_wait_for_the_first_and_compute_the_shared_part_once():
     assert [h.end.cached_tokens for h in heard] == [0] + [32] * 7
     assert device.prefills == 2 + 8, "the shared chunks once, the tails each"
     stats = service.stats()
-    assert stats["prefix_cache_hits_total"] == 7 * 32 and stats["prefix_cache_queries_total"] == 8 * 33
+    assert (
+        stats["prefix_cache_hits_total"] == 7 * 32 and stats["prefix_cache_queries_total"] == 8 * 33
+    )
     assert stats["held_back_total"] == 7, "none of them computed what the first was computing"
 
 
@@ -203,7 +242,8 @@ def test_other_depths_do_not_share_rows():
 
 
 def test_who_outgrows_a_lane_moves_and_the_latest_makes_room():
-    """The first two need more than the small lanes have; the third sits in the large one when they notice."""
+    """The first two need more than the small lanes have; the third sits in the large one when they
+    notice."""
     room = max(int(read(t[:22], b"")[1].sum()) for t in (TEXT, OTHER)) + 3
     service = stepped((FULL, room, room), expect=0.1)
     small = [ask(service, greedy(TEXT[:22], 30)), ask(service, greedy(OTHER[:22], 30))]
@@ -229,7 +269,8 @@ def test_a_long_prompt_does_not_hold_up_who_decodes():
     assert len(running.tokens) - before >= 10, "ten chunks, a tick between each two"
 
 
-# ------------------------------------------------------------------------------------- what ends a request
+# ------------------------------------------------------------------------------------- what ends a
+# request
 
 
 @pytest.mark.parametrize(("how", "reason"), [("cancel", "cancelled"), ("finish", "stop")])
@@ -255,7 +296,11 @@ def test_a_deadline_ends_what_runs_and_what_waits():
     behind = ask(service, greedy(OTHER[:5], 4))
     service.run()
     assert runs.end.reason == waits.end.reason == "deadline"
-    assert 0 < len(runs.tokens) < 50 and not waits.tokens and waits.end.queued_s == pytest.approx(5, abs=1)
+    assert (
+        0 < len(runs.tokens) < 50
+        and not waits.tokens
+        and waits.end.queued_s == pytest.approx(5, abs=1)
+    )
     assert behind.tokens == oracle(OTHER[:5])[:4]
 
 
@@ -272,7 +317,8 @@ def test_a_listener_that_fails_loses_its_request_alone():
     assert service.stats()["generation_tokens_total"] < 30, "it was not drawn to its end"
 
 
-# ------------------------------------------------------------------------------------- what is refused
+# ------------------------------------------------------------------------------------- what is
+# refused
 
 
 @pytest.mark.parametrize(
@@ -331,7 +377,9 @@ class Event(Heard):
 
 
 def threaded(rooms=(FULL,) * 2, **config):
-    return EngineService(ReferenceDevice(rooms), ServiceConfig(**{"keep_tokens": 1, **config}), control_of=control_of)
+    return EngineService(
+        ReferenceDevice(rooms), ServiceConfig(**{"keep_tokens": 1, **config}), control_of=control_of
+    )
 
 
 def test_requests_from_many_threads():
@@ -437,10 +485,19 @@ def test_metrics_by_the_names_of_the_documentation():
     for _ in range(4):
         service.step()
     now = service.stats()
-    assert now["num_requests_running"] == 2 and now["lane_occupancy"] == 1 and 0 < now["kv_cache_usage_perc"] <= 1
+    assert (
+        now["num_requests_running"] == 2
+        and now["lane_occupancy"] == 1
+        and 0 < now["kv_cache_usage_perc"] <= 1
+    )
     service.run()
     then = service.stats()
-    assert then["num_requests_running"] == then["num_requests_waiting"] == then["kv_cache_usage_perc"] == 0
+    assert (
+        then["num_requests_running"]
+        == then["num_requests_waiting"]
+        == then["kv_cache_usage_perc"]
+        == 0
+    )
     assert then["generation_tokens_total"] == 15 and then["prompt_tokens_total"] == 66
     assert then["requests_length_total"] == 3 and then["ticks_total"] >= 5
     assert sum(n for name, n in then.items() if name.startswith("recursion_depth_")) == 15

@@ -1,4 +1,5 @@
-"""A softmax in parts is a softmax, and bfloat16 rounds it the same way however the keys are parted."""
+"""A softmax in parts is a softmax, and bfloat16 rounds it the same way however the keys are
+parted."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,10 @@ def attend(score_QxS, v_SxH, mask_QxS, edges, dtype):
     for start, stop in edges:
         part = slice(start, stop)
         weigh = lambda w, part=part: jnp.einsum(
-            "QS,SH->QH", w.astype(dtype), v_SxH[part].astype(dtype), preferred_element_type=jnp.float32
+            "QS,SH->QH",
+            w.astype(dtype),
+            v_SxH[part].astype(dtype),
+            preferred_element_type=jnp.float32,
         )
         so_far = so_far.add(score_QxS[:, part], mask_QxS[:, part], weigh)
     return so_far.result(dtype)
@@ -30,7 +34,12 @@ def seen():
     return jnp.asarray(score, jnp.float32), jnp.asarray(v, jnp.float32), jnp.asarray(mask)
 
 
-PARTS = ([(0, KEYS)], [(0, 31), (31, KEYS)], [(90, KEYS), (0, 64), (64, 90)], [(i, i + 8) for i in range(0, KEYS, 8)])
+PARTS = (
+    [(0, KEYS)],
+    [(0, 31), (31, KEYS)],
+    [(90, KEYS), (0, 64), (64, 90)],
+    [(i, i + 8) for i in range(0, KEYS, 8)],
+)
 
 
 @pytest.mark.parametrize("edges", PARTS)
@@ -42,9 +51,11 @@ def test_it_is_a_softmax(seen, edges):
 
 @pytest.mark.parametrize("edges", PARTS[1:])
 def test_the_parting_of_the_keys_hardly_ever_shows_in_bfloat16(seen, edges):
-    """Sums of float32 in another order fall on another side of a rounding edge once in thousands; weights rounded off
-    another maximum would do it to every tenth result."""
-    whole, parted = (np.asarray(attend(*seen, e, jnp.bfloat16), np.float32) for e in (PARTS[0], edges))
+    """Sums of float32 in another order fall on another side of a rounding edge once in thousands;
+    weights rounded off another maximum would do it to every tenth result."""
+    whole, parted = (
+        np.asarray(attend(*seen, e, jnp.bfloat16), np.float32) for e in (PARTS[0], edges)
+    )
     assert np.mean(whole != parted) < 0.01
     np.testing.assert_allclose(parted, whole, rtol=0.01, atol=1e-3)
 

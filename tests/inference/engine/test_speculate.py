@@ -1,5 +1,5 @@
-"""Speculation changes how many tokens a tick draws and nothing about which: greedy or sampled, with stop tokens,
-penalties, a grammar, limits of depth, full logs, lanes that come and go."""
+"""Speculation changes how many tokens a tick draws and nothing about which: greedy or sampled, with
+stop tokens, penalties, a grammar, limits of depth, full logs, lanes that come and go."""
 
 import functools
 
@@ -27,13 +27,19 @@ GREEDY = Drawing(temperature=0.0)
 
 @functools.cache
 def made(kind, speculate, **model):
-    layers = {"token_hybrid": 3}.get(kind, 5)  # one block a step: compiling is what these tests take long for
+    # one block a step: compiling is what these tests take long for
+    layers = {"token_hybrid": 3}.get(kind, 5)
     lm = small_lm(kind, context=CONTEXT, vocab_size=VOCAB, layers=layers, **model)
     params = spread_routers(random_params(lm))
     config = EngineConfig(
-        lanes=LANES, chunks=(CHUNK,), boundary_every=lm.program.recursions, max_logprobs=3, speculate=speculate,
-        full_lanes=LANES - 1 if kind == "mor" else LANES, entries=ROOM,
-    )  # fmt: skip
+        lanes=LANES,
+        chunks=(CHUNK,),
+        boundary_every=lm.program.recursions,
+        max_logprobs=3,
+        speculate=speculate,
+        full_lanes=LANES - 1 if kind == "mor" else LANES,
+        entries=ROOM,
+    )
     device = Device(lm, params, config)
     device.warm_up()
     return device
@@ -42,7 +48,9 @@ def made(kind, speculate, **model):
 class Lane:
     """What came out of one lane."""
 
-    def __init__(self, device, lane, prompt, new, drawing=GREEDY, control=None, grammar=None, **more):
+    def __init__(
+        self, device, lane, prompt, new, drawing=GREEDY, control=None, grammar=None, **more
+    ):
         self.lane, self.tokens, self.depths, self.logprobs, self.ended = lane, [], [], [], False
         self.starved, self.grammar, self._at = False, grammar, len(prompt)
         device.open(lane, control)
@@ -94,11 +102,22 @@ def outcome(device):
         Lane(device, 0, PROMPTS[0], 40, logprobs=2),
         Lane(device, 1, PROMPTS[1], 63, Drawing(seed=3, frequency_penalty=0.5, top_p=0.9)),
         Lane(device, 2, PROMPTS[2], 1),
-        Lane(device, 3, PROMPTS[3], 30, Drawing(temperature=0.7, seed=9), stop_tokens=range(30, 44), min_tokens=4),
+        Lane(
+            device,
+            3,
+            PROMPTS[3],
+            30,
+            Drawing(temperature=0.7, seed=9),
+            stop_tokens=range(30, 44),
+            min_tokens=4,
+        ),
     ]
     run(device, lanes)
     # A freed lane is taken by the next, under a limit of its depth, while nothing else runs.
-    lanes += [Lane(device, 3, PROMPTS[2], 20, control=shallow(device, 2)), Lane(device, 0, [1] * 60, 4)]
+    lanes += [
+        Lane(device, 3, PROMPTS[2], 20, control=shallow(device, 2)),
+        Lane(device, 0, [1] * 60, 4),
+    ]
     run(device, lanes[4:])
     return lanes
 
@@ -127,7 +146,10 @@ def test_tokens_are_those_of_plain_decoding_in_bfloat16_too():
     for speculate in (0, K):
         device, told = made("mor", speculate, dtype="bfloat16"), []
         for i in range(0, len(prompts), usable):
-            batch = [Lane(device, lane, prompt, 40) for lane, prompt in enumerate(prompts[i : i + usable])]
+            batch = [
+                Lane(device, lane, prompt, 40)
+                for lane, prompt in enumerate(prompts[i : i + usable])
+            ]
             run(device, batch)
             told += [(lane.tokens, lane.depths) for lane in batch]
         got.append(told)
@@ -148,7 +170,8 @@ def test_a_full_log_stands_still_and_loses_nothing():
     for _ in range(2):  # and goes on standing
         assert all(ticked.token_N[tight] == -1 for ticked in device.tick().fetch())
     device.stop(tight)
-    moved = Lane(device, 0, PROMPTS[0] + cut.tokens, 50 - len(cut.tokens), control=deep)  # anew, where there is room
+    # anew, where there is room
+    moved = Lane(device, 0, PROMPTS[0] + cut.tokens, 50 - len(cut.tokens), control=deep)
     run(device, [moved])
     assert cut.tokens + moved.tokens == whole.tokens
 
@@ -176,25 +199,33 @@ def test_company_changes_nothing():
 @functools.cache
 def plainly(prompt, new, temperature, seed):
     """Tokens of a request that has the engine to itself and speculates nothing."""
-    alone = Lane(made("mor", 0), 0, PROMPTS[prompt], new, Drawing(temperature=temperature, seed=seed))
+    alone = Lane(
+        made("mor", 0), 0, PROMPTS[prompt], new, Drawing(temperature=temperature, seed=seed)
+    )
     run(made("mor", 0), [alone])
     return alone.tokens
 
 
 wishes = st.tuples(
-    st.integers(0, len(PROMPTS) - 1), st.sampled_from([1, 2, 5, 18, 40]), st.sampled_from([0.0, 1.0]), st.integers(0, 2)
-)  # fmt: skip
+    st.integers(0, len(PROMPTS) - 1),
+    st.sampled_from([1, 2, 5, 18, 40]),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 2),
+)
 
 
 @settings(max_examples=40)
 @given(st.lists(st.tuples(wishes, st.sampled_from([False] * 5 + [True])), min_size=1, max_size=10))
 def test_the_service_hands_out_the_tokens_of_plain_decoding(schedule):
-    """More requests than lanes, one of the lanes too small for some, and requests that are cancelled."""
+    """More requests than lanes, one of the lanes too small for some, and requests that are
+    cancelled."""
     device = made("mor", K)
     service, told = EngineService(device), [[] for _ in schedule]
     try:
         for ((prompt, new, temperature, seed), cancels), events in zip(schedule, told, strict=True):
-            request = Request(tuple(PROMPTS[prompt]), new, Drawing(temperature=temperature, seed=seed))
+            request = Request(
+                tuple(PROMPTS[prompt]), new, Drawing(temperature=temperature, seed=seed)
+            )
             ticket = service.submit(request, events.extend)
             if cancels:
                 ticket.cancel()
@@ -206,17 +237,25 @@ def test_the_service_hands_out_the_tokens_of_plain_decoding(schedule):
         tokens, end = [event.id for event in events if isinstance(event, Token)], events[-1]
         assert isinstance(end, Finished) and end.completion_tokens == len(tokens)
         assert end.reason == "length" or (cancels and end.reason == "cancelled")
-        assert tokens == (plainly(*wish) if end.reason == "length" else plainly(*wish)[: len(tokens)])
-    drafted, accepted = (stats[f"spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted"))
+        assert tokens == (
+            plainly(*wish) if end.reason == "length" else plainly(*wish)[: len(tokens)]
+        )
+    drafted, accepted = (
+        stats[f"spec_decode_num_{name}_tokens_total"] for name in ("draft", "accepted")
+    )
     assert 0 <= accepted <= drafted <= device.drafted and accepted <= device.accepted
 
 
 @pytest.mark.parametrize(
     ("kind", "config"),
-    [("vanilla", {"speculate": 2}), ("mor", {"speculate": 2, "draft_depth": 3}),
-     ("mor", {"speculate": 1, "draft_depth": 0}), ("mor", {"speculate": -1}),
-     ("mor", {"speculate": 2, "ticks_per_dispatch": 4})],
-)  # fmt: skip
+    [
+        ("vanilla", {"speculate": 2}),
+        ("mor", {"speculate": 2, "draft_depth": 3}),
+        ("mor", {"speculate": 1, "draft_depth": 0}),
+        ("mor", {"speculate": -1}),
+        ("mor", {"speculate": 2, "ticks_per_dispatch": 4}),
+    ],
+)
 def test_what_cannot_be_drafted_is_refused(kind, config):
     lm = small_lm(kind)
     with pytest.raises(UserError, match="speculat"):

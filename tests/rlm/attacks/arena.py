@@ -1,8 +1,10 @@
-"""Where attacks are run: one REPL, a host full of things worth stealing or breaking, and a look at all of them after.
+"""Where attacks are run: one REPL, a host full of things worth stealing or breaking, and a look at
+all of them after.
 
-An attack is one or more cells. A *probe* is an attack that knows itself whether it got through: its body ends with
-`return what_it_got`, and anything but an error or an empty value is a breach. Probes that succeed without a sandbox
-(`bites`) are run in the unconfined environment too, so that none of them is refused for a typing error.
+An attack is one or more cells. A *probe* is an attack that knows itself whether it got through: its
+body ends with `return what_it_got`, and anything but an error or an empty value is a breach. Probes
+that succeed without a sandbox (`bites`) are run in the unconfined environment too, so that none of
+them is refused for a typing error.
 """
 
 from __future__ import annotations
@@ -32,7 +34,15 @@ ROOT = os.geteuid() == 0
 X86 = platform.machine() == "x86_64"
 HANG = 60.0  # seconds after which anything counts as hanging
 GROWTH = 150 << 20  # bytes by which the host may grow over a whole arena
-MISTAKES = ("NameError", "AttributeError", "SyntaxError", "ImportError", "ModuleNotFoundError", "TypeError", "KeyError")
+MISTAKES = (
+    "NameError",
+    "AttributeError",
+    "SyntaxError",
+    "ImportError",
+    "ModuleNotFoundError",
+    "TypeError",
+    "KeyError",
+)
 TIMED = {"cell_seconds": 0.4, "grace_seconds": 0.3}
 SMALL = {"memory": 256 << 20, "scratch": 8 << 20, "cell_seconds": 4.0, "grace_seconds": 0.4}
 
@@ -89,11 +99,13 @@ def raw(data):
 class Attack:
     name: str
     cells: tuple[str, ...]
-    ends: tuple[str, ...] = ("ok", "error", "timeout", "killed", "crashed")  # statuses the last cell may have
+    # statuses the last cell may have
+    ends: tuple[str, ...] = ("ok", "error", "timeout", "killed", "crashed")
     said: tuple[str, ...] = ()  # must be in what the last cell printed
     not_said: tuple[str, ...] = ("BREACH",)
     bites: bool = False
-    steals_message: bool = False  # leaves a thread that may take the message by which the host starts the next cell
+    # leaves a thread that may take the message by which the host starts the next cell
+    steals_message: bool = False
 
 
 def attack(name: str, *cells: str, ends: str = "", said: str = "") -> Attack:
@@ -122,14 +134,19 @@ class Host:
     def __enter__(self):
         (self.folder / "secret.txt").write_text(self.token)
         (self.folder / "module_of_the_host.py").write_text(f"TOKEN = {self.token!r}\n")
-        self.victim = subprocess.Popen(["sleep", "600"], env={"KEY": self.token, "PATH": os.environ["PATH"]})
+        self.victim = subprocess.Popen(
+            ["sleep", "600"], env={"KEY": self.token, "PATH": os.environ["PATH"]}
+        )
         self.before = self._state()
         os.environ["RLM_ATTACKS_API_KEY"] = self.token
         self.open_file = os.open(self.folder / "secret.txt", os.O_RDWR)
         os.set_inheritable(self.open_file, True)
         self.listeners, self.contacted, self._stop = [], [], False
-        for family, where in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, str(self.folder / "socket")),
-                              (socket.AF_UNIX, f"\0rlm-attacks-{self.token}")):  # fmt: skip
+        for family, where in (
+            (socket.AF_INET, ("127.0.0.1", 0)),
+            (socket.AF_UNIX, str(self.folder / "socket")),
+            (socket.AF_UNIX, f"\0rlm-attacks-{self.token}"),
+        ):
             listener = socket.socket(family, socket.SOCK_STREAM)
             listener.bind(where)
             listener.listen()
@@ -143,9 +160,12 @@ class Host:
         stat = Path(f"/proc/{self.victim.pid}/stat").read_text().rpartition(")")[2].split()
         files = {p.name: p.read_bytes() for p in self.folder.iterdir() if p.is_file()}
         return {
-            "parent group session": stat[1:4], "nice": stat[16], "scheduler": os.sched_getscheduler(self.victim.pid),
-            "processors": os.sched_getaffinity(self.victim.pid), "files": files,
-        }  # fmt: skip
+            "parent group session": stat[1:4],
+            "nice": stat[16],
+            "scheduler": os.sched_getscheduler(self.victim.pid),
+            "processors": os.sched_getaffinity(self.victim.pid),
+            "files": files,
+        }
 
     def unharmed(self) -> None:
         """Raises AssertionError."""
@@ -169,10 +189,15 @@ class Host:
 
     def fill_in(self, cell: str) -> str:
         for name, value in {
-            "HOST": os.getpid(), "VICTIM": self.victim.pid, "GUARD": self.folder, "REPO": REPOSITORY,
-            "HOME": Path.home(), "TOKEN": self.token, "PORT": self.listeners[0].getsockname()[1],
+            "HOST": os.getpid(),
+            "VICTIM": self.victim.pid,
+            "GUARD": self.folder,
+            "REPO": REPOSITORY,
+            "HOME": Path.home(),
+            "TOKEN": self.token,
+            "PORT": self.listeners[0].getsockname()[1],
             "UDP": self.udp.getsockname()[1],
-        }.items():  # fmt: skip
+        }.items():
             cell = cell.replace(f"@{name}@", str(value))
         return cell
 
@@ -193,7 +218,12 @@ class Arena:
         self.host, self.kind, self.limits = (
             Host(),
             kind,
-            Limits(**({"cell_seconds": 10.0, "grace_seconds": 0.5, "start_seconds": HANG - 5.0} | limits)),
+            Limits(
+                **(
+                    {"cell_seconds": 10.0, "grace_seconds": 0.5, "start_seconds": HANG - 5.0}
+                    | limits
+                )
+            ),
         )
         self.calls: list[Request] = []
         self.context, self.gap = context, 0.0
@@ -248,12 +278,15 @@ class Arena:
             self.gap, last = max(self.gap, now - last), now
 
     def play(self, what: Attack) -> list[CellResult]:
-        """All that has to hold of every attack: it ends as it may, the next cell answers, the host is as it was."""
+        """All that has to hold of every attack: it ends as it may, the next cell answers, the host
+        is as it was."""
         before = descriptors(), len(children()), len(threading.enumerate())
         results = [self.run(cell) for cell in what.cells]
         last = results[-1]
         assert last.status in what.ends, last
-        everything = "".join(r.stdout + r.stderr + (r.error.message if r.error else "") for r in results)
+        everything = "".join(
+            r.stdout + r.stderr + (r.error.message if r.error else "") for r in results
+        )
         for text in what.said:
             assert text in everything, last
         for text in what.not_said:
@@ -277,8 +310,8 @@ class Arena:
     def alive(self, message_stolen: bool = False) -> None:
         """The run goes on: the next cell computes, and its call is answered.
 
-        With `message_stolen`, a thread of the attack may take one message that was meant for the worker. Then one cell
-        may lose its reply or never start; the cell after it is answered.
+        With `message_stolen`, a thread of the attack may take one message that was meant for the
+        worker. Then one cell may lose its reply or never start; the cell after it is answered.
         """
         cell, timed = "print(6 * 7)\nprint(llm_query('ping'))", self.environment.limits
         before = len(self.calls)
@@ -286,7 +319,8 @@ class Arena:
         assert result is None or result.status in ("ok", "timeout", "killed"), result
         if result is None or result.status != "ok":
             before = len(self.calls)
-            # Threads of the attack may still take turns with it, and so may a busy machine: it has to come to an end.
+            # Threads of the attack may still take turns with it, and so may a busy machine: it has
+            # to come to an end.
             self.environment.limits = timed.model_copy(update={"cell_seconds": HANG - 5.0})
             result = self.run(cell)
             self.environment.limits = timed
@@ -308,7 +342,8 @@ def rss() -> int:
 
 
 def descriptors() -> int:
-    """Open ones, without those of a thread that looks into a work folder, or empties one, at the moment."""
+    """Open ones, without those of a thread that looks into a work folder, or empties one, at the
+    moment."""
     count = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
@@ -327,7 +362,11 @@ def children() -> set[int]:
 
 
 def folders() -> list[str]:
-    return sorted(n for n in os.listdir(tempfile.gettempdir()) if n.startswith("rlm-repl-") and f"-{os.getpid()}-" in n)
+    return sorted(
+        n
+        for n in os.listdir(tempfile.gettempdir())
+        if n.startswith("rlm-repl-") and f"-{os.getpid()}-" in n
+    )
 
 
 def footprint():

@@ -1,4 +1,5 @@
-"""Run as a program: every probe and a choice of the other attacks, in the user it is started as. Prints JSON."""
+"""Run as a program: every probe and a choice of the other attacks, in the user it is started as.
+Prints JSON."""
 
 from __future__ import annotations
 
@@ -21,12 +22,43 @@ from rlm.attacks import (
 )
 from rlm.attacks.arena import SMALL, TIMED, X86, Arena
 
-CHOSEN = {"bytes", "list of lists", "many files", "file without a name", "file without a name or descriptor", "reserved by number",
-          "ten thousand", "fork bomb", "past the streams", "pass", "everything caught", "power of powers", "signals blocked", "null",
-          "abort", "exit 0", "kill", "close everything", "garbage", "a gigabyte without an end", "nesting", "quoted backslashes",
-          "markup", "alarm with a handler", "stopped", "the main thread ends"}  # fmt: skip
+CHOSEN = {
+    "bytes",
+    "list of lists",
+    "many files",
+    "file without a name",
+    "file without a name or descriptor",
+    "reserved by number",
+    "ten thousand",
+    "fork bomb",
+    "past the streams",
+    "pass",
+    "everything caught",
+    "power of powers",
+    "signals blocked",
+    "null",
+    "abort",
+    "exit 0",
+    "kill",
+    "close everything",
+    "garbage",
+    "a gigabyte without an end",
+    "nesting",
+    "quoted backslashes",
+    "markup",
+    "alarm with a handler",
+    "stopped",
+    "the main thread ends",
+}
 GROUPS = (
-    ({}, test_secrets.PROBES + test_network.PROBES + test_processes.PROBES + test_text.TEXTS + test_visible.ALL),
+    (
+        {},
+        test_secrets.PROBES
+        + test_network.PROBES
+        + test_processes.PROBES
+        + test_text.TEXTS
+        + test_visible.ALL,
+    ),
     (
         SMALL,
         test_resources.MEMORY
@@ -42,7 +74,8 @@ GROUPS = (
 
 def main() -> None:
     failed, count = {}, 0
-    os.environ["LD_LIBRARY_PATH"] = "/no/such/folder:"  # as `export LD_LIBRARY_PATH=/x:$LD_LIBRARY_PATH` makes it
+    # as `export LD_LIBRARY_PATH=/x:$LD_LIBRARY_PATH` makes it
+    os.environ["LD_LIBRARY_PATH"] = "/no/such/folder:"
     for limits, attacks in GROUPS:
         with Arena(**limits) as arena:
             for what in attacks:

@@ -1,4 +1,5 @@
-"""One arena a file for attacks that leave the REPL as it was; attacks that do not get one of their own."""
+"""One arena a file for attacks that leave the REPL as it was; attacks that do not get one of their
+own."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Run as a program: a host on whose system a layer of the sandbox cannot be had. Prints what came of it, as JSON.
+"""Run as a program: a host on whose system a layer of the sandbox cannot be had. Prints what came
+of it, as JSON.
 
-The layer is taken away by a filter on the host itself, which its workers inherit: the system calls of that layer are
-answered like on a kernel that does not know them.
+The layer is taken away by a filter on the host itself, which its workers inherit: the system calls
+of that layer are answered like on a kernel that does not know them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def take_away(layer: str) -> None:
     for number in NUMBERS[layer]:
         code += [(bpf.JEQ, 0, 1, number), (bpf.RETURN, 0, 0, bpf.ERRNO | bpf.ENOSYS)]
     if layer == "limits":  # prlimit64 that sets something; and Python uses it for setrlimit as well
-        refuse = [(bpf.LOAD, 0, 0, bpf.ARGS + 16), (bpf.JEQ, 1, 0, 0), (bpf.RETURN, 0, 0, bpf.ERRNO | 1)]
+        refuse = [
+            (bpf.LOAD, 0, 0, bpf.ARGS + 16),
+            (bpf.JEQ, 1, 0, 0),
+            (bpf.RETURN, 0, 0, bpf.ERRNO | 1),
+        ]
         code += [(bpf.JEQ, 0, len(refuse), 302), *refuse, (bpf.LOAD, 0, 0, bpf.NUMBER)]
     bpf.install([*code, (bpf.RETURN, 0, 0, bpf.ALLOW)])
 
@@ -52,12 +57,16 @@ async def attempt(**policy) -> dict:
 def main(layer: str) -> None:
     take_away(layer)
     others = [name for name in ("landlock", "seccomp", "limits", "privileges") if name != layer]
-    print(json.dumps({
-        "closed": asyncio.run(attempt()),
-        "wrong name": asyncio.run(attempt(allow_missing=(others[0],))),
-        "opted out": asyncio.run(attempt(allow_missing=(layer,))),
-        "user": os.geteuid(),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "closed": asyncio.run(attempt()),
+                "wrong name": asyncio.run(attempt(allow_missing=(others[0],))),
+                "opted out": asyncio.run(attempt(allow_missing=(layer,))),
+                "user": os.geteuid(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""An ordinary user for tests that run as root: an interpreter that user can read, and a command in front of it."""
+"""An ordinary user for tests that run as root: an interpreter that user can read, and a command in
+front of it."""
 
 from __future__ import annotations
 
@@ -40,13 +41,25 @@ def command() -> tuple[str, ...] | str:
         return "setpriv is not installed"
     name = f"python3.{sys.version_info.minor}"
     tried = dict.fromkeys(
-        [sys.executable, f"/usr/bin/{name}", f"/usr/local/bin/{name}", *glob.glob(f"/opt/*/bin/{name}")]
+        [
+            sys.executable,
+            f"/usr/bin/{name}",
+            f"/usr/local/bin/{name}",
+            *glob.glob(f"/opt/*/bin/{name}"),
+        ]
     )
     said = ""
     for python in tried:
-        run = subprocess.run([*USER, python, "-c", IMPORTS], env=environment(),
-                             cwd="/", capture_output=True, text=True)  # fmt: skip
+        run = subprocess.run(
+            [*USER, python, "-c", IMPORTS],
+            env=environment(),
+            cwd="/",
+            capture_output=True,
+            text=True,
+        )
         if run.returncode == 0:
             return (*USER, python)
         said = f"{python}: {run.stderr.strip()[-200:]}"
-    return f"no Python {sys.version_info.minor} with pydantic that the user nobody can read ({said})"
+    return (
+        f"no Python {sys.version_info.minor} with pydantic that the user nobody can read ({said})"
+    )

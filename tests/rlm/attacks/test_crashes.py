@@ -33,8 +33,10 @@ CRASHES = {
     "the lock given up": "ctypes.pythonapi.PyEval_SaveThread()",
     "timer of the fault handler": "import faulthandler\nfaulthandler.dump_traceback_later(0.05, exit=True)\ntime.sleep(2)",
     "processor limit": "import signal\nos.kill(os.getpid(), signal.SIGXCPU)\ntime.sleep(2)",
-}  # fmt: skip
-CRASHES = [attack(name, cell, ends="ok error timeout crashed killed") for name, cell in CRASHES.items()]
+}
+CRASHES = [
+    attack(name, cell, ends="ok error timeout crashed killed") for name, cell in CRASHES.items()
+]
 HARMLESS = {
     "exit": "import sys\nsys.exit(3)",
     "exit with text": "import sys\nsys.exit('x' * 10**7)",
@@ -59,7 +61,7 @@ HARMLESS = {
     "recursive repr": "class R:\n    def __repr__(self):\n        return repr(self)\nR()",
     "no globals": "globals().clear()",
     "odd names": "globals()['\\n\\x1b[31m'] = 1\nglobals()[1] = 2\nglobals()['\\ud800'] = 3",
-}  # fmt: skip
+}
 HARMLESS = [attack(name, cell, ends="ok error timeout") for name, cell in HARMLESS.items()]
 
 

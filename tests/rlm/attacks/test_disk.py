@@ -1,4 +1,5 @@
-"""The bound on a worker's files holds wherever they lie, however long it takes to look at them, and whatever they are."""
+"""The bound on a worker's files holds wherever they lie, however long it takes to look at them, and
+whatever they are."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MIB = 1 << 20
 
 @pytest.fixture
 def behind_a_link(tmp_path, monkeypatch):
-    """The folder for temporary files is a link, as /tmp is on some systems: the kernel names files by its target."""
+    """The folder for temporary files is a link, as /tmp is on some systems: the kernel names files
+    by its target."""
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "link"))
@@ -31,9 +33,12 @@ def test_files_without_a_name_behind_a_link(what, behind_a_link):
         assert result.status == "killed" and "MiB" in result.error.message
 
 
-@pytest.mark.parametrize("write", ["file.write(block)", "view[:] = block"], ids=["written", "mapped"])
+@pytest.mark.parametrize(
+    "write", ["file.write(block)", "view[:] = block"], ids=["written", "mapped"]
+)
 def test_what_is_written_while_a_look_goes_on_is_bounded(write, monkeypatch):
-    """Each look takes seconds; the worker is held when the disk has filled up by what it may use."""
+    """Each look takes seconds; the worker is held when the disk has filled up by what it may
+    use."""
     measured = workdir._measured
 
     def slowly(*arguments):
@@ -56,7 +61,8 @@ for i in range(2000):
     with Arena(scratch=64 * MIB, cell_seconds=60.0) as arena:
         result = arena.run(cell)
         assert result.status == "killed" and "64 MiB" in result.error.message, result
-        assert result.stdout.count(".") * 4 < 64 + 500, f"{result.stdout.count('.') * 4} MiB"  # 8,000 without a bound
+        # 8,000 without a bound
+        assert result.stdout.count(".") * 4 < 64 + 500, f"{result.stdout.count('.') * 4} MiB"
 
 
 def test_a_watch_knows_when_a_look_cannot_wait(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
-"""What a cell leaves running or waiting touches neither the host between cells nor the cells that follow."""
+"""What a cell leaves running or waiting touches neither the host between cells nor the cells that
+follow."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ LEFT = {
     "asynchronous exception": "import threading\nctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), ctypes.py_object(SystemExit))",
     "interrupt of the main thread": "import _thread, threading\nthreading.Timer(0.02, _thread.interrupt_main).start()",
     "umask and folder": "os.umask(0o777)\nos.mkdir('gone')\nos.chdir('gone')\nos.rmdir('../gone')",
-}  # fmt: skip
+}
 LEFT = [attack(name, cell) for name, cell in LEFT.items()]
 
 
@@ -51,7 +52,8 @@ def test_left_behind(what):
         assert not process or process.cpu() - cpu < 0.05, "code ran between two cells"
         late = [c for c in arena.calls if c.prompts == ("late",)]
         started = time.monotonic()
-        if what.name == "thread that ends the worker at once":  # it sleeps for less than a cell takes to begin
+        # it sleeps for less than a cell takes to begin
+        if what.name == "thread that ends the worker at once":
             arena.run("1")
         if what.name == "thread that prints":  # into the output of whichever cell is running
             result = arena.run("print(6 * 7, llm_query('ping'))")
@@ -59,7 +61,8 @@ def test_left_behind(what):
         else:
             arena.alive()
         assert time.monotonic() - started < 10
-        if not what.name.startswith("thread"):  # a thread goes on with the next cell, and its calls are that cell's
+        # a thread goes on with the next cell, and its calls are that cell's
+        if not what.name.startswith("thread"):
             assert [c for c in arena.calls if c.prompts == ("late",)] == late
         arena.host.unharmed()
 

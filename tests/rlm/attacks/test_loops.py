@@ -49,7 +49,7 @@ LOOPS = {
     "compiling": "compile('(' * 90 + '0' + ')' * 90 + '+' + '+'.join(['1'] * 200_000), 'x', 'eval')\nwhile True:\n    pass",
     "stdin": "input()\nwhile True:\n    pass",
     "comprehension": "[0 for a in range(10**9) for b in range(10**9) if 0]",
-}  # fmt: skip
+}
 LOOPS = [attack(name, cell, ends="ok timeout killed crashed error") for name, cell in LOOPS.items()]
 
 
@@ -63,13 +63,26 @@ def test_ends(timed_arena, what):
     assert timed_arena.gap < 2
 
 
-ENDLESS = {"pass", "interrupt ignored", "signals blocked", "power of powers", "sum", "a pattern", "key derivation", "sleep",
-           "a lock", "libc sleep with the lock held", "everything caught", "search in an endless iterator"}  # fmt: skip
+ENDLESS = {
+    "pass",
+    "interrupt ignored",
+    "signals blocked",
+    "power of powers",
+    "sum",
+    "a pattern",
+    "key derivation",
+    "sleep",
+    "a lock",
+    "libc sleep with the lock held",
+    "everything caught",
+    "search in an endless iterator",
+}
 
 
 @pytest.mark.parametrize("what", [a for a in LOOPS if a.name in ENDLESS], ids=lambda a: a.name)
 def test_would_not_end_by_itself(arena, what):
-    """With ten seconds it is still running after one: the bound ended it above, and nothing else."""
+    """With ten seconds it is still running after one: the bound ended it above, and nothing
+    else."""
     import asyncio
 
     async def go():

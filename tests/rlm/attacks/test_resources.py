@@ -38,7 +38,7 @@ MEMORY = {
     "a call": "llm_query('x' * (220 << 20))",
     "threads' stacks": "import threading\nthreading.stack_size(1 << 30)\nt = [threading.Thread(target=time.sleep, args=(9,)) for _ in range(99)]\n[i.start() for i in t]",
     "memory file": "os.memfd_create('x')",
-}  # fmt: skip
+}
 MEMORY = [attack(name, cell, ends="error timeout killed crashed") for name, cell in MEMORY.items()]
 
 
@@ -64,14 +64,16 @@ DISK = {
     "copied": "open('c', 'wb').write(bytes(4 << 20))\nimport shutil\nfor i in range(10**6):\n    shutil.copyfile('c', f'c{i}')",
     "named and without a name": "kept = [open('x', 'w+b')]\nos.unlink('x')\nkept[0].write(bytes(6 << 20))\nkept[0].flush()\nopen('y', 'wb').write(bytes(6 << 20))\ntime.sleep(3)\nraise OSError('BREACH: 12 MiB out of 8, not stopped')",
     "a file with a long name": "for i in range(10**6):\n    open(f'{i:0250}', 'w').close()",
-}  # fmt: skip
+}
 DISK = [attack(name, cell, ends="ok error timeout killed crashed") for name, cell in DISK.items()]
 
 
 @pytest.mark.parametrize("what", DISK, ids=names(DISK))
 def test_disk(what):
-    """The bound holds, with what fits between two looks on top; and what was made is gone when the REPL is."""
-    limits = SMALL | ({"scratch": 2 << 20} if what.name == "many folders" else {})  # they take long to remove
+    """The bound holds, with what fits between two looks on top; and what was made is gone when the
+    REPL is."""
+    # they take long to remove
+    limits = SMALL | ({"scratch": 2 << 20} if what.name == "many folders" else {})
     with Arena(**limits) as arena:
         peak, stop = [0], threading.Event()
         scratch = arena.environment._resources.folder.scratch
@@ -103,8 +105,10 @@ THREADS = {
     "raw ones": "import _thread\n_thread.stack_size(32768)\nwhile True:\n    try:\n        _thread.start_new_thread(time.sleep, (30,))\n    except RuntimeError:\n        pass",
     "bomb": "import threading\nthreading.stack_size(65536)\ndef go():\n    while True:\n        threading.Thread(target=go).start()\ngo()",
     "fork bomb": "while True:\n    try:\n        os.fork()\n    except OSError:\n        break\nraise PermissionError",
-}  # fmt: skip
-THREADS = [attack(name, cell, ends="error timeout killed crashed") for name, cell in THREADS.items()]
+}
+THREADS = [
+    attack(name, cell, ends="error timeout killed crashed") for name, cell in THREADS.items()
+]
 
 
 @pytest.mark.parametrize("what", THREADS, ids=names(THREADS))
@@ -117,7 +121,7 @@ DESCRIPTORS = {
     "pipes": "while True:\n    os.pipe()",
     "copies": "while True:\n    os.dup(1)",
     "polls": "import select\nkept = []\nwhile True:\n    kept.append(select.epoll())",
-}  # fmt: skip
+}
 DESCRIPTORS = [attack(name, cell, ends="error") for name, cell in DESCRIPTORS.items()]
 
 
@@ -147,7 +151,7 @@ OUTPUT = {
     "a long chain": "def go(n):\n    try:\n        if n:\n            go(n - 1)\n        raise ValueError('x' * 1000)\n    except ValueError as e:\n        raise KeyError('y' * 1000) from e\ngo(200)",
     "a long line": "exec('raise ValueError(1)' + ' ' * 10**7 + '#')",
     "names": "globals().update({f'name{i}' * 100: i for i in range(100_000)})",
-}  # fmt: skip
+}
 OUTPUT = [attack(name, cell, ends="ok error timeout") for name, cell in OUTPUT.items()]
 
 

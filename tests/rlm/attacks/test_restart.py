@@ -1,4 +1,5 @@
-"""A cell ends its worker on purpose: what it left behind must not be met by the next one before that is locked in."""
+"""A cell ends its worker on purpose: what it left behind must not be met by the next one before
+that is locked in."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from rlm_runtime.repl import make, sandbox
 from rlm_runtime.repl.local import LocalEnvironment
 from rlm_runtime.repl.workdir import WorkDir
 
-# A copy of a library that every Python loads, with first code of its own: it makes a file in a folder of the host.
+# A copy of a library that every Python loads, with first code of its own: it makes a file in a
+# folder of the host.
 PLANT = """
 def planted(data, path):
     data = bytearray(data)
@@ -61,9 +63,26 @@ RESTARTS = [
     attack("planted library", PLANT, END, LOOK, ends="ok", said="[]"),
     attack("litter", LITTER, END, LOOK, ends="ok", said="[]"),
     attack("name of the probe", "os.mkdir('.probe')\nos._exit(0)", LOOK, ends="ok", said="[]"),
-    attack("closed to its owner", "os.umask(0o777)\nos.mkdir('.probe')\nos._exit(0)", LOOK, ends="ok", said="[]"),
+    attack(
+        "closed to its owner",
+        "os.umask(0o777)\nos.mkdir('.probe')\nos._exit(0)",
+        LOOK,
+        ends="ok",
+        said="[]",
+    ),
 ]
-RELATIVE = ["/x:", ":/x", "/x::/y", ".", "/x:./lib", "/x;", "lib", "/proc/self/cwd", "/dev/../proc/self/cwd/lib", ""]
+RELATIVE = [
+    "/x:",
+    ":/x",
+    "/x::/y",
+    ".",
+    "/x:./lib",
+    "/x;",
+    "lib",
+    "/proc/self/cwd",
+    "/dev/../proc/self/cwd/lib",
+    "",
+]
 
 
 def escaped(arena) -> bool:
@@ -93,7 +112,11 @@ def test_the_planted_library_bites(tmp_path, monkeypatch):
     """The same file does run its code where the loader is led to it."""
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "lib"))
     with Arena("unconfined") as arena:
-        code = attack("plant", PLANT).cells[0].replace("os.makedirs", f"os.chdir({str(tmp_path)!r}); os.makedirs")
+        code = (
+            attack("plant", PLANT)
+            .cells[0]
+            .replace("os.makedirs", f"os.chdir({str(tmp_path)!r}); os.makedirs")
+        )
         assert arena.run(code).stdout == "planted\n"
         assert arena.run("import os\nos._exit(0)").status == "crashed"
         arena.alive()
@@ -105,11 +128,14 @@ def test_a_search_path_passed_on_holds_fixed_folders_only(tmp_path, monkeypatch)
     real.mkdir()
     link.symlink_to(real)
     monkeypatch.chdir(tmp_path)
-    given = f"{real}::.;real:./real:{link}:/no/such/folder:$ORIGIN/../lib:/proc/self/cwd/real:{real}/"
+    given = (
+        f"{real}::.;real:./real:{link}:/no/such/folder:$ORIGIN/../lib:/proc/self/cwd/real:{real}/"
+    )
     assert sandbox.fixed_folders(given) == str(real)
     for empty in ("", ":", ";", ".", "real", "$LIB"):
         assert sandbox.fixed_folders(empty) == ""
-    assert sandbox.fixed_folders("/proc/self/cwd") == str(tmp_path)  # this process's, not the worker's
+    # this process's, not the worker's
+    assert sandbox.fixed_folders("/proc/self/cwd") == str(tmp_path)
 
 
 STEERING = """
@@ -134,7 +160,8 @@ def test_no_variable_that_steers_the_loader_or_the_interpreter_is_passed_on(monk
 
 @pytest.mark.parametrize("kind", ["local", "unconfined", "bubblewrap", "docker"])
 def test_a_worker_is_started_from_fixed_places(kind, tmp_path, monkeypatch):
-    """No word of the command and no variable is a path of the current folder; the start is in `/`."""
+    """No word of the command and no variable is a path of the current folder; the start is in
+    `/`."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("bwrap", "docker"):
@@ -211,14 +238,18 @@ def test_a_context_folder_around_the_temporary_files_works(tmp_path, monkeypatch
             report = await environment.start(Context.of(tmp_path))
             assert not report.missing
             assert not environment._resources.folder.root.is_relative_to(tmp_path)
-            first = await environment.run("print(list(context), context['notes.txt'])\nimport os", echo)
+            first = await environment.run(
+                "print(list(context), context['notes.txt'])\nimport os", echo
+            )
             await environment.run("os._exit(0)", echo)
             return first.stdout, (await environment.run("print(list(context))", echo)).stdout
 
     assert asyncio.run(go()) == ("['notes.txt'] a note\n", "['notes.txt']\n")
 
 
-def test_a_context_that_leaves_no_place_for_the_work_folder_is_a_context_error(tmp_path, monkeypatch):
+def test_a_context_that_leaves_no_place_for_the_work_folder_is_a_context_error(
+    tmp_path, monkeypatch
+):
     (tmp_path / "notes.txt").write_text("a note")
     environment = LocalEnvironment(temp_dir=str(tmp_path))
 

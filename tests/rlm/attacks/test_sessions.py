@@ -1,4 +1,5 @@
-"""Between two completions of a session: what a cell of the first has left cannot speak for the second one's text."""
+"""Between two completions of a session: what a cell of the first has left cannot speak for the
+second one's text."""
 
 from __future__ import annotations
 
@@ -32,18 +33,22 @@ service = [o for o in gc.get_objects() if type(o).__name__ == 'Service'][0]
 channel = service._channel
 """
 LEFT = {
-    "a thread that takes the text and says it is bad": THIEF + f"threading.Thread(target=steal, args=({WORDS!r},)).start()",
-    "a thread that takes the text and says all is well": THIEF + "threading.Thread(target=steal, args=(None,)).start()",
-    "a thread that takes the text and says nothing": THIEF + "raw = print\nthreading.Thread(target=steal, args=(1,)).start()",
+    "a thread that takes the text and says it is bad": THIEF
+    + f"threading.Thread(target=steal, args=({WORDS!r},)).start()",
+    "a thread that takes the text and says all is well": THIEF
+    + "threading.Thread(target=steal, args=(None,)).start()",
+    "a thread that takes the text and says nothing": THIEF
+    + "raw = print\nthreading.Thread(target=steal, args=(1,)).start()",
     "many threads that spin": "import threading\ndef go():\n    while True:\n        pass\nfor _ in range(20):\n    threading.Thread(target=go).start()",
     "a thread that uses up all descriptors": "import threading\ndef go():\n    kept = []\n    while True:\n        try:\n            kept.append(os.dup(1))\n        except OSError:\n            pass\nthreading.Thread(target=go).start()",
     "no descriptor left": "kept = []\nwhile True:\n    try:\n        kept.append(os.dup(1))\n    except OSError:\n        break",
     "no memory left": "kept = []\nsize = 1 << 24\nwhile size > 8:\n    try:\n        kept.append(bytearray(size))\n    except MemoryError:\n        size //= 2",
-    "a load that says the text is bad": PATCH + f"service._load = lambda m, fd: channel.send({{'t': 'loaded', 'id': m['id'], 'error': {WORDS!r}}})",
+    "a load that says the text is bad": PATCH
+    + f"service._load = lambda m, fd: channel.send({{'t': 'loaded', 'id': m['id'], 'error': {WORDS!r}}})",
     "a load that ends the worker": PATCH + "service._load = lambda m, fd: os._exit(0)",
     "a load that raises": PATCH + "service._load = None",
     "a thread pool that waits": "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor(4)\nlist(pool.map(str, range(9)))",
-}  # fmt: skip
+}
 LEFT = [attack(name, cell) for name, cell in LEFT.items()]
 
 
@@ -80,7 +85,9 @@ def test_variables_stay_where_nothing_is_left():
     with Arena() as arena:
         arena.run(attack("clean", cell).cells[0])
         for n in range(1, 4):
-            arena.runner.run(arena.environment.rebind_context(Context.of(f"text {n}"), f"context_{n}"))
+            arena.runner.run(
+                arena.environment.rebind_context(Context.of(f"text {n}"), f"context_{n}")
+            )
             result = arena.run(f"print(len(kept), context_{n})")
             assert (result.stdout, result.lost) == (f"100 text {n}\n", None)
 

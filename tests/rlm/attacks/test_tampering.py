@@ -1,4 +1,5 @@
-"""The runtime's names, its modules and the interpreter under them: overwritten, poisoned, replaced, and still right."""
+"""The runtime's names, its modules and the interpreter under them: overwritten, poisoned, replaced,
+and still right."""
 
 from __future__ import annotations
 
@@ -63,9 +64,10 @@ OVERWRITTEN = {
     "types by C": "d = ctypes.py_object.from_address(id(str.__dict__) + 16).value\nd['upper'] = lambda s: 'FAKE'\nd['__len__'] = 5\nctypes.pythonapi.PyType_Modified(ctypes.py_object(str))",
     "small integers by C": "ctypes.memset(id(6) + 24, 9, 1)",
     "singletons by C": "ctypes.memset(id(True) + 24, 0, 1)",
-}  # fmt: skip
+}
 OVERWRITTEN = [attack(name, cell) for name, cell in OVERWRITTEN.items()]
-# They corrupt the interpreter's own values: any later cell of that process computes with them. Only the host is safe.
+# They corrupt the interpreter's own values: any later cell of that process computes with them. Only
+# the host is safe.
 ONLY_CONTAINED = {"small integers by C", "singletons by C"}
 
 
@@ -84,7 +86,8 @@ def test_the_next_cell_is_right(what):
         last = arena.run(
             "import json, re\nprint(json.dumps([1]), re.sub('a', 'b', 'cat'), len(context), sorted([2, 1]))\nFINAL('done')"
         )
-        if what.name not in ("functions of modules replaced",):  # of the standard library: the cells' own business
+        # of the standard library: the cells' own business
+        if what.name not in ("functions of modules replaced",):
             assert last.status == "ok" and "[1] cbt 9 [1, 2]" in last.stdout, last
             assert last.answer.ready and last.answer.content == "done", last
 
@@ -114,7 +117,7 @@ ANSWERS = {
     "a set that cannot be sorted": "class K:\n    def __lt__(self, o):\n        raise SystemExit\nanswer['content'] = {K(), K()}",
     "it calls the host": "class L(list):\n    def __iter__(self):\n        llm_query('from the answer')\n        return iter([])\nanswer['content'] = L([1])",
     "a module's name": "class A:\n    pass\nA.__module__ = 'numpy'\nA.tolist = lambda s: s\nanswer['content'] = A()",
-}  # fmt: skip
+}
 ANSWERS = [attack(name, "answer['ready'] = True\n" + cell) for name, cell in ANSWERS.items()]
 
 
@@ -143,7 +146,7 @@ VARIABLES = {
     "long name": "globals()['x' * 10**7] = 1\nv = 1",
     "name that is a str's child": "class S(str):\n    def startswith(self, *a):\n        print('BREACH')\n        raise SystemExit\nglobals()[S('s')] = 1\nv = 1",
     "many": "for i in range(10**5):\n    globals()['v%d' % i] = i\nv = 1",
-}  # fmt: skip
+}
 VARIABLES = [attack(name, cell, ends="ok") for name, cell in VARIABLES.items()]
 
 
@@ -154,7 +157,10 @@ def test_variables_are_listed_without_running_their_code(what):
         arena.play(what)
         listed = arena.run("SHOW_VARS()")
         assert listed.status == "ok" and "BREACH" not in listed.stdout, listed
-        assert "a_plain_one" in listed.variables and "a_plain_one: int" in arena.run("print(SHOW_VARS())").stdout
+        assert (
+            "a_plain_one" in listed.variables
+            and "a_plain_one: int" in arena.run("print(SHOW_VARS())").stdout
+        )
 
 
 PROMPTS = {
@@ -164,7 +170,7 @@ PROMPTS = {
     "model": "class S(str):\n    def __str__(self):\n        return {'not': 'text'}\nllm_query('x', model=S('m'))",
     "the number of prompts": "class L(list):\n    def __len__(self):\n        return 0\n    def __bool__(self):\n        return False\nprint(len(llm_batch(L(['a', 'b']))))",
     "a prompt that asks": "class L(list):\n    def __iter__(self):\n        llm_query('inner')\n        return iter(['outer'])\nprint(llm_query(L([1])))",
-}  # fmt: skip
+}
 PROMPTS = [attack(name, cell) for name, cell in PROMPTS.items()]
 
 
@@ -173,4 +179,6 @@ def test_prompts(what):
     with Arena(cell_seconds=2.0, grace_seconds=0.4, memory=256 << 20) as arena:
         arena.play(what)
         for request in arena.calls:
-            assert all(type(p) in (str, list, dict, int, float, bool, type(None)) for p in request.prompts)
+            assert all(
+                type(p) in (str, list, dict, int, float, bool, type(None)) for p in request.prompts
+            )

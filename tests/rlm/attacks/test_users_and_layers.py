@@ -16,8 +16,14 @@ def as_user(module: str, *arguments: str, root: bool = False) -> dict:
     command = (sys.executable,) if root else ordinary.command()
     if isinstance(command, str):
         pytest.skip(f"no ordinary user to run as: {command}")
-    run = subprocess.run([*command, "-m", f"rlm.attacks.{module}", *arguments], env=ordinary.environment(), cwd="/",
-                         capture_output=True, text=True, timeout=180)  # fmt: skip
+    run = subprocess.run(
+        [*command, "-m", f"rlm.attacks.{module}", *arguments],
+        env=ordinary.environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -42,7 +48,10 @@ def test_a_missing_layer_is_an_error_that_names_it_and_can_be_allowed(layer, roo
     said = as_user("layers_missing", layer, root=root)
     for attempt in ("closed", "wrong name"):
         assert f"  {layer} (" in said[attempt]["error"], said
-        assert "no code was run" in said[attempt]["error"] and f"allow_missing=('{layer}'" in said["closed"]["error"]
+        assert (
+            "no code was run" in said[attempt]["error"]
+            and f"allow_missing=('{layer}'" in said["closed"]["error"]
+        )
     assert said["opted out"]["said"] == "42 ping\n", said
     assert said["opted out"]["missing"] == [layer]
     assert f"{layer} missing" in said["opted out"]["line"]

@@ -1,4 +1,5 @@
-"""What a cell sees of the machine is what the documentation says, and no more; file locks are not held by anybody."""
+"""What a cell sees of the machine is what the documentation says, and no more; file locks are not
+held by anybody."""
 
 from __future__ import annotations
 
@@ -31,10 +32,15 @@ def calls(expressions: str) -> list[str]:
 
 SEEN, HIDDEN = table("| a cell sees |"), table("| hidden |")
 VISIBLE = [
-    attack(f"sees {what}", f"{MODULES}print('SEEN', repr(({code})))", ends="ok", said="SEEN") for what, code in SEEN
+    attack(f"sees {what}", f"{MODULES}print('SEEN', repr(({code})))", ends="ok", said="SEEN")
+    for what, code in SEEN
 ]
 REFUSED = [
-    probe(f"{what}: {code}", f"{MODULES}{FILE}return repr({code})", bites=code != "open('/proc/1/cmdline')")
+    probe(
+        f"{what}: {code}",
+        f"{MODULES}{FILE}return repr({code})",
+        bites=code != "open('/proc/1/cmdline')",
+    )
     for what, listed in HIDDEN
     for code in calls(listed)
 ]
@@ -52,7 +58,11 @@ NUMBERS = {
     "pages in memory": "sc(27, 0, 0, ctypes.create_string_buffer(8))",
     "lock of an open file": "sc(72, os.open('o', 66), 37, struct.pack('hhqqi', 1, 0, 0, 0, 0))",
 }
-BY_NUMBER = [probe(f"{name} by number", f"return {code}", bites=False) for name, code in NUMBERS.items()] if X86 else []
+BY_NUMBER = (
+    [probe(f"{name} by number", f"return {code}", bites=False) for name, code in NUMBERS.items()]
+    if X86
+    else []
+)
 LOCKS = """
 import fcntl
 with open('locked', 'w+b') as file:
@@ -70,10 +80,25 @@ print(sqlite3.connect('a.db').execute('select a from t').fetchone()[0])
 WORKS = [
     attack("half a million locks", LOCKS, ends="ok", said="True"),
     attack("a database", DATABASE, ends="ok", said="7"),
-    attack("real paths", "import pathlib\nprint(os.path.realpath('a/../b') == str(pathlib.Path('b').resolve()))", ends="ok", said="True"),
-    attack("real path of a link", "print(os.path.realpath('/proc/self/exe'))", ends="ok", said="/proc/self/exe"),
-    attack("name of the system", "import platform\nprint(platform.system(), platform.node())", ends="ok", said="Linux rlm"),
-]  # fmt: skip
+    attack(
+        "real paths",
+        "import pathlib\nprint(os.path.realpath('a/../b') == str(pathlib.Path('b').resolve()))",
+        ends="ok",
+        said="True",
+    ),
+    attack(
+        "real path of a link",
+        "print(os.path.realpath('/proc/self/exe'))",
+        ends="ok",
+        said="/proc/self/exe",
+    ),
+    attack(
+        "name of the system",
+        "import platform\nprint(platform.system(), platform.node())",
+        ends="ok",
+        said="Linux rlm",
+    ),
+]
 ALL = VISIBLE + REFUSED + BY_NUMBER + WORKS
 
 
@@ -110,8 +135,14 @@ def test_the_count_of_open_calls_is_the_programs(arena):
         assert f"{said} calls allowed" in arena.report.layers["seccomp"]
 
 
-@pytest.mark.parametrize("lock", ["fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)", "fcntl.lockf(f, fcntl.LOCK_SH | fcntl.LOCK_NB)",
-                                  "fcntl.fcntl(f, 37, struct.pack('hhqqi', 0, 0, 0, 0, 0))"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "fcntl.lockf(f, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "fcntl.fcntl(f, 37, struct.pack('hhqqi', 0, 0, 0, 0, 0))",
+    ],
+)
 def test_a_lock_on_the_users_file_is_held_by_nobody(lock, tmp_path):
     """Neither of a file, nor of one in a folder: the host locks it as it likes."""
     file = tmp_path / "data.txt"
@@ -133,8 +164,13 @@ def test_a_folder_with_links_shows_those_that_stay_inside(tmp_path):
     (tmp_path / "in" / "leaves").symlink_to("/etc/passwd")
     (tmp_path / "in" / "nothing").symlink_to("gone")
     with Arena(context=tmp_path / "in") as arena:
-        assert arena.run("print(sorted(context), context['stays'])").stdout == "['a.txt', 'stays'] a\n"
-        assert sorted(name for name, *_ in Context.of(tmp_path / "in").listing) == ["a.txt", "stays"]
+        assert (
+            arena.run("print(sorted(context), context['stays'])").stdout == "['a.txt', 'stays'] a\n"
+        )
+        assert sorted(name for name, *_ in Context.of(tmp_path / "in").listing) == [
+            "a.txt",
+            "stays",
+        ]
 
 
 def test_waiting_signals_are_bounded(arena):

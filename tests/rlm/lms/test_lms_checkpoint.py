@@ -1,4 +1,5 @@
-"""A tiny checkpoint with random weights behind the LM protocol: batched calls say what lone ones say."""
+"""A tiny checkpoint with random weights behind the LM protocol: batched calls say what lone ones
+say."""
 
 import asyncio
 import dataclasses
@@ -28,9 +29,18 @@ def checkpoint(tmp_path_factory):
 
     tokenizer = ByteTokenizer()
     model = ModelConfig(
-        layers=3, recursions=3, sharing="cycle", width=16, heads=2, kv_heads=1, mlp_width=32, context=CONTEXT,
-        vocab_size=tokenizer.vocab_size, init_std=0.4, loss_chunk=0,
-    )  # fmt: skip
+        layers=3,
+        recursions=3,
+        sharing="cycle",
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=32,
+        context=CONTEXT,
+        vocab_size=tokenizer.vocab_size,
+        init_std=0.4,
+        loss_chunk=0,
+    )
     config = Config(name="tiny", model=model, depth=DepthConfig(policy="expert_choice"))
     params = spread_routers(random_params(Model.from_config(config)))
     path = tmp_path_factory.mktemp("tiny")
@@ -57,15 +67,33 @@ def test_a_plain_reply_ends_where_the_template_begins_another_speakers_line(lm):
     assert all(f"\n{chat_text(turns)}".count(stop) >= 1 for stop in lm._stop)
 
 
-PROMPTS = ["a", "bcd", "what is it?", "x" * 40, "the depth of a token", "é", "1 2 3 4 5", "z" * 17, "end"]
+PROMPTS = [
+    "a",
+    "bcd",
+    "what is it?",
+    "x" * 40,
+    "the depth of a token",
+    "é",
+    "1 2 3 4 5",
+    "z" * 17,
+    "end",
+]
 
 
 def test_it_is_an_lm_with_exact_counts(lm):
     assert isinstance(lm, LM) and lm.window == CONTEXT
     messages = ask("héllo")
     reply = asyncio.run(lm.complete(messages, sampling=Sampling(max_tokens=5)))
-    assert reply.usage.input_tokens == lm.count_tokens(messages) == 1 + len(chat_text(messages).encode())
-    assert reply.usage.output_tokens == 5 and reply.finish_reason == "length" and not reply.usage.estimated
+    assert (
+        reply.usage.input_tokens
+        == lm.count_tokens(messages)
+        == 1 + len(chat_text(messages).encode())
+    )
+    assert (
+        reply.usage.output_tokens == 5
+        and reply.finish_reason == "length"
+        and not reply.usage.estimated
+    )
     assert lm.price(1000, 1000) == 0.0 == reply.usage.cost_usd
 
 
@@ -86,7 +114,9 @@ def test_concurrent_calls_say_what_sequential_ones_say(lm):
     first, between = asyncio.run(alone()), ticks()
     second, end = asyncio.run(together()), ticks()
     assert second == first
-    assert len({r.text for r in first}) > len(PROMPTS) // 2, "random weights should not say one thing to all"
+    assert len({r.text for r in first}) > len(PROMPTS) // 2, (
+        "random weights should not say one thing to all"
+    )
     assert end - between < (between - begin) / 2, "they shared ticks"
 
 
@@ -108,7 +138,10 @@ def test_a_short_prompt_keeps_its_room_beside_a_long_one(lm):
 def test_seeded_samples_repeat_in_any_company(lm):
     async def draw(seed, company):
         sampling = Sampling(temperature=1.0, seed=seed, max_tokens=12)
-        others = [lm.complete(ask(p), sampling=Sampling(temperature=1.0, max_tokens=4)) for p in PROMPTS[:company]]
+        others = [
+            lm.complete(ask(p), sampling=Sampling(temperature=1.0, max_tokens=4))
+            for p in PROMPTS[:company]
+        ]
         replies = await asyncio.gather(*others, lm.complete(ask("draw"), sampling=sampling))
         return replies[-1].text
 
@@ -119,7 +152,9 @@ def test_seeded_samples_repeat_in_any_company(lm):
 def test_streamed_pieces_make_up_the_reply_and_stop_strings_end_it(lm):
     whole = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40)))
     pieces = []
-    streamed = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40), on_text=pieces.append))
+    streamed = asyncio.run(
+        lm.complete(ask("tell"), sampling=Sampling(max_tokens=40), on_text=pieces.append)
+    )
     assert streamed == whole and "".join(pieces) == whole.text and len(pieces) > 1
     stop = whole.text[5:7]
     cut = asyncio.run(lm.complete(ask("tell"), sampling=Sampling(max_tokens=40, stop=(stop,))))
@@ -212,7 +247,8 @@ def test_turns_of_a_conversation_and_siblings_read_what_they_share_once(lm):
 
 def test_a_schema_constrains_what_is_said(lm, monkeypatch):
     pytest.importorskip("llguidance")
-    monkeypatch.setattr(lm, "_template", lambda messages: "?")  # the schema in words is too long here
+    # the schema in words is too long here
+    monkeypatch.setattr(lm, "_template", lambda messages: "?")
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"]}
     schema["additionalProperties"] = False
     sampling = Sampling(max_tokens=60, temperature=1.0, seed=1)
@@ -224,7 +260,9 @@ def test_depth_of_a_call(lm):
     """Deeper tokens, another text; the same wish, the same text."""
     say = lambda **extra: (
         asyncio.run(
-            lm.complete(ask("deep"), sampling=Sampling(max_tokens=20, temperature=1.0, seed=3, extra=extra))
+            lm.complete(
+                ask("deep"), sampling=Sampling(max_tokens=20, temperature=1.0, seed=3, extra=extra)
+            )
         ).text
     )
     assert say(max_depth=1) == say(max_depth=1) != say(min_depth=3)
@@ -266,9 +304,18 @@ def test_a_checkpoint_is_asked_with_the_chat_template_it_was_trained_with(tmp_pa
 
     tokenizer = train_bpe(["user assistant system hello, what is it?\n" * 9], 320, CHATML_TOKENS)
     model = ModelConfig(
-        layers=3, recursions=3, sharing="cycle", width=16, heads=2, kv_heads=1, mlp_width=32, context=CONTEXT,
-        vocab_size=384, init_std=0.4, loss_chunk=0,
-    )  # fmt: skip
+        layers=3,
+        recursions=3,
+        sharing="cycle",
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=32,
+        context=CONTEXT,
+        vocab_size=384,
+        init_std=0.4,
+        loss_chunk=0,
+    )
     config = Config(name="tiny", model=model, depth=DepthConfig(policy="fixed"))
     meta = {"config": dataclasses.asdict(config), "tokenizer": tokenizer.to_json(), "data": "none"}
     with Checkpointer(tmp_path / "checkpoints") as to:
@@ -282,7 +329,8 @@ def test_a_checkpoint_is_asked_with_the_chat_template_it_was_trained_with(tmp_pa
         dicts = [{"role": m.role, "content": m.content} for m in messages]
         assert lm._ids(messages) == template.ids(tokenizer, dicts) != plain._ids(messages)
         assert lm._request([1], 1, Sampling(), None).stop_tokens == template.stop_tokens(tokenizer)
-        assert lm._ids(messages).count(tokenizer.specials["<|im_end|>"]) == 2  # the text of a message forges no turn
+        # the text of a message forges no turn
+        assert lm._ids(messages).count(tokenizer.specials["<|im_end|>"]) == 2
     reply = asyncio.run(lm.complete(messages, sampling=Sampling(max_tokens=4)))
     assert reply.usage.input_tokens == lm.count_tokens(messages)
     (tmp_path / "chat_template.jinja").write_text("{% for %}")

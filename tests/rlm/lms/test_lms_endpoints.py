@@ -1,4 +1,5 @@
-"""What endpoints do that a user must not have to know: keys stay at home, streams, odd tool calls, missing roles."""
+"""What endpoints do that a user must not have to know: keys stay at home, streams, odd tool calls,
+missing roles."""
 
 import asyncio
 import itertools
@@ -26,8 +27,16 @@ SEARCH = ToolSpec(name="search", parameters={"type": "object", "properties": {"q
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL", "RLM_PRICES",
-                 "HTTP_PROXY", "http_proxy", "ALL_PROXY"):  # fmt: skip
+    for name in (
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "ANTHROPIC_API_KEY",
+        "ANTHROPIC_BASE_URL",
+        "RLM_PRICES",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -48,7 +57,9 @@ def sent_keys(server):
 
 
 @pytest.mark.parametrize(("kind", "variable"), [(OpenAILM, "OPENAI"), (AnthropicLM, "ANTHROPIC")])
-def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(kind, variable, monkeypatch):
+def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(
+    kind, variable, monkeypatch
+):
     monkeypatch.setenv(f"{variable}_API_KEY", KEY)
     with FakeServer("ok") as home, FakeServer("ok") as other:
         complete(kind("m", base_url=other.url))  # the key is the official endpoint's
@@ -58,7 +69,8 @@ def test_a_key_of_the_environment_stays_with_the_endpoint_it_was_given_for(kind,
         complete(kind("m", base_url=home.url + "/"))
         assert len(sent_keys(home)) == 2 and all(KEY in v for v in sent_keys(home))
         complete(kind("m", base_url=other.url))
-        complete(kind("m", base_url=home.url.replace("127.0.0.1", "localhost")))  # another name is another host
+        # another name is another host
+        complete(kind("m", base_url=home.url.replace("127.0.0.1", "localhost")))
         assert sent_keys(other) == [] and len(sent_keys(home)) == 2
 
 
@@ -75,7 +87,8 @@ def test_a_key_that_was_kept_back_is_named_when_the_endpoint_wants_one(monkeypat
         assert complete(OpenAILM("m", base_url=server.url, api_key_env="MY_KEY")).text == "ok"
     with pytest.raises(UsageError, match="NOT_SET"):
         OpenAILM("m", base_url="http://h/v1", api_key_env="NOT_SET")
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # the key is this server's now, not OpenAI's
+    # the key is this server's now, not OpenAI's
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     with pytest.raises(UsageError, match=r"belongs to http://127\.0\.0\.1:9/v1"):
         OpenAILM("m", base_url="https://api.openai.com/v1")
 
@@ -109,13 +122,21 @@ def test_no_failure_shows_a_key_wherever_the_endpoint_puts_it(stream):
     quoted = "q%2B9%2Fx%3DZr8Tn4wLp2Vb7"
     long = "x" * 190 + secret  # a message is cut after 200 characters: not in the middle of a key
     replies = [
-        *(Fail(s, f"key {secret}, tenant {tenant}, {query}") for s in (400, 401, 403, 404, 429, 500)),
-        *(Fail(s, body=long.encode()) for s in (400, 500)), Fail(400, body=f"see /?key={quoted}".encode()),
-        Raw(long.encode()), Raw(json.dumps(long).replace("/", "\\/").encode()), Raw(json.dumps({"choices": 4, "echo": long}).encode()),
-        Raw(f"data: {long}\n\n".encode(), "text/event-stream"), Raw(f"HTTP/9 {secret} {tenant}\r\n\r\n".encode(), whole=True),
-        Raw(json.dumps({"error": {"message": secret, "code": 400}}).encode()), Cut(pieces=-1),
+        *(
+            Fail(s, f"key {secret}, tenant {tenant}, {query}")
+            for s in (400, 401, 403, 404, 429, 500)
+        ),
+        *(Fail(s, body=long.encode()) for s in (400, 500)),
+        Fail(400, body=f"see /?key={quoted}".encode()),
+        Raw(long.encode()),
+        Raw(json.dumps(long).replace("/", "\\/").encode()),
+        Raw(json.dumps({"choices": 4, "echo": long}).encode()),
+        Raw(f"data: {long}\n\n".encode(), "text/event-stream"),
+        Raw(f"HTTP/9 {secret} {tenant}\r\n\r\n".encode(), whole=True),
+        Raw(json.dumps({"error": {"message": secret, "code": 400}}).encode()),
+        Cut(pieces=-1),
         Cut(error={"message": f"{secret} {tenant}", "code": 500}),
-    ]  # fmt: skip
+    ]
     for reply in replies:
         with FakeServer(reply) as server:
             options = {
@@ -138,9 +159,15 @@ def test_a_secret_is_redacted_in_any_company(before, secret, after):
 
 @pytest.mark.parametrize(
     "text",
-    ["Incorrect API key: sk-proj-abcdefghijklmnop", "gsk_abcdefghijklmnopqrst failed", "AIzaSyA1234567890abcdefgh is bad",
-     "https://user:hunter2hunter2@host/v1", "GET /v1?key=hunter2hunter2&x=1", "Authorization: Bearer hunter2hunter2"],
-)  # fmt: skip
+    [
+        "Incorrect API key: sk-proj-abcdefghijklmnop",
+        "gsk_abcdefghijklmnopqrst failed",
+        "AIzaSyA1234567890abcdefgh is bad",
+        "https://user:hunter2hunter2@host/v1",
+        "GET /v1?key=hunter2hunter2&x=1",
+        "Authorization: Bearer hunter2hunter2",
+    ],
+)
 def test_keys_of_others_are_known_by_their_form(text):
     shown = Redactor()(text)
     assert "***" in shown and not re.search("hunter2|abcdefgh|1234567890", shown)
@@ -158,15 +185,24 @@ def test_ordinary_words_are_left_alone(monkeypatch):
 
 def test_options_of_a_model_reach_its_requests_and_a_call_may_differ():
     options = {
-        "query": {"api-version": "2024-10-21"}, "headers": {"X-Title": "test"}, "extra_body": {"top_k": 5},
-        "temperature": 0.25, "top_p": 0.5, "seed": 7, "max_tokens": 99, "reasoning_effort": "low",
-    }  # fmt: skip
+        "query": {"api-version": "2024-10-21"},
+        "headers": {"X-Title": "test"},
+        "extra_body": {"top_k": 5},
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "seed": 7,
+        "max_tokens": 99,
+        "reasoning_effort": "low",
+    }
     with FakeServer("ok") as server:
         lm = make(server, **options)
         complete(lm)
         complete(lm, sampling=Sampling(temperature=0.0, max_tokens=3))
     first, second = server.requests
-    assert first.path == "/v1/chat/completions?api-version=2024-10-21" and first.headers["x-title"] == "test"
+    assert (
+        first.path == "/v1/chat/completions?api-version=2024-10-21"
+        and first.headers["x-title"] == "test"
+    )
     wanted = {
         "temperature": 0.25,
         "top_p": 0.5,
@@ -191,15 +227,28 @@ def test_thinking_of_a_claude_model():
         )
         complete(lm, schema={"type": "object", "properties": {}})
         body = server.requests[0].body
-    assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048} and body["max_tokens"] == 2148
-    assert "temperature" not in body and "tool_choice" not in body and "JSON schema" in str(body["messages"])
+    assert (
+        body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
+        and body["max_tokens"] == 2148
+    )
+    assert (
+        "temperature" not in body
+        and "tool_choice" not in body
+        and "JSON schema" in str(body["messages"])
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"reasoning_effort": "hard"}, "minimal"), ({"max_tokens": 0}, "max_tokens"), ({"headers": {"a": 1}}, "headers"),
-     ({"query": "x=1"}, "query"), ({"hedaers": {}}, "Did you mean headers"), ({"tempratur": 1}, "Did you mean temperature")],
-)  # fmt: skip
+    [
+        ({"reasoning_effort": "hard"}, "minimal"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"headers": {"a": 1}}, "headers"),
+        ({"query": "x=1"}, "query"),
+        ({"hedaers": {}}, "Did you mean headers"),
+        ({"tempratur": 1}, "Did you mean temperature"),
+    ],
+)
 def test_options_that_cannot_be(options, match):
     with pytest.raises(UsageError, match=match):
         resolve("openai:m", base_url="http://h/v1", **options)
@@ -209,12 +258,16 @@ def test_options_that_cannot_be(options, match):
 
 
 def test_a_call_that_nobody_watches_is_a_stream_all_the_same():
-    """A proxy that cuts a silent connection sees one in use; and what was cut can be tried again: nobody has seen it."""
+    """A proxy that cuts a silent connection sees one in use; and what was cut can be tried again:
+    nobody has seen it."""
     with FakeServer([Cut(pieces=2), "whole"]) as server:
         assert complete(make(server)).text == "whole"
         assert [r.body["stream"] for r in server.requests] == [True, True]
     with FakeServer("ok") as server:
-        assert complete(make(server, stream=False)).text == "ok" and "stream" not in server.requests[0].body
+        assert (
+            complete(make(server, stream=False)).text == "ok"
+            and "stream" not in server.requests[0].body
+        )
     with FakeServer("ok") as server:
         complete(AnthropicLM("m", base_url=server.origin, api_key=KEY))
         assert server.requests[0].body["stream"] is True
@@ -270,7 +323,9 @@ def test_a_missing_system_role_is_remembered(status, message):
         lm = make(server)
         assert complete(lm).text == "ok" and server.count == 2
         assert complete(lm).text == "ok" and server.count == 3
-        assert server.requests[-1].body["messages"] == [{"role": "user", "content": "Be brief.\n\nhi"}]
+        assert server.requests[-1].body["messages"] == [
+            {"role": "user", "content": "Be brief.\n\nhi"}
+        ]
         talk = [HI[0], Message(role="assistant", content="a"), Message(role="user", content="b")]
         complete(lm, talk)
         assert [m["role"] for m in server.requests[-1].body["messages"]] == [
@@ -292,7 +347,9 @@ def test_another_refusal_that_speaks_of_a_system_keeps_the_role():
 
 
 def deltas(*parts):
-    chunks = [{"choices": [{"delta": {"tool_calls": part}, "finish_reason": None}]} for part in parts]
+    chunks = [
+        {"choices": [{"delta": {"tool_calls": part}, "finish_reason": None}]} for part in parts
+    ]
     chunks.append({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
     return Raw(
         "".join(f"data: {json.dumps(c)}\n\n" for c in chunks).encode() + b"data: [DONE]\n\n",
@@ -307,32 +364,50 @@ def piece(name=None, arguments="", **more):
 A, B = '{"q": "a"}', '{"q": "b"}'
 HEAD, TAIL = A[:4], A[4:]
 ODD = {
-    "empty ids, one index, whole": [[piece("search", A, id="", index=0)], [piece("search", B, id="", index=0)]],
-    "empty ids, one index, one delta": [[piece("search", A, id="", index=0), piece("search", B, id="", index=0)]],
+    "empty ids, one index, whole": [
+        [piece("search", A, id="", index=0)],
+        [piece("search", B, id="", index=0)],
+    ],
+    "empty ids, one index, one delta": [
+        [piece("search", A, id="", index=0), piece("search", B, id="", index=0)]
+    ],
     "equal ids": [[piece("search", A, id="x", index=0)], [piece("search", B, id="x", index=1)]],
-    "equal ids, one index": [[piece("search", A, id="x", index=0), piece("search", B, id="x", index=0)]],
+    "equal ids, one index": [
+        [piece("search", A, id="x", index=0), piece("search", B, id="x", index=0)]
+    ],
     "one index, new ids, in pieces": [
-        [piece("search", HEAD, id="x", index=0)], [piece(arguments=TAIL, index=0)],
-        [piece("search", B[:4], id="y", index=0)], [piece(arguments=B[4:], index=0)],
+        [piece("search", HEAD, id="x", index=0)],
+        [piece(arguments=TAIL, index=0)],
+        [piece("search", B[:4], id="y", index=0)],
+        [piece(arguments=B[4:], index=0)],
     ],
     "no index, whole": [[piece("search", A)], [piece("search", B)]],
     "no index, one delta": [[piece("search", A), piece("search", B)]],
     "no index, in pieces": [
-        [piece("search", HEAD, id="x")], [piece(arguments=TAIL)], [piece("search", B[:4], id="y")], [piece(arguments=B[4:])]
+        [piece("search", HEAD, id="x")],
+        [piece(arguments=TAIL)],
+        [piece("search", B[:4], id="y")],
+        [piece(arguments=B[4:])],
     ],
     "head repeated with each piece": [
-        [piece("search", HEAD, id="x", index=0)], [piece("search", TAIL, id="x", index=0)],
+        [piece("search", HEAD, id="x", index=0)],
+        [piece("search", TAIL, id="x", index=0)],
         [piece("search", B, id="y", index=1)],
     ],
     "head first, arguments later": [
-        [piece("search", "", id="x", index=0)], [piece("search", A, id="x", index=0)], [piece("search", B, id="y", index=1)]
+        [piece("search", "", id="x", index=0)],
+        [piece("search", A, id="x", index=0)],
+        [piece("search", B, id="y", index=1)],
     ],
     "interleaved": [
         [piece("search", HEAD, id="x", index=0), piece("search", B[:4], id="y", index=1)],
         [piece(arguments=B[4:], index=1), piece(arguments=TAIL, index=0)],
     ],
-    "arguments as an object": [[piece("search", {"q": "a"}, index=0)], [piece("search", {"q": "b"}, index=0)]],
-}  # fmt: skip
+    "arguments as an object": [
+        [piece("search", {"q": "a"}, index=0)],
+        [piece("search", {"q": "b"}, index=0)],
+    ],
+}
 
 
 @pytest.mark.parametrize("parts", ODD.values(), ids=ODD.keys())
@@ -354,7 +429,9 @@ def test_whole_calls_stay_apart(ids):
         Raw(json.dumps({"choices": [{"message": message, "finish_reason": "tool_calls"}]}).encode())
     ) as server:
         found = complete(make(server, stream=False), tools=[SEARCH]).tool_calls
-    assert [c.arguments for c in found] == [{"q": "a"}, {"q": "b"}] and len({c.id for c in found}) == 2
+    assert [c.arguments for c in found] == [{"q": "a"}, {"q": "b"}] and len(
+        {c.id for c in found}
+    ) == 2
     assert ids[0] != "x" or found[0].id == "x"
 
 
@@ -405,11 +482,20 @@ def test_a_stream_made_to_look_like_many_beginnings_costs_a_bounded_number_of_ch
 def test_signatures_and_reasoning_go_back_with_the_call_they_belong_to():
     google = {"google": {"thought_signature": "sig-1"}}
     parts = [
-        {"reasoning_content": "think "}, {"reasoning_content": "hard", "reasoning_details": [{"text": "d1"}]},
+        {"reasoning_content": "think "},
+        {"reasoning_content": "hard", "reasoning_details": [{"text": "d1"}]},
         {"reasoning_details": [{"text": "d2"}]},
         {"tool_calls": [piece("search", A, id="x", index=0, extra_content=google)]},
-        {"tool_calls": [{"index": 1, "id": "y", "function": {"name": "search", "arguments": B, "thought_signature": "s2"}}]},
-    ]  # fmt: skip
+        {
+            "tool_calls": [
+                {
+                    "index": 1,
+                    "id": "y",
+                    "function": {"name": "search", "arguments": B, "thought_signature": "s2"},
+                }
+            ]
+        },
+    ]
     chunks = [{"choices": [{"delta": d}]} for d in parts] + [
         {"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}
     ]
@@ -417,7 +503,9 @@ def test_signatures_and_reasoning_go_back_with_the_call_they_belong_to():
     with FakeServer([raw, "done"]) as server:
         lm = make(server)
         reply = complete(lm, tools=[SEARCH])
-        said = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra)
+        said = Message(
+            role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra
+        )
         results = [Message(role="tool", content="r", tool_call_id=c.id) for c in reply.tool_calls]
         complete(lm, [*HI, said, *results], tools=[SEARCH])
     back = server.requests[1].body["messages"][2]
@@ -425,7 +513,10 @@ def test_signatures_and_reasoning_go_back_with_the_call_they_belong_to():
     assert back["reasoning_details"] == [{"text": "d1"}, {"text": "d2"}]
     first, second = back["tool_calls"]
     assert first["extra_content"] == google and "extra_content" not in second
-    assert second["function"]["thought_signature"] == "s2" and "thought_signature" not in first["function"]
+    assert (
+        second["function"]["thought_signature"] == "s2"
+        and "thought_signature" not in first["function"]
+    )
     assert [c["id"] for c in back["tool_calls"]] == ["x", "y"]
 
 
@@ -437,7 +528,11 @@ def test_reasoning_goes_back_only_with_calls_and_not_where_it_is_refused(caplog)
 
     def reply(body):
         refused = any("reasoning_content" in m for m in body["messages"])
-        return Fail(422, "Extra inputs are not permitted: messages.2.reasoning_content") if refused else "ok"
+        return (
+            Fail(422, "Extra inputs are not permitted: messages.2.reasoning_content")
+            if refused
+            else "ok"
+        )
 
     with FakeServer(reply) as server, caplog.at_level(logging.WARNING):
         lm = make(server)
@@ -451,7 +546,9 @@ def test_claude_gets_its_thinking_back_with_the_call(stream):
     with FakeServer([say, "done"]) as server:
         lm = AnthropicLM("m", base_url=server.origin, api_key=KEY, stream=stream)
         reply = complete(lm, tools=[SEARCH])
-        said = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra)
+        said = Message(
+            role="assistant", content=reply.text, tool_calls=reply.tool_calls, extra=reply.extra
+        )
         results = [Message(role="tool", content="r", tool_call_id=c.id) for c in reply.tool_calls]
         complete(lm, [*HI, said, *results], tools=[SEARCH])
     back = server.requests[1].body["messages"][1]["content"]
@@ -474,5 +571,9 @@ def test_claude_calls_under_one_index_and_id_stay_apart():
         )
     text += event("message_delta", delta={"stop_reason": "tool_use"}) + event("message_stop")
     with FakeServer(Raw(text.encode(), "text/event-stream")) as server:
-        calls = complete(AnthropicLM("m", base_url=server.origin, api_key=KEY), tools=[SEARCH]).tool_calls
-    assert [c.arguments for c in calls] == [{"q": "a"}, {"q": "b"}] and len({c.id for c in calls}) == 2
+        calls = complete(
+            AnthropicLM("m", base_url=server.origin, api_key=KEY), tools=[SEARCH]
+        ).tool_calls
+    assert [c.arguments for c in calls] == [{"q": "a"}, {"q": "b"}] and len(
+        {c.id for c in calls}
+    ) == 2

@@ -21,9 +21,10 @@ class Clock:
 
 
 @given(
-    st.floats(1, 600), st.floats(1, 50),
+    st.floats(1, 600),
+    st.floats(1, 50),
     st.lists(st.tuples(st.floats(0, 5), st.integers(1, 40)), min_size=1, max_size=30),
-)  # fmt: skip
+)
 def test_a_bucket_never_lets_through_more_than_rate_and_burst(per_minute, burst, takes):
     clock = Clock()
     bucket = Bucket(per_minute, burst, clock)
@@ -74,7 +75,9 @@ def test_requests_a_minute_over_http():
         return loop.time() - began
 
     with FakeServer("ok") as server:
-        assert asyncio.run(main(OpenAILM("m", base_url=server.url, requests_per_minute=1200))) >= 0.45
+        assert (
+            asyncio.run(main(OpenAILM("m", base_url=server.url, requests_per_minute=1200))) >= 0.45
+        )
 
 
 def test_tokens_a_minute_are_settled_by_the_usage():
@@ -133,7 +136,9 @@ def test_a_gate_keeps_its_count_however_waiters_are_cancelled(steps):
             assert gate.held <= 2
         for _, leave in waiting:
             leave.set()
-        await asyncio.wait_for(asyncio.gather(*[t for t, _ in (*waiting, *holding)], return_exceptions=True), 20)
+        await asyncio.wait_for(
+            asyncio.gather(*[t for t, _ in (*waiting, *holding)], return_exceptions=True), 20
+        )
         for _ in range(3):
             await asyncio.sleep(0)
         assert gate.held == 0 and not gate._waiting

@@ -22,26 +22,45 @@ from rlm_runtime.lms.openai import OpenAILM, strict
 
 KEY = "sk-test-0123456789abcdef"
 HI = [Message(role="system", content="Be brief."), Message(role="user", content="hi")]
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-SEARCH = ToolSpec(name="search", description="finds", parameters={"type": "object", "properties": {"q": {}}})
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+SEARCH = ToolSpec(
+    name="search", description="finds", parameters={"type": "object", "properties": {"q": {}}}
+)
 # One body; a stream that is watched; a stream that nobody watches, which is what a run asks for.
-STREAMED = pytest.mark.parametrize("stream", [False, True, None], ids=["whole", "streamed", "unwatched"])
+STREAMED = pytest.mark.parametrize(
+    "stream", [False, True, None], ids=["whole", "streamed", "unwatched"]
+)
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "RLM_PRICES", "HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+    for name in (
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "RLM_PRICES",
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 def model(server: FakeServer, **options) -> OpenAILM:
     """`stream=False` unless a test asks: most tests are about one body."""
-    return OpenAILM("m", **{"base_url": server.url, "api_key": KEY, "backoff": 0.001, "stream": False, **options})
+    return OpenAILM(
+        "m",
+        **{"base_url": server.url, "api_key": KEY, "backoff": 0.001, "stream": False, **options},
+    )
 
 
 def ask(server, messages=HI, *, stream=False, lm=None, pieces=None, options=None, **call):
-    """One reply; with `stream`, through on_text, and what was handed on must be the reply's text; with None, as a stream
-    without on_text."""
+    """One reply; with `stream`, through on_text, and what was handed on must be the reply's text;
+    with None, as a stream without on_text."""
     if stream is not False:
         options = {"stream": True, **(options or {})}
     lm, pieces = lm or model(server, **(options or {})), [] if pieces is None else pieces
@@ -64,21 +83,37 @@ def fails(server, kind, match=None, **more) -> LMError:
 
 @STREAMED
 def test_a_reply_with_its_usage(stream):
-    usage = {"prompt_tokens": 100, "completion_tokens": 7, "prompt_tokens_details": {"cached_tokens": 60}}
+    usage = {
+        "prompt_tokens": 100,
+        "completion_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 60},
+    }
     with FakeServer(Say("hello wörld", usage=usage), api_key=KEY) as server:
         reply = ask(server, stream=stream, options={"price": (2.0, 10.0, 0.5)})
     assert reply.text == "hello wörld" and reply.finish_reason == "stop" and reply.model == "m"
     assert reply.usage.model_dump() == {
-        "calls": 1, "input_tokens": 100, "output_tokens": 7, "cached_tokens": 60, "estimated": False,
+        "calls": 1,
+        "input_tokens": 100,
+        "output_tokens": 7,
+        "cached_tokens": 60,
+        "estimated": False,
         "cost_usd": pytest.approx((40 * 2.0 + 60 * 0.5 + 7 * 10.0) / 1e6),
-    }  # fmt: skip
+    }
     body = server.requests[0].body
-    assert body["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
-    assert body.get("stream", False) == (stream is not False) and server.requests[0].path == "/v1/chat/completions"
+    assert body["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+    ]
+    assert (
+        body.get("stream", False) == (stream is not False)
+        and server.requests[0].path == "/v1/chat/completions"
+    )
 
 
 @STREAMED
-@pytest.mark.parametrize("usage", [False, {"prompt_tokens": "many"}, {"prompt_tokens": -1, "completion_tokens": 2}])
+@pytest.mark.parametrize(
+    "usage", [False, {"prompt_tokens": "many"}, {"prompt_tokens": -1, "completion_tokens": 2}]
+)
 def test_usage_that_is_missing_or_nonsense_is_estimated_and_marked(stream, usage):
     with FakeServer(Say("x" * 300, usage=usage)) as server:
         lm = model(server)
@@ -94,7 +129,10 @@ def test_tool_calls(stream):
     with FakeServer(Say(None, tool_calls=calls)) as server:
         reply = ask(server, stream=stream, tools=[SEARCH])
     assert [c.arguments for c in reply.tool_calls] == [{"q": "a b"}, "{not json"]
-    assert [c.name for c in reply.tool_calls] == ["search", "search"] and reply.finish_reason == "tool_calls"
+    assert [c.name for c in reply.tool_calls] == [
+        "search",
+        "search",
+    ] and reply.finish_reason == "tool_calls"
     assert len({c.id for c in reply.tool_calls}) == 2 and reply.text == ""
     sent = server.requests[0].body["tools"][0]["function"]
     assert sent == {"name": "search", "description": "finds", "parameters": SEARCH.parameters}
@@ -102,7 +140,11 @@ def test_tool_calls(stream):
 
 def test_tool_messages_go_back_in_the_endpoints_shape():
     call = ToolCall(id="c1", name="search", arguments={"q": "x"})
-    history = [*HI, Message(role="assistant", tool_calls=(call,)), Message(role="tool", content="r", tool_call_id="c1")]
+    history = [
+        *HI,
+        Message(role="assistant", tool_calls=(call,)),
+        Message(role="tool", content="r", tool_call_id="c1"),
+    ]
     with FakeServer("ok") as server:
         ask(server, history)
     assistant, tool = server.requests[0].body["messages"][2:]
@@ -117,7 +159,9 @@ def test_reasoning_is_passed_over_and_counted_where_usage_is_missing(stream):
     assert reply.text == "yes" and reply.usage.output_tokens == 100
 
 
-@pytest.mark.parametrize("sent, got", [("length", "length"), ("content_filter", "content_filter"), ("eos", "stop")])
+@pytest.mark.parametrize(
+    "sent, got", [("length", "length"), ("content_filter", "content_filter"), ("eos", "stop")]
+)
 @STREAMED
 def test_finish_reasons(stream, sent, got):
     with FakeServer(Say("x", finish=sent)) as server:
@@ -125,7 +169,9 @@ def test_finish_reasons(stream, sent, got):
 
 
 def test_content_in_parts_and_a_refusal():
-    parts = {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]}
+    parts = {
+        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, {"type": "image"}]
+    }
     with FakeServer([Say(fields=parts), Say(None, fields={"refusal": "no"})]) as server:
         lm = model(server)
         assert ask(server, lm=lm).text == "ab"
@@ -136,11 +182,13 @@ def test_content_in_parts_and_a_refusal():
 def test_stream_with_comments_odd_line_ends_and_no_done():
     event = lambda d, finish=None: json.dumps({"choices": [{"delta": d, "finish_reason": finish}]})
     lines = (
-        b"\xef\xbb\xbf: hello\r\n\r\nevent: x\r\ndata: " + event({"content": "a"}).encode() + b"\r\n\r\n"
+        b"\xef\xbb\xbf: hello\r\n\r\nevent: x\r\ndata: "
+        + event({"content": "a"}).encode()
+        + b"\r\n\r\n"
         b"id: 4\rdata:" + event({"content": "b"}).encode() + b"\r\r"
         b"data: " + json.dumps({"choices": [], "usage": None}).encode() + b"\n\n"
-        b"data: " + event({}, "stop").encode()  + b"\n"
-    )  # fmt: skip
+        b"data: " + event({}, "stop").encode() + b"\n"
+    )
     for reply in (Raw(lines, "text/event-stream"), Say("ab", comments=True, done=False)):
         with FakeServer(reply) as server:
             assert ask(server, stream=True).text == "ab"
@@ -154,16 +202,34 @@ def test_an_endpoint_that_does_not_stream_when_asked_to():
 
 def test_lone_surrogates_reach_the_server_as_valid_utf8():
     with FakeServer("ok") as server:
-        ask(server, [Message.model_construct(role="user", content="a\ud800b", tool_calls=(), tool_call_id=None)])
+        ask(
+            server,
+            [
+                Message.model_construct(
+                    role="user", content="a\ud800b", tool_calls=(), tool_call_id=None
+                )
+            ],
+        )
     assert server.requests[0].body["messages"][0]["content"] == "a?b"
 
 
 def test_sampling_and_extra_fields():
-    sampling = Sampling(temperature=0.5, top_p=0.9, max_tokens=5, seed=3, stop=("X",), extra={"min_p": 0.1, "b": 2})
+    sampling = Sampling(
+        temperature=0.5, top_p=0.9, max_tokens=5, seed=3, stop=("X",), extra={"min_p": 0.1, "b": 2}
+    )
     with FakeServer("ok") as server:
         ask(server, sampling=sampling, options={"extra_body": {"a": 1, "b": 1}})
     body = server.requests[0].body
-    wanted = {"temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "seed": 3, "stop": ["X"], "min_p": 0.1, "a": 1, "b": 2}
+    wanted = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 5,
+        "seed": 3,
+        "stop": ["X"],
+        "min_p": 0.1,
+        "a": 1,
+        "b": 2,
+    }
     assert wanted.items() <= body.items()
 
 
@@ -179,7 +245,8 @@ def test_passing_failures_are_retried(status, stream):
 
 
 @pytest.mark.parametrize(
-    "status, kind", [(400, "bad_request"), (401, "auth"), (403, "auth"), (404, "not_found"), (422, "bad_request")]
+    "status, kind",
+    [(400, "bad_request"), (401, "auth"), (403, "auth"), (404, "not_found"), (422, "bad_request")],
 )
 def test_final_failures_are_not_retried(status, kind):
     with FakeServer(Fail(status, "because")) as server:
@@ -217,14 +284,17 @@ def test_a_prompt_too_long_is_its_own_kind_and_final(message, status):
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after_is_waited_for(as_date):
     after = lambda: email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "1"
-    with FakeServer(lambda body: Fail(429, headers={"Retry-After": after()}) if server.count == 1 else "ok") as server:
+    with FakeServer(
+        lambda body: Fail(429, headers={"Retry-After": after()}) if server.count == 1 else "ok"
+    ) as server:
         began = time.monotonic()
         assert ask(server).text == "ok"
         assert time.monotonic() - began >= 0.95  # a date has whole seconds
 
 
 def test_retry_after_holds_for_all_callers():
-    """Of many calls at once only those in flight meet the limit; none comes back before its time."""
+    """Of many calls at once only those in flight meet the limit; none comes back before its
+    time."""
     at = []
 
     def reply(_):
@@ -249,7 +319,8 @@ def test_a_retry_after_beyond_the_timeout_is_not_waited_for():
 
 
 @pytest.mark.parametrize(
-    "reply", [Cut(pieces=-1), Cut(), Raw(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", whole=True)]
+    "reply",
+    [Cut(pieces=-1), Cut(), Raw(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{", whole=True)],
 )
 def test_a_connection_that_breaks_is_tried_again(reply):
     with FakeServer([reply, "ok"]) as server:
@@ -262,7 +333,9 @@ def test_a_server_that_is_down_is_named():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}/v1"  # bound, not listening
-        error = fails(None, "connection", "cannot reach " + url, lm=OpenAILM("m", base_url=url, backoff=0.001))
+        error = fails(
+            None, "connection", "cannot reach " + url, lm=OpenAILM("m", base_url=url, backoff=0.001)
+        )
     assert "refused" in str(error) and "Is the server running" in str(error)
 
 
@@ -296,7 +369,13 @@ def test_a_reply_without_choices_is_its_own_kind_and_tried_again(stream):
     with FakeServer([none, "whole"]) as server:
         assert ask(server, stream=stream).text == "whole" and server.count == 2
     with FakeServer(none) as server:
-        fails(server, "empty", "without any choice.*3 tries", stream=stream, options={"max_retries": 2})
+        fails(
+            server,
+            "empty",
+            "without any choice.*3 tries",
+            stream=stream,
+            options={"max_retries": 2},
+        )
 
 
 @STREAMED
@@ -310,7 +389,11 @@ def test_an_error_inside_the_choice(stream):
     ):
         part = {"message": {"content": ""}} if stream is False else {"delta": {"content": ""}}
         body = json.dumps({"choices": [{**part, "finish_reason": None, **choice}]})
-        raw = Raw(body.encode()) if stream is False else Raw(f"data: {body}\n\n".encode(), "text/event-stream")
+        raw = (
+            Raw(body.encode())
+            if stream is False
+            else Raw(f"data: {body}\n\n".encode(), "text/event-stream")
+        )
         with FakeServer([raw, "fine"]) as server:
             if kind == "bad_request":
                 fails(server, kind, match, stream=stream)
@@ -356,7 +439,13 @@ def test_a_cut_stream_is_retried_only_before_anything_was_handed_on():
         assert ask(server, stream=True).text == "whole"
     pieces = []
     with FakeServer([Cut(pieces=2), "whole"]) as server:
-        error = fails(server, "connection", "characters of the reply had been handed on", stream=True, pieces=pieces)
+        error = fails(
+            server,
+            "connection",
+            "characters of the reply had been handed on",
+            stream=True,
+            pieces=pieces,
+        )
         assert server.count == 1 and pieces and str(len("".join(pieces))) in str(error)
 
 
@@ -373,7 +462,9 @@ def test_an_error_in_the_middle_of_a_stream(stream):
     with FakeServer(Cut(pieces=1, error={"message": "gone", "code": 503})) as server:
         assert fails(server, "server", "gone", stream=stream).status == 503
         assert server.count == 1
-    with FakeServer(Cut(pieces=0, error={"message": "maximum context length is 5", "code": 400})) as server:
+    with FakeServer(
+        Cut(pieces=0, error={"message": "maximum context length is 5", "code": 400})
+    ) as server:
         fails(server, "context_overflow", stream=stream)
 
 
@@ -389,7 +480,13 @@ def test_an_error_with_status_200():
 def test_silence_ends_in_a_timeout(stream):
     hang = Hang(pieces=1) if stream else Hang()
     with FakeServer(hang) as server:
-        fails(server, "timeout", "within the timeout of 0.3 s", stream=stream, options={"timeout": 0.3})
+        fails(
+            server,
+            "timeout",
+            "within the timeout of 0.3 s",
+            stream=stream,
+            options={"timeout": 0.3},
+        )
     with FakeServer([hang, "ok"] if not stream else [Hang(), "ok"]) as server:
         assert ask(server, stream=stream, options={"read_timeout": 0.2}).text == "ok"
 
@@ -452,7 +549,8 @@ def test_concurrency_is_capped_and_used():
 
 
 def test_one_model_in_many_loops_leaves_nothing_behind():
-    """Each loop has its connections, kept while it lives and closed when it ends, without a warning."""
+    """Each loop has its connections, kept while it lives and closed when it ends, without a
+    warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with FakeServer("ok") as server:
@@ -460,7 +558,9 @@ def test_one_model_in_many_loops_leaves_nothing_behind():
             trouble = []
 
             async def several():
-                asyncio.get_running_loop().set_exception_handler(lambda _, context: trouble.append(context))
+                asyncio.get_running_loop().set_exception_handler(
+                    lambda _, context: trouble.append(context)
+                )
                 for _ in range(3):
                     await lm.complete(HI)
 
@@ -495,7 +595,12 @@ def test_nothing_is_said_at_exit():
             f"lm = resolve('openai:m', base_url='{server.url}')\n"
             "print(asyncio.run(lm.complete([Message(role='user', content='x')])).text)\n"
         )
-        done = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-W", "always", "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
     assert done.stdout == "ok\n" and done.stderr == ""
 
 
@@ -533,8 +638,14 @@ def test_both_names_of_the_token_limit():
 
 def test_a_value_out_of_range_is_the_callers_mistake():
     for sampling, message in (
-        (Sampling(max_tokens=10**9), "max_tokens is too large: 1000000000. This model supports at most 16384"),
-        (Sampling(temperature=9), "Invalid 'temperature': decimal above maximum value. Expected at most 2"),
+        (
+            Sampling(max_tokens=10**9),
+            "max_tokens is too large: 1000000000. This model supports at most 16384",
+        ),
+        (
+            Sampling(temperature=9),
+            "Invalid 'temperature': decimal above maximum value. Expected at most 2",
+        ),
     ):
         with FakeServer(Fail(400, message)) as server:
             fails(server, "bad_request", message[:15], sampling=sampling)
@@ -544,7 +655,11 @@ def test_a_value_out_of_range_is_the_callers_mistake():
 @STREAMED
 def test_stop_strings_are_applied_here_where_the_endpoint_cannot(stream):
     def reply(body):
-        return Fail(400, "Unsupported parameter: 'stop'") if "stop" in body else Say("one STOP two", pieces=12)
+        return (
+            Fail(400, "Unsupported parameter: 'stop'")
+            if "stop" in body
+            else Say("one STOP two", pieces=12)
+        )
 
     with FakeServer(reply) as server:
         assert ask(server, stream=stream, sampling=Sampling(stop=("STOP",))).text == "one "
@@ -581,11 +696,15 @@ def test_one_schema_refused_is_not_all_schemas():
         lm = model(server)
         ask(server, lm=lm, schema={"type": "object", "x": 1})
         ask(server, lm=lm, schema=SCHEMA)
-    assert "response_format" not in server.requests[1].body and "response_format" in server.requests[2].body
+    assert (
+        "response_format" not in server.requests[1].body
+        and "response_format" in server.requests[2].body
+    )
 
 
 def test_a_refusal_for_another_reason_does_not_cost_the_schema():
-    """A 400 that names nothing is tried without response_format; if that fails too nothing is concluded from it."""
+    """A 400 that names nothing is tried without response_format; if that fails too nothing is
+    concluded from it."""
     with FakeServer([Fail(400, "Bad Request"), Fail(400, "Bad Request"), "{}"]) as server:
         lm = model(server)
         fails(server, "bad_request", lm=lm, schema=SCHEMA)
@@ -653,12 +772,16 @@ def test_environment_and_defaults(monkeypatch):
 
 
 def test_what_a_router_charges_counts_where_no_price_is_known():
-    with FakeServer(Say("ok", usage={"prompt_tokens": 1, "completion_tokens": 1, "cost": 0.25})) as server:
+    with FakeServer(
+        Say("ok", usage={"prompt_tokens": 1, "completion_tokens": 1, "cost": 0.25})
+    ) as server:
         assert ask(server).usage.cost_usd == 0.25
         assert ask(server, options={"price": (1.0, 1.0)}).usage.cost_usd == pytest.approx(2e-6)
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://", "http://h:port/v1", "http://h/v1?x=1", ""])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x/v1", "http://", "http://h:port/v1", "http://h/v1?x=1", ""]
+)
 def test_a_url_that_is_none(url, monkeypatch):
     if not url:
         monkeypatch.setenv("OPENAI_BASE_URL", "nonsense")
@@ -667,13 +790,21 @@ def test_a_url_that_is_none(url, monkeypatch):
 
 
 def test_options_out_of_range():
-    for option, value in (("timeout", 0), ("concurrency", 0), ("max_retries", -1), ("requests_per_minute", -1.0)):
+    for option, value in (
+        ("timeout", 0),
+        ("concurrency", 0),
+        ("max_retries", -1),
+        ("requests_per_minute", -1.0),
+    ):
         with pytest.raises(UsageError, match=option):
             OpenAILM("m", base_url="http://h/v1", **{option: value})
 
 
 def test_the_count_is_an_upper_estimate_or_the_tokenizers():
-    prose = "The quick brown fox jumps over the lazy dog, then it rests in the shade of an old tree. " * 20
+    prose = (
+        "The quick brown fox jumps over the lazy dog, then it rests in the shade of an old tree. "
+        * 20
+    )
     lm = OpenAILM("m", base_url="http://h/v1")
     words = len(prose.split())
     count = lm.count_tokens([Message(role="user", content=prose)])

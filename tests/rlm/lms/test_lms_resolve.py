@@ -23,11 +23,15 @@ def no_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("spec", ["gpt-5-mini", "opnai:gpt-5", "scripted:x", "openai:", ":x", "", "openai"])
+@pytest.mark.parametrize(
+    "spec", ["gpt-5-mini", "opnai:gpt-5", "scripted:x", "openai:", ":x", "", "openai"]
+)
 def test_an_unknown_model_names_the_valid_ones(spec):
     with pytest.raises(UsageError) as e:
         resolve(spec)
-    assert all(f"{provider}:" in str(e.value) for provider in PROVIDERS) and repr(spec) in str(e.value)
+    assert all(f"{provider}:" in str(e.value) for provider in PROVIDERS) and repr(spec) in str(
+        e.value
+    )
 
 
 def test_a_slip_is_pointed_out():
@@ -40,7 +44,9 @@ def test_a_slip_is_pointed_out():
 
 
 def test_options_reach_the_model_and_none_means_default():
-    lm = resolve("openai:m", base_url="http://h/v1", api_key=None, timeout=5.0, window=10, price=None)
+    lm = resolve(
+        "openai:m", base_url="http://h/v1", api_key=None, timeout=5.0, window=10, price=None
+    )
     assert lm.endpoint.timeout == 5.0 and lm.window == 10 and isinstance(lm, LM)
 
 
@@ -91,20 +97,30 @@ def test_a_price_file(tmp_path, monkeypatch):
     monkeypatch.setenv("RLM_PRICES", str(path))
     assert prices.price_of("anything:n").dollars(1_000_000, 0, 500_000) == pytest.approx(1.75)
     assert prices.price_of("openai:gpt-5") == prices.KNOWN["openai:gpt-5"].price
-    assert resolve("openai:m", base_url="http://h/v1").price(1_000_000, 1_000_000) == pytest.approx(3.0)
+    assert resolve("openai:m", base_url="http://h/v1").price(1_000_000, 1_000_000) == pytest.approx(
+        3.0
+    )
 
 
 def test_prices_of_genai_prices_go_first_and_ours_stand_in(monkeypatch):
     listed = prices.market("openai:gpt-5-mini")
-    assert listed.price.dollars(1_000_000, 1_000_000) == pytest.approx(2.25) and listed.window == 400_000
+    assert (
+        listed.price.dollars(1_000_000, 1_000_000) == pytest.approx(2.25)
+        and listed.window == 400_000
+    )
     tiered = prices.known("anthropic:claude-sonnet-4-5").price  # dearer for long prompts
     assert tiered.dollars(100_000, 0) == pytest.approx(0.3) and tiered.dollars(1_000_000, 0) > 4
     assert tiered.dollars(100_000, 0, 100_000) < tiered.dollars(100_000, 0)
     only_theirs = "openai:gpt-4o-audio-preview"
-    assert only_theirs not in prices.KNOWN and prices.known(only_theirs).price.dollars(1000, 1000) > 0
-    router = resolve("openai:openai/gpt-oss-20b", base_url="https://openrouter.ai/api/v1", api_key="k")
+    assert (
+        only_theirs not in prices.KNOWN and prices.known(only_theirs).price.dollars(1000, 1000) > 0
+    )
+    router = resolve(
+        "openai:openai/gpt-oss-20b", base_url="https://openrouter.ai/api/v1", api_key="k"
+    )
     assert 0 < router.price(1_000_000, 0) < 1 and router.window >= 100_000
-    local = resolve("openai:gpt-oss-20b", base_url="http://127.0.0.1:8000/v1")  # your own machine is no vendor
+    # your own machine is no vendor
+    local = resolve("openai:gpt-oss-20b", base_url="http://127.0.0.1:8000/v1")
     assert local.price(1, 1) is None and local.window is None
     given = resolve("openai:gpt-5-mini", base_url="http://h/v1", price=(1, 1), window=10)
     assert given.price(1_000_000, 0) == 1.0 and given.window == 10
@@ -118,10 +134,14 @@ def test_the_table_agrees_with_genai_prices():
     for name, ours in prices.KNOWN.items():
         listed = prices.market(name)
         assert listed is not None, name
-        assert listed.price.dollars(1000, 1000) == pytest.approx(ours.price.dollars(1000, 1000)), name
+        assert listed.price.dollars(1000, 1000) == pytest.approx(ours.price.dollars(1000, 1000)), (
+            name
+        )
 
 
-@pytest.mark.parametrize("bad", [(1,), (1, -2), (1, float("nan")), "no/such/file.json", {"in": 1}, ("a", "b"), 5])
+@pytest.mark.parametrize(
+    "bad", [(1,), (1, -2), (1, float("nan")), "no/such/file.json", {"in": 1}, ("a", "b"), 5]
+)
 def test_a_price_that_is_none(bad):
     with pytest.raises(UsageError, match="price"):
         resolve("openai:m", base_url="http://h/v1", price=bad)
@@ -147,14 +167,16 @@ async def collect(chunks):
 
 
 FIELDS = st.lists(
-    st.text(st.characters(blacklist_characters="\r\n", blacklist_categories=["Cs"]), max_size=8), min_size=1
+    st.text(st.characters(blacklist_characters="\r\n", blacklist_categories=["Cs"]), max_size=8),
+    min_size=1,
 )
 
 
 @given(st.lists(FIELDS, max_size=4), st.sampled_from(["\n", "\r\n", "\r"]), st.data())
 def test_events_do_not_depend_on_where_the_bytes_are_cut(events, end, data):
     raw = "".join(
-        ": note" + end + "".join(f"data: {line}{end}" for line in lines) + "event: e" + end + end for lines in events
+        ": note" + end + "".join(f"data: {line}{end}" for line in lines) + "event: e" + end + end
+        for lines in events
     )
     raw = raw.encode()
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=6)))
@@ -168,7 +190,11 @@ def test_events_byte_by_byte(end):
     assert asyncio.run(collect([bytes([b]) for b in raw])) == [("e", "a\nb"), ("", "c")]
 
 
-@given(st.text("ab\n", max_size=20), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.data())
+@given(
+    st.text("ab\n", max_size=20),
+    st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    st.data(),
+)
 def test_stop_strings_cut_the_same_however_the_text_arrives(text, stops, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     cutter = StopCutter(stops)
@@ -188,21 +214,33 @@ def test_stop_strings_cut_the_same_however_the_text_arrives(text, stops, data):
 
 def test_tool_calls_in_words():
     tools = [ToolSpec(name="f")]
-    assert plain.read_tool_calls('{"tool": "f", "arguments": {"x": 1}}', tools)[0].arguments == {"x": 1}
+    assert plain.read_tool_calls('{"tool": "f", "arguments": {"x": 1}}', tools)[0].arguments == {
+        "x": 1
+    }
     assert plain.read_tool_calls('```json\n{"tool": "f"}\n```', tools)[0].name == "f"
-    for text in ('{"tool": "g", "arguments": {}}', "prose", '["f"]', "{", '{"tool": ["f"]}', "[" * 100_000):
+    for text in (
+        '{"tool": "g", "arguments": {}}',
+        "prose",
+        '["f"]',
+        "{",
+        '{"tool": ["f"]}',
+        "[" * 100_000,
+    ):
         assert plain.read_tool_calls(text, tools) == ()
 
 
 def test_requests_in_words_come_after_the_messages():
     history = [
-        Message(role="system", content="s"), Message(role="user", content="u"),
+        Message(role="system", content="s"),
+        Message(role="user", content="u"),
         Message(role="assistant", tool_calls=(ToolCall(id="1", name="f", arguments={"x": 1}),)),
         Message(role="tool", content="r", tool_call_id="1"),
-    ]  # fmt: skip
+    ]
     asked = plain.with_tools(history, [ToolSpec(name="f")])
     assert asked[:2] == history[:2] and all(not m.tool_calls and m.role != "tool" for m in asked)
-    assert '{"tool": "f", "arguments": {"x": 1}}' in asked[2].content and "\nr\n" in asked[3].content
+    assert (
+        '{"tool": "f", "arguments": {"x": 1}}' in asked[2].content and "\nr\n" in asked[3].content
+    )
     assert plain.with_schema([], {"type": "null"})[0].role == "user"
     after = plain.with_schema([Message(role="assistant", content="a")], {})
     assert [m.role for m in after] == ["assistant", "user"]

@@ -12,7 +12,9 @@ HI = [Message(role="user", content="12345678")]
 
 
 def test_a_list_in_order_then_an_error_that_says_so():
-    lm = ScriptedLM(["a", Reply(text="b", usage=Usage(calls=1, input_tokens=5)), LMError("no", kind="server")])
+    lm = ScriptedLM(
+        ["a", Reply(text="b", usage=Usage(calls=1, input_tokens=5)), LMError("no", kind="server")]
+    )
 
     async def main():
         first, second = await lm.complete(HI), await lm.complete(HI)
@@ -51,4 +53,9 @@ def test_streaming_concurrency_and_cancelling_are_seen():
             await task
 
     asyncio.run(main())
-    assert lm.max_concurrency == 5 and pieces == ["abc", "def", "gh"] and lm.cancelled == 1 and lm.active == 0
+    assert (
+        lm.max_concurrency == 5
+        and pieces == ["abc", "def", "gh"]
+        and lm.cancelled == 1
+        and lm.active == 0
+    )

@@ -15,19 +15,71 @@ from .test_forms import FENCES, JSON_CALLS, TAGGED, native
 
 PIECES = st.sampled_from(
     [
-        "```", "```repl\n", "```python", "```\n", "~~~\n", "<think>", "</think>", "<code>", "</code>", "<tool_call>", "</tool_call>",
-        "<function=python>", "<parameter=code>", "</parameter>", '<invoke name="python">', '{"name": "python", "arguments": {"code": "',
-        '"}}', "FINAL(", "FINAL_VAR(", ")", "(", '"', "'", '"""', "'''", "\\", "\n", "\r\n", " ", "\t", 'answer["content"] = ', "answer = {",
-        "Output:", ">>> ", "user:", "<|im_end|>", "<|python_tag|>", "<|channel|>analysis<|message|>", "[TOOL_CALLS]", "print(1)", "x = 1",
-        "for x in y:", "    ", "!pip install x", "#", "&lt;", "“", "{", "}", "[", "]", "\x00", "\ud800", "é", "a",
+        "```",
+        "```repl\n",
+        "```python",
+        "```\n",
+        "~~~\n",
+        "<think>",
+        "</think>",
+        "<code>",
+        "</code>",
+        "<tool_call>",
+        "</tool_call>",
+        "<function=python>",
+        "<parameter=code>",
+        "</parameter>",
+        '<invoke name="python">',
+        '{"name": "python", "arguments": {"code": "',
+        '"}}',
+        "FINAL(",
+        "FINAL_VAR(",
+        ")",
+        "(",
+        '"',
+        "'",
+        '"""',
+        "'''",
+        "\\",
+        "\n",
+        "\r\n",
+        " ",
+        "\t",
+        'answer["content"] = ',
+        "answer = {",
+        "Output:",
+        ">>> ",
+        "user:",
+        "<|im_end|>",
+        "<|python_tag|>",
+        "<|channel|>analysis<|message|>",
+        "[TOOL_CALLS]",
+        "print(1)",
+        "x = 1",
+        "for x in y:",
+        "    ",
+        "!pip install x",
+        "#",
+        "&lt;",
+        "“",
+        "{",
+        "}",
+        "[",
+        "]",
+        "\x00",
+        "\ud800",
+        "é",
+        "a",
     ]
-)  # fmt: skip
+)
 MIXED = st.lists(PIECES, max_size=40).map("".join)
 REASONS = ["stop", "length", "tool_calls", ""]
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(MIXED, st.text(max_size=200)), st.sampled_from(REASONS), st.one_of(st.none(), MIXED))
+@given(
+    st.one_of(MIXED, st.text(max_size=200)), st.sampled_from(REASONS), st.one_of(st.none(), MIXED)
+)
 def test_any_text_parses_and_something_always_follows(text, reason, arguments):
     calls = () if arguments is None else (ToolCall(id="1", name="python", arguments=arguments),)
     parsed = parse(Reply.model_construct(text=text, tool_calls=calls, finish_reason=reason))
@@ -38,9 +90,9 @@ def test_any_text_parses_and_something_always_follows(text, reason, arguments):
 
 
 # Python whose strings and comments hold whatever confuses a parser of replies.
-TRICKY = st.lists(PIECES.filter(lambda s: "\x00" not in s and "\ud800" not in s and "\r" not in s), max_size=8).map(
-    "".join
-)
+TRICKY = st.lists(
+    PIECES.filter(lambda s: "\x00" not in s and "\ud800" not in s and "\r" not in s), max_size=8
+).map("".join)
 
 
 def _comment(text):
@@ -58,12 +110,20 @@ SIMPLE = st.one_of(
     TRICKY.map(lambda s: f"print(1)  {_comment(s)}"),
     st.builds(_block, TRICKY, st.sampled_from(['"""', "'''"])),
     st.sampled_from(
-        ["import re", "y = [i for i in range(3)]", "print(llm_query('a'))", "x, y = 1, 2", 'answer["ready"] = True']
+        [
+            "import re",
+            "y = [i for i in range(3)]",
+            "print(llm_query('a'))",
+            "x, y = 1, 2",
+            'answer["ready"] = True',
+        ]
     ),
 )
 NESTED = st.builds(
     lambda head, body: head + "\n" + textwrap.indent("\n".join(body), "    ", lambda line: True),
-    st.sampled_from(["for i in range(3):", "if x:", "def f(a, *b):", "with open(p) as f:", "while True:"]),
+    st.sampled_from(
+        ["for i in range(3):", "if x:", "def f(a, *b):", "with open(p) as f:", "while True:"]
+    ),
     st.lists(
         st.sampled_from(["pass", "x = 1", "print('```')", "# ```"]).filter(lambda s: s[0] != "#"),
         min_size=1,
@@ -162,7 +222,7 @@ HOSTILE = {
     "answer tags": "<answer>\n" * (MB // 9),
     "an open answer tag": "<answer>" + "a<" * (MB // 2),
     "entities": "```python\n" + "&lt;" * (MB // 4) + "\n```",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -175,7 +235,9 @@ def test_hostile_replies_take_linear_time(name, reason):
     assert parsed.cells or parsed.final is not None or parsed.nudges
 
 
-@pytest.mark.parametrize("name", ["braces", "final quotes", "openers with quotes", "blanks", "list nest"])
+@pytest.mark.parametrize(
+    "name", ["braces", "final quotes", "openers with quotes", "blanks", "list nest"]
+)
 def test_hostile_tool_arguments_take_linear_time(name):
     began = time.perf_counter()
     native("python", HOSTILE[name])

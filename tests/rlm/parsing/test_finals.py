@@ -74,7 +74,14 @@ def test_final_with_code_is_left_to_the_repl(text, names, answer):
 
 
 @pytest.mark.parametrize(
-    "text", ["FINAL(...)", "FINAL(your answer here)", "FINAL()", "FINAL_VAR(variable_name)", "FINAL(<answer>)"]
+    "text",
+    [
+        "FINAL(...)",
+        "FINAL(your answer here)",
+        "FINAL()",
+        "FINAL_VAR(variable_name)",
+        "FINAL(<answer>)",
+    ],
 )
 def test_placeholders_are_no_answers(text):
     parsed = read(text)
@@ -108,7 +115,11 @@ def test_a_variable_named_after_the_cell_is_handed_in_after_it():
 def test_words_beside_a_cell_are_not_taken():
     """They were written before the cell's output was seen."""
     parsed = read("```repl\nprint(context[:10])\n```\nFINAL(It is blue, I think.)")
-    assert parsed.cells == ("print(context[:10])",) and parsed.final is None and reasons(parsed) == ["final_with_code"]
+    assert (
+        parsed.cells == ("print(context[:10])",)
+        and parsed.final is None
+        and reasons(parsed) == ["final_with_code"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,9 @@ def test_answer_set_in_prose_to_plain_words():
 )
 def test_a_json_object_as_the_reply(text, answer):
     parsed = read(text)
-    assert parsed.final == answer and parsed.whole_json and parsed.cells == () and parsed.nudges == ()
+    assert (
+        parsed.final == answer and parsed.whole_json and parsed.cells == () and parsed.nudges == ()
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ from rlm_runtime.lms.base import Reply, ToolCall
 from rlm_runtime.parsing import EMPTY, parse
 
 CODE = 'total = sum(len(x) for x in context if len(x) < 9)\nprint(total, "done")'
-TICKS = 'doc = """\nUse it so:\n```python\nprint(1)\n```\nand:\n```\nplain\n```\n"""\nprint(len(doc))'
+TICKS = (
+    'doc = """\nUse it so:\n```python\nprint(1)\n```\nand:\n```\nplain\n```\n"""\nprint(len(doc))'
+)
 TAGS = "s = '''\n</code> </tool_call> </python>\n<think>\n</think>\n''' + \"</parameter>\"\nprint(s)  # not </execute> yet\nprint()"
 NS = "ant" + "ml:"  # the prefix some models put before the names of call tags
 
@@ -55,14 +57,20 @@ FENCES = {
     "indented": lambda c: textwrap.indent(f"```repl\n{c}\n```", "    "),
     "end token": lambda c: f"```repl\n{c}\n```<|im_end|>",
     "think": lambda c: f"<think>I should count.</think>\n```repl\n{c}\n```",
-    "thinking": lambda c: f"<thinking>\nhm\n```python\nnot_this()\n```\n</thinking>\n\n```repl\n{c}\n```",
+    "thinking": lambda c: (
+        f"<thinking>\nhm\n```python\nnot_this()\n```\n</thinking>\n\n```repl\n{c}\n```"
+    ),
     "reasoning": lambda c: f"<reasoning>a</reasoning>```repl\n{c}\n```",
-    "template's thinking": lambda c: f"so\n```python\nnot_this()\n```\n</think>\n\n```repl\n{c}\n```",
+    "template's thinking": lambda c: (
+        f"so\n```python\nnot_this()\n```\n</think>\n\n```repl\n{c}\n```"
+    ),
     "harmony": lambda c: (
         f"<|channel|>analysis<|message|>a\n```repl\nno()\n```<|end|><|start|>assistant<|channel|>final<|message|>```repl\n{c}\n```"
     ),
     "python_tag": lambda c: f"<|python_tag|>{c}<|eom_id|>",
-    "harmony call": lambda c: f"<|channel|>commentary to=python <|constrain|>code<|message|>{c}<|call|>",
+    "harmony call": lambda c: (
+        f"<|channel|>commentary to=python <|constrain|>code<|message|>{c}<|call|>"
+    ),
     "unclosed": lambda c: f"```repl\n{c}",
     "unclosed, newline": lambda c: f"First:\n```python\n{c}\n",
     "unclosed, end token": lambda c: f"```repl\n{c}\n<|im_end|>",
@@ -78,10 +86,14 @@ TAGGED = {
     "invoke": lambda c: (
         f'<function_calls>\n<invoke name="python">\n<parameter name="code">{c}</parameter>\n</invoke>\n</function_calls>'
     ),
-    "prefixed": lambda c: f'<{NS}invoke name="repl">\n<{NS}parameter name="code">{c}</{NS}parameter>\n</{NS}invoke>',
+    "prefixed": lambda c: (
+        f'<{NS}invoke name="repl">\n<{NS}parameter name="code">{c}</{NS}parameter>\n</{NS}invoke>'
+    ),
 }
 JSON_CALLS = {
-    "tool_call": lambda c: f'I call.\n<tool_call>\n{{"name": "python", "arguments": {args(c)}}}\n</tool_call>',
+    "tool_call": lambda c: (
+        f'I call.\n<tool_call>\n{{"name": "python", "arguments": {args(c)}}}\n</tool_call>'
+    ),
     "two in json": lambda c: json.dumps({"name": "repl", "parameters": {"code": c}}),
     "openai": lambda c: json.dumps(
         {"tool_calls": [{"type": "function", "function": {"name": "python", "arguments": args(c)}}]}
@@ -99,7 +111,9 @@ JSON_CALLS = {
     "harmony json": lambda c: (
         f"<|channel|>commentary to=functions.python <|constrain|>json<|message|>{args(c)}<|call|>"
     ),
-    "function_call": lambda c: f'<function_call>{{"name": "python", "arguments": {args(c)}}}</function_call>',
+    "function_call": lambda c: (
+        f'<function_call>{{"name": "python", "arguments": {args(c)}}}</function_call>'
+    ),
 }
 
 
@@ -113,13 +127,16 @@ def test_each_form_yields_exactly_the_code(form, code):
 
 @pytest.mark.parametrize("form", [*FENCES, *TAGGED, *JSON_CALLS])
 def test_what_is_kept_reads_back_as_the_same_cell(form):
-    """The history shows every form as a block that the parser, and so the model's next imitation of it, finds again."""
+    """The history shows every form as a block that the parser, and so the model's next imitation of
+    it, finds again."""
     kept = read({**FENCES, **TAGGED, **JSON_CALLS}[form](TICKS)).kept
     assert read(kept).cells == (TICKS,)
     assert "<|" not in kept and "not_this" not in kept and "tool_call" not in kept
 
 
-@pytest.mark.parametrize("name", ["python", "repl", "execute_python", "functions.python", "code_interpreter", "Python"])
+@pytest.mark.parametrize(
+    "name", ["python", "repl", "execute_python", "functions.python", "code_interpreter", "Python"]
+)
 def test_native_tool_calls(name):
     assert native(name, {"code": TICKS}).cells == (TICKS,)
     assert native(name, args(CODE)).cells == (CODE,)
@@ -150,18 +167,26 @@ def test_a_native_call_joins_the_text_in_the_history():
 
 
 def test_helpers_and_user_tools_called_as_tools_become_code():
-    assert native("llm_query", {"prompt": "a 'b'"}).cells == ("""print(llm_query(prompt="a 'b'"))""",)
+    assert native("llm_query", {"prompt": "a 'b'"}).cells == (
+        """print(llm_query(prompt="a 'b'"))""",
+    )
     assert native("lookup", {"key": 3}, tools=("lookup",)).cells == ("print(lookup(key=3))",)
     assert native("final_answer", {"answer": "42"}).cells == ("FINAL('42')",)
     unknown = native("lookup", {"key": 3})
-    assert unknown.cells == () and reasons(unknown) == ["unknown_tool"] and "lookup" in unknown.nudges[0].text
+    assert (
+        unknown.cells == ()
+        and reasons(unknown) == ["unknown_tool"]
+        and "lookup" in unknown.nudges[0].text
+    )
     empty = native("python", {})
     assert empty.cells == () and reasons(empty) == ["bad_tool_call"]
 
 
 def test_thought_action_observation():
     said = f"Thought: I count.\nAction: python\nAction Input: {CODE}\n"
-    assert read(said).cells == (CODE,) and read(said.replace(CODE, f"```python\n{CODE}\n```")).cells == (CODE,)
+    assert read(said).cells == (CODE,) and read(
+        said.replace(CODE, f"```python\n{CODE}\n```")
+    ).cells == (CODE,)
     made_up = read(said + "Observation: 42\nFinal Answer: 42")
     assert made_up.cells == (CODE,) and reasons(made_up) == ["hallucinated_output"]
     assert read(f'Action: repl\nAction Input: {{"code": {json.dumps(CODE)}}}').cells == (CODE,)
@@ -169,7 +194,9 @@ def test_thought_action_observation():
 
 def test_a_call_of_pairs_of_keys_and_values():
     """GLM."""
-    said = f"<tool_call>python\n<arg_key>code</arg_key>\n<arg_value>{CODE}</arg_value>\n</tool_call>"
+    said = (
+        f"<tool_call>python\n<arg_key>code</arg_key>\n<arg_value>{CODE}</arg_value>\n</tool_call>"
+    )
     assert read(said).cells == (CODE,)
 
 
@@ -179,7 +206,9 @@ def test_an_unclosed_tag():
 
 
 def test_several_cells_run_in_order():
-    parsed = read("One:\n```repl\na = 1\n```\ntwo:\n~~~py\nb = 2\n~~~\n<execute>c = 3</execute>\n```\nd = a + b\n```")
+    parsed = read(
+        "One:\n```repl\na = 1\n```\ntwo:\n~~~py\nb = 2\n~~~\n<execute>c = 3</execute>\n```\nd = a + b\n```"
+    )
     assert parsed.cells == ("a = 1", "b = 2", "c = 3", "d = a + b") and parsed.nudges == ()
 
 
@@ -189,7 +218,9 @@ def test_a_block_left_open_before_the_next_one():
 
 
 def test_prose_after_an_unclosed_block_is_not_code():
-    assert read("```repl\na = 1\nprint(a)\n\nThis prints the number we want.").cells == ("a = 1\nprint(a)",)
+    assert read("```repl\na = 1\nprint(a)\n\nThis prints the number we want.").cells == (
+        "a = 1\nprint(a)",
+    )
 
 
 def test_code_on_the_line_of_the_fence():
@@ -198,7 +229,8 @@ def test_code_on_the_line_of_the_fence():
 
 
 @pytest.mark.parametrize(
-    "text", ["42", "yes", "a, b, c", "total: 5", '{"a": 1}', "The needle is blue.", "- one\n- two", "x"]
+    "text",
+    ["42", "yes", "a, b, c", "total: 5", '{"a": 1}', "The needle is blue.", "- one\n- two", "x"],
 )
 def test_a_bare_fence_without_code_is_no_cell(text):
     parsed = read(f"It says:\n```\n{text}\n```")
@@ -206,7 +238,15 @@ def test_a_bare_fence_without_code_is_no_cell(text):
 
 
 @pytest.mark.parametrize(
-    "code", ["print(1)", "x = 5", "import re", "for a in b:\n    pass", "context[:100]", "print('a'\nx = 5"]
+    "code",
+    [
+        "print(1)",
+        "x = 5",
+        "import re",
+        "for a in b:\n    pass",
+        "context[:100]",
+        "print('a'\nx = 5",
+    ],
 )
 def test_a_bare_fence_with_code_is_a_cell(code):
     assert read(f"```\n{code}\n```").cells == (code,)
@@ -242,7 +282,9 @@ def test_typographic_quotes_are_repaired_only_where_needed():
 
 def test_odd_blanks_and_uniform_indents_are_repaired():
     assert read("```repl\nif\u00a0x:\n\u00a0\u00a0\u00a0 y = 1\n```").cells == ("if x:\n    y = 1",)
-    assert read("```repl\n    a = 1\n    if a:\n        b = 2\n```").cells == ("a = 1\nif a:\n    b = 2",)
+    assert read("```repl\n    a = 1\n    if a:\n        b = 2\n```").cells == (
+        "a = 1\nif a:\n    b = 2",
+    )
     assert read("1. So:\n   ```repl\n   a = 1\n   print(a)\n   ```").cells == ("a = 1\nprint(a)",)
     assert read("- ```python\n  a = 1\n  print(a)\n  ```").cells == ("a = 1\nprint(a)",)
 
@@ -256,7 +298,11 @@ def test_an_interpreter_session_becomes_its_input():
 def test_magics_are_dropped_and_shell_lines_are_told():
     assert read("```repl\n%matplotlib inline\nx = 1\n```").cells == ("\nx = 1",)
     parsed = read("```repl\n!pip install numpy\nx = 1\n```")
-    assert parsed.cells == ("x = 1",) and reasons(parsed) == ["shell"] and "pip install numpy" in parsed.nudges[0].text
+    assert (
+        parsed.cells == ("x = 1",)
+        and reasons(parsed) == ["shell"]
+        and "pip install numpy" in parsed.nudges[0].text
+    )
     alone = read("```repl\n!ls -l\n```")
     assert alone.cells == () and reasons(alone) == ["shell"]
 
@@ -309,7 +355,11 @@ def test_an_empty_reply(text):
 def test_prose_alone_gets_an_example():
     parsed = read("I would first look at the context.")
     (nudge,) = parsed.nudges
-    assert nudge.reason == "no_code" and "```repl" in nudge.text and parsed.kept == "I would first look at the context."
+    assert (
+        nudge.reason == "no_code"
+        and "```repl" in nudge.text
+        and parsed.kept == "I would first look at the context."
+    )
 
 
 # -- cut by the length limit
@@ -327,7 +377,9 @@ def test_a_cut_cell_that_parses_runs_and_is_told():
 def test_a_cut_tool_call_is_not_run():
     parsed = native("python", '{"code": "for x in ra', finish_reason="length")
     assert parsed.cells == () and reasons(parsed) == ["cut"]
-    parsed = read('<tool_call>{"name": "python", "arguments": {"code": "for x in ra', finish_reason="length")
+    parsed = read(
+        '<tool_call>{"name": "python", "arguments": {"code": "for x in ra', finish_reason="length"
+    )
     assert parsed.cells == () and reasons(parsed) == ["cut"]
 
 
@@ -341,17 +393,27 @@ def test_cut_prose_and_a_cut_answer():
 @pytest.mark.parametrize(
     "text",
     [
-        "```py\n{}\n```<end_code>", "Code:\n```python\n{}\n```\n<end_code>", "```repl\n{}\n<end_code>", "```py\n{}\n```</code>", "```py\n{}\n```\n</code>",
-        "<code>\n```py\n{}\n```</code>", "<code>\n{}\n</code><end_code>", "```repl\n{}\n``` </end_code>",
-        "<|channel|>commentary to=python<|message|>{}<|call|>", "<|channel|>analysis to=python code<|message|>{}<|call|>",
-        "<|start|>assistant to=python<|channel|>commentary<|message|>{}<|call|>", "<|start|>assistant<|channel|>commentary to=repl.python <|constrain|>code<|message|>{}",
+        "```py\n{}\n```<end_code>",
+        "Code:\n```python\n{}\n```\n<end_code>",
+        "```repl\n{}\n<end_code>",
+        "```py\n{}\n```</code>",
+        "```py\n{}\n```\n</code>",
+        "<code>\n```py\n{}\n```</code>",
+        "<code>\n{}\n</code><end_code>",
+        "```repl\n{}\n``` </end_code>",
+        "<|channel|>commentary to=python<|message|>{}<|call|>",
+        "<|channel|>analysis to=python code<|message|>{}<|call|>",
+        "<|start|>assistant to=python<|channel|>commentary<|message|>{}<|call|>",
+        "<|start|>assistant<|channel|>commentary to=repl.python <|constrain|>code<|message|>{}",
         "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=python code<|message|>{}<|call|>",
     ],
-)  # fmt: skip
+)
 def test_marks_behind_a_block_and_receivers_of_a_message(text):
     parsed = read(text.replace("{}", CODE))
     assert parsed.cells == (CODE,) and parsed.nudges == ()
-    assert "code>" not in parsed.kept and "to=" not in parsed.kept and "assistant" not in parsed.kept
+    assert (
+        "code>" not in parsed.kept and "to=" not in parsed.kept and "assistant" not in parsed.kept
+    )
 
 
 def test_a_reply_may_be_long_behind_longer_thinking():
@@ -359,4 +421,8 @@ def test_a_reply_may_be_long_behind_longer_thinking():
     assert read(f"{thought}\n```repl\n{CODE}\n```").cells == (CODE,)
     assert read(thought.removeprefix("<think>") + f"\n```repl\n{CODE}\n```").cells == (CODE,)
     parsed = read("```repl\nx = 1\n```\n" + "so it goes\n" * 50_000)
-    assert parsed.cells == ("x = 1",) and reasons(parsed) == ["too_long"] and parsed.discarded > 100_000
+    assert (
+        parsed.cells == ("x = 1",)
+        and reasons(parsed) == ["too_long"]
+        and parsed.discarded > 100_000
+    )

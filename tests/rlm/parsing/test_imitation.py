@@ -37,7 +37,10 @@ MADE_UP = {
 @pytest.mark.parametrize("name", MADE_UP)
 def test_made_up_output_is_discarded_with_all_that_follows(name):
     """Also a cell and an answer that build on it."""
-    tail = MADE_UP[name] + '\n\nSo:\n```repl\nanswer["content"] = 42\nanswer["ready"] = True\n```\nFINAL(42)'
+    tail = (
+        MADE_UP[name]
+        + '\n\nSo:\n```repl\nanswer["content"] = 42\nanswer["ready"] = True\n```\nFINAL(42)'
+    )
     parsed = parse(Reply(text=CELL + tail))
     assert parsed.cells == ("print(len(context))",) and parsed.final is None
     assert [n.reason for n in parsed.nudges] == ["hallucinated_output"]
@@ -73,7 +76,9 @@ def test_words_before_any_cell_are_not_output():
 
 def test_output_inside_an_unclosed_block():
     parsed = parse(Reply(text="```repl\nprint(1)\nOutput:\n1\n"))
-    assert parsed.cells == ("print(1)",) and [n.reason for n in parsed.nudges] == ["hallucinated_output"]
+    assert parsed.cells == ("print(1)",) and [n.reason for n in parsed.nudges] == [
+        "hallucinated_output"
+    ]
 
 
 def test_a_string_in_the_code_that_looks_like_output_is_code():
@@ -84,5 +89,7 @@ def test_a_string_in_the_code_that_looks_like_output_is_code():
 
 
 def test_a_continued_conversation_after_the_answer_is_dropped():
-    parsed = parse(Reply(text='```repl\nanswer["ready"] = True\n```<|im_end|>\n<|im_start|>user\nThanks!'))
+    parsed = parse(
+        Reply(text='```repl\nanswer["ready"] = True\n```<|im_end|>\n<|im_start|>user\nThanks!')
+    )
     assert parsed.cells == ('answer["ready"] = True',) and "Thanks" not in parsed.kept

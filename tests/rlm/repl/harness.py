@@ -1,4 +1,5 @@
-"""Running cells in tests: `play` for a few cells in a REPL of their own, `REPL` inside an event loop."""
+"""Running cells in tests: `play` for a few cells in a REPL of their own, `REPL` inside an event
+loop."""
 
 from __future__ import annotations
 
@@ -11,14 +12,19 @@ from rlm_runtime.repl import make
 from rlm_runtime.repl.base import CellResult, Limits, Outcome, Request
 
 HANG = 60  # seconds after which a test counts as hanging
-HOLD = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass"  # no interrupt gets through
+# no interrupt gets through
+HOLD = "import signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\nwhile True: pass"
 QUICK = {"cell_seconds": 1.0, "grace_seconds": 0.5}
 
 
 async def echo(request: Request) -> list[Outcome]:
     """Answers every call with what it was asked."""
     if request.method == "tool":
-        return [Outcome(value={"tool": request.name, "args": list(request.args), "kwargs": request.kwargs})]
+        return [
+            Outcome(
+                value={"tool": request.name, "args": list(request.args), "kwargs": request.kwargs}
+            )
+        ]
     return [Outcome(value=prompt) for prompt in request.prompts]
 
 
@@ -26,7 +32,9 @@ async def run(environment, code: str, handler=echo) -> CellResult:
     return await asyncio.wait_for(environment.run(textwrap.dedent(code), handler), HANG)
 
 
-def play(*cells: str, context="some text", handler=echo, kind="local", tools=(), limits=None, **options):
+def play(
+    *cells: str, context="some text", handler=echo, kind="local", tools=(), limits=None, **options
+):
     """Results of the cells, run one after the other in one REPL."""
 
     async def go():
@@ -66,4 +74,8 @@ def descriptors() -> int:
 
 def folders(parent: str) -> list[str]:
     """Work folders of this process under a temp folder."""
-    return [name for name in os.listdir(parent) if name.startswith("rlm-repl-") and f"-{os.getpid()}-" in name]
+    return [
+        name
+        for name in os.listdir(parent)
+        if name.startswith("rlm-repl-") and f"-{os.getpid()}-" in name
+    ]

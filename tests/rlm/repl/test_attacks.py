@@ -1,4 +1,5 @@
-"""Hostile cells: whatever they try, it fails inside, the REPL answers the next cell, and the host is as it was."""
+"""Hostile cells: whatever they try, it fails inside, the REPL answers the next cell, and the host
+is as it was."""
 
 import os
 import signal
@@ -33,22 +34,52 @@ def test_no_variable_of_the_host_is_in_the_environment(monkeypatch):
     print(sorted(os.environ), names)
     """
     text = printed(one(code))
-    assert SECRET not in text and "OPENAI" not in text and "PYTHONPATH" not in text and "'HOME'" in text
+    assert (
+        SECRET not in text
+        and "OPENAI" not in text
+        and "PYTHONPATH" not in text
+        and "'HOME'" in text
+    )
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/etc/passwd", "/etc/shadow", "/etc/hostname", "/proc/self/environ", "/proc/self/maps", "/proc/self/mem",
-        "/proc/1/environ", "/proc/{host}/environ", "/proc/{host}/mem", "/proc/{host}/cmdline", "/proc/{host}/maps",
-        "/proc/{host}/fd/0", "/proc/{host}/root/etc/passwd", "/proc/{host}/cwd/setup.py", "/proc/cpuinfo",
-        "{home}/.bashrc", "{repo}/pyproject.toml", "{repo}/rlm_runtime/repl/host.py", "../canary", "../said",
-        "/dev/mem", "/dev/kmsg", "/dev/shm/x", "/sys/kernel/notes", "/dev/tty", "/dev/ptmx", "/dev/fuse", "{site}",
+        "/etc/passwd",
+        "/etc/shadow",
+        "/etc/hostname",
+        "/proc/self/environ",
+        "/proc/self/maps",
+        "/proc/self/mem",
+        "/proc/1/environ",
+        "/proc/{host}/environ",
+        "/proc/{host}/mem",
+        "/proc/{host}/cmdline",
+        "/proc/{host}/maps",
+        "/proc/{host}/fd/0",
+        "/proc/{host}/root/etc/passwd",
+        "/proc/{host}/cwd/setup.py",
+        "/proc/cpuinfo",
+        "{home}/.bashrc",
+        "{repo}/pyproject.toml",
+        "{repo}/rlm_runtime/repl/host.py",
+        "../canary",
+        "../said",
+        "/dev/mem",
+        "/dev/kmsg",
+        "/dev/shm/x",
+        "/sys/kernel/notes",
+        "/dev/tty",
+        "/dev/ptmx",
+        "/dev/fuse",
+        "{site}",
     ],
-)  # fmt: skip
+)
 def test_no_file_of_the_host_can_be_opened(path):
     repo = os.path.abspath(os.path.join(os.path.dirname(__file__), "../../.."))
-    path = path.format(host=os.getpid(), home=os.path.expanduser("~"), repo=repo, site=pytest.__file__)
+    path = path.format(
+        host=os.getpid(), home=os.path.expanduser("~"), repo=repo, site=pytest.__file__
+    )
     assert "Error" in refused(f"open({path!r}, 'rb').read(10)")
     assert "Error" in refused(f"open({path!r}, 'ab')")
 
@@ -169,9 +200,15 @@ def test_a_listening_host_is_not_reached(tmp_path):
         local.bind(str(tmp_path / "s"))
         local.listen()
         port = server.getsockname()[1]
-        assert "PermissionError" in refused(f"import socket; socket.create_connection(('127.0.0.1', {port}))")
-        assert "Error" in refused(f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}')")
-        code = f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(tmp_path / 's')!r})"
+        assert "PermissionError" in refused(
+            f"import socket; socket.create_connection(('127.0.0.1', {port}))"
+        )
+        assert "Error" in refused(
+            f"import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port}')"
+        )
+        code = (
+            f"import socket; s = socket.socket(socket.AF_UNIX); s.connect({str(tmp_path / 's')!r})"
+        )
         assert "PermissionError" in refused(code)
         assert "error" in refused("import socket; socket.getaddrinfo('example.com', 80)[0]")
         for listener in (server, local):
@@ -352,14 +389,21 @@ def test_a_thread_bomb_ends_by_itself_or_is_ended():
     code += "while True: threading.Thread(target=time.sleep, args=(60,), daemon=True).start()"
     result, after = play(code, "'alive'", limits={"cell_seconds": 20})
     assert result.status in ("killed", "error") and after.stdout == "'alive'\n"
-    assert "threads" in result.error.message or "thread" in result.error.message or result.error.type == "MemoryError"
+    assert (
+        "threads" in result.error.message
+        or "thread" in result.error.message
+        or result.error.type == "MemoryError"
+    )
 
 
 @pytest.mark.parametrize(
     ("code", "said"),
     [
         ("f = open('big', 'wb')\nwhile True: f.write(b'x' * 1_000_000)", "too large"),
-        ("for i in range(100):\n    open(f'{i}', 'wb').write(b'x' * 4_000_000)", "MiB in the work folder"),
+        (
+            "for i in range(100):\n    open(f'{i}', 'wb').write(b'x' * 4_000_000)",
+            "MiB in the work folder",
+        ),
         ("for i in range(10**6): open(f'{i}', 'w')", "files in the work folder"),
         ("import os\nfor i in range(10**6): os.mkdir(f'{i}')", "files in the work folder"),
         ("import os\nfor i in range(10**6): os.mkdir('d'); os.chdir('d')", "in the work folder"),
@@ -368,7 +412,10 @@ def test_a_thread_bomb_ends_by_itself_or_is_ended():
             "    f = open('f', 'wb'); os.unlink('f'); f.write(b'x' * 4_000_000); f.flush(); kept.append(f)",
             "files without a name",
         ),
-        ("import tempfile\nk = [tempfile.TemporaryFile() for _ in range(1000)]", "Too many open files"),
+        (
+            "import tempfile\nk = [tempfile.TemporaryFile() for _ in range(1000)]",
+            "Too many open files",
+        ),
     ],
 )
 def test_disk_bombs_are_stopped_and_cleaned_away(code, said, tmp_path):
@@ -387,9 +434,7 @@ def test_disk_bombs_are_stopped_and_cleaned_away(code, said, tmp_path):
 
 
 def test_a_folder_nobody_may_enter_is_removed(tmp_path):
-    code = (
-        "import os\nos.mkdir('a'); os.mkdir('a/b', 0); os.umask(0o777); os.mkdir('c'); open('f', 'w')\nos.listdir('.')"
-    )
+    code = "import os\nos.mkdir('a'); os.mkdir('a/b', 0); os.umask(0o777); os.mkdir('c'); open('f', 'w')\nos.listdir('.')"
     result = one(code)
     assert "'a'" in printed(result)  # and the fixture sees that nothing is left of it
 

@@ -25,25 +25,38 @@ def test_requests_reach_the_handler_as_they_were_made():
     result = one(code, handler=handler, tools=(ToolInfo(name="look", description="Looks."),))
     assert printed(result) == "0 [0, 1, 2] [0]\n0 [0, 1]\n0 0 []\n"
     first, batch, single, child, children, typed, tool = seen
-    assert (first.method, first.prompts, first.model, first.batch) == ("llm", ("one",), "big", False)
+    assert (first.method, first.prompts, first.model, first.batch) == (
+        "llm",
+        ("one",),
+        "big",
+        False,
+    )
     assert batch.prompts == ("a", {"b": [1]}, ["c"]) and batch.batch and single.batch
     assert child.method == "rlm" and child.prompts == (["x", "y"],) and child.question == "why?"
     assert child.schema_ == {"type": "object"} and children.question == "how?"
     assert typed.schema_ == {"type": "integer"}
-    assert (tool.method, tool.name, tool.args, tool.kwargs) == ("tool", "look", ("a", [1]), {"key": {"v": None}})
+    assert (tool.method, tool.name, tool.args, tool.kwargs) == (
+        "tool",
+        "look",
+        ("a", [1]),
+        {"key": {"v": None}},
+    )
 
 
 def test_failures_are_raised_alone_and_stand_in_place_in_a_batch():
     async def handler(request):
         bad = Outcome(error="too slow", kind="timeout")
-        return [bad if p == "bad" else Outcome(value=p.upper()) for p in request.prompts or ("bad",)]
+        return [
+            bad if p == "bad" else Outcome(value=p.upper()) for p in request.prompts or ("bad",)
+        ]
 
     batch, alone, tool = play(
         "r = llm_batch(['a', 'bad', 'c'])\nprint(r[0], type(r[1]).__name__, r[1].kind, r[1].message, r[2], str(r[1]))",
         "try: llm_query('bad')\nexcept CallError as e: print('caught', e.kind)\nrlm_query('bad')",
         "look()",
-        handler=handler, tools=(ToolInfo(name="look"),),
-    )  # fmt: skip
+        handler=handler,
+        tools=(ToolInfo(name="look"),),
+    )
     assert printed(batch) == "A CallError timeout too slow C too slow [timeout]\n"
     assert alone.stdout == "caught timeout\n" and alone.error.type == "CallError"
     assert tool.error.type == "CallError"
@@ -126,7 +139,9 @@ def test_strings_that_are_no_unicode_reach_the_host_as_unicode():
         seen.extend(request.prompts)
         return [Outcome(value="a\ud800b")]
 
-    result = one("print('p\\ud800q'); x = llm_query('s\\udfffé😀'); answer['content'] = x", handler=handler)
+    result = one(
+        "print('p\\ud800q'); x = llm_query('s\\udfffé😀'); answer['content'] = x", handler=handler
+    )
     assert result.stdout == "p?q\n" and seen == ["s?é😀"]
     result.model_dump_json().encode()
     assert result.answer.content == "a?b"
@@ -155,10 +170,20 @@ def test_many_small_calls_leave_the_host_as_small_as_it_was():
     async def go():
         async with make("local") as environment:
             await environment.start(Context.of("x"))
-            assert printed(await run(environment, "sum(llm_query('warm') for i in range(500))", handler)) == "500\n"
+            assert (
+                printed(
+                    await run(environment, "sum(llm_query('warm') for i in range(500))", handler)
+                )
+                == "500\n"
+            )
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             assert (
-                printed(await run(environment, "sum(llm_query('x' * 1000) for i in range(5000))", handler)) == "5000\n"
+                printed(
+                    await run(
+                        environment, "sum(llm_query('x' * 1000) for i in range(5000))", handler
+                    )
+                )
+                == "5000\n"
             )
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
 
@@ -190,14 +215,19 @@ def test_the_calls_of_a_cell_end_with_it():
     threads = [threading.Thread(target=llm_query, args=(str(i),), daemon=True) for i in range(3)]
     [t.start() for t in threads]; time.sleep(0.3)
     """
-    first, second = play(code, "[t.join(5) for t in threads]; [t.is_alive() for t in threads]", handler=handler)
+    first, second = play(
+        code, "[t.join(5) for t in threads]; [t.is_alive() for t in threads]", handler=handler
+    )
     assert first.status == "ok" and sorted(ended) == ["0", "1", "2"]
     assert printed(second) == "[False, False, False]\n"
     assert "the cell that made this call has ended" in second.stderr
 
 
 def test_tools_and_values_are_there_under_their_names():
-    tools = (ToolInfo(name="look", description="Looks at it."), ToolInfo(name="table", value={"a": 1}, is_value=True))
+    tools = (
+        ToolInfo(name="look", description="Looks at it."),
+        ToolInfo(name="table", value={"a": 1}, is_value=True),
+    )
     result = one("print(look.__doc__, table, look(1))", tools=tools)
     assert printed(result) == "Looks at it. {'a': 1} {'tool': 'look', 'args': [1], 'kwargs': {}}\n"
     again = play("table = 5; del look", "table, look(2)['args']", tools=tools)[1]
@@ -216,7 +246,7 @@ POOLS = {
     "queue": "import queue, threading\nq = queue.Queue()\n[threading.Thread(target=lambda c=c: q.put(llm_query(c))).start() for c in 'abcd']\ngot = [q.get() for _ in 'abcd']",
     "asyncio": "import asyncio\nasync def go():\n    return await asyncio.gather(*(asyncio.to_thread(llm_query, c) for c in 'abcd'))\ngot = asyncio.run(go())",
     "the main thread itself": "got = [llm_query('abcd')] + ['bcd'] * 3",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("code", POOLS.values(), ids=POOLS)
@@ -225,7 +255,9 @@ def test_waiting_for_threads_that_wait_for_calls_does_not_count_as_running(code)
         await asyncio.sleep(2.5)
         return await echo(request)
 
-    result = one(f"{code}\nprint(sorted(got)[0][0], len(got))", handler=slow, limits={"cell_seconds": 1.0})
+    result = one(
+        f"{code}\nprint(sorted(got)[0][0], len(got))", handler=slow, limits={"cell_seconds": 1.0}
+    )
     assert result.status == "ok" and result.stdout == "a 4\n", result
     assert result.waited_seconds > 2
 
@@ -246,4 +278,6 @@ def test_an_open_call_in_a_thread_does_not_stop_the_clock_of_a_cell_that_runs_on
 
     cell = f"import threading\nthreading.Thread(target=llm_query, args=('x',), daemon=True).start()\n{code}"
     result = one(cell, handler=never, limits=QUICK)
-    assert result.status in ("timeout", "killed") and "more than 1 s" in result.error.message, result
+    assert result.status in ("timeout", "killed") and "more than 1 s" in result.error.message, (
+        result
+    )

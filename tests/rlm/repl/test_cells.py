@@ -1,4 +1,5 @@
-"""The REPL as a model uses it: names that stay, the last expression, errors, output, the answer, imports."""
+"""The REPL as a model uses it: names that stay, the last expression, errors, output, the answer,
+imports."""
 
 import asyncio
 
@@ -11,7 +12,9 @@ from rlm_runtime.repl import make
 
 def test_names_stay_also_those_bound_before_an_error_and_those_with_an_underscore():
     first, second = play("x = 5\n_y = 6\ndef f(): return x\nraise ValueError('no')", "(x, _y, f())")
-    assert first.status == "error" and first.error.type == "ValueError" and first.error.message == "no"
+    assert (
+        first.status == "error" and first.error.type == "ValueError" and first.error.message == "no"
+    )
     assert printed(second) == "(5, 6, 5)\n"
 
 
@@ -34,10 +37,20 @@ def test_a_file_is_read_in_place_and_a_folder_is_a_mapping(tmp_path):
     small, large = tmp_path / "small.txt", tmp_path / "large.txt"
     small.write_text("one\ntwo\n")
     large.write_text("line\n" * 4_000_000)
-    assert printed(one("type(context).__name__, context", context=small)) == "('str', 'one\\ntwo\\n')\n"
-    assert printed(one("len(context), context[5:9], context.find('nope')", context=large)) == "(20000000, 'line', -1)\n"
-    assert printed(one("sorted(context), context['small.txt']", context=tmp_path)).startswith("(['large.txt', 'small")
-    assert printed(one("sorted(context), context['small.txt']", context=[small, large])).startswith("(['large.txt'")
+    assert (
+        printed(one("type(context).__name__, context", context=small))
+        == "('str', 'one\\ntwo\\n')\n"
+    )
+    assert (
+        printed(one("len(context), context[5:9], context.find('nope')", context=large))
+        == "(20000000, 'line', -1)\n"
+    )
+    assert printed(one("sorted(context), context['small.txt']", context=tmp_path)).startswith(
+        "(['large.txt', 'small"
+    )
+    assert printed(one("sorted(context), context['small.txt']", context=[small, large])).startswith(
+        "(['large.txt'"
+    )
 
 
 def test_a_traceback_shows_the_cell_and_nothing_of_the_runtime():
@@ -87,14 +100,22 @@ def test_a_syntax_error_points_at_its_place():
 def test_whatever_is_raised_is_an_error_and_the_repl_goes_on(cell):
     before, result, after = play("kept = 1", cell, "kept")
     assert before.status == "ok"
-    assert result.status == "error" and len(result.error.message) < 5000 and len(result.error.traceback) < 12000
+    assert (
+        result.status == "error"
+        and len(result.error.message) < 5000
+        and len(result.error.traceback) < 12000
+    )
     assert after.stdout == "1\n"
 
 
 def test_output_is_cut_in_the_middle_and_the_whole_stays_in_the_repl():
-    first, second = play("print('a' * 60_000 + 'b' * 60_000)", "len(outputs[0]), outputs[0][60_000]")
+    first, second = play(
+        "print('a' * 60_000 + 'b' * 60_000)", "len(outputs[0]), outputs[0][60_000]"
+    )
     assert first.stdout_chars == 120_001
-    assert first.stdout.startswith("a" * 10_000 + "\n[") and first.stdout.endswith("b" * 9_999 + "\n")
+    assert first.stdout.startswith("a" * 10_000 + "\n[") and first.stdout.endswith(
+        "b" * 9_999 + "\n"
+    )
     assert "100,001 characters hidden; the variable outputs[0] holds all of it" in first.stdout
     assert printed(second) == "(120001, 'b')\n"
 
@@ -129,14 +150,14 @@ def test_a_hundred_megabytes_of_output_leave_host_and_worker_small():
 
 
 def test_a_cell_may_await_at_its_top():
-    code = (
-        "import asyncio\nasync def f(x):\n    await asyncio.sleep(0.001)\n    return x\nx = await f(2)\nx + await f(3)"
-    )
+    code = "import asyncio\nasync def f(x):\n    await asyncio.sleep(0.001)\n    return x\nx = await f(2)\nx + await f(3)"
     assert printed(one(code)) == "5\n"
 
 
 def test_output_past_the_streams_is_caught_too():
-    result, after = play("import os\nos.write(1, b'raw\\n'); os.write(2, b'\\xffbad\\n'); print('py')", "outputs[0]")
+    result, after = play(
+        "import os\nos.write(1, b'raw\\n'); os.write(2, b'\\xffbad\\n'); print('py')", "outputs[0]"
+    )
     assert result.stdout == "py\nraw\n" and result.stderr == "\ufffdbad\n"
     assert printed(after) == "'py\\nraw\\n'\n"
     flood = one("import os\nfor i in range(300): os.write(1, b'y' * 100_000)")
@@ -165,7 +186,10 @@ def test_the_answer_comes_back_as_json():
     first, second = play(*cells)
     assert first.answer.content == "draft" and not first.answer.ready
     assert second.answer.content == {"a": [1, 2], "3": [4]} and second.answer.ready
-    assert one("answer = {'content': 7, 'ready': True}").answer.model_dump() == {"content": 7, "ready": True}
+    assert one("answer = {'content': 7, 'ready': True}").answer.model_dump() == {
+        "content": 7,
+        "ready": True,
+    }
     assert one("FINAL([1])").answer.model_dump() == {"content": [1], "ready": True}
     assert one("x = {'k': 1}\nFINAL_VAR('x')").answer.content == {"k": 1}
     assert one("x = 1.5\nFINAL_VAR(x)").answer.content == 1.5
@@ -177,13 +201,24 @@ def test_the_answer_comes_back_as_json():
 @pytest.mark.parametrize(
     "value",
     [
-        "object()", "float('nan')", "float('inf')", "{(1, 2): 3}", "b'\\xff'", "[[]] * 3 + [lambda: 0]", "10 ** 5000",
-        "loop", "answer", "'x' * 40_000_000", "Bad()",
+        "object()",
+        "float('nan')",
+        "float('inf')",
+        "{(1, 2): 3}",
+        "b'\\xff'",
+        "[[]] * 3 + [lambda: 0]",
+        "10 ** 5000",
+        "loop",
+        "answer",
+        "'x' * 40_000_000",
+        "Bad()",
     ],
-)  # fmt: skip
+)
 def test_an_answer_that_is_no_json_goes_back_to_the_model(value):
     setup = "loop = []; loop.append(loop)\nclass Bad(dict):\n    def items(self): raise RuntimeError('no')\n"
-    result, after = play(f"{setup}answer['content'] = {value}; answer['ready'] = True", "answer['ready']")
+    result, after = play(
+        f"{setup}answer['content'] = {value}; answer['ready'] = True", "answer['ready']"
+    )
     assert result.status == "error" and not result.answer.ready and result.answer.content is None
     assert result.error.message
     assert printed(after) == "False\n"
@@ -207,22 +242,41 @@ def test_values_people_use_have_a_json_form():
            {'b': 1}.keys(), collections.Counter('aab'), collections.deque([1]), True, b'text', frozenset({2, 1})])
     """
     assert one(code).answer.content == [
-        {"x": 1, "y": [2]}, "red", [1, 2], "2024-01-02", "1.5", "a", [0, 1, 2], ["b"], {"a": 2, "b": 1}, [1], True, "text",
+        {"x": 1, "y": [2]},
+        "red",
         [1, 2],
-    ]  # fmt: skip
+        "2024-01-02",
+        "1.5",
+        "a",
+        [0, 1, 2],
+        ["b"],
+        {"a": 2, "b": 1},
+        [1],
+        True,
+        "text",
+        [1, 2],
+    ]
 
 
 def test_helpers_come_back_and_the_model_is_told():
-    result, after = play("llm_query = FINAL = 3\ncontext = 'other'", "llm_query('x'), context, callable(FINAL)")
+    result, after = play(
+        "llm_query = FINAL = 3\ncontext = 'other'", "llm_query('x'), context, callable(FINAL)"
+    )
     assert "FINAL, context, llm_query" in result.stderr
     assert printed(after) == "('x', 'some text', True)\n"
 
 
 def test_variables_are_listed_with_type_and_size():
-    result = one("import os\na = [1] * 12\nb = 'x' * 2000\ndef f(): 0\nclass K: 0\n_hidden = 1\nd = {}")
+    result = one(
+        "import os\na = [1] * 12\nb = 'x' * 2000\ndef f(): 0\nclass K: 0\n_hidden = 1\nd = {}"
+    )
     assert result.variables == {
-        "a": "list, 12 items", "b": "str, 2,000 characters", "f": "function", "K": "class", "d": "dict, 0 items",
-    }  # fmt: skip
+        "a": "list, 12 items",
+        "b": "str, 2,000 characters",
+        "f": "function",
+        "K": "class",
+        "d": "dict, 0 items",
+    }
     assert "a: list, 12 items" in printed(play("a = [1] * 12", "print(SHOW_VARS())")[1])
     many = one("for i in range(1000): globals()[f'v{i}'] = i")
     assert len(many.variables) <= 201

@@ -1,4 +1,5 @@
-"""The layers: what happens where one is missing, as an ordinary user, inside bubblewrap, in a container, with packages."""
+"""The layers: what happens where one is missing, as an ordinary user, inside bubblewrap, in a
+container, with packages."""
 
 import asyncio
 import os
@@ -24,7 +25,8 @@ from rlm_runtime.repl.worker import syscalls
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Starts a command under a filter that answers some system calls like a kernel that does not have them.
+# Starts a command under a filter that answers some system calls like a kernel that does not have
+# them.
 WITHOUT = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -49,7 +51,11 @@ class Without(LocalEnvironment):
 
 @pytest.mark.parametrize(
     ("layer", "call"),
-    [("landlock", "landlock_create_ruleset"), ("landlock", "landlock_restrict_self"), ("seccomp", "seccomp")],
+    [
+        ("landlock", "landlock_create_ruleset"),
+        ("landlock", "landlock_restrict_self"),
+        ("seccomp", "seccomp"),
+    ],
 )
 def test_a_missing_layer_is_named_and_no_code_runs_without_a_word(layer, call):
     async def go():
@@ -87,7 +93,11 @@ def test_an_unconfined_repl_says_so():
             assert report.environment == "unconfined" and report.layers["seccomp"] == "off"
             assert "unconfined" in report.line()
             assert (
-                printed(await run(environment, "import os; len(os.listdir('/')) > 0, len(os.environ) < 20"))
+                printed(
+                    await run(
+                        environment, "import os; len(os.listdir('/')) > 0, len(os.environ) < 20"
+                    )
+                )
                 == "(True, True)\n"
             )
 
@@ -96,7 +106,11 @@ def test_an_unconfined_repl_says_so():
 
 def test_a_worker_that_cannot_start_is_a_sandbox_error():
     async def go():
-        for wrapper in (("/no/such/program",), ("/bin/false",), ("/bin/sh", "-c", "echo broken >&2; exit 3", "sh")):
+        for wrapper in (
+            ("/no/such/program",),
+            ("/bin/false",),
+            ("/bin/sh", "-c", "echo broken >&2; exit 3", "sh"),
+        ):
             environment = LocalEnvironment()
             environment.wrapper = wrapper
             with pytest.raises(SandboxError) as error:
@@ -117,7 +131,11 @@ def test_check_lists_the_layers():
     report = asyncio.run(check())
     assert set(report.layers) == set(LAYERS)
     out = subprocess.run(
-        [sys.executable, "-m", "rlm_runtime.repl.check"], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", "rlm_runtime.repl.check"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert "landlock" in out.stdout and "active" in out.stdout
 
@@ -164,24 +182,67 @@ def test_the_filter_lets_through_what_it_should_and_nothing_else(machine):
     def answer(name, *arguments):
         return evaluate(code, syscalls.number(name, machine), arch, arguments)
 
-    assert answer("write", 1) == allow and answer("write", 5) == deny and answer("write", 5 + (1 << 32)) == deny
+    assert (
+        answer("write", 1) == allow
+        and answer("write", 5) == deny
+        and answer("write", 5 + (1 << 32)) == deny
+    )
     assert answer("openat") == answer("mmap") == answer("futex") == allow
     assert (
         answer("clone", 0x3D0F00) == allow
         and answer("clone", 17) == deny
         and answer("clone", 0x10000000 | 0x3D0F00) == deny
     )
-    assert answer("kill", 1234, 9) == allow and answer("kill", 1, 0) == deny and answer("kill", (1 << 32) - 1) == deny
+    assert (
+        answer("kill", 1234, 9) == allow
+        and answer("kill", 1, 0) == deny
+        and answer("kill", (1 << 32) - 1) == deny
+    )
     assert answer("tgkill", 1234, 1234) == allow and answer("tgkill", 1) == deny
-    assert answer("sendto", 5, 0, 0, 0, 0) == allow and answer("sendto", 5, 0, 0, 0, 1 << 40) == deny
-    assert answer("sendto", 6) == deny and answer("recvmsg", 5) == allow and answer("recvmsg", 7) == deny
+    assert (
+        answer("sendto", 5, 0, 0, 0, 0) == allow and answer("sendto", 5, 0, 0, 0, 1 << 40) == deny
+    )
+    assert (
+        answer("sendto", 6) == deny
+        and answer("recvmsg", 5) == allow
+        and answer("recvmsg", 7) == deny
+    )
     assert answer("prlimit64", 0, 7, 0) == allow and answer("prlimit64", 0, 7, 1 << 33) == deny
     assert answer("prlimit64", 99, 7, 0) == deny
-    assert answer("socket") == answer("socketpair") == answer("execve") == answer("ptrace") == answer("tkill") == deny
+    assert (
+        answer("socket")
+        == answer("socketpair")
+        == answer("execve")
+        == answer("ptrace")
+        == answer("tkill")
+        == deny
+    )
     assert answer("clone3") == answer("openat2") == nosys
-    assert answer("fcntl", 1, 8) == deny and answer("ioctl", 1, 0x5412) == deny and answer("prctl", 1) == deny
-    known = {syscalls.number(n, machine) for n in (*seccomp.FREE, "truncate", "fcntl", "ioctl", "prctl", "clone", "kill",
-             "tgkill", "prlimit64", "rt_sigaction", "sendto", "recvfrom", "recvmsg", "dup2", "dup3")}  # fmt: skip
+    assert (
+        answer("fcntl", 1, 8) == deny
+        and answer("ioctl", 1, 0x5412) == deny
+        and answer("prctl", 1) == deny
+    )
+    known = {
+        syscalls.number(n, machine)
+        for n in (
+            *seccomp.FREE,
+            "truncate",
+            "fcntl",
+            "ioctl",
+            "prctl",
+            "clone",
+            "kill",
+            "tgkill",
+            "prlimit64",
+            "rt_sigaction",
+            "sendto",
+            "recvfrom",
+            "recvmsg",
+            "dup2",
+            "dup3",
+        )
+    }
     for number in range(1000):
         verdict = evaluate(code, number, arch, (5, 5, 1, 1, 1, 1))
         if number not in known:
@@ -203,7 +264,12 @@ def ordinary_python() -> list[str]:
     front = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--"]
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         test = "import subprocess, sys; sys.exit(sys.version_info < (3, 11) or subprocess.run([sys.executable, '-V']).returncode)"
-        if subprocess.run([*front, python, "-c", test], capture_output=True, check=False).returncode == 0:
+        if (
+            subprocess.run(
+                [*front, python, "-c", test], capture_output=True, check=False
+            ).returncode
+            == 0
+        ):
             return [*front, python]
     pytest.skip("no Python 3.11 that an ordinary user may read (this one lies in a private folder)")
 
@@ -253,9 +319,13 @@ def test_the_sandbox_is_whole_for_an_ordinary_user_too(tmp_path):
     """
     env = {"PATH": os.environ["PATH"], "TMPDIR": str(work), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [*python, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", timeout=60, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd="/", timeout=60, check=False
+    )
     if "No module named" in done.stderr or "pydantic_core" in done.stderr:
-        pytest.skip(f"that Python cannot import what this one can: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"that Python cannot import what this one can: {done.stderr.strip().splitlines()[-1]}"
+        )
     assert done.stdout == "whole\n", done.stderr
 
 
@@ -286,8 +356,10 @@ def test_bubblewrap_wraps_the_same_worker(tmp_path):
         HOLD,
         "import os; os._exit(3)",
         "open('f', 'w').write('x'); context[:9]",
-        kind="bubblewrap", context=file, limits={"cell_seconds": 1, "grace_seconds": 0.5},
-    )  # fmt: skip
+        kind="bubblewrap",
+        context=file,
+        limits={"cell_seconds": 1, "grace_seconds": 0.5},
+    )
     assert printed(results[0]) == "(10000000, 'x')\n"
     assert printed(results[1]) == "(False, False, True)\n"
     assert [r.status for r in results[2:6]] == ["timeout", "ok", "killed", "crashed"]
@@ -319,20 +391,32 @@ def test_docker_is_asked_for_a_locked_container(tmp_path, monkeypatch):
     argv = (tmp_path / "argv").read_text().split("\nkill\n")[0].split("\n")
     assert argv[0] == "run" and "secret" not in str(argv)
     for option, value in {
-        "--network": "none", "--cap-drop": "ALL", "--security-opt": "no-new-privileges", "--pids-limit": "512",
-        "--ipc": "none", "--log-driver": "none", "--workdir": "/rlm/scratch", "--entrypoint": "python",
+        "--network": "none",
+        "--cap-drop": "ALL",
+        "--security-opt": "no-new-privileges",
+        "--pids-limit": "512",
+        "--ipc": "none",
+        "--log-driver": "none",
+        "--workdir": "/rlm/scratch",
+        "--entrypoint": "python",
         "--user": f"{os.getuid()}:{os.getgid()}",
-    }.items():  # fmt: skip
+    }.items():
         assert argv[argv.index(option) + 1] == value
     assert "--read-only" in argv and "--rm" in argv and "--interactive" in argv
     memory = argv[argv.index("--memory") + 1]
     assert int(memory) >= 1 << 30 and argv[argv.index("--memory-swap") + 1] == memory
-    assert "size=1048576" in argv[argv.index("--tmpfs") + 1] and "noexec" in argv[argv.index("--tmpfs") + 1]
+    assert (
+        "size=1048576" in argv[argv.index("--tmpfs") + 1]
+        and "noexec" in argv[argv.index("--tmpfs") + 1]
+    )
     mounts = [argv[i + 1] for i, a in enumerate(argv) if a == "--mount"]
     writable = [m for m in mounts if not m.endswith(",readonly")]
     assert len(writable) == 1 and writable[0].endswith("target=/rlm/said")
     assert any(m.endswith(f"target=/rlm/given{tmp_path}/context.txt,readonly") for m in mounts)
-    assert argv[-7:-1] == ["python:3.12-slim", "-I", "-S", "-X", "utf8", "/rlm/worker/main.py"] or "stdio" in argv
+    assert (
+        argv[-7:-1] == ["python:3.12-slim", "-I", "-S", "-X", "utf8", "/rlm/worker/main.py"]
+        or "stdio" in argv
+    )
 
 
 def test_without_docker_the_error_says_how_to_get_it(monkeypatch):
@@ -366,7 +450,9 @@ os.execvp("bwrap", ["bwrap", *options, "--chdir", argv[argv.index("--workdir") +
 """
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="the stand-in for docker needs bubblewrap")
+@pytest.mark.skipif(
+    shutil.which("bwrap") is None, reason="the stand-in for docker needs bubblewrap"
+)
 def test_the_container_is_spoken_to_over_its_standard_streams(tmp_path, monkeypatch):
     if subprocess.run(
         ["bwrap", "--dev-bind", "/", "/", "--unshare-net", "true"], capture_output=True, check=False
@@ -374,7 +460,9 @@ def test_the_container_is_spoken_to_over_its_standard_streams(tmp_path, monkeypa
         pytest.skip("bubblewrap does not work here")
     fake = tmp_path / "bin" / "docker"
     fake.parent.mkdir()
-    fake.write_text(FAKE_DOCKER.format(python=os.path.realpath(sys.executable), log=str(tmp_path / "killed")))
+    fake.write_text(
+        FAKE_DOCKER.format(python=os.path.realpath(sys.executable), log=str(tmp_path / "killed"))
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -383,18 +471,28 @@ def test_the_container_is_spoken_to_over_its_standard_streams(tmp_path, monkeypa
     async def go():
         async with make("docker", Limits(cell_seconds=1, grace_seconds=0.5)) as environment:
             report = await environment.start(Context.of(tmp_path / "context.txt"))
-            assert report.environment == "docker" and report.layers["container"].startswith("active"), report
+            assert report.environment == "docker" and report.layers["container"].startswith(
+                "active"
+            ), report
             assert (
-                printed(await run(environment, "len(context), llm_query('x' * 100_000) == 'x' * 100_000"))
+                printed(
+                    await run(
+                        environment, "len(context), llm_query('x' * 100_000) == 'x' * 100_000"
+                    )
+                )
                 == "(10000000, True)\n"
             )
-            raw = await run(environment, "import os\nos.write(1, b'raw')\nprint('secret' in str(os.environ))")
+            raw = await run(
+                environment, "import os\nos.write(1, b'raw')\nprint('secret' in str(os.environ))"
+            )
             assert raw.stdout == "False\n" and raw.stderr == "raw"
             assert (await run(environment, "y = 1\nwhile True: pass")).status == "timeout"
             assert printed(await run(environment, "y")) == "1\n"
             killed = await run(environment, HOLD)
             assert killed.status == "killed" and killed.lost
-            assert (await run(environment, "print('before'); import os; os._exit(4)")).stdout == "before\n"
+            assert (
+                await run(environment, "print('before'); import os; os._exit(4)")
+            ).stdout == "before\n"
             await environment.rebind_context(Context.of(["a"]), "context_1")
             assert printed(await run(environment, "context_1, context[:2]")) == "(['a'], 'in')\n"
 
@@ -427,7 +525,10 @@ def test_the_files_of_other_packages_cannot_be_read():
 
 
 def test_what_a_package_needs_comes_with_it():
-    assert printed(one("import pydantic; pydantic.BaseModel.__name__", packages=("pydantic",))) == "'BaseModel'\n"
+    assert (
+        printed(one("import pydantic; pydantic.BaseModel.__name__", packages=("pydantic",)))
+        == "'BaseModel'\n"
+    )
 
 
 def test_a_package_that_is_not_installed_is_named():

@@ -1,4 +1,5 @@
-"""Start, cancel, rebind, restart, close, be forgotten, be killed: something usable or nothing at all is left."""
+"""Start, cancel, rebind, restart, close, be forgotten, be killed: something usable or nothing at
+all is left."""
 
 import asyncio
 import contextlib
@@ -40,7 +41,9 @@ def test_start_says_what_is_active():
     async def body(environment):
         report = environment.report
         assert report.environment == "local" and report.missing == ()
-        assert report.layers["landlock"].startswith("active") and report.layers["seccomp"].startswith("active")
+        assert report.layers["landlock"].startswith("active") and report.layers[
+            "seccomp"
+        ].startswith("active")
         assert "landlock active" in report.line() and "\n" not in report.line()
 
     with_repl(body)
@@ -67,7 +70,9 @@ def test_closing_twice_before_and_after_is_fine_and_running_after_is_not():
     asyncio.run(go())
 
 
-@pytest.mark.parametrize("name", ["context", "answer", "llm_query", "a b", "", "class", "__x__", "1a"])
+@pytest.mark.parametrize(
+    "name", ["context", "answer", "llm_query", "a b", "", "class", "__x__", "1a"]
+)
 def test_names_of_the_runtime_cannot_be_taken(name):
     async def go():
         environment = make("local")
@@ -151,7 +156,8 @@ def test_a_context_that_is_gone_is_a_context_error(tmp_path):
 def test_a_context_too_large_for_the_memory_is_an_error_and_the_repl_goes_on():
     async def body(environment):
         assert printed(await run(environment, "x = bytearray(180 << 20); 1")) == "1\n"
-        await environment.rebind_context(Context.of("y" * 50_000_000), "context_1")  # brings its own room
+        # brings its own room
+        await environment.rebind_context(Context.of("y" * 50_000_000), "context_1")
         assert printed(await run(environment, "len(context_1)")) == "50000000\n"
         assert (await run(environment, "z = bytearray(400 << 20)")).error.type == "MemoryError"
 
@@ -246,7 +252,9 @@ def test_cancelling_ends_the_unpacking_of_a_context(tmp_path, monkeypatch):
         async with make("local") as environment:  # and while a session takes its next text
             await environment.start(Context.of("x"))
             began.clear()
-            later = asyncio.ensure_future(environment.rebind_context(Context.of(tmp_path / "log.gz"), "context_1"))
+            later = asyncio.ensure_future(
+                environment.rebind_context(Context.of(tmp_path / "log.gz"), "context_1")
+            )
             await asyncio.to_thread(began.wait)
             later.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -290,7 +298,9 @@ def test_many_repls_at_once():
                 await environment.start(Context.of(f"text {i}"))
                 return printed(await run(environment, "llm_query(context)"))
 
-        assert await asyncio.gather(*(life(i) for i in range(12))) == [f"'text {i}'\n" for i in range(12)]
+        assert await asyncio.gather(*(life(i) for i in range(12))) == [
+            f"'text {i}'\n" for i in range(12)
+        ]
 
     asyncio.run(go())
 
@@ -299,9 +309,14 @@ def test_cells_asked_for_at_once_run_one_after_the_other():
     async def body(environment):
         await run(environment, "seen = []")
         await asyncio.gather(
-            *(run(environment, f"seen.append({i}); llm_query('x'); seen.append({i})") for i in range(5))
+            *(
+                run(environment, f"seen.append({i}); llm_query('x'); seen.append({i})")
+                for i in range(5)
+            )
         )
-        assert printed(await run(environment, "seen[::2] == seen[1::2], len(seen)")) == "(True, 10)\n"
+        assert (
+            printed(await run(environment, "seen[::2] == seen[1::2], len(seen)")) == "(True, 10)\n"
+        )
 
     with_repl(body)
 

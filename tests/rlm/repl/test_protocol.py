@@ -1,4 +1,5 @@
-"""Frames nobody asked for: forged, repeated, late, huge, deep, in pieces. They cost their sender and nobody else."""
+"""Frames nobody asked for: forged, repeated, late, huge, deep, in pieces. They cost their sender
+and nobody else."""
 
 import asyncio
 import json
@@ -77,14 +78,19 @@ def test_an_old_cell_cannot_be_answered_for():
     send(b'\\n{"t":"done","id":"%s","status":"ok","stdout":"old","stdout_chars":3,"stderr":"","stderr_chars":0,'
          b'"answer":{"content":"forged","ready":true},"variables":{}}\\n' % b'0' * 3)
     """
-    first, second = play(FORGE + textwrap.dedent(code) + "\nold = cell", textwrap.dedent("""
+    first, second = play(
+        FORGE + textwrap.dedent(code) + "\nold = cell",
+        textwrap.dedent("""
     data = ('\\n{"t":"done","id":"%s","status":"ok","stdout":"","stdout_chars":0,"stderr":"","stderr_chars":0,'
             '"answer":{"content":"forged","ready":true},"variables":{}}\\n' % old).encode()
     for _ in range(10): send(data)
     print('mine')
-    """))  # fmt: skip
+    """),
+    )
     assert first.answer.content == "mine" and not first.answer.ready
-    assert printed(second) == "mine\n" and second.answer.content == "mine" and not second.answer.ready
+    assert (
+        printed(second) == "mine\n" and second.answer.content == "mine" and not second.answer.ready
+    )
 
 
 def test_a_cell_that_says_it_is_done_before_it_is_only_cheats_itself():
@@ -97,15 +103,24 @@ def test_a_cell_that_says_it_is_done_before_it_is_only_cheats_itself():
         except BaseException: pass
     """
     early, after, alive = play(
-        FORGE + textwrap.dedent(code), "1 + 1", "context", limits={"cell_seconds": 1, "grace_seconds": 0.5}
+        FORGE + textwrap.dedent(code),
+        "1 + 1",
+        "context",
+        limits={"cell_seconds": 1, "grace_seconds": 0.5},
     )
     assert early.answer.content == "early" and after.status == "killed" and after.lost
     assert printed(alive) == "'some text'\n"
 
 
 def test_a_flood_of_nonsense_ends_the_worker_and_not_the_host():
-    forger, after = forged("while True: send(b'\\nnonsense\\n')", after="context", limits={"cell_seconds": 20})
-    assert forger.status == "killed" and "channel" in forger.error.message and printed(after) == "'some text'\n"
+    forger, after = forged(
+        "while True: send(b'\\nnonsense\\n')", after="context", limits={"cell_seconds": 20}
+    )
+    assert (
+        forger.status == "killed"
+        and "channel" in forger.error.message
+        and printed(after) == "'some text'\n"
+    )
 
 
 def test_a_flood_without_end_of_line_does_not_grow_the_host():
@@ -152,8 +167,12 @@ def test_more_than_one_frame_of_replies_that_nobody_reads_stops_the_requests():
         send(('\\n{"id":%d,"t":"request","cell":"%s","method":"llm","prompts":["x"]}\\n' % (number, cell)).encode())
     while True: pass
     """
-    forger, after = forged(textwrap.dedent(code), after="context", handler=handler,
-                           limits={"frame": 8 << 20, "cell_seconds": 1, "grace_seconds": 0.3})  # fmt: skip
+    forger, after = forged(
+        textwrap.dedent(code),
+        after="context",
+        handler=handler,
+        limits={"frame": 8 << 20, "cell_seconds": 1, "grace_seconds": 0.3},
+    )
     assert forger.status == "killed" and asked < 300 and printed(after) == "'some text'\n"
 
 
@@ -170,7 +189,9 @@ def test_lines_are_the_same_however_they_arrive(pieces, limit):
     expected = [line for line in data.split(b"\n")[:-1] if line and len(line) <= limit]
     assert [*iter(whole.next, None)] == expected
     assert [*iter(parts.next, None)] == expected
-    assert whole.dropped == parts.dropped == sum(len(line) > limit for line in data.split(b"\n")[:-1])
+    assert (
+        whole.dropped == parts.dropped == sum(len(line) > limit for line in data.split(b"\n")[:-1])
+    )
 
 
 @given(st.lists(st.binary(max_size=40), max_size=20), st.integers(1, 50))
@@ -180,13 +201,17 @@ def test_lines_read_as_they_come_hold_no_more_than_the_limit(pieces, limit):
         lines.feed(piece)
         got += iter(lines.next, None)
         assert lines.held <= limit
-    assert got == [line for line in b"".join(pieces).split(b"\n")[:-1] if line and len(line) <= limit]
+    assert got == [
+        line for line in b"".join(pieces).split(b"\n")[:-1] if line and len(line) <= limit
+    ]
 
 
 @settings(max_examples=40)
 @given(
     st.dictionaries(
-        st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists), max_size=5
+        st.text(),
+        st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists),
+        max_size=5,
     )
 )
 def test_what_is_json_is_read_as_json(message):
@@ -212,11 +237,23 @@ def test_whatever_looks_like_json_is_a_message_or_bad(text):
 @pytest.mark.parametrize(
     "line",
     [
-        b'{"a":' + b"[" * 101 + b"]" * 101 + b"}", b'{"a":' * 101 + b"1" + b"}" * 101, b'{"a":[' + b"0," * 2_100_000 + b"0]}",
-        b'{"a":[' + b'"",' * 9_000_000 + b"1]}", b'{"a":' + b"1" * 1_200 + b"}", b'{"a":0.' + b"1" * 1_200 + b"}",
-        b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1e400}', b'{"a":"\xff"}', b"null", b'"x"', b"", b"{", b'{"a":1}{',
+        b'{"a":' + b"[" * 101 + b"]" * 101 + b"}",
+        b'{"a":' * 101 + b"1" + b"}" * 101,
+        b'{"a":[' + b"0," * 2_100_000 + b"0]}",
+        b'{"a":[' + b'"",' * 9_000_000 + b"1]}",
+        b'{"a":' + b"1" * 1_200 + b"}",
+        b'{"a":0.' + b"1" * 1_200 + b"}",
+        b'{"a":NaN}',
+        b'{"a":-Infinity}',
+        b'{"a":1e400}',
+        b'{"a":"\xff"}',
+        b"null",
+        b'"x"',
+        b"",
+        b"{",
+        b'{"a":1}{',
     ],
-)  # fmt: skip
+)
 def test_bounds_hold_before_the_parser(line):
     with pytest.raises(Bad):
         wire.decode(line)

@@ -1,4 +1,5 @@
-"""What a cell leaves behind: patches, hooks, threads, files. The next cell and the protocol do not notice."""
+"""What a cell leaves behind: patches, hooks, threads, files. The next cell and the protocol do not
+notice."""
 
 import asyncio
 import os
@@ -81,12 +82,15 @@ EXPECTED = "{'a': [1]} bb x ['y'] some text\n"
         "import contextvars\ncontextvars.copy_context().run(print)",
         "def __getattr__(name): 1 / 0\nimport sys\nsys.stdout.extra = sys.stdout",
     ],
-)  # fmt: skip
+)
 def test_the_next_cell_is_as_if_nothing_had_been(code):
     first, second = play(code, NEXT, limits={"cell_seconds": 5, "grace_seconds": 1})
     assert second.status == "ok" and second.stdout.startswith(EXPECTED), (first, second)
     assert second.answer.content == 4 and second.answer.ready
-    assert first.status in ("ok", "error") and first.lost is None and second.lost is None, (first, second)
+    assert first.status in ("ok", "error") and first.lost is None and second.lost is None, (
+        first,
+        second,
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,8 @@ def test_between_cells_nothing_runs():
             printed(await run(environment, code))
             (worker,) = children()
             before = -1.0
-            while before != (now := environment._process.cpu()):  # until it has stopped; or the test would not end
+            # until it has stopped; or the test would not end
+            while before != (now := environment._process.cpu()):
                 before = now
                 time.sleep(0.05)
             time.sleep(0.2)
@@ -168,8 +173,13 @@ def test_leftover_threads_make_no_calls_between_cells():
 
 
 def test_a_name_of_the_host_is_not_trusted_for_its_looks():
-    result = one("globals()['\\x1b[31m<script>' + 'n' * 10**6] = 1\nx = type('Y' * 10**6, (), {})()", limits=QUICK)
-    assert result.status == "ok" and all(len(k) < 300 and len(v) < 400 for k, v in result.variables.items())
+    result = one(
+        "globals()['\\x1b[31m<script>' + 'n' * 10**6] = 1\nx = type('Y' * 10**6, (), {})()",
+        limits=QUICK,
+    )
+    assert result.status == "ok" and all(
+        len(k) < 300 and len(v) < 400 for k, v in result.variables.items()
+    )
 
 
 def test_the_worker_ends_without_running_what_was_left_for_its_end(tmp_path):

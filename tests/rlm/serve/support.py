@@ -1,4 +1,5 @@
-"""A server on a loopback port in a thread of this process, and runs that end when a test says so."""
+"""A server on a loopback port in a thread of this process, and runs that end when a test says
+so."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ USAGE = Usage(calls=3, input_tokens=100, output_tokens=40, cached_tokens=60, cos
 
 @dataclass(frozen=True)
 class Scripted(ServedModel):
-    """`act(context, question, gate)` decides what a run comes to: a result, an answer, or an exception to raise."""
+    """`act(context, question, gate)` decides what a run comes to: a result, an answer, or an
+    exception to raise."""
 
     root: Any = None
     act: Callable[..., Any] = lambda context, question, gate: "the answer"
@@ -34,7 +36,8 @@ class Scripted(ServedModel):
 
 
 class Gate:
-    """Counts runs; with `closed` they wait in the middle until they are cancelled or it is opened."""
+    """Counts runs; with `closed` they wait in the middle until they are cancelled or it is
+    opened."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -56,16 +59,35 @@ class Gate:
 
 class _Run:
     def __init__(self, model: Scripted, on_event: Any, request: Any, budget: Any, depth: int):
-        self.model, self.on_event, self.request, self.budget, self.depth = model, on_event, request, budget, depth
+        self.model, self.on_event, self.request, self.budget, self.depth = (
+            model,
+            on_event,
+            request,
+            budget,
+            depth,
+        )
 
     async def acompletion(self, context: Any, question: Any, output: Any = None) -> Any:
         gate = self.model.gate
-        gate.seen.append({"context": context, "question": question, "output": output, "budget": self.budget,
-                          "depth": self.depth, "request": self.request, "text": read(context)})  # fmt: skip
+        gate.seen.append(
+            {
+                "context": context,
+                "question": question,
+                "output": output,
+                "budget": self.budget,
+                "depth": self.depth,
+                "request": self.request,
+                "text": read(context),
+            }
+        )
         gate.note(started=1)
         self.on_event(RunStart(run="run-1", started_at="2026-01-01T00:00:00Z"))
-        self.on_event(Replied(turn=1, message=Message(role="assistant", content="code"), usage=USAGE))
-        self.on_event(CellStart(turn=1, cell=1, code="print(context[:10])\x1b[31m\n: not a comment"))
+        self.on_event(
+            Replied(turn=1, message=Message(role="assistant", content="code"), usage=USAGE)
+        )
+        self.on_event(
+            CellStart(turn=1, cell=1, code="print(context[:10])\x1b[31m\n: not a comment")
+        )
         self.on_event(NodeStart(node="0.1", parent="0", kind="lm"))
         self.on_event(NodeEnd(node="0.1"))
         try:
@@ -83,7 +105,15 @@ class _Run:
 
 
 def result(answer: Any, **fields: Any) -> RLMResult:
-    return RLMResult(answer=answer, usage=USAGE, usage_by_depth={0: USAGE}, turns=2, sub_calls=2, run="run-1", **fields)
+    return RLMResult(
+        answer=answer,
+        usage=USAGE,
+        usage_by_depth={0: USAGE},
+        turns=2,
+        sub_calls=2,
+        run="run-1",
+        **fields,
+    )
 
 
 def read(context: Any) -> Any:
@@ -104,7 +134,9 @@ class Server(Loopback):
     def files(self) -> Any:
         return self.app.state.files
 
-    def chat(self, text: str = "hello", headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, dict, dict]:
+    def chat(
+        self, text: str = "hello", headers: dict[str, str] | None = None, **fields: Any
+    ) -> tuple[int, dict, dict]:
         body = {"model": "rlm", "messages": [{"role": "user", "content": text}], **fields}
         status, out, raw = self.request("POST", "/v1/chat/completions", body, headers)
         return status, out, json.loads(raw)
@@ -115,14 +147,19 @@ class Server(Loopback):
         return self.begin("POST", "/v1/chat/completions", body, timeout=30)
 
     def wait_metric(self, name: str, value: float, seconds: float = 20.0, **labels: str) -> None:
-        """Wait until a metric has this value: what it counts happens after a client has seen its answer."""
-        self.wait_for(lambda: self.metrics.value(name, **labels) == value, f"{name} to be {value}", seconds)
+        """Wait until a metric has this value: what it counts happens after a client has seen its
+        answer."""
+        self.wait_for(
+            lambda: self.metrics.value(name, **labels) == value, f"{name} to be {value}", seconds
+        )
 
 
 @contextmanager
 def running(*models: ServedModel, **settings: Any) -> Iterator[Server]:
     """A server of these models."""
-    app = create_app(models or (Scripted("rlm"),), ServeSettings(**{"drain_seconds": 0.1, **settings}))
+    app = create_app(
+        models or (Scripted("rlm"),), ServeSettings(**{"drain_seconds": 0.1, **settings})
+    )
     with loopback(app, Server) as server:
         try:
             yield server

@@ -17,7 +17,9 @@ LONG = "begin " + "filler " * 100 + "end?"
 
 
 def task(tmp_path, messages, files=None, **rlm):
-    request = ChatRequest.model_validate({"model": "m", "messages": messages, **({"rlm": rlm} if rlm else {})})
+    request = ChatRequest.model_validate(
+        {"model": "m", "messages": messages, **({"rlm": rlm} if rlm else {})}
+    )
 
     def find(file_id):
         path = tmp_path / (files or {})[file_id]
@@ -46,18 +48,30 @@ def content_of(context):
 def test_a_short_conversation_is_the_context_and_its_last_user_text_the_question(tmp_path):
     made = task(tmp_path, [user("one"), {"role": "assistant", "content": "two"}, user("three?")])
     assert made.question == "three?" and made.context.kind == "messages"
-    assert made.context.value == [user("one"), {"role": "assistant", "content": "two"}, user("three?")]
+    assert made.context.value == [
+        user("one"),
+        {"role": "assistant", "content": "two"},
+        user("three?"),
+    ]
 
 
 def test_parts_before_the_last_are_the_material(tmp_path):
     made = task(tmp_path, [texts(LONG, "and this", "what?")])
-    assert (made.context.kind, made.context.value, made.question) == ("str", f"{LONG}\n\nand this", "what?")
+    assert (made.context.kind, made.context.value, made.question) == (
+        "str",
+        f"{LONG}\n\nand this",
+        "what?",
+    )
 
 
 def test_one_long_message_is_the_context_and_both_its_ends_are_shown(tmp_path):
     made = task(tmp_path, [user(LONG)])
     assert (made.context.kind, made.context.value) == ("str", LONG)
-    assert "begin" in made.question and made.question.endswith("end?") and len(made.question) < len(LONG)
+    assert (
+        "begin" in made.question
+        and made.question.endswith("end?")
+        and len(made.question) < len(LONG)
+    )
 
 
 def test_the_question_may_be_given_apart(tmp_path):
@@ -78,7 +92,11 @@ def test_long_instructions_are_material_and_are_not_lost(tmp_path):
 
 def test_one_file_is_the_context(tmp_path):
     made = task(tmp_path, [user([inline("hello"), {"type": "text", "text": "what?"}])])
-    assert made.context.kind == "file" and made.context.path.read_text() == "hello" and made.question == "what?"
+    assert (
+        made.context.kind == "file"
+        and made.context.path.read_text() == "hello"
+        and made.question == "what?"
+    )
 
 
 def test_a_file_and_earlier_messages_are_a_folder(tmp_path):
@@ -92,11 +110,17 @@ def test_a_file_and_earlier_messages_are_a_folder(tmp_path):
 def test_files_of_one_name_stay_apart_and_of_every_spelling(tmp_path):
     (tmp_path / "up.txt").write_text("uploaded")
     file_id = "file-" + "0" * 32
-    parts = [inline("1"), inline("2"), {"type": "input_file", "file_data": base64.b64encode(b"3").decode()}]
+    parts = [
+        inline("1"),
+        inline("2"),
+        {"type": "input_file", "file_data": base64.b64encode(b"3").decode()},
+    ]
     made = task(
-        tmp_path, [user([*parts, {"type": "file", "file": {"file_id": file_id}}]), user("what?")],
-        files={file_id: "up.txt"}, context_file_ids=[file_id],
-    )  # fmt: skip
+        tmp_path,
+        [user([*parts, {"type": "file", "file": {"file_id": file_id}}]), user("what?")],
+        files={file_id: "up.txt"},
+        context_file_ids=[file_id],
+    )
     files = content_of(made.context)
     assert sorted(files.values())[:4] == ["1", "2", "3", files["conversation.json"]]
     assert list(files.values()).count("uploaded") == 2 and len(files) == 6
@@ -121,7 +145,9 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path, messages):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", bytes(range(256)) * 20, gzip.compress(b"text " * 100)], ids=["empty", "binary", "gzip"]
+    "data",
+    [b"", bytes(range(256)) * 20, gzip.compress(b"text " * 100)],
+    ids=["empty", "binary", "gzip"],
 )
 @pytest.mark.parametrize("others", [[], [inline("fine")]], ids=["alone", "among"])
 def test_files_without_text_are_refused(tmp_path, data, others):
@@ -131,8 +157,15 @@ def test_files_without_text_are_refused(tmp_path, data, others):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "..\\..\\x", "/abs", "a\x00b", "\x1b[31m.txt", "", ".", "..", "ü" * 500]
+    "name",
+    ["../../etc/passwd", "..\\..\\x", "/abs", "a\x00b", "\x1b[31m.txt", "", ".", "..", "ü" * 500],
 )
 def test_names_of_clients_are_made_safe(name):
     safe = safe_name(name)
-    assert safe and "/" not in safe and not safe.startswith(".") and safe.isprintable() and len(safe) <= 100
+    assert (
+        safe
+        and "/" not in safe
+        and not safe.startswith(".")
+        and safe.isprintable()
+        and len(safe) <= 100
+    )

@@ -1,4 +1,5 @@
-"""Uploads: what comes back is what was sent, seen by its owner only, within bounds, and gone after its time."""
+"""Uploads: what comes back is what was sent, seen by its owner only, within bounds, and gone after
+its time."""
 
 import io
 import time
@@ -12,7 +13,9 @@ from rlm_runtime.serve.http.files import FileStore
 
 
 def client(server, key="none"):
-    return openai.OpenAI(base_url=server.url, api_key=key, max_retries=0, _strict_response_validation=True)
+    return openai.OpenAI(
+        base_url=server.url, api_key=key, max_retries=0, _strict_response_validation=True
+    )
 
 
 def test_upload_list_read_use_delete():
@@ -21,18 +24,24 @@ def test_upload_list_read_use_delete():
         c = client(server)
         text = "line é\n" * 300_000
         sent = c.files.create(file=("my notes.txt", text.encode()), purpose="user_data")
-        assert sent.bytes == len(text.encode()) and sent.filename == "my notes.txt" and sent.status == "processed"
+        assert (
+            sent.bytes == len(text.encode())
+            and sent.filename == "my notes.txt"
+            and sent.status == "processed"
+        )
         assert [f.id for f in c.files.list()] == [sent.id]
         assert c.files.retrieve(sent.id).id == sent.id
         assert c.files.content(sent.id).read() == text.encode()
         part = {"type": "file", "file": {"file_id": sent.id}}
         c.chat.completions.create(
-            model="rlm", messages=[{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}]
+            model="rlm",
+            messages=[{"role": "user", "content": [part, {"type": "text", "text": "what?"}]}],
         )
         c.chat.completions.create(
-            model="rlm", messages=[{"role": "user", "content": "again?"}],
+            model="rlm",
+            messages=[{"role": "user", "content": "again?"}],
             extra_body={"rlm": {"context_file_ids": [sent.id]}},
-        )  # fmt: skip
+        )
         assert c.files.delete(sent.id).deleted
         with pytest.raises(openai.NotFoundError):
             c.files.retrieve(sent.id)
@@ -64,14 +73,17 @@ def test_files_of_another_key_do_not_exist():
                 use(sent.id)
         with pytest.raises(openai.NotFoundError):
             bob.chat.completions.create(
-                model="rlm", messages=[{"role": "user", "content": "what?"}],
+                model="rlm",
+                messages=[{"role": "user", "content": "what?"}],
                 extra_body={"rlm": {"context_file_ids": [sent.id]}},
-            )  # fmt: skip
+            )
         assert client(server, "alice").files.content(sent.id).read() == b"secret"
 
 
 def test_bounds_of_size_number_and_space():
-    with running(Scripted("rlm"), file_bytes=3_000_000, files_bytes=5_000_000, files_per_key=3) as server:
+    with running(
+        Scripted("rlm"), file_bytes=3_000_000, files_bytes=5_000_000, files_per_key=3
+    ) as server:
         c = client(server)
         with pytest.raises(openai.APIStatusError) as e:
             c.files.create(file=("a.txt", b"x" * 3_000_001), purpose="user_data")
@@ -86,26 +98,38 @@ def test_bounds_of_size_number_and_space():
             c.files.create(file=("a.txt", b"x"), purpose="user_data")
         assert e.value.status_code == 413 and e.value.code == "too_many_files"
         assert server.files.used == 3_000_002
-        assert len(list(server.files.folder.iterdir())) == 3, "a refused upload left something behind"
+        assert len(list(server.files.folder.iterdir())) == 3, (
+            "a refused upload left something behind"
+        )
 
 
 def test_a_form_that_is_none_is_400():
     with running(Scripted("rlm")) as server:
         form = {"Content-Type": "multipart/form-data; boundary=b"}
         bodies = [
-            b"", b"nonsense", b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nx\r\n--b--\r\n',
+            b"",
+            b"nonsense",
+            b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nx\r\n--b--\r\n',
             b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nx\r\n'
             b'--b\r\nContent-Disposition: form-data; name="expires_after[seconds]"\r\n\r\nsoon\r\n--b--\r\n',
-        ]  # fmt: skip
+        ]
         for body in bodies:
             assert server.request("POST", "/v1/files", body, form)[0] == 400, body
-        assert server.request("POST", "/v1/files", b"{}", {"Content-Type": "application/json"})[0] == 415
-        assert server.request("POST", "/v1/files", b"x", {"Content-Type": "multipart/form-data"})[0] == 400
+        assert (
+            server.request("POST", "/v1/files", b"{}", {"Content-Type": "application/json"})[0]
+            == 415
+        )
+        assert (
+            server.request("POST", "/v1/files", b"x", {"Content-Type": "multipart/form-data"})[0]
+            == 400
+        )
         assert server.files.used == 0
 
 
 def store(folder, **bounds):
-    return FileStore(folder, **{"one": 1000, "all_": 2000, "per_owner": 5, "seconds": 100.0, **bounds})
+    return FileStore(
+        folder, **{"one": 1000, "all_": 2000, "per_owner": 5, "seconds": 100.0, **bounds}
+    )
 
 
 def test_files_survive_a_restart_and_broken_ones_are_swept(tmp_path):
@@ -116,7 +140,10 @@ def test_files_survive_a_restart_and_broken_ones_are_swept(tmp_path):
     short.path.write_bytes(b"s")
     again = store(tmp_path)
     assert [f.id for f in again.list("o")] == [kept.id]
-    assert again.get(kept.id, "o").path.read_bytes() == b"kept" and again.get(kept.id, "o").name == "../a b.txt"
+    assert (
+        again.get(kept.id, "o").path.read_bytes() == b"kept"
+        and again.get(kept.id, "o").name == "../a b.txt"
+    )
     assert [p.name for p in tmp_path.iterdir()] == [kept.id]
 
 

@@ -54,8 +54,10 @@ def test_a_client_that_goes_away_while_waiting_leaves_the_queue(closed):
 def test_a_client_that_goes_away_in_its_body_leaves_nothing(closed):
     with running(closed, max_runs=1, max_queue=0) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as s:
-            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                      b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+            s.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
         server.wait_metric("rlm_disconnects_total", 1)
         closed.gate.opened.set()
         assert server.chat()[0] == 200
@@ -67,7 +69,11 @@ def test_a_full_server_says_429_and_when_to_come_back(closed):
         closed.gate.wait_for(lambda: closed.gate.started == 2)
         server.wait_metric("rlm_num_requests_waiting", 1)
         status, headers, body = server.chat()
-        assert status == 429 and int(headers["retry-after"]) >= 1 and body["error"]["code"] == "queue_full"
+        assert (
+            status == 429
+            and int(headers["retry-after"]) >= 1
+            and body["error"]["code"] == "queue_full"
+        )
         assert server.request("GET", "/health")[0] == 200
         closed.gate.opened.set()
         assert [c.getresponse().status for c in waiting] == [200] * 3
@@ -98,7 +104,9 @@ def test_never_more_runs_than_places():
     model = Scripted("rlm", act=act)
     with running(model, max_runs=2, max_queue=100) as server:
         results = []
-        threads = [threading.Thread(target=lambda: results.append(server.chat()[0])) for _ in range(20)]
+        threads = [
+            threading.Thread(target=lambda: results.append(server.chat()[0])) for _ in range(20)
+        ]
         [t.start() for t in threads]
         [t.join() for t in threads]
         assert results == [200] * 20 and peak[0] <= 2
@@ -121,7 +129,8 @@ def test_a_drain_lets_runs_finish_and_takes_no_new_ones(closed):
         closed.gate.opened.set()
         response = connection.getresponse()
         assert (
-            response.status == 200 and json.loads(response.read())["choices"][0]["message"]["content"] == "the answer"
+            response.status == 200
+            and json.loads(response.read())["choices"][0]["message"]["content"] == "the answer"
         )
         connection.close()
         assert server.done.wait(20)
@@ -155,7 +164,10 @@ def test_budgets_of_requests_are_cut_to_the_servers():
 
     model = Scripted("rlm", budget=Budget(turns=10, usd=2.0), max_depth=2)
     with running(model) as server:
-        server.chat(rlm={"budget": {"turns": 50, "usd": 0.5, "seconds": 9}, "max_depth": 5}, max_completion_tokens=700)
+        server.chat(
+            rlm={"budget": {"turns": 50, "usd": 0.5, "seconds": 9}, "max_depth": 5},
+            max_completion_tokens=700,
+        )
         _, _, body = server.chat(rlm={"max_depth": 0})
     first, second = model.gate.seen
     assert (first["budget"].turns, first["budget"].usd, first["budget"].seconds) == (10, 0.5, 9)

@@ -9,7 +9,11 @@ from rlm_runtime.serve.http.metrics import Metrics
 BOUNDS = (0.5, 1, 2, 8)
 
 
-@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 40).map(lambda n: n / 4), st.integers(1, 5))))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("ab"), st.integers(0, 40).map(lambda n: n / 4), st.integers(1, 5))
+    )
+)
 def test_a_value_many_times_is_that_many_values(observed):
     """Held to the library's own histogram, which is told of each. Quarters add up exactly."""
     ours, registry = Metrics(), library.CollectorRegistry()
@@ -21,7 +25,9 @@ def test_a_value_many_times_is_that_many_values(observed):
             theirs.labels(model=model).observe(value)
     lines = library.generate_latest(registry).decode().splitlines()
     assert ours.text().splitlines() == [line for line in lines if "_created" not in line]
-    assert ours.value("seconds", model="a") == sum(times for model, _, times in observed if model == "a")
+    assert ours.value("seconds", model="a") == sum(
+        times for model, _, times in observed if model == "a"
+    )
 
 
 def test_series_are_summed_over_the_labels_that_are_not_given():

@@ -52,8 +52,13 @@ def test_values_are_not_repeated_in_errors(server):
 
 
 def test_request_ids_come_back_if_they_are_plain(server):
-    assert server.request("GET", "/health", headers={"X-Request-Id": "abc-1"})[1]["x-request-id"] == "abc-1"
-    assert server.request("GET", "/health", headers={"X-Request-Id": "a b\x1b"})[1]["x-request-id"].startswith("req_")
+    assert (
+        server.request("GET", "/health", headers={"X-Request-Id": "abc-1"})[1]["x-request-id"]
+        == "abc-1"
+    )
+    assert server.request("GET", "/health", headers={"X-Request-Id": "a b\x1b"})[1][
+        "x-request-id"
+    ].startswith("req_")
 
 
 def test_a_chunked_body_is_cut_off_while_it_comes(server):
@@ -75,14 +80,17 @@ def test_a_chunked_body_is_cut_off_while_it_comes(server):
 def test_a_slow_body_and_a_slow_head_are_cut_off():
     with running(Scripted("rlm"), body_idle_seconds=0.1, header_seconds=0.1) as server:
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
-            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                      b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+            s.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 100\r\n\r\n{"
+            )
             assert s.recv(4096).startswith(b"HTTP/1.1 408")
         for opening in (b"", b"GET /health HTTP/1.1\r\nHo"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
                 s.sendall(opening)
                 assert s.recv(4096) == b"", "the connection should have been closed"
-        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:  # a second head, after a good one
+        # a second head, after a good one
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
             s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             answer = b""
             while not answer.endswith(b"}"):
@@ -124,7 +132,15 @@ def test_keys():
     with running(Scripted("rlm"), api_keys=("key-1", "key-2")) as server:
         for path in ("/health", "/ready", "/openapi.json"):
             assert server.request("GET", path)[0] == 200
-        for value in ("", "Bearer ", "Bearer wrong", "Bearer key-1x", "Basic key-1", "key-1", "Bearer \xff"):
+        for value in (
+            "",
+            "Bearer ",
+            "Bearer wrong",
+            "Bearer key-1x",
+            "Basic key-1",
+            "key-1",
+            "Bearer \xff",
+        ):
             status, out, raw = server.request("GET", "/v1/models", headers={"Authorization": value})
             assert status == 401 and out["www-authenticate"] == "Bearer", value
             assert error_of(raw)["code"] == "invalid_api_key" and "key-1" not in raw.decode()
@@ -145,9 +161,21 @@ def test_hosts_and_origins():
         ):
             assert server.request("GET", "/health", headers={"Host": host})[0] == status, host
         here = f"127.0.0.1:{server.port}"
-        for origin, status in ((f"http://{here}", 200), ("https://evil.example", 403), ("null", 403)):
-            assert server.request("GET", "/v1/models", headers={"Origin": origin, "Host": here})[0] == status, origin
-        assert server.request("OPTIONS", "/v1/models", headers={"Origin": f"http://{here}", "Host": here})[0] == 405
+        for origin, status in (
+            (f"http://{here}", 200),
+            ("https://evil.example", 403),
+            ("null", 403),
+        ):
+            assert (
+                server.request("GET", "/v1/models", headers={"Origin": origin, "Host": here})[0]
+                == status
+            ), origin
+        assert (
+            server.request(
+                "OPTIONS", "/v1/models", headers={"Origin": f"http://{here}", "Host": here}
+            )[0]
+            == 405
+        )
 
 
 def test_cors_when_it_is_allowed():
@@ -162,7 +190,10 @@ def test_cors_when_it_is_allowed():
         assert status == 200 and out["access-control-allow-origin"] == page
         status, out, _ = server.request("GET", "/nowhere", headers={"Origin": page})
         assert status == 404 and out["access-control-allow-origin"] == page
-        assert "access-control-allow-origin" not in server.request("GET", "/health", headers={"Origin": "https://x"})[1]
+        assert (
+            "access-control-allow-origin"
+            not in server.request("GET", "/health", headers={"Origin": "https://x"})[1]
+        )
 
 
 def test_metrics_and_health(server):
@@ -171,8 +202,13 @@ def test_metrics_and_health(server):
     text = raw.decode()
     assert status == 200 and out["content-type"].startswith("text/plain")
     for line in text.splitlines():
-        assert line.startswith("# ") or (len(line.rsplit(" ", 1)) == 2 and float(line.rsplit(" ", 1)[1]) >= 0)
-    assert 'rlm_requests_total{finished_reason="answered"}' in text and "rlm_e2e_request_latency_seconds_bucket" in text
+        assert line.startswith("# ") or (
+            len(line.rsplit(" ", 1)) == 2 and float(line.rsplit(" ", 1)[1]) >= 0
+        )
+    assert (
+        'rlm_requests_total{finished_reason="answered"}' in text
+        and "rlm_e2e_request_latency_seconds_bucket" in text
+    )
     for path in ("/health", "/ready"):
         assert server.request("GET", path)[0] == 200
 
@@ -181,7 +217,8 @@ def test_the_log_holds_no_prompt_key_or_answer(caplog):
     with (
         caplog.at_level(logging.DEBUG, logger="rlm_runtime"),
         running(
-            Scripted("rlm", act=lambda c, q, g: RuntimeError("prompt-words in an error")), api_keys=("key-secret",)
+            Scripted("rlm", act=lambda c, q, g: RuntimeError("prompt-words in an error")),
+            api_keys=("key-secret",),
         ) as server,
     ):
         server.chat("prompt-words", headers={"Authorization": "Bearer key-secret"})

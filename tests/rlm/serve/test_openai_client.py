@@ -1,4 +1,5 @@
-"""The official client against the server: every answer passes its strict models, every error becomes its exception."""
+"""The official client against the server: every answer passes its strict models, every error
+becomes its exception."""
 
 import asyncio
 import json
@@ -36,31 +37,51 @@ def test_models(server):
 
 def test_completion_has_answer_usage_and_report(server):
     reply = client(server).chat.completions.create(model="rlm", messages=HELLO)
-    assert reply.choices[0].message.content == "the answer" and reply.choices[0].finish_reason == "stop"
-    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (100, 40, 140)
+    assert (
+        reply.choices[0].message.content == "the answer"
+        and reply.choices[0].finish_reason == "stop"
+    )
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (
+        100,
+        40,
+        140,
+    )
     assert reply.usage.prompt_tokens_details.cached_tokens == 60
     report = reply.model_extra["rlm"]
     assert report["sub_calls"] == 2 and report["turns"] == 2 and report["cost_usd"] == 0.25
-    assert report["run"] == "run-1" and report["stop_reason"] == "answered" and not report["partial"]
+    assert (
+        report["run"] == "run-1" and report["stop_reason"] == "answered" and not report["partial"]
+    )
 
 
 @pytest.mark.parametrize("progress", ["field", "reasoning", "comment", "none"])
 def test_stream(server, progress):
     stream = client(server).chat.completions.create(
-        model="rlm", messages=HELLO, stream=True, stream_options={"include_usage": True},
+        model="rlm",
+        messages=HELLO,
+        stream=True,
+        stream_options={"include_usage": True},
         extra_body={"rlm": {"progress": progress}},
-    )  # fmt: skip
+    )
     chunks = list(stream)
     first, last = chunks[0], chunks[-1]
     assert first.choices[0].delta.role == "assistant"
-    assert last.choices == [] and last.usage.total_tokens == 140 and last.model_extra["rlm"]["run"] == "run-1"
+    assert (
+        last.choices == []
+        and last.usage.total_tokens == 140
+        and last.model_extra["rlm"]["run"] == "run-1"
+    )
     assert all(c.usage is None for c in chunks[:-1])
     with_choice = chunks[:-1]
     assert "".join(c.choices[0].delta.content or "" for c in with_choice) == "the answer"
-    assert [c.choices[0].finish_reason for c in with_choice if c.choices[0].finish_reason] == ["stop"]
+    assert [c.choices[0].finish_reason for c in with_choice if c.choices[0].finish_reason] == [
+        "stop"
+    ]
     assert with_choice[-1].choices[0].finish_reason == "stop"
     assert len({c.id for c in chunks}) == 1
-    notes = [c.model_extra["rlm"]["progress"] for c in with_choice if "rlm" in (c.model_extra or {})]
+    notes = [
+        c.model_extra["rlm"]["progress"] for c in with_choice if "rlm" in (c.model_extra or {})
+    ]
     thoughts = [c.choices[0].delta.model_extra.get("reasoning_content") for c in with_choice]
     assert bool(notes) == (progress == "field") and any(thoughts) == (progress == "reasoning")
     if notes:
@@ -74,14 +95,22 @@ def test_stream_without_usage_carries_the_report_on_the_finish_chunk(server):
 
 def test_async_client_and_concurrency(server):
     async def main():
-        c = openai.AsyncOpenAI(base_url=server.url, api_key="none", _strict_response_validation=True)
+        c = openai.AsyncOpenAI(
+            base_url=server.url, api_key="none", _strict_response_validation=True
+        )
         async with c:
-            replies = await asyncio.gather(*(c.chat.completions.create(model="rlm", messages=HELLO) for _ in range(8)))
+            replies = await asyncio.gather(
+                *(c.chat.completions.create(model="rlm", messages=HELLO) for _ in range(8))
+            )
             stream = await c.chat.completions.create(model="rlm", messages=HELLO, stream=True)
-            return replies, "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+            return replies, "".join(
+                [chunk.choices[0].delta.content or "" async for chunk in stream]
+            )
 
     replies, streamed = asyncio.run(main())
-    assert {r.choices[0].message.content for r in replies} == {"the answer"} and len({r.id for r in replies}) == 8
+    assert {r.choices[0].message.content for r in replies} == {"the answer"} and len(
+        {r.id for r in replies}
+    ) == 8
     assert streamed == "the answer"
 
 
@@ -106,15 +135,23 @@ def test_structured_answer_is_json_and_its_schema_reaches_the_run():
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     with running(model) as server:
         form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-        reply = client(server).chat.completions.create(model="rlm", messages=HELLO, response_format=form)
+        reply = client(server).chat.completions.create(
+            model="rlm", messages=HELLO, response_format=form
+        )
         assert json.loads(reply.choices[0].message.content) == {"n": 3, "name": "é"}
-        client(server).chat.completions.create(model="rlm", messages=HELLO, response_format={"type": "json_object"})
-        client(server).chat.completions.create(model="rlm", messages=HELLO, response_format={"type": "text"})
+        client(server).chat.completions.create(
+            model="rlm", messages=HELLO, response_format={"type": "json_object"}
+        )
+        client(server).chat.completions.create(
+            model="rlm", messages=HELLO, response_format={"type": "text"}
+        )
     assert [s["output"] for s in model.gate.seen] == [schema, {"type": "object"}, None]
 
 
 def test_partial_answer_says_length():
-    partial = result("so far", partial=True, stop_reason=at_limit("usd"), error="the dollars are used up")
+    partial = result(
+        "so far", partial=True, stop_reason=at_limit("usd"), error="the dollars are used up"
+    )
     with running(Scripted("rlm", act=lambda c, q, g: partial)) as server:
         reply = client(server).chat.completions.create(model="rlm", messages=HELLO)
     assert reply.choices[0].finish_reason == "length" and reply.model_extra["rlm"]["partial"]
@@ -132,22 +169,35 @@ def test_stop_and_max_tokens_cut_the_answer():
 
 FAILURES = [
     (ContextError("the file is binary"), openai.BadRequestError, "the file is binary"),
-    (LMError("key sk-secret refused by https://inner", kind="auth", status=401), openai.InternalServerError, "(auth)"),
+    (
+        LMError("key sk-secret refused by https://inner", kind="auth", status=401),
+        openai.InternalServerError,
+        "(auth)",
+    ),
     (LMError("slow down", kind="rate_limit"), openai.RateLimitError, "rate limited"),
-    (SandboxError("landlock is missing on host-17"), openai.InternalServerError, "sandbox cannot be started"),
+    (
+        SandboxError("landlock is missing on host-17"),
+        openai.InternalServerError,
+        "sandbox cannot be started",
+    ),
     (RuntimeError("secret detail"), openai.InternalServerError, "Internal error"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"), FAILURES, ids=[type(f[0]).__name__ + str(i) for i, f in enumerate(FAILURES)]
+    ("error", "kind", "words"),
+    FAILURES,
+    ids=[type(f[0]).__name__ + str(i) for i, f in enumerate(FAILURES)],
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_failures_have_openais_shape_and_no_internals(error, kind, words, stream):
     with running(Scripted("rlm", act=lambda c, q, g: error)) as server:  # noqa: SIM117
-        # In a stream the run may already have begun: then the error comes as an event, and is an APIError.
+        # In a stream the run may already have begun: then the error comes as an event, and is an
+        # APIError.
         with pytest.raises(openai.APIError if stream else kind) as e:
-            reply = client(server).chat.completions.create(model="rlm", messages=HELLO, stream=stream)
+            reply = client(server).chat.completions.create(
+                model="rlm", messages=HELLO, stream=stream
+            )
             if stream:
                 list(reply)
     assert words in str(e.value)
@@ -158,15 +208,25 @@ def test_failures_have_openais_shape_and_no_internals(error, kind, words, stream
 def test_wrong_values_are_400_and_name_the_field(server):
     ask = client(server).chat.completions.create
     wrong = [
-        ({"n": 2}, "n"), ({"temperature": 7}, "temperature"), ({"logprobs": True}, "logprobs"),
+        ({"n": 2}, "n"),
+        ({"temperature": 7}, "temperature"),
+        ({"logprobs": True}, "logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"messages": []}, "messages"), ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0.content.0"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+                ]
+            },
+            "messages.0.content.0",
+        ),
         ({"extra_body": {"rlm": {"budget": {"dollars": 1}}}}, "rlm.budget.dollars"),
         ({"extra_body": {"rlm": {"max_depth": -1}}}, "rlm.max_depth"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-    ]  # fmt: skip
+    ]
     for fields, param in wrong:
         with pytest.raises(openai.BadRequestError) as e:
             ask(**{"model": "rlm", "messages": HELLO, **fields})
@@ -175,5 +235,7 @@ def test_wrong_values_are_400_and_name_the_field(server):
 
 def test_unknown_fields_are_reported_as_ignored(server):
     extra = {"chat_id": 5, "presence_penalty": 0.5}
-    reply = client(server).chat.completions.create(model="rlm", messages=HELLO, user="u", extra_body=extra)
+    reply = client(server).chat.completions.create(
+        model="rlm", messages=HELLO, user="u", extra_body=extra
+    )
     assert reply.model_extra["rlm"]["ignored"] == ["chat_id", "presence_penalty"]

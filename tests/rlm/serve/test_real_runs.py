@@ -23,15 +23,24 @@ def done(expression):
 
 
 def served(script, sub=lambda messages: "sub reply", **options):
-    return ServedModel("rlm", ScriptedLM(script, repeat_last=True, name="root"), ScriptedLM(sub, name="sub"), **options)
+    return ServedModel(
+        "rlm",
+        ScriptedLM(script, repeat_last=True, name="root"),
+        ScriptedLM(sub, name="sub"),
+        **options,
+    )
 
 
 def client(server):
-    return openai.OpenAI(base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=True)
+    return openai.OpenAI(
+        base_url=server.url, api_key="none", max_retries=0, _strict_response_validation=True
+    )
 
 
 def workers():
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [
+        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def test_a_long_upload_is_searched_by_code_and_sub_calls_are_counted(tmp_path):
@@ -58,8 +67,12 @@ def test_a_long_upload_is_searched_by_code_and_sub_calls_are_counted(tmp_path):
 def test_progress_of_a_real_run_is_streamed():
     with running(served([cell("print('looking')"), done("'found'")])) as server:
         messages = [{"role": "user", "content": "what?"}]
-        chunks = list(client(server).chat.completions.create(model="rlm", messages=messages, stream=True))
-    notes = [c.model_extra["rlm"]["progress"] for c in chunks[:-1] if "rlm" in (c.model_extra or {})]
+        chunks = list(
+            client(server).chat.completions.create(model="rlm", messages=messages, stream=True)
+        )
+    notes = [
+        c.model_extra["rlm"]["progress"] for c in chunks[:-1] if "rlm" in (c.model_extra or {})
+    ]
     assert [n["event"] for n in notes] == ["turn", "cell", "output", "turn", "cell", "output"]
     assert notes[2]["text"].strip() == "looking" and chunks[-1].choices[0].finish_reason == "stop"
 
@@ -68,26 +81,49 @@ def test_parameters_reach_the_root():
     model = served([done("{'n': 3}")])
     with running(model) as server:
         reply = client(server).chat.completions.create(
-            model="rlm", messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "how many?"}],
-            temperature=0.25, seed=7,
-            response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {
-                "type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}},
-        )  # fmt: skip
+            model="rlm",
+            messages=[
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "how many?"},
+            ],
+            temperature=0.25,
+            seed=7,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "n",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"n": {"type": "integer"}},
+                        "required": ["n"],
+                    },
+                },
+            },
+        )
         assert reply.choices[0].message.content == '{"n": 3}'
         call = model.root.calls[0]
         assert (call.sampling.temperature, call.sampling.seed) == (0.25, 7)
         assert "Be brief.\n\nhow many?" in call.text
         with pytest.raises(openai.BadRequestError):
             client(server).chat.completions.create(
-                model="rlm", messages=[{"role": "user", "content": "x"}],
-                response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integr"}}},
-            )  # fmt: skip
+                model="rlm",
+                messages=[{"role": "user", "content": "x"}],
+                response_format={
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "schema": {"type": "integr"}},
+                },
+            )
 
 
 def test_the_servers_budget_ends_a_run_with_a_partial_answer():
     with running(served([cell("print(1)"), "The best so far."], budget=Budget(turns=1))) as server:
-        reply = client(server).chat.completions.create(model="rlm", messages=[{"role": "user", "content": "what?"}])
-    assert reply.choices[0].finish_reason == "length" and reply.model_extra["rlm"]["stop_reason"] == "turns"
+        reply = client(server).chat.completions.create(
+            model="rlm", messages=[{"role": "user", "content": "what?"}]
+        )
+    assert (
+        reply.choices[0].finish_reason == "length"
+        and reply.model_extra["rlm"]["stop_reason"] == "turns"
+    )
     assert "best so far" in reply.choices[0].message.content
 
 
@@ -100,7 +136,9 @@ def test_a_client_that_goes_away_leaves_no_worker(stream, where):
         reached.set()
         await asyncio.Event().wait()
 
-    code = {"root": hang, "sub": [cell("llm_query('x')")], "cell": [cell("while True: pass")]}[where]
+    code = {"root": hang, "sub": [cell("llm_query('x')")], "cell": [cell("while True: pass")]}[
+        where
+    ]
     model = served(code, sub=hang)
     with running(model, max_runs=1) as server:
         connection = server.open_chat(stream=stream)

@@ -18,4 +18,6 @@ def server():
 def test_no_request_breaks_the_server(server, mode):
     statuses = fuzz(server, mode, EXAMPLES, 15)
     if mode == "POSITIVE":
-        assert all(200 in statuses[name] for name in ("get_model", "chat_completions", "upload_file")), statuses
+        assert all(
+            200 in statuses[name] for name in ("get_model", "chat_completions", "upload_file")
+        ), statuses

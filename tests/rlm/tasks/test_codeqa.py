@@ -62,19 +62,30 @@ def test_answers_about_a_small_tree(tree, tmp_path):
     expected = {
         "functions in the file pkg/shapes.py|are defined in the file pkg/shapes.py": 4,
         "are defined in the file pkg/other.py": 3,
-        "body of the class Shape ": 2, "body of the class Square ": 1,
-        "is the class Shape defined": "pkg/shapes.py", "is the class Square defined": "pkg/shapes.py",
-        "function or method draw defined": "pkg/shapes.py", "function or method square defined": "pkg/shapes.py",
-        "function or method tiny defined": "pkg/other.py", "function or method load_everything defined": "pkg/other.py",
+        "body of the class Shape ": 2,
+        "body of the class Square ": 1,
+        "is the class Shape defined": "pkg/shapes.py",
+        "is the class Square defined": "pkg/shapes.py",
+        "function or method draw defined": "pkg/shapes.py",
+        "function or method square defined": "pkg/shapes.py",
+        "function or method tiny defined": "pkg/other.py",
+        "function or method load_everything defined": "pkg/other.py",
         "function or method other_one defined": "pkg/other.py",
         "base class of Square": "Shape",
-        "parameter color of the function or method draw": "'red'", "parameter width of": "2", "parameter strict of": "True",
-        "parameter b of": "7", "parameter c of": "'x'",
-        "parameters does the function or method draw": 4, "method load_everything take": 4, "method tiny take": 0,
-        "method square take": 1, "method other_one take": 3,
-        "module json,": 2, "of the file pkg/shapes.py has the most lines": "area",
+        "parameter color of the function or method draw": "'red'",
+        "parameter width of": "2",
+        "parameter strict of": "True",
+        "parameter b of": "7",
+        "parameter c of": "'x'",
+        "parameters does the function or method draw": 4,
+        "method load_everything take": 4,
+        "method tiny take": 0,
+        "method square take": 1,
+        "method other_one take": 3,
+        "module json,": 2,
+        "of the file pkg/shapes.py has the most lines": "area",
         "of the file pkg/other.py has the most lines": "other_one",
-    }  # fmt: skip
+    }
     seen = set()
     for seed in range(12):
         for index in range(task.per_context):
@@ -97,11 +108,17 @@ def test_scoring(tree, tmp_path):
             by_kind[example.meta["kind"]] = example
     for example in by_kind.values():
         right = str(example.answer)
-        for reply in (right, f"Well.\nAnswer: {right}", f"**Answer: `{right}`**", f"answer: {right}."):
+        for reply in (
+            right,
+            f"Well.\nAnswer: {right}",
+            f"**Answer: `{right}`**",
+            f"answer: {right}.",
+        ):
             assert task.score(example, reply) == 1.0, (example.question, reply)
         assert task.score(example, "Answer: something else") == 0.0
         assert task.score(example, f"{right} or maybe not") == 0.0
-    assert task.score(by_kind["functions"], by_kind["functions"].answer) == 1.0  # a number, as a run may answer
+    # a number, as a run may answer
+    assert task.score(by_kind["functions"], by_kind["functions"].answer) == 1.0
     assert task.score(by_kind["file_of_class"], "Answer: /abs/tree/pkg/shapes.py") == 1.0
     assert task.score(by_kind["longest"], f"Answer: {by_kind['longest'].answer}()") == 1.0
 

@@ -28,7 +28,8 @@ SOLVE = (
 
 
 def solver(wrong=(), **options):
-    """Alone, it reads its prompt; as a root, it writes the regular expression. Numbers of calls in `wrong` go wrong."""
+    """Alone, it reads its prompt; as a root, it writes the regular expression. Numbers of calls in
+    `wrong` go wrong."""
     lock, counter = threading.Lock(), [0]
 
     def reply(messages):
@@ -49,7 +50,12 @@ def solver(wrong=(), **options):
 
 
 def run(out, root=None, **options):
-    options = {"lengths": ["4k", "60k"], "samples": 3, "rlm": {"environment": FakeEnvironment}, **options}
+    options = {
+        "lengths": ["4k", "60k"],
+        "samples": 3,
+        "rlm": {"environment": FakeEnvironment},
+        **options,
+    }
     return evaluate("s_niah", root=root or solver(), out=out, **options)
 
 
@@ -74,7 +80,9 @@ def test_the_three_modes(tmp_path):
     assert row.reply == row.expected.strip('["]') and row.turns == 1 and row.context_bytes > 200_000
     assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]  # the contexts are gone
     for name in ("results.jsonl", "summary.json", "summary.csv", "s_niah.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 100 and tmp_path / "out" / name in evaluation.files
+        assert (
+            tmp_path / "out" / name
+        ).stat().st_size > 100 and tmp_path / "out" / name in evaluation.files
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())) == 6
     with open(tmp_path / "out" / "summary.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -88,7 +96,13 @@ def test_the_table_fits_a_terminal(tmp_path):
     console.print(run(tmp_path, solver(wrong={1}), concurrency=1).table())
     lines = console.export_text().splitlines()
     text = "\n".join(lines)
-    assert "over window" in text and "1.000" in text and "0.44-1.00" in text and "60k" in text and "\u2026" not in text
+    assert (
+        "over window" in text
+        and "1.000" in text
+        and "0.44-1.00" in text
+        and "60k" in text
+        and "\u2026" not in text
+    )
     assert "base at 4k: 1 failed" in text and "s_niah" in lines[0]
 
 
@@ -100,13 +114,23 @@ def test_it_goes_on_where_it_stopped(tmp_path):
     evaluation = run(tmp_path, again, lengths="4k", modes=["repl", "rlm"], samples=3)
     assert again.count == 2 and len(evaluation.rows) == 6
     other = solver()
-    run(tmp_path, other, lengths="4k", modes=["rlm"], samples=3, rlm={"environment": FakeEnvironment, "max_depth": 2})
+    run(
+        tmp_path,
+        other,
+        lengths="4k",
+        modes=["rlm"],
+        samples=3,
+        rlm={"environment": FakeEnvironment, "max_depth": 2},
+    )
     assert other.count == 3  # other settings are other runs
     seeded = solver()
     run(tmp_path, seeded, lengths="4k", modes=["rlm"], samples=3, seed=7)
     assert seeded.count == 3
     none = solver()
-    assert len(run(tmp_path, none, lengths="4k", modes=["repl", "rlm"], samples=3).rows) == 6 and none.count == 0
+    assert (
+        len(run(tmp_path, none, lengths="4k", modes=["repl", "rlm"], samples=3).rows) == 6
+        and none.count == 0
+    )
 
 
 def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path):
@@ -148,9 +172,17 @@ def test_many_questions_about_one_window_write_it_once(tmp_path):
     root = ScriptedLM(lambda m: "Answer: 3" if len(m) == 1 else done("'Answer: 3'"), name="guesser")
     out = tmp_path / "out"
     evaluation = evaluate(
-        ["oolong", "oolong_pairs"], "4k", ["base", "repl"], root=root, samples=27, out=out, keep_contexts=True, plot=False,
-        rlm={"environment": FakeEnvironment}, concurrency=8,
-    )  # fmt: skip
+        ["oolong", "oolong_pairs"],
+        "4k",
+        ["base", "repl"],
+        root=root,
+        samples=27,
+        out=out,
+        keep_contexts=True,
+        plot=False,
+        rlm={"environment": FakeEnvironment},
+        concurrency=8,
+    )
     assert len(evaluation.rows) == 108 and {r.status for r in evaluation.rows} == {"ok"}
     assert len(list((out / "contexts").iterdir())) == 4
     scores = {s.score for s in evaluation.summaries if s.task == "oolong"}
@@ -168,9 +200,18 @@ def test_cancelling_keeps_what_is_done(tmp_path):
             started.set()
 
         work = asyncio.create_task(
-            aevaluate("s_niah", "4k", ["rlm"], root=solver(latency=0.02), samples=40, out=tmp_path, concurrency=2, on_row=seen,
-                      rlm={"environment": FakeEnvironment})
-        )  # fmt: skip
+            aevaluate(
+                "s_niah",
+                "4k",
+                ["rlm"],
+                root=solver(latency=0.02),
+                samples=40,
+                out=tmp_path,
+                concurrency=2,
+                on_row=seen,
+                rlm={"environment": FakeEnvironment},
+            )
+        )
         await started.wait()
         work.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -188,12 +229,19 @@ def test_cancelling_keeps_what_is_done(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"modes": ["bass"]}, "unknown mode 'bass'"), ({"lengths": ["8x"]}, "length '8x'"), ({"lengths": [20]}, "too short"),
-        ({"samples": 0}, "at least 1"), ({"modes": ["rlm+tip"]}, "as in rlm+tips"), ({"rlm": {"tips": "x"}}, "no mode uses them"), ({"modes": []}, "at least one"), ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
-        ({"rlm": {"budget": {"dollars": 3}}}, "budget.dollars"), ({"root": "openia:x"}, "unknown model"),
+        ({"modes": ["bass"]}, "unknown mode 'bass'"),
+        ({"lengths": ["8x"]}, "length '8x'"),
+        ({"lengths": [20]}, "too short"),
+        ({"samples": 0}, "at least 1"),
+        ({"modes": ["rlm+tip"]}, "as in rlm+tips"),
+        ({"rlm": {"tips": "x"}}, "no mode uses them"),
+        ({"modes": []}, "at least one"),
+        ({"rlm": {"max_depth": 0}}, "max_depth is at least 1"),
+        ({"rlm": {"budget": {"dollars": 3}}}, "budget.dollars"),
+        ({"root": "openia:x"}, "unknown model"),
         ({"sampling": {"heat": 1}}, "sampling.heat"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_said_before_anything_runs(tmp_path, options, words):
     root = options.pop("root", None) or solver()
     with pytest.raises(UsageError, match=re.escape(words)):
@@ -205,12 +253,16 @@ def test_what_cannot_be_is_said_before_anything_runs(tmp_path, options, words):
 
 def test_modes_of_other_depths(tmp_path):
     evaluation = run(tmp_path, lengths="4k", modes=["rlm", "rlm3"], samples=1)
-    assert len({r.settings for r in evaluation.rows}) == 2 and [r.mode for r in evaluation.rows] == ["rlm", "rlm3"]
+    assert len({r.settings for r in evaluation.rows}) == 2 and [
+        r.mode for r in evaluation.rows
+    ] == ["rlm", "rlm3"]
 
 
 def test_tips_are_a_mode_of_their_own(tmp_path):
     root = solver()
-    evaluation = run(tmp_path, root, lengths="4k", modes=["rlm", "rlm+tips", "repl+tips"], samples=1)
+    evaluation = run(
+        tmp_path, root, lengths="4k", modes=["rlm", "rlm+tips", "repl+tips"], samples=1
+    )
     assert {m for m, _ in by(evaluation)} == {"rlm", "rlm+tips", "repl+tips"}
     assert len({row.settings for row in evaluation.rows}) == 3
     tasks = ["\n".join(m.content for m in messages) for messages in root.messages]
@@ -219,7 +271,8 @@ def test_tips_are_a_mode_of_their_own(tmp_path):
     again = solver()
     own = {"environment": FakeEnvironment, "tips": "Mine."}
     run(tmp_path, again, lengths="4k", modes=["rlm", "rlm+tips"], samples=1, rlm=own)
-    (asked,) = again.messages  # the user's tips are others than the task's; the mode without tips is the same run
+    # the user's tips are others than the task's; the mode without tips is the same run
+    (asked,) = again.messages
     assert "Mine." in asked[1].content and get("s_niah").tips not in asked[1].content
 
 
@@ -231,15 +284,25 @@ def test_every_task_carries_tips(name):
 def test_progress_as_lines(tmp_path, capsys):
     run(tmp_path, lengths="4k", modes=["base"], samples=2, show=True)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("[1/2] s_niah 4,000 base #") and "1.00" in lines[0]
+    assert (
+        len(lines) == 2 and lines[0].startswith("[1/2] s_niah 4,000 base #") and "1.00" in lines[0]
+    )
 
 
 def test_a_real_repl_and_a_file_of_two_million_tokens(tmp_path):
     """8 MB: the worker's own process, and a text it reads lazily."""
     evaluation = evaluate(
-        "s_niah", ["20k", "2.2M"], ["repl", "rlm"], root=solver(), samples=1, out=tmp_path, plot=False
+        "s_niah",
+        ["20k", "2.2M"],
+        ["repl", "rlm"],
+        root=solver(),
+        samples=1,
+        out=tmp_path,
+        plot=False,
     )
-    assert [r.score for r in evaluation.rows] == [1.0] * 4, [r.error or r.reply for r in evaluation.rows]
+    assert [r.score for r in evaluation.rows] == [1.0] * 4, [
+        r.error or r.reply for r in evaluation.rows
+    ]
     assert max(r.context_bytes for r in evaluation.rows) > 8 << 20
 
 
@@ -248,7 +311,9 @@ def test_a_real_repl_and_a_file_of_two_million_tokens(tmp_path):
 
 def test_rows_survive_a_cut_line(tmp_path):
     path = tmp_path / "r.jsonl"
-    row = Row(task="t", length=1, mode="base", index=0, seed=1, model="m", score=1.0, reply="\ud800 odd")
+    row = Row(
+        task="t", length=1, mode="base", index=0, seed=1, model="m", score=1.0, reply="\ud800 odd"
+    )
     append_row(path, row)
     with open(path, "ab") as file:
         file.write(b'{"task": "t", "leng')
@@ -262,7 +327,10 @@ def test_rows_survive_a_cut_line(tmp_path):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
 def test_the_interval_holds_the_mean(scores):
     low, high = interval(scores)
-    assert 0 <= low <= sum(scores) / len(scores) + 1e-9 and sum(scores) / len(scores) - 1e-9 <= high <= 1
+    assert (
+        0 <= low <= sum(scores) / len(scores) + 1e-9
+        and sum(scores) / len(scores) - 1e-9 <= high <= 1
+    )
     assert (low, high) == interval(scores)
 
 
@@ -276,13 +344,30 @@ def test_wilson_against_published_values():
 
 def test_means_leave_out_what_was_not_asked():
     rows = [
-        Row(task="t", length=8, mode="base", index=i, seed=1, model="m", score=s, status=k, cost_usd=c, calls=1)
+        Row(
+            task="t",
+            length=8,
+            mode="base",
+            index=i,
+            seed=1,
+            model="m",
+            score=s,
+            status=k,
+            cost_usd=c,
+            calls=1,
+        )
         for i, (s, k, c) in enumerate(
             [(1.0, "ok", 2.0), (0.0, "ok", 4.0), (None, "over_window", None), (None, "error", None)]
         )
     ]
     summary = summarize(rows)[0]
-    assert (summary.runs, summary.score, summary.cost_usd, summary.over_window, summary.errors) == (2, 0.5, 3.0, 1, 1)
+    assert (summary.runs, summary.score, summary.cost_usd, summary.over_window, summary.errors) == (
+        2,
+        0.5,
+        3.0,
+        1,
+        1,
+    )
 
 
 def test_names_of_sizes():
@@ -298,6 +383,10 @@ def test_names_of_sizes():
 
 
 def test_a_figure_with_unknown_costs(tmp_path):
-    evaluation = run(tmp_path, solver(usd_per_token=None, window=None), lengths=["4k", "8k"], samples=2)
-    assert evaluation.summaries[0].cost_usd is None and (tmp_path / "s_niah.png").stat().st_size > 5000
+    evaluation = run(
+        tmp_path, solver(usd_per_token=None, window=None), lengths=["4k", "8k"], samples=2
+    )
+    assert (
+        evaluation.summaries[0].cost_usd is None and (tmp_path / "s_niah.png").stat().st_size > 5000
+    )
     assert get("s_niah").about

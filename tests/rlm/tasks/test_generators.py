@@ -1,4 +1,5 @@
-"""Every task: the same example from the same seed, at the length that was asked for, with the answer in the context."""
+"""Every task: the same example from the same seed, at the length that was asked for, with the
+answer in the context."""
 
 import hashlib
 import json
@@ -28,12 +29,21 @@ def perfect(task, example):
 
 # Anything that changes these changes every number measured before: do it only on purpose.
 GOLDEN = {
-    "s_niah": "457f782cb4c8162b", "s_niah_essay": "15cc891f2a115339", "s_niah_uuid": "59760b602090743f",
-    "niah_multikey": "150d63b500941d0b", "niah_needles": "0baea3e5fe7abbb7", "niah_uuids": "f24e71dc97cba6a5",
-    "niah_multivalue": "97ebb5c1974e8867", "niah_multiquery": "a466aecec26554b1", "multi_round": "aea316e3934684aa",
-    "multi_round_8": "ed45550f21165515", "oolong": "9b318e344e993fe8", "oolong_labelled": "4f65281914d43d59",
-    "oolong_pairs": "5704165bed163d64", "verbatim": "134a4cb3dcc78b7e",
-}  # fmt: skip
+    "s_niah": "457f782cb4c8162b",
+    "s_niah_essay": "15cc891f2a115339",
+    "s_niah_uuid": "59760b602090743f",
+    "niah_multikey": "150d63b500941d0b",
+    "niah_needles": "0baea3e5fe7abbb7",
+    "niah_uuids": "f24e71dc97cba6a5",
+    "niah_multivalue": "97ebb5c1974e8867",
+    "niah_multiquery": "a466aecec26554b1",
+    "multi_round": "aea316e3934684aa",
+    "multi_round_8": "ed45550f21165515",
+    "oolong": "9b318e344e993fe8",
+    "oolong_labelled": "4f65281914d43d59",
+    "oolong_pairs": "5704165bed163d64",
+    "verbatim": "134a4cb3dcc78b7e",
+}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -55,7 +65,13 @@ def test_nothing_depends_on_the_order_of_sets(tmp_path):
     outs = []
     for salt in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": salt}
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / salt)], env=env, capture_output=True, text=True, check=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / salt)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         outs.append(done.stdout)
     assert outs[0] == outs[1] and len(outs[0].splitlines()) >= 4
 
@@ -68,12 +84,21 @@ def test_the_length_is_kept_and_the_answer_is_right(name, length, tmp_path):
         example = task.example(length, seed=5, index=index, folder=tmp_path)
         text = example.context.read_text(encoding="utf-8")
         used = (len(text) + len(example.question) + len(example.intro)) / 4
-        if not name.startswith("oolong"):  # whose rule for the number of lines leaves no room for its longest replies
+        # whose rule for the number of lines leaves no room for its longest replies
+        if not name.startswith("oolong"):
             assert used + task.reply_tokens <= length + 1
         assert used <= length and used + task.reply_tokens > 0.8 * length
         assert task.score(example, perfect(task, example)) == 1.0
-        assert task.score(example, "no idea") == task.score(example, None) == task.score(example, "") == 0.0
-        assert json.loads(json.dumps([example.answer, example.meta])) == [example.answer, example.meta]
+        assert (
+            task.score(example, "no idea")
+            == task.score(example, None)
+            == task.score(example, "")
+            == 0.0
+        )
+        assert json.loads(json.dumps([example.answer, example.meta])) == [
+            example.answer,
+            example.meta,
+        ]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -94,7 +119,9 @@ def test_a_tokenizer_sets_the_size(tmp_path):
         assert counted <= 6000 < (counted + task.reply_tokens + 60) / 0.8, name
 
 
-@pytest.mark.parametrize("name", ["s_niah", "s_niah_essay", "niah_needles", "multi_round", "oolong", "verbatim"])
+@pytest.mark.parametrize(
+    "name", ["s_niah", "s_niah_essay", "niah_needles", "multi_round", "oolong", "verbatim"]
+)
 def test_ten_million_tokens_take_seconds(name, tmp_path):
     began = time.perf_counter()
     example = tasks.get(name).example(2_500_000, folder=tmp_path)  # a quarter, to be quick
@@ -123,7 +150,10 @@ def test_each_value_that_is_asked_for_stands_in_the_text_once(name, tmp_path):
     if task.haystack != "needle":
         assert len(found) == task.keys * task.values
     else:
-        assert len(found) == len(text.splitlines()) == example.meta["lines"] + 1 and len({k for k, _ in found}) > 10
+        assert (
+            len(found) == len(text.splitlines()) == example.meta["lines"] + 1
+            and len({k for k, _ in found}) > 10
+        )
 
 
 def test_the_needles_are_the_same_at_every_length(tmp_path):
@@ -156,8 +186,14 @@ def test_needles_in_prose_stand_at_the_forty_depths(tmp_path):
 
 def test_the_wording_is_singular_for_one_answer(tmp_path):
     assert "What is the special magic number for" in needles("s_niah", 4000, tmp_path)[1].question
-    assert "What are all the special magic numbers for" in needles("niah_multivalue", 4000, tmp_path)[1].question
-    assert re.search(r"for \S+, \S+, \S+, and \S+ mentioned", needles("niah_multiquery", 4000, tmp_path)[1].question)
+    assert (
+        "What are all the special magic numbers for"
+        in needles("niah_multivalue", 4000, tmp_path)[1].question
+    )
+    assert re.search(
+        r"for \S+, \S+, \S+, and \S+ mentioned",
+        needles("niah_multiquery", 4000, tmp_path)[1].question,
+    )
 
 
 def test_part_of_the_answers_is_part_of_the_score(tmp_path):
@@ -165,7 +201,11 @@ def test_part_of_the_answers_is_part_of_the_score(tmp_path):
     assert task.score(example, f"{example.answer[0]} and {example.answer[1]}") == 0.5
     task, example, _ = needles("niah_uuids", 4000, tmp_path)
     assert task.score(example, example.answer[0].upper()) == 1.0
-    assert task.score(example, [example.answer[0]]) == task.score(example, {"uuid": example.answer[0]}) == 1.0
+    assert (
+        task.score(example, [example.answer[0]])
+        == task.score(example, {"uuid": example.answer[0]})
+        == 1.0
+    )
 
 
 # -- multi-round
@@ -181,8 +221,19 @@ def test_the_same_request_is_made_as_often_as_asked(tmp_path):
         ).groups()
         rounds = re.findall(r"^User: (.*)\nAssistant: (.*)\n$", text, re.M)
         assert len(rounds) == example.meta["rounds"]
-        replies = [reply for request, reply in rounds if request == f"Write a {form} about {topic}."]
-        number = ["first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"].index(which)
+        replies = [
+            reply for request, reply in rounds if request == f"Write a {form} about {topic}."
+        ]
+        number = [
+            "first",
+            "second",
+            "third",
+            "fourth",
+            "fifth",
+            "sixth",
+            "seventh",
+            "eighth",
+        ].index(which)
         assert len(replies) == 8 and len(set(replies)) == 8
         assert example.answer == example.meta["prefix"] + replies[number]
         wrong = example.meta["prefix"] + replies[(number + 1) % 8]
@@ -202,7 +253,11 @@ def test_blocks_are_copied_exactly_or_not_at_all(content, tmp_path):
     text = example.context.read_text()
     assert text.split(begin)[1].split(end)[0] == example.answer and text.count(begin) == 1
     assert 300 < len(example.answer) <= 500
-    assert task.score(example, f"```\n{example.answer}\n```") == task.score(example, f"\n{example.answer} ") == 1.0
+    assert (
+        task.score(example, f"```\n{example.answer}\n```")
+        == task.score(example, f"\n{example.answer} ")
+        == 1.0
+    )
     assert task.score(example, example.answer[:-1] + "~") == 0.0
 
 
@@ -214,11 +269,18 @@ def test_knobs_and_their_errors(tmp_path):
     assert (task.haystack, task.values) == ("essay", 3) and "values-3" in task.name
     assert tasks.get(task) is task
     for spec, words_ in [
-        ("s_nia", "Did you mean s_niah"), ("nothing", "Known: s_niah"), ("s_niah:color=red", "no knob 'color'"),
-        ("s_niah:haystack=hay", "expected one of noise"), ("s_niah:values", "name:knob=value"), ("s_niah:values=0", "at least 1"),
-        ("multi_round:needles=99", "from 2 to 8"), ("verbatim:content=poems", "expected one of words"),
-        ("oolong:group=none", "expected one of counting"), ("codeqa:root=/nowhere", "not a folder"), ("oolong_pairs:x=1", "no knob"),
-    ]:  # fmt: skip
+        ("s_nia", "Did you mean s_niah"),
+        ("nothing", "Known: s_niah"),
+        ("s_niah:color=red", "no knob 'color'"),
+        ("s_niah:haystack=hay", "expected one of noise"),
+        ("s_niah:values", "name:knob=value"),
+        ("s_niah:values=0", "at least 1"),
+        ("multi_round:needles=99", "from 2 to 8"),
+        ("verbatim:content=poems", "expected one of words"),
+        ("oolong:group=none", "expected one of counting"),
+        ("codeqa:root=/nowhere", "not a folder"),
+        ("oolong_pairs:x=1", "no knob"),
+    ]:
         with pytest.raises(UsageError, match=re.escape(words_)):
             tasks.get(spec)
 

@@ -12,7 +12,9 @@ from rlm_runtime.tasks.label_bank import LABELS, TEMPLATES
 from rlm_runtime.tasks.oolong import GROUPS, oolong_score, parse_date
 from rlm_runtime.tasks.oolong_pairs import ACROSS, EITHER, OolongPairs, read_pairs
 
-LINE = re.compile(r"^Date: (.+?) \|\| User: (\d{5}) \|\| Instance: (.+?)(?: \|\| Label: (.+))?$", re.M)
+LINE = re.compile(
+    r"^Date: (.+?) \|\| User: (\d{5}) \|\| Instance: (.+?)(?: \|\| Label: (.+))?$", re.M
+)
 PATTERNS = {
     label: [re.compile(re.sub(r"\\{\w+\\}", ".+?", re.escape(t))) for t in templates]
     for label, templates in TEMPLATES.items()
@@ -27,7 +29,11 @@ def items_of(text):
     """(date, user, label) of every line, the label judged from the question alone."""
     out = []
     for date, user, question, label in LINE.findall(text):
-        kinds = {kind for kind, patterns in PATTERNS.items() if any(p.fullmatch(question) for p in patterns)}
+        kinds = {
+            kind
+            for kind, patterns in PATTERNS.items()
+            if any(p.fullmatch(question) for p in patterns)
+        }
         assert len(kinds) == 1, (question, kinds)
         assert label in ("", *kinds)
         out.append((day_of(date), int(user), kinds.pop()))
@@ -83,12 +89,16 @@ def solve(kind, text, items):
     if kind == "before_after":
         side, day = re.search(r"dated (before|after) (\w+ \d+, \d+)", text).groups()
         day = day_of(day)
-        return str(sum(i[2] == label and (i[0] > day if side == "after" else i[0] < day) for i in items))
+        return str(
+            sum(i[2] == label and (i[0] > day if side == "after" else i[0] < day) for i in items)
+        )
     if kind == "month_subset":
         months = re.search(r"of any year: ([\w, ]+), which", text)[1].split(", ")
         return top(Counter(i[2] for i in items if i[0].strftime("%b") in months))
     if kind == "range_subset":
-        begin, end = map(day_of, re.search(r"from (\w+ \d+, \d+) to (\w+ \d+, \d+),", text).groups())
+        begin, end = map(
+            day_of, re.search(r"from (\w+ \d+, \d+) to (\w+ \d+, \d+),", text).groups()
+        )
         return compared(text, [i for i in items if begin <= i[0] <= end])
     assert kind == "months_more"
     a, b = re.findall(r"label '(.+?)'", text)
@@ -111,7 +121,9 @@ def test_every_kind_of_question_has_the_right_answer(length, tmp_path):
                     items = items_of(example.context.read_text())
                     assert len(items) == example.meta["lines"]
                 seen.add(example.meta["kind"])
-                assert solve(example.meta["kind"], example.question, items) == example.answer, example
+                assert solve(example.meta["kind"], example.question, items) == example.answer, (
+                    example
+                )
     wanted = 14 if length > 10_000 else 9
     assert len(seen) >= wanted, seen
 
@@ -119,7 +131,9 @@ def test_every_kind_of_question_has_the_right_answer(length, tmp_path):
 def test_windows_share_a_context_and_questions_differ(tmp_path):
     task = tasks.get("oolong")
     examples = list(task.examples(8000, 50, folder=tmp_path))
-    assert len({e.context for e in examples}) == 2 and len({e.question for e in examples[:25]}) == 25
+    assert (
+        len({e.context for e in examples}) == 2 and len({e.question for e in examples[:25]}) == 25
+    )
     assert {e.meta["group"] for e in examples} == set(GROUPS)
     only = tasks.get("oolong:group=user").example(8000, folder=tmp_path)
     assert only.meta["group"] == "user"
@@ -132,7 +146,10 @@ def test_the_number_of_lines_follows_the_rule(tmp_path):
         items = "".join(m[0] + "\n" for m in LINE.finditer(text))
         prompt = (len(text) - len(items)) / 4
         room = 0.95 * length - prompt - 250
-        assert abs(len(items) / 4 / room - 1) < 0.03 and len(items.splitlines()) == example.meta["lines"]
+        assert (
+            abs(len(items) / 4 / room - 1) < 0.03
+            and len(items.splitlines()) == example.meta["lines"]
+        )
 
 
 def test_users_are_skewed_and_dates_are_spread(tmp_path):
@@ -147,26 +164,39 @@ def test_users_are_skewed_and_dates_are_spread(tmp_path):
 
 def test_labels_are_written_out_only_where_asked(tmp_path):
     assert "Label:" not in tasks.get("oolong").example(4000, folder=tmp_path).context.read_text()
-    assert "|| Label: " in tasks.get("oolong_labelled").example(4000, folder=tmp_path).context.read_text()
+    assert (
+        "|| Label: "
+        in tasks.get("oolong_labelled").example(4000, folder=tmp_path).context.read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("answer", "kind", "reply", "score"),
     [
-        ("entity", "label", "Label: entity", 1.0), ("entity", "label", "I think so. **Label: [entity]** ", 1.0),
-        ("entity", "label", "Label: human being", 0.0), ("entity", "label", "entity", 1.0),
-        ("12", "number", "Answer: 12", 1.0), ("12", "number", "Answer: 13", 0.75), ("12", "number", "Answer: **9**", 0.75**3),
-        ("12", "number", "Answer: a dozen", 0.0), ("1200", "number", "Answer: 1,199", 0.75), ("0", "number", "Answer: 40", 0.75**40),
-        ("54321", "user", "User: 54321", 1.0), ("54321", "user", "User: 54322", 0.0),
-        ("Jan 06, 2023", "date", "Date: January 6, 2023", 1.0), ("Jan 06, 2023", "date", "Date: 2023-01-06", 1.0),
-        ("Jan 06, 2023", "date", "Date: Jan 07, 2023", 0.0), ("Jan 06, 2023", "date", "Date: soon", 0.0),
+        ("entity", "label", "Label: entity", 1.0),
+        ("entity", "label", "I think so. **Label: [entity]** ", 1.0),
+        ("entity", "label", "Label: human being", 0.0),
+        ("entity", "label", "entity", 1.0),
+        ("12", "number", "Answer: 12", 1.0),
+        ("12", "number", "Answer: 13", 0.75),
+        ("12", "number", "Answer: **9**", 0.75**3),
+        ("12", "number", "Answer: a dozen", 0.0),
+        ("1200", "number", "Answer: 1,199", 0.75),
+        ("0", "number", "Answer: 40", 0.75**40),
+        ("54321", "user", "User: 54321", 1.0),
+        ("54321", "user", "User: 54322", 0.0),
+        ("Jan 06, 2023", "date", "Date: January 6, 2023", 1.0),
+        ("Jan 06, 2023", "date", "Date: 2023-01-06", 1.0),
+        ("Jan 06, 2023", "date", "Date: Jan 07, 2023", 0.0),
+        ("Jan 06, 2023", "date", "Date: soon", 0.0),
         ("more common than", "comparison", "Answer: entity is more common than location", 1.0),
         ("more common than", "comparison", "Answer: more common", 1.0),
         ("more common than", "comparison", "Answer: entity is less common than location", 0.0),
         ("less common than", "comparison", "Answer: less common than or more common than", 0.0),
-        ("same frequency as", "comparison", "Answer: [same frequency as]", 1.0), ("entity", "label", "", 0.0),
+        ("same frequency as", "comparison", "Answer: [same frequency as]", 1.0),
+        ("entity", "label", "", 0.0),
     ],
-)  # fmt: skip
+)
 def test_scores(answer, kind, reply, score):
     assert oolong_score(answer, kind, reply) == pytest.approx(score)
 
@@ -196,12 +226,16 @@ def pairs_from(question, items):
 
     def has(user, parts):
         counts = Counter(i[2] for i in of[user])
-        return all(counts[lab] == int(n) if how == "exactly" else counts[lab] >= int(n) for how, n, lab in parts)
+        return all(
+            counts[lab] == int(n) if how == "exactly" else counts[lab] >= int(n)
+            for how, n, lab in parts
+        )
 
     part = r"(exactly|at least) (\d+) questions? with label '(.+?)'"
     both = re.search(r"at least one question with label '(.+?)' or '(.+?)'", question)
     rule = re.search(
-        r"all questions with label '(.+?)' of both users are dated (before|after) (\w+ \d+, \d+)", question
+        r"all questions with label '(.+?)' of both users are dated (before|after) (\w+ \d+, \d+)",
+        question,
     )
     out = set()
     for u, v in combinations(sorted(of), 2):
@@ -212,7 +246,9 @@ def pairs_from(question, items):
                 dated = [i[0] for w in (u, v) for i in of[w] if i[2] == lab]
                 ok = all(d > day if side == "after" else d < day for d in dated)
         else:
-            one, other = re.search(r"one user has (.+), and the other user has (.+?)\. Judge", question).groups()
+            one, other = re.search(
+                r"one user has (.+), and the other user has (.+?)\. Judge", question
+            ).groups()
             one, other = re.findall(part, one), re.findall(part, other)
             assert one and other
             ok = (has(u, one) and has(v, other)) or (has(v, one) and has(u, other))

@@ -1,4 +1,5 @@
-"""Recorded runs as samples: counts at each step, what a turn was really asked, one form to finish in."""
+"""Recorded runs as samples: counts at each step, what a turn was really asked, one form to finish
+in."""
 
 import json
 
@@ -26,29 +27,50 @@ def read(path):
 
 def test_counts_at_each_step(tmp_path):
     runs = tmp_path / "runs"
-    record(runs, cell("total = 5\nprint(total)"), "FINAL_VAR(total)", environment="local")  # one repaired
-    record(runs, cell("print(1)"), "Let me think.", cell("y = llm_query('q')"), done("y"))  # one unusable
+    # one repaired
+    record(runs, cell("total = 5\nprint(total)"), "FINAL_VAR(total)", environment="local")
+    # one unusable
+    record(runs, cell("print(1)"), "Let me think.", cell("y = llm_query('q')"), done("y"))
     record(runs, done("1"))  # one turn
-    record(runs, cell("print('z' * 5000)"), cell("print(2)"), done("2"))  # its later turns are too long
+    # its later turns are too long
+    record(runs, cell("print('z' * 5000)"), cell("print(2)"), done("2"))
     _, bad = record(runs, cell("print(1)"), done("'wrong'"))
     (runs / "broken").mkdir()
     (runs / "broken" / "events.jsonl").write_text("{nonsense\n")
     _, cut = record(runs, cell("print(1)"), done("1"))
     events = cut.trajectory / "events.jsonl"
-    events.write_text("".join(line for line in events.read_text().splitlines(True) if '"run_end"' not in line))
+    events.write_text(
+        "".join(line for line in events.read_text().splitlines(True) if '"run_end"' not in line)
+    )
     row = {
-        "task": "t", "length": 1, "mode": "rlm", "index": 0, "seed": 1, "model": "m", "score": 0.0,
+        "task": "t",
+        "length": 1,
+        "mode": "rlm",
+        "index": 0,
+        "seed": 1,
+        "model": "m",
+        "score": 0.0,
         "trajectory": str(bad.trajectory),
-    }  # fmt: skip
+    }
     (runs / "results.jsonl").write_text(json.dumps(row) + "\n")
     out = tmp_path / "out.jsonl"
     sizes = [sum(len(m["content"]) for m in r["messages"]) for r in read_all(runs, tmp_path)]
     limit = sorted(sizes)[-3]  # the two longest are those of the long run
     report = filter_runs([runs], out, limit=limit, subs=True)
     assert report.counts == {
-        "runs": 7, "unreadable": 1, "unfinished": 1, "score 0": 1, "one turn": 1, "runs kept": 3, "turns": 9,
-        "unusable": 1, "repaired": 1, "too long": 2, "sub-calls": 1, "samples": 7,
-    }  # fmt: skip
+        "runs": 7,
+        "unreadable": 1,
+        "unfinished": 1,
+        "score 0": 1,
+        "one turn": 1,
+        "runs kept": 3,
+        "turns": 9,
+        "unusable": 1,
+        "repaired": 1,
+        "too long": 2,
+        "sub-calls": 1,
+        "samples": 7,
+    }
     samples = read(out)
     assert len(samples) == 7 and any("broken" in w for w in report.warnings)
     roots = [s for s in samples if s["provenance"]["role"] == "root"]
@@ -57,7 +79,10 @@ def test_counts_at_each_step(tmp_path):
         assert last["role"] == "assistant" and "weight" not in last and "```repl" in last["content"]
         assert all(m["weight"] == 0 for m in before if m["role"] == "assistant")
     (repaired,) = (s for s in roots if s["provenance"]["repaired"])
-    assert repaired["messages"][-1]["content"] == '```repl\nanswer["content"] = total\nanswer["ready"] = True\n```'
+    assert (
+        repaired["messages"][-1]["content"]
+        == '```repl\nanswer["content"] = total\nanswer["ready"] = True\n```'
+    )
     (sub,) = (s for s in samples if s["provenance"]["role"] == "sub")
     assert [m["content"] for m in sub["messages"]] == ["q", "Q"]
 
@@ -73,20 +98,29 @@ def test_a_sample_is_what_the_model_was_sent(tmp_path, window):
     lm, result = record(tmp_path / "runs", *script, window=window, prompt_variant="native")
     filter_runs([result.trajectory], tmp_path / "out.jsonl")
     asked = [[(m.role, m.content) for m in messages] for messages in lm.messages]
-    got = [[(m["role"], m["content"]) for m in r["messages"][:-1]] for r in read(tmp_path / "out.jsonl")]
+    got = [
+        [(m["role"], m["content"]) for m in r["messages"][:-1]]
+        for r in read(tmp_path / "out.jsonl")
+    ]
     assert got == asked
     assert (window is None) == (len(asked[-1]) == 2 + 2 * 6)
 
 
 def test_a_compacted_history_is_what_follows_it(tmp_path):
     script = [cell(f"print('{i}' * 400)") for i in range(2)] + ["A summary.", done("1")]
-    lm, result = record(tmp_path / "runs", *script, window=13_000, compact_at=0.73, system_prompt="S" * 8400)
+    lm, result = record(
+        tmp_path / "runs", *script, window=13_000, compact_at=0.73, system_prompt="S" * 8400
+    )
     assert any(e.type == "compacted" for e in result.events)
     filter_runs([result.trajectory], tmp_path / "out.jsonl")
     asked = [
-        [m.content for m in messages] for messages in lm.messages if "1. What the context" not in messages[-1].content
+        [m.content for m in messages]
+        for messages in lm.messages
+        if "1. What the context" not in messages[-1].content
     ]
-    assert [[m["content"] for m in r["messages"][:-1]] for r in read(tmp_path / "out.jsonl")] == asked
+    assert [
+        [m["content"] for m in r["messages"][:-1]] for r in read(tmp_path / "out.jsonl")
+    ] == asked
 
 
 @pytest.mark.parametrize(
@@ -94,8 +128,14 @@ def test_a_compacted_history_is_what_follows_it(tmp_path):
     [
         (cell("print(1)"), None),
         ("FINAL(42)", 'answer["content"] = '),
-        ("So it is.\n```repl\nz = 3\nFINAL_VAR('z')\n```", 'z = 3\nanswer["content"] = z\nanswer["ready"] = True'),
-        ("```python\nFINAL(max(1, 2))\n```", 'answer["content"] = max(1, 2)\nanswer["ready"] = True'),
+        (
+            "So it is.\n```repl\nz = 3\nFINAL_VAR('z')\n```",
+            'z = 3\nanswer["content"] = z\nanswer["ready"] = True',
+        ),
+        (
+            "```python\nFINAL(max(1, 2))\n```",
+            'answer["content"] = max(1, 2)\nanswer["ready"] = True',
+        ),
         ("Found.\nFINAL_VAR(total)", 'answer["content"] = total\nanswer["ready"] = True'),
     ],
 )
@@ -112,7 +152,9 @@ def test_a_reply_with_neither_code_nor_answer_is_no_sample():
 
 def test_bad_input_is_one_clear_message(tmp_path):
     out = tmp_path / "out.jsonl"
-    with pytest.raises(UsageError, match=r"No run at .*nowhere: expected a run folder with events.jsonl"):
+    with pytest.raises(
+        UsageError, match=r"No run at .*nowhere: expected a run folder with events.jsonl"
+    ):
         filter_runs([tmp_path / "nowhere"], out)
     record(tmp_path / "runs", done("1"))
     out.write_text("kept")

@@ -1,4 +1,5 @@
-"""Expert runs as data: every sample replays to score 1, asks only for what it shows, and never meets the other split."""
+"""Expert runs as data: every sample replays to score 1, asks only for what it shows, and never
+meets the other split."""
 
 import asyncio
 import inspect
@@ -50,15 +51,22 @@ def test_samples_replay_to_score_1_and_say_only_what_they_have_seen(task, strate
         job, result = made(task, strategy, split, tmp_path)
         assert result.score == 1
         # again, from what is in the file alone
-        problem = _problem(job, expert.expert_of(task), splits.seed_of(7, split), split, tmp_path / "again")
+        problem = _problem(
+            job, expert.expert_of(task), splits.seed_of(7, split), split, tmp_path / "again"
+        )
         root, child = (iter(replies(result.conversations, role)) for role in ("root", "child"))
         lm = ScriptedLM(lambda m, root=root: next(root), window=1024, tokens=estimate)
         sub = ScriptedLM(
-            lambda m, child=child, p=problem: next(child) if m[0].role == "system" else p.sub(m[-1].content)
+            lambda m, child=child, p=problem: (
+                next(child) if m[0].role == "system" else p.sub(m[-1].content)
+            )
         )
         rlm = RLM(lm, sub, prompt_variant="native", max_depth=2 if job.strategy == "worker" else 1)
         answer = rlm.completion(problem.example.context, problem.example.question)
-        assert answer.stop_reason == "answered" and problem.task.score(problem.example, answer.answer) == 1
+        assert (
+            answer.stop_reason == "answered"
+            and problem.task.score(problem.example, answer.answer) == 1
+        )
         assert next(root, None) is None and next(child, None) is None
         for conversation in result.conversations:
             assert estimate("".join(m["content"] for m in conversation.messages[:-1])) <= 1024
@@ -66,7 +74,9 @@ def test_samples_replay_to_score_1_and_say_only_what_they_have_seen(task, strate
                 assert_copied(conversation)
 
 
-KNOWN = set(WORD.findall(" ".join(p.read_text() for folder in SOURCES for p in folder.rglob("*.py"))))
+KNOWN = set(
+    WORD.findall(" ".join(p.read_text() for folder in SOURCES for p in folder.rglob("*.py")))
+)
 
 
 def assert_copied(conversation):
@@ -104,13 +114,17 @@ def test_phrasings_belong_to_one_split(table):
 
 
 def test_label_families_share_no_name():
-    train, heldout = ({n for f in splits.of_split(items.FAMILIES, s) for n in f} for s in splits.SPLITS)
+    train, heldout = (
+        {n for f in splits.of_split(items.FAMILIES, s) for n in f} for s in splits.SPLITS
+    )
     assert not train & heldout
 
 
 @pytest.mark.parametrize("make", [splits.word, *splits.STRINGS.values()])
 def test_strings_belong_to_one_split(make):
-    train, heldout = ({make(random.Random(i), s).lower() for i in range(400)} for s in splits.SPLITS)
+    train, heldout = (
+        {make(random.Random(i), s).lower() for i in range(400)} for s in splits.SPLITS
+    )
     assert not train & heldout and len(train) > 300 and len(heldout) > 300
 
 
@@ -124,7 +138,9 @@ def test_problems_of_the_splits_share_no_made_up_word_and_none_with_the_tasks(ta
     found = {}
     for split in splits.SPLITS:
         strategy = next(iter(expert.expert_of(task).strategies))
-        problem = _problem(Job(task, 0, 3000, strategy), expert.expert_of(task), 5, split, tmp_path / split)
+        problem = _problem(
+            Job(task, 0, 3000, strategy), expert.expert_of(task), 5, split, tmp_path / split
+        )
         text = problem.example.context.read_text() + problem.example.question
         own = {*KNOWN, *WORD.findall(NOISE)}
         assert {w for w in ANY.findall(text)} <= own
@@ -135,8 +151,12 @@ def test_problems_of_the_splits_share_no_made_up_word_and_none_with_the_tasks(ta
 def test_code_of_the_splits_comes_from_other_files(tmp_path):
     paths = {}
     for split in splits.SPLITS:
-        problem = _problem(Job("codeqa", 0, 8000, "tree"), expert.expert_of("codeqa"), 5, split, tmp_path / split)
-        paths[split] = set(re.findall(r"(?m)^##### file: (.*)$", problem.example.context.read_text()))
+        problem = _problem(
+            Job("codeqa", 0, 8000, "tree"), expert.expert_of("codeqa"), 5, split, tmp_path / split
+        )
+        paths[split] = set(
+            re.findall(r"(?m)^##### file: (.*)$", problem.example.context.read_text())
+        )
     assert paths["train"] and paths["heldout"] and not paths["train"] & paths["heldout"]
 
 
@@ -157,13 +177,17 @@ def test_readings_are_answered_by_their_prompts():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "train.jsonl"
-    report = training.make(["s_niah", "verbatim", "oolong_labelled"], 24, seed=1, out=path, lengths=[2000])
+    report = training.make(
+        ["s_niah", "verbatim", "oolong_labelled"], 24, seed=1, out=path, lengths=[2000]
+    )
     assert report.runs == report.written == 24 and not report.failed and report.sub_samples >= 12
     return path
 
 
 def test_the_same_command_writes_the_same_file(corpus, tmp_path):
-    training.make(["s_niah", "verbatim", "oolong_labelled"], 24, seed=1, out=tmp_path / "x", lengths=[2000])
+    training.make(
+        ["s_niah", "verbatim", "oolong_labelled"], 24, seed=1, out=tmp_path / "x", lengths=[2000]
+    )
     assert (tmp_path / "x").read_bytes() == corpus.read_bytes()
 
 
@@ -172,12 +196,23 @@ def test_the_file_is_what_training_reads(corpus, tmp_path):
     from mor_jax.data.prepare import prepare
 
     cfg = DataConfig(
-        source="files", format="chat", paths=(str(corpus),), holdout=0.2, cache_dir=str(tmp_path), tokenizer="bpe",
-        bpe_vocab=700, chat_template="chatml",
-    )  # fmt: skip
+        source="files",
+        format="chat",
+        paths=(str(corpus),),
+        holdout=0.2,
+        cache_dir=str(tmp_path),
+        tokenizer="bpe",
+        bpe_vocab=700,
+        chat_template="chatml",
+    )
     data = prepare(cfg, 2048, progress=False)
     records = [json.loads(line) for line in corpus.read_text().splitlines()]
-    spoken = [m["content"] for r in records for m in r["messages"] if m["role"] == "assistant" and m.get("weight", 1)]
+    spoken = [
+        m["content"]
+        for r in records
+        for m in r["messages"]
+        if m["role"] == "assistant" and m.get("weight", 1)
+    ]
     assert data.stats["train"]["skipped"] == 0
     told = {m["content"] for r in records for m in r["messages"] if m["role"] != "assistant"}
     for i in range(len(data.train)):
@@ -194,7 +229,9 @@ def test_the_protocol_takes_few_tokens_of_a_tokenizer_trained_on_such_data(corpu
     from mor_jax.data.tokenizer import train_bpe
 
     records = [json.loads(line) for line in corpus.read_text().splitlines()]
-    tokenizer = train_bpe(["\n".join(m["content"] for m in r["messages"]) for r in records], 2048, CHATML_TOKENS)
+    tokenizer = train_bpe(
+        ["\n".join(m["content"] for m in r["messages"]) for r in records], 2048, CHATML_TOKENS
+    )
     whole, bare = {}, {}
     for record in records:
         if record["messages"][0]["role"] == "system":
@@ -202,7 +239,9 @@ def test_the_protocol_takes_few_tokens_of_a_tokenizer_trained_on_such_data(corpu
             without = {**task, "content": re.sub(r"\AQuestion: .*\n", "", task["content"])}
             kind = record["provenance"]["task"]
             for sizes, second in ((whole, task), (bare, without)):
-                sizes.setdefault(kind, set()).add(len(ChatTemplate(CHATML).ids(tokenizer, [system, second])))
+                sizes.setdefault(kind, set()).add(
+                    len(ChatTemplate(CHATML).ids(tokenizer, [system, second]))
+                )
     print("with the question", whole, "without", bare)
     assert max(map(max, bare.values())) <= 120
     assert max(whole["s_niah"]) <= 150 and max(whole["verbatim"]) <= 150

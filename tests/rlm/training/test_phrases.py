@@ -1,4 +1,5 @@
-"""The tokenizer of small native models: the protocol in few tokens, and an unknown string spelled alike everywhere."""
+"""The tokenizer of small native models: the protocol in few tokens, and an unknown string spelled
+alike everywhere."""
 
 import asyncio
 import json
@@ -17,7 +18,15 @@ from rlm_runtime.training.make import Job, make, run
 def made(tmp_path_factory):
     """(samples of a file, their tokenizer)"""
     folder = tmp_path_factory.mktemp("phrases")
-    make(["s_niah"], 8, seed=3, out=folder / "a.jsonl", lengths=[2000], readings_share=0, strategies=["extract"])
+    make(
+        ["s_niah"],
+        8,
+        seed=3,
+        out=folder / "a.jsonl",
+        lengths=[2000],
+        readings_share=0,
+        strategies=["extract"],
+    )
     phrases.learn(folder / "a.jsonl", folder / "tokenizer.json")
     return folder / "a.jsonl", load_tokenizer(folder / "tokenizer.json")
 
@@ -41,9 +50,11 @@ def test_the_protocol_costs_few_tokens(made):
     for line in path.read_text().splitlines():
         messages = json.loads(line)["messages"]
         assert len(chat.ids(tokenizer, messages[:1], opened=False)) < 10
-        assert len(chat.ids(tokenizer, messages[:2])) <= 190  # the system prompt, the question, the text's beginning
+        # the system prompt, the question, the text's beginning
+        assert len(chat.ids(tokenizer, messages[:2])) <= 190
         code = "".join(m["content"] for m in messages if m["role"] == "assistant")
-        assert len(tokenizer.encode(code)) < 0.4 * len(code)  # the strings in it are spelled letter by letter
+        # the strings in it are spelled letter by letter
+        assert len(tokenizer.encode(code)) < 0.4 * len(code)
 
 
 def test_exercises_copy_from_their_prompt_in_the_words_of_their_split():
@@ -51,18 +62,27 @@ def test_exercises_copy_from_their_prompt_in_the_words_of_their_split():
     for samples in told.values():
         for sample in samples:
             prompt, reply = (m["content"] for m in sample.messages)
-            assert reply.count("\n") and all(line.strip('"') in prompt for line in reply.split("\n"))
-    strings = [{line for c in told[s][::2] for line in c.messages[1]["content"].split("\n")} for s in splits.SPLITS]
+            assert reply.count("\n") and all(
+                line.strip('"') in prompt for line in reply.split("\n")
+            )
+    strings = [
+        {line for c in told[s][::2] for line in c.messages[1]["content"].split("\n")}
+        for s in splits.SPLITS
+    ]
     assert not strings[0] & strings[1]
 
 
 @pytest.mark.parametrize("split", splits.SPLITS)
 def test_questions_of_another_kind_and_absent_keys_are_answered_honestly(split, tmp_path):
-    result = asyncio.run(run(Job("outside", 0, 2000, "decline"), expert.expert_of("outside"), 1, split, tmp_path))
+    result = asyncio.run(
+        run(Job("outside", 0, 2000, "decline"), expert.expert_of("outside"), 1, split, tmp_path)
+    )
     assert result.score == 1 and SORRY in result.conversations[0].messages[-1]["content"]
     one = expert.expert_of("s_niah")
     for index in range(40):
-        problem = one.problem("s_niah", 2000, splits.seed_of(1, split), index, split, tmp_path / str(index))
+        problem = one.problem(
+            "s_niah", 2000, splits.seed_of(1, split), index, split, tmp_path / str(index)
+        )
         if problem.facts["absent"]:
             break
     (key,) = problem.facts["keys"]

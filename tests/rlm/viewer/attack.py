@@ -1,4 +1,5 @@
-"""A trajectory in which every text tries to become something else: markup, script, terminal codes, other text."""
+"""A trajectory in which every text tries to become something else: markup, script, terminal codes,
+other text."""
 
 from rlm_runtime.lms.base import Message, ToolCall, Usage
 from rlm_runtime.repl.base import Answer, CellError, CellResult
@@ -43,43 +44,114 @@ def events():
     """Each payload in each field a text can be in."""
     first = PAYLOADS[0]
     found = [
-        RunStart(run=first, started_at=first, question=" ".join(PAYLOADS[:9]), root=PAYLOADS[1], sub=PAYLOADS[2],
-                 settings={PAYLOADS[3]: PAYLOADS[4]}, budget={PAYLOADS[1]: PAYLOADS[0]}),
-        ContextLoaded(kind=PAYLOADS[1], name="context", chars=1, path=PAYLOADS[2], blob=first, sha256=first, preview=PAYLOADS[10]),
-        SandboxUp(environment=PAYLOADS[2], layers={PAYLOADS[0]: PAYLOADS[3], "landlock": first}, start_seconds=0.1),
-    ]  # fmt: skip
+        RunStart(
+            run=first,
+            started_at=first,
+            question=" ".join(PAYLOADS[:9]),
+            root=PAYLOADS[1],
+            sub=PAYLOADS[2],
+            settings={PAYLOADS[3]: PAYLOADS[4]},
+            budget={PAYLOADS[1]: PAYLOADS[0]},
+        ),
+        ContextLoaded(
+            kind=PAYLOADS[1],
+            name="context",
+            chars=1,
+            path=PAYLOADS[2],
+            blob=first,
+            sha256=first,
+            preview=PAYLOADS[10],
+        ),
+        SandboxUp(
+            environment=PAYLOADS[2],
+            layers={PAYLOADS[0]: PAYLOADS[3], "landlock": first},
+            start_seconds=0.1,
+        ),
+    ]
     t = 0.0
     for turn, payload in enumerate(PAYLOADS, 1):
         call, child = f"0.{2 * turn - 1}", f"0.{2 * turn}"
-        tool = ToolCall(id=payload[:50], name=payload[:2000], arguments={payload[:50]: payload[:2000]})
+        tool = ToolCall(
+            id=payload[:50], name=payload[:2000], arguments={payload[:50]: payload[:2000]}
+        )
         at = {"t": t}
         t += 1
         found += [
-            Asked(turn=turn, messages=(Message(role="system", content=payload), Message(role="user", content=payload)), **at),
+            Asked(
+                turn=turn,
+                messages=(
+                    Message(role="system", content=payload),
+                    Message(role="user", content=payload),
+                ),
+                **at,
+            ),
             Replied(
                 turn=turn,
-                message=Message(role="assistant", content=f"<think>{payload}</think>{payload}\n```repl\n{payload}\n```", tool_calls=(tool,)),
-                raw=payload, discarded=3, finish_reason=payload[:500], usage=Usage(calls=1, input_tokens=5), **at,
+                message=Message(
+                    role="assistant",
+                    content=f"<think>{payload}</think>{payload}\n```repl\n{payload}\n```",
+                    tool_calls=(tool,),
+                ),
+                raw=payload,
+                discarded=3,
+                finish_reason=payload[:500],
+                usage=Usage(calls=1, input_tokens=5),
+                **at,
             ),
             CellStart(turn=turn, cell=1, code=payload, **at),
-            NodeStart(node=call, parent="0", kind="lm", model=payload[:500], depth=1, turn=turn, cell=1, prompt=payload, question=payload, **at),
+            NodeStart(
+                node=call,
+                parent="0",
+                kind="lm",
+                model=payload[:500],
+                depth=1,
+                turn=turn,
+                cell=1,
+                prompt=payload,
+                question=payload,
+                **at,
+            ),
             NodeEnd(node=call, value={payload[:500]: [payload]}, **at),
-            NodeStart(node=child, parent="0", kind="rlm", model=payload[:500], depth=1, turn=turn, cell=1, prompt=payload, question=payload, **at),
+            NodeStart(
+                node=child,
+                parent="0",
+                kind="rlm",
+                model=payload[:500],
+                depth=1,
+                turn=turn,
+                cell=1,
+                prompt=payload,
+                question=payload,
+                **at,
+            ),
             CellStart(node=child, turn=1, cell=1, code=payload, **at),
             NodeEnd(node=child, error=payload, kind=payload[:500], **at),
             CellEnd(
-                turn=turn, cell=1, t=t,
+                turn=turn,
+                cell=1,
+                t=t,
                 result=CellResult(
-                    status="error", stdout=payload, stderr=payload, lost=payload,
+                    status="error",
+                    stdout=payload,
+                    stderr=payload,
+                    lost=payload,
                     error=CellError(type=payload[:300], message=payload[:3000], traceback=payload),
-                    answer=Answer(content={payload[:300]: payload}, ready=True), variables={payload[:300]: payload[:3000]},
+                    answer=Answer(content={payload[:300]: payload}, ready=True),
+                    variables={payload[:300]: payload[:3000]},
                 ),
             ),
             Nudged(turn=turn, reason=payload[:300], text=payload, t=t),
             Compacted(turn=turn, tokens_before=2, tokens_after=1, summary=payload, t=t),
             BudgetNote(used={payload[:300]: 1.0}, refused=payload[:300], t=t),
-        ]  # fmt: skip
+        ]
     found.append(
-        RunEnd(stop_reason=PAYLOADS[0], answer=PAYLOADS[2], error=PAYLOADS[1], t=t, seconds=t, turns=len(PAYLOADS))
+        RunEnd(
+            stop_reason=PAYLOADS[0],
+            answer=PAYLOADS[2],
+            error=PAYLOADS[1],
+            t=t,
+            seconds=t,
+            turns=len(PAYLOADS),
+        )
     )
     return found

@@ -1,4 +1,5 @@
-"""A headless Chromium driven over its own debugging pipe: no driver, no web socket, nothing to install but Chromium."""
+"""A headless Chromium driven over its own debugging pipe: no driver, no web socket, nothing to
+install but Chromium."""
 
 from __future__ import annotations
 
@@ -16,10 +17,18 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
     "--remote-debugging-pipe",
-]  # fmt: skip
+]
 
 
 def find() -> str | None:
@@ -52,7 +61,9 @@ class Browser:
         self.number = 0
         self.events: list[dict[str, Any]] = []
 
-    def call(self, method: str, session: str | None = None, limit: float = 60, **params: Any) -> dict[str, Any]:
+    def call(
+        self, method: str, session: str | None = None, limit: float = 60, **params: Any
+    ) -> dict[str, Any]:
         self.number += 1
         message: dict[str, Any] = {"id": self.number, "method": method, "params": params}
         if session:
@@ -110,18 +121,27 @@ class Page:
 
     def size(self, width: int, height: int) -> None:
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        got = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        got = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in got:
-            raise RuntimeError(got["exceptionDetails"].get("exception", {}).get("description", "script failed"))
+            raise RuntimeError(
+                got["exceptionDetails"].get("exception", {}).get("description", "script failed")
+            )
         return got["result"].get("value")
 
     def wait(self, script: str, limit: float = 20) -> Any:
-        """Until the expression is true; one that fails (the page is still coming) is not. Returns its value."""
+        """Until the expression is true; one that fails (the page is still coming) is not. Returns
+        its value."""
         end = time.monotonic() + limit
         while True:
             with contextlib.suppress(RuntimeError):
@@ -137,7 +157,11 @@ class Page:
 
     def key(self, key: str, shift: bool = False) -> None:
         text = key if len(key) == 1 else "\r" if key == "Enter" else ""
-        common = {"key": key, "modifiers": 8 if shift else 0, "windowsVirtualKeyCode": CODES.get(key, 0)}
+        common = {
+            "key": key,
+            "modifiers": 8 if shift else 0,
+            "windowsVirtualKeyCode": CODES.get(key, 0),
+        }
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **common)
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
@@ -171,4 +195,11 @@ class Page:
         return found
 
 
-CODES = {"Enter": 13, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38, "ArrowLeft": 37, "ArrowRight": 39}
+CODES = {
+    "Enter": 13,
+    "Escape": 27,
+    "ArrowDown": 40,
+    "ArrowUp": 38,
+    "ArrowLeft": 37,
+    "ArrowRight": 39,
+}

@@ -31,7 +31,9 @@ def main(out: Path) -> None:
                 page = browser.page(url + where, dark=dark)
                 page.ready()
                 page.key("l")
-                page.run("document.fonts.ready.then(() => new Promise(done => setTimeout(done, 300)))")
+                page.run(
+                    "document.fonts.ready.then(() => new Promise(done => setTimeout(done, 300)))"
+                )
                 page.picture(out / f"{name}.png")
                 print(name, (out / f"{name}.png").stat().st_size // 1000, "kB")
     finally:

@@ -1,4 +1,5 @@
-"""The page in a real browser: quick with a big run, usable by keys, live, and deaf to hostile text."""
+"""The page in a real browser: quick with a big run, usable by keys, live, and deaf to hostile
+text."""
 
 import asyncio
 from pathlib import Path
@@ -14,7 +15,9 @@ from rlm_runtime.viewer import export, running
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
-pytestmark = pytest.mark.skipif(browser.find() is None, reason="no Chromium here (set CHROMIUM to its path)")
+pytestmark = pytest.mark.skipif(
+    browser.find() is None, reason="no Chromium here (set CHROMIUM to its path)"
+)
 
 EVENTS_OF_BIG = build()
 SELECTED = "document.querySelector('.row[aria-selected=true]')?.textContent ?? ''"
@@ -54,7 +57,8 @@ def big(chromium, url):
 
 
 def test_a_big_run_loads_quickly(chromium, url):
-    """50 turns, depth 2, 300 sub-calls: under a second on a quiet machine; the bound leaves room for a busy one."""
+    """50 turns, depth 2, 300 sub-calls: under a second on a quiet machine; the bound leaves room
+    for a busy one."""
     times = []
     for _ in range(3):
         page = chromium.page(url + "#run=big")
@@ -77,7 +81,9 @@ def test_the_head_tells_the_run(big):
         "depth 2",
     ):
         assert expected in text, expected
-    assert big.run("document.querySelector('#canvas').getAttribute('aria-label')").startswith("Timeline")
+    assert big.run("document.querySelector('#canvas').getAttribute('aria-label')").startswith(
+        "Timeline"
+    )
     ink = "[...document.querySelector('#canvas').getContext('2d').getImageData(0,0,1000,140).data].filter((v,i)=>i%4==3&&v).length"
     assert big.run(ink) > 1000
 
@@ -89,7 +95,10 @@ def test_the_tree_by_keys(big):
     assert "Books 8" in big.run(SELECTED) and big.run(TITLE).strip() == "Turn 2"
     rows = big.run("document.querySelectorAll('.row').length")
     big.key("l")
-    assert big.run("document.querySelector('.row[aria-selected=true]').getAttribute('aria-expanded')") == "true"
+    assert (
+        big.run("document.querySelector('.row[aria-selected=true]').getAttribute('aria-expanded')")
+        == "true"
+    )
     big.key("l")
     assert "LM call" in big.run(TITLE)
     big.key("h")
@@ -138,7 +147,9 @@ def test_a_call_of_a_child_is_reached_from_its_parent(big):
     assert "Child RLM" in big.run(TITLE) and "Quote the two entries" in big.run(DETAIL)
     big.run("document.querySelectorAll('#detail .falls .fall')[1].click()")
     assert "Turn 2" in big.run(TITLE)
-    assert big.run("[...document.querySelectorAll('.path button')].map(b => b.textContent)")[:2] == ["Root", "Turn 9"]
+    assert big.run("[...document.querySelectorAll('.path button')].map(b => b.textContent)")[
+        :2
+    ] == ["Root", "Turn 9"]
     big.run("document.querySelector('#detail .fall').click()")
     assert "Same event?" in big.run(DETAIL) and "depth" not in big.run(TITLE)
 
@@ -157,7 +168,9 @@ def test_search_goes_to_the_words(big):
     big.key("n")
     assert big.run(TITLE) != first
     big.key("Escape")
-    assert big.run("document.querySelector('#hits').hidden && !document.querySelector('#tree').hidden")
+    assert big.run(
+        "document.querySelector('#hits').hidden && !document.querySelector('#tree').hidden"
+    )
 
 
 def test_search_for_nothing(big):
@@ -177,7 +190,9 @@ def test_filters(big):
     for _ in range(3):
         big.key("d")
     assert big.run("document.querySelector('#depth').value") == "2"
-    assert any("Same event?" in r for r in big.run(rows)) and not any("KeyError" in r for r in big.run(rows))
+    assert any("Same event?" in r for r in big.run(rows)) and not any(
+        "KeyError" in r for r in big.run(rows)
+    )
     assert big.run("document.querySelectorAll('.row .dot.d2').length") > 3
     assert big.run("document.querySelectorAll('.row .dot.d1 ~ .says').length") < 15
     big.key("Escape")
@@ -196,7 +211,9 @@ def test_the_timeline_is_clickable_and_zooms(big):
         "(() => { const r = document.querySelector('#canvas').getBoundingClientRect(); return [r.left + 75, r.top + 10]; })()"
     )
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
-        big.call("Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1)
+        big.call(
+            "Input.dispatchMouseEvent", type=kind, x=at[0], y=at[1], button="left", clickCount=1
+        )
     assert "Turn" in big.run(TITLE)
     assert "Turn" in big.run("document.querySelector('#tip').textContent")
     before = big.run("document.querySelector('#canvas').toDataURL()")
@@ -239,7 +256,11 @@ def test_only_the_rows_in_sight_are_in_the_page(chromium, tmp_path):
     more = []
     for k in range(1000, 16_000):
         place = {"turn": k % 50 + 1, "cell": 1, "t": events[at].t}
-        more.append(NodeStart(node=f"0.{k}", parent="0", kind="lm", depth=1, prompt=f"prompt number {k}", **place))
+        more.append(
+            NodeStart(
+                node=f"0.{k}", parent="0", kind="lm", depth=1, prompt=f"prompt number {k}", **place
+            )
+        )
         more.append(NodeEnd(node=f"0.{k}", value=f"value {k}", t=events[at].t + 1, seconds=1))
     write(tmp_path / "huge", [*events[: at + 1], *more, *events[at + 1 :]])
     with running(tmp_path / "huge") as url:
@@ -249,7 +270,9 @@ def test_only_the_rows_in_sight_are_in_the_page(chromium, tmp_path):
         page.key("l")
         assert page.run("document.querySelectorAll('.row').length") < 100
         page.run("document.querySelector('#tree').scrollTop = 5000")
-        page.wait("[...document.querySelectorAll('.row')].some(r => r.textContent.includes('prompt number'))")
+        page.wait(
+            "[...document.querySelectorAll('.row')].some(r => r.textContent.includes('prompt number'))"
+        )
         assert page.run("document.querySelectorAll('.row').length") < 100
         assert page.trouble() == []
         page.call("Page.close")
@@ -317,7 +340,9 @@ def walk(page):
 def harmless(page):
     assert page.run("window.__pwned") is None
     assert page.trouble() == []
-    assert page.run(f"[...document.querySelector('main#run').querySelectorAll({STRAY!r})].length") == 0
+    assert (
+        page.run(f"[...document.querySelector('main#run').querySelectorAll({STRAY!r})].length") == 0
+    )
     assert page.run("document.title") == "rlm view"
 
 
@@ -384,8 +409,11 @@ def test_the_policy_would_stop_a_script_that_got_in(chromium, runs, url, tmp_pat
     for address in (url + "#run=big", export(runs / "big", tmp_path / "big.html").as_uri()):
         page = chromium.page(address)
         page.ready()
-        # Set from a script of the page itself: the debugger's own evaluation is above the policy, what it adds is not.
-        page.run("document.body.insertAdjacentHTML('beforeend', \"<img src=x onerror='window.__pwned=1'>\")")
+        # Set from a script of the page itself: the debugger's own evaluation is above the policy,
+        # what it adds is not.
+        page.run(
+            "document.body.insertAdjacentHTML('beforeend', \"<img src=x onerror='window.__pwned=1'>\")"
+        )
         page.run(
             "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.__pwned=1'}))"
         )
@@ -401,7 +429,13 @@ def test_the_policy_would_stop_a_script_that_got_in(chromium, runs, url, tmp_pat
 @pytest.mark.parametrize("width", [320, 360, 420, 760, 1024])
 def test_narrow_screens(chromium, url, width):
     """No sideways scroll, in any of the page's views."""
-    for place in ("#run=big", "#run=big&at=0%232", "#run=attack", "#run=attack&at=0%232", "#run=killed"):
+    for place in (
+        "#run=big",
+        "#run=big&at=0%232",
+        "#run=attack",
+        "#run=attack&at=0%232",
+        "#run=killed",
+    ):
         page = chromium.page(url + place, width=width, height=740)
         page.ready()
         assert page.run("document.documentElement.scrollWidth") <= width, place
@@ -419,7 +453,10 @@ def test_every_layer_of_a_real_worker_is_painted_as_it_is(chromium, tmp_path):
     assert report.layers["environment"] == "scrubbed" and not report.missing
     missing = {**report.layers, "landlock": "missing: an old kernel"}
     for layers, bad in ((report.layers, []), (missing, ["landlock"])):
-        events = [e.model_copy(update={"layers": layers}) if e.type == "sandbox" else e for e in EVENTS_OF_BIG]
+        events = [
+            e.model_copy(update={"layers": layers}) if e.type == "sandbox" else e
+            for e in EVENTS_OF_BIG
+        ]
         folder = tmp_path / f"run{len(bad)}"
         write(folder, events)
         page = chromium.page(export(folder, tmp_path / f"{len(bad)}.html").as_uri())
@@ -467,7 +504,9 @@ def test_text_is_readable_in_light_and_dark(chromium, url, dark):
         ".link",
         ".turn .label b",
     ):
-        assert page.run(f"({contrast})({selector!r})") >= 4.4 if selector != "pre.code .c" else 3, selector
+        assert page.run(f"({contrast})({selector!r})") >= 4.4 if selector != "pre.code .c" else 3, (
+            selector
+        )
     page.call("Page.close")
 
 
@@ -478,7 +517,10 @@ def test_every_control_has_a_name_and_a_visible_focus(big):
     big.run("document.querySelector('#errors').focus()")
     big.key("Tab")
     big.run("document.querySelector('#ask-help').focus()")
-    assert float(big.run("getComputedStyle(document.activeElement).outlineWidth").removesuffix("px")) >= 1
+    assert (
+        float(big.run("getComputedStyle(document.activeElement).outlineWidth").removesuffix("px"))
+        >= 1
+    )
 
 
 def test_a_damaged_file_still_shows(chromium, tmp_path):
@@ -486,8 +528,15 @@ def test_a_damaged_file_still_shows(chromium, tmp_path):
     lines = (folder / EVENTS).read_bytes().split(b"\n")
     lines[5] = b'{"type": "cell_end", "turn": "x", "result": 7}'
     lines[9] = b"\xff\xfe damaged"
-    lines[12:12] = [b'{"type":"asked","turn":1,"messages":7}', b'{"type":"node_start","node":5,"parent":null}', b"null", b"[]",
-                    b'{"type":"node_end","node":"9.9.9"}', b'{"type":"replied","turn":2,"message":null}', b'{"type":"new in version 9","turn":3}']  # fmt: skip
+    lines[12:12] = [
+        b'{"type":"asked","turn":1,"messages":7}',
+        b'{"type":"node_start","node":5,"parent":null}',
+        b"null",
+        b"[]",
+        b'{"type":"node_end","node":"9.9.9"}',
+        b'{"type":"replied","turn":2,"message":null}',
+        b'{"type":"new in version 9","turn":3}',
+    ]
     (folder / EVENTS).write_bytes(b"\n".join(lines)[:-30])
     with running(tmp_path) as url:
         page = chromium.page(url + "#run=run")

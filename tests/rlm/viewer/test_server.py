@@ -75,7 +75,11 @@ def test_every_answer_carries_the_rules(server):
     for path in ("/", "/page.js", "/page.css", "/api/runs", "/api/events?run=nope"):
         response, _ = ask(server, path)
         policy = response.headers["Content-Security-Policy"]
-        assert "default-src 'none'" in policy and "script-src 'self'" in policy and "frame-ancestors 'none'" in policy
+        assert (
+            "default-src 'none'" in policy
+            and "script-src 'self'" in policy
+            and "frame-ancestors 'none'" in policy
+        )
         assert "unsafe" not in policy
         assert response.headers["X-Content-Type-Options"] == "nosniff"
         assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
@@ -85,7 +89,14 @@ def test_the_page_asks_nobody_else():
     for name in ("page.html", assets.STYLE, *assets.SCRIPTS):
         text = assets.text(name)
         assert "://" not in text and "@import" not in text and "url(" not in text, name
-        for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function"):
+        for word in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+        ):
             assert word not in text, f"{name}: {word}"
 
 
@@ -96,7 +107,9 @@ def test_the_list_of_runs(server, library):
     assert set(by_id) == {"small", "deep/er/attack", "unfinished"}
     small = by_id["small"]
     end = read(library / "small")[-1]
-    assert small["complete"] and small["answer"] == end.answer and small["stop_reason"] == "answered"
+    assert (
+        small["complete"] and small["answer"] == end.answer and small["stop_reason"] == "answered"
+    )
     assert small["usage"]["input_tokens"] == end.usage.input_tokens and small["turns"] == 8
     assert not by_id["unfinished"]["complete"]
 
@@ -126,7 +139,10 @@ def test_long_texts_are_cut_first_and_whole_on_demand(server, library):
 def test_search_finds_text_in_the_cut_part(server, tmp_path):
     write(
         tmp_path / "runs" / "a",
-        [NodeEnd(node="0.1", value="x" * 50_000 + "Needle" + "y" * 50), RunEnd(stop_reason="answered")],
+        [
+            NodeEnd(node="0.1", value="x" * 50_000 + "Needle" + "y" * 50),
+            RunEnd(stop_reason="answered"),
+        ],
     )
     with running(tmp_path / "runs" / "a") as url:
         _, found = get(urllib.parse.urlsplit(url), "search", run="a", words="nEEdle")
@@ -143,14 +159,24 @@ def test_search_finds_text_in_the_cut_part(server, tmp_path):
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", "", "[::1].x", "10.0.0.1", "0.0.0.0"],
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:80",
+        "",
+        "[::1].x",
+        "10.0.0.1",
+        "0.0.0.0",
+    ],
 )
 def test_another_host_name_is_refused(server, host):
     response, body = ask(server, "/api/runs", host=host)
     assert response.status in (400, 421) and b"small" not in body
 
 
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:99", "127.0.0.1:1", "[::1]:5", "127.8.8.8"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:99", "127.0.0.1:1", "[::1]:5", "127.8.8.8"]
+)
 def test_our_own_names_are_answered(server, host):
     assert ask(server, "/api/runs", host=host)[0].status == 200
 
@@ -162,9 +188,24 @@ def test_two_hosts_are_refused(server):
 
 @pytest.mark.parametrize(
     "run",
-    ["../secret-run", "..", ".", "/", "", "small/../../secret-run", "linked-folder", "linked-file", "small/events.jsonl",
-     "%2e%2e/secret-run", "..\\secret-run", "small\0", "/etc", "deep", "SMALL"],
-)  # fmt: skip
+    [
+        "../secret-run",
+        "..",
+        ".",
+        "/",
+        "",
+        "small/../../secret-run",
+        "linked-folder",
+        "linked-file",
+        "small/events.jsonl",
+        "%2e%2e/secret-run",
+        "..\\secret-run",
+        "small\0",
+        "/etc",
+        "deep",
+        "SMALL",
+    ],
+)
 def test_no_run_outside_the_folder(server, run, library):
     for what in ("events", "event", "search"):
         status, found = get(server, what, run=run, words="a")
@@ -175,9 +216,23 @@ def test_no_run_outside_the_folder(server, run, library):
 
 @pytest.mark.parametrize(
     "path",
-    ["/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "/data.py", "/server.py", "/./page.js/../data.py", "//etc/passwd",
-     "/page.html", "/api", "/api/", "/api/../runs", "/api/files", "/small/events.jsonl", "/static/page.js"],
-)  # fmt: skip
+    [
+        "/../secret.txt",
+        "/%2e%2e/secret.txt",
+        "/..%2fsecret.txt",
+        "/data.py",
+        "/server.py",
+        "/./page.js/../data.py",
+        "//etc/passwd",
+        "/page.html",
+        "/api",
+        "/api/",
+        "/api/../runs",
+        "/api/files",
+        "/small/events.jsonl",
+        "/static/page.js",
+    ],
+)
 def test_no_other_file_is_served(server, path):
     response, body = ask(server, path)
     assert response.status == 404, path
@@ -265,7 +320,9 @@ try:
 except UsageError as e:
     print(e)
 """
-    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert "[serve]" in shown.stdout and (tmp_path / "out.html").stat().st_size > 10_000
 
 
@@ -281,7 +338,9 @@ def test_an_exported_page_holds_the_data_as_data(tmp_path):
     assert "pwned" not in own
     assert own.count("</script>") == 1 + len(assets.SCRIPTS)
     policy = page.split('Content-Security-Policy" content="')[1].split('"')[0]
-    assert "default-src 'none'" in policy and "connect-src 'none'" in policy and "unsafe" not in policy
+    assert (
+        "default-src 'none'" in policy and "connect-src 'none'" in policy and "unsafe" not in policy
+    )
     for name in assets.SCRIPTS:
         assert assets.hashed(assets.text(name)) in policy
         assert f"<script>{assets.text(name)}</script>" in own
@@ -297,4 +356,7 @@ def test_scripts_can_stand_inside_a_page():
 
 def test_json_for_the_page_is_strict():
     text = dumps({"x": [float("nan"), float("inf"), "\ud800", "\u2028"]})
-    assert text.isascii() and json.loads(text, parse_constant=pytest.fail)["x"][:2] == ["nan", "inf"]
+    assert text.isascii() and json.loads(text, parse_constant=pytest.fail)["x"][:2] == [
+        "nan",
+        "inf",
+    ]
