@@ -45,11 +45,19 @@ def pieces(run: Any) -> list[Piece]:
     m, tokens = cfg.model, accounting.tokens_per_step(cfg)
     flops = accounting.true_flops_per_token(m, cfg.depth)
     mlp_flops = 2 * 3 * m.width * m.mlp_width * m.layers
-    params = lambda: run.state.params  # looked up at every call: a step gives the old ones away
-    layers = lambda part: [params()["core"][str(i)][part] for i in range(m.layers)]
+
+    def params():
+        return run.state.params  # looked up at every call: a step gives the old ones away
+
+    def layers(part):
+        return [params()["core"][str(i)][part] for i in range(m.layers)]
+
     heads, kv_heads, head_dim = m.dims
     rows, length = batch["tokens"].shape
-    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape, m.dtype)
+
+    def normal(i, *shape):
+        return jax.random.normal(jax.random.key(i), shape, m.dtype)
+
     x, dx = normal(0, rows, length, m.width), normal(1, rows, length, m.width)
     q, dq = (normal(i, rows, kv_heads, heads // kv_heads, length, head_dim) for i in (2, 3))
     k, v = (normal(i, rows, kv_heads, length, head_dim) for i in (4, 5))

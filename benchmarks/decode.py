@@ -295,7 +295,10 @@ def protocol_part(size: Size, dtype: str, tell: Callable[[str], None]) -> list[d
     core, vocab, lanes, tokens = size.protocol
     longest = tokens + 4 * SPREAD
     rng = np.random.default_rng(0)
-    length = lambda: int(np.clip(rng.normal(tokens, SPREAD), 1, longest))
+
+    def length():
+        return int(np.clip(rng.normal(tokens, SPREAD), 1, longest))
+
     plain, mor = (
         vanilla(size, vocab, 2 + 4 * core, longest, dtype),
         forced(size, vocab, core, 4, longest, dtype),
@@ -381,7 +384,10 @@ def show(result: dict[str, Any], console: Console) -> None:
             "over lock-step",
         )
         for row in rows:
-            cell = lambda m, row=row: f"{row['tokens_per_s'][m]:.0f} ({row['of_predicted'][m]:.0%})"
+
+            def cell(m, row=row):
+                return f"{row['tokens_per_s'][m]:.0f} ({row['of_predicted'][m]:.0%})"
+
             top = row["recursions"]
             routed = top > 1
             table.add_row(
@@ -466,7 +472,10 @@ def main(_: list[str]) -> None:
     status, console = Console(stderr=True), Console()
     if console.width < 140 and not console.is_terminal:
         console = Console(width=160)
-    tell = lambda text: status.print(text, markup=False)
+
+    def tell(text):
+        return status.print(text, markup=False)
+
     load, begin = record._busy(), time.process_time()
     result: dict[str, Any] = {
         "benchmark": "decode",

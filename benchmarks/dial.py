@@ -134,7 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record.claim(args.out)
     sweep = models.sweep(args.corpus, args.flops, names=tuple(args.models.split(",")))
     sweep = dataclasses.replace(sweep, seeds=(args.seed,))
-    say = lambda line: print(line, flush=True)
+
+    def say(line):
+        return print(line, flush=True)
+
     run_sweep(sweep, args.workdir, progress=sys.stderr.isatty(), say=say, tables=False)
     curves = {}
     for job in jobs(sweep):

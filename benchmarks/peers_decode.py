@@ -286,7 +286,10 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_column("engine", no_wrap=True)
     for dtype, batch in cells:
         table.add_column(f"{dtype}\nbatch {batch}", justify="right", no_wrap=True)
-    speed = lambda engine, dtype, batch: result["runs"][dtype][batch][engine]["tokens_per_second"]
+
+    def speed(engine, dtype, batch):
+        return result["runs"][dtype][batch][engine]["tokens_per_second"]
+
     for engine in engines:
         table.add_row(engine, *(units.fixed(speed(engine, *cell), 1) for cell in cells))
     for engine in engines[1:]:

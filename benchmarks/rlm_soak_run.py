@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,9 +111,10 @@ class _Run:
                 self.event.clear()
                 await self._await(session.acompletion("Another text.", "And this?"))
         else:
-            call: Callable[[], RLMResult] = lambda: rlm.completion(
-                prompt, "What is it?", cancel=self.event
-            )
+
+            def call() -> RLMResult:
+                return rlm.completion(prompt, "What is it?", cancel=self.event)
+
             await self._await(loop.run_in_executor(self.world.threads, call))
         await rlm.aclose()
 

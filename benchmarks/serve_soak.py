@@ -108,7 +108,10 @@ class Server:
         """What the process has that it could leak."""
         root = Path(f"/proc/{self.process.pid}")
         rss = int((root / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        count = lambda folder: len(list((root / folder).iterdir()))
+
+        def count(folder):
+            return len(list((root / folder).iterdir()))
+
         metrics = self.metrics()
         return {
             "rss": rss,
@@ -244,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     console, status = Console(), Console(stderr=True)
-    tell = lambda line: status.print(line, markup=False, highlight=False)
+
+    def tell(line):
+        return status.print(line, markup=False, highlight=False)
+
     server = None
     try:
         record.claim(args.out)

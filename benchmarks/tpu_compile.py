@@ -152,7 +152,10 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a program")
     args = parser.parse_args()
-    wanted = lambda name: any(part in name for part in args.only)
+
+    def wanted(name):
+        return any(part in name for part in args.only)
+
     cases, unfit = [], []
     if args.paper:
         for name, cfg, place in (

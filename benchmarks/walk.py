@@ -120,7 +120,10 @@ def measured(lm: LM, params: Any, tests: dict[int, Walks]) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The numbers of one run as text."""
-    of = lambda by, group: float(np.mean([by[d] for d in group]))
+
+    def of(by, group):
+        return float(np.mean([by[d] for d in group]))
+
     lines = ["recursions   " + "".join(f"{r:>7}" for r in DEPTHS)]
     for name, group in (("distance 2-5", TRAINED[1:]), ("distance 6-10", LONGER)):
         lines.append(

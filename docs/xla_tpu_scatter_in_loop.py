@@ -33,11 +33,15 @@ PROGRAMS = {
 
 
 def total(after, xs):
-    scatter = lambda x: after(jax.lax.psum_scatter(x.T @ x, "x", scatter_dimension=1, tiled=True))
-    add = lambda t, x: (
-        t + jax.shard_map(scatter, in_specs=P("x"), out_specs=P(None, "x"), check_vma=False)(x),
-        None,
-    )
+    def scatter(x):
+        return after(jax.lax.psum_scatter(x.T @ x, "x", scatter_dimension=1, tiled=True))
+
+    def add(t, x):
+        return (
+            t + jax.shard_map(scatter, in_specs=P("x"), out_specs=P(None, "x"), check_vma=False)(x),
+            None,
+        )
+
     return jax.lax.scan(add, jnp.zeros((128, 128)), xs)[0]
 
 

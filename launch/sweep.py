@@ -80,9 +80,10 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"the sweep has no run {_RUN.value!r}; --dry_run lists them.")
         run_job(found[0], _WORKDIR.value)
         return
-    alone = lambda name: run_line(
-        [sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"]
-    )
+
+    def alone(name):
+        return run_line([sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"])
+
     slots = _DEVICES.value or [""] * _PARALLEL.value
     outcomes = run_sweep(
         sweep,
@@ -100,10 +101,13 @@ def _launch(sweep, file: str, fields: dict) -> None:
     workdir, flag = as_path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
     seeds = flag("seeds", [",".join(_SEEDS.value)] if _SEEDS.value else [])
     own = ["launch.sweep", file, f"--workdir={workdir}", *seeds, *flag("set", _SET.value)]
-    name = lambda run: f"{Path(file.partition(':')[0]).stem}-{run}"
-    command = lambda run: launcher_command(
-        _LAUNCHER.value, _WITH.value, [*own, f"--run={run}"], name(run)
-    )
+
+    def name(run):
+        return f"{Path(file.partition(':')[0]).stem}-{run}"
+
+    def command(run):
+        return launcher_command(_LAUNCHER.value, _WITH.value, [*own, f"--run={run}"], name(run))
+
     todo = jobs(sweep, fields=fields)
     waiting = [job for job in todo if not finished(workdir / job.name, job.config)]
     if _DRY.value:

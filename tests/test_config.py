@@ -366,7 +366,10 @@ def initialised(cfg: Config) -> dict[str, int]:
     """Parameters of the tree `LM.init` makes: all, those of the embedding, those of the router."""
     shapes = jax.eval_shape(LM.from_config(cfg).init, jax.random.key(0))
     shapes["router"].pop("survey", None)  # statistics, not parameters
-    count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    def count(tree):
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
     return {
         "total": count(shapes),
         "embedding": count(shapes["embed"]),

@@ -50,7 +50,9 @@ def test_contrasts_are_judged_by_both_losses(sweep):
 
 
 def test_a_dial_is_judged_by_its_steps():
-    point = lambda asked, depth, nll: {"asked": asked, "mean_depth": depth, "nll": nll}
+    def point(asked, depth, nll):
+        return {"asked": asked, "mean_depth": depth, "nll": nll}
+
     good = dial.verdict({"dial": [point(1, 1.0, 3.0), point(3, 2.98, 2.5), point(2, 2.04, 2.7)]})
     assert good["monotone"] and good["within"] and good["fall"] == pytest.approx(0.5)
     bad = dial.verdict({"dial": [point(1, 1.0, 3.0), point(2, 2.2, 2.7), point(3, 3.0, 2.8)]})
@@ -59,11 +61,15 @@ def test_a_dial_is_judged_by_its_steps():
 
 
 def test_dials_are_drawn_against_their_own_depth_1():
-    point = lambda asked, depth, nll: {"asked": asked, "mean_depth": depth, "nll": nll}
-    curve = lambda by: {
-        "dial": [point(2, 2.1, 2.5 + by), point(1, 1.0, 3.0 + by)],
-        "as_configured": point(2, 2.0, 2.6 + by),
-    }
+    def point(asked, depth, nll):
+        return {"asked": asked, "mean_depth": depth, "nll": nll}
+
+    def curve(by):
+        return {
+            "dial": [point(2, 2.1, 2.5 + by), point(1, 1.0, 3.0 + by)],
+            "as_configured": point(2, 2.0, 2.6 + by),
+        }
+
     axes = depth_curves({"a": curve(0), "b": curve(4)}).axes[0]
     a, own_a, b, own_b = (line.get_xydata() for line in axes.lines[:4])
     np.testing.assert_allclose(a, [[1.0, 0.0], [2.1, -0.5]])

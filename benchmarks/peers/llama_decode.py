@@ -111,9 +111,11 @@ def start(c: dict[str, Any]):
                 raise SystemExit("llama_decode failed.")
 
         def drawn(places: Any) -> list[int]:
-            at = lambda i: np.ctypeslib.as_array(
-                lib.llama_get_logits_ith(context, i), (c["vocab_size"],)
-            )
+            def at(i):
+                return np.ctypeslib.as_array(
+                    lib.llama_get_logits_ith(context, i), (c["vocab_size"],)
+                )
+
             return [int(at(i).argmax()) for i in places]
 
         begin = time.perf_counter()

@@ -192,7 +192,10 @@ def paper_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps as the paper budgets them: forward only, so about a third of
     the true cost. Those of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
     tokens = tokens_per_step(cfg)
-    of = lambda shares: tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+
+    def of(shares):
+        return tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
+
     return sum(
         (s.last - s.first) * _mean(cfg, s.index, of) for s in stages(cfg.model, cfg.depth, steps)
     )
@@ -390,7 +393,10 @@ def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
     """Parameters of one block's low-rank additions at one recursion, to the queries and to the
     values."""
     tree = _leaf_shapes(nn.Lora, model)
-    of = lambda projection: _size(tree, lambda name: name.startswith(projection))
+
+    def of(projection):
+        return _size(tree, lambda name: name.startswith(projection))
+
     return of("query"), of("value")
 
 

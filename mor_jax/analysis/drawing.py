@@ -72,7 +72,10 @@ def draw_sources(table: Mapping[str, Sequence[Sequence[int]]]) -> str:
     """Where each block of a converted model came from: `block 0 = layer 0 · block 1 = mean of
     layers 1 3 5 · ...`."""
     picks = [pick for part in ("prelude", "core", "coda") for pick in table[part]]
-    of = lambda pick: (
-        f"layer {pick[0]}" if len(pick) == 1 else f"mean of layers {' '.join(map(str, pick))}"
-    )
+
+    def of(pick):
+        return (
+            f"layer {pick[0]}" if len(pick) == 1 else f"mean of layers {' '.join(map(str, pick))}"
+        )
+
     return " · ".join(f"block {i} = {of(pick)}" for i, pick in enumerate(picks))

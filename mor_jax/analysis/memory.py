@@ -186,11 +186,15 @@ def training_memory(
     rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp) / sequence
     tied = program.recursions * program.repeat > 1
     once = program.prelude + program.coda + (0 if tied else program.core)
-    kept = lambda tokens, policy, **of_keys: saved_bytes(
-        m, tokens, policy, tensor, sequence, **of_keys
-    )
+
+    def kept(tokens, policy, **of_keys):
+        return saved_bytes(m, tokens, policy, tensor, sequence, **of_keys)
+
     ends = kept(m.context, remat)
-    more = lambda tokens, cut: merged_bytes(m, tokens, tensor, sequence, cut) if merged else 0.0
+
+    def more(tokens, cut):
+        return merged_bytes(m, tokens, tensor, sequence, cut) if merged else 0.0
+
     # Blocks whose weights are gathered lie in a checkpoint, which that compiler keeps apart since
     # jax 0.11.
     apart = fsdp > 1 and not MERGES_GATHERS

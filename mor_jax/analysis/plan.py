@@ -164,11 +164,13 @@ def suggest(cfg: Config, topology: Topology) -> Plan | None:
         found = [p for p in _candidates(dataclasses.replace(cfg, model=model), topology) if p.fits]
         if found:
             # Fewer micro-batches and fewer axes at equal cost.
-            key = lambda p: (
-                round(p.collective_s, 4),
-                p.config.train.accum,
-                sum(n > 1 for n in p.mesh),
-            )
+            def key(p):
+                return (
+                    round(p.collective_s, 4),
+                    p.config.train.accum,
+                    sum(n > 1 for n in p.mesh),
+                )
+
             return min(found, key=key)
     return None
 

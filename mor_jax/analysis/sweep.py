@@ -30,13 +30,17 @@ from mor_jax.analysis.canvas import legend, new_axes
 from mor_jax.analysis.palette import GRID, INK, MUTED, series
 from mor_jax.errors import ConfigError
 
-_FIXED = lambda value: units.fixed(value, 4)
+
+def _fixed(value):
+    return units.fixed(value, 4)
+
+
 # What a run can be asked for: title, how a number is written.
 COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
-    "causal/nll": ("NLL, causal", _FIXED),
-    "topk/nll": ("NLL, top-k", _FIXED),
-    "train_nll": ("NLL, training", _FIXED),
-    "causal/bits_per_byte": ("bits / byte, causal", _FIXED),
+    "causal/nll": ("NLL, causal", _fixed),
+    "topk/nll": ("NLL, top-k", _fixed),
+    "train_nll": ("NLL, training", _fixed),
+    "causal/bits_per_byte": ("bits / byte, causal", _fixed),
     "causal/mean_depth": ("mean depth", lambda v: units.fixed(v, 2)),
     "sampling_accuracy": ("sampling acc.", units.percent),
     "dead_token_ratio": ("dead tokens", units.percent),
@@ -173,7 +177,10 @@ def summarise(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Line]:
         mine = [o for o in outcomes if o.point.name == point.name]
         good = [o for o in mine if not o.failure]
         if mine:
-            number = lambda o, c: (v := o.values.get(c)) is not None and math.isfinite(v)
+
+            def number(o, c):
+                return (v := o.values.get(c)) is not None and math.isfinite(v)
+
             values = {c: tuple(float(o.values[c]) for o in good if number(o, c)) for c in COLUMNS}
             lines.append(Line(point, values, len(mine), len(mine) - len(good)))
     return lines
@@ -198,7 +205,7 @@ def cells(sweep: Sweep, lines: Sequence[Line]) -> tuple[list[str], list[list[str
             mean, spread = line.mean(column), line.spread(column)
             # The spread of what the seed cannot change is nothing to read.
             row.append(write(mean) + (f" ± {write(spread)}" if spread else ""))
-        rows.append([*row, *[_FIXED(line.point.paper)] * with_paper])
+        rows.append([*row, *[_fixed(line.point.paper)] * with_paper])
     return header, rows
 
 
@@ -240,7 +247,10 @@ def to_markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     winner, place = best(sweep, lines), len(sweep.label_names) + 1
     if winner is not None:
         rows[winner][place] = f"**{rows[winner][place]}**"
-    text = lambda row: "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |"
+
+    def text(row):
+        return "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |"
+
     rule = "|" + "---|" * len(sweep.label_names) + "---:|" * (len(header) - len(sweep.label_names))
     return "\n".join(
         [f"# {sweep.title}", "", text(header), rule, *map(text, rows), "", note(sweep), ""]

@@ -237,9 +237,10 @@ def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
         ("mean depth", "mean_depth"),
     ):
         table.add_row(label, *(units.fixed(record[f"{mode}/{key}"]) for mode in ("causal", "topk")))
-    share = lambda mode: "  ".join(
-        f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"])
-    )
+
+    def share(mode):
+        return "  ".join(f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"]))
+
     table.add_row("depth of tokens", share("causal"), share("topk"))
     if "sampling_accuracy" in record:
         table.add_row("sampling accuracy", units.percent(record["sampling_accuracy"]), "")

@@ -95,7 +95,10 @@ def kv_by_depth(
     layer = kv_values(model) * (
         DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
     )
-    part = lambda name, blocks, *of: KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)
+
+    def part(name, blocks, *of):
+        return KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)
+
     strategy, steps = depth.kv_name, program.recursions
     if program.repeat > 1:  # a block's repetitions are as many caches of one pass over the core
         core = [part("core, in place", program.core * program.repeat, 1.0, 1.0, 1.0)]

@@ -65,7 +65,10 @@ class Loader:
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
-        read = lambda positions: _stack(_read(self._rows, self.indices_at(step, positions)))
+
+        def read(positions):
+            return _stack(_read(self._rows, self.indices_at(step, positions)))
+
         return _place(read, self._shape, self._sharding)
 
     def iter_from_step(self, step: int) -> Iterator[Batch]:

@@ -141,7 +141,10 @@ def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
         for name in names
     ]
     train, held_out = (Mixture([getattr(d, split) for d in each], weights) for split in SPLITS)
-    numbers = lambda key: {k: sum(d.stats[key][k] for d in each) for k in each[0].stats[key]}
+
+    def numbers(key):
+        return {k: sum(d.stats[key][k] for d in each) for k in each[0].stats[key]}
+
     stats: dict[str, Any] = {split: numbers(split) for split in SPLITS}
     for key, value in each[0].stats.items():
         if isinstance(value, int):

@@ -91,9 +91,14 @@ def _messages(value: Any) -> Any:
         value = [
             dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)
         ]
-    text = lambda v: (
-        v.decode("utf-8", "replace") if isinstance(v, bytes) else getattr(v, "item", lambda: v)()
-    )
+
+    def text(v):
+        return (
+            v.decode("utf-8", "replace")
+            if isinstance(v, bytes)
+            else getattr(v, "item", lambda: v)()
+        )
+
     return [{k: text(v) for k, v in m.items()} if isinstance(m, dict) else m for m in value]
 
 

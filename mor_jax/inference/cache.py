@@ -78,7 +78,10 @@ def compact(stream_kv: list[KeyValue], active_BxT: jax.Array, slots: int) -> Str
 def last_entries(stream: Stream) -> list[KeyValue]:
     """The newest entry of every sequence: (k, v) of each block, [B, K, 1, H]."""
     row, slot_B = jnp.arange(stream.length_B.shape[0]), stream.length_B - 1
-    newest = lambda x: x[row, :, slot_B][:, :, None]
+
+    def newest(x):
+        return x[row, :, slot_B][:, :, None]
+
     return [(newest(k), newest(v)) for k, v in zip(stream.k, stream.v, strict=True)]
 
 
@@ -131,7 +134,9 @@ class Appender:
         self._used_BxS = _used(self._after)
 
     def _write(self, block: int, k_BxKx1xH: jax.Array, v_BxKx1xH: jax.Array) -> KeyValue:
-        put = lambda x, new: x.at[self._row, :, self._slot_B].set(new[:, :, 0], mode="drop")
+        def put(x, new):
+            return x.at[self._row, :, self._slot_B].set(new[:, :, 0], mode="drop")
+
         return put(self._before.k[block], k_BxKx1xH), put(self._before.v[block], v_BxKx1xH)
 
     def _attend(

@@ -100,9 +100,10 @@ def decode_step(
         recent = jnp.concatenate([recent[:, 1:], token_B[:, None]], axis=1)
 
     core_params, kv = lm.gathered_core(params), lm.kv()
-    blocks = lambda h, attends, **how: lm.blocks(
-        core_params, h, rope, attends, lm.program.repeat, **how
-    )
+
+    def blocks(h, attends, **how):
+        return lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
+
     blocks, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
     policy = lm.steered(control, params)
@@ -119,13 +120,15 @@ def decode_step(
         active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
         before = h
-        update = lambda h, y, step=step, z=z, active=active: jnp.where(
-            active[:, None, None], policy.combine(step, h, y, z, route.tokens), h
-        )
+
+        def update(h, y, step=step, z=z, active=active):
+            return jnp.where(active[:, None, None], policy.combine(step, h, y, z, route.tokens), h)
+
         if r and kv == SHARED:
-            read = lambda h, update=update, core=core: update(
-                h, core(h, readers(streams[0], pos_B), queries_only=True)[0]
-            )
+
+            def read(h, update=update, core=core):
+                return update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])
+
             h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
             continue  # no exit rule here: `check_recursion` wants the keys of every step for one
         if not looks_back(kv):

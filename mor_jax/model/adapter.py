@@ -41,12 +41,15 @@ class Adapters:
     def _each(self, make: Callable[[str, Any], dict], tree: dict) -> dict:
         """{part: {block: {attention|mlp: {name: make(name, leaf)}}}} over the chosen matrices of a
         tree like `lm`'s."""
-        chosen = lambda leaves: {
-            name: make(name, x) for name, x in leaves.items() if name in self.config.targets
-        }
-        block = lambda b: {
-            group: made for group in ("attention", "mlp") if (made := chosen(b[group]))
-        }
+
+        def chosen(leaves):
+            return {
+                name: make(name, x) for name, x in leaves.items() if name in self.config.targets
+            }
+
+        def block(b):
+            return {group: made for group in ("attention", "mlp") if (made := chosen(b[group]))}
+
         return {part: {i: block(b) for i, b in tree[part].items()} for part in PARTS if tree[part]}
 
     def init(self, key: jax.Array) -> dict:

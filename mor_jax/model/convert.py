@@ -96,7 +96,10 @@ def default_method(from_model: ModelConfig) -> str:
 
 def _kept(source: Program, target: Program) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The table of `keep`: each block once, from the first layer that is made of it."""
-    blocks = lambda p: (p.prelude, p.core, p.coda)
+
+    def blocks(p):
+        return (p.prelude, p.core, p.coda)
+
     if blocks(source) != blocks(target):
         raise ConfigError(
             f"method 'keep' needs the source's blocks: {' + '.join(map(str, blocks(source)))} there (before, in and after "
@@ -158,7 +161,10 @@ def convert(
     _check_own(from_model, to_model, method)
     table = source_table(from_model, to_model, method, seed=seed)
     layers = [params[part][i] for part, i in unrolled_blocks(build_program(from_model))]
-    fill = lambda picks: {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
+
+    def fill(picks):
+        return {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
+
     made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
     made |= {part: fill(table[part]) for part in PARTS}
     if from_model.relaxed:  # `_check_own`: so is the target
@@ -169,7 +175,9 @@ def convert(
         program = build_program(to_model)
         for i, shared in made["core"].items():
             # the layer recursion r stands for
-            own = lambda r, i=int(i): layers[program.prelude + r * program.core + i]
+            def own(r, i=int(i)):
+                return layers[program.prelude + r * program.core + i]
+
             theirs = [own(r) for r in range(program.recursions)] if relaxation == "svd" else None
             made["core"][i] = relaxed(shared, theirs, to_model)
     return made
@@ -178,7 +186,10 @@ def convert(
 def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> None:
     """Raise ConfigError where what recursions of the source have of their own has no place in the
     target."""
-    own = lambda m: (m.norms, m.lora_rank, m.recursion_encoding)
+
+    def own(m):
+        return (m.norms, m.lora_rank, m.recursion_encoding)
+
     if from_model.relaxed and (method != "keep" or own(from_model) != own(to_model)):
         raise ConfigError(
             "recursions of the source have something of their own (config.model.norms, lora_rank, recursion_encoding = "
@@ -189,13 +200,19 @@ def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> N
 
 def _of_recursions(block: Mapping[str, Any], recursions: int) -> dict[str, Any]:
     """A relaxed block for another number of recursions: further ones have what the last one has."""
-    place = lambda leaf: leaf[np.minimum(np.arange(recursions), leaf.shape[0] - 1)]
+
+    def place(leaf):
+        return leaf[np.minimum(np.arange(recursions), leaf.shape[0] - 1)]
+
     return dict(block) | {"own": jax.tree.map(place, block["own"])}
 
 
 def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """`made` where it has something, `fresh` elsewhere; both nested dicts."""
-    both = lambda old, new: overlay(old, new) if isinstance(new, Mapping) else new
+
+    def both(old, new):
+        return overlay(old, new) if isinstance(new, Mapping) else new
+
     return {name: both(old, made[name]) if name in made else old for name, old in fresh.items()}
 
 

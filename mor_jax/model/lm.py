@@ -194,8 +194,13 @@ class LM:
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
-            logits = lambda h: self.logits(whole, self.final_norm(whole, h))
-            gate = lambda h: self.loop.gate(params["recursion"], h)
+
+            def logits(h):
+                return self.logits(whole, self.final_norm(whole, h))
+
+            def gate(h):
+                return self.loop.gate(params["recursion"], h)
+
             policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
         return policy if control is None else Controlled(policy, control)
 
@@ -342,7 +347,10 @@ class LM:
         """The weights of one block, whole over the axes of the rows, matrices in the compute
         dtype."""
         axes = nn.logical_axes(self._leaves()["block"])
-        dtype = lambda w: self.model.dtype if w.ndim > 1 else w.dtype
+
+        def dtype(w):
+            return self.model.dtype if w.ndim > 1 else w.dtype
+
         return jax.tree.map(
             lambda w, names: gather_weight(self.rules, w, names, dtype(w)), params, axes
         )
@@ -381,7 +389,10 @@ class LM:
         those of the row, which may be cut along time."""
         if before_BxS is None and self.model.smear:
             row = join_rows(tokens_BxT)
-            shifted = lambda i: own_part(jnp.pad(row, ((0, 0), (i, 0)))[:, : row.shape[1]])
+
+            def shifted(i):
+                return own_part(jnp.pad(row, ((0, 0), (i, 0)))[:, : row.shape[1]])
+
             before_BxS = jnp.concatenate(
                 [shifted(i)[:, :1] for i in range(self.model.smear, 0, -1)], axis=1
             )
@@ -395,9 +406,10 @@ class LM:
         if not manual_axes() or params["embed"]["table"].shape[1] == self.model.width:
             return params
         axes = self.logical_axes()
-        whole_table = lambda name: gather_weight(
-            self.rules, params[name]["table"], axes[name]["table"]
-        )
+
+        def whole_table(name):
+            return gather_weight(self.rules, params[name]["table"], axes[name]["table"])
+
         return params | {
             name: params[name] | {"table": whole_table(name)}
             for name in ("embed", "head")
@@ -438,7 +450,10 @@ class LM:
         """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses
         them R times."""
         axes = self.logical_axes()["core"]
-        gather = lambda w, names: gather_weight(self.rules, w, names, self.model.dtype)
+
+        def gather(w, names):
+            return gather_weight(self.rules, w, names, self.model.dtype)
+
         return jax.tree.map(gather, params["core"], axes)
 
     # ---------------------------------------------------------------- the full forward pass
@@ -665,9 +680,10 @@ class LM:
         pos, most = _positions(seg), c.most(self.program.recursions)
         e = self.enter(params, tokens_BxT, seg)
         steps = self.program.recursions if steps_B is None else steps_B
-        make_core = lambda params, e: self.looped(
-            self.core(params, pos, keep=False), params, e, pos, salt_B, steps
-        )[0]
+
+        def make_core(params, e):
+            return self.looped(self.core(params, pos, keep=False), params, e, pos, salt_B, steps)[0]
+
         s = self.looped(make_core, params, e, pos, salt_B, steps)[1]  # the first state alone
         out = run_unrolled(
             make_core,
@@ -686,7 +702,10 @@ class LM:
             if out.states_SxBxTxD is None
             else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
         )
-        tile = lambda x: jnp.tile(x, (h.shape[0] // x.shape[0], 1))
+
+        def tile(x):
+            return jnp.tile(x, (h.shape[0] // x.shape[0], 1))
+
         pos, seg = tile(pos), tile(seg)
         h, _ = self.blocks(
             params["coda"], h, self.rope(pos), self.attend_row(pos, seg, seg), gather=True

@@ -79,7 +79,10 @@ def token_nll(
     """Negative log-likelihood of each target in nats, [B, T] float32."""
     length = h_BxTxD.shape[1]
     chunk = min(chunk or length, length)
-    one = lambda args: _nll(finish(_products(args[0], table_VxD)), args[1])[0]
+
+    def one(args):
+        return _nll(finish(_products(args[0], table_VxD)), args[1])[0]
+
     return _unchunk(
         jax.lax.map(one, (_chunks(h_BxTxD, chunk), _chunks(targets_BxT, chunk))), length
     )
@@ -133,7 +136,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
         return dtable_DxV, (jnp.sum((jnp.log(sum_N) - hit_N) * weight_N), dh_NxD, own_N)
 
     # [chunks, B, chunk, ...] -> [chunks, N, ...]
-    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    def flat(x):
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
+
     h_CxNxD, t_CxN, weight_CxN = (flat(_chunks(x, chunk)) for x in (h, targets, weights))
     xs = (h_CxNxD, h_CxNxD.swapaxes(1, 2), t_CxN, weight_CxN)
     dtable_DxV, (loss, dh, own) = jax.lax.scan(one, jnp.zeros(table.shape[::-1], jnp.float32), xs)

@@ -35,7 +35,10 @@ def logical_axes(module: nn.Module, *args: Any) -> dict:
     """Tree of tuples of logical axis names, one for every parameter of `init`; nothing is
     computed."""
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
-    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+
+    def is_box(leaf):
+        return isinstance(leaf, nn.meta.AxisMetadata)
+
     return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 

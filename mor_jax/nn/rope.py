@@ -46,11 +46,13 @@ def scaled(m: ModelConfig, frequency_h: jax.Array) -> jax.Array:
     else:
         # The dimension that makes so many turns over the original context; fewer turns in later
         # ones.
-        turning = lambda turns: (
-            m.dims[2]
-            * math.log(m.rope_original_context / (turns * 2 * math.pi))
-            / (2 * math.log(m.rope_theta))
-        )
+        def turning(turns):
+            return (
+                m.dims[2]
+                * math.log(m.rope_original_context / (turns * 2 * math.pi))
+                / (2 * math.log(m.rope_theta))
+            )
+
         first = max(math.floor(turning(m.rope_beta_fast)), 0)
         last = min(math.ceil(turning(m.rope_beta_slow)), m.dims[2] - 1)
         kept_h = 1 - (jnp.arange(m.dims[2] // 2, dtype=jnp.float32) - first) / (
@@ -69,7 +71,10 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate x [B, heads..., T, H] by tables [B, T, H / 2], or x [M, heads..., H] by tables [M, H /
     2]. The tables are broadcast over the head axes. Computed in float32, in the dtype of x."""
     heads = x.ndim - cos.ndim
-    expand = lambda t: t.reshape(t.shape[0], *(1,) * heads, *t.shape[1:])
+
+    def expand(t):
+        return t.reshape(t.shape[0], *(1,) * heads, *t.shape[1:])
+
     cos, sin = expand(cos), expand(sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate(

@@ -106,7 +106,10 @@ class Hosts:
             if not missing:
                 raise
             beats = self._dir("beat")
-            doing = lambda r: _read(beats.get(r, "")).get("phase", "unknown")
+
+            def doing(r: int) -> str:
+                return _read(beats.get(r, "")).get("phase", "unknown")
+
             who = ", ".join(f"{self.describe(r)}, last known: {doing(r)}" for r in missing)
             raise UserError(
                 f"{timeout:g} s at the meeting point {name!r} and these did not come: {who}."

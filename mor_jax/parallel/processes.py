@@ -90,7 +90,9 @@ def _signal(jobs: Sequence[subprocess.Popen[str]], number: int) -> None:
 
 @contextlib.contextmanager
 def _passed_on(jobs: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
-    handler = lambda _number, _frame: _signal(jobs, signal.SIGTERM)
+    def handler(_number: int, _frame: object) -> None:
+        return _signal(jobs, signal.SIGTERM)
+
     old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -73,9 +73,9 @@ def over_rows(
         manual = tuple(axis for axis in cut if not mesh.empty and mesh.shape.get(axis, 1) > 1)
         if not manual or set(manual) & set(mesh.manual_axes):
             return run(*args)
-        specs = lambda tree: jax.tree.map(
-            lambda n: _only(rules.spec(n), manual), tree, is_leaf=_is_names
-        )
+
+        def specs(tree: Any) -> Any:
+            return jax.tree.map(lambda n: _only(rules.spec(n), manual), tree, is_leaf=_is_names)
 
         def island(*args: Any) -> tuple[Any, Any]:
             rows, sums = run(*args)
@@ -216,7 +216,11 @@ def _is_names(leaf: Any) -> bool:
 
 def _only(spec: PartitionSpec, axes: tuple[str, ...]) -> PartitionSpec:
     """The spec with these mesh axes only."""
-    keep = lambda entry: (
-        tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in axes) or None
-    )
+
+    def keep(entry: Any) -> tuple[str, ...] | None:
+        return (
+            tuple(a for a in ((entry,) if isinstance(entry, str) else entry or ()) if a in axes)
+            or None
+        )
+
     return PartitionSpec(*(keep(entry) for entry in spec))

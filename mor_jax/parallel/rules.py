@@ -82,7 +82,10 @@ class Rules:
 
     def shardings(self, mesh: Mesh, logical_axes: Any) -> Any:
         """NamedShardings for a tree whose leaves are tuples of logical names."""
-        is_names = lambda leaf: isinstance(leaf, tuple)
+
+        def is_names(leaf: object) -> bool:
+            return isinstance(leaf, tuple)
+
         return jax.tree.map(
             lambda names: NamedSharding(mesh, self.spec(names)), logical_axes, is_leaf=is_names
         )

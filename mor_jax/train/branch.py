@@ -80,9 +80,10 @@ def anneal(
         _same_state(old, cfg, parent)
         lm, tx = LM.from_config(cfg), optimizer_of(cfg, training_steps(cfg))
         wanted = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
-        read = lambda name, like: (
-            None if like is None else restore_params(directory, like, step, entry=name)[0]
-        )
+
+        def read(name, like):
+            return None if like is None else restore_params(directory, like, step, entry=name)[0]
+
         state = TrainState(*(read(name, like) for name, like in wanted._asdict().items()))
         lineage = {
             "parent": os.fspath(parent),

@@ -472,10 +472,13 @@ def _without(tree: Any, missing: set[str]) -> Any:
     or none."""
     if not missing:
         return tree
-    holds = lambda x: isinstance(x, dict) and any(name in x for name in _FROM_ZERO)
-    drop = lambda x: (
-        {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
-    )
+
+    def holds(x):
+        return isinstance(x, dict) and any(name in x for name in _FROM_ZERO)
+
+    def drop(x):
+        return {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
+
     return jax.tree.map(drop, tree, is_leaf=holds)
 
 

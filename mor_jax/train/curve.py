@@ -72,7 +72,10 @@ def depth_curve(
     loaded = surveyed(loaded, rows=calibration_rows)
     with jax.set_mesh(loaded.mesh):
         batches, token_bytes = held_out(loaded, paths, **of_rows)
-        at = lambda **limits: evaluate_at(loaded.lm, loaded.params, batches, token_bytes, **limits)
+
+        def at(**limits):
+            return evaluate_at(loaded.lm, loaded.params, batches, token_bytes, **limits)
+
         depths = np.linspace(1, steps, points).round(6).tolist() if loaded.lm.policy.dials else []
         return {
             "recursions": steps,

@@ -123,9 +123,10 @@ def compile_step(
         # there.
         return jax.jit(step), "compiled at the first call, to look for NaNs"
     begin, hits = time.perf_counter(), []
-    listen = lambda event, **_: (
-        hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
-    )
+
+    def listen(event, **_):
+        return hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
+
     jax.monitoring.register_event_listener(listen)
     try:
         lowered = jax.jit(step, donate_argnums=0).lower(*arguments)

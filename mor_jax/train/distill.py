@@ -41,7 +41,10 @@ class Teacher(NamedTuple):
         """(parameters of embedding and head, their logical axes): what its logits need beside the
         states."""
         axes = self.lm.logical_axes()
-        pick = lambda tree: {name: tree[name] for name in ("embed", "head") if name in tree}
+
+        def pick(tree):
+            return {name: tree[name] for name in ("embed", "head") if name in tree}
+
         return pick(self.params), pick(axes)
 
     def flops_per_token(self) -> float:
@@ -61,7 +64,10 @@ def distilled(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss, nll, distillation loss), sums over the targets, of final states; see
     `model.loss.distilled_sum`."""
-    finish = lambda model: functools.partial(network.finish, model)
+
+    def finish(model):
+        return functools.partial(network.finish, model)
+
     table = network.head_table(lm.with_table(params))
     teacher_table = network.head_table(teacher.lm.with_table(tables))
     mix = Mix(

@@ -41,7 +41,9 @@ def eval_step(
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     weights = (weights > 0).astype(jnp.float32)  # a token counts whole or not at all
 
-    losses = lambda params, h, targets: (lm.token_nll(params, h, targets), ())
+    def losses(params, h, targets):
+        return (lm.token_nll(params, h, targets), ())
+
     nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(
         params, out.h_BxTxD, targets
     )

@@ -127,7 +127,10 @@ class MorLM(TemplateLM):
         """Texts up to a stop string, the end of a document or the longest length; those with equal
         settings in one batch."""
         texts: dict[int, str] = {}
-        settings = lambda i: repr(sorted(requests[i].args[1].items()))
+
+        def settings(i):
+            return repr(sorted(requests[i].args[1].items()))
+
         for _, group in itertools.groupby(sorted(range(len(requests)), key=settings), key=settings):
             members = list(group)
             wanted = dict(requests[members[0]].args[1])

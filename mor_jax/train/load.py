@@ -116,7 +116,10 @@ def load_model(
     lm = LM.from_config(config)
     saved = Adapters(lm, config.adapter) if config.adapter.rank else lm
     shapes = jax.eval_shape(saved.init, jax.random.key(0))
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+    def place(s, sharding):
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
     if average and (shipped or not config.optim.ema):
         raise CheckpointError(

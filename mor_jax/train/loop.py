@@ -134,7 +134,10 @@ def train(
     """
     workdir, hosts, debug = as_path(workdir), join.hosts(), debug or Debug()
     mesh, first = make_mesh(cfg.mesh), hosts.rank == 0
-    tell = lambda line: say(line, shown=progress)
+
+    def tell(line):
+        return say(line, shown=progress)
+
     with (
         jax.set_mesh(mesh),
         debug.applied(),
@@ -464,7 +467,10 @@ class _Run:
                 self.outbox.push_sometimes()
                 last = step == self.steps
                 stopping = stop.after_this_step() and not last
-                due = lambda every: bool(every) and step % every == 0  # noqa: B023
+
+                def due(every):
+                    return bool(every) and step % every == 0  # noqa: B023
+
                 if not bad and (stopping or last or due(t.eval_every) or due(t.checkpoint_every)):
                     bad, pending = self._record(*pending) == REWIND, None
                     clock.pause()

@@ -57,7 +57,9 @@ def loop_loss(
             )(index_SxB)
         return depth_BxT, _over_steps(lm, params, out, h, targets_SxBxT, weights)
 
-    given = lambda name, axes: None if batch.get(name) is None else axes
+    def given(name, axes):
+        return None if batch.get(name) is None else axes
+
     row_only = ("batch",)
     axes = (
         lm.logical_axes(),
@@ -110,10 +112,15 @@ def _over_steps(
 ) -> dict[str, jax.Array]:
     """Sums over the rows of one device of a loss after each step."""
     c, (steps, rows, time, _) = lm.recursion, h_SxBxTxD.shape
+
     # One after the other along time, so that the head's chunks hold as many logits at once as for
     # one step.
-    along = lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, steps * time, *x.shape[3:])
-    apart = lambda x: jnp.moveaxis(x.reshape(rows, steps, time), 1, 0)
+    def along(x):
+        return jnp.moveaxis(x, 0, 1).reshape(rows, steps * time, *x.shape[3:])
+
+    def apart(x):
+        return jnp.moveaxis(x.reshape(rows, steps, time), 1, 0)
+
     h, targets = along(h_SxBxTxD), along(targets_SxBxT)
     still = jax.lax.stop_gradient
     nll_SxBxT = apart(still(lm.token_nll(still(params), still(h), targets)))

@@ -106,7 +106,9 @@ def optimizer(
         return optax.chain(clip, one(1.0))
 
     def labels(params: dict) -> dict:
-        group = lambda path: next((key.key for key in path if key.key in factors), "model")
+        def group(path):
+            return next((key.key for key in path if key.key in factors), "model")
+
         return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
 
     each = {"model": one(1.0)} | {name: one(factor) for name, factor in factors.items()}

@@ -40,9 +40,12 @@ def state_shardings(
     params = lm.rules.shardings(mesh, lm.logical_axes())
     replicated = NamedSharding(mesh, PartitionSpec())
     abstract = jax.eval_shape(lambda: _create(lm, tx, average, jax.random.key(0)))
+
     # Under a partition (`schedule.optimizer`) each optimiser has a hole where the parameters are
     # another's.
-    hole = lambda leaf: isinstance(leaf, optax.MaskedNode)
+    def hole(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
     opt_state = optax.tree_map_params(
         tx,
         lambda leaf, sharding: leaf if hole(leaf) else sharding,
@@ -60,7 +63,10 @@ def abstract_state(
     """Shapes, dtypes and shardings, nothing allocated: the template a checkpoint is restored
     into."""
     shapes = jax.eval_shape(lambda: _create(lm, tx, average, jax.random.key(0)))
-    make = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+    def make(s, sharding):
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
     return jax.tree.map(make, shapes, state_shardings(lm, tx, mesh, average))
 
 

@@ -79,7 +79,9 @@ def loss_fn(
         sums = distilled(lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught)
         return out.depth_BxT, (*sums, out.stats)
 
-    given = lambda x, names: None if x is None else names
+    def given(x, names):
+        return None if x is None else names
+
     salt, taught = batch.get("salt"), batch.get("taught")
     tables, table_axes = (None, None) if teacher is None else teacher.tables()
     axes = (
@@ -121,7 +123,10 @@ def loss_fn(
 def _micro_batches(batch: Batch, accum: int) -> Batch:
     """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows
     throughout."""
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 1, 0)
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 1, 0)
+
     return jax.tree.map(split, batch)
 
 
@@ -197,7 +202,10 @@ def gradients(
     micro = _micro_batches(batch, accum)
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, first))
-    add = lambda total, b: (jax.tree.map(jnp.add, total, grad(params, b)), None)
+
+    def add(total, b):
+        return (jax.tree.map(jnp.add, total, grad(params, b)), None)
+
     return jax.lax.scan(add, zeros, micro)[0]
 
 
@@ -214,7 +222,10 @@ def averaged(average: dict, params: dict, decay: float, step: jax.Array) -> dict
     """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that
     the random start is soon gone. What is no weight is taken as it is."""
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    mean = lambda path, a, p: p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
+
+    def mean(path, a, p):
+        return p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
+
     return jax.tree_util.tree_map_with_path(mean, average, params)
 
 

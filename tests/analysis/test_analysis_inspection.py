@@ -83,7 +83,9 @@ def test_isoflop_tokens_equal_the_papers_to_their_printed_rounding(size, kind):
 
 
 def test_programs_are_drawn():
-    draw = lambda **kw: draw_program(ModelConfig(**kw))
+    def draw(**kw):
+        return draw_program(ModelConfig(**kw))
+
     assert draw(layers=3) == "embed → [0 1 2] → norm → head"
     assert draw(**CYCLE3) == "embed → [0] → (1 2) × 3 → [3] → norm → head"
     assert (
@@ -124,7 +126,10 @@ def test_cache_by_depth_adds_up_and_traffic_is_what_a_walk_over_the_streams_read
         assert sum(p.layers for p in parts) == 8
     # Brute force at the default capacities: of 60 tokens 60, 40, 20 are stored at depths 1, 2, 3.
     layer = 2 * 2 * 4 * 4  # keys and values, 2 kv heads of 4, float32
-    read = lambda deepest: layer * (60 + sum(2 * stored for stored in (60, 40, 20)[:deepest]) + 60)
+
+    def read(deepest):
+        return layer * (60 + sum(2 * stored for stored in (60, 40, 20)[:deepest]) + 60)
+
     traffic = decode_traffic(model, ROUTED)
     assert traffic.read_full_depth == pytest.approx(read(3))
     # a third each stops at 1, 2, 3
@@ -164,7 +169,10 @@ def test_every_strategy_keeps_what_the_accounting_says_and_the_mean_token_reads_
 def test_cache_traffic_of_the_core_is_the_papers_ratio(recursions):
     """MoR spec section 4: KV IO (R + 1) / 2R of a model whose every token runs every recursion."""
     model = ModelConfig(layers=12, recursions=recursions, sharing="cycle", vocab_size=64)
-    read = lambda depth: decode_traffic(model, depth).read_full_depth
+
+    def read(depth):
+        return decode_traffic(model, depth).read_full_depth
+
     assert read(ROUTED) / read(FIXED) == pytest.approx((recursions + 1) / (2 * recursions))
 
 

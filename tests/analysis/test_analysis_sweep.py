@@ -173,9 +173,9 @@ def test_every_run_of_every_ablation_passes_the_door(name, size):
 def test_ablations_ask_what_their_tables_ask():
     from mor_jax.model.program import build_program
 
-    by_name = lambda module, size: {
-        p.name: p for p in Sweep.from_dict(module.get_sweep(size)).points
-    }
+    def by_name(module, size):
+        return {p.name: p for p in Sweep.from_dict(module.get_sweep(size)).points}
+
     blocks = {
         job.point.name: build_program(job.config.model)
         for job in jobs(Sweep.from_dict(sharing.get_sweep("360m")))

@@ -88,8 +88,13 @@ def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would():
 
 def test_attention_is_that_of_the_devices_or_refused():
     cfg = config("mor", "360m,nr=3", data=1, fsdp=8)
-    of = lambda impl: dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=impl))
-    chosen = lambda place: plan(of("auto"), topology(place)).config.model.attention
+
+    def of(impl):
+        return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, attention=impl))
+
+    def chosen(place):
+        return plan(of("auto"), topology(place)).config.model.attention
+
     assert [chosen(p) for p in ("v5e-8", "h100x8", "cpux8")] == ["splash", "blocked", "blocked"]
     for search in (plan, suggest):
         with pytest.raises(
@@ -97,8 +102,11 @@ def test_attention_is_that_of_the_devices_or_refused():
             match=r"'splash' runs on TPUs, and this is a GPU\. Use 'auto'.*here 'blocked'",
         ):
             search(of("splash"), topology("h100x8"))
+
     # The kernel keeps no probabilities: a block that is being differentiated needs less.
-    memory = lambda impl: plan(of(impl), topology("v5e-8")).memory
+    def memory(impl):
+        return plan(of(impl), topology("v5e-8")).memory
+
     assert memory("splash").working < memory("blocked").working
 
 
@@ -115,21 +123,30 @@ def command(*arguments):
 def test_each_axis_cuts_what_it_should():
     cfg = config("mor", "360m,nr=3")
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, accum=1))
-    at = lambda **mesh: plan(dataclasses.replace(cfg, mesh=MeshConfig(**mesh)), topology("cpux8"))
+
+    def at(**mesh):
+        return plan(dataclasses.replace(cfg, mesh=MeshConfig(**mesh)), topology("cpux8"))
+
     whole, fsdp, long = at(data=8), at(data=1, fsdp=8), at(data=4, sequence=2)
     assert fsdp.memory.weights == pytest.approx(whole.memory.weights / 8, rel=0.02)
     assert fsdp.memory.saved == whole.memory.saved  # the rows of a device are the same
     assert long.memory.saved == whole.memory.saved  # twice the rows of half the length
     assert long.memory.weights == whole.memory.weights
-    kinds = lambda p: {c.kind for c in p.collectives}
+
+    def kinds(p):
+        return {c.kind for c in p.collectives}
+
     assert kinds(whole) == {"all-reduce"} and kinds(fsdp) == {
         "all-gather",
         "reduce-scatter",
         "all-reduce",
     }
+
     # What FSDP scatters and gathers once is what data parallelism reduces, plus the second gather
     # of unshared blocks.
-    sent = lambda p, *kinds: total_bytes(p.collectives, *kinds)
+    def sent(p, *kinds):
+        return total_bytes(p.collectives, *kinds)
+
     assert sent(fsdp, "reduce-scatter") == pytest.approx(sent(whole) / 2, rel=0.01)
     once = total_bytes(planned_collectives(fsdp.config, devices=8, regather=False), "all-gather")
     # Weights travel in bfloat16, sums of gradients in float32; the table in float32 both ways.
@@ -139,9 +156,12 @@ def test_each_axis_cuts_what_it_should():
 
 def test_the_tied_core_is_gathered_once_however_often_it_is_used():
     shared, plain = (config("llama8b", kind, data=1, fsdp=8) for kind in ("recursive", "vanilla"))
-    gathers = lambda cfg: {
-        p.what: p.count for p in planned_collectives(cfg, devices=8) if p.kind == "all-gather"
-    }
+
+    def gathers(cfg):
+        return {
+            p.what: p.count for p in planned_collectives(cfg, devices=8) if p.kind == "all-gather"
+        }
+
     assert gathers(shared) == {"core": 4 * 10, "blocks used once": 2 * 4 * 2, "embedding": 1}
     assert gathers(plain) == {"blocks used once": 2 * 4 * 32, "embedding": 1}
 

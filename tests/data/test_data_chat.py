@@ -48,8 +48,13 @@ def test_every_reply_is_trained_where_the_prompt_of_serving_ends(way, turns):
     template, tokenizer = WAYS[way]
     messages = conversation(turns, "Be brief.")
     sample = template.sample(tokenizer, messages, ["assistant"])
-    spell = lambda i: tokenizer.piece(i) or tokenizer.token_text(i).encode()
-    text = lambda ids: b"".join(spell(int(i)) for i in ids).decode()
+
+    def spell(i):
+        return tokenizer.piece(i) or tokenizer.token_text(i).encode()
+
+    def text(ids):
+        return b"".join(spell(int(i)) for i in ids).decode()
+
     starts = np.flatnonzero(np.diff(np.pad(sample.weights, (1, 0))) > 0)
     assert len(starts) == len(turns)
     for turn, start in enumerate(starts):
@@ -177,7 +182,10 @@ def test_parquet_holds_the_same_conversations(cfg, tmp_path):
     records = [json.loads(line) for line in Path(cfg.paths[0]).read_text().splitlines()]
     parquet.write_table(pa.Table.from_pylist(records), tmp_path / "chats.parquet")
     one, other = go(cfg), go(cfg, paths=(str(tmp_path / "chats.parquet"),))
-    of = lambda data: sorted(data.train[i]["tokens"].tobytes() for i in range(len(data.train)))
+
+    def of(data):
+        return sorted(data.train[i]["tokens"].tobytes() for i in range(len(data.train)))
+
     assert {len(of(one)), len(of(other))} != {0}
     assert one.stats["train"]["trained"] + one.stats["validation"]["trained"] == (
         other.stats["train"]["trained"] + other.stats["validation"]["trained"]

@@ -130,8 +130,7 @@ def test_a_large_corpus_is_sampled_for_the_bpe(cfg, monkeypatch):
     assert 1000 < sum(len(d.text) for d in seen) <= 2000
 
 
-# few documents
-# --------------------------------------------------------------------------------------------------
+# -- few documents ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("holdout", [0.001, 0.999])
@@ -174,8 +173,7 @@ def test_an_empty_corpus_is_an_error(cfg, corpus, content):
     assert str(corpus) in str(e.value)
 
 
-# texts that repeat
-# --------------------------------------------------------------------------------------------------
+# -- texts that repeat -----------------------------------------------------------------------------
 
 
 def write_texts(corpus, repeated):
@@ -224,8 +222,7 @@ def test_copies_of_one_text_cannot_be_split(cfg, corpus):
     assert go(cfg, dedup="none").stats["crossing"] > 0
 
 
-# the cache
-# --------------------------------------------------------------------------------------------------
+# -- the cache -------------------------------------------------------------------------------------
 
 
 def test_the_fingerprint_changes_with_what_changes_the_rows(cfg, corpus, tmp_path):
@@ -290,8 +287,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache_root(DataConfig()) == tmp_path / ".cache" / "mor_jax" / "data"
 
 
-# interruptions
-# --------------------------------------------------------------------------------------------------
+# -- interruptions ---------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -405,8 +401,7 @@ def test_losing_the_race_without_locks_uses_the_winner(cfg, monkeypatch):
     assert winner and entries(cfg) == [data.fingerprint]
 
 
-# messages
-# --------------------------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------------
 
 
 def damage_message(directory, call) -> str:

@@ -42,8 +42,7 @@ def jsonl(texts=TEXTS, key="text") -> bytes:
     return b"".join(json.dumps({"n": i, key: t}).encode() + b"\n" for i, t in enumerate(texts))
 
 
-# files
-# --------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @compressions
@@ -223,8 +222,7 @@ def test_bad_parquet_is_named(tmp_path):
     assert str(path) in said and "parquet" in said
 
 
-# pystdlib
-# --------------------------------------------------------------------------------------------------
+# -- pystdlib --------------------------------------------------------------------------------------
 
 
 def test_pystdlib_is_sorted_and_leaves_tests_and_packages_out():
@@ -245,8 +243,7 @@ def test_pystdlib_skips_and_counts_what_cannot_be_decoded(tmp_path, monkeypatch)
     assert source.skipped == 1
 
 
-# tfds
-# --------------------------------------------------------------------------------------------------
+# -- tfds ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

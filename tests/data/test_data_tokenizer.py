@@ -213,8 +213,7 @@ def test_build_follows_the_config(tmp_path):
     )
 
 
-# Tokenizers made elsewhere
-# -------------------------------------------------------------------------------------------
+# -- Tokenizers made elsewhere ---------------------------------------------------------------------
 
 
 def _sentencepiece_like() -> tokenizers.Tokenizer:
@@ -322,8 +321,7 @@ def test_added_tokens_that_are_text_count_their_bytes():
     assert t.decode(ids) == "x    日本"
 
 
-# Messages
-# --------------------------------------------------------------------------------------------------
+# -- Messages --------------------------------------------------------------------------------------
 
 
 def _message(call, *args) -> str:

@@ -89,9 +89,12 @@ def test_greedy_generation_is_the_argmax_of_the_full_forward_pass(kind):
 def test_same_seed_same_text_and_a_sequence_does_not_depend_on_its_company():
     lm = small_lm("mor")
     params = random_params(lm)
-    go = lambda prompts, seed: tokens_of(
-        Generation(lm, params, prompts, max_tokens=12, sampling=Sampling(1.0), seed=seed)
-    )
+
+    def go(prompts, seed):
+        return tokens_of(
+            Generation(lm, params, prompts, max_tokens=12, sampling=Sampling(1.0), seed=seed)
+        )
+
     a, b = go([[5, 9], [3, 1]], 7), go([[5, 9], [3, 1]], 7)
     np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(a[0], go([[5, 9], [60, 61]], 7)[0])

@@ -72,15 +72,17 @@ def test_pieces_are_those_of_plain_generation(model, service, prompt, most):
 
 
 def test_one_seed_one_text_and_an_engine_of_its_own(model, service):
-    draw = lambda seed, **where: "".join(
-        p.text for p in stream_text(model, "ab", max_tokens=20, seed=seed, **where)
-    )
+    def draw(seed, **where):
+        return "".join(p.text for p in stream_text(model, "ab", max_tokens=20, seed=seed, **where))
+
     assert draw(1, service=service) == draw(1, service=service) != draw(2, service=service)
     assert draw(1) == draw(1, service=service), "the default engine draws the same"
 
 
 def test_depths_and_lengths_that_cannot_be_are_refused(model, service):
-    go = lambda prompt="a", **how: list(stream_text(model, prompt, service=service, **how))
+    def go(prompt="a", **how):
+        return list(stream_text(model, prompt, service=service, **how))
+
     with pytest.raises(UserError, match="context is 64"):
         go("y" * 64)
     with pytest.raises(UserError, match="max_tokens"):

@@ -51,9 +51,16 @@ def flip_bytes(step):
 
 def cases(d, config, trained):
     """name: (command and arguments, environment or input, what the message must contain)"""
-    train = lambda *args: ("train", "--config", config, "--workdir", d / "never", *args)
-    corpus = lambda name: train(f"--config.data.paths=('{d / name}',)")
-    generate = lambda *args: ("generate", "--checkpoint", trained.mor, *args)
+
+    def train(*args):
+        return ("train", "--config", config, "--workdir", d / "never", *args)
+
+    def corpus(name):
+        return train(f"--config.data.paths=('{d / name}',)")
+
+    def generate(*args):
+        return ("generate", "--checkpoint", trained.mor, *args)
+
     found = {
         "misspelt key": (train("--config.model.layrs=3"), {}, ["'layrs'", "layers"]),
         "key of another group": (train("--config.model.batch_size=3"), {}, ["'batch_size'"]),

@@ -124,7 +124,10 @@ def test_mistakes_are_one_line(source, trained, tmp_path):
 def test_what_cannot_be_converted_is_refused_before_anything_is_written(source, tmp_path):
     d, _ = source
     raw = json.loads((d / "vanilla" / "config.json").read_text())
-    changed = lambda group, **fields: from_dict(raw | {group: raw[group] | fields})
+
+    def changed(group, **fields):
+        return from_dict(raw | {group: raw[group] | fields})
+
     cases = [
         (d / "nowhere", changed("train"), "nowhere"),
         (d / "vanilla", changed("model", layers=12, sharing="cycle", recursions=3), "too few"),

@@ -18,7 +18,10 @@ def example(length, kv_heads=2, groups=3, head_dim=8, seed=0):
     """Packed rows of two documents and padding, a third of the keys hidden, as in a recursion
     step."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     q = draw(2, kv_heads, groups, length, head_dim)
     k, v = draw(2, kv_heads, length, head_dim), draw(2, kv_heads, length, head_dim)
     seg = np.ones((2, length), np.int32)
@@ -41,7 +44,10 @@ def example(length, kv_heads=2, groups=3, head_dim=8, seed=0):
 def run(impl, q, k, v, pos, seg, kv_seg, active):
     # outputs of halted tokens are never used
     weight = jnp.asarray(active, jnp.float32)[:, None, None, :, None]
-    out = lambda q, k, v: attention(q, k, v, pos, pos, seg, kv_seg, impl) * weight
+
+    def out(q, k, v):
+        return attention(q, k, v, pos, pos, seg, kv_seg, impl) * weight
+
     grads = jax.grad(lambda *a: jnp.sum(jnp.sin(out(*a))), argnums=(0, 1, 2))(q, k, v)
     return out(q, k, v), *grads
 

@@ -182,7 +182,10 @@ def test_6_full_capacity_and_an_identity_gate_is_the_recursive_transformer():
     )
     full = DepthConfig("expert_choice", capacities=(1.0, 1.0, 1.0), gate="additive")
     w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
-    f = lambda h: jnp.tanh(h @ w)
+
+    def f(h):
+        return jnp.tanh(h @ w)
+
     h = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 8)), jnp.float32)
     pos, seg = jnp.broadcast_to(jnp.arange(9), (2, 9)), jnp.ones((2, 9), jnp.int32)
     routed, fixed = build_policy(shape, full), build_policy(shape, DepthConfig())
@@ -200,7 +203,10 @@ def test_7_cache_ratios(recursions):
     5 above and tests/inference/test_decode.py; what is read:
     tests/analysis/test_analysis_accounting.py."""
     model = ModelConfig(layers=12, recursions=recursions, sharing="cycle", vocab_size=64)
-    size = lambda **depth: accounting.kv_bytes_per_token(model, DepthConfig(**depth))
+
+    def size(**depth):
+        return accounting.kv_bytes_per_token(model, DepthConfig(**depth))
+
     assert size(policy="expert_choice") / size() == pytest.approx(
         (recursions + 1) / (2 * recursions)
     )

@@ -24,7 +24,10 @@ def cap(x):
 @pytest.fixture(scope="module")
 def arrays():
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
     weights = jnp.asarray([[1, 0, 0.5, 1, -2, 0, 1], [1] * 4 + [0] * 3], jnp.float32)
     targets = jnp.asarray(rng.integers(0, V, (B, T)).astype(np.int32))
     return draw(B, T, D), draw(V, D), targets, weights, draw(B, T, E), draw(V, E)
@@ -103,9 +106,12 @@ def test_accumulation_counts_the_teacher_the_same(batch):
 
     def plain(p, t, b):
         teacher = Teacher(other, t, 0.5, 2.0)
-        run = lambda p: loss_fn(
-            lm, p, teacher.teach(b), loss_scales(lm, b), None, teacher, executor="masked"
-        )
+
+        def run(p):
+            return loss_fn(
+                lm, p, teacher.teach(b), loss_scales(lm, b), None, teacher, executor="masked"
+            )
+
         return jax.grad(run, has_aux=True)(p)
 
     two = jax.jit(lambda p, t, b: gradients(lm, p, b, 2, teacher=Teacher(other, t, 0.5, 2.0)))

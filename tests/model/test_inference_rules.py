@@ -126,13 +126,19 @@ def test_only_the_auxiliary_router_decides_at_inference():
 
 def test_unique_parameters_and_flops_of_a_second_router():
     lm, plain = model("auxiliary"), model("threshold")
-    count = lambda lm: accounting.parameters(lm.model, lm.depth).router
+
+    def count(lm):
+        return accounting.parameters(lm.model, lm.depth).router
+
     assert count(lm) == 2 * count(plain) == 2 * R * 16
     made = jax.eval_shape(lm.init, jax.random.key(0))["router"]
     assert sum(
         x.size for name, part in made.items() if name != "survey" for x in jax.tree.leaves(part)
     ) == count(lm)
-    flops = lambda lm: accounting.true_flops_per_token(lm.model, lm.depth).router
+
+    def flops(lm):
+        return accounting.true_flops_per_token(lm.model, lm.depth).router
+
     assert flops(lm) == 2 * flops(plain)
     assert jax.tree.structure(
         lm.logical_axes()["router"], is_leaf=lambda x: isinstance(x, tuple)

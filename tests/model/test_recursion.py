@@ -244,7 +244,10 @@ def test_a_truncated_gradient_is_that_of_the_last_steps():
         )
         seg = b["segment_ids"]
         e = lm.enter(params, b["tokens"], seg)
-        run = lambda p, e: lm.looped(lm.core(p, pos, keep=False), p, e, pos)[0]
+
+        def run(p, e):
+            return lm.looped(lm.core(p, pos, keep=False), p, e, pos)[0]
+
         still = jax.lax.stop_gradient
         s, _ = run(still(params), still(e))(still(e), pos, seg, seg, recursion=0)
         for t in (1, 2):
@@ -283,10 +286,13 @@ def test_losses_over_steps_are_means_of_losses_at_each_depth():
     np.testing.assert_allclose(
         sums["loss"], each @ p + 0.3 * sums["recursion/divergence"], rtol=1e-5
     )
+
     # The gate's own gradient, by finite differences of its bias.
-    moved = lambda by: sums_of(
-        gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}}
-    )
+    def moved(by):
+        return sums_of(
+            gate, params | {"recursion": {"gate": beside["gate"] | {"bias": jnp.full((1,), by)}}}
+        )
+
     slope = (moved(0.02)["loss"] - moved(-0.02)["loss"]) / 0.04
     np.testing.assert_allclose(grads["recursion"]["gate"]["bias"][0], slope, atol=2e-3)
 

@@ -108,9 +108,12 @@ def apply(lm, params):
 def test_executors_are_equal_under_token_choice():
     lm = relaxed("token_choice", layers=R)
     params = random_params(lm)
-    run = lambda executor: jax.jit(
-        lambda p: lm.forward(p, tokens(), executor=executor, profile=profile)
-    )(params)
+
+    def run(executor):
+        return jax.jit(lambda p: lm.forward(p, tokens(), executor=executor, profile=profile))(
+            params
+        )
+
     profile = len(lm.policy.profiles(T)) - 1
     a, b = run("masked"), run("gathered")
     np.testing.assert_array_equal(a.depth_BxT, b.depth_BxT)
@@ -126,7 +129,9 @@ def test_executors_are_equal_and_every_part_learns():
     }
 
     def run(executor):
-        loss = lambda p: loss_fn(lm, p, batch, loss_scales(lm, batch), executor=executor)[0]
+        def loss(p):
+            return loss_fn(lm, p, batch, loss_scales(lm, batch), executor=executor)[0]
+
         return jax.jit(jax.value_and_grad(loss))(params)
 
     (loss_m, grads_m), (loss_g, grads_g) = run("masked"), run("gathered")
@@ -151,9 +156,12 @@ def test_rows_at_recursions_of_their_own():
     params = random_params(lm)
     core, x = lm.gathered_core(params), jax.random.normal(jax.random.key(0), (R, 5, 16))
     pos, seg = jnp.broadcast_to(jnp.arange(5), (R, 5)), jnp.ones((R, 5), jnp.int32)
-    run = lambda x, n, r: lm.blocks(
-        core, x, lm.rope(pos[:n]), lm.attend_row(pos[:n], seg[:n], seg[:n]), recursion=r
-    )[0]
+
+    def run(x, n, r):
+        return lm.blocks(
+            core, x, lm.rope(pos[:n]), lm.attend_row(pos[:n], seg[:n], seg[:n]), recursion=r
+        )[0]
+
     together = jax.jit(lambda x: run(x, R, jnp.arange(R)))(x)
     alone = jax.jit(lambda x: jnp.concatenate([run(x[r : r + 1], 1, r) for r in range(R)]))(x)
     np.testing.assert_allclose(together, alone, atol=1e-5)
@@ -175,11 +183,17 @@ def test_what_is_its_own_is_counted_and_placed(part):
     shardings = lm.rules.shardings(make_mesh(MeshConfig(), jax.devices()[:1]), axes)
     assert jax.tree.structure(shardings) == jax.tree.structure(made)
     plain = dataclasses.replace(lm.model, norms="shared", lora_rank=0, recursion_encoding=False)
-    cost = lambda m: accounting.true_flops_per_token(m, lm.depth).blocks
+
+    def cost(m):
+        return accounting.true_flops_per_token(m, lm.depth).blocks
+
     # two blocks; q 16 -> 16 and v 16 -> 8 wide
     additions = 2 * 2 * R * lm.model.lora_rank * (16 + 16 + 16 + 8)
     assert cost(lm.model) - cost(plain) == pytest.approx(additions)
-    read = lambda m: decode_traffic(m, lm.depth, 10).weights
+
+    def read(m):
+        return decode_traffic(m, lm.depth, 10).weights
+
     assert read(lm.model) - read(plain) == pytest.approx(4 * additions / 2)
 
 

@@ -59,7 +59,10 @@ def test_picked_rows_are_causal_in_their_own_order():
     along."""
     q, k, v, pos, seg, _, active = example(300)
     at = jnp.asarray(np.flatnonzero(active[0])[:170])
-    some = lambda x, axis: jnp.take(x, at, axis=axis)
+
+    def some(x, axis):
+        return jnp.take(x, at, axis=axis)
+
     q, k, v, pos, seg = some(q, 3), some(k, 2), some(v, 2), some(pos, 1), some(seg, 1)
     args = (q, k, v, pos, seg, seg, np.ones(seg.shape, bool))
     for got, want in zip(run("splash", *args), run("xla", *args), strict=True):

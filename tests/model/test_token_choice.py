@@ -50,7 +50,9 @@ def test_gate_and_choice_are_the_ones_written_down(gate, score, bias_rate):
         routers["bias"] = jnp.asarray([0.3, -0.1, 0.0])
     from mor_jax.model.recurse import run_gathered, run_masked
 
-    core = lambda x, pos, q_seg, kv_seg: (jnp.tanh(x @ jnp.asarray(w, jnp.float32)), None)
+    def core(x, pos, q_seg, kv_seg):
+        return (jnp.tanh(x @ jnp.asarray(w, jnp.float32)), None)
+
     pos, seg = jnp.arange(20)[None], jnp.ones((1, 20), jnp.int32)
     want, depths = by_hand(p, routers, h[0], lambda x: np.tanh(x @ w))
     assert len(set(depths)) == R
@@ -79,10 +81,13 @@ def stats(depth_counts, mean_scores) -> RouterStats:
 def test_balance_loss_is_alpha_when_balanced_and_grows_towards_r_times_alpha(alpha):
     """The released code sums the scaled scores, alpha * sigmoid(z) or softmax(z)."""
     p = policy(alpha=alpha)
-    totals = lambda counts: jnp.full((R,), float(sum(counts)))
-    loss = lambda counts, scores: float(
-        p.losses(stats(counts, scores), totals(counts))["router_loss"]
-    )
+
+    def totals(counts):
+        return jnp.full((R,), float(sum(counts)))
+
+    def loss(counts, scores):
+        return float(p.losses(stats(counts, scores), totals(counts))["router_loss"])
+
     assert loss([10, 10, 10], [1 / 3] * 3) == pytest.approx(alpha)
     assert loss([30, 0, 0], [1.0, 0.0, 0.0]) == pytest.approx(alpha * R)
     assert alpha < loss([20, 5, 5], [0.6, 0.2, 0.2]) < alpha * R

@@ -50,9 +50,12 @@ def test_the_count_of_flops_is_that_of_the_steps():
     warm = dataclasses.replace(DEPTH, warmup=20)
     cfg = Config(model=MODEL, depth=warm, train=TrainConfig(steps=2000, batch_size=4))
     check(cfg)
-    of = lambda step: accounting.paper_flops_per_token(
-        MODEL, warm, shares=shares_in(MODEL, warm, stage_of(warm, step))
-    )
+
+    def of(step):
+        return accounting.paper_flops_per_token(
+            MODEL, warm, shares=shares_in(MODEL, warm, stage_of(warm, step))
+        )
+
     by_hand = accounting.tokens_per_step(cfg) * sum(of(step) for step in range(2000))
     assert accounting.paper_training_flops(cfg, 2000) == pytest.approx(by_hand, rel=2e-3)
     budget = dataclasses.replace(cfg, train=TrainConfig(flops=by_hand, batch_size=4))

@@ -46,9 +46,10 @@ def test_the_staircase_follows_the_curve(count):
 
 def test_what_a_warm_up_costs_is_counted_and_a_budget_pays_for_it():
     cfg = Config(model=MODEL, depth=EXPERT, train=TrainConfig(batch_size=4, flops=4e12))
-    per_step = lambda shares: (
-        4 * 512 * accounting.paper_flops_per_token(MODEL, EXPERT, shares=shares)
-    )
+
+    def per_step(shares):
+        return 4 * 512 * accounting.paper_flops_per_token(MODEL, EXPERT, shares=shares)
+
     by_hand = sum(per_step(shares_in(MODEL, EXPERT, stage_of(EXPERT, t))) for t in range(130))
     assert accounting.paper_training_flops(cfg, 130) == pytest.approx(by_hand)
     cold = dataclasses.replace(cfg, depth=DepthConfig("expert_choice"))

@@ -131,9 +131,12 @@ def train(kind: str, shape: tuple[int, ...], buckets: int, accum: int = 1) -> tu
         written_gathers(step.jaxpr.jaxpr, 1, gathers)
         step = step.lower().compile()
         on = sorted({len(x.sharding.device_set) for x in jax.tree.leaves(state)})
-        kept = lambda tree: sum(
-            x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree) if x.ndim > 1
-        )
+
+        def kept(tree):
+            return sum(
+                x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree) if x.ndim > 1
+            )
+
         local = {"params": kept(state.params), "opt_state": kept(state.opt_state)}
         losses = []
         for batch in placed:
@@ -179,9 +182,9 @@ def gradient_of_a_gather() -> dict:
     """Of a float32 weight that travels as bfloat16, whose eight devices send cotangents 1 + i /
     128: exact in bfloat16, as their sum 8 + 28 / 128 is not."""
     mesh, rules = make_mesh(MeshConfig(1, 8, 1), jax.devices()), Rules()
-    cotangent = lambda i, like: (
-        (1 + i.astype(jnp.float32) / 128).astype(like.dtype) * jnp.ones_like(like)
-    )
+
+    def cotangent(i, like):
+        return (1 + i.astype(jnp.float32) / 128).astype(like.dtype) * jnp.ones_like(like)
 
     def island(w):
         whole, pull = jax.vjp(lambda w: gather_weight(rules, w, ("embed", None), "bfloat16"), w)
@@ -202,15 +205,18 @@ def scatter_in_parts() -> list[float]:
     found, x = [], np.random.default_rng(0).normal(size=(8, 3, 16)).astype(np.float32)
     for n in (4, 8):
         mesh = make_mesh(MeshConfig(8 // n, n, 1), jax.devices())
-        at = lambda parts, mesh=mesh: jax.jit(
-            jax.shard_map(
-                lambda x: rows_module._scatter(x[0], "fsdp", 1) + 0 * parts,
-                mesh=mesh,
-                check_vma=False,
-                in_specs=PartitionSpec(("data", "fsdp")),
-                out_specs=PartitionSpec("data", "fsdp"),
-            )
-        )(x)
+
+        def at(parts, mesh=mesh):
+            return jax.jit(
+                jax.shard_map(
+                    lambda x: rows_module._scatter(x[0], "fsdp", 1) + 0 * parts,
+                    mesh=mesh,
+                    check_vma=False,
+                    in_specs=PartitionSpec(("data", "fsdp")),
+                    out_specs=PartitionSpec("data", "fsdp"),
+                )
+            )(x)
+
         one = at(1)
         with (
             mock.patch.object(rows_module, "ONE_PART", 2),

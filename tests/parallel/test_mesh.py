@@ -154,9 +154,10 @@ def test_each_micro_batch_gathers_and_scatters_what_a_step_does(found, name):
     what is written is held here.)"""
     once = {"vanilla": "vanilla 1x2x2x2", "mor": "mor 2x2x2"}[name.split()[0]]
     assert found[name]["written"]["fsdp"] == 2 * found[once]["written"]["fsdp"]
-    scatters = lambda name: [
-        c for c in traffic(found, name, "reduce-scatter") if c["axes"] == ["fsdp"]
-    ]
+
+    def scatters(name):
+        return [c for c in traffic(found, name, "reduce-scatter") if c["axes"] == ["fsdp"]]
+
     assert sum(c["times"] for c in scatters(name)) == 2 * sum(c["times"] for c in scatters(once))
     assert all(c["loop"] and c["times"] == 2 for c in scatters(name))
 
@@ -233,10 +234,15 @@ def test_planned_bytes_are_the_compilers_for_programs_of_every_kind():
     line = [sys.executable, "-m", "benchmarks.plan_accuracy", "--only", *some]
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=env, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    off = lambda text: {
-        n: float(p)
-        for n, p in re.findall(r"^\| ([a-z, ]+) \| [\dx ]+ \|.*\| ([+-][\d.]+)% \|$", text, re.M)
-    }
+
+    def off(text):
+        return {
+            n: float(p)
+            for n, p in re.findall(
+                r"^\| ([a-z, ]+) \| [\dx ]+ \|.*\| ([+-][\d.]+)% \|$", text, re.M
+            )
+        }
+
     printed, documented = off(done.stdout), off((ROOT / "docs" / "pods.md").read_text())
     assert printed.keys() == set(some) < documented.keys()
     for name in some if MERGES_GATHERS else ():  # the page's figures are those of jax 0.10
@@ -260,9 +266,11 @@ def test_gathered_weights_are_not_kept_for_the_backward_pass():
     w, x = jax.ShapeDtypeStruct((8, 4), "float32"), jax.ShapeDtypeStruct((3, 4), "bfloat16")
 
     def kept(policy):
-        run = lambda w, x: jax.numpy.sin(
-            jax.numpy.sin(x) @ gather_weight(rules, w.astype(x.dtype), names).T
-        )
+        def run(w, x):
+            return jax.numpy.sin(
+                jax.numpy.sin(x) @ gather_weight(rules, w.astype(x.dtype), names).T
+            )
+
         island = jax.shard_map(
             jax.checkpoint(run, policy=policy),
             in_specs=(PartitionSpec(None, "fsdp"), PartitionSpec()),

@@ -362,9 +362,12 @@ def build(
                 f"({lo}, {lo + 7}) -> yes\n({lo + 1}, {lo + 8}) -> yes\n",
             )
             text = "Some books overlap. Two readers may count one delay twice, so I let a child compare them."
-            counted = lambda t=turn, x=lo: s.together(
-                [lambda i=i: s.child_rlm("0", t, x + i, x + i + 7) for i in range(5)]
-            )
+
+            def counted(t=turn, x=lo):
+                return s.together(
+                    [lambda i=i: s.child_rlm("0", t, x + i, x + i + 7) for i in range(5)]
+                )
+
             made += 15
         else:
             n = min(
@@ -381,7 +384,10 @@ def build(
                 f"List every vessel this book says was held up by ice.\n\n=== BOOK {lo + i} ===\n{book(s.dice, prompt_chars)}"
                 for i in range(n)
             ]
-            counted = lambda t=turn, p=prompts: s.batch("0", 1, t, p, "openai:gpt-5-mini")
+
+            def counted(t=turn, p=prompts):
+                return s.batch("0", 1, t, p, "openai:gpt-5-mini")
+
         if kind == 7:
             error = CellError(
                 type="KeyError",

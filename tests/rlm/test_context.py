@@ -289,8 +289,11 @@ def test_a_gigabyte_file_costs_the_host_nothing(tmp_path):
             file.write(b"words " * 11_000)
         file.seek((1 << 30) - files.SAMPLE)
         file.write(b"words " * (files.SAMPLE // 6) + b"\nend.")
+
     # rchar: bytes this process has read
-    read = lambda: int(Path("/proc/self/io").read_text().split()[1])
+    def read():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
     tracemalloc.start()
     before = read()
     context = Context.of(path)

@@ -239,10 +239,12 @@ def test_the_task_holds_question_preview_and_budget_and_nothing_else():
 def test_the_prefix_is_the_same_every_time():
     """Nothing of time, chance or turn is in it, so a server's prefix cache holds for the whole
     run."""
-    make = lambda: (
-        prompts.system(Helpers(children=True))
-        + prompts.first_user("Who?", "str", budget={"turns": 30})
-    )
+
+    def make():
+        return prompts.system(Helpers(children=True)) + prompts.first_user(
+            "Who?", "str", budget={"turns": 30}
+        )
+
     assert len({make() for _ in range(5)}) == 1
     assert "Turn" not in make().replace("# Turns", "")
 

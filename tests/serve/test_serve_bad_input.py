@@ -155,5 +155,8 @@ def test_tokenize_takes_one_of_two(server):
 
 def test_after_all_of_that_the_server_is_as_before(server):
     assert server.request("GET", "/ready")[0] == 200 and server.complete(max_tokens=2)[0] == 200
-    idle = lambda: server.stat("num_requests_running") == 0 and server.admission.running == 0
+
+    def idle():
+        return server.stat("num_requests_running") == 0 and server.admission.running == 0
+
     server.wait_for(idle, "a client may see its answer before the request has left")

@@ -103,9 +103,10 @@ def test_best_of_gives_the_most_likely(server):
     fields = {"model": "small", "prompt": "hello", "max_tokens": 6, "seed": 3, "logprobs": 0}
     all_ = c.completions.create(**fields, n=4).choices
     best = c.completions.create(**fields, n=1, best_of=4).choices
-    mean = lambda choice: (
-        sum(choice.logprobs.token_logprobs) / max(1, len(choice.logprobs.token_logprobs))
-    )
+
+    def mean(choice):
+        return sum(choice.logprobs.token_logprobs) / max(1, len(choice.logprobs.token_logprobs))
+
     assert len(best) == 1 and best[0].text == max(all_, key=mean).text
 
 
@@ -131,7 +132,10 @@ def test_async_client_and_company(server):
         async with openai.AsyncOpenAI(
             base_url=server.url, api_key="x", _strict_response_validation=True
         ) as c:
-            ask = lambda i: c.completions.create(model="small", prompt=f"{i}", max_tokens=5, seed=i)
+
+            def ask(i):
+                return c.completions.create(model="small", prompt=f"{i}", max_tokens=5, seed=i)
+
             together = await asyncio.gather(*(ask(i) for i in range(6)))
             alone = [await ask(i) for i in range(6)]
             assert [r.choices[0].text for r in together] == [r.choices[0].text for r in alone]

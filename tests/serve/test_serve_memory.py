@@ -63,7 +63,10 @@ def ask(server, prompt, length, stream):
 def test_all_of_them_end_with_the_tokens_they_have_alone(tight, wanted, monkeypatch):
     gate, device, health = threading.Event(), tight.model.service.device, []
     monkeypatch.setattr(device, "tick", lambda tick=device.tick: (gate.wait(60), tick())[1])
-    inside = lambda: tight.stat("num_requests_running") + tight.stat("num_requests_waiting")
+
+    def inside():
+        return tight.stat("num_requests_running") + tight.stat("num_requests_waiting")
+
     with ThreadPoolExecutor(CLIENTS) as pool:
         replies = [
             pool.submit(ask, tight, prompt, length, stream=i % 2 == 0)
@@ -149,7 +152,9 @@ def test_what_just_fits_does(tight):
 
 
 def nothing_is_left(server):
-    idle = lambda: not any(server.stat(f"num_requests_{state}") for state in ("running", "waiting"))
+    def idle():
+        return not any(server.stat(f"num_requests_{state}") for state in ("running", "waiting"))
+
     server.wait_for(lambda: idle() and server.admission.running == 0, "everything has ended")
     assert server.stat("kv_cache_usage_perc") == 0 and server.stat("compilations_total") == 0
     assert server.request("GET", "/health")[0] == 200

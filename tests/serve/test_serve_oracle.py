@@ -69,9 +69,9 @@ def test_scores_of_prompt_and_reply_are_the_models(server, small):
 
 
 def test_a_seed_draws_the_same_again(server):
-    draw = lambda **how: server.complete(max_tokens=12, ignore_eos=True, **how)[2]["choices"][0][
-        "text"
-    ]
+    def draw(**how):
+        return server.complete(max_tokens=12, ignore_eos=True, **how)[2]["choices"][0]["text"]
+
     assert draw(seed=7) == draw(seed=7) != draw(seed=8)
     assert draw(seed=-1) == draw(seed=-1)
     assert len({draw() for _ in range(3)}) == 3

@@ -109,7 +109,10 @@ def test_half_a_character_waits_and_then_shows_as_one_replacement():
 def test_one_wake_up_for_all_the_events_of_a_tick():
     async def main():
         box, got = Mailbox(asyncio.get_running_loop()), []
-        engine = lambda: [box.put(got.extend, [i]) for i in range(50)]
+
+        def engine():
+            return [box.put(got.extend, [i]) for i in range(50)]
+
         await asyncio.to_thread(engine)
         await asyncio.sleep(0)
         await asyncio.to_thread(engine)

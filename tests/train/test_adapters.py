@@ -63,7 +63,10 @@ def test_merged_is_the_low_rank_sum_and_fresh_adapters_change_nothing():
         np.testing.assert_allclose((new - old).reshape(rows, -1), 2.0 * product, atol=1e-6)
     same = ("embed", "norm", "router")
     assert all(merged[name] is params[name] for name in same)
-    own = lambda p: (p["core"]["0"]["own"], p["core"]["0"]["mlp"]["gate_up"])
+
+    def own(p):
+        return (p["core"]["0"]["own"], p["core"]["0"]["mlp"]["gate_up"])
+
     jax.tree.map(np.testing.assert_array_equal, own(merged), own(params))
 
 
@@ -75,7 +78,10 @@ def test_a_step_moves_adapters_by_their_own_gradient():
     some = spread(made.init(jax.random.key(0)))
     seg = jnp.asarray([[1] * 7 + [2] * 5, [1] * 12], jnp.int32)
     batch = {"tokens": jnp.arange(24, dtype=jnp.int32).reshape(2, 12), "segment_ids": seg}
-    loss = lambda a: loss_fn(lm, made.merged(params, a), batch, loss_scales(lm, batch))[0]
+
+    def loss(a):
+        return loss_fn(lm, made.merged(params, a), batch, loss_scales(lm, batch))[0]
+
     wanted = jax.jit(jax.grad(loss))(some)
     # Plain gradient descent's update is the gradient.
     tx = optax.sgd(1.0)
@@ -132,9 +138,12 @@ def test_a_run_saves_adapters_alone_and_is_read_merged(runs):
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), found.params, base.params)
     assert changed["core"]["0"]["attention"]["qkv"] and changed["core"]["0"]["mlp"]["down"]
     assert not any(jax.tree.leaves([changed[name] for name in ("embed", "norm")]))
-    size = lambda run: sum(
-        p.stat().st_size for p in (directory / run / "checkpoints").rglob("*") if p.is_file()
-    )
+
+    def size(run):
+        return sum(
+            p.stat().st_size for p in (directory / run / "checkpoints").rglob("*") if p.is_file()
+        )
+
     assert size("lora") < size("base") and summary["lineage"]["parent"] == str(directory / "base")
     merge_checkpoint(directory / "lora", directory / "merged", average=True)
     merged, mean = load_model(directory / "merged"), load_model(directory / "lora", average=True)

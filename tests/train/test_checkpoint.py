@@ -114,9 +114,10 @@ def test_a_survey_round_trips_and_an_older_save_begins_it_at_zero(saved, tmp_pat
         """As `make_state`, with a survey among the parameters and, as the optimiser does, in its
         moments."""
         state = make_state(seed)
-        with_survey = lambda tree: (
-            tree | {"router": {"w": tree["core"]["w"], "survey": jnp.full((3, 8), 0.5)}}
-        )
+
+        def with_survey(tree):
+            return tree | {"router": {"w": tree["core"]["w"], "survey": jnp.full((3, 8), 0.5)}}
+
         params = with_survey(state["params"])
         return state | {"params": params, "opt": optax.adamw(1e-3).init(params)}
 
@@ -125,7 +126,10 @@ def test_a_survey_round_trips_and_an_older_save_begins_it_at_zero(saved, tmp_pat
         assert bits(ckpt.restore_latest(abstract(surveyed(0))).state) == bits(surveyed(1))
 
     bare = surveyed(2)
-    drop = lambda tree: tree | {"router": {"w": tree["router"]["w"]}}
+
+    def drop(tree):
+        return tree | {"router": {"w": tree["router"]["w"]}}
+
     bare |= {"params": drop(bare["params"]), "opt": optax.adamw(1e-3).init(drop(bare["params"]))}
     with Checkpointer(tmp_path / "old") as ckpt:
         ckpt.save(1, bare, {})
@@ -282,9 +286,12 @@ def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
 
 def test_the_damaged_leaf_is_named(saved, monkeypatch):
     table = checkpoint._table
-    lie = lambda tree: {
-        k: [*v[:2], "0" * 16] if k == "params/core/w" else v for k, v in table(tree).items()
-    }
+
+    def lie(tree):
+        return {
+            k: [*v[:2], "0" * 16] if k == "params/core/w" else v for k, v in table(tree).items()
+        }
+
     monkeypatch.setattr(checkpoint, "_table", lie)
     with pytest.raises(
         CheckpointError, match=r"step 2 .* damaged: the values of params/core/w .* --step=1"

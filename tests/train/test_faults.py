@@ -22,7 +22,12 @@ from mor_jax.train.loop import train
 from mor_jax.train.metrics import MetricWriter
 
 INF = np.float32(np.inf)
-KEPT = lambda: "the last good checkpoint is of step 7"
+
+
+def kept():
+    return "the last good checkpoint is of step 7"
+
+
 TIMING = {"time_s", "tokens_per_s", "flops_per_s", "mfu"}
 
 
@@ -42,14 +47,14 @@ def fed(config, losses, first=1):
     """A judge that has seen these losses."""
     faults = Faults(config)
     for step, loss in enumerate(losses, first):
-        assert faults.judge(step, values(loss), INF, KEPT) == (OK, "")
+        assert faults.judge(step, values(loss), INF, kept) == (OK, "")
     return faults
 
 
 def test_the_limit_is_the_median_of_steps_that_are_surely_done():
     faults = fed(cfg(), [3.0] * 9 + [2.0] * 6)
     assert faults.limit(16) == INF  # fewer than 16 are surely done
-    faults.judge(16, values(1.0), INF, KEPT)
+    faults.judge(16, values(1.0), INF, kept)
     assert faults.limit(17) == INF and faults.limit(18) == np.float32(3.0 + 0.5)
     faults = fed(cfg(), list(range(1, 201)))  # of step s the loss is s
     assert faults.limit(201) == np.float32(np.median(range(136, 200)) + 0.5)  # 64 steps up to 199
@@ -59,31 +64,31 @@ def test_the_limit_is_the_median_of_steps_that_are_surely_done():
 def test_policies_by_name_and_by_kind():
     spike, nan = values(9.0), values(math.nan, grad_norm=math.nan)
     limit = np.float32(3.0)
-    verdict, why = Faults(cfg(on_spike="skip")).judge(5, spike, limit, KEPT)
+    verdict, why = Faults(cfg(on_spike="skip")).judge(5, spike, limit, kept)
     assert (
         verdict == SKIP
         and why == "the loss jumped to 9 at step 5, above the limit of 3; its update was skipped."
     )
-    assert Faults(cfg(on_spike="rewind")).judge(5, spike, limit, KEPT)[0] == REWIND
+    assert Faults(cfg(on_spike="rewind")).judge(5, spike, limit, kept)[0] == REWIND
     with pytest.raises(
         TrainingError, match=r"jumped to 9 at step 5.*on_spike = 'stop'.*checkpoint is of step 7"
     ):
-        Faults(cfg(on_spike="stop")).judge(5, spike, limit, KEPT)
-    assert Faults(cfg(on_nonfinite="skip")).judge(5, nan, INF, KEPT)[0] == SKIP
-    assert Faults(cfg(on_nonfinite="rewind")).judge(5, nan, INF, KEPT)[0] == REWIND
+        Faults(cfg(on_spike="stop")).judge(5, spike, limit, kept)
+    assert Faults(cfg(on_nonfinite="skip")).judge(5, nan, INF, kept)[0] == SKIP
+    assert Faults(cfg(on_nonfinite="rewind")).judge(5, nan, INF, kept)[0] == REWIND
     with pytest.raises(TrainingError, match=r"loss is nan at step 5.*on_nonfinite = 'stop'") as e:
-        Faults(cfg()).judge(5, nan, INF, KEPT)
+        Faults(cfg()).judge(5, nan, INF, kept)
     assert e.value.everywhere
     with pytest.raises(TrainingError, match="update_norm is inf"):
-        Faults(cfg()).judge(5, values(1.0, update_norm=math.inf), INF, KEPT)
+        Faults(cfg()).judge(5, values(1.0, update_norm=math.inf), INF, kept)
 
 
 def test_help_that_does_not_help_ends():
     faults = Faults(cfg(on_nonfinite="skip"))
     for step in range(1, faults_module.IN_A_ROW):
-        assert faults.judge(step, values(math.inf), INF, KEPT)[0] == SKIP
+        assert faults.judge(step, values(math.inf), INF, kept)[0] == SKIP
     with pytest.raises(TrainingError, match="the 10th bad step in a row"):
-        faults.judge(10, values(math.inf), INF, KEPT)
+        faults.judge(10, values(math.inf), INF, kept)
     faults = Faults(cfg())
     for bad in (25, 24, 23):
         faults.rewind(bad, 20)
@@ -221,7 +226,9 @@ def test_goodput_counts_every_second_once(tmp_path):
 
 
 def test_a_straggler_is_named():
-    report = lambda own: {"own_s": own, "input_s": own / 2, "step_s": 1.0}
+    def report(own):
+        return {"own_s": own, "input_s": own / 2, "step_s": 1.0}
+
     names = ["a", "b", "c"]
     assert stragglers([report(0.2), report(0.21), report(0.6)], names)["slow"] == ["c"]
     # nothing beside the step

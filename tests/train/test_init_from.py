@@ -56,10 +56,13 @@ def base(tmp_path_factory):
 
 def chats(directory):
     path = directory / "chats.jsonl"
-    talk = lambda i: [
-        {"role": "user", "content": f"{i}?"},
-        {"role": "assistant", "content": f"{i + 1}."},
-    ]
+
+    def talk(i):
+        return [
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": f"{i + 1}."},
+        ]
+
     path.write_text("".join(json.dumps({"messages": talk(i)}) + "\n" for i in range(40)))
     cache = str(directory / "cache")
     return {
@@ -97,8 +100,11 @@ def test_the_first_step_is_one_from_those_very_weights(base, tmp_path):
     still = {"optim": {"peak_lr": 1e-12, "weight_decay": 0.0}}
     train(config(data, **still), tmp_path / "run", progress=False, init_from=directory / "run")
     old, new = load_model(directory / "run").params, load_model(tmp_path / "run").params
+
     # its survey moves by rule
-    drop = lambda p: {name: leaf for name, leaf in p.items() if name != "router"}
+    def drop(p):
+        return {name: leaf for name, leaf in p.items() if name != "router"}
+
     for mine, theirs in zip(jax.tree.leaves(drop(new)), jax.tree.leaves(drop(old)), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-9)
 

@@ -45,9 +45,14 @@ def loaded():
 
 
 def test_a_reply_is_exact_or_not(loaded, tmp_path):
-    talk = lambda *texts: {
-        "messages": [{"role": r, "content": t} for r, t in zip(["user", "assistant"] * 2, texts)]
-    }
+    def talk(*texts):
+        return {
+            "messages": [
+                {"role": r, "content": t}
+                for r, t in zip(["user", "assistant"] * 2, texts, strict=False)
+            ]
+        }
+
     talks = [
         talk("6 x 7?", "42"),
         talk("6 x 7?", "43"),

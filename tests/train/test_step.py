@@ -100,8 +100,12 @@ def test_chunked_cross_entropy_is_the_plain_one(chunk):
         logp = jax.nn.log_softmax(h @ table.T)
         return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
-    plain = lambda h, table: jnp.sum(plain_nll(h, table) * weights)
-    chunked = lambda h, table: cross_entropy_sum(h, table, targets, weights, chunk)
+    def plain(h, table):
+        return jnp.sum(plain_nll(h, table) * weights)
+
+    def chunked(h, table):
+        return cross_entropy_sum(h, table, targets, weights, chunk)
+
     # Scaled, so that the cotangent is not 1.
     value, grads = jax.value_and_grad(lambda *a: 3 * chunked(*a), argnums=(0, 1))(h, table)
     want, want_grads = jax.value_and_grad(lambda *a: 3 * plain(*a), argnums=(0, 1))(h, table)

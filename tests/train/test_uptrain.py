@@ -94,9 +94,10 @@ def test_a_run_learns_from_its_source(source, converted, tmp_path):
 
 def test_a_teacher_that_cannot_teach_is_named(source, converted, tmp_path):
     cfg = config(source, weight=0.5)
-    vary = lambda **groups: from_dict(
-        cfg.to_dict() | {k: cfg.to_dict()[k] | v for k, v in groups.items()}
-    )
+
+    def vary(**groups):
+        return from_dict(cfg.to_dict() | {k: cfg.to_dict()[k] | v for k, v in groups.items()})
+
     cases = [
         (
             vary(data={"tokenizer": "bpe", "bpe_vocab": 300}, model={"vocab_size": 320}),

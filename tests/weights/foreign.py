@@ -130,7 +130,10 @@ def frequencies(config):
                 out.append((1 - smooth) * f / factor + smooth * f)
         return np.array(out), 1.0
     assert kind == "yarn"
-    dim = lambda turns: hd * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    def dim(turns):
+        return hd * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
     low, high = max(math.floor(dim(32)), 0), min(math.ceil(dim(1)), hd - 1)
     ramp = np.clip((np.arange(hd // 2) - low) / max(high - low, 0.001), 0, 1)
     return plain / factor * ramp + plain * (1 - ramp), 0.1 * math.log(factor) + 1

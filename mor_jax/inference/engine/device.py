@@ -387,7 +387,10 @@ class Device:
         same_N = np.asarray(lives) == np.asarray(self._lives)
         for lane in np.flatnonzero(same_N):
             self._lengths[lane] = Lengths(int(out.tokens_N[lane]), int(out.entries_N[lane]))
-        only = lambda leaf: leaf & same_N
+
+        def only(leaf):
+            return leaf & same_N
+
         return Ticked(
             np.where(same_N, out.token_N, NONE),
             out.depth_N,

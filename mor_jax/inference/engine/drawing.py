@@ -59,9 +59,14 @@ def draw(
     shaped_N = active_N & _shaped(rows, position_N)
 
     def full(raw_NxV: jax.Array) -> jax.Array:
-        shape = lambda x: _shape(x, rows, position_N)
+        def shape(x):
+            return _shape(x, rows, position_N)
+
         x_NxV = jax.lax.cond(jnp.any(shaped_N), shape, lambda x: x, raw_NxV)
-        sample = lambda x: _largest(_scores(x, rows, position_N, samples_N, config))
+
+        def sample(x):
+            return _largest(_scores(x, rows, position_N, samples_N, config))
+
         return jax.lax.cond(jnp.any(samples_N), sample, _largest, x_NxV)
 
     token_N = jax.lax.cond(jnp.any(samples_N | shaped_N), full, _largest, raw_NxV)
@@ -136,7 +141,10 @@ def _shape(x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array) -> jax.Array
     too_early = jnp.where((position_N < rows.free_from_N)[:, None], rows.stop_ids_NxS, vocab)
     x_NxV = x_NxV.at[lane, too_early].set(-jnp.inf, mode="drop")
     free = (rows.grammar_at_N == NO_GRAMMAR)[:, None]
-    keep = lambda x: jnp.where(free | bits(rows.grammar_NxW, vocab), x, -jnp.inf)
+
+    def keep(x):
+        return jnp.where(free | bits(rows.grammar_NxW, vocab), x, -jnp.inf)
+
     return jax.lax.cond(jnp.any(~free), keep, lambda x: x, x_NxV)
 
 
@@ -155,7 +163,10 @@ def _scores(
     top_N = jnp.max(scaled_NxV, axis=1)
     lowest_N = top_N + jnp.log(rows.min_p_N)  # log 0 = -inf: off
     cuts_N = samples_N & ((rows.top_k_N > 0) | (rows.top_p_N < 1))
-    cut = lambda x: _lowest_kept(x, top_N, rows, cuts_N, config.candidates)
+
+    def cut(x):
+        return _lowest_kept(x, top_N, rows, cuts_N, config.candidates)
+
     lowest_N = jnp.maximum(
         lowest_N,
         jax.lax.cond(jnp.any(cuts_N), cut, lambda x: jnp.full_like(top_N, -jnp.inf), scaled_NxV),
@@ -166,9 +177,11 @@ def _scores(
 
 
 def _keys(key_Nx2: jax.Array, position_N: jax.Array) -> jax.Array:
-    fold = lambda key, t: jax.random.key_data(
-        jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t)
-    )
+    def fold(key, t):
+        return jax.random.key_data(
+            jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t)
+        )
+
     return jax.vmap(fold)(key_Nx2, position_N)
 
 
@@ -213,7 +226,10 @@ def _lowest_kept(
     kth_N = jnp.where(
         limits_k, jnp.take_along_axis(best_NxC, k_N[:, None] - 1, axis=1)[:, 0], -jnp.inf
     )
-    ends_inside = lambda lowest: sees_all | (lowest > best_NxC[:, -1])
+
+    def ends_inside(lowest):
+        return sees_all | (lowest > best_NxC[:, -1])
+
     k_found = ~limits_k | ((rows.top_k_N <= enough) & ends_inside(kth_N))
 
     kept_NxC = jnp.where(best_NxC >= kth_N[:, None], mass_NxC, 0)
@@ -228,7 +244,10 @@ def _lowest_kept(
     fast_N = jnp.maximum(kth_N, pth_N)
 
     missing_N = cuts_N & ~(k_found & p_found)
-    search = lambda x: jnp.where(missing_N, _search(x, top_N, rows), fast_N)
+
+    def search(x):
+        return jnp.where(missing_N, _search(x, top_N, rows), fast_N)
+
     return jax.lax.cond(jnp.any(missing_N), search, lambda x: fast_N, scaled_NxV)
 
 

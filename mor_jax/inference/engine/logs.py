@@ -93,7 +93,10 @@ def loaded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
     """A log with nothing in it."""
-    zeros = lambda *of: stored(jnp.zeros(of, dtype))
+
+    def zeros(*of):
+        return stored(jnp.zeros(of, dtype))
+
     return Log(
         tuple(zeros(s.lanes, kv_heads, head_dim, s.size) for s in shape),
         tuple(zeros(s.lanes, kv_heads, s.size, head_dim) for s in shape),
@@ -178,9 +181,12 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
     def add(part: Softmax, q, k, v, seen) -> Softmax:
         k, v = loaded(k, dtype), loaded(v, dtype)
         score = jnp.einsum("NKGH,NKHS->NKGS", q, k, preferred_element_type=jnp.float32) * scale
-        weigh = lambda w: jnp.einsum(
-            "NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32
-        )
+
+        def weigh(w):
+            return jnp.einsum(
+                "NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32
+            )
+
         return part.add(score, seen[:, None, None], weigh)
 
     so_far = Softmax.empty(q.shape)
@@ -193,9 +199,12 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
             if i == 0
             else jax.lax.cond(seen.reached[i], add, lambda part, *_: part, *args)
         )
-        join = lambda new, old: (
-            jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
-        )
+
+        def join(new, old):
+            return (
+                jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
+            )
+
         so_far = jax.tree.map(join, part, so_far)
     return so_far.result(dtype)
 
@@ -203,7 +212,10 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
 def of_lane(log: Log, lane: jax.Array) -> Log:
     """Copy of one lane's log, segments [K, H, size] and [K, size, H]. A lane beyond a segment has
     no entries in it, so that it does not matter whose are taken there."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+
+    def take(x):
+        return jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
+
     return jax.tree.map(take, log)
 
 
@@ -222,9 +234,12 @@ def attend_chunk(
 
     def add(part: Softmax, q, k_KxHxS, v_KxSxH, mask) -> Softmax:
         score = jnp.einsum("KGTH,KHS->KGTS", q, k_KxHxS, preferred_element_type=jnp.float32) * scale
-        weigh = lambda w: jnp.einsum(
-            "KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32
-        )
+
+        def weigh(w):
+            return jnp.einsum(
+                "KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32
+            )
+
         return part.add(score, mask, weigh)
 
     so_far = Softmax.empty(q_KxGxTxH.shape)
@@ -235,7 +250,10 @@ def attend_chunk(
         own_v_UxKxH.swapaxes(0, 1),
         own_TxU[None, None],
     )
-    from_log = lambda part, q, k, v, seen: add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
+
+    def from_log(part, q, k, v, seen):
+        return add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
+
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         args = (so_far, q_KxGxTxH, k, v, seen.seen[i])
         so_far = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
@@ -320,7 +338,10 @@ def append_chunk(
     v_WxKxH: jax.Array,
 ) -> Log:
     """The first `count` of these entries of one lane, appended from `slot` on."""
-    put = lambda arrays, axis, rows: _append(shape, arrays, axis, lane, slot, count, stored(rows))
+
+    def put(arrays, axis, rows):
+        return _append(shape, arrays, axis, lane, slot, count, stored(rows))
+
     return Log(put(log.k, _KEYS, k_WxKxH), put(log.v, _VALUES, v_WxKxH))
 
 
@@ -435,23 +456,32 @@ def attend_spans(
             jnp.einsum("NKGTH,NKHS->NKGTS", q, k_NxKxHxS, preferred_element_type=jnp.float32)
             * scale
         )
-        weigh = lambda w: jnp.einsum(
-            "NKGTS,NKSH->NKGTH", w.astype(dtype), v_NxKxSxH, preferred_element_type=jnp.float32
-        )
+
+        def weigh(w):
+            return jnp.einsum(
+                "NKGTS,NKSH->NKGTH", w.astype(dtype), v_NxKxSxH, preferred_element_type=jnp.float32
+            )
+
         return part.add(score, mask_NxTxS[:, None, None], weigh)
 
     so_far = Softmax.empty(q_NxKxGxTxH.shape)
     own_k, own_v = jnp.moveaxis(own_k_NxTxKxH, 1, 3), own_v_NxTxKxH.swapaxes(1, 2)
     so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
-    from_log = lambda part, q, k, v, mask: add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
+
+    def from_log(part, q, k, v, mask):
+        return add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
+
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
         lanes = k.shape[0]
         part = jax.tree.map(lambda x, n=lanes: x[:n], so_far)
         args = (part, q_NxKxGxTxH[:lanes], k, v, seen.seen[i][:, None])
         part = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
-        join = lambda new, old: (
-            jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
-        )
+
+        def join(new, old):
+            return (
+                jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
+            )
+
         so_far = jax.tree.map(join, part, so_far)
     return jnp.moveaxis(so_far.result(dtype), 3, 1)
 

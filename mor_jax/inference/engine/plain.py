@@ -125,7 +125,10 @@ class PlainService:
     def warm_up(self) -> None:
         """Run one request; the prefill of a longer prompt is compiled when it comes."""
         done = threading.Event()
-        take = lambda events: done.set() if isinstance(events[-1], Finished) else None
+
+        def take(events):
+            return done.set() if isinstance(events[-1], Finished) else None
+
         self.submit(Request((0,), min(2, self.context - 1)), take)
         done.wait()
 

@@ -77,9 +77,10 @@ def prefill_states(
     rope = lm.rope(pos_C)
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
-    read = lambda log: functools.partial(
-        _read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC
-    )
+
+    def read(log):
+        return functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
+
     before_S = ids_before(state.ids_NxT, lane, state.tokens_N[lane], lm.model.smear)
     x = layers.embed(lm, weights, tokens_C, pos_C, before_S)
     x, prelude = layers.blocks(
@@ -111,8 +112,13 @@ def prefill_states(
     fits = (slot + added <= room) & ~state.void_N[lane]
     added, count = jnp.where(fits, added, 0), jnp.where(fits, count, 0)
     order = jnp.argsort(~kept_RxC.reshape(-1), stable=True)  # step by step, and by position within
-    packed = lambda rows_RxC: jnp.take(rows_RxC.reshape(-1, *rows_RxC.shape[2:]), order, axis=0)
-    put = lambda where, log, slot, n, k, v: logs.append_chunk(where, log, lane, slot, n, k, v)
+
+    def packed(rows_RxC):
+        return jnp.take(rows_RxC.reshape(-1, *rows_RxC.shape[2:]), order, axis=0)
+
+    def put(where, log, slot, n, k, v):
+        return logs.append_chunk(where, log, lane, slot, n, k, v)
+
     at = state.tokens_N[lane]
     state = state._replace(
         prelude=tuple(
@@ -197,7 +203,10 @@ def _recurse(
         return _Step(h_CxD, active_C, kept), (active_C, made if kv != SHARED or first else ())
 
     xs = (jnp.arange(recursions), route.steps)
-    at = lambda r: jax.tree.map(lambda leaf: leaf[r], xs)
+
+    def at(r):
+        return jax.tree.map(lambda leaf: leaf[r], xs)
+
     carry, (active_C, made) = one(_Step(x_CxD, real_C, ()), at(0), first=True)
     active_RxC, made_R = active_C[None], jax.tree.map(lambda a: a[None], made)
     if recursions > 1:

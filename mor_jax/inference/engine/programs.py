@@ -37,7 +37,10 @@ def ticks(
 
 def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
     """The lane empty, under this control (leaves without the lane)."""
-    put = lambda array, value: array.at[lane].set(value)
+
+    def put(array, value):
+        return array.at[lane].set(value)
+
     return stop_lane(state, lane)._replace(
         tokens_N=put(state.tokens_N, 0),
         entries_N=put(state.entries_N, 0),
@@ -127,7 +130,9 @@ def _write(
     count: jax.Array,
     saved: tuple,
 ) -> tuple[Log, ...]:
-    put = lambda log, rows: logs.append_chunk(where, log, lane, slot, count, *rows)
+    def put(log, rows):
+        return logs.append_chunk(where, log, lane, slot, count, *rows)
+
     return tuple(put(log, rows) for log, rows in zip(some, saved, strict=True))
 
 
@@ -197,7 +202,9 @@ class Programs:
         place: NamedSharding | None = None,
     ):
         # Shapes and placement alone, so that weights which are replaced later are not kept alive.
-        only = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        def only(x):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
         self._static, self._weights, self._state = (
             (lm, shape, config),
             *jax.tree.map(only, (weights, state)),

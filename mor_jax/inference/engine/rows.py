@@ -82,7 +82,9 @@ def seed_words(seed: int) -> np.ndarray:
 def _check(
     d: Drawing, vocab_size: int, stop_tokens: Collection[int], logprobs: int | None, most: int
 ) -> None:
-    number = lambda x: isinstance(x, (int, float)) and math.isfinite(x)
+    def number(x):
+        return isinstance(x, (int, float)) and math.isfinite(x)
+
     limits = (
         ("temperature", "0 (greedy) or more", d.temperature, lambda x: x >= 0),
         ("top_k", "0 (off) or more", d.top_k, lambda x: x >= 0 and x == int(x)),
@@ -142,7 +144,10 @@ def host_row(
     V = config.vocab_size
     _check(drawing, V, stop_tokens, logprobs, config.max_logprobs)
     d, f32, i32 = drawing, np.float32, np.int32
-    known = lambda tokens: [t for t in tokens if 0 <= t < V]
+
+    def known(tokens):
+        return [t for t in tokens if 0 <= t < V]
+
     position = len(prompt) + len(generated)
     return DrawRows(
         temperature_N=f32(d.temperature if d.temperature >= COLDEST else 0),

@@ -262,7 +262,10 @@ class EngineService:
     def _round(self) -> bool:
         """Waits for work and runs one round. Returns False when the thread should end."""
         with self._changed:
-            wanted = lambda: self._inbox or self._rounds.busy or self._closing == "close"
+
+            def wanted():
+                return self._inbox or self._rounds.busy or self._closing == "close"
+
             if not self._changed.wait_for(wanted, self.config.idle_s):
                 self._thread = None
                 return False

@@ -80,7 +80,10 @@ def _draft(
 ) -> tuple[jax.Array, State]:
     """(drafted tokens [N, k], NONE where a lane drafts no more; the state afterwards)."""
     k, depth = speculation
-    few = lambda limit_N: jnp.minimum(limit_N, depth)
+
+    def few(limit_N):
+        return jnp.minimum(limit_N, depth)
+
     control = state.control._replace(
         floor_B=few(state.control.floor_B), cap_B=few(state.control.cap_B)
     )
@@ -159,13 +162,16 @@ def _verify(
     ]
     goes_on_N = jnp.where(jnp.any(ended_TxN, axis=0), NONE, last_N)
     writes_NxU = (kept_NxTxR & stands_NxT[..., None]).reshape(lanes, -1)
-    rows = lambda made_RxNxT: jnp.moveaxis(made_RxNxT, 0, 2).reshape(
-        lanes, -1, *made_RxNxT.shape[3:]
-    )
-    put = lambda parts, made: tuple(
-        append_spans(shape.ends, log, state.tokens_N, stands_NxT, *new)
-        for log, new in zip(parts, made, strict=True)
-    )
+
+    def rows(made_RxNxT):
+        return jnp.moveaxis(made_RxNxT, 0, 2).reshape(lanes, -1, *made_RxNxT.shape[3:])
+
+    def put(parts, made):
+        return tuple(
+            append_spans(shape.ends, log, state.tokens_N, stands_NxT, *new)
+            for log, new in zip(parts, made, strict=True)
+        )
+
     out = Out(
         drawn.token_N,
         depth_NxT.T,
@@ -225,7 +231,9 @@ def _draw_span(
         draws, goes_on_N, count_N = carry
         logits_NxV, fits_N, position_N, draft_N = xs
         active_N = goes_on_N & fits_N & ~waiting(draws, position_N)
-        go = lambda logits, draws: draw(logits, draws, position_N, active_N, config)
+
+        def go(logits, draws):
+            return draw(logits, draws, position_N, active_N, config)
 
         def skip(logits, draws):  # every lane has met a draft that did not stand
             nothing = jax.tree.map(
@@ -250,7 +258,10 @@ def _counts(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(core passes, lanes that ran in those of the verification, both told of the first token;
     lanes that left, of each)."""
-    first = lambda n: jnp.zeros((active_TxN.shape[0],), jnp.int32).at[0].set(n)
+
+    def first(n):
+        return jnp.zeros((active_TxN.shape[0],), jnp.int32).at[0].set(n)
+
     passes = speculation.drafts * speculation.depth + lm.program.recursions
     ran = jnp.sum(jnp.any(active_RxNxT, axis=2), dtype=jnp.int32)
     return first(passes), first(ran), jnp.sum(active_TxN, axis=1, dtype=jnp.int32)
@@ -321,9 +332,12 @@ def _recurse(
 
         def attend(q, k, v, block: int):
             old = carry.kept[block] if back else (none, none)
-            newer = lambda new, old: (
-                old if new is None else jnp.where(runs_NxT[..., None, None], in_lanes(new), old)
-            )
+
+            def newer(new, old):
+                return (
+                    old if new is None else jnp.where(runs_NxT[..., None, None], in_lanes(new), old)
+                )
+
             made = tuple(newer(*pair) for pair in zip((k, v), old, strict=True))
             own = before_TxT & (real_NxT if back else runs_NxT)[:, None]
             return flat(attend_spans(in_lanes(q), state.core[block], seen, *made, own)), made
@@ -353,7 +367,10 @@ def _recurse(
         return _Step(h_NxTxD, active_NxT, kept), (active_NxT, made if kv != SHARED or first else ())
 
     xs = (jnp.arange(recursions), route.steps)
-    at = lambda r: jax.tree.map(lambda leaf: leaf[r], xs)
+
+    def at(r):
+        return jax.tree.map(lambda leaf: leaf[r], xs)
+
     carry, (active_NxT, made) = one(_Step(x_NxTxD, real_NxT, ()), at(0), first=True)
     carry, (later, made_later) = jax.lax.scan(one, carry, jax.tree.map(lambda leaf: leaf[1:], xs))
     active = jnp.concatenate([active_NxT[None], later])

@@ -81,8 +81,13 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
     """A state in which every lane is free."""
     _, kv_heads, head_dim = lm.model.dims
     lanes, width, p = shape.lanes, lm.model.width, lm.program
-    log = lambda where: empty_log(where, kv_heads, head_dim, lm.model.dtype)
-    logs = lambda where, count: tuple(log(where) for _ in range(count))
+
+    def log(where):
+        return empty_log(where, kv_heads, head_dim, lm.model.dtype)
+
+    def logs(where, count):
+        return tuple(log(where) for _ in range(count))
+
     zeros, no = jnp.zeros((lanes,), jnp.int32), jnp.zeros((lanes,), bool)
     h_NxD = jnp.zeros((lanes, width), lm.model.dtype)
     control = DepthControl.neutral(lanes, p.recursions)

@@ -59,7 +59,9 @@ def tick(
         state, ran = core_pass(lm, shape, weights, state)
         return state, passes + 1, rows + ran
 
-    goes_on = lambda carry: (carry[1] < m) & jnp.any(runs(lm, shape, carry[0]))
+    def goes_on(carry):
+        return (carry[1] < m) & jnp.any(runs(lm, shape, carry[0]))
+
     zero = jnp.zeros((), jnp.int32)
     state, passes, rows = jax.lax.while_loop(goes_on, one, (state, zero, zero))
     starved_N = starved(lm, shape, state)
@@ -170,9 +172,10 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     policy = Controlled(lm.policy, state.control)
     steps = policy.steps(weights["router"])
     changes_N = runs_N & f.active_N
-    combine = lambda step: policy.combine(
-        step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route
-    )[:, 0]
+
+    def combine(step):
+        return policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
+
     h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, steps, combine), step_N), f.h_NxD)
     depth_N = f.depth_N + changes_N
     goes_on_N, z_N = _next_step(lm, policy, steps, f.route, h_NxD, depth_N)
@@ -293,5 +296,8 @@ def _ends(shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax
 
 def _if_any(flags_N: jax.Array, f: Any, carry: tuple) -> tuple:
     """f(carry) if a flag is set, else `carry`."""
-    once = lambda todo_carry: (jnp.zeros((), bool), f(todo_carry[1]))
+
+    def once(todo_carry):
+        return (jnp.zeros((), bool), f(todo_carry[1]))
+
     return jax.lax.while_loop(lambda todo_carry: todo_carry[0], once, (jnp.any(flags_N), carry))[1]

@@ -253,7 +253,10 @@ class DepthPolicy:
 def _parameter_counts(policy: DepthPolicy) -> tuple[int, int]:
     """(parameters, values of the survey) of the tree that `init` makes; nothing is computed."""
     tree = jax.eval_shape(lambda: policy.init(jax.random.key(0)))
-    size = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    def size(tree):
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
     learned = size({name: leaf for name, leaf in tree.items() if name != SURVEY})
     return learned, size(tree) - learned
 

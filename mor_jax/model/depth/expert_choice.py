@@ -146,9 +146,11 @@ class ExpertChoice(DepthPolicy):
         return np.zeros((1, 1, self.width), np.float32)
 
     def init(self, key: jax.Array) -> dict:
-        init = lambda key: jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(
-            jax.random.split(key, self.recursions)
-        )
+        def init(key):
+            return jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(
+                jax.random.split(key, self.recursions)
+            )
+
         params = init(key)
         if self.inference == "auxiliary":
             params |= {AUXILIARY: init(jax.random.fold_in(key, 1))}
@@ -176,7 +178,10 @@ class ExpertChoice(DepthPolicy):
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """[B, T]; with an auxiliary router [B, T, 2], its own score second."""
-        run = lambda weights, h: nn.apply(self._module(), weights, h / self.temperature)[..., 0]
+
+        def run(weights, h):
+            return nn.apply(self._module(), weights, h / self.temperature)[..., 0]
+
         z_BxT = run(
             {name: leaf for name, leaf in step.items() if name not in (AUXILIARY, THRESHOLDS)},
             h_BxTxD,

@@ -164,7 +164,10 @@ class TokenChoice(AtOnce):
         found = []
         for j in range(self.buckets):
             t = (j / (self.buckets - 1)) ** 2 if self.buckets > 1 else 1.0
-            share = lambda r, t=t: (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
+
+            def share(r, t=t):
+                return (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
+
             sizes = tuple(
                 min(length, -(-math.ceil(share(r) * length) // self.tile) * self.tile)
                 for r in range(steps)
@@ -267,7 +270,10 @@ class TokenChoice(AtOnce):
     def _stats(self, z_BxTxR, score_BxTxR, log_selection_BxTxR, depth_BxT, real_BxT) -> RouterStats:
         weight = real_BxT[..., None].astype(jnp.float32)
         ran = (depth_BxT[..., None] > jnp.arange(self.recursions)).astype(jnp.float32)
-        total = lambda x: jnp.sum(x, axis=(0, 1))
+
+        def total(x):
+            return jnp.sum(x, axis=(0, 1))
+
         tokens_R = jnp.full((self.recursions,), jnp.sum(weight), jnp.float32)
         lse_sq = jnp.square(jax.nn.logsumexp(z_BxTxR, axis=-1, keepdims=True)) * weight
         return RouterStats(

@@ -75,7 +75,10 @@ def run_unrolled(
 
     def one(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         j = free + i
-        run = lambda h: step(core, h, j)
+
+        def run(h):
+            return step(core, h, j)
+
         # until a row has begun: nothing
         h = run(h) if steps_B is None else jax.lax.cond(j >= 0, run, lambda h: h, h)
         return h, h if keep else None

@@ -16,7 +16,10 @@ def simulated(
 ) -> float:
     """Tokens a second of lanes whose tokens have random depths, tick by tick."""
     rng = np.random.default_rng(0)
-    draw = lambda n: rng.choice(len(shares) + 1, size=n, p=choose.depth_distribution(shares))
+
+    def draw(n):
+        return rng.choice(len(shares) + 1, size=n, p=choose.depth_distribution(shares))
+
     left, done, seconds = draw(lanes), 0, 0.0
     while done < tokens:
         ran = min(m, int(left.max()))

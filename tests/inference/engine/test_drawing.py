@@ -60,7 +60,10 @@ class Letters:
 
 def many_rows(row):
     """One lane a seed."""
-    spread = lambda leaf, one: np.broadcast_to(leaf, (MANY, *np.shape(one)))
+
+    def spread(leaf, one):
+        return np.broadcast_to(leaf, (MANY, *np.shape(one)))
+
     rows = jax.tree.map(spread, row, host_row(Drawing(), CONFIG, prompt=()))
     return rows._replace(key_Nx2=np.stack([seed_words(s) for s in range(MANY)]))
 

@@ -16,12 +16,15 @@ def attend(score_QxS, v_SxH, mask_QxS, edges, dtype):
     so_far = Softmax.empty((QUERIES, WIDTH))
     for start, stop in edges:
         part = slice(start, stop)
-        weigh = lambda w, part=part: jnp.einsum(
-            "QS,SH->QH",
-            w.astype(dtype),
-            v_SxH[part].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
+
+        def weigh(w, part=part):
+            return jnp.einsum(
+                "QS,SH->QH",
+                w.astype(dtype),
+                v_SxH[part].astype(dtype),
+                preferred_element_type=jnp.float32,
+            )
+
         so_far = so_far.add(score_QxS[:, part], mask_QxS[:, part], weigh)
     return so_far.result(dtype)
 

@@ -86,9 +86,10 @@ def test_a_reply_with_cached_tokens_and_their_price(stream):
 
 def test_the_stable_prefix_is_marked_for_caching():
     history = [*HI, Message(role="assistant", content="a"), Message(role="user", content="b")]
-    marks = lambda body: [
-        "cache_control" in block for m in body["messages"] for block in m["content"]
-    ]
+
+    def marks(body):
+        return ["cache_control" in block for m in body["messages"] for block in m["content"]]
+
     with FakeServer("ok") as server:
         ask(server, history)
         ask(server, HI[1:])  # a lone message is not worth a cache entry
@@ -151,7 +152,9 @@ def test_a_schema_that_is_no_object_is_asked_for_in_words():
 
 
 def test_messages_in_the_order_the_api_wants():
-    say = lambda role, content, **more: Message(role=role, content=content, **more)
+    def say(role, content, **more):
+        return Message(role=role, content=content, **more)
+
     call = ToolCall(id="c", name="f", arguments="not json")
     out = turns(
         [

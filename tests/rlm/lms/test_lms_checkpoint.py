@@ -109,7 +109,9 @@ def test_concurrent_calls_say_what_sequential_ones_say(lm):
     async def together():
         return await asyncio.gather(*map(one, range(len(PROMPTS))))
 
-    ticks = lambda: lm.stats().get("ticks_total", 0)
+    def ticks():
+        return lm.stats().get("ticks_total", 0)
+
     begin = ticks()
     first, between = asyncio.run(alone()), ticks()
     second, end = asyncio.run(together()), ticks()
@@ -234,7 +236,10 @@ def test_template_and_tools_reach_the_prompt(checkpoint, lm):
 def test_turns_of_a_conversation_and_siblings_read_what_they_share_once(lm):
     """What fills a chunk is not read again by the next prompt that begins with it."""
     start = "the same long beginning, " * 3  # more than the middle chunk of 64
-    hits = lambda: lm.stats().get("prefix_cache_hits_total", 0)
+
+    def hits():
+        return lm.stats().get("prefix_cache_hits_total", 0)
+
     before = hits()
 
     async def fan():
@@ -258,13 +263,14 @@ def test_a_schema_constrains_what_is_said(lm, monkeypatch):
 
 def test_depth_of_a_call(lm):
     """Deeper tokens, another text; the same wish, the same text."""
-    say = lambda **extra: (
-        asyncio.run(
+
+    def say(**extra):
+        return asyncio.run(
             lm.complete(
                 ask("deep"), sampling=Sampling(max_tokens=20, temperature=1.0, seed=3, extra=extra)
             )
         ).text
-    )
+
     assert say(max_depth=1) == say(max_depth=1) != say(min_depth=3)
     with pytest.raises(LMError, match="depth") as e:
         say(max_depth=7)

@@ -180,7 +180,9 @@ def test_content_in_parts_and_a_refusal():
 
 
 def test_stream_with_comments_odd_line_ends_and_no_done():
-    event = lambda d, finish=None: json.dumps({"choices": [{"delta": d, "finish_reason": finish}]})
+    def event(d, finish=None):
+        return json.dumps({"choices": [{"delta": d, "finish_reason": finish}]})
+
     lines = (
         b"\xef\xbb\xbf: hello\r\n\r\nevent: x\r\ndata: "
         + event({"content": "a"}).encode()
@@ -283,7 +285,9 @@ def test_a_prompt_too_long_is_its_own_kind_and_final(message, status):
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after_is_waited_for(as_date):
-    after = lambda: email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+    def after():
+        return email.utils.formatdate(time.time() + 2, usegmt=True) if as_date else "1"
+
     with FakeServer(
         lambda body: Fail(429, headers={"Retry-After": after()}) if server.count == 1 else "ok"
     ) as server:
