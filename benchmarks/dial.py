@@ -1,8 +1,8 @@
 """The mean-depth dial on trained checkpoints: loss against depth, and whether the depth asked for
 is the depth run.
 
-    python -m benchmarks.dial --corpus prose.jsonl.gz # after benchmarks.quality: two runs are its
-    own
+    # after benchmarks.quality: two runs are its own
+    python -m benchmarks.dial --corpus prose.jsonl.gz
 
 Trains (or takes from --workdir) a Mixture-of-Recursions model as configured, expert-choice and
 token-choice, an expert-choice one that trained at varied depths (`depth.vary`), and a small one

@@ -11,8 +11,9 @@ tokens handed out: scheduler, key-value memory and drawing included. One run of 
 round, forth and then back; medians over all blocks are reported. About 15 minutes with all peers on
 two cores. Build llama.cpp without the instructions it cannot use everywhere:
 
-    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip
-        install \\ llama-cpp-python gguf
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON" pip \\
+        install \\
+        llama-cpp-python gguf
 """
 
 from __future__ import annotations

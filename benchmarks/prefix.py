@@ -1,8 +1,8 @@
 """What the prefix cache is worth to a fan of sub-calls: many short prompts behind one long head,
 with and without it.
 
-    python -m benchmarks.prefix # 1,000 calls of 40 tokens behind 800; some minutes python -m
-    benchmarks.prefix --shape tiny --calls 50 # does the command itself run?
+    python -m benchmarks.prefix  # 1,000 calls of 40 tokens behind 800; some minutes
+    python -m benchmarks.prefix --shape tiny --calls 50      # does the command itself run?
 
 All calls are submitted at once, as an RLM does, to an engine of eight lanes that is warm; a
 Mixture-of-Recursions model with random weights. The runs take turns; every run begins with an empty

@@ -1,9 +1,10 @@
 """Quality at equal training FLOPs: does what the paper found at scale show on two cores, and how
 sure can one be?
 
-    python -m benchmarks.quality --corpus prose.jsonl.gz # about an hour on two quiet cores python
-    -m benchmarks.quality --corpus prose.jsonl.gz --seeds 0 # one seed: no claim can come of it
-    python -m benchmarks.quality --corpus prose.jsonl.gz --show # only what is finished already
+    python -m benchmarks.quality --corpus prose.jsonl.gz  # about an hour on two quiet cores
+    # one seed: no claim can come of it
+    python -m benchmarks.quality --corpus prose.jsonl.gz --seeds 0
+    python -m benchmarks.quality --corpus prose.jsonl.gz --show  # only what is finished already
 
 Trains every model of `benchmarks/quality_models.py` with each seed, held-out documents kept apart
 by their ids, and prints the causal loss on them beside the paper's ordering, with a sentence on

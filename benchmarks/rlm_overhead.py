@@ -1,7 +1,8 @@
 """What `rlm_runtime` adds to the models' own time: start, turns, contexts, sub-calls, output.
 
-    python -m benchmarks.rlm_overhead # with the peers, where this Python has them python -m
-    benchmarks.rlm_overhead --peers PYTHON # where another Python has them: pip install rlms dspy
+    python -m benchmarks.rlm_overhead  # with the peers, where this Python has them
+    # where another Python has them: pip install rlms dspy
+    python -m benchmarks.rlm_overhead --peers PYTHON
     python -m benchmarks.rlm_overhead --peers off --cases turns_many,text --repeats 3
     python -m benchmarks.rlm_overhead --quick --out /tmp/quick.json     # does it run
 

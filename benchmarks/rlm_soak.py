@@ -3,8 +3,8 @@ once.
 
     python -m benchmarks.rlm_soak                      # 1,000 runs
     python -m benchmarks.rlm_soak --runs 100 --seed 7
-    python -m benchmarks.rlm_soak --only 0/123 # one run again, by the seed that a violation was
-    reported with
+    # one run again, by the seed that a violation was reported with
+    python -m benchmarks.rlm_soak --only 0/123
 
 Afterwards there must be no process, descriptor, thread or temporary file that was not there before,
 and every run must have ended with a result or an error of `rlm_runtime`, and a trajectory that can

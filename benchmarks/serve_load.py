@@ -2,8 +2,8 @@
 
     python -m launch.serve runs/mor --lanes 16 &
     python -m benchmarks.serve_load --model mor --requests 200 --concurrency 32 --out load.json
-    python -m benchmarks.serve_load --model mor --prefix 512 --prompt 32 --output 16 --concurrency
-    32
+    python -m benchmarks.serve_load --model mor --prefix 512 --prompt 32 --output 16 \\
+        --concurrency 32
     python -m benchmarks.serve_load --url http://127.0.0.1:9000/v1 --model other --rate 4
 
 First a closed loop (so many clients, each with one request under way), then Poisson arrivals at

@@ -1,8 +1,8 @@
 """Sixty-four clients on a model server for ten minutes: good requests, cancels, disconnects,
 rubbish, slow-loris.
 
-    python -m benchmarks.serve_soak # trains a small model for a few steps first python -m
-    benchmarks.serve_soak --checkpoint runs/mor --minutes 1 --clients 16
+    python -m benchmarks.serve_soak  # trains a small model for a few steps first
+    python -m benchmarks.serve_soak --checkpoint runs/mor --minutes 1 --clients 16
 
 Every good request must come to its only right answer or be refused with 429; afterwards nothing may
 be left in the server: no lane, no waiting sequence, no task, no key-value memory but the prefix

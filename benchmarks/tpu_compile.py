@@ -1,9 +1,9 @@
 """Training steps compiled by XLA's compiler for TPUs, without a TPU: seconds, bytes a device,
 collectives, and the plan.
 
-    python -m benchmarks.tpu_compile # small programs of every kind, on v5e-8 (minutes) python -m
-    benchmarks.tpu_compile --only token --json
-    python -m benchmarks.tpu_compile --paper --only 360m # the paper's sizes (many minutes each)
+    python -m benchmarks.tpu_compile  # small programs of every kind, on v5e-8 (minutes)
+    python -m benchmarks.tpu_compile --only token --json
+    python -m benchmarks.tpu_compile --paper --only 360m  # the paper's sizes (many minutes each)
     python -m benchmarks.tpu_compile --paper --topology v5e-256 v6e-8 --limit 7200
 
 Needs libtpu of this jax (`pip install ".[tpu-compile]"`). Nothing is allocated, and the compilation

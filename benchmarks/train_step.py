@@ -1,13 +1,15 @@
 """Speed of the full training step: forward, backward, clipping, AdamW.
 
     python -m benchmarks.train_step
-    python -m benchmarks.train_step --shape peer --models vanilla --breakdown --peer
-    .venv-peer/bin/python python -m benchmarks.train_step --shape tiny --repeats 2 --peer off
+    python -m benchmarks.train_step --shape peer --models vanilla --breakdown \\
+        --peer .venv-peer/bin/python
+    python -m benchmarks.train_step --shape tiny --repeats 2 --peer off
 
 One H100, the 360m of the paper:
 
-    python -m benchmarks.train_step --shape 360m --dtype bfloat16 --context 2048 --models
-        vanilla,recursive,mor \\ --peer off --out benchmarks/results/train_step_h100.json
+    python -m benchmarks.train_step --shape 360m --dtype bfloat16 --context 2048 \\
+        --models vanilla,recursive,mor \\
+        --peer off --out benchmarks/results/train_step_h100.json
 
 Models are timed in turns, one step each a round, so that a busy machine slows all alike; medians
 are reported, and CPU seconds beside wall seconds. Two questions are answered: does skipping tokens

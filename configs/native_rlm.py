@@ -1,8 +1,9 @@
 r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs
 (docs/native.md).
 
-    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1
-        --samples 3000 \ --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
+    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1 \
+        --samples 3000 \
+        --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
     python -m launch.train --config configs/native_rlm.py --workdir runs/native
 
 NEEDLES:

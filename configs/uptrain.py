@@ -1,11 +1,12 @@
 """A recursive model made of an unshared or recursive one, and trained on; optionally taught by its
 source.
 
-    python -m launch.convert --checkpoint runs/vanilla --config
-    configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up python -m launch.train --config
-    configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
-    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/taught
-        --init_from runs/up \\ --config.distill.weight=0.5
+    python -m launch.convert --checkpoint runs/vanilla \\
+        --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
+    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla --workdir runs/up
+    python -m launch.train --config configs/uptrain.py:mor,source=runs/vanilla \\
+        --workdir runs/taught --init_from runs/up \\
+        --config.distill.weight=0.5
 
 Arguments: mor (default) | recursive; nr, the recursions; ends, the blocks that an unshared source
 keeps on either side of the core (1; more of them start nearer to the source); source, its run

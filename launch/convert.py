@@ -25,10 +25,12 @@ The weights alone, with fine-tuned adapters merged into them:
 
 A checkpoint initialises a recursive model, as step 0 of a new run:
 
-    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive
-    --workdir runs/up python -m launch.convert --checkpoint runs/vanilla --config
-    configs/quickstart.py --method average --workdir runs/up2 python -m launch.train --config
-    configs/quickstart.py:recursive --workdir runs/up # goes on from there
+    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py:recursive \\
+        --workdir runs/up
+    python -m launch.convert --checkpoint runs/vanilla --config configs/quickstart.py \\
+        --method average --workdir runs/up2
+    # goes on from there
+    python -m launch.train --config configs/quickstart.py:recursive --workdir runs/up
 
 Each shared block is filled from source layers: stepwise takes them at equal intervals, average the
 mean of all layers that are tied into one, lower and upper the first or the last ones, random a
@@ -45,7 +47,7 @@ From a notebook:
 
     from mor_jax.train.convert import convert_checkpoint
     convert_checkpoint("runs/vanilla", from_config_dict(quickstart.get_config("recursive")),
-    "runs/up", "stepwise")
+        "runs/up", "stepwise")
 """
 
 import time

@@ -1,11 +1,12 @@
 """Generate text with a trained model, streaming.
 
     python -m launch.generate --checkpoint runs/mor --prompt "def main("
-    python -m launch.generate --checkpoint runs/mor --prompt "class " --temperature 0.8 --top_p 0.95
-    --show_depth python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5
-    --max_depth 2
-    python -m launch.generate --checkpoint runs/mor --prompts questions.txt --n 4 --stop "\\n\\n"
-    --min_p 0.05 cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
+    python -m launch.generate --checkpoint runs/mor --prompt "class " --temperature 0.8 \\
+        --top_p 0.95 --show_depth
+    python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5 --max_depth 2
+    python -m launch.generate --checkpoint runs/mor --prompts questions.txt --n 4 --stop "\\n\\n" \\
+        --min_p 0.05
+    cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
 
 Without --prompt it reads standard input. --show_depth colours each token by the number of
 recursions it ran. --mean_depth turns the dial of a routed model: how many recursions a token runs

@@ -1,9 +1,11 @@
 """Run a command on GKE as a JobSet: TPU slices (one or several) or GPU nodes.
 
-    python -m launch.gke --topology v5e-256 --name mor17 --image REGISTRY/mor-jax:1 --bucket my-data
-        --dry_run -- \\ launch.train --config configs/mor.py:1.7b,nr=3 --workdir /data/runs/mor17
-    python -m launch.gke --topology v5e-256 --name mor17 --image REGISTRY/mor-jax:1 --bucket my-data
-    -- launch.train ... python -m launch.gke --name mor17 --logs
+    python -m launch.gke --topology v5e-256 --name mor17 --image REGISTRY/mor-jax:1 \\
+        --bucket my-data --dry_run -- \\
+        launch.train --config configs/mor.py:1.7b,nr=3 --workdir /data/runs/mor17
+    python -m launch.gke --topology v5e-256 --name mor17 --image REGISTRY/mor-jax:1 \\
+        --bucket my-data -- launch.train ...
+    python -m launch.gke --name mor17 --logs
     python -m launch.gke --name mor17 --delete
 
 It renders launch/gke_jobset.yaml, holds it to the JobSet schema, and hands it to `kubectl apply`;

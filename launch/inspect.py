@@ -2,8 +2,9 @@
 memory, time.
 
     python -m launch.inspect --config configs/mor.py:360m,nr=3
-    python -m launch.inspect --config configs/mor.py:1.7b,nr=3 --devices 8 --mfu 0.5
-    --config.mesh.fsdp=8 python -m launch.inspect --checkpoint runs/mor --context 4096 --json
+    python -m launch.inspect --config configs/mor.py:1.7b,nr=3 --devices 8 --mfu 0.5 \\
+        --config.mesh.fsdp=8
+    python -m launch.inspect --checkpoint runs/mor --context 4096 --json
 
 It reads no corpus and trains no tokenizer. Two kinds of FLOPs are printed: the paper's, forward
 only, in which a budget (config.train.flops) is given and which set the number of steps; and true

@@ -1,7 +1,7 @@
 """Run tasks of lm-eval on a checkpoint, in this process (the extra `lm-eval`).
 
-    python -m launch.lm_eval --model mor --model_args path=runs/mor --tasks mine --include_path
-    tasks
+    python -m launch.lm_eval --model mor --model_args path=runs/mor --tasks mine \\
+        --include_path tasks
 
 All arguments are lm-eval's own (`lm_eval --help`); this command adds the model `mor`. lm-eval has
 no entry points through which a package could add one, so its own command does not know of it.

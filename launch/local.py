@@ -1,9 +1,10 @@
 """Run a command as a job of several processes on this machine.
 
-    python -m launch.local --processes 2 -- launch.train --config configs/quickstart.py --workdir
-    runs/two python -m launch.local --processes 2 --devices 4 --dry_run -- launch.train ... # 2 x 4
-    simulated CPU devices python -m launch.local --processes 4 --gpus 2 -- launch.train ... # GPUs
-    0,1 to the first, ...
+    python -m launch.local --processes 2 -- launch.train --config configs/quickstart.py \\
+        --workdir runs/two
+    # 2 x 4 simulated CPU devices
+    python -m launch.local --processes 2 --devices 4 --dry_run -- launch.train ...
+    python -m launch.local --processes 4 --gpus 2 -- launch.train ...  # GPUs 0,1 to the first, ...
 
 Each line of output carries the number of its process. Ctrl-C and SIGTERM are passed on, so that the
 job saves and ends; a process that fails ends the others. With --restarts, a job that lost a process

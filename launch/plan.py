@@ -3,9 +3,9 @@ have.
 
     python -m launch.plan configs/mor.py:1.7b,nr=3 --topology v5e-256 --suggest
     python -m launch.plan configs/llama8b.py --topology v5e-256x4 --suggest --json
-    python -m launch.plan configs/mor.py:360m,nr=3 --topology h100x8 --config.mesh.fsdp=8
-    --config.train.accum=8 python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8 --suggest
-    --compile
+    python -m launch.plan configs/mor.py:360m,nr=3 --topology h100x8 --config.mesh.fsdp=8 \\
+        --config.train.accum=8
+    python -m launch.plan configs/mor.py:360m,nr=3 --topology v5e-8 --suggest --compile
 
 From shapes alone: nothing is allocated. The plan of the configuration as it is, or with --suggest
 of the mesh, the number of micro-batches and the rematerialisation that spend least time in

@@ -4,9 +4,10 @@ plot.
     python -m launch.sweep configs/ablations/sharing.py:tiny --workdir runs/sharing
     python -m launch.sweep configs/ablations/routers.py:small --workdir runs/routers --seeds 0,1,2
     python -m launch.sweep configs/ablations/isoflop.py:360m --workdir runs/iso --devices 0,1,2,3
-    python -m launch.sweep configs/ablations/sharing.py:small --workdir runs/x --set train.steps=200
-    --dry_run python -m launch.sweep configs/ablations/isoflop.py:360m --workdir /shared/iso
-    --launcher slurm --with=--nodes=2
+    python -m launch.sweep configs/ablations/sharing.py:small --workdir runs/x \\
+        --set train.steps=200 --dry_run
+    python -m launch.sweep configs/ablations/isoflop.py:360m --workdir /shared/iso \\
+        --launcher slurm --with=--nodes=2
 
 After the colon: the size; tiny (seconds a run), small (minutes on two cores) or one of the paper's.
 Each run is a run directory of its own; the same command skips what is finished and goes on with

@@ -2,11 +2,11 @@
 
     python -m launch.train --config configs/quickstart.py --workdir runs/mor
     python -m launch.train --config configs/sft.py --workdir runs/chat --init_from runs/mor
-    python -m launch.train --config configs/quickstart.py --workdir runs/short
-    --config.train.steps=200
-    python -m launch.train --config configs/quickstart.py --workdir runs/end --anneal_from runs/mor
-    --anneal_steps 200 python -m launch.train --config configs/mor.py:360m,nr=3 --workdir
-    runs/mor360 \\
+    python -m launch.train --config configs/quickstart.py --workdir runs/short \\
+        --config.train.steps=200
+    python -m launch.train --config configs/quickstart.py --workdir runs/end \\
+        --anneal_from runs/mor --anneal_steps 200
+    python -m launch.train --config configs/mor.py:360m,nr=3 --workdir runs/mor360 \\
         --config.data.source=files --config.data.paths="('/data/*.jsonl.zst',)"
 
 The run directory receives config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/

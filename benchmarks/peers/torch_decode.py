@@ -1,8 +1,8 @@
 """Greedy decoding of a random Llama with PyTorch's transformers: the plain loop over `model(...,
 past_key_values)`.
 
-    python torch_decode.py '{"vocab_size": 49152, "width": 576, ..., "dtype": "bfloat16", "threads":
-    2}'
+    python torch_decode.py '{"vocab_size": 49152, "width": 576, ..., "dtype": "bfloat16", \\
+        "threads": 2}'
 
 then a line {"tokens": [[...], ...], "warm": 13, "blocks": 5, "block": 10} a measurement; it answers
 in seconds.

@@ -5,7 +5,7 @@
 
     service = build_service(load_model("runs/mor"))
     ticket = service.submit(Request(tuple(ids), max_tokens=100, drawing=Drawing(temperature=0.0)),
-    print)
+        print)
 
 `request.py` says what goes in and what comes out. From there down: `service.py` (any thread in, one
 thread that works), `rounds.py` (dispatch, then read the round before), `scheduler.py` (who goes
