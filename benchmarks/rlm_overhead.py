@@ -89,7 +89,7 @@ TARGETS = [
         "a turn, at many turns",
         ("turns_many",),
         lambda f, s: f["turns_many"]["per_turn"],
-        0.010,
+        0.005,
         _ms,
     ),
     Target(
