@@ -56,7 +56,14 @@ def get_config(arg: str = "") -> ConfigDict:
                 "tokenizer": "native/tokenizer.json",
                 "holdout": 0.02,
             },
-            "optim": {"schedule": "wsd", "peak_lr": 3e-3, "warmup": 0.05, "decay": 0.3},
+            # Copying begins at half the tokens with b2 = 0.999 (docs/native.md).
+            "optim": {
+                "schedule": "wsd",
+                "peak_lr": 3e-3,
+                "warmup": 0.05,
+                "decay": 0.3,
+                "b2": 0.999,
+            },
             "train": {
                 "steps": steps,  # of 3,072 tokens; the protocol is learned in 150
                 "batch_size": 4,
