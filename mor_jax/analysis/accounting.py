@@ -282,7 +282,8 @@ def true_flops_per_token(
     Args:
       mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the
         threshold rule; default `active_counts`. Attention grows with the square of the count, so
-        means over rows slightly undercount it. Raises:
+        means over rows slightly undercount it.
+    Raises:
       ConfigError: `vocab_size` is still 0, or `mean_counts` is not one number a recursion.
     """
     t = model.context

@@ -153,7 +153,8 @@ class ChatTemplate:
 
         Args:
           limit: tokens; a longer conversation is cut after the last weighted message that fits. 0:
-        none. Returns:
+        none.
+        Returns:
           None where no weighted message fits.
         Raises:
           ChatError: the template rewrites earlier messages as the conversation goes on, so that

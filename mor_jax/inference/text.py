@@ -72,7 +72,8 @@ def stream_text(
       mean_depth, min_depth, max_depth: see `dial.depth_control`; default: as the model was
         configured.
       service: an engine of this model to run on (`engine.build.build_service`); default: one for
-    this text alone. Raises:
+    this text alone.
+    Raises:
       UserError: the prompt does not fit the context, or the model cannot have such depths.
     """
     tokenizer, context = model.tokenizer, model.lm.model.context

@@ -83,7 +83,8 @@ def claim(
 
     Args:
       allow: fields or groups of fields that may differ from those of the run there, e.g.
-    "optim.peak_lr", "optim". Raises:
+    "optim.peak_lr", "optim".
+    Raises:
       ConfigError: it holds a run of another configuration, or `allow` names what may never differ.
       UserError: it cannot be written.
     """
