@@ -78,7 +78,7 @@ def inspect_config(
       mfu: share of the chips' peak that a step is assumed to reach, true FLOPs of active tokens.
       context: tokens in the cache when the decode traffic is counted; default the model's context.
       mean_active: measured share of tokens that run recursion r = 1..R at decode; default the
-    training capacities.
+        training capacities.
     Raises:
       ConfigError: `mfu` is not in (0, 1], `context` is not positive, or the mesh does not fit
         `devices`.

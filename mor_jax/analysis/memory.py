@@ -33,9 +33,10 @@ more keys than that: those of the whole row up to its own end. Cut along time, g
 values are kept instead of a part of them.
 
 `working` is the block that is being differentiated: its gradients, and what rematerialisation
-brings back of it. `head`: a chunk's logits in float32, which become their own gradient in place (a
-second array, of c bytes, if c < 4), the gradient of the table, and the final states thrice (as they
-are, in chunks, and those transposed) beside their gradient.
+brings back of it.
+`head`: a chunk's logits in float32, which become their own gradient in place (a second array, of c
+bytes, if c < 4), the gradient of the table, and the final states thrice (as they are, in chunks,
+and those transposed) beside their gradient.
 
 The fullest moment is one of four: the backward pass begins (everything saved, no gradients but
 those of earlier micro-batches); the gradient of a tied core is there (what the head and the last

@@ -50,7 +50,8 @@ def write_report(
       commands: by run name, the exact command that repeats the run.
       classes: by run name, depths by token class of held-out text.
       decoded: by run name, the depth of every token of a prompt and its continuation, for the
-      growth of the cache. curves: by run name, what `train.curve.depth_curve` found.
+        growth of the cache.
+      curves: by run name, what `train.curve.depth_curve` found.
       title: of the page; default from the run names.
     Raises:
       UserError: no runs.

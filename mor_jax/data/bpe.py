@@ -58,7 +58,7 @@ class BpeTokenizer(Tokenizer):
 
     Args:
       framing: which tokens open and close texts; default: by their usual names, and bos is always
-    put first.
+        put first.
     Raises:
       DataError: there is no framing, and none of the usual names of an end-of-document token is in
         the vocabulary; or the framing names ids that do not exist.

@@ -63,8 +63,7 @@ class ChatTemplate:
 
     `stops` are strings that end a reply; under the plain template those that begin another
     speaker's line. The plain template puts the document start before the prompt; one of the
-    checkpoint's writes it where it wants it.
-    Raises DataError: no valid Jinja.
+    checkpoint's writes it where it wants it. Raises DataError: no valid Jinja.
     """
 
     def __init__(self, source: str | None = None):
@@ -153,7 +152,7 @@ class ChatTemplate:
 
         Args:
           limit: tokens; a longer conversation is cut after the last weighted message that fits. 0:
-        none.
+            none.
         Returns:
           None where no weighted message fits.
         Raises:

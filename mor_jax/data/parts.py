@@ -31,8 +31,8 @@ class Part(NamedTuple):
     """Documents in corpus order.
 
     tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that
-    holds them. lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of
-    each.
+    holds them.
+    lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of each.
     held_out: bool[documents]. weights: float32, one a token, or empty where all are 1.
     """
 

@@ -31,8 +31,8 @@ class Spelling:
     Attributes:
       byte_level: tokens are made of bytes; lengths are exact for any text.
       cuttable: encoding the two halves of "word word", cut before the space, gives the tokens of
-      the whole. gpt2_words: text is cut into words by GPT-2's pattern and nothing else happens to
-      it before.
+        the whole.
+      gpt2_words: text is cut into words by GPT-2's pattern and nothing else happens to it before.
       strip_space: decoding drops one space at the start, which encoding has added.
     """
 

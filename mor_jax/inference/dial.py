@@ -38,8 +38,9 @@ def depth_control(
 
     Args:
       mean_depth: recursions a token shall run on average over text like that of training; a routed
-      model only. min_depth, max_depth: recursions every token runs at least, and at most. A cap
-      cuts what a token would have run; a mean depth is reached within them.
+        model only.
+      min_depth, max_depth: recursions every token runs at least, and at most. A cap cuts what a
+        token would have run; a mean depth is reached within them.
     Raises:
       UserError: a wish that cannot be fulfilled, or a checkpoint without a survey (see
         `calibrate`).

@@ -72,7 +72,7 @@ def stream_text(
       mean_depth, min_depth, max_depth: see `dial.depth_control`; default: as the model was
         configured.
       service: an engine of this model to run on (`engine.build.build_service`); default: one for
-    this text alone.
+        this text alone.
     Raises:
       UserError: the prompt does not fit the context, or the model cannot have such depths.
     """

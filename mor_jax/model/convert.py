@@ -61,7 +61,7 @@ def source_table(
 
     Returns:
       {"prelude": ..., "core": ..., "coda": ...}, one tuple of source layers a block; all but
-    `average` give one layer.
+      `average` give one layer.
     Raises:
       ConfigError: an unknown method, fewer source layers than blocks to fill, or, of `keep`,
         another core.

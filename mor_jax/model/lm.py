@@ -598,11 +598,13 @@ class LM:
         Args:
           segment_ids_BxT: packing segments, 0 = padding; None: every row is one document.
           mode: "topk" (training; sees the future under expert-choice) or "causal" (what generation
-          computes). executor: "gathered" or "masked"; default: the configuration's. Causal mode is
-          always masked, its counts depend on the data, and so are steps with knobs of
-          `config.recursion`, which run all tokens alike. profile, depth_BxT: what `route` said of
-          these very rows, for the gathered executor under token-choice. entered_BxTxD: what `enter`
-          returned for them, if it has run already.
+            computes).
+          executor: "gathered" or "masked"; default: the configuration's. Causal mode is always
+            masked, its counts depend on the data, and so are steps with knobs of
+            `config.recursion`, which run all tokens alike.
+          profile, depth_BxT: what `route` said of these very rows, for the gathered executor under
+            token-choice.
+          entered_BxTxD: what `enter` returned for them, if it has run already.
           control: dial, floor and cap of each row's depth, in causal mode.
           salt_B: of each row's draws, for a policy that draws (`TokenInfo`).
         """

@@ -109,9 +109,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
     """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum
     is left to the small factors, and the target's own term, where p - 1 would cancel, is added
     apart as one row a token. The table's gradient is gathered as [D, V], from states transposed
-    beforehand, so that every product is one of plain
-    row-major matrices: XLA on CPUs runs `p.T @ h` at 0.6 of the speed. Where `finish` does
-    something, both terms are pulled back through it, each at its own place."""
+    beforehand, so that every product is one of plain row-major matrices: XLA on CPUs runs `p.T @ h`
+    at 0.6 of the speed. Where `finish` does something, both terms are pulled back through it, each
+    at its own place."""
     length = h.shape[1]
     chunk = min(chunk or length, length)
     w = table.astype(h.dtype)

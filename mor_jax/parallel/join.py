@@ -33,8 +33,9 @@ def initialize(cluster: Cluster | None = None, *, timeout: float = 0.0, meet: fl
 
     Args:
       timeout: seconds without a heartbeat after which a process counts as lost; 0:
-      $MOR_JAX_HOST_TIMEOUT, else 60. meet: seconds in which all must have come; 0:
-      $MOR_JAX_MEET_TIMEOUT, else 300. Process 0 lists those that did not.
+        $MOR_JAX_HOST_TIMEOUT, else 60.
+      meet: seconds in which all must have come; 0: $MOR_JAX_MEET_TIMEOUT, else 300. Process 0 lists
+        those that did not.
     Raises:
       ConfigError: the environment contradicts itself.
     """

@@ -174,7 +174,7 @@ class Hosts:
         """Ends this process at once. (`sys.exit` would wait in JAX for processes that are gone.)
 
         farewell: report the end to process 0, which waits until the others have read the verdict
-          from it.
+        from it.
         """
         if self.count == 1:
             sys.exit(status)

@@ -64,7 +64,8 @@ def over_rows(
 
     Args:
       in_axes: for each argument a tree of tuples of logical axis names; weights are handed over as
-      they lie, cut. out_axes: the same for `rows`. `sums` may be any tree of numbers.
+        they lie, cut.
+      out_axes: the same for `rows`. `sums` may be any tree of numbers.
     """
 
     def wrapped(*args: Any) -> tuple[Any, Any]:

@@ -50,7 +50,8 @@ def anneal(
       step: the parent's checkpoint to branch off; the newest by default.
     Raises:
       ConfigError: the parent's rate is not constant at that step, or `cfg` differs in what the
-      state depends on. CheckpointError: there is no such checkpoint, or it has another tokenizer.
+        state depends on.
+      CheckpointError: there is no such checkpoint, or it has another tokenizer.
     """
     workdir, directory = as_path(workdir), checkpoint_directory(parent)
     begun = bool(steps_in(workdir / "checkpoints"))

@@ -326,7 +326,8 @@ def restore_params(
     Args:
       directory: where a `Checkpointer` saved a state with an entry or field of that name.
       abstract_params: pytree of `jax.ShapeDtypeStruct` with target shardings; another floating
-      dtype is cast to. step: the newest by default.
+        dtype is cast to.
+      step: the newest by default.
     Raises:
       CheckpointError: there is no such checkpoint, it is damaged, or it does not fit.
     """

@@ -54,7 +54,8 @@ def depth_curve(
     Args:
       paths, of_rows: the text, as in `train.score.score`.
       points: settings of the dial, evenly from 1 to R recursions; a model that cannot be dialled
-      has none. calibration_rows: see `surveyed`.
+        has none.
+      calibration_rows: see `surveyed`.
     Returns:
       `as_configured`, `dial` (one entry a mean depth, `asked`) and `cap` (one a `max_depth` 1..R,
       under the configured rule), each an `evaluate_at`.

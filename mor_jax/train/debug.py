@@ -25,8 +25,8 @@ class Debug:
     """Switches of one start; none of them changes what is computed, but for rounding.
 
     profile_steps: (first, last) step, both included, whose trace goes to <workdir>/profile
-    (TensorBoard, Perfetto). nans: stop at the operation that first makes a NaN, with its line;
-    slower.
+    (TensorBoard, Perfetto).
+    nans: stop at the operation that first makes a NaN, with its line; slower.
     scan: False unrolls every `lax.scan`, so that a trace or an error names the recursion step.
     jit: False runs operation by operation, so that a debugger or `print` sees every array; very
     slow, one process.

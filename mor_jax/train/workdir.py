@@ -59,6 +59,7 @@ NEVER = frozenset(
         "depth.inference",
         "data.bpe_vocab",
         "optim.algorithm",
+        "recursion",
         "adapter",
     }
 )
@@ -83,7 +84,7 @@ def claim(
 
     Args:
       allow: fields or groups of fields that may differ from those of the run there, e.g.
-    "optim.peak_lr", "optim".
+        "optim.peak_lr", "optim".
     Raises:
       ConfigError: it holds a run of another configuration, or `allow` names what may never differ.
       UserError: it cannot be written.

@@ -577,7 +577,8 @@ class Context:
 
     def describe(self, limit: int = 1400, name: str = "context") -> str:
         """Type, size, structure and a preview of at most about `limit` characters; never the whole
-        of a long text. `name`: the variable it is bound to."""
+        of a long text.
+        `name`: the variable it is bound to."""
         preview = self.preview(limit) if limit > 0 else ""
         return "\n".join([*describe.facts(self, name), *([preview] if preview else [])])
 

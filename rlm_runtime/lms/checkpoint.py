@@ -53,8 +53,8 @@ class CheckpointLM:
       step: the newest by default.
       template: messages -> prompt text; default: the checkpoint's own chat template.
       stop: strings that end a reply, besides the sampling's own; those of the checkpoint's template
-      by default. max_tokens: of a reply, where the sampling does not say; the window is a limit
-      too.
+        by default.
+      max_tokens: of a reply, where the sampling does not say; the window is a limit too.
       temperature: where the sampling does not say; 0 is greedy.
       lanes: sequences that are decoded at once; more wait their turn.
       prefix_bytes: memory for what prompts have in common (a shared question, the turns of a

@@ -209,7 +209,8 @@ class Endpoint:
       secrets: what must not show in any message.
       timeout: seconds for a call with all its retries; not counted is waiting for the limits below.
       connect_timeout, read_timeout: seconds for a connection, and for silence while a reply is read
-      (None: `timeout`). max_retries: after the first try.
+        (None: `timeout`).
+      max_retries: after the first try.
       backoff, backoff_cap: the k-th retry waits a random time up to min(cap, backoff * 2**k)
         seconds ("full jitter"), or as long as the endpoint's Retry-After says.
       concurrency, requests_per_minute, tokens_per_minute: limits over all callers; None: none.

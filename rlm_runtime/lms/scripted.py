@@ -24,8 +24,8 @@ class ScriptedLM:
       script: a list whose k-th entry answers the k-th call (after the last one: LMError naming the
         count, or the last entry again with `repeat_last`), or a function (or coroutine function) of
         the messages. A reply is a str, a `Reply`, or an exception to raise. A function that takes
-        `sampling`, `tools` or `schema` is given them. latency: seconds a call takes; a number, or a
-        function of the messages.
+        `sampling`, `tools` or `schema` is given them.
+      latency: seconds a call takes; a number, or a function of the messages.
       chunk: `on_text` gets pieces of this many characters.
       usd_per_token: price of every token; None: no known price.
       tokens: how many tokens a text has; default: one for four characters, rounded up.

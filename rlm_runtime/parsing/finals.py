@@ -20,7 +20,8 @@ Kind = Literal["cell", "text", "placeholder", "open"]
 @dataclass(frozen=True)
 class Found:
     """`cell`: Python that hands the answer in, run in the REPL; `text`: the answer itself;
-    `placeholder`: neither; `open`: FINAL( without its end."""
+    `placeholder`: neither;
+    `open`: FINAL( without its end."""
 
     start: int
     kind: Kind

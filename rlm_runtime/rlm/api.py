@@ -34,15 +34,16 @@ class RLM:
       root: the model that leads: an LM, or a name such as "openai:gpt-5-mini".
       sub: the model that `llm_query` asks and that leads child RLMs; default: the root.
       models: further models by the name under which a cell may ask for them: `llm_query(...,
-      model="big")`. models_by_depth: which model at which depth (0 is the root), before `root` and
-      `sub`.
+        model="big")`.
+      models_by_depth: which model at which depth (0 is the root), before `root` and `sub`.
       max_depth: 0: no sub-calls; 1: `rlm_query` is a plain call; d: child RLMs down to depth d - 1.
       tools, sub_tools: functions (or values by name) for the root's REPL; for sub-LMs and the REPLs
-      of child RLMs. budget, limits: `Budget` and `Limits`, or dicts of their fields.
+        of child RLMs.
+      budget, limits: `Budget` and `Limits`, or dicts of their fields.
       environment: "local", "bubblewrap", "docker", "unconfined", or a function of `Limits` that
-      makes an `Environment`. environment_options: for an environment chosen by name: `policy` (a
-      `SandboxPolicy`: which layers may be missing) and `packages` (installed packages that cells
-      may import).
+        makes an `Environment`.
+      environment_options: for an environment chosen by name: `policy` (a `SandboxPolicy`: which
+        layers may be missing) and `packages` (installed packages that cells may import).
       concurrency: model calls in flight at once, over the whole tree.
       max_repls: live REPLs of child RLMs at one depth; more wait.
       log_dir: where runs leave their trajectories, a folder each; None: in memory, up to a bound.
@@ -50,10 +51,11 @@ class RLM:
         it stand for the sections that describe this REPL.
       tips: a text, or several, on how contexts of this kind are best worked. The root gets them
         with its first task, apart from the system prompt, so that they can be switched and measured
-        (`rlm eval --modes rlm,rlm+tips`). prompt_variant: which built-in system prompt
-        (`prompts.VARIANTS`); default: what suits the model's name. "native" is for models trained
-        on `rlm_runtime.training` data: short words, short outputs, a history that slides.
-        sub_system_prompt: a system message before the prompt of every plain sub-LM call; default:
+        (`rlm eval --modes rlm,rlm+tips`).
+      prompt_variant: which built-in system prompt (`prompts.VARIANTS`); default: what suits the
+        model's name. "native" is for models trained on `rlm_runtime.training` data: short words,
+        short outputs, a history that slides.
+      sub_system_prompt: a system message before the prompt of every plain sub-LM call; default:
         none, or with `sub_tools` one that says what they are for.
       compact_at: share of the root model's window at which its history is replaced by a summary;
         `window`: tokens of the window, for models that do not say.

@@ -91,7 +91,8 @@ def make(
     Args:
       lengths: tokens of the contexts.
       window: tokens of the model that is trained; longer histories slide as they will for it. None:
-      no bound. variant: the prompt variant of the runs.
+        no bound.
+      variant: the prompt variant of the runs.
       readings_share: sub-model samples that are made without a run (`readings`), for each run.
       copies_share: exercises in copying (`copying`), for each run.
       strategies: those that lead runs; default: every one of a task's expert.

@@ -134,9 +134,10 @@ def host_row(
     Args:
       prompt, generated: tokens before the next draw; `generated` is not empty when a request goes
         on after it had to give its lane up. Ids must be below `vocab_size` to be counted; others
-        (of another tokenizer) never come again. min_tokens: stop tokens are not drawn before so
-        many. A grammar overrules it: it says itself where a text may end. grammar: its mask for the
-        next draw is put into the row.
+        (of another tokenizer) never come again.
+      min_tokens: stop tokens are not drawn before so many. A grammar overrules it: it says itself
+        where a text may end.
+      grammar: its mask for the next draw is put into the row.
     Raises:
       UserError: a value outside its range, more biases than `BIASES`, more stop tokens than
         `STOPS`.

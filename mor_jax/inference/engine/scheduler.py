@@ -7,9 +7,10 @@ thread or clock.
 - Requests are served by priority (lower first), then by arrival. A preempted request is first
   within its priority.
 - A request takes the smallest free lane that its expected entries fit into; the few lanes with full
-room are used last. - A request that outgrew its lane needs one with full room. If none is free, the
-latest request that came after it is preempted and computed again later. The earliest request always
-gets its lane, so all requests end.
+  room are used last.
+- A request that outgrew its lane needs one with full room. If none is free, the latest request that
+  came after it is preempted and computed again later. The earliest request always gets its lane, so
+  all requests end.
 - While such a request waits, later requests do not get a lane with full room.
 - A request waits for chunks of its prompt that another request is computing, if they have enough
   tokens.

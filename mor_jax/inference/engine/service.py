@@ -23,10 +23,13 @@ from mor_jax.inference.engine.stats import compiled_here
 class ServiceConfig:
     """queue: requests that may wait for a lane; more are refused with `QueueFull`.
     round_tokens: prompt tokens prefilled between two ticks, about; fewer make running requests
-    smoother, new ones later. prefix_bytes: of the prefix cache, on the device, beside the lanes;
-    None: as much as the lanes take; 0: none. hold_tokens: a request waits for another that computes
-    the same prompt tokens, from this number of tokens on. keep_tokens: chunks of fewer tokens are
-    not cached: computing them again is as cheap as copying them.
+    smoother, new ones later.
+    prefix_bytes: of the prefix cache, on the device, beside the lanes; None: as much as the lanes
+    take; 0: none.
+    hold_tokens: a request waits for another that computes the same prompt tokens, from this number
+    of tokens on.
+    keep_tokens: chunks of fewer tokens are not cached: computing them again is as cheap as copying
+    them.
     idle_s: the thread ends after so many seconds without work; the next request starts another.
     """
 

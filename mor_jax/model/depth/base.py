@@ -131,7 +131,8 @@ class DepthPolicy:
         self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
     ) -> jax.Array | None:
         """Depth of every token from the states before the first step, for policies that decide at
-        once; else None. `dial_BxR`: see `DepthControl`."""
+        once; else None.
+        `dial_BxR`: see `DepthControl`."""
         return None
 
     def recompute_gates(
@@ -196,7 +197,8 @@ class DepthPolicy:
 
     def losses(self, stats: RouterStats, totals_R: jax.Array) -> dict[str, jax.Array]:
         """Unweighted auxiliary losses of a micro-batch, by name, such that the sum over
-        micro-batches is the batch's. `totals_R`: `candidate_counts` of the whole batch."""
+        micro-batches is the batch's.
+        `totals_R`: `candidate_counts` of the whole batch."""
         return {}
 
     def loss_weights(self) -> dict[str, float]:

@@ -119,8 +119,9 @@ class ExpertChoiceConfig(Routed, WithCapacities):
 @dataclass(frozen=True)
 class ExpertChoice(DepthPolicy):
     """`inference`: threshold | auxiliary | calibrated. `capacities`: share of the row kept at r =
-    1..R, non-increasing. `score`: sigmoid | tanh | none. `gate`: multiplicative, H + alpha * score
-    * y, or additive, H + y (the score only ranks)."""
+    1..R, non-increasing.
+    `score`: sigmoid | tanh | none. `gate`: multiplicative, H + alpha * score * y, or additive, H +
+    y (the score only ranks)."""
 
     recursions: int
     width: int

@@ -1,10 +1,10 @@
 """Language models behind an OpenAI-compatible endpoint: completions, chat, streams, metrics.
 
 `create_app(load, settings)` makes the ASGI application; `launch.serve` runs it. A request goes
-through these
-steps: checks (middleware), admission, a plan (validated fields, prompts as token ids, engine
-requests), sequences (tokens become text, stop strings end them), and a reply, whole or as events.
-The engine is any object with the members of `backend.Service`. This package does not import JAX.
+through these steps: checks (middleware), admission, a plan (validated fields, prompts as token ids,
+engine requests), sequences (tokens become text, stop strings end them), and a reply, whole or as
+events. The engine is any object with the members of `backend.Service`. This package does not import
+JAX.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ class ModelBackend:
     """One model under the name a client asks for.
 
     `window`: tokens a sequence may have, prompt and reply together. `recursions`: the most a token
-    can run. `grammars`: None where constrained output is not to be had; `no_grammars` then says
-    why.
+    can run.
+    `grammars`: None where constrained output is not to be had; `no_grammars` then says why.
     """
 
     name: str
