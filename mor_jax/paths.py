@@ -23,7 +23,7 @@ from mor_jax.errors import UserError
 # Scheme: the package that serves it, and our extra that brings it.
 SERVED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 # One slash is what `pathlib` leaves of two.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(?=/)|(gs|s3):/(?=[^/])")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/(?=/)|(gs|s3):/(?=[^/])")
 
 
 def scheme_of(path: str | os.PathLike[str]) -> str:
