@@ -54,7 +54,7 @@ def as_path(path: str | os.PathLike[str]) -> epath.Path:
         raise UserError(
             f"{text}: nothing here serves {scheme}://. Give a local path, or one of {known}."
         )
-    bucket = rest.partition("/")[0]
+    bucket = "" if ":///" in text else rest.partition("/")[0]
     if not bucket:
         raise UserError(f"{text} names no bucket; the form is {scheme}://bucket/directory.")
     _reach(scheme, bucket)
