@@ -93,7 +93,7 @@ def test_shared_keys_are_those_of_the_first_recursion():
 
             return attend
 
-        x, _ = lm.blocks(params["prelude"], lm.embed(params, tokens), rope, attend)
+        x, _ = lm.blocks(params["prelude"], lm.embed(params, tokens, pos), rope, attend)
         for _ in range(lm.program.recursions):
             x, _ = lm.blocks(
                 params["core"], x, rope, [attend_first(i) for i in range(lm.program.core)]
