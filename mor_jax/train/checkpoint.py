@@ -651,8 +651,10 @@ def _orbax() -> Any:
     # When one of several reads or writes fails Orbax drops the others and closes its event loop.
     # Asyncio then logs their exceptions, and Python prints those of their coroutines and of
     # TensorStore's callbacks (object None).
+    # A future of TensorStore has no traceback; its message names the store's specification.
+    marks = (home, "tensorstore_spec")
     logging.getLogger("asyncio").addFilter(
-        lambda record: home not in logging.Formatter().format(record)
+        lambda record: not any(mark in logging.Formatter().format(record) for mark in marks)
     )
     previous = sys.unraisablehook
 
