@@ -163,7 +163,7 @@ def use_compilation_cache() -> None:
     user has set JAX's own directory for them, there."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values.get("jax_compilation_cache_dir") is None:
         root = as_path(os.environ.get("MOR_JAX_CACHE") or "~/.cache/mor_jax")
         jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
