@@ -384,6 +384,7 @@ def test_full_disk_is_one_message_and_harms_nothing(small_disk, mode):
         sys.exit(2)
     """
     directory, limited = small_disk
+    start = time.monotonic()
     status, out, err = run(code, directory / "run", mode, limited)
     assert (status, out) == (2, "")
     lines = err.strip().splitlines()
@@ -393,6 +394,7 @@ def test_full_disk_is_one_message_and_harms_nothing(small_disk, mode):
         lines[0].startswith("could not save step ")
         and f"{directory / 'run'}: {reason}. Earlier checkpoints are intact" in lines[0]
     )
+    assert time.monotonic() - start < 30
     kept = sorted(int(n) for n in os.listdir(directory / "run"))
     assert kept and f"(steps {', '.join(map(str, kept))})" in lines[0]
     template = abstract(make_state(0, width=6000))

@@ -218,12 +218,7 @@ class Arena:
         self.host, self.kind, self.limits = (
             Host(),
             kind,
-            Limits(
-                **(
-                    {"cell_seconds": 10.0, "grace_seconds": 0.5, "start_seconds": HANG - 5.0}
-                    | limits
-                )
-            ),
+            Limits(**({"cell_seconds": 10.0, "grace_seconds": 0.5} | limits)),
         )
         self.calls: list[Request] = []
         self.context, self.gap = context, 0.0
@@ -321,7 +316,7 @@ class Arena:
             before = len(self.calls)
             # Threads of the attack may still take turns with it, and so may a busy machine: it has
             # to come to an end.
-            self.environment.limits = timed.model_copy(update={"cell_seconds": HANG - 5.0})
+            self.environment.limits = timed.model_copy(update={"cell_seconds": 20.0})
             result = self.run(cell)
             self.environment.limits = timed
         assert result.status == "ok", result
