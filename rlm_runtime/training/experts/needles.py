@@ -139,6 +139,8 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         + "{q}"
         + rng.choice(of_split(TAILS, split)).format(kind=noun)
     )
+    if key_kind == "uuids":  # a UUID alone takes some 40 tokens of a window that holds few
+        wrap = "{q}"
     question = wrap.format(q=ask.format(kind=kind, key=listed))
     example = dataclasses.replace(example, question=question, answer=answer, intro="")
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import re
-import statistics
 from pathlib import Path
 
 import pytest
@@ -245,8 +244,7 @@ def test_the_protocol_takes_few_tokens_of_a_tokenizer_trained_on_such_data(corpu
                 )
     print("with the question", whole, "without", bare)
     assert max(map(max, bare.values())) <= 120
-    # A question adds its own length; two made-up words of a needle's kind take a token a letter.
-    assert max(whole["verbatim"]) <= 150 and statistics.median(whole["s_niah"]) <= 150
+    assert max(whole["s_niah"]) <= 150 and max(whole["verbatim"]) <= 150
 
 
 # -- what cannot be
