@@ -553,7 +553,7 @@ class HostedEnvironment:
             if cell.outcome.result().broken:
                 # An earlier cell has left the interpreter unable to begin another one; this one has
                 # not run at all.
-                await self._replace("An earlier cell had broken the interpreter.")
+                await self._replace("An earlier cell had broken the interpreter, or left it no memory.")
                 cell = await self._run(code, handler)
             return await self._result(cell)
 

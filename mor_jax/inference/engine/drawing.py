@@ -197,8 +197,13 @@ def gumbel(key_Nx2: jax.Array, vocab: int) -> jax.Array:
 
     ids = jnp.arange(vocab, dtype=jnp.uint32)
     hashed = mix(mix(ids[None] ^ key_Nx2[:, :1]) + key_Nx2[:, 1:])
-    uniform = ((hashed >> 8).astype(jnp.float32) + 0.5) * 2.0**-24  # in (0, 1), neither end
-    return -jnp.log(-jnp.log(uniform))
+    return -jnp.log(-jnp.log(unit(hashed)))
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """uint32 to float32 in (0, 1), neither end: of 23 bits, since the half that is added needs the
+    24th of a float32. With more, the largest would round to 1 and its Gumbel noise to infinity."""
+    return ((x >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 # ------------------------------------------------------------------------------------- top-k and

@@ -14,6 +14,7 @@ from .state import Interpreter
 
 ONLY_AST, TOP_LEVEL_AWAIT, COROUTINE = 0x400, 0x2000, 0x80
 SOURCES, VARIABLES, NOTE_NAMES = 200, 200, 6
+ROOM, RESERVE = 4 << 20, 1 << 20  # bytes: of a cell to begin with, of what is said about it
 KEPT_IN_ALL = 10  # times `kept_chars`: what `outputs` holds together
 
 
@@ -46,7 +47,7 @@ class Repl:
         self._fixed: dict = {"outputs": []}
         self._new_helpers()
         self._fixed |= {info["name"]: info["value"] for info in tools if info["is_value"]}
-        self._reserve: bytearray | None = None
+        self._reserve: bytes | None = None
         self.interpreter = Interpreter(self._out, self._err)
         self.interpreter.main = self.module
 
@@ -75,7 +76,10 @@ class Repl:
     # -- a cell
 
     def prepare(self, message: dict) -> None:
-        """All that happens before the cell's own code: nothing of an earlier cell runs in here."""
+        """All that happens before the cell's own code: nothing of an earlier cell runs in here.
+
+        Raises MemoryError where earlier cells have left too little for even a small cell.
+        """
         self.interpreter.restore()
         self._restore_streams()
         for i, raw in message["raw"].items():  # what went past sys.stdout, as the host read it
@@ -92,7 +96,8 @@ class Repl:
         self.answer = self.names["answer"]
         self.names.update(self._fixed)
         self.names.update(__name__="__main__", __builtins__=self.interpreter._modules["builtins"])
-        self._reserve = bytearray(1 << 20)  # to be given back when there is no memory left
+        bytes(ROOM)
+        self._reserve = bytes(RESERVE)  # to be given back when there is no memory left
         self._calls.begin(message["id"])
 
     def run(self, message: dict) -> dict:

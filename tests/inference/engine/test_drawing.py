@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mor_jax.errors import UserError
-from mor_jax.inference.engine.drawing import draw, gumbel
+from mor_jax.inference.engine.drawing import draw, gumbel, unit
 from mor_jax.inference.engine.request import Drawing
 from mor_jax.inference.engine.rows import (
     BIASES,
@@ -215,6 +215,12 @@ def test_draws_of_one_seed_and_of_neighbouring_seeds_are_independent():
         got = np.append(got[likely], got[~likely].sum())
         want = np.append(pairs[likely], pairs[~likely].sum()) * len(a)
         assert stats.chisquare(got, want).pvalue > 1e-5
+
+
+def test_uniform_numbers_and_their_noise_are_finite_at_both_ends():
+    ends = unit(jnp.array([0, 511, 2**31, 2**32 - 512, 2**32 - 1], jnp.uint32))
+    assert (0 < ends).all() and (ends < 1).all() and (jnp.diff(ends) >= 0).all()
+    assert jnp.isfinite(-jnp.log(-jnp.log(ends))).all()
 
 
 def test_noise_is_gumbel_for_every_token_and_every_key():

@@ -25,6 +25,7 @@ MEMORY = {
     "many maps": "import mmap\nx = []\nwhile True:\n    x.append(mmap.mmap(-1, 1 << 20))\n    x[-1].write(b'x' * (1 << 20))",
     "map without reserve": "_libc.mmap.restype = ctypes.c_void_p\nif _libc.mmap(None, ctypes.c_size_t(64 << 30), 3, 0x4022, -1, 0) == ctypes.c_void_p(-1).value:\n    raise MemoryError",
     "malloc": "_libc.malloc.restype = ctypes.c_void_p\nn = 0\nwhile _libc.malloc(1 << 20):\n    n += 1\nassert n < 400, f'BREACH {n}'\nraise MemoryError",
+    "malloc to the last": "for size in (1 << 20, 1 << 16, 1 << 12):\n    while _libc.malloc(size):\n        pass\nraise MemoryError",
     "break": "_libc.sbrk.restype = ctypes.c_void_p\nif _libc.sbrk(ctypes.c_long(1 << 32)) == ctypes.c_void_p(-1).value:\n    raise MemoryError",
     "recursion": "def f():\n    f()\nf()",
     "recursion without a limit": "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return [f([x]), x]\nf([])",
