@@ -127,12 +127,10 @@ def _last_json(text: str) -> dict[str, Any] | None:
 
 
 def _env(folder: str) -> dict[str, str]:
-    """No key and no endpoint of the user's; caches of the peers go away with the run."""
-    kept = {
-        k: v
-        for k, v in os.environ.items()
-        if not k.startswith(("OPENAI_", "ANTHROPIC_", "LITELLM_", "DSPY_"))
-    }
+    """No key and no endpoint of the user's; caches of the peers go away with the run. Bytecode is
+    kept, as `pip install` does for the peers: a source tree would be compiled in every process."""
+    left_out = ("OPENAI_", "ANTHROPIC_", "LITELLM_", "DSPY_", "PYTHONDONTWRITEBYTECODE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
     return kept | {
         "DSPY_CACHEDIR": folder,
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",

@@ -10,6 +10,7 @@ million tokens. A key without a provider ("my-model") holds for every provider.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import os
@@ -101,15 +102,16 @@ def market(name: str, url: str | None = None) -> Known | None:
 
     A model at another vendor's URL has that vendor's price; at a URL that is no vendor's, its price
     is not known."""
+    provider, _, model = name.partition(":")
+    official = OFFICIAL.get(provider)
+    host = official if url is None else urlsplit(url).hostname
+    if official is None or not model or _has_no_vendor(host):
+        return None
+    here = host == official
     try:
         from genai_prices import data_snapshot
     except ImportError:
         return None
-    provider, _, model = name.partition(":")
-    official = OFFICIAL.get(provider)
-    if official is None or not model:
-        return None
-    here = url is None or urlsplit(url).hostname == official
     try:
         snapshot = data_snapshot.get_snapshot()
         vendor, found = snapshot.find_provider_model(
@@ -122,6 +124,17 @@ def market(name: str, url: str | None = None) -> Known | None:
     except (LookupError, ValueError, TypeError, AttributeError):
         return None
     return Known(price, found.context_window)
+
+
+def _has_no_vendor(host: str | None) -> bool:
+    """An address or this machine's name: importing the table (a tenth of a second) can be saved."""
+    if host is None or host == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _flat(model: Any) -> Price | None:

@@ -41,7 +41,7 @@ from rlm_runtime.trajectory import (
 if TYPE_CHECKING:
     from rlm_runtime import parsing
 
-SPAWN_SECONDS = 0.02  # until the worker's process is on its way
+SPAWN_SECONDS = 0.005  # until the worker's process is on its way
 SALVAGE_SECONDS = 5.0  # to look at `answer` after an interrupted cell
 
 
