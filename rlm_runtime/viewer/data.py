@@ -14,13 +14,14 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rlm_runtime.errors import UsageError
 from rlm_runtime.trajectory import EVENTS, events_file, lenient
 
 CUT = 4_000  # characters of a text in the first load; half as long once a run has many events
 TAIL = 256 << 10  # bytes at the end of a file in which a listing looks for the end of the run
+LONGEST = 64 << 20  # bytes of a line that a listing reads
 DEEPEST = 4  # folders below the one given in which runs are looked for
 
 
@@ -72,15 +73,11 @@ class Library:
 def _row(name: str, file: Path) -> dict[str, Any] | None:
     try:
         with open(file, "rb") as lines:
-            start = loads(lines.readline(1 << 20))
+            start = loads(lines.readline(LONGEST))
             size = os.fstat(lines.fileno()).st_size
             modified = os.fstat(lines.fileno()).st_mtime
-            lines.seek(max(0, size - TAIL))
-            marks = [
-                e
-                for e in map(loads, lines.read(TAIL).split(b"\n"))
-                if e.get("type") in ("run_start", "run_end")
-            ]
+            last = _last_lines(lines, size)
+            marks = [e for e in map(loads, last) if e.get("type") in ("run_start", "run_end")]
     except OSError:
         return None
     end: dict[str, Any] = next((e for e in reversed(marks) if e.get("node", "0") == "0"), {})
@@ -104,6 +101,18 @@ def _row(name: str, file: Path) -> dict[str, Any] | None:
         "seconds": end.get("seconds"),
         "usage": usage,
     }
+
+
+def _last_lines(file: BinaryIO, size: int) -> list[bytes]:
+    """The lines in the last `TAIL` bytes; of a longer one, as an answer of megabytes makes it, the
+    whole."""
+    tail = TAIL
+    while True:
+        file.seek(max(0, size - tail))
+        lines = file.read(tail).split(b"\n")
+        if sum(map(bool, lines)) > 1 or tail >= min(size, LONGEST):
+            return lines
+        tail *= 8
 
 
 class Run:

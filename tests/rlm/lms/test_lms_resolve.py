@@ -66,12 +66,14 @@ def test_names_do_not_import_clients():
         "RLM(resolve('openai:m', base_url='http://h/v1'), resolve('anthropic:m', base_url='http://h'))\n"
         "late = ('aiohttp', 'jax', 'mor_jax', 'genai_prices', 'rlm_runtime.parsing')\n"
         "print([m for m in late if m in sys.modules])\n"
+        "lm = resolve('openai:m', base_url='http://127.0.0.1:1/v1')\n"
+        "print(lm.window, lm.price(1, 1), 'genai_prices' in sys.modules)\n"
         "import threading\nlm = resolve('openai:m', base_url='http://h/v1'); lm.warm(); lm.warm()\n"
         "[t.join() for t in threading.enumerate() if t.name == 'rlm-import']\n"
         "print('aiohttp' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["[]", "True"], done.stderr
+    assert done.stdout.split() == ["[]", "None", "None", "False", "True"], done.stderr
 
 
 # Prices

@@ -288,6 +288,15 @@ def test_a_run_folder_is_shown_as_a_library_of_itself(tmp_path):
     assert Library(tmp_path / "my-run").run("my-run").since(0).endswith('"complete":true}')
 
 
+def test_a_run_with_a_long_question_and_a_long_answer_is_listed_whole(tmp_path):
+    start, *rest, end = build(4, 6)
+    start = start.model_copy(update={"question": "q" * (2 << 20)})
+    write(tmp_path / "run", [start, *rest, end.model_copy(update={"answer": "a" * (1 << 20)})])
+    (row,) = Library(tmp_path).listing()
+    assert row["complete"] and row["stop_reason"] == end.stop_reason and row["answer"] == "a" * 400
+    assert row["question"] == "q" * 400 and row["started_at"] == start.started_at
+
+
 def test_only_this_machine(tmp_path):
     write(tmp_path / "run", build(4, 6))
     for host in ("0.0.0.0", "192.168.0.1", "example.org", "::"):
