@@ -148,7 +148,8 @@ class ChatTemplate:
         A message of one of `roles` has weight 1, any other 0; its own "weight" goes first. Weighted
         are the tokens of the message itself, what closes its turn, and under the plain template the
         next speaker's name, so that the model learns to stop; never the header that opens its turn,
-        which the prompt of `ids` ends with.
+        which the prompt of `ids` ends with. A message with "spans", pairs of a first and an end
+        character, is weighted in these alone, by the tokens that lie in one as a whole.
 
         Args:
           limit: tokens; a longer conversation is cut after the last weighted message that fits. 0:
@@ -157,14 +158,15 @@ class ChatTemplate:
           None where no weighted message fits.
         Raises:
           ChatError: the template rewrites earlier messages as the conversation goes on, so that
-            what a reply is trained on is not what it would be asked with.
+            what a reply is trained on is not what it would be asked with; or it, or the tokenizer,
+            does not keep the text of a message with "spans".
         """
         weights = [float(m.get("weight", 1.0 if m["role"] in roles else 0.0)) for m in messages]
         ids = list(tokenizer.start) if self.plain else []
         of_token = [0.0] * len(ids)
         kept, done = 0, ""
 
-        def extend(text: str, weight: float) -> None:
+        def extend(text: str, weight: float, message: Message | None = None) -> None:
             nonlocal done
             if not text.startswith(done):
                 raise ChatError(
@@ -173,7 +175,11 @@ class ChatTemplate:
                 )
             new = _encode(tokenizer, text[len(done) :])
             ids.extend(new)
-            of_token.extend([weight] * len(new))
+            if message is None or "spans" not in message:
+                of_token.extend([weight] * len(new))
+            else:
+                inside = _in_spans(tokenizer, new, text[len(done) :], message)
+                of_token.extend(weight * i for i in inside)
             done = text
 
         for i, weight in enumerate(weights):
@@ -185,13 +191,13 @@ class ChatTemplate:
                 extend(self.text(tokenizer, before, opened=opened), 0.0)
             through = self.text(tokenizer, messages[: i + 1], opened=False)
             if self.plain and last:
-                extend(through, weight)
+                extend(through, weight, messages[i])
                 ids.append(tokenizer.eos)
-                of_token.append(weight)
+                of_token.append(0.0 if "spans" in messages[i] else weight)
             elif self.plain:  # up to and with the next speaker's name
-                extend(f"{through}{messages[i + 1]['role']}:", weight)
+                extend(f"{through}{messages[i + 1]['role']}:", weight, messages[i])
             else:
-                extend(through, weight)
+                extend(through, weight, messages[i])
             if limit and len(ids) > limit:
                 break
             kept = len(ids)
@@ -210,6 +216,26 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
         elif piece:
             ids += tokenizer.encode(piece.replace(MARK, ""))
     return ids
+
+
+def _in_spans(tokenizer: Tokenizer, ids: Sequence[int], text: str, message: Message) -> list[bool]:
+    """Whether each token of `text` lies in one of the message's "spans"."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    pieces = [names[i].encode() if i in names else tokenizer.pieces[i] for i in ids]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    content = message["content"]
+    at = text.find(content)
+    if at < 0 or b"".join(pieces) != text.encode():
+        raise ChatError(
+            'A message with "spans" needs a chat template and a tokenizer that keep its text as it is.'
+        )
+    spans = [
+        [len((text[:at] + content[:edge]).encode()) for edge in span] for span in message["spans"]
+    ]
+    return [
+        any(first <= end - len(piece) and end <= last for first, last in spans)
+        for end, piece in zip(ends, pieces, strict=True)
+    ]
 
 
 def _broken(message: Message, specials: Mapping[str, int]) -> dict[str, Any]:
@@ -341,8 +367,23 @@ def conversation_text(value: Any, where: str) -> str:
             raise DataError(
                 f"{where}: the weight of message {i} must be a finite number, got {_short(weight)}."
             )
+        if not _are_spans(message.get("spans", []), len(message["content"])):
+            raise DataError(
+                f"{where}: the spans of message {i} must be a list of pairs of a first and an end character of its "
+                f"content, got {_short(message['spans'])}."
+            )
     messages = [{k: v for k, v in message.items() if v is not None} for message in value]
     return json.dumps(messages, ensure_ascii=False)
+
+
+def _are_spans(value: object, length: int) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(span, list)
+        and len(span) == 2
+        and all(type(edge) is int for edge in span)
+        and 0 <= span[0] <= span[1] <= length
+        for span in value
+    )
 
 
 def _short(value: object) -> str:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mor_jax.config import DataConfig
-from mor_jax.data.chat import CHATML, CHATML_TOKENS, ChatError, ChatTemplate, build_template
+from mor_jax.data.chat import (
+    CHATML,
+    CHATML_TOKENS,
+    PLAIN,
+    ChatError,
+    ChatTemplate,
+    build_template,
+)
 from mor_jax.data.packing import OPEN_ROWS, pack_whole
 from mor_jax.data.parts import Encoded
 from mor_jax.data.prepare import prepare
@@ -81,6 +88,31 @@ def test_weights_of_messages_go_before_those_of_roles():
     assert "ask" in BPE.decode(asked.ids[asked.weights > 0]) and "reply" not in BPE.decode(
         asked.ids
     )
+
+
+@pytest.mark.parametrize("template", [PLAIN, CHATML])
+@given(text=st.text("ab é<|im_end|>\n", max_size=30).map("a{}b".format), data=st.data())
+@settings(max_examples=40)
+def test_spans_of_a_message_are_all_of_it_that_is_trained(template, text, data):
+    edges = data.draw(st.lists(st.integers(0, len(text)), min_size=2, max_size=6).map(sorted))
+    spans = [list(span) for span in zip(edges[::2], edges[1::2], strict=False)]
+    reply = {"role": "assistant", "content": text, "spans": spans}
+    ask = {"role": "user", "content": "ask"}
+    sample = ChatTemplate(template).sample(BPE, [ask, reply, ask, reply], ["assistant"])
+    kept = BPE.decode(sample.ids[sample.weights > 0])
+    wanted = "".join(text[first:last] for first, last in spans)
+    assert len(kept) <= 2 * len(wanted)
+    if len(BPE.encode(text)) == len(text.encode()):  # a token a byte: all of it
+        assert kept == 2 * wanted
+    whole = [ask, {**reply, "spans": [[0, len(text)]]}, ask, {**reply, "spans": [[0, len(text)]]}]
+    trained = ChatTemplate(template).sample(BPE, whole, ["assistant"])
+    assert BPE.decode(trained.ids[trained.weights > 0]) == 2 * text
+
+
+def test_spans_need_a_template_that_keeps_the_text():
+    loud = ChatTemplate("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
+    with pytest.raises(ChatError, match="spans"):
+        loud.sample(BPE, [{"role": "assistant", "content": "ab", "spans": [[0, 1]]}], ["assistant"])
 
 
 def test_a_conversation_is_cut_after_the_last_reply_that_fits():
@@ -199,6 +231,10 @@ def test_parquet_holds_the_same_conversations(cfg, tmp_path):
         ({"messages": []}, ["line 1", "list of messages"]),
         ({"messages": ["hello"]}, ["message 0 must be an object"]),
         ({"messages": [{"role": "user"}]}, ["message 0 has no text under 'content'"]),
+        (
+            {"messages": [{"role": "user", "content": "x", "spans": [[0, 2]]}]},
+            ["spans of message 0", "pairs of a first and an end character"],
+        ),
         (
             {"messages": [{"role": "user", "content": "x", "weight": "much"}]},
             ["weight of message 0", "finite number"],
