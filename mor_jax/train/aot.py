@@ -74,7 +74,7 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
     step = jax.jit(make_train_step(lm, tx, cfg.train.accum, ema=cfg.optim.ema), donate_argnums=0)
     with jax.set_mesh(mesh):
         batch = {"tokens": one, "segment_ids": one}
-        if cfg.data.format == "chat":
+        if cfg.data.conversations:
             batch["weights"] = jax.ShapeDtypeStruct(one.shape, jnp.float32, sharding=rows)
         return step.lower(state, batch), mesh
 
