@@ -114,10 +114,14 @@ def _read(source: Source, wanted: Mapping[str, Place], config: Config) -> dict[s
         parts.setdefault(place.leaf, []).append(name)
 
     def leaf(path: tuple[Any, ...], to: jax.ShapeDtypeStruct) -> jax.Array:
+        names = parts[tuple(key.key for key in path)]
+        # Orbax copies arrays of numpy before it writes them, all at once; so jax's.
+        if len(names) == 1:
+            return jnp.array(source.read(names[0]).reshape(to.shape))
         x = np.empty(to.shape, to.dtype)
-        for name in parts[tuple(key.key for key in path)]:
+        for name in names:
             x[wanted[name].index] = source.read(name).reshape(x[wanted[name].index].shape)
-        return jnp.array(x)  # Orbax copies arrays of numpy before it writes them, all at once
+        return jnp.array(x)
 
     shapes = jax.eval_shape(LM.from_config(config).init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(leaf, shapes)
