@@ -123,6 +123,7 @@ def check_train(cfg: Config) -> None:
         raise ConfigError(
             f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}."
         )
+    _check_lengths(cfg)
     _check_distill(cfg.distill)
     if cfg.distill.weight and cfg.recursion.trains:
         raise ConfigError(
@@ -137,6 +138,34 @@ def check_train(cfg: Config) -> None:
             f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
             f"nearest that can: {nearest_multiples(t.batch_size, t.accum)}."
         )
+
+
+def _check_lengths(cfg: Config) -> None:
+    where, given, context = "config.train.lengths", cfg.train.lengths, cfg.model.context
+    if not given:
+        return
+    lengths, shares = [n for n, _ in given], [share for _, share in given]
+    if lengths != sorted(set(lengths)) or not all(2 <= n < context for n in lengths):
+        raise ConfigError(
+            f"{where} must rise and lie between 2 and config.model.context = {context}, got {lengths}."
+        )
+    if wrong := [n for n in lengths if context % n]:
+        raise ConfigError(
+            f"{where}: rows of config.model.context = {context} tokens cannot be cut into pieces of {wrong[0]}."
+        )
+    if min(shares) <= 0 or sum(shares) >= 1:
+        raise ConfigError(
+            f"{where}: shares of the steps must be positive, below 1 together, got {shares}."
+        )
+    why = ""
+    if cfg.data.conversations:
+        why = f"config.data.format = {cfg.data.format!r} keeps conversations whole"
+    elif cfg.mesh.sequence != 1:
+        why = f"config.mesh.sequence = {cfg.mesh.sequence} cuts rows along time, too"
+    elif cfg.depth.tile > lengths[0]:
+        why = f"config.depth.tile = {cfg.depth.tile} is more than the shortest rows, {lengths[0]} tokens"
+    if why:
+        raise ConfigError(f"{where} cuts rows into pieces, but {why}. Leave one of the two out.")
 
 
 def _check_distill(d: DistillConfig) -> None:

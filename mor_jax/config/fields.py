@@ -167,6 +167,9 @@ class TrainConfig:
     flops: float = 0.0  # training budget, FLOPs after the paper's accounting; used when steps is 0
     batch_size: int = 32  # global rows a step; divisible by accum and by data * fsdp
     accum: int = 1  # micro-batches a step
+    # Length curriculum: (tokens, share of the steps) of each stage, shortest first. Rows are cut
+    # into pieces of so many tokens, which do not see each other; after these stages they are whole
+    lengths: tuple[tuple[int, float], ...] = ()
     seed: int = 0  # of the initialisation
     log_every: int = 10  # steps
     # Beside metrics.jsonl: tensorboard | wandb | mlflow | "package.module:factory"
@@ -186,6 +189,18 @@ class TrainConfig:
     on_spike: str = "skip"
     # nats above the median of the last 64 steps that are a loss spike; 0: none is
     spike_threshold: float = 0.0
+
+    def length_changes(self, steps: int) -> tuple[tuple[int, int], ...]:
+        """(tokens, last step) of each stage of `lengths` in a run of so many steps."""
+        ends, share = [], 0.0
+        for length, part in self.lengths:
+            share += part
+            ends.append((length, round(share * steps)))
+        return tuple(ends)
+
+    def row_length(self, step: int, steps: int, context: int) -> int:
+        """Tokens of the rows of optimiser step number `step` (from 1) of a run of `steps`."""
+        return next((n for n, last in self.length_changes(steps) if step <= last), context)
 
 
 @dataclass(frozen=True)

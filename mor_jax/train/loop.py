@@ -445,6 +445,7 @@ class _Run:
             self.teacher,
             self.cfg.optim.ema,
             self.adapters,
+            self._cut_length if t.lengths else None,
         )
         beside = {} if self.teacher is None else {"teacher": self.teacher.params}
         beside |= {} if self.adapters is None else {"base": self.base}
@@ -513,6 +514,12 @@ class _Run:
             self.seconds = clock.total()
             goodput.enter("other")
         return state, step
+
+    def _cut_length(self, step: int) -> int:
+        """Tokens of the pieces that the rows of a step are cut into; 0: they stay whole."""
+        context = self.cfg.model.context
+        length = self.cfg.train.row_length(step, self.steps, context)
+        return 0 if length == context else length
 
     def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
         """Compiles the step, and prints where the time before the first step went."""

@@ -136,6 +136,15 @@ def loss_fn(
     return loss, aux
 
 
+def cut_rows(lm: LM, batch: Batch, length: int) -> Batch:
+    """Rows [B, T] as rows [B T / length, length]; the pieces of a row stay on its device."""
+
+    def cut(x):
+        return lm.rules.constrain(x.reshape(-1, length), "batch", "time")
+
+    return {name: cut(x) for name, x in batch.items()}
+
+
 def _micro_batches(batch: Batch, accum: int) -> Batch:
     """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows
     throughout."""
@@ -253,6 +262,7 @@ def make_train_step(
     teacher: Teacher | Reference | None = None,
     ema: float = 0.0,
     adapters: Adapters | None = None,
+    length: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the
     state donated.
@@ -264,6 +274,7 @@ def make_train_step(
       ema: decay of the running mean of the parameters, of a state that has one.
       adapters: what the state's parameters are, in place of the model's, which are `beside["base"]`
         and stay.
+      length: tokens of the pieces that rows are cut into (`config.train.lengths`); 0: they are not.
 
     A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32
     scalar), leaves the state as it was; the caller sees it in the metrics.
@@ -277,6 +288,7 @@ def make_train_step(
         # a step forms the gradient of the whole weights once, and takes the adapters' from it
         if adapters is not None:
             whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
+        batch = cut_rows(lm, batch, length) if length else batch
         rows = batch["tokens"].shape[0]
         # of each row of each step its own draw, whatever the accumulation and the mesh
         if lm.draws:
@@ -329,7 +341,8 @@ class StagedStep:
     """The jitted train step of each stage of training (`LM.stage`), compiled when it is reached.
 
     Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program;
-    without it, `jax.jit` with the state donated. `StagedStep(...)(step, *arguments)` is the program
+    without it, `jax.jit` with the state donated. `length_of`: the length of the rows of step number
+    n, from 1. `StagedStep(...)(step, *arguments)` is the program
     for the step after `step` others.
     """
 
@@ -343,7 +356,9 @@ class StagedStep:
         teacher: Teacher | Reference | None = None,
         ema: float = 0.0,
         adapters: Adapters | None = None,
+        length_of: Callable[[int], int] | None = None,
     ):
+        self._length_of = length_of or (lambda _: 0)
         self._lm, self._rest, self._made = (
             lm,
             (tx, accum, token_bytes_V, teacher, ema, adapters),
@@ -352,11 +367,16 @@ class StagedStep:
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
     def __call__(self, step: int, *arguments: Any) -> Callable:
-        stage = stage_of(self._lm.depth, step)
-        if stage not in self._made:
+        stage, length = stage_of(self._lm.depth, step), self._length_of(step + 1)
+        if (stage, length) not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
             # A stage of the warm-up is done when another begins; those of a warm run come again and
             # again.
-            kept = {old: step for old, step in self._made.items() if is_warm(lm.depth, old)}
-            self._made = kept | {stage: self._compile(make_train_step(lm, *self._rest), arguments)}
-        return self._made[stage]
+            kept = {
+                key: step
+                for key, step in self._made.items()
+                if is_warm(lm.depth, key[0]) and key[1] == length
+            }
+            made = make_train_step(lm, *self._rest, length)
+            self._made = kept | {(stage, length): self._compile(made, arguments)}
+        return self._made[stage, length]
