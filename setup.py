@@ -132,6 +132,6 @@ setup(
         ],
         # the API reference: make docs
         "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],
-        "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks only
+        "torch-peer": [*JAX, "torch>=2.4", "transformers>=4.46"],  # benchmarks, tests of exports
     },
 )

@@ -10,9 +10,11 @@ Llama, SmolLM2, Mistral, Qwen2, Qwen2.5 and Qwen3 are read, with tokenizer, chat
 tokens that end a text (the extra `weights`). The result is evaluated, generated from, served, and
 converted like any run; to train it, convert it first.
 
-A plain model, or one of fixed recursions (unrolled), is written for other tools:
+A model is written for other tools, a plain one or one of fixed recursions (unrolled) as a Llama or
+Qwen, any other with PyTorch code of its own, which transformers runs with trust_remote_code:
 
     python -m launch.convert --checkpoint runs/vanilla --to hf:DIR
+    python -m launch.convert --checkpoint runs/mor --to hf:DIR
 
 Any model is written as two small files to ship, weights.npz in bfloat16 and model.json, which are
 read like a run:
@@ -74,6 +76,12 @@ _TO = flags.DEFINE_string(
     "to",
     None,
     "Write the checkpoint for other tools instead: hf:DIRECTORY, or bundle:DIRECTORY to ship.",
+)
+_REMOTE_CODE = flags.DEFINE_bool(
+    "remote_code",
+    None,
+    "Of --to=hf:: write PyTorch code beside the weights, which keeps shared blocks shared; default: "
+    "where no published architecture computes the model.",
 )
 _MERGE = flags.DEFINE_bool(
     "merge", False, "Write the weights alone, fine-tuned adapters merged, into --workdir."
@@ -145,10 +153,18 @@ def _export(to: str) -> str:
         return f"Wrote step {loaded.step} of {_CHECKPOINT.value} to {to.removeprefix('bundle:')}: {size:,} bytes."
     if not to.startswith("hf:"):
         raise UserError(f"--to={to}: expected hf:DIRECTORY or bundle:DIRECTORY.")
-    done = export_weights(_CHECKPOINT.value, to, step=_STEP.value, average=_AVERAGE.value)
+    done = export_weights(
+        _CHECKPOINT.value,
+        to,
+        step=_STEP.value,
+        average=_AVERAGE.value,
+        remote_code=_REMOTE_CODE.value,
+    )
+    coded = done.architecture == "mor"
     return (
         f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
-        f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32."
+        f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32"
+        f"{', and the code that computes it (trust_remote_code=True)' if coded else ''}."
     )
 
 

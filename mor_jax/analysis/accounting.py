@@ -22,7 +22,9 @@ recursions.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,21 +205,29 @@ def paper_training_flops(cfg: Config, steps: int) -> float:
 
 def true_training_flops(cfg: Config, steps: int) -> float:
     """FLOPs of `steps` optimiser steps, forward and backward, head and router included."""
+    found = stages(cfg.model, cfg.depth, steps)
+    ends = {s.last for s in found} | {last for _, last in cfg.train.length_changes(steps)}
+    ends = sorted(end for end in ends if 0 < end <= steps)
     return sum(
-        (s.last - s.first) * true_step_flops(cfg, s.last)
-        for s in stages(cfg.model, cfg.depth, steps)
+        (last - first) * true_step_flops(cfg, last, steps)
+        for first, last in itertools.pairwise([0, *ends])
     )
 
 
-def true_step_flops(cfg: Config, step: int | None = None) -> float:
-    """True FLOPs of optimiser step number `step` (from 1); None: of one that is warm. Where depths
-    are varied, the mean over them."""
+def true_step_flops(cfg: Config, step: int | None = None, steps: int = 0) -> float:
+    """True FLOPs of optimiser step number `step` (from 1) of a run of `steps` (0: the
+    configuration's); None: of one that is warm, its rows whole. Where depths are varied, the mean
+    over them."""
+    model = cfg.model
+    if step is not None and cfg.train.lengths:
+        length = cfg.train.row_length(step, steps or training_steps(cfg), model.context)
+        model = dataclasses.replace(model, context=length)
 
     def of(shares: Sequence[float]) -> float:
-        counts = program.active_counts(tuple(shares), cfg.model.context)
+        counts = program.active_counts(tuple(shares), model.context)
         return (
             tokens_per_step(cfg)
-            * true_flops_per_token(cfg.model, cfg.depth, mean_counts=counts).training
+            * true_flops_per_token(model, cfg.depth, mean_counts=counts).training
         )
 
     return _mean(cfg, None if step is None else stage_of(cfg.depth, step - 1), of)

@@ -244,6 +244,8 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
         f"training memory, each of {time['devices']} device{'s' * (time['devices'] > 1)}", "", ""
     )
     for key, hint in MEMORY_ROWS.items():
+        if not memory[key] and key in ("frozen", "average"):
+            continue
         needs.add_row(key.replace("_", " "), units.size(memory[key]), hint.format(**memory))
     needs.add_section()
     needs.add_row(
@@ -273,7 +275,9 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
 
 MEMORY_ROWS = {
     "weights": "float32",
-    "optimizer": "two moments, float32",
+    "optimizer": "moments, float32",
+    "frozen": "not trained: of adapters, a teacher, a reference",
+    "average": "running mean of the weights",
     "gradients": "float32; twice under accumulation",
     "saved": "kept of the forward pass, model.remat = {remat}",
     "working": "of the one block being differentiated",

@@ -1,8 +1,12 @@
 """What a training step needs of each device's memory, by hand: an estimate to plan with, before
 anything compiles.
 
-State: float32 weights, two float32 moments, float32 gradients (a second set while micro-batches are
-added up), cut over fsdp and tensor; norms, routers and the survey are whole on every device.
+State: float32 weights, two float32 moments (under Muon one of the blocks' matrices), float32
+gradients (a second set while micro-batches are added up), cut over fsdp and tensor; norms, routers
+and the survey are whole on every device. Beside it a running mean of the weights (`optim.ema`) and
+what is read and never changed: the weights that adapters belong to, a teacher, the reference of
+preferences (where adapters are trained, the very weights they belong to). Adapters alone have
+moments; the weights with the adapters in them, and their gradient, are made anew in each step.
 
 Gathered, whole over fsdp: the tied core in the compute dtype, from the first recursion of the
 forward pass to the last of the backward, and during that its gradient before it is scattered; of
@@ -61,16 +65,23 @@ recursions.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
-from mor_jax.analysis.accounting import DTYPE_BYTES, parameters
-from mor_jax.config import Config, DepthConfig, ModelConfig, mesh_shape
+from mor_jax.analysis.accounting import DTYPE_BYTES, parameter_shapes, parameters
+from mor_jax.config import Config, DepthConfig, MeshShape, ModelConfig, mesh_shape, saved_config
+from mor_jax.config.fields import TARGETS
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import SHARED, looks_back
+from mor_jax.model.lm import LM
 from mor_jax.model.program import build_program
+from mor_jax.parallel.rules import Rules
 
 # Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that
 # of the forward pass. Up to jax 0.10 it drops the barrier between them before it looks for equal
@@ -87,9 +98,12 @@ BLOCK = 128  # queries at once in `blocked` attention
 class TrainingMemory:
     """Bytes on each device."""
 
-    weights: float
+    weights: float  # those that are trained
     optimizer: float
-    gradients: float
+    frozen: float  # weights that are read and never changed
+    average: float  # the running mean of the weights
+    gradients: float  # during the backward pass
+    own_gradients: float  # of what is trained, at the update
     gathered: float  # weights whole over fsdp
     saved: float  # between forward and backward
     working: float
@@ -105,14 +119,25 @@ class TrainingMemory:
     remat: str
 
     @property
+    def held(self) -> dict[str, float]:
+        """What lies in memory from step to step; what there is none of is left out."""
+        found = {
+            "parameters": self.weights,
+            "optimiser": self.optimizer,
+            "frozen weights": self.frozen,
+            "mean of the weights": self.average,
+        }
+        return {name: size for name, size in found.items() if size}
+
+    @property
     def activations(self) -> float:
         """What comes and goes within a step, gradients excepted."""
         return self.gathered + self.saved + self.working + self.head
 
     @property
     def parts(self) -> dict[str, dict[str, float]]:
-        """What there is at the moments of a step that may be the fullest, weights and optimiser
-        excepted."""
+        """What there is at the moments of a step that may be the fullest, beside what there always
+        is (`held`)."""
         return {
             BEGINS: {
                 "gradients": self.added,
@@ -131,7 +156,7 @@ class TrainingMemory:
                 "gathered weights": self.gathered,
                 "activations": self.working,
             },
-            UPDATE: {"gradients": self.gradients, "the update": self.update},
+            UPDATE: {"gradients": self.own_gradients, "the update": self.update},
         }
 
     @property
@@ -146,7 +171,7 @@ class TrainingMemory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.optimizer + self.moments[self.fullest]
+        return sum(self.held.values()) + self.moments[self.fullest]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the sums included."""
@@ -158,7 +183,12 @@ class TrainingMemory:
 
 
 def training_memory(
-    cfg: Config, *, devices: int = 1, remat: str | None = None, merged: bool = False
+    cfg: Config,
+    *,
+    devices: int = 1,
+    remat: str | None = None,
+    merged: bool = False,
+    state: float | None = None,
 ) -> TrainingMemory:
     """The estimate of the module's docstring.
 
@@ -167,23 +197,43 @@ def training_memory(
         rows over data and fsdp and, along time, over sequence; heads and mlp width over tensor.
       remat: another policy than the configuration's.
       merged: as XLA for CPUs compiles it.
+      state: bytes of a device's share of the model's weights, if known (`parameter_bytes`).
 
     Attention "auto" is taken for "blocked"; `analysis.plan` knows the devices, and asks for what it
     would be there.
 
     Raises:
-      ConfigError: `vocab_size` is still 0, or the mesh does not fit `devices`.
+      ConfigError: `vocab_size` is still 0, the mesh does not fit `devices`, or the configuration of
+        the teacher cannot be read.
     """
     if cfg.model.attention == "auto":
         cfg = replace(cfg, model=replace(cfg.model, attention="blocked"))
     m, d, remat = cfg.model, cfg.depth, "none" if merged else remat or cfg.model.remat
-    data, fsdp, sequence, tensor = mesh_shape(cfg.mesh, devices)
+    mesh = mesh_shape(cfg.mesh, devices)
+    data, fsdp, sequence, tensor = mesh
     count, program, size = parameters(m, d), build_program(m), DTYPE_BYTES[m.dtype]
     # A routed model's survey is no parameter one counts, but lies among them, with moments of its
     # own.
     survey = build_policy(m, d).counts(m.context).surveyed
     whole = count.norms + count.router
-    state = FLOAT32 * ((count.total - whole) / (fsdp * tensor) + whole + survey)
+    if state is None:
+        state = FLOAT32 * ((count.total - whole) / (fsdp * tensor) + whole + survey)
+    lm, merged_weights = LM.from_config(cfg), 0.0
+    trained, frozen = state, 0.0
+    if cfg.adapter.rank:
+        trained = shard_bytes(Adapters(lm, cfg.adapter), lm.rules, mesh)
+        frozen = merged_weights = state
+    elif cfg.data.format == "preference":
+        frozen = state
+    taught = 0  # width of a teacher's final states
+    if cfg.distill.weight:
+        source = saved_config(cfg.distill.teacher.rstrip("/").removesuffix("/checkpoints"))
+        taught = source.model.width
+        frozen += shard_bytes(LM(source.model, source.depth, lm.rules), lm.rules, mesh)
+    optimizer = 2 * trained
+    if cfg.optim.algorithm == "muon" and not cfg.adapter.rank:
+        optimizer -= FLOAT32 * _muon_values(m, d) / (fsdp * tensor)
+    average = trained if cfg.optim.ema else 0.0
     rows = cfg.train.batch_size / cfg.train.accum / (data * fsdp) / sequence
     tied = program.recursions * program.repeat > 1
     once = program.prelude + program.coda + (0 if tied else program.core)
@@ -243,14 +293,17 @@ def training_memory(
     added = state if cfg.train.accum > 1 else 0.0
     scored = vocabulary * logits * rows * chunk + (FLOAT32 + 3 * size) * rows * m.context * m.width
     return TrainingMemory(
-        weights=state,
-        optimizer=2 * state,
-        gradients=state + added,
-        gathered=gathered + table,
-        saved=rows * per_row,
+        weights=trained,
+        optimizer=optimizer,
+        frozen=frozen,
+        average=average,
+        gradients=state + added + (trained if cfg.adapter.rank else 0.0),
+        own_gradients=trained,
+        gathered=gathered + table + merged_weights,
+        saved=rows * (per_row + size * m.context * taught),
         working=gradient + again,
         head=scored + FLOAT32 * vocabulary * m.width,
-        update=3 * state - added,  # micro-batches are added up by then
+        update=trained + optimizer + average,
         added=added,
         core_gradient=core_gradient,
         table=table,
@@ -259,6 +312,40 @@ def training_memory(
         logits=scored,
         remat=remat,
     )
+
+
+def _muon_values(model: ModelConfig, depth: DepthConfig) -> int:
+    """Values of the matrices that Muon updates: one moment of each, not two."""
+    shapes = parameter_shapes(model, depth)
+    parts = {part: shapes[part] for part in ("prelude", "core", "coda")}
+    leaves = jax.tree_util.tree_leaves_with_path(parts)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if path[-1].key in TARGETS)
+
+
+def parameter_bytes(cfg: Config, mesh: MeshShape) -> int:
+    """Bytes of a device's share of the model's weights, from their shapes and the rule table."""
+    lm = LM.from_config(cfg)
+    return shard_bytes(lm, lm.rules, mesh)
+
+
+def shard_bytes(owner: LM | Adapters, rules: Rules, mesh: MeshShape) -> int:
+    """Bytes of a device's share of what `owner.init` makes."""
+    shapes, axes = _shapes(owner)
+    abstract = AbstractMesh(tuple(mesh), mesh._fields, axis_types=(AxisType.Auto,) * len(mesh))
+
+    def local(leaf: jax.ShapeDtypeStruct, names: tuple) -> int:
+        shard = NamedSharding(abstract, rules.spec(names)).shard_shape(leaf.shape)
+        return math.prod(shard) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(local, shapes, axes)))
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes(owner: LM | Adapters) -> tuple[Any, Any]:
+    """Shapes and logical axes of the parameters; a search for a mesh asks for them a hundred
+    times."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(owner.init, key), owner.logical_axes()
 
 
 def row_sizes(model: ModelConfig, depth: DepthConfig) -> tuple[int, ...]:

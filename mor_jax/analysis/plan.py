@@ -10,14 +10,10 @@ compiles the same step to check it.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -25,12 +21,11 @@ from rich.text import Text
 from mor_jax.analysis import units
 from mor_jax.analysis.accounting import true_training_flops
 from mor_jax.analysis.collective_plan import Planned, planned_collectives
-from mor_jax.analysis.memory import TrainingMemory, training_memory
+from mor_jax.analysis.memory import TrainingMemory, parameter_bytes, training_memory
 from mor_jax.analysis.peaks import peak_flops
 from mor_jax.analysis.topologies import Topology
 from mor_jax.config import Config, MeshConfig, MeshShape, check, mesh_shape
 from mor_jax.errors import ConfigError
-from mor_jax.model.lm import LM
 from mor_jax.nn.attention import choose
 
 # share of a device's memory that a plan may use: allocators lose the rest to fragmentation
@@ -81,7 +76,7 @@ class Plan:
     def bytes_by_kind(self) -> dict[str, float]:
         """What a device holds at the fullest moment of a step."""
         m = self.memory
-        return {"parameters": m.weights, "optimiser": m.optimizer, **m.parts[m.fullest]}
+        return {**m.held, **m.parts[m.fullest]}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -111,11 +106,7 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     check(cfg, devices=topology.devices)
     cfg = with_attention(cfg, topology)
     mesh = mesh_shape(cfg.mesh, topology.devices)
-    memory = training_memory(cfg, devices=topology.devices)
-    state = parameter_bytes(cfg, mesh)
-    exact = state / memory.weights
-    rest = {name: exact * getattr(memory, name) for name in ("gradients", "update", "added")}
-    memory = dataclasses.replace(memory, weights=state, optimizer=2 * state, **rest)
+    memory = training_memory(cfg, devices=topology.devices, state=parameter_bytes(cfg, mesh))
     peak = (
         peak_flops(topology.chip.kind, cfg.model.dtype)
         or peak_flops(topology.chip.kind, "bfloat16")
@@ -132,26 +123,6 @@ def with_attention(cfg: Config, topology: Topology) -> Config:
     m = cfg.model
     attention = choose(m.attention, topology.backend, m.dtype, m.dims[2])
     return dataclasses.replace(cfg, model=dataclasses.replace(m, attention=attention))
-
-
-def parameter_bytes(cfg: Config, mesh: MeshShape) -> int:
-    """Bytes of a device's share of the parameters, from their shapes and the rule table."""
-    lm = LM.from_config(cfg)
-    shapes, axes = _shapes(lm)
-    abstract = AbstractMesh(tuple(mesh), mesh._fields, axis_types=(AxisType.Auto,) * len(mesh))
-
-    def local(leaf: jax.ShapeDtypeStruct, names: tuple) -> int:
-        shard = NamedSharding(abstract, lm.rules.spec(names)).shard_shape(leaf.shape)
-        return math.prod(shard) * leaf.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(local, shapes, axes)))
-
-
-@functools.lru_cache(maxsize=8)
-def _shapes(lm: LM) -> tuple[Any, Any]:
-    """Shapes and logical axes of the parameters; a search for a mesh asks for them a hundred
-    times."""
-    return jax.eval_shape(lm.init, jax.eval_shape(lambda: jax.random.key(0))), lm.logical_axes()
 
 
 def suggest(cfg: Config, topology: Topology) -> Plan | None:

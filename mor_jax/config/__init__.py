@@ -35,6 +35,7 @@ from mor_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PreferenceConfig,
     TrainConfig,
 )
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
@@ -55,6 +56,7 @@ __all__ = [
     "MeshShape",
     "ModelConfig",
     "OptimConfig",
+    "PreferenceConfig",
     "RecursionConfig",
     "TrainConfig",
     "check",

@@ -39,13 +39,18 @@ def check_data(d: DataConfig) -> None:
     if not 0 < d.holdout < 1:
         raise ConfigError(f"{where}.holdout must be a share between 0 and 1, got {d.holdout}.")
     one_of(f"{where}.format", d.format, FORMATS)
-    if d.format == "chat" and not d.train_roles:
+    if d.conversations and not d.train_roles:
         raise ConfigError(
             f"{where}.train_roles is empty: no message would have a loss. Give at least one role."
         )
-    if d.format == "chat" and d.source == "pystdlib":
+    if d.format == "preference" and (d.source == "tfds" or d.text_key):
         raise ConfigError(
-            f"{where}.format = 'chat' needs conversations: set {where}.source = 'files' and {where}.paths."
+            f"{where}.format = 'preference' reads the fields chosen and rejected of files: set {where}.source = 'files' "
+            f"and leave {where}.text_key empty."
+        )
+    if d.conversations and d.source == "pystdlib":
+        raise ConfigError(
+            f"{where}.format = {d.format!r} needs conversations: set {where}.source = 'files' and {where}.paths."
         )
     one_of(f"{where}.dedup", d.dedup, DEDUP)
     if d.bpe_vocab < 258:
@@ -118,6 +123,7 @@ def check_train(cfg: Config) -> None:
         raise ConfigError(
             f"config.train.spike_threshold must be a number and not negative, got {t.spike_threshold}."
         )
+    _check_lengths(cfg)
     _check_distill(cfg.distill)
     if cfg.distill.weight and cfg.recursion.trains:
         raise ConfigError(
@@ -125,11 +131,41 @@ def check_train(cfg: Config) -> None:
             "draws the depth or takes a loss of every step. Use one of the two."
         )
     _check_adapter(cfg.adapter)
+    if cfg.data.format == "preference":
+        _check_preference(cfg)
     if t.batch_size % t.accum:
         raise ConfigError(
             f"config.train.batch_size = {t.batch_size} rows cannot be split into accum = {t.accum} micro-batches; "
             f"nearest that can: {nearest_multiples(t.batch_size, t.accum)}."
         )
+
+
+def _check_lengths(cfg: Config) -> None:
+    where, given, context = "config.train.lengths", cfg.train.lengths, cfg.model.context
+    if not given:
+        return
+    lengths, shares = [n for n, _ in given], [share for _, share in given]
+    if lengths != sorted(set(lengths)) or not all(2 <= n < context for n in lengths):
+        raise ConfigError(
+            f"{where} must rise and lie between 2 and config.model.context = {context}, got {lengths}."
+        )
+    if wrong := [n for n in lengths if context % n]:
+        raise ConfigError(
+            f"{where}: rows of config.model.context = {context} tokens cannot be cut into pieces of {wrong[0]}."
+        )
+    if min(shares) <= 0 or sum(shares) >= 1:
+        raise ConfigError(
+            f"{where}: shares of the steps must be positive, below 1 together, got {shares}."
+        )
+    why = ""
+    if cfg.data.conversations:
+        why = f"config.data.format = {cfg.data.format!r} keeps conversations whole"
+    elif cfg.mesh.sequence != 1:
+        why = f"config.mesh.sequence = {cfg.mesh.sequence} cuts rows along time, too"
+    elif cfg.depth.tile > lengths[0]:
+        why = f"config.depth.tile = {cfg.depth.tile} is more than the shortest rows, {lengths[0]} tokens"
+    if why:
+        raise ConfigError(f"{where} cuts rows into pieces, but {why}. Leave one of the two out.")
 
 
 def _check_distill(d: DistillConfig) -> None:
@@ -141,6 +177,23 @@ def _check_distill(d: DistillConfig) -> None:
     if d.weight and not d.teacher:
         raise ConfigError(
             f"{where}.weight = {d.weight} needs {where}.teacher, the run directory of the teacher."
+        )
+
+
+def _check_preference(cfg: Config) -> None:
+    beta = cfg.preference.beta
+    if not 0 < beta < math.inf:
+        raise ConfigError(f"config.preference.beta must be positive, got {beta}.")
+    why = ""
+    if cfg.distill.weight:
+        why = f"config.distill.weight = {cfg.distill.weight} has a loss of its own"
+    elif cfg.recursion.trains:
+        why = "config.recursion draws the depth or takes a loss of every step"
+    elif cfg.mesh.sequence != 1:
+        why = f"config.mesh.sequence = {cfg.mesh.sequence} cuts a row between the two of a pair"
+    if why:
+        raise ConfigError(
+            f"config.data.format = 'preference' compares the two conversations of a pair, and {why}. Use one of the two."
         )
 
 

@@ -14,6 +14,7 @@ from mor_jax.config.fields import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    PreferenceConfig,
     TrainConfig,
 )
 from mor_jax.config.recursion import RecursionConfig
@@ -33,6 +34,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict (JSON-ready); `from_dict` is its inverse."""

@@ -16,7 +16,7 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 NORMS = ("shared", "own")
 SOURCES = ("pystdlib", "files", "tfds")
 BAD_STEP = ("skip", "rewind", "stop")
-FORMATS = ("text", "chat")
+FORMATS = ("text", "chat", "preference")
 DEDUP = ("none", "holdout", "all")
 TARGETS = ("qkv", "out", "gate_up", "down")
 BAD_RECORDS = ("stop", "skip")
@@ -104,7 +104,9 @@ class DataConfig:
     mixture: tuple[tuple[str, float], ...] = ()
     name: str = ""  # tfds: data set name, e.g. "wiki40b/en"
     split: str = "train"  # tfds
-    format: str = "text"  # text | chat (each record a list of messages with role and content)
+    # text | chat (each record a list of messages with role and content) | preference (each record
+    # two of them, `chosen` and `rejected`)
+    format: str = "text"
     # jsonl, parquet, tfds: field of the text or the messages; "": "text", or "messages" for chat
     text_key: str = ""
     # chat: plain | chatml | path of a Jinja file; "": the tokenizer's own, else plain
@@ -128,6 +130,11 @@ class DataConfig:
     def key(self) -> str:
         """The field of a record that is read."""
         return self.text_key or ("messages" if self.format == "chat" else "text")
+
+    @property
+    def conversations(self) -> bool:
+        """Whether records are conversations, whose tokens have loss weights."""
+        return self.format != "text"
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,9 @@ class TrainConfig:
     flops: float = 0.0  # training budget, FLOPs after the paper's accounting; used when steps is 0
     batch_size: int = 32  # global rows a step; divisible by accum and by data * fsdp
     accum: int = 1  # micro-batches a step
+    # Length curriculum: (tokens, share of the steps) of each stage, shortest first. Rows are cut
+    # into pieces of so many tokens, which do not see each other; after these stages they are whole
+    lengths: tuple[tuple[int, float], ...] = ()
     seed: int = 0  # of the initialisation
     log_every: int = 10  # steps
     # Beside metrics.jsonl: tensorboard | wandb | mlflow | "package.module:factory"
@@ -179,6 +189,18 @@ class TrainConfig:
     on_spike: str = "skip"
     # nats above the median of the last 64 steps that are a loss spike; 0: none is
     spike_threshold: float = 0.0
+
+    def length_changes(self, steps: int) -> tuple[tuple[int, int], ...]:
+        """(tokens, last step) of each stage of `lengths` in a run of so many steps."""
+        ends, share = [], 0.0
+        for length, part in self.lengths:
+            share += part
+            ends.append((length, round(share * steps)))
+        return tuple(ends)
+
+    def row_length(self, step: int, steps: int, context: int) -> int:
+        """Tokens of the rows of optimiser step number `step` (from 1) of a run of `steps`."""
+        return next((n for n, last in self.length_changes(steps) if step <= last), context)
 
 
 @dataclass(frozen=True)
@@ -201,6 +223,14 @@ class DistillConfig:
     teacher: str = ""
     weight: float = 0.0  # 0: off; 1: the teacher's predictions alone
     temperature: float = 1.0  # T of both softmaxes; the distillation loss is T^2 KL(teacher, model)
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """Direct preference optimisation (DPO) on data of `data.format` preference: the weights of
+    --init_from are the reference."""
+
+    beta: float = 0.1  # how strongly the model is held to the reference
 
 
 @dataclass(frozen=True)

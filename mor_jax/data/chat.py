@@ -205,6 +205,36 @@ class ChatTemplate:
             return None
         return Sample(np.array(ids[:kept], np.int32), np.array(of_token[:kept], np.float32))
 
+    def pair(
+        self,
+        tokenizer: Tokenizer,
+        chosen: Sequence[Message],
+        rejected: Sequence[Message],
+        roles: Sequence[str],
+        limit: int = 0,
+    ) -> tuple[Sample, Sample] | None:
+        """Two conversations that are compared: weights of the chosen one are positive, of the
+        rejected one negative, and 0 in the messages that both begin with.
+
+        Args:
+          limit: tokens of both together.
+        Returns:
+          None where they do not fit, or one of them has no weighted message.
+        Raises:
+          ChatError: as of `sample`.
+        """
+        same = 0
+        while same < min(len(chosen), len(rejected)) and chosen[same] == rejected[same]:
+            same += 1
+        found = []
+        for messages in (chosen, rejected):
+            own = [{**m, "weight": 0.0} if i < same else m for i, m in enumerate(messages)]
+            found.append(self.sample(tokenizer, own, roles))
+        one, other = found
+        if one is None or other is None or (limit and len(one.ids) + len(other.ids) > limit):
+            return None
+        return one, other._replace(weights=-other.weights)
+
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a template's text: spellings of special tokens are these tokens, except where `MARK`
@@ -338,6 +368,42 @@ def build_template(
         return ChatTemplate()
     folder = as_path(directory)
     return find_template(folder.parent if folder.is_file() else folder, tokenizer.to_json())
+
+
+PAIR = (
+    "prompt",
+    "chosen",
+    "rejected",
+)  # fields of a record of preferences; the first may be missing
+
+
+def pair_text(record: Mapping[str, Any], where: str) -> str:
+    """{"chosen": messages, "rejected": messages} as JSON, of one record of preferences.
+
+    Each side is a list of messages or the text of a reply; "prompt", messages or the text of a
+    user, comes before both. Raises DataError naming the place and what is wrong."""
+    prompt = record.get("prompt") or []
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(before, list):
+        raise DataError(f"{where}: prompt must be a text or messages, got {_short(before)}.")
+    found = {}
+    for side in PAIR[1:]:
+        if side not in record:
+            raise DataError(
+                f"{where}: no field {side!r}. A record of preferences has chosen and rejected, and may have prompt; "
+                f"fields present: {', '.join(map(repr, record)) or 'none'}."
+            )
+        value = record[side]
+        if isinstance(value, str):
+            value = [{"role": "assistant", "content": value}]
+        if not isinstance(value, list):
+            raise DataError(f"{where}, {side}: expected a text or messages, got {_short(value)}.")
+        found[side] = json.loads(conversation_text([*before, *value], f"{where}, {side}"))
+        if any(m.get("weight", 1.0) < 0 for m in found[side]):
+            raise DataError(
+                f"{where}, {side}: a weight below 0; which side is better is said by the fields."
+            )
+    return json.dumps(found, ensure_ascii=False)
 
 
 def conversation_text(value: Any, where: str) -> str:

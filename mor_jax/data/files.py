@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import ParamSpec
 
 from mor_jax.config import DataConfig
-from mor_jax.data.chat import conversation_text
+from mor_jax.data.chat import PAIR, conversation_text, pair_text
 from mor_jax.data.compression import READ_ERRORS, SUFFIXES, open_bytes
 from mor_jax.data.documents import Digest, Document
 from mor_jax.data.hashing import digest_of, hash_file
@@ -40,7 +40,7 @@ class Files:
 
     def __init__(self, cfg: DataConfig, digest: Digest = hash_file):
         self.label = f"files {', '.join(cfg.paths)}"
-        self._key, self._chat = cfg.key, cfg.format == "chat"
+        self._key, self._format = cfg.key, cfg.format
         self._digest, self._skip = digest, cfg.bad_records == "skip"
         self.skipped_records = 0  # of the last reading
         self._files = _find(cfg.paths)  # relative path -> path
@@ -71,7 +71,11 @@ class Files:
                 ) from e
 
     def fingerprint(self) -> str:
-        parts = (self._key, *(["skip"] if self._skip else []), *(["chat"] if self._chat else []))
+        parts = (
+            self._key,
+            *(["skip"] if self._skip else []),
+            *([self._format] if self._format != "text" else []),
+        )
         return digest_of(
             "files",
             *parts,
@@ -79,11 +83,13 @@ class Files:
         )
 
     def _field(self, record: dict, where: str) -> str:
-        """The text of a record; of a conversation, its messages as JSON."""
+        """The text of a record; of a conversation, its messages as JSON, of a pair both."""
+        if self._format == "preference":
+            return pair_text(record, where)
         if self._key not in record:
             raise DataError(_missing(self._key, record, where))
         value = record[self._key]
-        if self._chat:
+        if self._format == "chat":
             return conversation_text(value, where)
         if not isinstance(value, str):
             raise DataError(
@@ -129,14 +135,18 @@ class Files:
                 source = whole
             try:
                 with parquet.ParquetFile(source) as table:
-                    if self._key not in table.schema_arrow.names:
-                        raise DataError(_missing(self._key, table.schema_arrow.names, path))
+                    names = table.schema_arrow.names
+                    columns = [self._key]
+                    if self._format == "preference":
+                        columns = [name for name in PAIR if name in names]
+                    elif self._key not in names:
+                        raise DataError(_missing(self._key, names, path))
                     number = 0
-                    for batch in table.iter_batches(batch_size=256, columns=[self._key]):
-                        for text in batch.column(0).to_pylist():
+                    for batch in table.iter_batches(batch_size=256, columns=columns):
+                        for record in batch.to_pylist():
                             number += 1
                             where = f"{path}, row {number}"
-                            text = self._or_skip(self._field, {self._key: text}, where)
+                            text = self._or_skip(self._field, record, where)
                             if text is not None:
                                 yield Document(f"{name}:{number}", text)
             except pa.ArrowException as e:

@@ -48,8 +48,9 @@ def pack_whole(samples: Iterable[Encoded], context: int, *, eos: int) -> Iterato
     """Rows of `context` tokens in which no sample is cut, streamed.
 
     Best fit: each sample goes into the open row with the least room that holds it. A sample is a
-    segment of its own, so samples do not see each other. What is left of a row holds eos with
-    segment 0 and weight 0.
+    segment of its own, so samples do not see each other; a pair is two, side by side, so of pairs
+    alone the p-th of a row is segments 2p - 1 and 2p. What is left of a row holds eos with segment
+    0 and weight 0.
 
     Args:
       samples: of at most `context` tokens each, with weights; empty ones are passed over.
@@ -83,10 +84,15 @@ def pack_whole(samples: Iterable[Encoded], context: int, *, eos: int) -> Iterato
 
 def _joined(samples: list[Encoded], context: int, eos: int) -> Row:
     tokens, segments = _blank(context, eos)
-    weights, at = np.zeros(context, np.float32), 0
-    for segment, (ids, own) in enumerate(samples, 1):
+    weights, at, segment = np.zeros(context, np.float32), 0, 0
+    for ids, own, second in samples:
         place = slice(at, at + len(ids))
-        tokens[place], segments[place], weights[place] = ids, segment, 1.0 if own is None else own
+        tokens[place], weights[place] = ids, 1.0 if own is None else own
+        segment += 1
+        segments[place] = segment
+        if second:
+            segment += 1
+            segments[at + second : place.stop] = segment
         at += len(ids)
     return {"tokens": tokens, "segment_ids": segments, "weights": weights}
 

@@ -17,11 +17,14 @@ PART_BYTES = 4 << 20  # of UTF-8 text; what a kill can lose, and what one tokeni
 
 
 class Encoded(NamedTuple):
-    """One document as tokens. `weights`: float32, of the loss of predicting each token; None: 1 for
-    all."""
+    """One document as tokens.
+
+    weights: float32, of the loss of predicting each token; None: 1 for all. second: of a pair,
+    where its second conversation begins; 0: no pair."""
 
     ids: np.ndarray
     weights: np.ndarray | None = None
+    second: int = 0
 
 
 Encode = Callable[[list[str]], list[Encoded]]
@@ -33,7 +36,8 @@ class Part(NamedTuple):
     tokens: ids of all documents, end to end, without bos and eos; the smallest unsigned type that
     holds them.
     lengths: int64[documents], tokens of each. sizes: int64[documents], UTF-8 bytes of each.
-    held_out: bool[documents]. weights: float32, one a token, or empty where all are 1.
+    held_out: bool[documents]. weights: float32, one a token, or empty where all are 1. seconds:
+    int64[documents], see `Encoded`.
     """
 
     tokens: np.ndarray
@@ -41,6 +45,7 @@ class Part(NamedTuple):
     sizes: np.ndarray
     held_out: np.ndarray
     weights: np.ndarray
+    seconds: np.ndarray
 
 
 def write_parts(
@@ -79,12 +84,12 @@ def read_documents(paths: Iterable[Path], held_out: bool) -> Iterator[Encoded]:
     for path in paths:
         part = read_part(path)
         ends = np.cumsum(part.lengths)
-        for end, length, out in zip(ends, part.lengths, part.held_out, strict=True):
+        every = zip(ends, part.lengths, part.held_out, part.seconds, strict=True)
+        for end, length, out, second in every:
             if out == held_out:
                 place = slice(end - length, end)
-                yield Encoded(
-                    part.tokens[place], part.weights[place] if len(part.weights) else None
-                )
+                weights = part.weights[place] if len(part.weights) else None
+                yield Encoded(part.tokens[place], weights, int(second))
 
 
 def read_part(path: Path) -> Part:
@@ -124,4 +129,5 @@ def _tokenize(batch: list[tuple[int, Document, bool]], encode: Encode, vocab_siz
         sizes=np.array([size for size, _, _ in batch], np.int64),
         held_out=np.array([held_out for _, _, held_out in batch], bool),
         weights=np.concatenate(weights) if weights else np.zeros(0, np.float32),
+        seconds=np.array([e.second for e in encoded], np.int64),
     )

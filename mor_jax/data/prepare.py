@@ -29,7 +29,7 @@ from etils import epath
 from mor_jax.config import DataConfig
 from mor_jax.data.builder import Rows, write_rows
 from mor_jax.data.chat import FILE as TEMPLATE_FILE
-from mor_jax.data.chat import ChatTemplate, build_template, find_template
+from mor_jax.data.chat import ChatTemplate, Sample, build_template, find_template
 from mor_jax.data.documents import Document, Source
 from mor_jax.data.hashing import HashMemo, digest_of
 from mor_jax.data.holdout import Plan, Survey, nonempty, place
@@ -262,7 +262,7 @@ def _write(
     """Prepare into `final`, going on from whatever an earlier attempt finished."""
     work = final.with_name(f"{final.name}.work")
     plan, tokenizer = _plan(work, source, tokenizer, cfg, shown)
-    chat = cfg.format == "chat"
+    chat = cfg.conversations
     template = build_template(cfg.chat_template, tokenizer, cfg.tokenizer) if chat else None
     encode = (
         _text_encoder(tokenizer)
@@ -286,7 +286,7 @@ def _write(
             shutil.rmtree(work)
             raise DataError(
                 f"{source.label}: no conversation of the {split} split has a message of config.data.train_roles = "
-                f"{cfg.train_roles} that fits a row of {context} tokens. Raise config.model.context, or check the roles."
+                f"{cfg.train_roles} that fits a row of {context} tokens (of preferences, both together). Raise config.model.context, or check the roles."
             )
     total = sum(-(-stats[split]["tokens"] // context) for split in SPLITS)
     with progress("writing rows", total, "rows", shown=shown) as advance:
@@ -361,14 +361,14 @@ def _plan(
                 sample.add(document)
             advance(len(document.text))
     plan = survey.plan(source.label)
-    if cfg.format == "chat" and plan.documents == 1:
+    if cfg.conversations and plan.documents == 1:
         raise DataError(
             f"{source.label}: one conversation cannot be split into training and held-out data; give more."
         )
     if sample:
         say(f"training a BPE of {cfg.bpe_vocab} tokens ...", shown=shown)
         texts = (d for d, held_out in plan.split(sample.documents()) if not held_out)
-        tokenizer = build_tokenizer(cfg, map(_spoken, texts) if cfg.format == "chat" else texts)
+        tokenizer = build_tokenizer(cfg, map(_spoken, texts) if cfg.conversations else texts)
     tokenizer.save(work)
     # last: it says that the tokenizer is there
     path.write_text(json.dumps(dataclasses.asdict(plan)))
@@ -411,6 +411,13 @@ def _chat_encoder(
 ) -> Encode:
     nothing = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
+    def pairs(texts: list[str]) -> list[Encoded]:
+        made = (
+            template.pair(tokenizer, **json.loads(text), roles=cfg.train_roles, limit=context)
+            for text in texts
+        )
+        return [nothing if two is None else _joined(*two) for two in made]
+
     def encode(texts: list[str]) -> list[Encoded]:
         made = (
             template.sample(tokenizer, json.loads(text), cfg.train_roles, context) for text in texts
@@ -419,12 +426,19 @@ def _chat_encoder(
             nothing if sample is None else Encoded(sample.ids, sample.weights) for sample in made
         ]
 
-    return encode
+    return pairs if cfg.format == "preference" else encode
+
+
+def _joined(one: Sample, other: Sample) -> Encoded:
+    """Two conversations as one document."""
+    ids, weights = (np.concatenate(arrays) for arrays in zip(one, other, strict=True))
+    return Encoded(ids, weights, len(one.ids))
 
 
 def _spoken(document: Document) -> Document:
     """What is said in a conversation, as text to train a tokenizer on."""
-    messages = json.loads(document.text)
+    said = json.loads(document.text)
+    messages = said if isinstance(said, list) else [*said["chosen"], *said["rejected"]]
     return Document(document.id, "\n\n".join(m["content"] for m in messages))
 
 

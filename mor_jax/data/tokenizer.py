@@ -41,7 +41,7 @@ def build_tokenizer(cfg: DataConfig, documents: Iterable[Document] = ()) -> Toke
     if cfg.tokenizer == "bytes":
         return ByteTokenizer()
     if cfg.tokenizer == "bpe":
-        specials = CHATML_TOKENS if cfg.format == "chat" and cfg.chat_template == "chatml" else ()
+        specials = CHATML_TOKENS if cfg.conversations and cfg.chat_template == "chatml" else ()
         return train_bpe((document.text for document in documents), cfg.bpe_vocab, specials)
     if not as_path(cfg.tokenizer).exists():
         raise DataError(

@@ -8,6 +8,7 @@ than it may: neither libtpu nor its compiler can be interrupted from Python.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import os
@@ -26,12 +27,15 @@ from jax.sharding import NamedSharding
 from mor_jax.analysis.collectives import read_collectives, summary
 from mor_jax.analysis.topologies import Topology, topology
 from mor_jax.analysis.tpu_compiler import ENVIRONMENT, described_tpus, require_libtpu
-from mor_jax.config import Config, from_dict
+from mor_jax.config import Config, from_dict, saved_config
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
+from mor_jax.train.distill import COMPUTED_ALIKE, Teacher
+from mor_jax.train.preference import Reference
 from mor_jax.train.schedule import optimizer_of
-from mor_jax.train.state import abstract_state
+from mor_jax.train.state import abstract_params, abstract_state
 from mor_jax.train.step import make_train_step
 
 # seconds to load libtpu and describe devices; it takes less than one where nothing is wrong
@@ -70,13 +74,30 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
     one = jax.ShapeDtypeStruct((cfg.train.batch_size, cfg.model.context), jnp.int32, sharding=rows)
     # Outside of the mesh's scope: optax computes a little, which devices that are only described
     # cannot.
-    state = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
-    step = jax.jit(make_train_step(lm, tx, cfg.train.accum, ema=cfg.optim.ema), donate_argnums=0)
+    adapters = Adapters(lm, cfg.adapter) if cfg.adapter.rank else None
+    state = abstract_state(adapters or lm, tx, mesh, bool(cfg.optim.ema))
+    teacher, beside = None, {}
+    if adapters:
+        beside["base"] = abstract_params(lm, mesh)
+    if cfg.data.format == "preference":
+        teacher = Reference(lm, None, cfg.preference.beta)
+    elif cfg.distill.weight:
+        source = saved_config(cfg.distill.teacher)
+        # How it is computed is the run's choice, as in `load_teacher`.
+        of_run = {name: getattr(cfg.model, name) for name in COMPUTED_ALIKE}
+        model = dataclasses.replace(source.model, remat="none", **of_run)
+        d = cfg.distill
+        teacher = Teacher(LM(model, source.depth, lm.rules), None, d.weight, d.temperature)
+    if teacher:
+        beside["teacher"] = abstract_params(teacher.lm, mesh)
+    step = make_train_step(
+        lm, tx, cfg.train.accum, None, teacher, ema=cfg.optim.ema, adapters=adapters
+    )
     with jax.set_mesh(mesh):
         batch = {"tokens": one, "segment_ids": one}
-        if cfg.data.format == "chat":
+        if cfg.data.conversations:
             batch["weights"] = jax.ShapeDtypeStruct(one.shape, jnp.float32, sharding=rows)
-        return step.lower(state, batch), mesh
+        return jax.jit(step, donate_argnums=0).lower(state, batch, None, beside), mesh
 
 
 def compile_step(

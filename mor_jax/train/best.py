@@ -13,7 +13,7 @@ from mor_jax.train.checkpoint import Checkpointer
 
 
 class Best:
-    """Follows the causal loss of a run's evaluations.
+    """Follows the causal loss of a run's evaluations, or that of preferences.
 
     Attributes:
       step, nll: of the lowest loss so far, the earlier of equal ones.

@@ -62,6 +62,11 @@ class _Damaged(Exception):
     """A step directory is damaged; the message says why."""
 
 
+# Bytes that are on their way to the disk at once, at least the largest array: without a bound the
+# writers hold a copy of the whole state.
+IN_FLIGHT = 128 << 20
+
+
 class Checkpointer:
     """Writes and restores the checkpoints of one run; a context manager that closes itself.
 
@@ -108,7 +113,7 @@ class Checkpointer:
                 "%s has vanished, and the checkpoints in it; it is made anew.", self._directory
             )
         try:
-            manager = self._manager = self._manager or self._open()
+            manager = self._manager = self._manager or self._open(state)
             newest = manager.latest_step()
             if newest is not None and newest >= step:
                 if newest == step:
@@ -205,8 +210,14 @@ class Checkpointer:
                 raise
             _LOG.error("%s", e)  # the exception already on its way out is the one to see
 
-    def _open(self) -> Any:
+    def _open(self, state: Any) -> Any:
         ocp = _orbax()
+        largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
+        limit = max(IN_FLIGHT, largest + 1)  # Orbax wants room for more than any one array
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(save_concurrent_gb=limit / 10**9),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._keep,
             cleanup_tmp_directories=True,
@@ -216,7 +227,7 @@ class Checkpointer:
             # minutes.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
-        return ocp.CheckpointManager(self._directory, options=options, item_names=("state", "meta"))
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
     def _close_manager(self) -> None:
         manager, self._manager = self._manager, None

@@ -23,6 +23,8 @@ from mor_jax.model.lm import CAUSAL, LM
 from mor_jax.model.loss import Mix, distilled_sum
 from mor_jax.train.load import load_model
 
+COMPUTED_ALIKE = ("context", "dtype", "attention", "loss_chunk")  # fields of the run's model
+
 
 class Teacher(NamedTuple):
     """A model to learn from."""
@@ -109,9 +111,7 @@ def load_teacher(
             f"config.model.context = {model.context}, or another teacher."
         )
     # How it is computed is the run's choice; what it computes is its own.
-    ours = {
-        name: getattr(cfg.model, name) for name in ("context", "dtype", "attention", "loss_chunk")
-    }
+    ours = {name: getattr(cfg.model, name) for name in COMPUTED_ALIKE}
     model = dataclasses.replace(model, remat="none", **ours)
     try:
         check(dataclasses.replace(cfg, model=model, depth=loaded.lm.depth), devices=mesh.size)

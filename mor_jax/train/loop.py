@@ -46,6 +46,7 @@ from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
 from mor_jax.train.outbox import Outbox
+from mor_jax.train.preference import Reference, evaluate_preference
 from mor_jax.train.progress import Progress
 from mor_jax.train.schedule import learning_rate, optimizer_of
 from mor_jax.train.state import TrainState, abstract_state, create_state
@@ -324,6 +325,8 @@ class _Run:
         self.hosts.report(phase="restoring or initialising")
         self.teacher = load_teacher(self.cfg, self.data.tokenizer, self.lm, self.mesh)
         state, first, meta = self._last_good()
+        if self.cfg.data.format == "preference":
+            self.teacher = self._reference()
         self.faults = Faults(self.cfg.train, meta.get("faults"))
         self.owes_evaluation = meta.get("owes_evaluation", False)
         self.best.go_on_from(first, meta.get("best"))
@@ -381,6 +384,19 @@ class _Run:
                 came["parent"], self.cfg, self.data.tokenizer, self.lm, self.mesh, came["step"]
             )
 
+    def _reference(self) -> Reference:
+        """The weights that the run began with. Raises ConfigError: it began with none."""
+        params, came = self.base, self.meta.get("lineage")
+        if not came:
+            raise ConfigError(
+                "config.data.format = 'preference' holds the model to the weights that it starts from: give --init_from."
+            )
+        if params is None:
+            params, _ = initial_params(
+                came["parent"], self.cfg, self.data.tokenizer, self.lm, self.mesh, came["step"]
+            )
+        return Reference(self.lm, params, self.cfg.preference.beta)
+
     def _whole(self, params: Any) -> Any:
         """The model's parameters, of those of a state."""
         return params if self.adapters is None else self.merge(self.base, params)
@@ -429,6 +445,7 @@ class _Run:
             self.teacher,
             self.cfg.optim.ema,
             self.adapters,
+            self._cut_length if t.lengths else None,
         )
         beside = {} if self.teacher is None else {"teacher": self.teacher.params}
         beside |= {} if self.adapters is None else {"base": self.base}
@@ -497,6 +514,12 @@ class _Run:
             self.seconds = clock.total()
             goodput.enter("other")
         return state, step
+
+    def _cut_length(self, step: int) -> int:
+        """Tokens of the pieces that the rows of a step are cut into; 0: they stay whole."""
+        context = self.cfg.model.context
+        length = self.cfg.train.row_length(step, self.steps, context)
+        return 0 if length == context else length
 
     def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
         """Compiles the step, and prints where the time before the first step went."""
@@ -591,6 +614,9 @@ class _Run:
                 self.last_average = evaluate(
                     self.lm, self._whole(state.average), batches, self.token_bytes
                 )
+            if isinstance(self.teacher, Reference):
+                whole = self._whole(state.params)
+                record |= evaluate_preference(self.teacher, self.lm, whole, batches)
             for name, held_out in self.data.sources:
                 limit = -(-t.eval_rows // len(self.data.sources))
                 own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
@@ -620,7 +646,8 @@ class _Run:
                 f"step {step} · running mean of the weights: causal NLL {self.last_average['causal/nll']:.3f}"
             )
         self.last_eval = record
-        self.best.see(step, record["causal/nll"], state.params, self.meta)
+        loss = record.get("preference/loss", record["causal/nll"])
+        self.best.see(step, loss, state.params, self.meta)
         return record
 
     def _save(self, step: int, state: TrainState, **more: Any) -> None:

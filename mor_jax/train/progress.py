@@ -53,6 +53,11 @@ class Progress:
                 f", top-k NLL {record['topk/nll']:.3f} · mean depth {record['causal/mean_depth']:.2f}"
                 f" · sampling accuracy {record['sampling_accuracy']:.1%} · dead tokens {record['dead_token_ratio']:.1%}"
             )
+        if "preference/margin" in record:
+            line += (
+                f" · chosen preferred in {record['preference/accuracy']:.1%} of pairs, "
+                f"margin {record['preference/margin']:.3f}"
+            )
         self.say(line)
 
     def say(self, line: str) -> None:

@@ -70,6 +70,16 @@ def abstract_state(
     return jax.tree.map(make, shapes, state_shardings(lm, tx, mesh, average))
 
 
+def abstract_params(lm: LM, mesh: Mesh) -> Any:
+    """Of the parameters alone, as `abstract_state`."""
+    shapes = jax.eval_shape(lm.init, jax.random.key(0))
+
+    def make(s, sharding):
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+    return jax.tree.map(make, shapes, lm.rules.shardings(mesh, lm.logical_axes()))
+
+
 def create_state(
     lm: LM, tx: optax.GradientTransformation, mesh: Mesh, seed: int, average: bool = False
 ) -> TrainState:

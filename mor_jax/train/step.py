@@ -21,6 +21,7 @@ from mor_jax.model.recursion.sampling import draw
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.distill import Teacher, distilled
 from mor_jax.train.loops import loop_loss
+from mor_jax.train.preference import Reference, pair_counts, preferred
 from mor_jax.train.state import TrainState
 
 # tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a model that
@@ -32,9 +33,12 @@ Batch = dict[str, jax.Array]
 AUXILIARY_LOSSES = ("router_loss", "router_z_loss")
 
 
-def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
+Scales = tuple[jax.Array, ...]
+
+
+def loss_scales(lm: LM, batch: Batch, pairs: bool = False) -> Scales:
     """What the sums of a whole batch are divided by: target tokens, and router candidates of each
-    step [R].
+    step [R]; under preferences (`pairs`) pairs, candidates, and target tokens of the chosen.
 
     Both follow from the segment ids and loss weights alone, so every micro-batch can divide by the
     whole batch's counts: each loss term is then the same number under any gradient accumulation
@@ -44,6 +48,9 @@ def loss_scales(lm: LM, batch: Batch) -> tuple[jax.Array, jax.Array]:
     _, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
     real_B = jnp.sum(seg > 0, axis=-1)
     candidates = lm.policy.candidate_counts(real_B, seg.shape[-1])
+    if pairs:
+        count, chosen = pair_counts(weights, seg)
+        return jnp.maximum(count, 1.0), jnp.maximum(candidates, 1.0), jnp.maximum(chosen, 1.0)
     # A count, not the sum of the weights, which may cancel (advantages of a policy gradient).
     targets = jnp.sum(weights != 0, dtype=jnp.float32)
     return jnp.maximum(targets, 1.0), jnp.maximum(candidates, 1.0)
@@ -53,9 +60,9 @@ def loss_fn(
     lm: LM,
     params: Any,
     batch: Batch,
-    scales: tuple[jax.Array, jax.Array],
+    scales: Scales,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | Reference | None = None,
     **of_forward: Any,
 ) -> tuple[jax.Array, dict]:
     """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted
@@ -63,9 +70,11 @@ def loss_fn(
 
     The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`.
     With a `teacher` the batch holds its states (`Teacher.teach`), and the LM loss is mixed with the
-    distillation loss."""
+    distillation loss; with a `Reference` the loss is that of preferences, and `lm_loss` that of the
+    chosen conversations."""
     tokens, seg = batch["tokens"], batch["segment_ids"]
-    target_count, candidates_R = scales
+    held = isinstance(teacher, Reference)
+    target_count, candidates_R, *chosen_count = scales
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
 
@@ -75,15 +84,20 @@ def loss_fn(
         out = lm.forward(params, tokens, seg, mode=TOPK, **how)
         if teacher is None:
             nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
-            return out.depth_BxT, (nll, None, None, out.stats)
-        sums = distilled(lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught)
-        return out.depth_BxT, (*sums, out.stats)
+            return out.depth_BxT, (nll, None, {}, out.stats)
+        if held:
+            sums = preferred(lm, params, out.h_BxTxD, targets, weights, seg, taught, teacher.beta)
+            return out.depth_BxT, (*sums, out.stats)
+        *sums, distillation = distilled(
+            lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught
+        )
+        return out.depth_BxT, (*sums, {"distill_loss": distillation}, out.stats)
 
     def given(x, names):
         return None if x is None else names
 
-    salt, taught = batch.get("salt"), batch.get("taught")
-    tables, table_axes = (None, None) if teacher is None else teacher.tables()
+    salt, taught = batch.get("salt"), batch.get("reference" if held else "taught")
+    tables, table_axes = (None, None) if teacher is None or held else teacher.tables()
     axes = (
         lm.logical_axes(),
         ROW,
@@ -93,31 +107,42 @@ def loss_fn(
         given(depth, ROW),
         given(entered, STATES),
         given(salt, ("batch",)),
-        given(taught, STATES),
+        given(taught, ROW if held else STATES),
         table_axes,
     )
-    depth_BxT, (learned, nll, distillation, stats) = over_rows(lm.rules, run, axes, ROW)(
+    depth_BxT, (learned, nll, more, stats) = over_rows(lm.rules, run, axes, ROW)(
         params, tokens, seg, targets, weights, depth, entered, salt, taught, tables
     )
     nll = learned if nll is None else nll
-    lm_loss = nll / target_count
+    lm_loss = nll / (chosen_count[0] if held else target_count)
+    prefix = "preference/" if held else ""
     zero = {name: jnp.zeros(()) for name in AUXILIARY_LOSSES}
     auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
     loss = learned / target_count + sum(w * auxiliary[name] for name, w in weight.items())
     aux = {
         "loss": loss,
         "lm_loss": lm_loss,
-        **({} if distillation is None else {"distill_loss": distillation / target_count}),
+        **{f"{prefix}{name}": x / target_count for name, x in more.items()},
         **auxiliary,
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
         "bytes": jnp.sum(
-            (weights != 0) * (1.0 if token_bytes_V is None else token_bytes_V[targets])
+            (weights > 0 if held else weights != 0)
+            * (1.0 if token_bytes_V is None else token_bytes_V[targets])
         ),
         "router": jax.lax.stop_gradient(stats),
     }
     return loss, aux
+
+
+def cut_rows(lm: LM, batch: Batch, length: int) -> Batch:
+    """Rows [B, T] as rows [B T / length, length]; the pieces of a row stay on its device."""
+
+    def cut(x):
+        return lm.rules.constrain(x.reshape(-1, length), "batch", "time")
+
+    return {name: cut(x) for name, x in batch.items()}
 
 
 def _micro_batches(batch: Batch, accum: int) -> Batch:
@@ -134,7 +159,7 @@ def _grad(
     lm: LM,
     scales: Any,
     token_bytes_V: jax.Array | None,
-    teacher: Teacher | None,
+    teacher: Teacher | Reference | None,
     params: Any,
     batch: Batch,
 ) -> tuple[Any, dict]:
@@ -152,7 +177,7 @@ def _grad_by_profile(
     lm: LM,
     scales: Any,
     token_bytes_V: jax.Array | None,
-    teacher: Teacher | None,
+    teacher: Teacher | Reference | None,
     params: Any,
     batch: Batch,
 ) -> tuple[Any, dict]:
@@ -187,10 +212,10 @@ def gradients(
     batch: Batch,
     accum: int,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | Reference | None = None,
 ) -> tuple[Any, dict]:
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
-    scales = loss_scales(lm, batch)
+    scales = loss_scales(lm, batch, isinstance(teacher, Reference))
     many = (
         len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
     )
@@ -234,20 +259,22 @@ def make_train_step(
     tx: optax.GradientTransformation,
     accum: int = 1,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | None = None,
+    teacher: Teacher | Reference | None = None,
     ema: float = 0.0,
     adapters: Adapters | None = None,
+    length: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the
     state donated.
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
-      teacher: whose predictions are learned, too. Its weights are `beside["teacher"]`: closed over,
-        they would be constants of the program.
+      teacher: whose predictions are learned, too, or that the model is held to. Its weights are
+        `beside["teacher"]`: closed over, they would be constants of the program.
       ema: decay of the running mean of the parameters, of a state that has one.
       adapters: what the state's parameters are, in place of the model's, which are `beside["base"]`
         and stay.
+      length: tokens of the pieces that rows are cut into (`config.train.lengths`); 0: they are not.
 
     A step whose loss, gradient or update is not finite, or whose loss is above `limit` (float32
     scalar), leaves the state as it was; the caller sees it in the metrics.
@@ -261,6 +288,7 @@ def make_train_step(
         # a step forms the gradient of the whole weights once, and takes the adapters' from it
         if adapters is not None:
             whole, pull = jax.vjp(lambda a: adapters.merged(beside["base"], a), state.params)
+        batch = cut_rows(lm, batch, length) if length else batch
         rows = batch["tokens"].shape[0]
         # of each row of each step its own draw, whatever the accumulation and the mesh
         if lm.draws:
@@ -293,8 +321,11 @@ def make_train_step(
             **{
                 k: aux[k] for k in ("loss", "lm_loss", *AUXILIARY_LOSSES, *lm.policy.loss_weights())
             },
-            **({} if teacher is None else {"distill_loss": aux["distill_loss"]}),
-            **{k: v for k, v in aux.items() if k.startswith("recursion/")},
+            **{
+                k: v
+                for k, v in aux.items()
+                if k.startswith(("recursion/", "preference/", "distill_"))
+            },
             "bits_per_byte": aux["nll"] / (jnp.maximum(aux["bytes"], 1.0) * math.log(2)),
             "mean_depth": aux["depth_sum"] / jnp.maximum(aux["tokens"], 1.0),
             "grad_norm": grad_norm,
@@ -310,7 +341,8 @@ class StagedStep:
     """The jitted train step of each stage of training (`LM.stage`), compiled when it is reached.
 
     Arguments as in `make_train_step`, and `compile(step function, its arguments)`, the program;
-    without it, `jax.jit` with the state donated. `StagedStep(...)(step, *arguments)` is the program
+    without it, `jax.jit` with the state donated. `length_of`: the length of the rows of step number
+    n, from 1. `StagedStep(...)(step, *arguments)` is the program
     for the step after `step` others.
     """
 
@@ -321,10 +353,12 @@ class StagedStep:
         accum: int,
         token_bytes_V: jax.Array | None = None,
         compile: Callable[[Callable, tuple], Callable] | None = None,
-        teacher: Teacher | None = None,
+        teacher: Teacher | Reference | None = None,
         ema: float = 0.0,
         adapters: Adapters | None = None,
+        length_of: Callable[[int], int] | None = None,
     ):
+        self._length_of = length_of or (lambda _: 0)
         self._lm, self._rest, self._made = (
             lm,
             (tx, accum, token_bytes_V, teacher, ema, adapters),
@@ -333,11 +367,16 @@ class StagedStep:
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
     def __call__(self, step: int, *arguments: Any) -> Callable:
-        stage = stage_of(self._lm.depth, step)
-        if stage not in self._made:
+        stage, length = stage_of(self._lm.depth, step), self._length_of(step + 1)
+        if (stage, length) not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)
             # A stage of the warm-up is done when another begins; those of a warm run come again and
             # again.
-            kept = {old: step for old, step in self._made.items() if is_warm(lm.depth, old)}
-            self._made = kept | {stage: self._compile(make_train_step(lm, *self._rest), arguments)}
-        return self._made[stage]
+            kept = {
+                key: step
+                for key, step in self._made.items()
+                if is_warm(lm.depth, key[0]) and key[1] == length
+            }
+            made = make_train_step(lm, *self._rest, length)
+            self._made = kept | {(stage, length): self._compile(made, arguments)}
+        return self._made[stage, length]

@@ -22,6 +22,12 @@ from mor_jax.paths import as_path, is_local, reason, write_text
 from mor_jax.train.load import load_model
 from mor_jax.weights.families import Place, config_of, places
 from mor_jax.weights.huggingface import INDEX
+from mor_jax.weights.remote_code import (
+    config_with_code,
+    derived_tensors,
+    places_with_code,
+    write_code,
+)
 from mor_jax.weights.source import needed
 
 SHARD = 4 << 30  # bytes of a file
@@ -31,7 +37,7 @@ class Exported(NamedTuple):
     """What was written."""
 
     architecture: str
-    layers: int
+    layers: int  # a shared block counts once where the code beside the weights repeats it
     files: tuple[str, ...]  # of weights
     step: int
 
@@ -43,21 +49,23 @@ def export_weights(
     step: int | None = None,
     average: bool = False,
     shard_bytes: int = SHARD,
+    remote_code: bool | None = None,
 ) -> Exported:
-    """Write a checkpoint as a Llama, Qwen2 or Qwen3 model in float32; importing it again gives the
-    same bits.
+    """Write a checkpoint for other tools, in float32; importing it again gives the same bits.
 
-    A shared block is written once for each time it runs, so a recursive model becomes an ordinary
-    one of its unrolled depth.
+    A plain model, or one of fixed recursions, becomes a Llama, Qwen2 or Qwen3: a shared block is
+    written once for each time it runs. Any other is written as it is, with PyTorch code that
+    computes it (`remote/`), which transformers runs with `trust_remote_code=True`.
 
     Args:
       checkpoint: as of `train.load.load_model`.
       average: write the running mean of the weights.
       directory: of this machine; created, and refused where it holds a model.
       shard_bytes: of tensors in a file, at most, unless one tensor is larger.
+      remote_code: whether to write it with code; None: where no published architecture computes
+        it. True keeps the blocks of a recursive model shared.
     Raises:
-      CheckpointError: no published architecture computes this model: tokens differ in depth,
-        recursions have something of their own, or logits are capped.
+      CheckpointError: neither a published architecture nor the code computes this model.
       UserError: safetensors is not installed, or the directory cannot be written.
     """
     needed("safetensors", "writing safetensors")
@@ -67,19 +75,39 @@ def export_weights(
     if (target / "config.json").exists() or list(target.glob("*.safetensors")):
         raise CheckpointError(f"{target} already holds a model; give another directory.")
     loaded = load_model(checkpoint, step, average=average)
-    blocks = unrolled(loaded.config)
-    config = config_of(loaded.config.model, len(blocks)) | _ids(loaded.tokenizer)
+    config, wanted, layers = _form(loaded.config, remote_code)
+    config |= _ids(loaded.tokenizer)
+    with_code = "auto_map" in config
+    derived = derived_tensors(loaded.config, loaded.params) if with_code else {}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        files = _write_tensors(
-            target, places(loaded.config.model, blocks), loaded.params, shard_bytes
-        )
+        files = _write_tensors(target, wanted, loaded.params, shard_bytes, derived)
+        if with_code:
+            write_code(target)
         _write_tokenizer(target, loaded.tokenizer, loaded.template, loaded.config.model.context)
         _json(target / "generation_config.json", _ids(loaded.tokenizer))
         _json(target / "config.json", config)  # last: a directory left half-made is no model
     except OSError as e:
         raise CheckpointError(f"cannot write to {target}: {reason(e)}.") from e
-    return Exported(str(config["model_type"]), len(blocks), files, loaded.step)
+    return Exported(str(config["model_type"]), layers, files, loaded.step)
+
+
+def _form(
+    config: Config, remote_code: bool | None
+) -> tuple[dict[str, object], dict[str, Place], int]:
+    """(config.json, every tensor, layers) of the published architecture that computes this model,
+    or of the code beside the weights."""
+    try:
+        blocks = unrolled(config)
+        plain = config_of(config.model, len(blocks)), places(config.model, blocks), len(blocks)
+    except CheckpointError:
+        if remote_code is False:
+            raise
+        plain = None
+    if plain is not None and not remote_code:
+        return plain
+    layers = build_program(config.model).unique_layers
+    return config_with_code(config), places_with_code(config), layers
 
 
 def unrolled(config: Config) -> list[tuple[str, str]]:
@@ -97,8 +125,8 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
         )
     if m.relaxed:
         raise CheckpointError(
-            "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which cannot "
-            "be written yet."
+            "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which no "
+            "published architecture computes."
         )
     c = config.recursion
     if m.norm_placement != "pre" or m.layer_scale or c.reads or c.exits or c.loss == "gate":
@@ -110,9 +138,15 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
 
 
 def _write_tensors(
-    target: epath.Path, wanted: Mapping[str, Place], params: Mapping[str, Any], limit: int
+    target: epath.Path,
+    wanted: Mapping[str, Place],
+    params: Mapping[str, Any],
+    limit: int,
+    derived: Mapping[str, np.ndarray],
 ) -> tuple[str, ...]:
-    """Write the weights, no more than one file's in memory at once; returns the files' names."""
+    """Write the weights, no more than one file's in memory at once; returns the files' names.
+
+    derived: small tensors that are no part of `params`; they go into the last file."""
     from safetensors.numpy import save_file
 
     groups = list(_groups(wanted, limit))
@@ -121,8 +155,9 @@ def _write_tensors(
     files = {}
     for file, group in zip(names, groups, strict=True):
         tensors = {name: _tensor(params, wanted[name]) for name in group}
+        tensors |= derived if file == names[-1] else {}
         save_file(tensors, str(target / file), {"format": "pt"})
-        files |= dict.fromkeys(group, file)
+        files |= dict.fromkeys(tensors, file)
     if len(groups) > 1:
         total = sum(4 * int(np.prod(place.shape)) for place in wanted.values())
         _json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": files})

@@ -198,39 +198,54 @@ class Place(NamedTuple):
 def places(m: ModelConfig, blocks: Sequence[tuple[str, str]]) -> dict[str, Place]:
     """Every tensor of a model, by name. `blocks`: of each layer its part and number, ("core",
     "0")."""
+    found = table_places(m)
+    for layer, block in enumerate(blocks):
+        for name, place in block_places(m, block).items():
+            found[f"model.layers.{layer}.{name}"] = place
+    return found
+
+
+def plain_places(m: ModelConfig) -> dict[str, Place]:
+    """`places` of a plain model as it is imported."""
+    return places(m, [("core", str(i)) for i in range(m.layers)])
+
+
+def table_places(m: ModelConfig) -> dict[str, Place]:
+    """The tensors that are not of a block."""
+    table = (m.vocab_size, m.width)
+    found = {
+        "model.embed_tokens.weight": Place(table, ("embed", "table"), ...),
+        "model.norm.weight": Place((m.width,), ("norm", "scale"), ...),
+    }
+    return found if m.tied else found | {"lm_head.weight": Place(table, ("head", "table"), ...)}
+
+
+def block_places(m: ModelConfig, block: tuple[str, str]) -> dict[str, Place]:
+    """The tensors of one block, named within it; `block`: its part and number."""
     heads, kv, hd = m.dims
     groups, d, f = heads // kv, m.width, m.mlp_width
     query: Index = (slice(None), slice(0, groups))
     key: Index = (slice(None), groups)
     value: Index = (slice(None), groups + 1)
-    found = {
-        "model.embed_tokens.weight": Place((m.vocab_size, d), ("embed", "table"), ...),
-        "model.norm.weight": Place((d,), ("norm", "scale"), ...),
+    rows = {
+        "input_layernorm.weight": Place((d,), ("norm_1", "scale"), ...),
+        "post_attention_layernorm.weight": Place((d,), ("norm_2", "scale"), ...),
+        "self_attn.q_proj.weight": Place((heads * hd, d), ("attention", "qkv"), query),
+        "self_attn.k_proj.weight": Place((kv * hd, d), ("attention", "qkv"), key),
+        "self_attn.v_proj.weight": Place((kv * hd, d), ("attention", "qkv"), value),
+        "self_attn.o_proj.weight": Place((d, heads * hd), ("attention", "out"), ...),
+        "mlp.gate_proj.weight": Place((f, d), ("mlp", "gate_up"), (0,)),
+        "mlp.up_proj.weight": Place((f, d), ("mlp", "gate_up"), (1,)),
+        "mlp.down_proj.weight": Place((d, f), ("mlp", "down"), ...),
     }
-    if not m.tied:
-        found["lm_head.weight"] = Place((m.vocab_size, d), ("head", "table"), ...)
-    for layer, block in enumerate(blocks):
-        rows = {
-            "input_layernorm.weight": Place((d,), ("norm_1", "scale"), ...),
-            "post_attention_layernorm.weight": Place((d,), ("norm_2", "scale"), ...),
-            "self_attn.q_proj.weight": Place((heads * hd, d), ("attention", "qkv"), query),
-            "self_attn.k_proj.weight": Place((kv * hd, d), ("attention", "qkv"), key),
-            "self_attn.v_proj.weight": Place((kv * hd, d), ("attention", "qkv"), value),
-            "self_attn.o_proj.weight": Place((d, heads * hd), ("attention", "out"), ...),
-            "mlp.gate_proj.weight": Place((f, d), ("mlp", "gate_up"), (0,)),
-            "mlp.up_proj.weight": Place((f, d), ("mlp", "gate_up"), (1,)),
-            "mlp.down_proj.weight": Place((d, f), ("mlp", "down"), ...),
-        }
-        if m.qkv_bias:
-            rows["self_attn.q_proj.bias"] = Place((heads * hd,), ("attention", "bias"), query)
-            rows["self_attn.k_proj.bias"] = Place((kv * hd,), ("attention", "bias"), key)
-            rows["self_attn.v_proj.bias"] = Place((kv * hd,), ("attention", "bias"), value)
-        if m.qk_norm:
-            rows["self_attn.q_norm.weight"] = Place((hd,), ("attention", "q_norm", "scale"), ...)
-            rows["self_attn.k_norm.weight"] = Place((hd,), ("attention", "k_norm", "scale"), ...)
-        for name, (shape, leaf, index) in rows.items():
-            found[f"model.layers.{layer}.{name}"] = Place(shape, (*block, *leaf), index)
-    return found
+    if m.qkv_bias:
+        rows["self_attn.q_proj.bias"] = Place((heads * hd,), ("attention", "bias"), query)
+        rows["self_attn.k_proj.bias"] = Place((kv * hd,), ("attention", "bias"), key)
+        rows["self_attn.v_proj.bias"] = Place((kv * hd,), ("attention", "bias"), value)
+    if m.qk_norm:
+        rows["self_attn.q_norm.weight"] = Place((hd,), ("attention", "q_norm", "scale"), ...)
+        rows["self_attn.k_norm.weight"] = Place((hd,), ("attention", "k_norm", "scale"), ...)
+    return {name: place._replace(leaf=(*block, *place.leaf)) for name, place in rows.items()}
 
 
 def _rope(config: Json, where: str, longest: int) -> dict[str, float | int | str]:

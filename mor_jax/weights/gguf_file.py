@@ -20,12 +20,12 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from mor_jax.config import ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.data.bpe import BpeTokenizer
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
 from mor_jax.paths import as_path, is_local
-from mor_jax.weights.families import model_of
+from mor_jax.weights.families import Place, model_of, plain_places
 from mor_jax.weights.source import framing_of, library_tokenizer, needed
 
 ARCHITECTURES = {
@@ -100,8 +100,12 @@ class Gguf:
         self._arch = str(self._get("general.architecture") or "")
         self._kv_names = {_hf_name(name): name for name in self._tensors if name != ROPE_FACTORS}
         self.model: ModelConfig = model_of(self._config(), self.where, context)
+        self.depth = DepthConfig()
         template = self._get("tokenizer.chat_template")
         self.chat_template: str | None = template if isinstance(template, str) else None
+
+    def places(self) -> dict[str, Place]:
+        return plain_places(self.model)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {

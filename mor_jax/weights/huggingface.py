@@ -3,6 +3,7 @@ tokenizer.json."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -12,18 +13,19 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from mor_jax.config import ModelConfig
+from mor_jax.config import Config, DepthConfig, ModelConfig
 from mor_jax.data.bpe import BpeTokenizer
 from mor_jax.data.chat import find_template
 from mor_jax.data.vocabulary import FILE, Tokenizer
 from mor_jax.errors import CheckpointError
 from mor_jax.paths import as_path, is_local
-from mor_jax.weights.families import model_of
+from mor_jax.weights.families import Place, model_of, plain_places
+from mor_jax.weights.remote_code import ARCHITECTURE, DERIVED, config_from, places_with_code
 from mor_jax.weights.source import framing_of, library_tokenizer, needed
 
 INDEX = "model.safetensors.index.json"
-# Buffers that older files hold beside the weights; they follow from the configuration.
-BUFFERS = (".rotary_emb.inv_freq",)
+# Buffers that files hold beside the weights; they follow from the configuration and the weights.
+BUFFERS = (".rotary_emb.inv_freq", DERIVED)
 DTYPES = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -47,10 +49,29 @@ class HuggingFace:
         if not is_local(self._path) or not self._path.is_dir():
             raise CheckpointError(f"{directory} is not a directory of this machine.")
         self._config = self._json("config.json")
-        self.model: ModelConfig = model_of(self._config, f"{directory}/config.json", context)
+        self.model, self.depth = self._shape(f"{directory}/config.json", context)
         self._files = self._listed()
         template = find_template(self._path)
         self.chat_template: str | None = None if template.plain else template.source
+
+    def _shape(self, where: str, context: int) -> tuple[ModelConfig, DepthConfig]:
+        if not self._coded():
+            return model_of(self._config, where, context), DepthConfig()
+        model, depth = config_from(self._config, where)
+        if context > model.context:
+            raise CheckpointError(
+                f"{where}: a context of {context} is too long: {model.context} tokens is longest."
+            )
+        return dataclasses.replace(model, context=context or model.context), depth
+
+    def _coded(self) -> bool:
+        """Whether it was written with code of this project."""
+        return self._config.get("architectures") == [ARCHITECTURE]
+
+    def places(self) -> dict[str, Place]:
+        if self._coded():
+            return places_with_code(Config(model=self.model, depth=self.depth))
+        return plain_places(self.model)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mor_jax.config import Config, DataConfig, ModelConfig
+from mor_jax.config import Config, DataConfig
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
@@ -19,7 +19,7 @@ from mor_jax.paths import as_path, steps_in
 from mor_jax.train.checkpoint import save_weights
 from mor_jax.train.lock import hold
 from mor_jax.train.workdir import write_json
-from mor_jax.weights.families import Place, places
+from mor_jax.weights.families import Place
 from mor_jax.weights.gguf_file import Gguf
 from mor_jax.weights.huggingface import HuggingFace
 from mor_jax.weights.source import Source, check_tensors
@@ -78,7 +78,7 @@ def import_weights(
         raise CheckpointError(f"{workdir} already holds a run; give another --workdir.")
     opened = open_source(source, context=context)
     model = opened.model
-    wanted = places(model, [("core", str(i)) for i in range(model.layers)])
+    wanted = opened.places()
     check_tensors(opened.shapes(), wanted, opened.where)
     words = opened.tokenizer(tokenizer)
     if words.vocab_size > model.vocab_size:
@@ -87,8 +87,9 @@ def import_weights(
         )
     chat = ChatTemplate(opened.chat_template)
     data = DataConfig(tokenizer=str(workdir / "tokenizer.json"))
-    config = Config(name=as_path(opened.where).stem, model=model, data=data)
-    params = _read(opened, wanted, model)
+    name = as_path(opened.where).stem
+    config = Config(name=name, model=model, depth=opened.depth, data=data)
+    params = _read(opened, wanted, config)
     meta: dict[str, Any] = {
         "config": config.to_dict(),
         "tokenizer": words.to_json(),
@@ -106,17 +107,21 @@ def import_weights(
     return Imported(config, words, chat, sum(x.size for x in jax.tree.leaves(params)))
 
 
-def _read(source: Source, wanted: Mapping[str, Place], model: ModelConfig) -> dict[str, Any]:
+def _read(source: Source, wanted: Mapping[str, Place], config: Config) -> dict[str, Any]:
     """The parameter tree, made leaf by leaf; beside it no more than one leaf exists twice."""
     parts: dict[tuple[str, ...], list[str]] = {}
     for name, place in wanted.items():
         parts.setdefault(place.leaf, []).append(name)
 
     def leaf(path: tuple[Any, ...], to: jax.ShapeDtypeStruct) -> jax.Array:
+        names = parts[tuple(key.key for key in path)]
+        # Orbax copies arrays of numpy before it writes them, all at once; so jax's.
+        if len(names) == 1:
+            return jnp.array(source.read(names[0]).reshape(to.shape))
         x = np.empty(to.shape, to.dtype)
-        for name in parts[tuple(key.key for key in path)]:
+        for name in names:
             x[wanted[name].index] = source.read(name).reshape(x[wanted[name].index].shape)
-        return jnp.array(x)  # Orbax copies arrays of numpy before it writes them, all at once
+        return jnp.array(x)
 
-    shapes = jax.eval_shape(LM(model).init, jax.random.key(0))
+    shapes = jax.eval_shape(LM.from_config(config).init, jax.random.key(0))
     return jax.tree_util.tree_map_with_path(leaf, shapes)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from mor_jax.config import ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.data.bpe import BOS_NAMES, EOS_NAMES
 from mor_jax.data.chat import TURN_ENDS
 from mor_jax.data.vocabulary import Framing, Tokenizer
@@ -26,12 +26,17 @@ class Source(Protocol):
     Attributes:
       where: for messages.
       model: the shape.
+      depth: who recurses how often.
       chat_template: Jinja, None where there is none.
     """
 
     where: str
     model: ModelConfig
+    depth: DepthConfig
     chat_template: str | None
+
+    def places(self) -> dict[str, Place]:
+        """Every tensor that there must be, by name."""
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of every tensor there is."""

@@ -17,7 +17,8 @@ import pytest
 from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
 from mor_jax.analysis.collectives import axes_of, read_collectives, summary
 from mor_jax.analysis.inspection import with_vocabulary
-from mor_jax.analysis.plan import FILL, overrides, parameter_bytes, plan, require_fit, suggest
+from mor_jax.analysis.memory import parameter_bytes
+from mor_jax.analysis.plan import FILL, overrides, plan, require_fit, suggest
 from mor_jax.analysis.topologies import GIB, topology
 from mor_jax.config import MeshConfig, from_dict, mesh_shape
 from mor_jax.errors import ConfigError

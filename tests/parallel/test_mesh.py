@@ -15,8 +15,7 @@ from jax.sharding import PartitionSpec
 
 from mor_jax.analysis import units
 from mor_jax.analysis.collective_plan import planned_collectives, total_bytes
-from mor_jax.analysis.memory import MERGES_GATHERS, training_memory
-from mor_jax.analysis.plan import parameter_bytes
+from mor_jax.analysis.memory import MERGES_GATHERS, parameter_bytes, training_memory
 from mor_jax.config import (
     Config,
     DepthConfig,

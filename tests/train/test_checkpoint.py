@@ -100,6 +100,43 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
+def test_a_save_has_few_bytes_on_their_way_at_once(tmp_path, monkeypatch):
+    """Else its writers hold a copy of the whole state, which is twice the memory of a model."""
+    from orbax.checkpoint._src.serialization import limits
+
+    held, most = 0, 0
+    wait, release = (
+        getattr(limits.LimitInFlightBytes, name) for name in ("wait_for_bytes", "release_bytes")
+    )
+
+    async def waited(self, size):
+        nonlocal held, most
+        await wait(self, size)
+        held += size
+        most = max(most, held)
+
+    async def released(self, size):
+        nonlocal held
+        held -= size
+        await release(self, size)
+
+    monkeypatch.setattr(limits.LimitInFlightBytes, "wait_for_bytes", waited)
+    monkeypatch.setattr(limits.LimitInFlightBytes, "release_bytes", released)
+    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 300_000)
+    state = {str(i): jnp.full((100, 250), i, jnp.float32) for i in range(12)}  # 100,000 bytes each
+    state["large"] = jnp.arange(200_000, dtype=jnp.float32)  # more than the bound alone
+    for name, of, bound in (("small", state.copy(), 300_000), ("large", state, 800_001)):
+        if name == "small":
+            del of["large"]
+        held = most = 0
+        with Checkpointer(tmp_path / name, async_save=False) as to:
+            to.save(1, of, META)
+        assert 100_000 <= most <= bound
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of)
+        with Checkpointer(tmp_path / name) as again:
+            assert bits(again.restore_latest(abstract).state) == bits(of)
+
+
 def test_round_trip_is_bit_exact_and_keeps_the_containers(saved):
     with Checkpointer(saved) as ckpt:
         found = ckpt.restore_latest(abstract(make_state(0)))

@@ -140,7 +140,7 @@ def test_what_no_published_architecture_computes_is_refused(tmp_path):
     ]:
         run = saved(tmp_path / name, **shape)
         with pytest.raises(CheckpointError, match=match):
-            export_weights(run, tmp_path / "hf")
+            export_weights(run, tmp_path / "hf", remote_code=False)
     assert not (tmp_path / "hf").exists()
     run = saved(tmp_path / "fine", layers=2)
     export_weights(run, tmp_path / "hf")
