@@ -4,12 +4,15 @@ r"""A small Mixture-of-Recursions model that leads the runtime, trained on exper
     rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1 \
         --samples 3000 \
         --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
-    python -m launch.train --config configs/native_rlm.py --workdir runs/native
+    rlm training drill --samples 12000 --seed 1 --out native/drill.jsonl
+    python -m launch.train --config configs/native_rlm.py:stage=drill --workdir runs/drill
+    python -m launch.train --config configs/native_rlm.py --workdir runs/native \
+        --init_from runs/drill
 
 NEEDLES:
 s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
-Argument: tiny (default, 0.4M parameters) | small (2.4M); vanilla=1: the plain Transformer of the
-same unrolled depth.
+Argument: tiny (default, 0.4M parameters) | small (2.4M); stage=drill: begin with exercises in
+copying; vanilla=1: the plain Transformer of the same unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -17,15 +20,23 @@ from ml_collections import ConfigDict
 from configs import arguments
 from mor_jax.errors import ConfigError
 
-# width, heads, kv_heads, mlp_width, steps
-SIZES = {"tiny": (96, 4, 4, 256, 900), "small": (256, 4, 2, 704, 2400)}
+# width, heads, kv_heads, mlp_width
+SIZES = {"tiny": (96, 4, 4, 256), "small": (256, 4, 2, 704)}
+# The longest conversation of the needle tasks has about 600 tokens, a drill 130.
+STAGES = {
+    "drill": {"steps": 500, "context": 144, "batch_size": 14, "peak_lr": 4e-3, "warmup": 0.1},
+    "runs": {"steps": 800, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    chosen = arguments.parse(arg, size="tiny", vanilla=0)
+    chosen = arguments.parse(arg, size="tiny", stage="runs", vanilla=0)
     if chosen["size"] not in SIZES:
         raise ConfigError(f"native_rlm: {chosen['size']!r} is not one of {', '.join(SIZES)}.")
-    width, heads, kv_heads, mlp_width, steps = SIZES[chosen["size"]]
+    if chosen["stage"] not in STAGES:
+        raise ConfigError(f"native_rlm: {chosen['stage']!r} is not one of {', '.join(STAGES)}.")
+    stage = STAGES[chosen["stage"]]
+    width, heads, kv_heads, mlp_width = SIZES[chosen["size"]]
     depth = {"policy": "fixed"}
     if not chosen["vanilla"]:
         # 0.1 starves a small core
@@ -42,31 +53,34 @@ def get_config(arg: str = "") -> ConfigDict:
                 "kv_heads": kv_heads,
                 "mlp_width": mlp_width,
                 "vocab_size": 0,  # the tokenizer's
-                # tokens; the longest conversation of the needle tasks has about 600
-                "context": 768,
+                "context": stage["context"],
+                # 1 / sqrt(96): with 0.02 what all embeddings have in common, the logits of tokens
+                # that never come, soon outweighs what tells them apart, and copying never begins.
+                "init_std": 0.1,
                 "smear": 3,  # previous embeddings mixed in, for copying
             },
             "depth": depth,
             "data": {
                 "source": "files",
-                "paths": ("native/train.jsonl",),
+                "paths": (
+                    "native/drill.jsonl" if chosen["stage"] == "drill" else "native/train.jsonl",
+                ),
                 "format": "chat",
                 "chat_template": "chatml",
                 "prompt_variant": "native",
                 "tokenizer": "native/tokenizer.json",
                 "holdout": 0.02,
             },
-            # Copying begins at half the tokens with b2 = 0.999 (docs/native.md).
             "optim": {
                 "schedule": "wsd",
-                "peak_lr": 3e-3,
-                "warmup": 0.05,
-                "decay": 0.3,
+                "peak_lr": stage["peak_lr"],
+                "warmup": stage["warmup"],
+                "decay": 0.2,
                 "b2": 0.999,
             },
             "train": {
-                "steps": steps,  # of 3,072 tokens; the protocol is learned in 150
-                "batch_size": 4,
+                "steps": stage["steps"],  # of 2,016 and 3,072 tokens
+                "batch_size": stage["batch_size"],
                 "eval_every": 150,
                 "eval_rows": 32,
                 "checkpoint_every": 150,

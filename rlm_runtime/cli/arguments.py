@@ -79,9 +79,10 @@ command again and it goes on where it stopped."""
 TRAINING = """\
 examples:
   rlm training make --tasks s_niah,verbatim --samples 200 --seed 1 --split train --out train.jsonl
+  rlm training drill --samples 12000 --out drill.jsonl
   rlm training filter runs/ --out runs.jsonl
 
-Both write chat JSONL that launch.train reads (data.format=chat)."""
+All write chat JSONL that launch.train reads (data.format=chat)."""
 
 MAKE = """\
 examples:
@@ -90,6 +91,13 @@ examples:
 
 Expert programs lead real runs of the runtime; runs that do not score 1 are dropped and counted. The two splits share no
 word, phrasing, label family or seed. The same command writes the same file."""
+
+DRILL = """\
+examples:
+  rlm training drill --samples 12000 --seed 1 --out drill.jsonl
+
+Random strings and their pieces in another order. A small model that begins with them copies what it has never seen, as
+a key has to be (docs/native.md)."""
 
 FILTER = """\
 examples:
@@ -107,8 +115,9 @@ USAGE = {
     "replay": "FILE|DIR [--context PATH] [options]",
     "eval": "--task TASK [--lengths N,N] [--modes M,M] --root MODEL [options]",
     "tasks": "[NAME] [--length N] [--seed N] [--out DIR]",
-    "training": "make|filter ...",
+    "training": "make|drill|filter ...",
     "training make": "--tasks TASK,TASK --samples N --out FILE [options]",
+    "training drill": "--samples N --out FILE [options]",
     "training filter": "RUN|DIR ... --out FILE [options]",
     "sandbox": "[--environment NAME] [--allow-missing LAYER] [--json]",
 }
@@ -570,6 +579,13 @@ def _training(p: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="FILE", help="also write a tokenizer.json made for these samples"
     )
     make.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
+    drills = _add(actions, "drill", "exercises with which copying begins", DRILL, "training ")
+    drills.add_argument(
+        "--samples", metavar="N", type=_count, default=12_000, help="exercises (12000)"
+    )
+    drills.add_argument("--seed", metavar="N", type=_whole, default=0, help="of the strings (0)")
+    drills.add_argument("--split", choices=("train", "heldout"), default="train", help="(train)")
+    drills.add_argument("--out", metavar="FILE", required=True, help="chat JSONL to write")
     filters = _add(actions, "filter", "recorded runs as samples, one a turn", FILTER, "training ")
     filters.add_argument("runs", metavar="RUN|DIR", nargs="+", help="runs, or folders of runs")
     filters.add_argument(

@@ -1,4 +1,4 @@
-"""`rlm training make` and `rlm training filter`: data for models that lead the runtime."""
+"""`rlm training make`, `drill` and `filter`: data for models that lead the runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action is None:
         args.parser.print_help()
         return codes.USAGE
-    return make(args) if args.action == "make" else filter_(args)
+    return {"make": make, "drill": drill, "filter": filter_}[args.action](args)
 
 
 def make(args: argparse.Namespace) -> int:
@@ -40,6 +40,14 @@ def make(args: argparse.Namespace) -> int:
         from rlm_runtime.training.phrases import learn
 
         codes.tell(f"tokenizer of {learn(args.out, args.tokenizer):,} tokens: {args.tokenizer}")
+    print(args.out)
+    return codes.OK
+
+
+def drill(args: argparse.Namespace) -> int:
+    from rlm_runtime import training
+
+    training.drill(args.samples, seed=args.seed, split=args.split, out=args.out)
     print(args.out)
     return codes.OK
 

@@ -12,7 +12,7 @@ one file there.
 """
 
 from rlm_runtime.training.filtering import FilterReport, filter_runs
-from rlm_runtime.training.make import MakeReport, make
+from rlm_runtime.training.make import MakeReport, drill, make
 from rlm_runtime.training.splits import SPLITS
 
-__all__ = ["SPLITS", "FilterReport", "MakeReport", "filter_runs", "make"]
+__all__ = ["SPLITS", "FilterReport", "MakeReport", "drill", "filter_runs", "make"]

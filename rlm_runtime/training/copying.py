@@ -3,28 +3,37 @@
 To copy is most of what a small model trained from scratch has to learn: in conversations alone too
 few of the tokens are copied for it to begin. Strings are quoted in the reply, as in the code that
 names a key.
+
+`drills` are where it begins: one string of random characters, then its pieces, with a loss on what
+can be known alone. A loss on anything else, the first characters of a piece or what ends it, puts
+the beginning off for longer than a million tokens (docs/native.md).
 """
 
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Iterator
 
 from rlm_runtime.training.experts.needles import KINDS, ONE, SENTENCES
 from rlm_runtime.training.samples import Conversation, spoken
-from rlm_runtime.training.splits import STRINGS, of_split, seed_of, word
+from rlm_runtime.training.splits import STRINGS, drawn, of_split, seed_of, word
 
 ROOM = 110  # characters of strings in an exercise, about
+DRILL = 56  # characters of a drill
+PIECES = (6, 12)  # characters of one of its pieces
+KNOWN_AFTER = 2  # characters, which tell what piece it is
+CHARACTERS = string.ascii_letters + string.digits + "-"
 
 
-def _string(rng: random.Random, split: str) -> str:
+def _drawn(rng: random.Random, split: str) -> str:
     return STRINGS[rng.choice(("words", "words", "numbers", "codes", "codes", "uuids"))](rng, split)
 
 
 def _listed(rng: random.Random, split: str) -> tuple[str, str]:
     strings: list[str] = []
     while sum(map(len, strings)) < ROOM:
-        strings.append(_string(rng, split))
+        strings.append(_drawn(rng, split))
     mark = rng.choice((" ", ", ", "\n", " / ", "; "))
     asked = mark.join(strings)
     rng.shuffle(strings)
@@ -37,8 +46,8 @@ def _said(rng: random.Random, split: str) -> tuple[str, str]:
     for _ in range(2):
         sentence = rng.choice(of_split((*SENTENCES, *ONE), split))
         words = [
-            _string(rng, split),
-            _string(rng, split),
+            _drawn(rng, split),
+            _drawn(rng, split),
             f"{word(rng, split)} {rng.choice(of_split(KINDS, split))}",
         ]
         lines.append(sentence.format(key=words[0], value=words[1], kind=words[2]))
@@ -60,3 +69,32 @@ def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
             "role": "exercise",
         }
         yield Conversation((spoken("user", prompt), spoken("assistant", reply)), provenance)
+
+
+def drills(count: int, seed: int, split: str) -> Iterator[Conversation]:
+    """`count` drills: a random string, and its pieces in another order, each behind a quotation
+    mark."""
+    for i in range(count):
+        rng = random.Random(f"drill {seed_of(seed, split)} {i}")
+        text = drawn(rng, split, lambda r: "".join(r.choices(CHARACTERS, k=DRILL)))
+        pieces, rest = [], text
+        while rest:
+            cut = rng.randint(*PIECES)
+            pieces.append(rest[:cut])
+            rest = rest[cut:]
+        rng.shuffle(pieces)
+        reply, spans = "", []
+        for piece in pieces:
+            first = len(reply) + 1 + KNOWN_AFTER
+            reply += f'"{piece}'
+            if first < len(reply):
+                spans.append([first, len(reply)])
+        told = {"role": "assistant", "content": reply, "spans": spans}
+        provenance = {
+            "source": "drill",
+            "split": split,
+            "seed": seed,
+            "index": i,
+            "role": "exercise",
+        }
+        yield Conversation((spoken("user", text), told), provenance)

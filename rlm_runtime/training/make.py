@@ -149,6 +149,23 @@ def make(
     return report
 
 
+def drill(samples: int, *, seed: int = 0, split: str = "train", out: str | Path) -> int:
+    """Write `samples` drills in copying (`copying.drills`) to `out`; how many there are.
+
+    Raises:
+      UsageError: an unknown split, no sample.
+    """
+    check_split(split)
+    if samples < 1:
+        raise UsageError("training drill: give at least one sample.")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path) as file:
+        for conversation in copying.drills(samples, seed, split):
+            file.write(conversation.line())
+    return samples
+
+
 @dataclass(frozen=True)
 class Made:
     job: Job

@@ -89,7 +89,7 @@ def test_commands(place, command):
             ["filter", "nowhere", "--out", "x"],
             "No run at nowhere: expected a run folder with events.jsonl",
         ),
-        ([], "rlm training make|filter"),
+        ([], "rlm training make|drill|filter"),
     ],
 )
 def test_wrong_usage_is_one_clear_message(place, args, says):
