@@ -10,6 +10,9 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from jax.sharding import Mesh
+
+from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig, can_serve
@@ -25,6 +28,8 @@ from mor_jax.inference.engine.request import (
 )
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
+from mor_jax.model.block import Params
+from mor_jax.model.lm import LM
 
 # One sequence, so there is nothing to share. Two lanes, since products of one row are slow.
 ONE = EngineConfig(lanes=2, full_lanes=2, chunks=(64,))
@@ -32,12 +37,19 @@ ONE_AT_A_TIME = ServiceConfig(prefix_bytes=0, idle_s=0.0)
 
 
 class Model(Protocol):
-    """What is needed of a loaded model."""
+    """What is needed of a loaded model (`train.load.Loaded`)."""
 
-    lm: object
-    params: object
-    tokenizer: object
-    mesh: object
+    @property
+    def lm(self) -> LM: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
 
 
 class Piece(NamedTuple):
