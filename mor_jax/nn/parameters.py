@@ -27,7 +27,7 @@ def matrix(
 ) -> jax.Array:
     """A float32 parameter drawn from N(0, std), annotated with logical axes."""
     init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32)
+    return module.param(name, init, shape, jnp.float32, unbox=True)
 
 
 class Scale(nn.Module):
