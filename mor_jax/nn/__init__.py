@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 
 from mor_jax.nn.attention import attention
-from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table
+from mor_jax.nn.parameters import VECTORS, Block, Lora, Scale, Table, Tree
 from mor_jax.nn.router import Router, router_size
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Router",
     "Scale",
     "Table",
+    "Tree",
     "apply",
     "attention",
     "init",
@@ -27,12 +28,12 @@ __all__ = [
 ]
 
 
-def init(module: nn.Module, key: jax.Array, *args: Any) -> dict[str, Any]:
+def init(module: nn.Module, key: jax.Array, *args: Any) -> Tree:
     """Parameters of one leaf module, as a plain dict."""
     return nn.meta.unbox(module.init(key, *args)["params"])
 
 
-def logical_axes(module: nn.Module, *args: Any) -> dict[str, Any]:
+def logical_axes(module: nn.Module, *args: Any) -> Tree:
     """Tree of tuples of logical axis names, one for every parameter of `init`; nothing is
     computed."""
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *args))["params"]
