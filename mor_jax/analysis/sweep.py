@@ -353,7 +353,7 @@ def plot(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
         values, mean = line.values[sweep.metric], line.mean(sweep.metric)
         axes.plot(values, [row] * len(values), "|", color=MUTED[0], markersize=8)
         axes.errorbar(
-            [mean],
+            [math.nan if mean is None else mean],
             [row],
             xerr=[line.spread(sweep.metric) or 0.0],
             fmt="o",
