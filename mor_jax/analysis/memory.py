@@ -333,7 +333,7 @@ def shard_bytes(owner: LM | Adapters, rules: Rules, mesh: MeshShape) -> int:
     shapes, axes = _shapes(owner)
     abstract = AbstractMesh(tuple(mesh), mesh._fields, axis_types=(AxisType.Auto,) * len(mesh))
 
-    def local(leaf: jax.ShapeDtypeStruct, names: tuple) -> int:
+    def local(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> int:
         shard = NamedSharding(abstract, rules.spec(names)).shard_shape(leaf.shape)
         return math.prod(shard) * leaf.dtype.itemsize
 

@@ -109,10 +109,11 @@ def readers(stream: Stream, pos_B: jax.Array) -> list[Attend]:
     """Attention of each block for one token per sequence that looks at the stream and adds nothing
     to it."""
     used_BxS = _used(stream)
-    return [
-        lambda q, _k, _v, k=k, v=v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
-        for k, v in zip(stream.k, stream.v, strict=True)
-    ]
+
+    def reader(k: jax.Array, v: jax.Array) -> Attend:
+        return lambda q, _k, _v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
+
+    return [reader(k, v) for k, v in zip(stream.k, stream.v, strict=True)]
 
 
 class New(NamedTuple):

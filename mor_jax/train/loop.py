@@ -35,7 +35,7 @@ from mor_jax.train.best import Best
 from mor_jax.train.checkpoint import Checkpointer, load_meta
 from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
-from mor_jax.train.distill import load_teacher
+from mor_jax.train.distill import Teacher, load_teacher
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
@@ -323,7 +323,9 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
         self.hosts.report(phase="restoring or initialising")
-        self.teacher = load_teacher(self.cfg, self.data.tokenizer, self.lm, self.mesh)
+        self.teacher: Teacher | Reference | None = load_teacher(
+            self.cfg, self.data.tokenizer, self.lm, self.mesh
+        )
         state, first, meta = self._last_good()
         if self.cfg.data.format == "preference":
             self.teacher = self._reference()

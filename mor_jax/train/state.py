@@ -88,7 +88,7 @@ def abstract_params(lm: Trained, mesh: Mesh) -> Any:
     """Of the parameters alone, as `abstract_state`."""
     shapes = jax.eval_shape(lm.init, jax.random.key(0))
 
-    def make(s, sharding):
+    def make(s: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
     return jax.tree.map(make, shapes, lm.rules.shardings(mesh, lm.logical_axes()))

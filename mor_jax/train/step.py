@@ -115,7 +115,7 @@ def loss_fn(
         return None if x is None else names
 
     salt, taught = batch.get("salt"), batch.get("reference" if held else "taught")
-    tables, table_axes = (None, None) if teacher is None or held else teacher.tables()
+    tables, table_axes = teacher.tables() if isinstance(teacher, Teacher) else (None, None)
     axes = (
         lm.logical_axes(),
         ROW,
@@ -157,7 +157,7 @@ def loss_fn(
 def cut_rows(lm: LM, batch: Batch, length: int) -> Batch:
     """Rows [B, T] as rows [B T / length, length]; the pieces of a row stay on its device."""
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         return lm.rules.constrain(x.reshape(-1, length), "batch", "time")
 
     return {name: cut(x) for name, x in batch.items()}
