@@ -21,6 +21,7 @@ def _bind_configs() -> None:
         home / "__init__.py",
         submodule_search_locations=[str(home), str(Path.cwd() / "configs")],
     )
+    assert spec is not None and spec.loader is not None, "of a file"
     module = importlib.util.module_from_spec(spec)
     sys.modules["configs"] = module
     spec.loader.exec_module(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import io
 import os
 import re
 import runpy
@@ -11,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -22,6 +23,9 @@ from mor_jax.config import Config, from_config_dict, switched
 from mor_jax.errors import ConfigError, UserError
 from mor_jax.parallel.join import hosts
 from mor_jax.paths import as_path, reason, use_compilation_cache, write_text
+
+if TYPE_CHECKING:
+    from mor_jax.analysis.sweep import Sweep
 
 # the folder that holds launch/ and configs/, of a checkout or of a wheel
 HOME = Path(__file__).resolve().parents[1]
@@ -34,7 +38,8 @@ def run(main: Callable[[list[str]], Any], *, arguments: bool = False) -> NoRetur
     """
     logging.set_verbosity(logging.ERROR)
     # an ASCII terminal shows "?" where it cannot show a letter
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has another kind
+        sys.stdout.reconfigure(errors="replace")
     quiet_without_tpu()
 
     def guarded(argv: list[str]) -> None:
@@ -81,7 +86,8 @@ def _parse(argv: list[str]) -> list[str]:
 def _readable(arguments: Sequence[str]) -> list[str]:
     """The arguments with `--config configs/mor.py` found where our own are, and whole numbers spelt
     as such: 1e3 is 1000."""
-    found, end = [], False
+    found: list[str] = []
+    end = False
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
         end = end or argument == "--"
@@ -195,7 +201,7 @@ def read_config(holder: Any, *, devices: int | None = None) -> Config:
     return from_config_dict(value, devices=devices or jax.device_count())
 
 
-def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
+def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Sweep:
     """The `Sweep` that a file's `get_sweep(argument)` returns; `spec` is `path.py` or
     `path.py:argument`.
 
@@ -218,7 +224,7 @@ def read_sweep(spec: str, seeds: Sequence[str] = ()) -> Any:
     get_sweep = runpy.run_path(path).get("get_sweep")
     if get_sweep is None:
         raise ConfigError(f"{path} has no function get_sweep(arg), so it is no sweep file.")
-    sweep = Sweep.from_dict(get_sweep(argument))
+    sweep: Sweep = Sweep.from_dict(get_sweep(argument))
     try:
         return dataclasses.replace(sweep, seeds=tuple(map(int, seeds))) if seeds else sweep
     except ValueError as e:

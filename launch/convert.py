@@ -114,28 +114,27 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the method random.")
 
 def main(_: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    checkpoint = _CHECKPOINT.value or ""
     if (_FROM.value is None) == (_CHECKPOINT.value is None):
         raise UserError("give --from (published weights) or --checkpoint (a run of this project).")
     if _FROM.value is not None:
         _refuse("from", to=_TO.value, config=_CONFIG.value, step=_STEP.value)
-        console.print(_import(_required("workdir", _WORKDIR.value)))
+        console.print(_import(_FROM.value, _required("workdir", _WORKDIR.value)))
     elif _TO.value is not None:
         _refuse("to", workdir=_WORKDIR.value, config=_CONFIG.value)
-        console.print(_export(_TO.value))
+        console.print(_export(checkpoint, _TO.value))
     elif _MERGE.value:
         _refuse("merge", config=_CONFIG.value)
         workdir = _required("workdir", _WORKDIR.value)
-        step = merge_checkpoint(
-            _CHECKPOINT.value, workdir, step=_STEP.value, average=_AVERAGE.value
-        )
-        console.print(f"Wrote the weights of step {step} of {_CHECKPOINT.value} to {workdir}.")
+        step = merge_checkpoint(checkpoint, workdir, step=_STEP.value, average=_AVERAGE.value)
+        console.print(f"Wrote the weights of step {step} of {checkpoint} to {workdir}.")
     else:
-        console.print(_recurse(_required("workdir", _WORKDIR.value)))
+        console.print(_recurse(checkpoint, _required("workdir", _WORKDIR.value)))
 
 
-def _import(workdir: str) -> str:
+def _import(source: str, workdir: str) -> str:
     began = time.monotonic()
-    done = import_weights(_FROM.value, workdir, context=_CONTEXT.value, tokenizer=_TOKENIZER.value)
+    done = import_weights(source, workdir, context=_CONTEXT.value, tokenizer=_TOKENIZER.value)
     names = ", ".join(done.tokenizer.token_text(i) for i in sorted(done.tokenizer.ends))
     return (
         f"{draw_program(done.config.model)}\n"
@@ -146,15 +145,15 @@ def _import(workdir: str) -> str:
     )
 
 
-def _export(to: str) -> str:
+def _export(checkpoint: str, to: str) -> str:
     if to.startswith("bundle:"):
-        loaded = load_model(_CHECKPOINT.value, _STEP.value)
+        loaded = load_model(checkpoint, _STEP.value)
         size = save_bundle(loaded, to.removeprefix("bundle:"))
-        return f"Wrote step {loaded.step} of {_CHECKPOINT.value} to {to.removeprefix('bundle:')}: {size:,} bytes."
+        return f"Wrote step {loaded.step} of {checkpoint} to {to.removeprefix('bundle:')}: {size:,} bytes."
     if not to.startswith("hf:"):
         raise UserError(f"--to={to}: expected hf:DIRECTORY or bundle:DIRECTORY.")
     done = export_weights(
-        _CHECKPOINT.value,
+        checkpoint,
         to,
         step=_STEP.value,
         average=_AVERAGE.value,
@@ -162,15 +161,15 @@ def _export(to: str) -> str:
     )
     coded = done.architecture == "mor"
     return (
-        f"Wrote step {done.step} of {_CHECKPOINT.value} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
+        f"Wrote step {done.step} of {checkpoint} to {to.removeprefix('hf:')}: {done.architecture}, {done.layers} "
         f"layers, {len(done.files)} file{'s' if len(done.files) > 1 else ''} of float32"
         f"{', and the code that computes it (trust_remote_code=True)' if coded else ''}."
     )
 
 
-def _recurse(workdir: str) -> str:
+def _recurse(checkpoint: str, workdir: str) -> str:
     done = convert_checkpoint(
-        _CHECKPOINT.value,
+        checkpoint,
         cli.read_config(_CONFIG),
         workdir,
         _METHOD.value or "",
@@ -181,7 +180,7 @@ def _recurse(workdir: str) -> str:
     )
     return (
         f"{draw_program(done.config.model)}\n{draw_sources(done.table)}\n"
-        f"Wrote step 0 to {workdir}, from step {done.source_step} of {_CHECKPOINT.value} ({done.method}). "
+        f"Wrote step 0 to {workdir}, from step {done.source_step} of {checkpoint} ({done.method}). "
         f"launch.train with the same --config and --workdir goes on from it."
     )
 

@@ -85,8 +85,8 @@ def main(_: list[str]) -> None:
         raise UserError(
             "--show_depth colours one text as it appears; it goes with neither --prompts, --n nor --stop."
         )
-    prompt = _PROMPT.value
-    if prompt is None and _PROMPTS.value is None:
+    prompt = _PROMPT.value or ""
+    if _PROMPT.value is None and _PROMPTS.value is None:
         if sys.stdin.isatty():
             print("Reading the prompt from standard input; end it with Ctrl-D.", file=sys.stderr)
         try:
@@ -122,7 +122,9 @@ def main(_: list[str]) -> None:
         )
         for done in found:
             echo = done.prompt if _ECHO.value else ""
-            print(json.dumps(done._asdict(), ensure_ascii=False) if several else echo + done.text)
+            print(
+                json.dumps(done._asdict(), ensure_ascii=False) if several else f"{echo}{done.text}"
+            )
         return
     pieces = stream_text(
         loaded,

@@ -187,7 +187,7 @@ def render_jobset(
         command=json.dumps(python_command(arguments)),
         exclusive="cloud.google.com/gke-nodepool",
     )
-    document = yaml.safe_load(text)
+    document: dict[str, Any] = yaml.safe_load(text)
     if gpu:
         del document["metadata"]["annotations"]
     if bucket:

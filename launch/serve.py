@@ -10,7 +10,7 @@ once, answers 503 while it loads and warms up, and says when it is ready. See do
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -23,7 +23,7 @@ from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
-from mor_jax.inference.engine.service import ServiceConfig
+from mor_jax.inference.engine.service import EngineService, ServiceConfig
 from mor_jax.paths import as_path
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
@@ -130,8 +130,9 @@ def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     )
 
 
-def make_service(loaded: Loaded) -> Any:
+def make_service(loaded: Loaded) -> PlainService | EngineService:
     """The engine of a model, every program compiled."""
+    service: PlainService | EngineService
     if _ENGINE.value == "plain":
         service = PlainService(loaded, queue=_QUEUE.value, context=_CONTEXT.value or None)
     else:
@@ -148,7 +149,7 @@ def make_service(loaded: Loaded) -> Any:
     return service
 
 
-def make_grammars(loaded: Loaded) -> tuple[Any, str]:
+def make_grammars(loaded: Loaded) -> tuple[Grammars | None, str]:
     """What constrains output to a schema; without its library None, and why."""
     try:
         return Grammars(loaded.tokenizer), ""

@@ -25,13 +25,14 @@ From a notebook:
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
 
 from launch import cli
 from launch.jobs import LAUNCHERS, launcher_command, run_line, shell_line
-from mor_jax.analysis.sweep import to_table
+from mor_jax.analysis.sweep import Sweep, to_table
 from mor_jax.errors import UserError
 from mor_jax.paths import as_path
 from mor_jax.train.sweep import collect, finished, jobs, run_job, run_sweep, write_results
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> None:
         )
     sweep, fields = cli.read_sweep(arguments[0], _SEEDS.value), cli.read_fields(_SET.value)
     if _LAUNCHER.value and not _RUN.value:
-        _launch(sweep, arguments[0], fields)
+        _launch(sweep, arguments[0], fields, _LAUNCHER.value)
         return
     if _DRY.value:
         print("\n".join(job.name for job in jobs(sweep, fields=fields)))
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
         run_job(found[0], _WORKDIR.value)
         return
 
-    def alone(name):
+    def alone(name: str) -> list[str]:
         return run_line([sys.executable, "-m", "launch.sweep", *sys.argv[1:], f"--run={name}"])
 
     slots = _DEVICES.value or [""] * _PARALLEL.value
@@ -97,24 +98,30 @@ def main(arguments: list[str]) -> None:
     print(f"wrote {_WORKDIR.value}/sweep.json, sweep.csv, sweep.md and sweep.png")
 
 
-def _launch(sweep, file: str, fields: dict) -> None:
+def _launch(sweep: Sweep, file: str, fields: dict[str, Any], launcher: str) -> None:
     """Every run that is not finished, by the launcher."""
-    workdir, flag = as_path(_WORKDIR.value), lambda name, values: [f"--{name}={v}" for v in values]
-    seeds = flag("seeds", [",".join(_SEEDS.value)] if _SEEDS.value else [])
-    own = ["launch.sweep", file, f"--workdir={workdir}", *seeds, *flag("set", _SET.value)]
+    workdir = as_path(_WORKDIR.value)
+    seeds = [f"--seeds={','.join(_SEEDS.value)}"] if _SEEDS.value else []
+    own = [
+        "launch.sweep",
+        file,
+        f"--workdir={workdir}",
+        *seeds,
+        *[f"--set={v}" for v in _SET.value],
+    ]
 
-    def name(run):
+    def name(run: str) -> str:
         return f"{Path(file.partition(':')[0]).stem}-{run}"
 
-    def command(run):
-        return launcher_command(_LAUNCHER.value, _WITH.value, [*own, f"--run={run}"], name(run))
+    def command(run: str) -> list[str]:
+        return launcher_command(launcher, _WITH.value, [*own, f"--run={run}"], name(run))
 
     todo = jobs(sweep, fields=fields)
     waiting = [job for job in todo if not finished(workdir / job.name, job.config)]
     if _DRY.value:
         print("\n".join(shell_line(command(job.name)) for job in waiting))
         return
-    if _LAUNCHER.value == "local":
+    if launcher == "local":
         outcomes = run_sweep(
             sweep, workdir, fields=fields, command=command, slots=[""] * _PARALLEL.value
         )

@@ -195,7 +195,7 @@ def paper_training_flops(cfg: Config, steps: int) -> float:
     the true cost. Those of a depth warm-up (`model/depth/warmup.py`) cost what they run."""
     tokens = tokens_per_step(cfg)
 
-    def of(shares):
+    def of(shares: Sequence[float]) -> float:
         return tokens * paper_flops_per_token(cfg.model, cfg.depth, shares=shares)
 
     return sum(
@@ -405,7 +405,7 @@ def _lora_matrices(model: ModelConfig) -> tuple[int, int]:
     values."""
     tree = _leaf_shapes(nn.Lora, model)
 
-    def of(projection):
+    def of(projection: str) -> int:
         return _size(tree, lambda name: name.startswith(projection))
 
     return of("query"), of("value")

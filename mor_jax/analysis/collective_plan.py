@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 
@@ -129,7 +130,15 @@ def planned_collectives(cfg: Config, *, devices: int, regather: bool = True) -> 
     return found if cfg.train.accum == 1 else [_repeated(p, cfg.train.accum) for p in found]
 
 
-def _over_sequence(add, cfg: Config, mesh: MeshShape, rows: float) -> None:
+class Add(Protocol):
+    """Adds what is planned, where the axes have more than one device."""
+
+    def __call__(
+        self, what: str, kind: str, axes: tuple[str, ...], number: int, values: float, size: int
+    ) -> None: ...
+
+
+def _over_sequence(add: Add, cfg: Config, mesh: MeshShape, rows: float) -> None:
     if mesh.sequence == 1:
         return
     m, d, program, c = cfg.model, cfg.depth, build_program(cfg.model), DTYPE_BYTES[cfg.model.dtype]

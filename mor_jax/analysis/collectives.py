@@ -181,7 +181,11 @@ def _joined(found: Iterable[Collective]) -> list[Collective]:
 
 
 def _heaviest(
-    bodies: dict, branches: list[str], times: int, in_loop: bool, found: list[Collective]
+    bodies: dict[str, list[str]],
+    branches: list[str],
+    times: int,
+    in_loop: bool,
+    found: list[Collective],
 ) -> None:
     runs: list[list[Collective]] = []
     for branch in branches:
@@ -190,7 +194,7 @@ def _heaviest(
     found += max(runs, key=lambda run: sum(c.wire_bytes for c in _joined(run)), default=[])
 
 
-def _collective(op: re.Match, line: str) -> Collective:
+def _collective(op: re.Match[str], line: str) -> Collective:
     result, kind, start = op.groups()
     shapes = tuple(f"{dtype}[{dims}]" for dtype, dims in _ARRAY.findall(result))
     sizes = array_bytes(result)
@@ -201,8 +205,14 @@ def _collective(op: re.Match, line: str) -> Collective:
     groups = _groups(line, kind)
     scale = len(groups[0]) if kind == "reduce-scatter" and groups else 1
     name, chain = re.search(r'op_name="([^"]*)"', line), re.search(r'chain_id="([^"]*)"', line)
-    where = {"source": name.group(1) if name else "", "chain": chain.group(1) if chain else ""}
-    return Collective(kind, shapes, scale * sum(sizes), groups, **where)
+    return Collective(
+        kind,
+        shapes,
+        scale * sum(sizes),
+        groups,
+        source=name.group(1) if name else "",
+        chain=chain.group(1) if chain else "",
+    )
 
 
 def _groups(line: str, kind: str) -> tuple[tuple[int, ...], ...]:
@@ -240,7 +250,8 @@ def _named_groups(
     after one of size 1."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)}
     wanted = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    shape, picked = [], []
+    shape: list[int] = []
+    picked: list[int] = []
     for name, size in sizes.items():
         # Cut the axis where parts of it begin and end.
         parts = [(int(a or 1), int(b or size)) for n, a, b in wanted if n == name]

@@ -73,7 +73,7 @@ def draw_sources(table: Mapping[str, Sequence[Sequence[int]]]) -> str:
     layers 1 3 5 · ...`."""
     picks = [pick for part in ("prelude", "core", "coda") for pick in table[part]]
 
-    def of(pick):
+    def of(pick: Sequence[int]) -> str:
         return (
             f"layer {pick[0]}" if len(pick) == 1 else f"mean of layers {' '.join(map(str, pick))}"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from mor_jax.analysis import accounting, tables, units
 from mor_jax.analysis.runs import RunRecord
+from mor_jax.config import Config
 
 SAME_BUDGET = 0.02  # relative difference of training FLOPs that still counts as equal
 
@@ -39,7 +40,7 @@ def headline(runs: Sequence[RunRecord]) -> Headline:
     known = [s for s in scores if s is not None]
     base = baseline(runs)
     # Without a common text there is nothing to compare, only scores to name.
-    same_text = len({_validation(run) for run in runs if run.config}) < 2
+    same_text = len({_validation(run.config) for run in runs if run.config}) < 2
     sentences = (
         [_versus(run, base) for run in runs if run is not base]
         if same_text
@@ -135,9 +136,9 @@ def _savings(run: RunRecord, base: RunRecord) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _validation(run: RunRecord) -> tuple[object, ...]:
+def _validation(config: Config) -> tuple[object, ...]:
     """What decides which text a run is evaluated on."""
-    data, train = run.config.data, run.config.train
+    data, train = config.data, config.train
     return (
         data.source,
         data.paths,

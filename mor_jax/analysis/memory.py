@@ -167,7 +167,7 @@ class TrainingMemory:
     @property
     def fullest(self) -> str:
         """The fullest moment."""
-        return max(self.moments, key=self.moments.get)
+        return max(self.moments, key=self.moments.__getitem__)
 
     @property
     def total(self) -> float:
@@ -238,12 +238,12 @@ def training_memory(
     tied = program.recursions * program.repeat > 1
     once = program.prelude + program.coda + (0 if tied else program.core)
 
-    def kept(tokens, policy, **of_keys):
-        return saved_bytes(m, tokens, policy, tensor, sequence, **of_keys)
+    def kept(tokens: int, policy: str, row: int = 0, own_keys: bool = True) -> float:
+        return saved_bytes(m, tokens, policy, tensor, sequence, row=row, own_keys=own_keys)
 
     ends = kept(m.context, remat)
 
-    def more(tokens, cut):
+    def more(tokens: int, cut: bool) -> float:
         return merged_bytes(m, tokens, tensor, sequence, cut) if merged else 0.0
 
     # Blocks whose weights are gathered lie in a checkpoint, which that compiler keeps apart since
@@ -253,8 +253,8 @@ def training_memory(
     back = looks_back(d.kv_name)
     runs = []  # of the core
     for r, k in enumerate(row_sizes(m, d) if tied else ()):
-        seen = {"row": m.context, "own_keys": d.kv_name != SHARED} if back and r else {}
-        runs.append(program.core * program.repeat * (kept(k, remat, **seen) + more(k, False)))
+        seen = (m.context, d.kv_name != SHARED) if back and r else (0, True)
+        runs.append(program.core * program.repeat * (kept(k, remat, *seen) + more(k, False)))
     per_row += sum(runs)
     block = size * count.blocks / program.unique_layers / tensor
     # One device has the core in the compute dtype beside the weights; its gradient is then the
@@ -333,7 +333,7 @@ def shard_bytes(owner: LM | Adapters, rules: Rules, mesh: MeshShape) -> int:
     shapes, axes = _shapes(owner)
     abstract = AbstractMesh(tuple(mesh), mesh._fields, axis_types=(AxisType.Auto,) * len(mesh))
 
-    def local(leaf: jax.ShapeDtypeStruct, names: tuple) -> int:
+    def local(leaf: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> int:
         shard = NamedSharding(abstract, rules.spec(names)).shard_shape(leaf.shape)
         return math.prod(shard) * leaf.dtype.itemsize
 

@@ -94,7 +94,8 @@ class TrigramByteModel:
             best = max(STRENGTHS, key=lambda s: np.log(mixed[s]).sum())
             chosen.append(best)
             p = mixed[best]
-        return tuple(chosen)
+        first, second, third = chosen
+        return first, second, third
 
 
 class _Order:

@@ -135,7 +135,7 @@ def suggest(cfg: Config, topology: Topology) -> Plan | None:
         found = [p for p in _candidates(dataclasses.replace(cfg, model=model), topology) if p.fits]
         if found:
             # Fewer micro-batches and fewer axes at equal cost.
-            def key(p):
+            def key(p: Plan) -> tuple[float, int, int]:
                 return (
                     round(p.collective_s, 4),
                     p.config.train.accum,

@@ -4,6 +4,7 @@ depth against loss, depth by token class, and the growth of the cache in decodin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -237,7 +238,7 @@ def kv_growth(runs: Sequence[RunRecord], depths: Mapping[str, Sequence[int]]) ->
     Args:
       depths: by run name, of every token of a prompt and its continuation.
     """
-    lines: list[tuple[list[float], dict]] = []
+    lines: list[tuple[list[float], dict[str, Any]]] = []
     for i, run in enumerate(runs):
         if run.config is None or not depths.get(run.name):
             continue

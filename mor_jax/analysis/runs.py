@@ -168,7 +168,8 @@ def _read_lines(path: epath.Path, notes: list[str]) -> list[Mapping[str, Any]]:
     except OSError:
         notes.append(f"{path.name} is missing.")
         return []
-    records, broken = [], 0
+    records: list[Mapping[str, Any]] = []
+    broken = 0
     for i, line in enumerate(lines):
         try:
             record = json.loads(line) if line.strip() else None

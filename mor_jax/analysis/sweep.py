@@ -31,7 +31,7 @@ from mor_jax.analysis.palette import GRID, INK, MUTED, series
 from mor_jax.errors import ConfigError
 
 
-def _fixed(value):
+def _fixed(value: float | None) -> str:
     return units.fixed(value, 4)
 
 
@@ -177,13 +177,14 @@ def summarise(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Line]:
         mine = [o for o in outcomes if o.point.name == point.name]
         good = [o for o in mine if not o.failure]
         if mine:
-
-            def number(o, c):
-                return (v := o.values.get(c)) is not None and math.isfinite(v)
-
-            values = {c: tuple(float(o.values[c]) for o in good if number(o, c)) for c in COLUMNS}
+            values = {c: _numbers(good, c) for c in COLUMNS}
             lines.append(Line(point, values, len(mine), len(mine) - len(good)))
     return lines
+
+
+def _numbers(outcomes: Sequence[Outcome], column: str) -> tuple[float, ...]:
+    given = (o.values.get(column) for o in outcomes)
+    return tuple(float(v) for v in given if v is not None and math.isfinite(v))
 
 
 def cells(sweep: Sweep, lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -248,7 +249,7 @@ def to_markdown(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     if winner is not None:
         rows[winner][place] = f"**{rows[winner][place]}**"
 
-    def text(row):
+    def text(row: Sequence[str]) -> str:
         return "| " + " | ".join(c.replace("|", "\\|") for c in row) + " |"
 
     rule = "|" + "---|" * len(sweep.label_names) + "---:|" * (len(header) - len(sweep.label_names))
@@ -352,7 +353,7 @@ def plot(sweep: Sweep, outcomes: Sequence[Outcome]) -> Figure:
         values, mean = line.values[sweep.metric], line.mean(sweep.metric)
         axes.plot(values, [row] * len(values), "|", color=MUTED[0], markersize=8)
         axes.errorbar(
-            [mean],
+            [math.nan if mean is None else mean],
             [row],
             xerr=[line.spread(sweep.metric) or 0.0],
             fmt="o",

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from mor_jax.analysis import accounting, units
 from mor_jax.analysis.runs import RunRecord, number
+from mor_jax.config import Config
 from mor_jax.errors import UserError
 
 MISSING_NOTE = "unfinished"
@@ -238,7 +239,7 @@ def evaluation_table(title: str, record: Mapping[str, Any]) -> Table:
     ):
         table.add_row(label, *(units.fixed(record[f"{mode}/{key}"]) for mode in ("causal", "topk")))
 
-    def share(mode):
+    def share(mode: str) -> str:
         return "  ".join(f"{r}: {s:.0%}" for r, s in enumerate(record[f"{mode}/depth_share"]))
 
     table.add_row("depth of tokens", share("causal"), share("topk"))
@@ -269,11 +270,9 @@ def headers(runs: Sequence[RunRecord]) -> tuple[str, ...]:
 
 
 def non_embedding(run: RunRecord) -> float | None:
-    if _counted(run):
+    if config := _counted(run):
         return float(
-            accounting.parameters(
-                run.config.model, run.config.depth, run.config.recursion
-            ).non_embedding
+            accounting.parameters(config.model, config.depth, config.recursion).non_embedding
         )
     return number((run.summarised("parameters") or {}).get("non_embedding"))
 
@@ -285,8 +284,8 @@ def paper_flops(run: RunRecord) -> float | None:
 
 
 def true_flops(run: RunRecord) -> float | None:
-    if _counted(run):
-        return accounting.true_flops_per_token(run.config.model, run.config.depth).total
+    if config := _counted(run):
+        return accounting.true_flops_per_token(config.model, config.depth).total
     return number(run.summarised("true_flops_per_token"))
 
 
@@ -297,8 +296,8 @@ def paper_training(run: RunRecord) -> float | None:
 
 
 def true_training(run: RunRecord) -> float | None:
-    if _counted(run) and run.steps:
-        return accounting.true_training_flops(run.config, run.steps)
+    if (config := _counted(run)) and run.steps:
+        return accounting.true_training_flops(config, run.steps)
     return number(run.summarised("true_training_flops"))
 
 
@@ -343,8 +342,10 @@ def trigram(run: RunRecord) -> float | None:
     return number(run.summarised("trigram_bits_per_byte"))
 
 
-def _counted(run: RunRecord) -> bool:
-    return run.config is not None and run.config.model.vocab_size > 0
+def _counted(run: RunRecord) -> Config | None:
+    """Its configuration, where that is enough to count by."""
+    config = run.config
+    return config if config is not None and config.model.vocab_size > 0 else None
 
 
 def _eval(key: str) -> Callable[[RunRecord], float | None]:

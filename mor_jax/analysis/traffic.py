@@ -96,8 +96,8 @@ def kv_by_depth(
         DTYPE_BYTES[model.dtype] if bytes_per_value is None else bytes_per_value
     )
 
-    def part(name, blocks, *of):
-        return KvDepth(name, blocks, *of, bytes_per_entry=blocks * layer)
+    def part(name: str, blocks: int, stored: float, full: float, mean: float) -> KvDepth:
+        return KvDepth(name, blocks, stored, full, mean, blocks * layer)
 
     strategy, steps = depth.kv_name, program.recursions
     if program.repeat > 1:  # a block's repetitions are as many caches of one pass over the core

@@ -208,9 +208,10 @@ def _document_ends(hf: tokenizers.Tokenizer, where: str) -> tuple[int, int]:
         for names in (BOS_NAMES, EOS_NAMES)
     ]
     bos, eos = found
-    if bos is None and eos is None:
+    either = eos if bos is None else bos
+    if either is None:
         raise DataError(
             f"{where}: no token that marks the end of a document. Looked for {', '.join(EOS_NAMES)}; "
             "add one of them to the tokenizer's special tokens."
         )
-    return (eos if bos is None else bos), (bos if eos is None else eos)
+    return either, either if eos is None else eos

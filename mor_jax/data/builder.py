@@ -25,7 +25,7 @@ FIELDS = {"tokens": np.int32, "segment_ids": np.int32}
 WEIGHTS = {"weights": np.float32}  # of conversations: see `packing.pack_whole`
 
 
-class PackedRows(tfds.core.GeneratorBasedBuilder):
+class PackedRows(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS has no types
     """`rows`: for each split, a function that yields its rows in the order they are to be
     stored."""
 
@@ -86,7 +86,7 @@ def write_rows(
     return Path(str(builder.data_path))
 
 
-class Rows(Sequence):
+class Rows(Sequence[Row]):
     """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids":
     int32[context]}, of conversations also "weights": float32[context].
 
@@ -109,7 +109,7 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Row:  # type: ignore[override]  # no slices
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[Row]:

@@ -7,10 +7,14 @@ import gzip
 import io
 import lzma
 import zlib
-from typing import BinaryIO
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mor_jax.errors import DataError
 from mor_jax.paths import filesystem, is_local
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 SUFFIXES = (".gz", ".xz", ".zst")
 
@@ -18,7 +22,7 @@ SUFFIXES = (".gz", ".xz", ".zst")
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
 
-def open_bytes(path: str, compression: str) -> BinaryIO:
+def open_bytes(path: str, compression: str) -> BinaryIO | io.BufferedIOBase:
     """`path` opened for reading, decompressed. `compression`: one of SUFFIXES, or "" for none."""
     if compression == ".zst":
         return io.BufferedReader(_ZstdReader(path), 1 << 17)
@@ -43,13 +47,13 @@ class _ZstdReader(io.RawIOBase):
     def __init__(self, path: str):
         self._zstandard = _import_zstandard(path)
         self._file = open_file(path)
-        self._frame = None  # decompressor of the frame being read
+        self._frame: Any = None  # decompressor of the frame being read
         self._ready = b""  # decompressed, not yet handed out
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         while not self._ready:
             chunk = self._frame.unused_data if self._frame and self._frame.eof else b""
             chunk = chunk or self._file.read(1 << 17)
@@ -63,8 +67,9 @@ class _ZstdReader(io.RawIOBase):
                 self._ready = self._frame.decompress(chunk)
             except self._zstandard.ZstdError as e:
                 raise OSError(str(e)) from e
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
+        room = memoryview(buffer)
+        n = min(len(room), len(self._ready))
+        room[:n], self._ready = self._ready[:n], self._ready[n:]
         return n
 
     def close(self) -> None:
@@ -73,7 +78,7 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
-def _import_zstandard(path: str):
+def _import_zstandard(path: str) -> ModuleType:
     try:
         import zstandard
     except ImportError as e:

@@ -10,8 +10,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from typing import ParamSpec
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
+from typing import Any, ParamSpec
 
 from mor_jax.config import DataConfig
 from mor_jax.data.chat import PAIR, conversation_text, pair_text
@@ -82,7 +83,7 @@ class Files:
             *(part for n, p in self._files.items() for part in (n, self._digest(p))),
         )
 
-    def _field(self, record: dict, where: str) -> str:
+    def _field(self, record: dict[str, Any], where: str) -> str:
         """The text of a record; of a conversation, its messages as JSON, of a pair both."""
         if self._format == "preference":
             return pair_text(record, where)
@@ -248,7 +249,7 @@ def _decode(raw: bytes, where: str) -> str:
         ) from e
 
 
-def _record(raw: bytes, key: str, where: str) -> dict:
+def _record(raw: bytes, key: str, where: str) -> dict[str, Any]:
     """One line of a .jsonl file. Raises DataError naming `where`."""
     line = _decode(raw, where)
     try:
@@ -264,7 +265,7 @@ def _record(raw: bytes, key: str, where: str) -> dict:
     return record
 
 
-def _missing(key: str, present, where: str) -> str:
+def _missing(key: str, present: Iterable[object], where: str) -> str:
     return f"{where}: no field {key!r}. Fields present: {', '.join(map(repr, present)) or 'none'}. Set config.data.text_key."
 
 
@@ -273,7 +274,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _import_pyarrow(path: str):
+def _import_pyarrow(path: str) -> tuple[ModuleType, ModuleType]:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -54,7 +54,7 @@ class HashMemo:
 
     def __init__(self, path: Path):
         self._path = path
-        self._known: dict[str, list] = {}
+        self._known: dict[str, list[Any]] = {}
         with contextlib.suppress(OSError, ValueError):
             known = json.loads(path.read_text())
             self._known = known if isinstance(known, dict) else {}

@@ -142,12 +142,12 @@ class Survey:
 
     def __call__(self, document: Document) -> None:
         p, at = self._plan, place(document.id)
-        low = {"lowest": document.id, "lowest_place": at} if at < p.lowest_place else {}
-        high = {"highest": document.id, "highest_place": at} if at > p.highest_place else {}
-        text = document.text.encode()
-        self._plan = dataclasses.replace(
-            p, documents=p.documents + 1, bytes=p.bytes + len(text), **low, **high
-        )
+        if at < p.lowest_place:
+            p = dataclasses.replace(p, lowest=document.id, lowest_place=at)
+        if at > p.highest_place:
+            p = dataclasses.replace(p, highest=document.id, highest_place=at)
+        size = p.bytes + len(document.text.encode())
+        self._plan = dataclasses.replace(p, documents=p.documents + 1, bytes=size)
         self._longest = max(self._longest, len(document.text))
         self._contents.append(content_hash(document.text))
         self._places.append(at)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -66,15 +66,15 @@ class Loader:
     def at(self, step: int) -> Batch:
         """The batch of a step."""
 
-        def read(positions):
+        def read(positions: np.ndarray) -> Batch:
             return _stack(_read(self._rows, self.indices_at(step, positions)))
 
         return _place(read, self._shape, self._sharding)
 
-    def iter_from_step(self, step: int) -> Iterator[Batch]:
+    def iter_from_step(self, step: int) -> Generator[Batch, None, None]:
         """`at(step)`, `at(step + 1)`, ... read ahead by a thread, which ends when the iterator is
         closed."""
-        ready: queue.Queue = queue.Queue(PREFETCH)
+        ready: queue.Queue[Batch | BaseException] = queue.Queue(PREFETCH)
         stop = threading.Event()
         thread = threading.Thread(
             target=self._read_ahead, args=(step, ready, stop), name="prefetch", daemon=True
@@ -93,8 +93,11 @@ class Loader:
                     ready.get_nowait()  # makes room, should the thread be waiting for it
             thread.join()
 
-    def _read_ahead(self, step: int, ready: queue.Queue, stop: threading.Event) -> None:
+    def _read_ahead(
+        self, step: int, ready: queue.Queue[Batch | BaseException], stop: threading.Event
+    ) -> None:
         while not stop.is_set():
+            batch: Batch | BaseException
             try:
                 batch = self.at(step)
             except BaseException as e:  # handed over, raised where the batch was wanted
@@ -147,11 +150,12 @@ def _place(
     if sharding is None:
         return read(positions)
     held = sharding.addressable_devices_indices_map(shape)
-    needed = np.unique(np.concatenate([positions[index[0]] for index in held.values()]))
+    needed = np.unique(np.concatenate([positions[index[0]] for index in held.values() if index]))
     local = read(needed)
 
     def array(name: str) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "of an array with axes"
             return local[name][np.searchsorted(needed, positions[index[0]])][:, index[1]]
 
         return jax.make_array_from_callback(shape, sharding, shard)

@@ -9,7 +9,7 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows: the atomic renames still keep a cache whole, work may be done twice
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # read as such below
 
 
 @contextlib.contextmanager

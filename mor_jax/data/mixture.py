@@ -26,7 +26,7 @@ def cycle(weights: Sequence[float]) -> np.ndarray:
     largest remainders."""
     share = np.asarray(weights, np.float64) / sum(weights) * CYCLE
     places = np.maximum(1, np.floor(share)).astype(int)
-    while (rest := CYCLE - places.sum()) > 0:
+    while (rest := CYCLE - int(places.sum())) > 0:
         places[np.argmax(share - places)] += 1
     for _ in range(-rest):  # small sources have been given a place
         places[np.argmax(np.where(places > 1, places - share, -np.inf))] -= 1
@@ -34,7 +34,7 @@ def cycle(weights: Sequence[float]) -> np.ndarray:
     return np.array([source for _, source in sorted(at)])
 
 
-class Mixture(Sequence):
+class Mixture(Sequence[Row]):
     """The rows of all sources, one source after another.
 
     Args:
@@ -51,7 +51,7 @@ class Mixture(Sequence):
     def __len__(self) -> int:
         return self.first[-1]
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> Row:  # type: ignore[override]  # no slices
         return self.read([i])[0]
 
     def read(self, indices: Sequence[int]) -> list[Row]:
@@ -72,7 +72,8 @@ class Mixture(Sequence):
         """All rows once, in the shares of the mixture as long as there are rows of each source: for
         evaluations, which read the first so many."""
         sizes = [len(part) for part in self._parts]
-        of_cycle, taken, result = cycle(self._weights), [0] * len(sizes), []
+        of_cycle, taken = cycle(self._weights), [0] * len(sizes)
+        result: list[int] = []
         for source in itertools.cycle(of_cycle):
             if len(result) == len(self):
                 return result
@@ -110,7 +111,7 @@ class MixedOrder:
         )
 
 
-class Picked(Sequence):
+class Picked(Sequence[Row]):
     """Rows in another order."""
 
     def __init__(self, rows: Mixture, indices: Sequence[int]):
@@ -119,7 +120,7 @@ class Picked(Sequence):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> Row:  # type: ignore[override]  # no slices
         return self._rows[self._indices[i]]
 
     def read(self, indices: Sequence[int]) -> list[Row]:

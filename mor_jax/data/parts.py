@@ -60,7 +60,7 @@ def write_parts(
     `documents` must be the same sequence each time. `advance` is called with UTF-8 bytes done.
     Returns the files in order."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths: list[Path] = []
     documents = iter(documents)
     while (part := _read_finished(path := directory / f"{len(paths):06d}.npz")) is not None:
         paths.append(path)
@@ -107,8 +107,8 @@ def _read_finished(path: Path) -> Part | None:
 
 def _batches(
     documents: Iterable[tuple[Document, bool]],
-) -> Iterator[list[tuple[bytes, Document, bool]]]:
-    batch: list = []
+) -> Iterator[list[tuple[int, Document, bool]]]:
+    batch: list[tuple[int, Document, bool]] = []
     size = 0
     for document, held_out in documents:
         batch.append((len(document.text.encode()), document, held_out))

@@ -69,7 +69,9 @@ class PreparedData:
     fingerprint: str
     stats: dict[str, Any]
     directory: Path
-    sources: tuple[tuple[str, Rows], ...] = ()  # of a mixture: name and held-out rows of each
+    sources: tuple[
+        tuple[str, Rows | Picked], ...
+    ] = ()  # of a mixture: name and held-out rows of each
 
 
 def prepare(cfg: DataConfig, context: int, *, progress: bool = True) -> PreparedData:
@@ -142,7 +144,7 @@ def _mixed(cfg: DataConfig, context: int, progress: bool) -> PreparedData:
     ]
     train, held_out = (Mixture([getattr(d, split) for d in each], weights) for split in SPLITS)
 
-    def numbers(key):
+    def numbers(key: str) -> dict[str, int]:
         return {k: sum(d.stats[key][k] for d in each) for k in each[0].stats[key]}
 
     stats: dict[str, Any] = {split: numbers(split) for split in SPLITS}
@@ -280,7 +282,7 @@ def _write(
 
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    stats = _count(parts, chat)
+    stats: dict[str, Any] = {**_count(parts, chat)}
     for split in SPLITS if chat else ():
         if not stats[split]["trained"]:
             shutil.rmtree(work)
@@ -369,6 +371,7 @@ def _plan(
         say(f"training a BPE of {cfg.bpe_vocab} tokens ...", shown=shown)
         texts = (d for d, held_out in plan.split(sample.documents()) if not held_out)
         tokenizer = build_tokenizer(cfg, map(_spoken, texts) if cfg.conversations else texts)
+    assert tokenizer is not None, "given, or trained on the sample"
     tokenizer.save(work)
     # last: it says that the tokenizer is there
     path.write_text(json.dumps(dataclasses.asdict(plan)))

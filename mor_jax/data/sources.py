@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mor_jax.config import DataConfig
 from mor_jax.data.documents import Digest, Document, Source
 from mor_jax.data.files import Files
@@ -12,7 +14,11 @@ from mor_jax.errors import DataError
 
 __all__ = ["REGISTRY", "Document", "Source", "open_source"]
 
-REGISTRY = {"pystdlib": PyStdlib, "files": Files, "tfds": TfdsText}
+REGISTRY: dict[str, Callable[[DataConfig, Digest], Source]] = {
+    "pystdlib": PyStdlib,
+    "files": Files,
+    "tfds": TfdsText,
+}
 
 
 def open_source(cfg: DataConfig, digest: Digest = hash_file) -> Source:

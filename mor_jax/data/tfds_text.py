@@ -92,7 +92,7 @@ def _messages(value: Any) -> Any:
             dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)
         ]
 
-    def text(v):
+    def text(v: Any) -> Any:
         return (
             v.decode("utf-8", "replace")
             if isinstance(v, bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import tokenizers
 
@@ -81,7 +82,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return BpeTokenizer(hf, str(path), framing)
 
 
-def _framing(given: object, where: str) -> Framing:
+def _framing(given: Any, where: str) -> Framing:
     """Raises DataError."""
     try:
         bos, eos, ends, add_bos = (given[name] for name in Framing._fields)

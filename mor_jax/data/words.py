@@ -26,7 +26,7 @@ LIMIT = 1 << 18  # words remembered, about 50 MB; then it starts anew
 class WordEncoder:
     """`encode`: what the library does to texts, each of which may be a single word."""
 
-    def __init__(self, encode: Callable[[Sequence[str]], list[Sequence[int]]]):
+    def __init__(self, encode: Callable[[Sequence[str]], Sequence[Sequence[int]]]):
         self._encode = encode
         self._known: dict[str, Sequence[int]] = {}
 

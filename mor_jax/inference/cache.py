@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
+from mor_jax.model.block import Attend
 from mor_jax.model.kv import KeyValue
 
 
@@ -63,7 +64,7 @@ def compact(stream_kv: list[KeyValue], active_BxT: jax.Array, slots: int) -> Str
     order = jnp.argsort(~active_BxT, axis=-1, stable=True)
     room = slots - active_BxT.shape[1]
 
-    def pack(x):  # [B, K, T, H]
+    def pack(x: jax.Array) -> jax.Array:  # [B, K, T, H]
         packed = jax.vmap(lambda a, i: a[:, i])(x, order)
         return jnp.pad(packed, ((0, 0), (0, 0), (0, room), (0, 0)))
 
@@ -79,13 +80,20 @@ def last_entries(stream: Stream) -> list[KeyValue]:
     """The newest entry of every sequence: (k, v) of each block, [B, K, 1, H]."""
     row, slot_B = jnp.arange(stream.length_B.shape[0]), stream.length_B - 1
 
-    def newest(x):
+    def newest(x: jax.Array) -> jax.Array:
         return x[row, :, slot_B][:, :, None]
 
     return [(newest(k), newest(v)) for k, v in zip(stream.k, stream.v, strict=True)]
 
 
-def _attention(q_BxKxGx1xH, k, v, pos_B, pos_BxS, used_BxS) -> jax.Array:
+def _attention(
+    q_BxKxGx1xH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pos_B: jax.Array,
+    pos_BxS: jax.Array,
+    used_BxS: jax.Array,
+) -> jax.Array:
     """Of one token a sequence, to the entries in use."""
     ones = jnp.ones_like(pos_B[:, None])
     return nn.attention(
@@ -97,14 +105,15 @@ def _used(stream: Stream) -> jax.Array:
     return jnp.arange(stream.pos_BxS.shape[1])[None] < stream.length_B[:, None]
 
 
-def readers(stream: Stream, pos_B: jax.Array) -> list[nn.Attend]:
+def readers(stream: Stream, pos_B: jax.Array) -> list[Attend]:
     """Attention of each block for one token per sequence that looks at the stream and adds nothing
     to it."""
     used_BxS = _used(stream)
-    return [
-        lambda q, _k, _v, k=k, v=v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
-        for k, v in zip(stream.k, stream.v, strict=True)
-    ]
+
+    def reader(k: jax.Array, v: jax.Array) -> Attend:
+        return lambda q, _k, _v: (_attention(q, k, v, pos_B, stream.pos_BxS, used_BxS), None)
+
+    return [reader(k, v) for k, v in zip(stream.k, stream.v, strict=True)]
 
 
 class New(NamedTuple):
@@ -134,15 +143,16 @@ class Appender:
         self._used_BxS = _used(self._after)
 
     def _write(self, block: int, k_BxKx1xH: jax.Array, v_BxKx1xH: jax.Array) -> KeyValue:
-        def put(x, new):
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
             return x.at[self._row, :, self._slot_B].set(new[:, :, 0], mode="drop")
 
         return put(self._before.k[block], k_BxKx1xH), put(self._before.v[block], v_BxKx1xH)
 
     def _attend(
-        self, block: int, q: jax.Array, k: jax.Array, v: jax.Array
+        self, block: int, q: jax.Array, k: jax.Array | None, v: jax.Array | None
     ) -> tuple[jax.Array, KeyValue]:
-        if self._new.kept is not None:
+        assert k is not None and v is not None, "written"
+        if self._new.kept is not None and self._new.fresh_B is not None:
             fresh = self._new.fresh_B[:, None, None, None]
             k, v = (
                 jnp.where(fresh, made, kept)
@@ -151,7 +161,7 @@ class Appender:
         grown = self._write(block, k, v)
         return _attention(q, *grown, self._pos_B, self._after.pos_BxS, self._used_BxS), grown
 
-    def attends(self) -> list[nn.Attend]:
+    def attends(self) -> list[Attend]:
         """One a block; beside its output, each returns the block's grown keys and values."""
         return [functools.partial(self._attend, i) for i in range(len(self._before.k))]
 
@@ -163,4 +173,4 @@ class Appender:
 
     def copied(self) -> Stream:
         """The stream afterwards when no block runs and everyone writes what was kept."""
-        return self.grown([self._write(i, *kv) for i, kv in enumerate(self._new.kept)])
+        return self.grown([self._write(i, *kv) for i, kv in enumerate(self._new.kept or ())])

@@ -14,15 +14,19 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.inference.cache import Appender, Cache, New, Stream, compact, last_entries, readers
+from mor_jax.model.block import Attend
 from mor_jax.model.depth import DepthControl, TokenInfo
 from mor_jax.model.kv import HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
-from mor_jax.model.recurse import run_masked
+from mor_jax.model.recurse import Core, run_masked
+from mor_jax.nn.parameters import Tree
+
+Update = Callable[[jax.Array, jax.Array], jax.Array]  # state before a step, the core's output
 
 
 def prefill(
     lm: LM,
-    params: dict,
+    params: Tree,
     tokens_BxT: jax.Array,
     lengths_B: jax.Array,
     slots: int,
@@ -46,14 +50,19 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT, pos), rope, keep)
     core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
-    how = {
-        "causal": True,
-        "kv": kv,
-        "keep_extra": True,
-        "numbered": lm.numbered,
-        "ids_BxT": tokens_BxT,
-    }
-    result = run_masked(lm.steered(control, params), params["router"], core, x, pos, seg, **how)
+    result = run_masked(
+        lm.steered(control, params),
+        params["router"],
+        core,
+        x,
+        pos,
+        seg,
+        causal=True,
+        kv=kv,
+        keep_extra=True,
+        numbered=lm.numbered,
+        ids_BxT=tokens_BxT,
+    )
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -76,7 +85,7 @@ def prefill(
 
 
 def decode_step(
-    lm: LM, params: dict, cache: Cache, token_B: jax.Array, control: DepthControl | None = None
+    lm: LM, params: Tree, cache: Cache, token_B: jax.Array, control: DepthControl | None = None
 ) -> tuple[jax.Array, Cache, jax.Array]:
     """One token for every sequence.
 
@@ -101,11 +110,12 @@ def decode_step(
 
     core_params, kv = lm.gathered_core(params), lm.kv()
 
-    def blocks(h, attends, **how):
+    def blocks(h: jax.Array, attends: list[Attend], **how: Any) -> tuple[jax.Array, list[Any]]:
         return lm.blocks(core_params, h, rope, attends, lm.program.repeat, **how)
 
-    blocks, h = lm.looped(blocks, params, h, pos_B[:, None])
-    active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
+    looped, h = lm.looped(blocks, params, h, pos_B[:, None])
+    active, depth = everyone, jnp.zeros(pos_B.shape, jnp.int32)
+    streams: list[Stream] = []
     policy = lm.steered(control, params)
     memory = policy.remember(h)
     route = policy.begin(
@@ -114,19 +124,25 @@ def decode_step(
     for r in range(lm.program.recursions):
         step, core = (
             jax.tree.map(lambda leaf, r=r: leaf[r], route.steps),
-            functools.partial(blocks, recursion=r),
+            functools.partial(looped, recursion=r),
         )
         z = policy.score(step, h)
         active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
         depth += active
         before = h
 
-        def update(h, y, step=step, z=z, active=active):
+        def update(
+            h: jax.Array,
+            y: jax.Array,
+            step: Any = step,
+            z: jax.Array = z,
+            active: jax.Array = active,
+        ) -> jax.Array:
             return jnp.where(active[:, None, None], policy.combine(step, h, y, z, route.tokens), h)
 
         if r and kv == SHARED:
 
-            def read(h, update=update, core=core):
+            def read(h: jax.Array, update: Update = update, core: Core = core) -> jax.Array:
                 return update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])
 
             h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
@@ -150,7 +166,7 @@ def decode_step(
 
 
 def _append(
-    lm: LM, params: dict, x: jax.Array, rope: Any, stream: Stream, pos_B: jax.Array
+    lm: LM, params: Tree, x: jax.Array, rope: Any, stream: Stream, pos_B: jax.Array
 ) -> tuple[jax.Array, Stream]:
     """One token of every sequence through a part that keeps all tokens."""
     append = Appender(stream, pos_B, New(jnp.ones(pos_B.shape, bool)))
@@ -159,23 +175,23 @@ def _append(
 
 
 def _grow(
-    core: Callable,
+    core: Core,
     h: jax.Array,
     stream: Stream,
     pos_B: jax.Array,
     new: New,
     needed: jax.Array,
-    update: Callable,
+    update: Update,
 ) -> tuple[jax.Array, Stream]:
     """A recursion step that writes keys. One that is not `needed` is skipped, not computed and
     thrown away."""
 
-    def run(h, stream):
+    def run(h: jax.Array, stream: Stream) -> tuple[jax.Array, Stream]:
         append = Appender(stream, pos_B, new)
         y, grown = core(h, append.attends())
         return update(h, y), append.grown(grown)
 
-    def skip(h, stream):
+    def skip(h: jax.Array, stream: Stream) -> tuple[jax.Array, Stream]:
         return h, stream if new.kept is None else Appender(stream, pos_B, new).copied()
 
     return jax.lax.cond(needed, run, skip, h, stream)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.data.loader import Batch
 from mor_jax.errors import UserError
 from mor_jax.model.depth import DepthControl, survey
 from mor_jax.model.depth.survey import SURVEY
@@ -76,7 +77,7 @@ def depth_control(
     )
 
 
-def _each(value: Any, rows: int) -> list:
+def _each(value: Any, rows: int) -> list[Any]:
     if value is None or isinstance(value, (int, float)):
         return [value] * rows
     if len(value) != rows:
@@ -88,10 +89,12 @@ def _each(value: Any, rows: int) -> list:
 def _counts(
     lm: LM, params: Any, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array, control: DepthControl
 ) -> jax.Array:
-    return lm.forward(params, tokens_BxT, segment_ids_BxT, mode=CAUSAL, control=control).stats.above
+    stats = lm.forward(params, tokens_BxT, segment_ids_BxT, mode=CAUSAL, control=control).stats
+    assert stats.above is not None, "a routed policy counts"
+    return stats.above
 
 
-def calibrate(lm: LM, params: Any, batches: Iterable[dict]) -> Any:
+def calibrate(lm: LM, params: Any, batches: Iterable[Batch]) -> Any:
     """The parameters with a survey taken from these rows, in place of the one training left (or did
     not leave).
 

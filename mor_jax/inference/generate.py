@@ -16,6 +16,7 @@ from mor_jax.inference.decode import decode_step, prefill
 from mor_jax.inference.sampler import Sampling, sample
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import LM
+from mor_jax.nn.parameters import Tree
 
 SMALLEST_PREFILL = 16
 GREEDY = Sampling(temperature=0.0)
@@ -122,7 +123,10 @@ class Generation:
         )
 
 
-def _draw(logits_BxV, key, position_B, sampling: Sampling, limit: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _draw(
+    logits_BxV: jax.Array, key: jax.Array, position_B: jax.Array, sampling: Sampling, limit: int
+) -> jax.Array:
     rows = jnp.arange(logits_BxV.shape[0])
     keys = jax.vmap(lambda b, t: jax.random.fold_in(jax.random.fold_in(key, b), t))(
         rows, position_B
@@ -132,11 +136,19 @@ def _draw(logits_BxV, key, position_B, sampling: Sampling, limit: int) -> jax.Ar
     )
 
 
-_draw = jax.jit(_draw, static_argnums=(3, 4))
 _prefill = jax.jit(prefill, static_argnums=(0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=(2,))
-def _advance(lm: LM, params, cache: Cache, token_B, key, sampling: Sampling, limit: int, control):
+def _advance(
+    lm: LM,
+    params: Tree,
+    cache: Cache,
+    token_B: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    limit: int,
+    control: DepthControl | None,
+) -> tuple[jax.Array, Cache, jax.Array]:
     logits, cache, depth_B = decode_step(lm, params, cache, token_B, control)
     return _draw(logits, key, cache.length_B, sampling, limit), cache, depth_B

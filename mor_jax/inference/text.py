@@ -8,8 +8,11 @@ import dataclasses
 import queue
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from jax.sharding import Mesh
+
+from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.engine.build import build_service
 from mor_jax.inference.engine.device import EngineConfig, can_serve
@@ -17,14 +20,18 @@ from mor_jax.inference.engine.plain import PlainService
 from mor_jax.inference.engine.request import (
     DepthWish,
     Drawing,
+    Event,
     Finished,
     PromptRead,
     Request,
     Service,
+    Ticket,
     Token,
 )
 from mor_jax.inference.engine.service import ServiceConfig
 from mor_jax.inference.sampler import Sampling
+from mor_jax.model.block import Params
+from mor_jax.model.lm import LM
 
 # One sequence, so there is nothing to share. Two lanes, since products of one row are slow.
 ONE = EngineConfig(lanes=2, full_lanes=2, chunks=(64,))
@@ -32,12 +39,19 @@ ONE_AT_A_TIME = ServiceConfig(prefix_bytes=0, idle_s=0.0)
 
 
 class Model(Protocol):
-    """What is needed of a loaded model."""
+    """What is needed of a loaded model (`train.load.Loaded`)."""
 
-    lm: object
-    params: object
-    tokenizer: object
-    mesh: object
+    @property
+    def lm(self) -> LM: ...
+
+    @property
+    def params(self) -> Params: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
 
 
 class Piece(NamedTuple):
@@ -83,7 +97,7 @@ def stream_text(
     ids, room = list(request.prompt), context - len(request.prompt)
     # One more, which says how deep the last one thought.
     request = dataclasses.replace(request, max_tokens=min(max_tokens + 1, room), prompt_depths=True)
-    events: queue.SimpleQueue = queue.SimpleQueue()
+    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
     if (running := service) is None:
         a_token_a_tick = dataclasses.replace(ONE, boundary_every=model.lm.program.recursions)
         running = _service(model, a_token_a_tick, ONE_AT_A_TIME)
@@ -103,7 +117,8 @@ class Completion(NamedTuple):
     or "length"."""
 
     prompt: str | Sequence[int]
-    index: int  # among the n of its prompt
+    # among the n of its prompt
+    index: int  # type: ignore[assignment]  # not tuple.index
     text: str
     finish: str
 
@@ -150,7 +165,7 @@ def complete(
         ServiceConfig(queue=len(requests)),
     )
     with contextlib.closing(service):
-        events: list[queue.SimpleQueue] = [queue.SimpleQueue() for _ in requests]
+        events: list[queue.SimpleQueue[list[Event]]] = [queue.SimpleQueue() for _ in requests]
         tickets = [service.submit(r, q.put) for r, q in zip(requests, events, strict=True)]
         return [
             Completion(prompt, i, *_finished(model.tokenizer, q, ticket, stop))
@@ -166,7 +181,10 @@ def _service(model: Model, engine: EngineConfig, config: ServiceConfig) -> Servi
 
 
 def _finished(
-    tokenizer: Any, events: queue.SimpleQueue, ticket: Any, stop: Sequence[str]
+    tokenizer: Tokenizer,
+    events: queue.SimpleQueue[list[Event]],
+    ticket: Ticket,
+    stop: Sequence[str],
 ) -> tuple[str, str]:
     """(text, why it ended) of one request, when it has."""
     decoder, text = tokenizer.stream(), ""
@@ -215,12 +233,14 @@ def _request(
     )
 
 
-def _pieces(tokenizer, ids: list[int], most: int, events: queue.SimpleQueue) -> Iterator[Piece]:
+def _pieces(
+    tokenizer: Tokenizer, ids: list[int], most: int, events: queue.SimpleQueue[list[Event]]
+) -> Iterator[Piece]:
     """Pieces of the prompt and of `most` tokens at most, from the engine's events."""
-    decoder, waiting, count = tokenizer.stream(), ids[-1], 0
-    depth = 0
+    decoder, count, depth = tokenizer.stream(), 0, 0
+    waiting: int | None = ids[-1]
 
-    def all_events():
+    def all_events() -> Iterator[Event]:
         while True:
             yield from events.get()
 
@@ -230,6 +250,7 @@ def _pieces(tokenizer, ids: list[int], most: int, events: queue.SimpleQueue) -> 
                 yield Piece(decoder.push(token), depth, True)
         elif isinstance(event, Token):  # its depth is that of the token before it
             depth = event.depth
+            assert waiting is not None, "it was drawn from one"
             yield Piece(decoder.push(waiting), depth, count == 0)
             waiting = None
             if count == most or event.stopped:

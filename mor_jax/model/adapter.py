@@ -13,14 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from mor_jax.config import AdapterConfig
 from mor_jax.model.lm import LM
+from mor_jax.nn.parameters import Tree
 from mor_jax.parallel.rules import Rules
+
+T = TypeVar("T")
 
 DOWN, UP = "adapter_down", "adapter_up"
 INPUTS = {"qkv": 1, "out": 3, "gate_up": 1, "down": 1}  # last axes of a matrix that are inputs
@@ -38,21 +41,21 @@ class Adapters:
     def rules(self) -> Rules:
         return self.lm.rules
 
-    def _each(self, make: Callable[[str, Any], dict], tree: dict) -> dict:
+    def _each(self, make: Callable[[str, Any], Tree], tree: Tree) -> Tree:
         """{part: {block: {attention|mlp: {name: make(name, leaf)}}}} over the chosen matrices of a
         tree like `lm`'s."""
 
-        def chosen(leaves):
+        def chosen(leaves: Tree) -> Tree:
             return {
                 name: make(name, x) for name, x in leaves.items() if name in self.config.targets
             }
 
-        def block(b):
+        def block(b: Tree) -> Tree:
             return {group: made for group in ("attention", "mlp") if (made := chosen(b[group]))}
 
         return {part: {i: block(b) for i, b in tree[part].items()} for part in PARTS if tree[part]}
 
-    def init(self, key: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Tree:
         """Adapters that change nothing: `adapter_up` is zero, `adapter_down` is drawn."""
         count = iter(range(1_000_000))
 
@@ -66,7 +69,7 @@ class Adapters:
 
         return self._each(make, jax.eval_shape(self.lm.init, key))
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         """Tree like `init`'s; the halves lie as the sides of their matrix do."""
 
         def make(name: str, axes: tuple[str | None, ...]) -> dict[str, tuple[str | None, ...]]:
@@ -75,7 +78,7 @@ class Adapters:
 
         return self._each(make, self.lm.logical_axes())
 
-    def merged(self, params: dict, adapters: dict) -> dict:
+    def merged(self, params: Tree, adapters: Tree) -> Tree:
         """The parameters with the adapters in them, a tree like `params`."""
         scale = self.config.alpha / self.config.rank
 
@@ -89,7 +92,7 @@ class Adapters:
         return put(params, adapters)
 
 
-def _split(name: str, axes: tuple) -> tuple[tuple, tuple]:
+def _split(name: str, axes: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
     """(outputs, inputs) among what stands for the axes of a matrix."""
     cut = len(axes) - INPUTS[name]
     return axes[:cut], axes[cut:]

@@ -27,13 +27,14 @@ from mor_jax.config import ModelConfig
 from mor_jax.nn.dense import Product, dense
 from mor_jax.nn.mlp import swiglu
 from mor_jax.nn.norm import rms_norm
+from mor_jax.nn.parameters import Tree
 from mor_jax.nn.rope import apply_rope
 
 # attend(q_BxKxGxTxH, k_BxKxTxH, v_BxKxTxH) -> (o_BxKxGxTxH, extra); of single tokens q_MxKxGxH,
 # k_MxKxH, v_MxKxH -> o_MxKxGxH. Keys are rotated. A training row, a prefill or one decode step are
 # three such functions. Where a block projects queries only, k and v are None.
 Attend = Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]]
-Params = Mapping[str, Any]
+Params = Tree
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of single tokens
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
 
@@ -58,6 +59,7 @@ def embed(
     """
     if not m.smear:
         return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
+    assert before is not None and pos is not None, "smearing reads them"
     count, mix_SxD = tokens.shape[-1], params["embed"]["smear"].astype(m.dtype)
     near = jnp.concatenate([before, tokens], axis=-1)
     e = jnp.take(params["embed"]["table"], near, axis=0).astype(m.dtype)
@@ -100,14 +102,16 @@ def block(
     if own and step is None:
         raise ValueError("a relaxed core must be told which recursion it is applied for")
 
+    number = 0 if step is None else step  # read where there is an "own" alone
+
     def scale(name: str) -> jax.Array:
-        return _of_step(own[name]["scale"], step, x) if name in own else params[name]["scale"]
+        return _of_step(own[name]["scale"], number, x) if name in own else params[name]["scale"]
 
     if "encoding" in own:
         x = x * scale("encoding").astype(x.dtype)
     pre = m.norm_placement != "post"
     n = rms_norm(x, scale("norm_1"), m.norm_eps) if pre else x
-    add = _addition(n, own["lora"], step, queries_only, product) if "lora" in own else None
+    add = _addition(n, own["lora"], number, queries_only, product) if "lora" in own else None
     a, extra = attention(
         m, params["attention"], n, rope, attend, add=add, queries_only=queries_only, product=product
     )
@@ -196,7 +200,7 @@ def blocks(
     x: jax.Array,
     attend: Attend | Sequence[Attend],
     repeat: int = 1,
-) -> tuple[jax.Array, list]:
+) -> tuple[jax.Array, list[Any]]:
     """All blocks of one part in order, each `repeat` times in place; the `extra` of every
     application as a list.
 
@@ -238,7 +242,7 @@ def finish(m: ModelConfig, products: jax.Array) -> jax.Array:
     return m.logit_cap * jnp.tanh(products / m.logit_cap) if m.logit_cap else products
 
 
-def _of_step(leaf: jax.Array, step: Step, x: jax.Array) -> jax.Array:
+def _of_step(leaf: jax.Array, step: jax.Array | int, x: jax.Array) -> jax.Array:
     """The part [D] of this step from [R, D]. Of a step for each row: [B, D], with axes put in to go
     with x."""
     mine = leaf[step]
@@ -248,7 +252,7 @@ def _of_step(leaf: jax.Array, step: Step, x: jax.Array) -> jax.Array:
 
 
 def _addition(
-    x: jax.Array, lora: Params, step: Step, queries_only: bool, product: Product
+    x: jax.Array, lora: Params, step: jax.Array | int, queries_only: bool, product: Product
 ) -> jax.Array:
     """What a recursion adds to the fused projection: to its queries and its value, not to its
     key."""
@@ -260,7 +264,7 @@ def _addition(
 
 
 def _low_rank(
-    x: jax.Array, down_RxAxD: jax.Array, up: jax.Array, step: Step, product: Product
+    x: jax.Array, down_RxAxD: jax.Array, up: jax.Array, step: jax.Array | int, product: Product
 ) -> jax.Array:
     """[..., out...] = x down^T up^T of this step; up is [R, out..., A].
 
@@ -274,4 +278,5 @@ def _low_rank(
     hidden = product(x, down_RxAxD).reshape(*rows, count, rank)
     mine = jnp.reshape(step, (-1, *(1,) * (hidden.ndim - 1))) == jnp.arange(count)[:, None]
     hidden = jnp.where(mine, hidden, 0)
-    return sum(product(hidden[..., r, :], up[r]) for r in range(count)).reshape(*rows, *out)
+    parts = [product(hidden[..., r, :], up[r]) for r in range(count)]
+    return sum(parts[1:], parts[0]).reshape(*rows, *out)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.program import Program, build_program, unrolled_blocks
 from mor_jax.model.relax import check_relaxation, relaxed
+from mor_jax.nn.parameters import Tree
 
 METHODS = ("stepwise", "average", "lower", "upper", "random", "keep")
 PARTS = ("prelude", "core", "coda")
@@ -98,7 +99,7 @@ def default_method(from_model: ModelConfig) -> str:
 def _kept(source: Program, target: Program) -> dict[str, tuple[tuple[int, ...], ...]]:
     """The table of `keep`: each block once, from the first layer that is made of it."""
 
-    def blocks(p):
+    def blocks(p: Program) -> tuple[int, int, int]:
         return (p.prelude, p.core, p.coda)
 
     if blocks(source) != blocks(target):
@@ -163,7 +164,7 @@ def convert(
     table = source_table(from_model, to_model, method, seed=seed)
     layers = [params[part][i] for part, i in unrolled_blocks(build_program(from_model))]
 
-    def fill(picks):
+    def fill(picks: Sequence[Sequence[int]]) -> Tree:
         return {str(i): _mean([layers[j] for j in pick]) for i, pick in enumerate(picks)}
 
     made = {name: params[name] for name in ("embed", "norm", "head") if name in params}
@@ -176,7 +177,7 @@ def convert(
         program = build_program(to_model)
         for i, shared in made["core"].items():
             # the layer recursion r stands for
-            def own(r, i=int(i)):
+            def own(r: int, i: int = int(i)) -> Tree:
                 return layers[program.prelude + r * program.core + i]
 
             theirs = [own(r) for r in range(program.recursions)] if relaxation == "svd" else None
@@ -188,7 +189,7 @@ def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> N
     """Raise ConfigError where what recursions of the source have of their own has no place in the
     target."""
 
-    def own(m):
+    def own(m: ModelConfig) -> tuple[object, ...]:
         return (m.norms, m.lora_rank, m.recursion_encoding)
 
     if from_model.relaxed and (method != "keep" or own(from_model) != own(to_model)):
@@ -202,7 +203,7 @@ def _check_own(from_model: ModelConfig, to_model: ModelConfig, method: str) -> N
 def _of_recursions(block: Mapping[str, Any], recursions: int) -> dict[str, Any]:
     """A relaxed block for another number of recursions: further ones have what the last one has."""
 
-    def place(leaf):
+    def place(leaf: jax.Array) -> jax.Array:
         return leaf[np.minimum(np.arange(recursions), leaf.shape[0] - 1)]
 
     return dict(block) | {"own": jax.tree.map(place, block["own"])}
@@ -211,7 +212,7 @@ def _of_recursions(block: Mapping[str, Any], recursions: int) -> dict[str, Any]:
 def overlay(fresh: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     """`made` where it has something, `fresh` elsewhere; both nested dicts."""
 
-    def both(old, new):
+    def both(old: Any, new: Any) -> Any:
         return overlay(old, new) if isinstance(new, Mapping) else new
 
     return {name: both(old, made[name]) if name in made else old for name, old in fresh.items()}

@@ -18,7 +18,7 @@ every depth. That is what training with capacity 1 at r = 1 shows them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,11 @@ def attend_past(
     at."""
 
     def of_block(kept: KeyValue) -> Attend:
-        def attend(q, k, v):
-            seen = kept if past.merge is None else (past.merge(kept[0], k), past.merge(kept[1], v))
+        def attend(q: jax.Array, k: jax.Array | None, v: jax.Array | None) -> tuple[jax.Array, Any]:
+            seen = kept
+            if past.merge is not None:
+                assert k is not None and v is not None, "made anew"
+                seen = past.merge(kept[0], k), past.merge(kept[1], v)
             out = nn.attention(q, *seen, pos_BxT, past.pos_BxT, q_seg_BxT, kv_seg_BxS, impl)
             return out, None if past.merge is None else seen
 

@@ -37,7 +37,7 @@ from mor_jax.model.depth import (
     TokenInfo,
     build_policy,
 )
-from mor_jax.model.kv import HYBRID, Past, attend_past, looks_back
+from mor_jax.model.kv import HYBRID, KeyValue, Past, attend_past, looks_back
 from mor_jax.model.loss import cross_entropy_sum, token_nll
 from mor_jax.model.program import Program, build_program
 from mor_jax.model.recurse import (
@@ -51,6 +51,7 @@ from mor_jax.model.recurse import (
 from mor_jax.model.recursion.exit import Exiting, Reader
 from mor_jax.model.recursion.loop import Loop
 from mor_jax.model.recursion.unroll import Unrolled, run_unrolled
+from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.nn.rope import rope_table
 from mor_jax.parallel.rows import (
     forget_gathered,
@@ -67,7 +68,7 @@ TOPK, CAUSAL = "topk", "causal"
 
 # Logical axes of what a pass over rows takes and gives.
 ROW, STATES = ("batch", "time"), ("batch", "time", None)
-CONTROL = DepthControl(("batch", None), ("batch",), ("batch",))
+CONTROL = DepthControl._make([("batch", None), ("batch",), ("batch",)])
 
 REMAT_POLICIES = {
     "block": None,  # keep block inputs only
@@ -188,17 +189,17 @@ class LM:
     def policy(self) -> DepthPolicy:
         return build_policy(self.model, self.depth, self.stage)
 
-    def steered(self, control: DepthControl | None, params: dict | None = None) -> DepthPolicy:
+    def steered(self, control: DepthControl | None, params: Tree | None = None) -> DepthPolicy:
         """The policy of causal inference: with the exit rule, if the model has one, which reads
         `params`, and under `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
 
-            def logits(h):
+            def logits(h: jax.Array) -> jax.Array:
                 return self.logits(whole, self.final_norm(whole, h))
 
-            def gate(h):
+            def gate(h: jax.Array) -> jax.Array:
                 return self.loop.gate(params["recursion"], h)
 
             policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
@@ -225,7 +226,7 @@ class LM:
 
     # ---------------------------------------------------------------- parameters
 
-    def init(self, key: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Tree:
         """Float32 parameters. Run it under `jax.jit` with `out_shardings` so that they never exist
         unsharded."""
         leaves = self._leaves()
@@ -257,7 +258,7 @@ class LM:
             }
         return params
 
-    def _own(self, block: int, key: jax.Array | None = None) -> dict:
+    def _own(self, block: int, key: jax.Array | None = None) -> Tree:
         """What each recursion has of its own in one block of the core, leaves [R, ...]; without a
         key, the logical axes of it."""
         m, steps = self.model, self.program.recursions
@@ -272,13 +273,13 @@ class LM:
         if m.lora_rank and key is None:
             names = nn.logical_axes(nn.Lora(m))
             own["lora"] = {name: ("recursion", *axes) for name, axes in names.items()}
-        elif m.lora_rank:
+        elif m.lora_rank and key is not None:
             own["lora"] = jax.vmap(lambda key: nn.init(nn.Lora(m), key))(
                 jax.random.split(key, steps)
             )
         return own
 
-    def _relax(self, shared: dict, own: dict) -> dict:
+    def _relax(self, shared: Tree, own: Tree) -> Tree:
         """A block of the core with what recursions have of their own, and without what that
         replaces."""
         kept = {
@@ -288,7 +289,7 @@ class LM:
         }
         return kept | ({"own": own} if own else {})
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         """Tree like `init`'s, each leaf a tuple of logical axis names."""
         axes = {name: nn.logical_axes(module) for name, module in self._leaves().items()}
         block = axes.pop("block")
@@ -310,7 +311,7 @@ class LM:
 
     def block(
         self,
-        params: dict,
+        params: Tree,
         x_BxTxD: jax.Array,
         rope: Rope,
         attend: Attend,
@@ -324,7 +325,7 @@ class LM:
         gather = gather and self._cut()
 
         # the step stays outside: it may be a number, which chooses a part at no cost
-        def run(p, x, r):
+        def run(p: Tree, x: jax.Array, r: Rope) -> tuple[jax.Array, Any]:
             p = self._gathered_block(p) if gather else p
             return network.block(self.model, p, x, r, attend, step=step, queries_only=queries_only)
 
@@ -343,12 +344,12 @@ class LM:
         fewer copies without."""
         return not manual_axes().isdisjoint(self.rules.axes("embed"))
 
-    def _gathered_block(self, params: dict) -> dict:
+    def _gathered_block(self, params: Tree) -> Tree:
         """The weights of one block, whole over the axes of the rows, matrices in the compute
         dtype."""
         axes = nn.logical_axes(self._leaves()["block"])
 
-        def dtype(w):
+        def dtype(w: jax.Array) -> Any:
             return self.model.dtype if w.ndim > 1 else w.dtype
 
         return jax.tree.map(
@@ -357,7 +358,7 @@ class LM:
 
     def blocks(
         self,
-        params: dict,
+        params: Tree,
         x_BxTxD: jax.Array,
         rope: Rope,
         attend: Attend | Sequence[Attend],
@@ -365,13 +366,13 @@ class LM:
         queries_only: bool = False,
         recursion: Step = None,
         gather: bool = False,
-    ) -> tuple[jax.Array, list]:
+    ) -> tuple[jax.Array, list[Any]]:
         """All blocks of one part in order, see `model.block.blocks`.
 
         `recursion`: index from 0 of the step the core is applied for, of the batch or [B] of each
         row; a relaxed core must be told."""
 
-        def one(p: dict, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+        def one(p: Tree, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
             return self.block(
                 p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather
             )
@@ -380,7 +381,7 @@ class LM:
 
     def embed(
         self,
-        params: dict,
+        params: Tree,
         tokens_BxT: jax.Array,
         pos_BxT: jax.Array,
         before_BxS: jax.Array | None = None,
@@ -390,7 +391,7 @@ class LM:
         if before_BxS is None and self.model.smear:
             row = join_rows(tokens_BxT)
 
-            def shifted(i):
+            def shifted(i: int) -> jax.Array:
                 return own_part(jnp.pad(row, ((0, 0), (i, 0)))[:, : row.shape[1]])
 
             before_BxS = jnp.concatenate(
@@ -398,7 +399,7 @@ class LM:
             )
         return network.embed(self.model, self.with_table(params), tokens_BxT, before_BxS, pos_BxT)
 
-    def with_table(self, params: dict) -> dict:
+    def with_table(self, params: Tree) -> Tree:
         """The parameters with the tables of embedding and head whole over the axes of the rows,
         gathered once however often they are asked for. Float32: they are read by rows, and in the
         head chunk by chunk."""
@@ -407,7 +408,7 @@ class LM:
             return params
         axes = self.logical_axes()
 
-        def whole_table(name):
+        def whole_table(name: str) -> jax.Array:
             return gather_weight(self.rules, params[name]["table"], axes[name]["table"])
 
         return params | {
@@ -416,22 +417,22 @@ class LM:
             if name in params
         }
 
-    def final_norm(self, params: dict, x_BxTxD: jax.Array) -> jax.Array:
+    def final_norm(self, params: Tree, x_BxTxD: jax.Array) -> jax.Array:
         """States as the head reads them."""
         return network.final_norm(self.model, params, x_BxTxD)
 
-    def logits(self, params: dict, h: jax.Array) -> jax.Array:
+    def logits(self, params: Tree, h: jax.Array) -> jax.Array:
         """float32 logits [..., V] of final states [..., D]."""
         return network.head(self.model, params, h)
 
-    def token_nll(self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    def token_nll(self, params: Tree, h_BxTxD: jax.Array, targets_BxT: jax.Array) -> jax.Array:
         """Negative log-likelihood of each target in nats, [B, T] float32, of final states."""
         return token_nll(
             h_BxTxD, self._head_table(params), targets_BxT, self.model.loss_chunk, self._finish
         )
 
     def cross_entropy(
-        self, params: dict, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array
+        self, params: Tree, h_BxTxD: jax.Array, targets_BxT: jax.Array, weights_BxT: jax.Array
     ) -> jax.Array:
         """Weighted sum of next-token losses in nats, of final states (`loss.cross_entropy_sum`)."""
         table = self._head_table(params)
@@ -439,19 +440,19 @@ class LM:
             h_BxTxD, table, targets_BxT, weights_BxT, self.model.loss_chunk, self._finish
         )
 
-    def _head_table(self, params: dict) -> jax.Array:
+    def _head_table(self, params: Tree) -> jax.Array:
         return network.head_table(self.with_table(params))
 
     @property
     def _finish(self) -> Callable[[jax.Array], jax.Array]:
         return functools.partial(network.finish, self.model)
 
-    def gathered_core(self, params: dict) -> dict:
+    def gathered_core(self, params: Tree) -> Tree:
         """Core weights in the compute dtype, gathered over fsdp once, before the recursion uses
         them R times."""
         axes = self.logical_axes()["core"]
 
-        def gather(w, names):
+        def gather(w: jax.Array, names: Axes) -> jax.Array:
             return gather_weight(self.rules, w, names, self.model.dtype)
 
         return jax.tree.map(gather, params["core"], axes)
@@ -463,12 +464,17 @@ class LM:
     ) -> Attend:
         """Attention among the tokens of one row; `keep`: beside its output, the keys and values."""
         impl = self.model.attention
-        return lambda q, k, v: (
-            nn.attention(q, k, v, pos_BxT, pos_BxT, q_seg_BxT, kv_seg_BxT, impl),
-            (k, v) if keep else None,
-        )
 
-    def core(self, params: dict, pos_BxT: jax.Array, *, keep: bool) -> Core:
+        def attend(
+            q: jax.Array, k: jax.Array | None, v: jax.Array | None
+        ) -> tuple[jax.Array, KeyValue | None]:
+            assert k is not None and v is not None, "a row attends to its own"
+            out = nn.attention(q, k, v, pos_BxT, pos_BxT, q_seg_BxT, kv_seg_BxT, impl)
+            return out, (k, v) if keep else None
+
+        return attend
+
+    def core(self, params: Tree, pos_BxT: jax.Array, *, keep: bool) -> Core:
         """The core over rows with tokens at these positions, as the executors run it. `keep`:
         beside its output, the keys and values of each block."""
         # A core that is used once has nothing to share: its blocks are gathered one by one, like
@@ -484,13 +490,14 @@ class LM:
         )
 
         def run(
-            h,
-            pos_BxK,
-            q_seg,
-            kv_seg,
+            h: jax.Array,
+            pos_BxK: jax.Array,
+            q_seg: jax.Array,
+            kv_seg: jax.Array,
             past: Past | None = None,
             recursion: jax.Array | int | None = None,
-        ):
+        ) -> tuple[jax.Array, list[Any]]:
+            attend: Attend | list[Attend]
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
             if past is None:
                 attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
@@ -513,7 +520,7 @@ class LM:
     def looped(
         self,
         core: Core,
-        params: dict,
+        params: Tree,
         e_BxTxD: jax.Array,
         pos_BxT: jax.Array,
         salt_B: jax.Array | None = None,
@@ -533,10 +540,10 @@ class LM:
             own, e_BxTxD, pos_BxT, salt_B
         )
 
-    def enter(self, params: dict, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
+    def enter(self, params: Tree, tokens_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
         """States [B, T, D] before the recursion."""
 
-        def run(params, tokens, seg):
+        def run(params: Tree, tokens: jax.Array, seg: jax.Array) -> tuple[jax.Array, tuple[()]]:
             pos = _positions(seg)
             x = self.rules.constrain(self.embed(params, tokens, pos), "batch", "time", None)
             x, _ = self.blocks(
@@ -549,7 +556,7 @@ class LM:
 
     def route(
         self,
-        params: dict,
+        params: Tree,
         x_BxTxD: jax.Array,
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array,
@@ -563,7 +570,9 @@ class LM:
         send a token to another depth.
         """
 
-        def run(routers, x, tokens, seg, salt):
+        def run(
+            routers: Tree, x: jax.Array, tokens: jax.Array, seg: jax.Array, salt: jax.Array | None
+        ) -> tuple[jax.Array, tuple[()]]:
             info = TokenInfo(seg > 0, _positions(seg), tokens, salt)
             return depths_at_once(self.policy, routers, x, info), ()
 
@@ -581,7 +590,7 @@ class LM:
 
     def forward(
         self,
-        params: dict,
+        params: Tree,
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None = None,
         *,
@@ -619,26 +628,27 @@ class LM:
             and not self.recursion.reads
         )
 
-        def run(params, tokens, seg, depth, entered, control, salt):
+        def run(
+            params: Tree,
+            tokens: jax.Array,
+            seg: jax.Array,
+            depth: jax.Array | None,
+            entered: jax.Array | None,
+            control: DepthControl | None,
+            salt: jax.Array | None,
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], RouterStats]:
             pos, kv = _positions(seg), self.kv(mode)
             x = self.enter(params, tokens, seg) if entered is None else entered
             core, x = self.looped(self.core(params, pos, keep=looks_back(kv)), params, x, pos, salt)
-            how = {
-                "kv": kv,
-                "numbered": self.numbered,
-                "depth_BxT": depth,
-                "ids_BxT": tokens,
-                "salt_B": salt,
-            }
+            execute: Callable[..., Recursed]
             if gathered:
-                result = run_gathered(
-                    self.policy, params["router"], core, x, pos, seg, profile=profile, **how
-                )
+                execute = functools.partial(run_gathered, self.policy, profile=profile)
             else:
                 steered = self.steered(control, params if mode == CAUSAL else None)
-                result = run_masked(
-                    steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how
-                )
+                execute = functools.partial(run_masked, steered, causal=mode == CAUSAL)
+            of_tokens = {"depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
+            rows = params["router"], core, x, pos, seg
+            result = execute(*rows, kv=kv, numbered=self.numbered, **of_tokens)
             attend = self.attend_row(pos, seg, seg)
             x, _ = self.blocks(params["coda"], result.h_BxTxD, self.rope(pos), attend, gather=True)
             h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
@@ -661,13 +671,13 @@ class LM:
 
     def unroll(
         self,
-        params: dict,
+        params: Tree,
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array,
         *,
         steps_B: jax.Array | None = None,
         salt_B: jax.Array | None = None,
-    ) -> tuple[Unrolled, jax.Array | None]:
+    ) -> tuple[Unrolled, jax.Array]:
         """Rows as training with `recursion.trains` runs them: (the recursion, final normalised
         states).
 
@@ -683,10 +693,12 @@ class LM:
         e = self.enter(params, tokens_BxT, seg)
         steps = self.program.recursions if steps_B is None else steps_B
 
-        def make_core(params, e):
+        def make_core(params: Tree, e: jax.Array) -> Core:
             return self.looped(self.core(params, pos, keep=False), params, e, pos, salt_B, steps)[0]
 
-        s = self.looped(make_core, params, e, pos, salt_B, steps)[1]  # the first state alone
+        s = e
+        if self.recursion.reads:
+            s = self.loop.begin(params.get("recursion", {}), e, pos, salt_B)
         out = run_unrolled(
             make_core,
             params,
@@ -694,7 +706,7 @@ class LM:
             e,
             pos,
             seg,
-            most=steps if steps_B is None else most,
+            most=self.program.recursions if steps_B is None else most,
             window=c.gradient_steps,
             steps_B=steps_B,
             keep=c.loss != "final",
@@ -705,7 +717,7 @@ class LM:
             else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
         )
 
-        def tile(x):
+        def tile(x: jax.Array) -> jax.Array:
             return jnp.tile(x, (h.shape[0] // x.shape[0], 1))
 
         pos, seg = tile(pos), tile(seg)
@@ -717,11 +729,11 @@ class LM:
 
     def apply(
         self,
-        params: dict,
+        params: Tree,
         tokens_BxT: jax.Array,
         segment_ids_BxT: jax.Array | None = None,
         **kwargs: Any,
-    ):
+    ) -> jax.Array:
         """float32 logits [B, T, V]; keyword arguments as in `forward`."""
         return self.logits(
             params, self.forward(params, tokens_BxT, segment_ids_BxT, **kwargs).h_BxTxD

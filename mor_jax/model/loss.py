@@ -23,6 +23,9 @@ import jax.numpy as jnp
 from mor_jax.nn.dense import dense
 
 Finish = Callable[[jax.Array], jax.Array]
+Chunks = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array
+]  # states, targets, weights, the teacher's states
 
 
 def _as_it_is(products: jax.Array) -> jax.Array:
@@ -80,7 +83,7 @@ def token_nll(
     length = h_BxTxD.shape[1]
     chunk = min(chunk or length, length)
 
-    def one(args):
+    def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         return _nll(finish(_products(args[0], table_VxD)), args[1])[0]
 
     return _unchunk(
@@ -105,7 +108,14 @@ def cross_entropy_sum(
     return jnp.sum(token_nll(h_BxTxD, table_VxD, targets_BxT, chunk, finish) * weights_BxT)
 
 
-def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
+def _cross_entropy_fwd(
+    h: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int,
+    finish: Finish,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Products see p = exp(logits - max) as it is, without the target's entry: dividing by its sum
     is left to the small factors, and the target's own term, where p - 1 would cancel, is added
     apart as one row a token. The table's gradient is gathered as [D, V], from states transposed
@@ -117,7 +127,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
     w = table.astype(h.dtype)
     vocab = jnp.arange(table.shape[0])
 
-    def one(dtable_DxV, xs):
+    def one(
+        dtable_DxV: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         h_NxD, h_DxN, t_N, weight_N = xs
         products_NxV = _products(h_NxD, w)
         logits_NxV, pull = jax.vjp(finish, products_NxV)
@@ -136,7 +148,7 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
         return dtable_DxV, (jnp.sum((jnp.log(sum_N) - hit_N) * weight_N), dh_NxD, own_N)
 
     # [chunks, B, chunk, ...] -> [chunks, N, ...]
-    def flat(x):
+    def flat(x: jax.Array) -> jax.Array:
         return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     h_CxNxD, t_CxN, weight_CxN = (flat(_chunks(x, chunk)) for x in (h, targets, weights))
@@ -152,7 +164,9 @@ def _cross_entropy_fwd(h, table, targets, weights, chunk, finish):
     return jnp.sum(loss), (dh, dtable.astype(table.dtype))
 
 
-def _cross_entropy_bwd(chunk, finish, residuals, g):
+def _cross_entropy_bwd(
+    chunk: int, finish: Finish, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
     dh, dtable = residuals
     return (g * dh).astype(dh.dtype), (g * dtable).astype(dtable.dtype), None, None
 
@@ -193,17 +207,36 @@ def distilled_sum(
         teacher_table_VxE.astype(teacher_h_BxTxE.dtype),
     )
     chunks = _distilled_chunks(h_BxTxD, targets_BxT, weights_BxT, teacher_h_BxTxE, mix.chunk)
-    sums = jax.lax.map(lambda xs: _distilled(xs[0], table, *xs[1:], teacher_table, mix), chunks)
+
+    def one(xs: Chunks) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return _distilled(xs[0], table, *xs[1:], teacher_table, mix)
+
+    sums = jax.lax.map(one, chunks)
     loss, (nll, distillation) = jax.tree.map(jnp.sum, sums)
     return loss, nll, distillation
 
 
-def _distilled_chunks(h, targets, weights, teacher_h, chunk):
-    length = h.shape[1]
-    return tuple(_chunks(x, min(chunk or length, length)) for x in (h, targets, weights, teacher_h))
+def _distilled_chunks(
+    h: jax.Array, targets: jax.Array, weights: jax.Array, teacher_h: jax.Array, chunk: int
+) -> Chunks:
+    size = min(chunk or h.shape[1], h.shape[1])
+    return (
+        _chunks(h, size),
+        _chunks(targets, size),
+        _chunks(weights, size),
+        _chunks(teacher_h, size),
+    )
 
 
-def _distilled(h, table, targets, weights, teacher_h, teacher_table, mix):
+def _distilled(
+    h: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    teacher_h: jax.Array,
+    teacher_table: jax.Array,
+    mix: Mix,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """(loss, (nll, distillation)) of one chunk."""
     logits = mix.finish(_products(h, table))
     taught = mix.teacher_finish(_products(teacher_h, teacher_table)) / mix.temperature
@@ -214,12 +247,20 @@ def _distilled(h, table, targets, weights, teacher_h, teacher_table, mix):
     return (1 - mix.weight) * nll + mix.weight * distillation, (nll, distillation)
 
 
-def _distilled_fwd(h, table, targets, weights, teacher_h, teacher_table, mix):
+def _distilled_fwd(
+    h: jax.Array,
+    table: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    teacher_h: jax.Array,
+    teacher_table: jax.Array,
+    mix: Mix,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """The gradients are formed while a chunk's logits are at hand."""
     small, teacher_small = table.astype(h.dtype), teacher_table.astype(teacher_h.dtype)
     grad = jax.value_and_grad(_distilled, argnums=(0, 1), has_aux=True)
 
-    def one(dtable, xs):
+    def one(dtable: jax.Array, xs: Chunks) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         (loss, parts), (dh, d) = grad(xs[0], small, *xs[1:], teacher_small, mix)
         return dtable + d.astype(jnp.float32), (loss, *parts, dh)
 
@@ -227,11 +268,15 @@ def _distilled_fwd(h, table, targets, weights, teacher_h, teacher_table, mix):
     dtable, (loss, nll, distillation, dh) = jax.lax.scan(
         one, jnp.zeros(table.shape, jnp.float32), chunks
     )
-    sums = tuple(jnp.sum(x) for x in (loss, nll, distillation))
+    sums = jnp.sum(loss), jnp.sum(nll), jnp.sum(distillation)
     return sums, (_unchunk(dh, h.shape[1]), dtable.astype(table.dtype))
 
 
-def _distilled_bwd(mix, residuals, cotangents):
+def _distilled_bwd(
+    mix: Mix,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None, None, None, None]:
     dh, dtable = residuals
     g = cotangents[0]
     return (g * dh).astype(dh.dtype), (g * dtable).astype(dtable.dtype), None, None, None, None

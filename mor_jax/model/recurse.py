@@ -14,20 +14,23 @@ fifth argument; kv_seg is then the whole row's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mor_jax.model.depth import DepthPolicy, RouterStats, TokenInfo
-from mor_jax.model.kv import HYBRID, SHARED, looks_back, past, renews
-from mor_jax.model.subset import put, subset, take
+from mor_jax.model.kv import HYBRID, SHARED, KeyValue, looks_back, past, renews
+from mor_jax.model.subset import Subset, put, subset, take
+from mor_jax.nn.parameters import Tree
 from mor_jax.parallel.rows import join_rows, own_part, parts
 
 HIDDEN = -1  # kv segment of a token that did not run a step: matches no query
 
 Core = Callable[..., tuple[jax.Array, Any]]
+# states, who may go on, keys and values, what the policy remembers
+Carry = tuple[jax.Array, jax.Array, Any, Any]
 
 
 class Recursed(NamedTuple):
@@ -44,7 +47,7 @@ class Recursed(NamedTuple):
 
 def run_masked(
     policy: DepthPolicy,
-    routers: dict,
+    routers: Tree,
     core: Core,
     h_BxTxD: jax.Array,
     pos_BxT: jax.Array,
@@ -72,7 +75,7 @@ def run_masked(
     counts = jnp.asarray(policy.profiles(h_BxTxD.shape[1] * parts())[-1], jnp.int32)
     route = policy.begin(routers, h_BxTxD, TokenInfo(seg_BxT > 0, pos_BxT, **known))
 
-    def one(carry, xs):
+    def one(carry: Carry, xs: tuple[Any, jax.Array, jax.Array]) -> tuple[Carry, Any]:
         h, candidates, kept, memory = carry
         step, k, index = xs
         apply = functools.partial(core, recursion=index) if numbered else core
@@ -94,16 +97,14 @@ def run_masked(
         left = active if goes_on is None else active & goes_on
         return (h, left, kept, memory), ((stats, active), made if keep_extra else None)
 
-    carry, xs = (
-        (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD)),
-        (route.steps, counts, jnp.arange(counts.shape[0])),
-    )
+    carry: Carry = (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD))
+    xs = (route.steps, counts, jnp.arange(counts.shape[0]))
     if not looks_back(kv):
-        (h, *_), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
+        (h, _, _, _), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
     else:
         # Step 1 makes what the others look back on, so it stands before the scan.
         carry, (first, extra) = one(carry, jax.tree.map(lambda x: x[0], xs))
-        (h, *_), (rest, later) = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], xs))
+        (h, _, _, _), (rest, later) = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], xs))
         join = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a[None], b]))
         stats, active_RxBxT = join(first, rest)
         extra = jax.tree.map(lambda a: a[None], extra) if kv == SHARED else join(extra, later)
@@ -114,7 +115,7 @@ def run_masked(
 
 def run_gathered(
     policy: DepthPolicy,
-    routers: dict,
+    routers: Tree,
     core: Core,
     h_BxTxD: jax.Array,
     pos_BxT: jax.Array,
@@ -146,7 +147,6 @@ def run_gathered(
             if info.depth_BxT is None
             else info.depth_BxT
         )
-        how = known | {"kv": kv, "numbered": numbered}
         branches = [
             lambda routers, h, depth, i=i: run_gathered(
                 policy,
@@ -155,7 +155,10 @@ def run_gathered(
                 h,
                 pos_BxT,
                 seg_BxT,
-                **how | {"profile": i, "depth_BxT": depth},
+                kv=kv,
+                profile=i,
+                numbered=numbered,
+                **known | {"depth_BxT": depth},
             )
             for i in range(len(profiles))
         ]
@@ -165,8 +168,13 @@ def run_gathered(
     h, pos, seg, valid = h_BxTxD, pos_BxT, seg_BxT, info.real_BxT
     route = policy.begin(routers, h, info)
     tokens = route.tokens
-    outer = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
-    all_stats, all_active, kept, picked = [], [], None, None
+    outer: list[
+        tuple[Subset, jax.Array]
+    ] = []  # (subset, state before it was taken) of every narrowing, to be put back inside out
+    all_stats: list[RouterStats] = []
+    all_active: list[jax.Array] = []
+    kept: Sequence[KeyValue] = ()
+    picked: Subset | None = None
     for r, k in enumerate(profiles[profile]):
         room = -(-k // cut) * cut
         step = jax.tree.map(lambda leaf, r=r: leaf[r], route.steps)
@@ -207,7 +215,7 @@ def run_gathered(
 
 
 def depths_at_once(
-    policy: DepthPolicy, routers: dict, h_BxTxD: jax.Array, info: TokenInfo
+    policy: DepthPolicy, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo
 ) -> jax.Array:
     """Depths [B, T] of a policy that decides before the first step."""
     return jax.lax.stop_gradient(policy.begin(routers, h_BxTxD, info).tokens.depth_BxT)
@@ -222,7 +230,7 @@ def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array)
     return jnp.argmax(jnp.all(sizes_PxR >= need_R, axis=-1))
 
 
-def _in_row(outer: list, mask_BxK: jax.Array) -> jax.Array:
+def _in_row(outer: list[tuple[Subset, jax.Array]], mask_BxK: jax.Array) -> jax.Array:
     """A mask over the tokens left after these narrowings, over the whole row."""
     for chosen, _ in reversed(outer):
         mask_BxK = put(chosen, jnp.zeros(own_part(chosen.mask_BxT).shape, bool), mask_BxK)

@@ -13,6 +13,7 @@ import numpy as np
 
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
+from mor_jax.nn.parameters import Tree
 
 RELAXATIONS = ("zero", "svd")
 
@@ -37,7 +38,7 @@ def check_relaxation(from_model: ModelConfig, to_model: ModelConfig, relaxation:
         )
 
 
-def relaxed(shared: dict, theirs: list[dict] | None, model: ModelConfig) -> dict:
+def relaxed(shared: Tree, theirs: list[Tree] | None, model: ModelConfig) -> Tree:
     """A shared block with what its recursions have of their own; `theirs`: the layer of each (None:
     "zero")."""
     own, kept = {}, dict(shared)
@@ -51,13 +52,16 @@ def relaxed(shared: dict, theirs: list[dict] | None, model: ModelConfig) -> dict
     return kept | ({"own": own} if own else {})
 
 
-def additions(shared: dict, theirs: list[dict], model: ModelConfig) -> dict[str, np.ndarray]:
+def additions(shared: Tree, theirs: list[Tree], model: ModelConfig) -> dict[str, np.ndarray]:
     """Leaves [R, ...] as of `nn.Lora`: of each recursion the nearest of its rank to its own layer
     less the shared one."""
     heads, kv_heads, _ = model.dims
     groups = heads // kv_heads
     # of the fused [K, G + 2, H, D]
-    cut = {"query": np.s_[:, :groups], "value": np.s_[:, groups + 1]}
+    cut: dict[str, tuple[slice | int, ...]] = {
+        "query": np.s_[:, :groups],
+        "value": np.s_[:, groups + 1],
+    }
     found: dict[str, list[np.ndarray]] = {
         f"{name}_{side}": [] for name in cut for side in ("down", "up")
     }

@@ -54,29 +54,29 @@ def put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
     return _put(s, x, y) if jnp.issubdtype(x.dtype, jnp.inexact) else _replace(s, x, y)
 
 
-def _picked(s, x):
+def _picked(s: Subset, x: jax.Array) -> jax.Array:
     return _rows(join_rows(x), own_part(s.index_BxK))
 
 
-def _back(s, y):
+def _back(s: Subset, y: jax.Array) -> jax.Array:
     """y [B, K, ...] by position; anything where nothing was picked."""
     return _rows(join_rows(y), own_part(s.slot_BxT))
 
 
-def _replace(s, x, y):
+def _replace(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(_spread(own_part(s.mask_BxT), x), _back(s, y), x)
 
 
 @jax.custom_vjp
-def _take(s, x):
+def _take(s: Subset, x: jax.Array) -> jax.Array:
     return _picked(s, x)
 
 
-def _take_fwd(s, x):
+def _take_fwd(s: Subset, x: jax.Array) -> tuple[jax.Array, Subset]:
     return _take(s, x), s
 
 
-def _take_bwd(s, g):
+def _take_bwd(s: Subset, g: jax.Array) -> tuple[None, jax.Array]:
     g = _back(s, g)
     return None, jnp.where(_spread(own_part(s.mask_BxT), g), g, jnp.zeros((), g.dtype))
 
@@ -85,15 +85,15 @@ _take.defvjp(_take_fwd, _take_bwd)
 
 
 @jax.custom_vjp
-def _put(s, x, y):
+def _put(s: Subset, x: jax.Array, y: jax.Array) -> jax.Array:
     return _replace(s, x, y)
 
 
-def _put_fwd(s, x, y):
+def _put_fwd(s: Subset, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Subset]:
     return _put(s, x, y), s
 
 
-def _put_bwd(s, g):
+def _put_bwd(s: Subset, g: jax.Array) -> tuple[None, jax.Array, jax.Array]:
     return (
         None,
         jnp.where(_spread(own_part(s.mask_BxT), g), jnp.zeros((), g.dtype), g),

@@ -10,6 +10,7 @@ through these four integer arrays alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -98,13 +99,23 @@ def _refusal(impl: str, backend: str, dtype: str, head_dim: int) -> str | None:
     return None
 
 
-def visible(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:
+def visible(
+    q_pos_BxT: jax.Array, kv_pos_BxS: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array
+) -> jax.Array:
     """Boolean [B, T, S]: may query t look at key s."""
     causal = kv_pos_BxS[:, None, :] <= q_pos_BxT[:, :, None]
     return causal & (kv_seg_BxS[:, None, :] == q_seg_BxT[:, :, None])
 
 
-def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
+def _masked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+) -> jax.Array:
     scale = q.shape[-1] ** -0.5
     s_BxKxGxTxS = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
     mask = visible(q_pos, kv_pos, q_seg, kv_seg)[:, None, None]
@@ -112,7 +123,16 @@ def _masked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg):
     return jnp.einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), v)
 
 
-def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
+def _blocked_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    block: int = 128,
+) -> jax.Array:
     """Queries in blocks, each against the keys up to its own end: about half the products of the
     full square, and no [T, T] array. The division by the softmax's sum is left to the much smaller
     output.
@@ -146,7 +166,16 @@ def _blocked_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, block: int = 128):
     return jnp.concatenate(out, axis=-2) if len(out) > 1 else out[0]
 
 
-def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str = "cudnn"):
+def _cudnn_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> jax.Array:
     """Through `jax.nn.dot_product_attention` (layout [B, T, heads, H]). The mask must be of full
     [B, N, T, S] shape: cuDNN turns it into a bias and broadcasts nothing (jax issue 28974)."""
     batch, kv_heads, groups, length, head_dim = q.shape
@@ -162,20 +191,36 @@ def _cudnn_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, implementation: str 
     return o_BxTxNxH.swapaxes(1, 2).reshape(q.shape)
 
 
-def _splash_attention(q, k, v, q_pos, kv_pos, q_seg, kv_seg, interpret: bool = False):
+def _splash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    q_seg: jax.Array,
+    kv_seg: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
     """By `kernels/splash.py`. The partitioner cannot cut a kernel, so every axis of the mesh is
     made manual: heads lie over `tensor`, and the axes of rows are manual already or of size 1."""
     own = q.shape[3] == k.shape[2]  # queries are the keys' own tokens
     last_BxT = None if own else _last_seen(q_pos, kv_pos, q_seg, kv_seg)
 
-    def run(q, k, v, q_seg, kv_seg, last_BxT):
+    def run(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        q_seg: jax.Array,
+        kv_seg: jax.Array,
+        last_BxT: jax.Array | None,
+    ) -> jax.Array:
         return splash.splash_attention(q, k, v, q_seg, kv_seg, last_BxT, interpret)
 
     return _by_heads(run, (q, k, v), (q_seg, kv_seg, last_BxT))
 
 
 def _by_heads(
-    run: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple
+    run: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple[jax.Array | None, ...]
 ) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     others = set(mesh.axis_names) - manual_axes()
@@ -188,7 +233,9 @@ def _by_heads(
     )
 
 
-def _last_seen(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS) -> jax.Array:
+def _last_seen(
+    q_pos_BxT: jax.Array, kv_pos_BxS: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array
+) -> jax.Array:
     """Place of the last key that each query sees, [B, T] int32; -1 where it sees none."""
     seen_BxTxS = visible(q_pos_BxT, kv_pos_BxS, q_seg_BxT, kv_seg_BxS)
     place_S = jnp.arange(kv_pos_BxS.shape[1], dtype=jnp.int32)

@@ -15,7 +15,7 @@ def swiglu(h: jax.Array) -> jax.Array:
     return jax.nn.silu(h[..., 0, :]) * h[..., 1, :]
 
 
-def _swiglu_bwd(h, dy):
+def _swiglu_bwd(h: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     gate, up, dy32 = (x.astype(jnp.float32) for x in (h[..., 0, :], h[..., 1, :], dy))
     sigmoid = jax.nn.sigmoid(gate)
     dgate = dy32 * up * sigmoid * (1 + gate * (1 - sigmoid))

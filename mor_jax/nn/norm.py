@@ -7,6 +7,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+Residuals = tuple[jax.Array, jax.Array, jax.Array]  # x, scale, 1 / rms(x)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -18,13 +20,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return _rms_norm_fwd(x, scale, eps)[0]
 
 
-def _rms_norm_fwd(x, scale, eps):
+def _rms_norm_fwd(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, Residuals]:
     x32 = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inverse_rms * scale).astype(x.dtype), (x, scale, inverse_rms)
 
 
-def _rms_norm_bwd(eps, residuals, dy):
+def _rms_norm_bwd(eps: float, residuals: Residuals, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, scale, inverse_rms = residuals
     unit, dy32 = x.astype(jnp.float32) * inverse_rms, dy.astype(jnp.float32)
     dscale = jnp.sum(dy32 * unit, axis=tuple(range(x.ndim - 1)))

@@ -11,6 +11,8 @@ rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,8 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 
 Axes = tuple[str | None, ...]
+# A nested dict of leaves: parameters, or their shapes, shardings or logical axes.
+Tree = dict[str, Any]
 # names of leaves that are no matrices: they have no weight decay
 VECTORS = ("scale", "bias", "smear")
 
@@ -27,7 +31,7 @@ def matrix(
 ) -> jax.Array:
     """A float32 parameter drawn from N(0, std), annotated with logical axes."""
     init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-    return module.param(name, init, shape, jnp.float32)
+    return module.param(name, init, shape, jnp.float32, unbox=True)
 
 
 class Scale(nn.Module):

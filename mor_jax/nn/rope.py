@@ -46,7 +46,7 @@ def scaled(m: ModelConfig, frequency_h: jax.Array) -> jax.Array:
     else:
         # The dimension that makes so many turns over the original context; fewer turns in later
         # ones.
-        def turning(turns):
+        def turning(turns: float) -> float:
             return (
                 m.dims[2]
                 * math.log(m.rope_original_context / (turns * 2 * math.pi))
@@ -72,7 +72,7 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     2]. The tables are broadcast over the head axes. Computed in float32, in the dtype of x."""
     heads = x.ndim - cos.ndim
 
-    def expand(t):
+    def expand(t: jax.Array) -> jax.Array:
         return t.reshape(t.shape[0], *(1,) * heads, *t.shape[1:])
 
     cos, sin = expand(cos), expand(sin)

@@ -119,7 +119,8 @@ def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         compiled = lowered.compile()
     done, cpu = time.perf_counter(), time.process_time() - cpu
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+    assert memory is not None, "every backend of ours has one"
     found = read_collectives(text, dict(mesh.shape))
     return {
         "seconds": {"trace": traced - begun, "compile": done - traced, "compile_cpu": cpu},
@@ -183,17 +184,19 @@ def _compiled_until_one_fails(
             env=env,
             bufsize=0,
         )
+        stdin, stdout = child.stdin, child.stdout
+        assert stdin is not None and stdout is not None, "pipes"
         try:
             # it has ended already; its last words are read below
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps(cases).encode())
-                child.stdin.close()
+                stdin.write(json.dumps(cases).encode())
+                stdin.close()
             for _ in cases:
-                ready, _, _ = select.select([child.stdout], [], [], limit_s)
+                ready, _, _ = select.select([stdout], [], [], limit_s)
                 if not ready:
                     yield {"error": f"the compiler did not end within {limit_s:g} s."}
                     return
-                line = child.stdout.readline()
+                line = stdout.readline()
                 if not line:
                     child.wait()
                     errors.seek(0)
@@ -207,7 +210,7 @@ def _compiled_until_one_fails(
         finally:
             child.kill()
             child.wait()
-            child.stdout.close()
+            stdout.close()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from typing import Any
 
 import jax
 
@@ -82,7 +83,7 @@ def anneal(
         lm, tx = LM.from_config(cfg), optimizer_of(cfg, training_steps(cfg))
         wanted = abstract_state(lm, tx, mesh, bool(cfg.optim.ema))
 
-        def read(name, like):
+        def read(name: str, like: Any) -> Any:
             return None if like is None else restore_params(directory, like, step, entry=name)[0]
 
         state = TrainState(*(read(name, like) for name, like in wanted._asdict().items()))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.tree_util import DictKey
 
 from mor_jax.errors import CheckpointError
 from mor_jax.paths import as_path
@@ -53,7 +54,7 @@ def write_bundle(
         for where, leaf in flat
     }
     with (folder / WEIGHTS).open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # but for one flag, arrays
     whole = {"format": FORMAT, "provenance": dict(provenance), **meta}
     (folder / MODEL).write_text(json.dumps(whole, ensure_ascii=False, indent=1) + "\n")
     return sum((folder / name).stat().length for name in (WEIGHTS, MODEL))
@@ -81,7 +82,7 @@ def restore(arrays: Mapping[str, np.ndarray], abstract: Any, path: epath.PathLik
     """Float32 parameters of these shapes and places. Raises CheckpointError: one is missing or of
     another shape."""
 
-    def leaf(where: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(where: tuple[DictKey, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
         name = "/".join(key.key for key in where)
         found = arrays.get(name)
         if found is None or found.shape != like.shape:

@@ -81,7 +81,9 @@ class Checkpointer:
       CheckpointError: the directory cannot be created or written to.
     """
 
-    def __init__(self, directory: os.PathLike | str, *, keep: int = 3, async_save: bool = True):
+    def __init__(
+        self, directory: os.PathLike[str] | str, *, keep: int = 3, async_save: bool = True
+    ):
         self._directory = _absolute(directory)
         self._keep, self._async = keep, async_save
         # made by the first save: importing Orbax and listing the directory take a second
@@ -286,7 +288,7 @@ class Checkpointer:
 
 
 def save_weights(
-    directory: os.PathLike | str, params: Any, meta: Mapping[str, Any], *, step: int = 0
+    directory: os.PathLike[str] | str, params: Any, meta: Mapping[str, Any], *, step: int = 0
 ) -> None:
     """Write a checkpoint of weights alone, which every command but `launch.train` reads; durable on
     return.
@@ -315,7 +317,9 @@ def save_weights(
         to.save(step, {"params": params}, {**meta, "step": step})
 
 
-def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[int, dict[str, Any]]:
+def load_meta(
+    directory: os.PathLike[str] | str, step: int | None = None
+) -> tuple[int, dict[str, Any]]:
     """(step, meta) of one checkpoint, the newest by default, without reading an array. Raises
     CheckpointError."""
     directory, step = _choose(directory, step)
@@ -326,7 +330,7 @@ def load_meta(directory: os.PathLike | str, step: int | None = None) -> tuple[in
 
 
 def restore_params(
-    directory: os.PathLike | str,
+    directory: os.PathLike[str] | str,
     abstract_params: Any,
     step: int | None = None,
     *,
@@ -393,7 +397,7 @@ def _digest_on(sharding: NamedSharding | None) -> Any:
     return jax.jit(digest, out_shardings=sharding)
 
 
-def _table(tree: Any) -> dict[str, list]:
+def _table(tree: Any) -> dict[str, list[Any]]:
     """{leaf name: [shape, dtype, digest]} of a pytree of arrays. One small compilation a distinct
     leaf shape."""
     names, leaves = _named(tree)
@@ -485,17 +489,17 @@ def _without(tree: Any, missing: set[str]) -> Any:
     if not missing:
         return tree
 
-    def holds(x):
+    def holds(x: object) -> bool:
         return isinstance(x, dict) and any(name in x for name in _FROM_ZERO)
 
-    def drop(x):
+    def drop(x: Any) -> Any:
         return {name: leaf for name, leaf in x.items() if name not in _FROM_ZERO} if holds(x) else x
 
     return jax.tree.map(drop, tree, is_leaf=holds)
 
 
 def _check_fit(
-    directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list], partial: bool
+    directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list[Any]], partial: bool
 ) -> None:
     expected = dict(zip(*_named(abstract), strict=True))
     entries = {name.partition("/")[0] for name in expected}
@@ -558,7 +562,7 @@ def _sha256(body: Any) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _choose(directory: os.PathLike | str, step: int | None) -> tuple[epath.Path, int]:
+def _choose(directory: os.PathLike[str] | str, step: int | None) -> tuple[epath.Path, int]:
     directory = _absolute(directory)
     steps = _steps(directory)
     if not steps:
@@ -624,7 +628,7 @@ def _remove(path: epath.Path) -> None:
         path.rmtree()
 
 
-def _absolute(path: os.PathLike | str) -> epath.Path:
+def _absolute(path: os.PathLike[str] | str) -> epath.Path:
     path = as_path(path)
     return epath.Path(os.path.abspath(path)) if is_local(path) else path
 

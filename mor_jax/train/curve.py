@@ -74,7 +74,7 @@ def depth_curve(
     with jax.set_mesh(loaded.mesh):
         batches, token_bytes = held_out(loaded, paths, **of_rows)
 
-        def at(**limits):
+        def at(**limits: float) -> dict[str, Any]:
             return evaluate_at(loaded.lm, loaded.params, batches, token_bytes, **limits)
 
         depths = np.linspace(1, steps, points).round(6).tolist() if loaded.lm.policy.dials else []

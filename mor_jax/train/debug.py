@@ -9,13 +9,14 @@ import functools
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from mor_jax.errors import ConfigError
+from mor_jax.train.step import Program
 
 MEMORY = ("argument", "output", "alias", "temp", "generated_code")  # sizes XLA tells of a program
 
@@ -38,10 +39,17 @@ class Debug:
     jit: bool = True
 
     @classmethod
-    def parse(cls, profile_steps: list[str] | None, **switches: bool) -> Debug:
+    def parse(
+        cls,
+        profile_steps: list[str] | None,
+        *,
+        nans: bool = False,
+        scan: bool = True,
+        jit: bool = True,
+    ) -> Debug:
         """From the flags of a command. Raises ConfigError."""
         if not profile_steps:
-            return cls(**switches)
+            return cls(None, nans, scan, jit)
         given = ",".join(profile_steps)
         try:
             first, last = map(int, profile_steps)
@@ -52,7 +60,7 @@ class Debug:
                 f"--profile_steps={given} must be two whole numbers, the first and the last step to trace, counted "
                 "from 1, e.g. 20,22."
             )
-        return cls((first, last), **switches)
+        return cls((first, last), nans, scan, jit)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -92,7 +100,7 @@ class Tracer:
     def after(self, step: int, result: Any) -> Path | None:
         """Call after; `result`: arrays of the step. The directory, once a trace has been
         written."""
-        if not self._on or step < self._steps[1]:
+        if not self._on or (self._steps and step < self._steps[1]):
             return None
         jax.block_until_ready(result)
         return self.close()
@@ -107,8 +115,8 @@ class Tracer:
 
 
 def compile_step(
-    step: Callable, arguments: tuple, debug: Debug, directory: Path | None
-) -> tuple[Callable, str]:
+    step: Program, arguments: tuple[Any, ...], debug: Debug, directory: Path | None
+) -> tuple[Program, str]:
     """(program, how long that took): `step` compiled for `arguments`, the first donated; its
     summary in `directory`.
 
@@ -122,10 +130,12 @@ def compile_step(
         # To find the operation JAX runs the step once more, one by one: its arguments must still be
         # there.
         return jax.jit(step), "compiled at the first call, to look for NaNs"
-    begin, hits = time.perf_counter(), []
+    begin = time.perf_counter()
+    hits: list[str] = []
 
-    def listen(event, **_):
-        return hits.append(event) if event.endswith("compilation_cache/cache_hits") else None
+    def listen(event: str, **_: str | int) -> None:
+        if event.endswith("compilation_cache/cache_hits"):
+            hits.append(event)
 
     jax.monitoring.register_event_listener(listen)
     try:

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 
 from mor_jax.analysis import accounting
-from mor_jax.config import Config, check
+from mor_jax.config import Config, ModelConfig, check
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model import block as network
 from mor_jax.model.lm import CAUSAL, LM
-from mor_jax.model.loss import Mix, distilled_sum
+from mor_jax.model.loss import Finish, Mix, distilled_sum
+from mor_jax.nn.parameters import Tree
 from mor_jax.train.load import load_model
 
 COMPUTED_ALIKE = ("context", "dtype", "attention", "loss_chunk")  # fields of the run's model
@@ -44,7 +45,7 @@ class Teacher(NamedTuple):
         states."""
         axes = self.lm.logical_axes()
 
-        def pick(tree):
+        def pick(tree: Tree) -> Tree:
             return {name: tree[name] for name in ("embed", "head") if name in tree}
 
         return pick(self.params), pick(axes)
@@ -67,7 +68,7 @@ def distilled(
     """(loss, nll, distillation loss), sums over the targets, of final states; see
     `model.loss.distilled_sum`."""
 
-    def finish(model):
+    def finish(model: ModelConfig) -> Finish:
         return functools.partial(network.finish, model)
 
     table = network.head_table(lm.with_table(params))

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mor_jax.data.loader import Batch
 from mor_jax.inference.dial import depth_control
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.lm import CAUSAL, LM, ROW, STATES, TOPK
 from mor_jax.model.loss import next_token_targets
+from mor_jax.nn.parameters import Tree
 from mor_jax.parallel.rows import over_rows
 
 
@@ -29,7 +31,7 @@ from mor_jax.parallel.rows import over_rows
 def eval_step(
     lm: LM,
     params: Any,
-    batch: dict,
+    batch: Batch,
     token_bytes_V: jax.Array,
     mode: str,
     control: DepthControl | None = None,
@@ -41,7 +43,7 @@ def eval_step(
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     weights = (weights > 0).astype(jnp.float32)  # a token counts whole or not at all
 
-    def losses(params, h, targets):
+    def losses(params: Tree, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[()]]:
         return (lm.token_nll(params, h, targets), ())
 
     nll, _ = over_rows(lm.rules, losses, (lm.logical_axes(), STATES, ROW), ROW)(
@@ -70,7 +72,12 @@ def padded_token_bytes(token_bytes: np.ndarray, vocab_size: int) -> jax.Array:
 
 
 def _total(
-    lm: LM, params: Any, batches: Iterable[dict], token_bytes_V: jax.Array, mode: str, **limits: Any
+    lm: LM,
+    params: Any,
+    batches: Iterable[Batch],
+    token_bytes_V: jax.Array,
+    mode: str,
+    **limits: Any,
 ) -> dict[str, np.ndarray]:
     total: dict[str, Any] = {}
     for batch in batches:
@@ -85,7 +92,7 @@ def _bits_per_byte(nll: float, n_bytes: float) -> float:
     return nll / math.log(2) / n_bytes if n_bytes else float("nan")
 
 
-def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array) -> dict[str, Any]:
+def evaluate(lm: LM, params: Any, batches: list[Batch], token_bytes_V: jax.Array) -> dict[str, Any]:
     """The record of one evaluation.
 
     Args:
@@ -112,7 +119,7 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
             f"{mode}/bits_per_byte": _bits_per_byte(float(t["nll"]), float(t["bytes"])),
             f"{mode}/mean_depth": float(share @ np.arange(len(share))),
             f"{mode}/depth_share": [float(s) for s in share],
-            f"{mode}/active_share": [float(s) for s in share[::-1].cumsum()[::-1][1:]],
+            f"{mode}/active_share": [float(s) for s in np.cumsum(share[::-1])[::-1][1:]],
             f"{mode}/depth_nll": [
                 float(v) for v in t["nll_by_depth"] / np.maximum(t["targets_by_depth"], 1.0)
             ],
@@ -129,7 +136,7 @@ def evaluate(lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array)
 
 
 def evaluate_at(
-    lm: LM, params: Any, batches: list[dict], token_bytes_V: jax.Array, **limits: Any
+    lm: LM, params: Any, batches: list[Batch], token_bytes_V: jax.Array, **limits: Any
 ) -> dict[str, Any]:
     """Causal evaluation at one setting of the depth: nll, bits_per_byte, mean_depth, depth_share,
     as in `evaluate`.

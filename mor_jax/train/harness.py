@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @register_model("mor")
-class MorLM(TemplateLM):
+class MorLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """`--model mor --model_args path=runs/mor`: scores by the engine's scorer, texts by the engine.
 
     Args (of --model_args):
@@ -102,7 +102,7 @@ class MorLM(TemplateLM):
             first = max(1, len(ids) - len(continuation))
             own, top = scored.logprobs[first:], scored.top[first:]
             greedy = all(mine == likely[0][1] for mine, likely in zip(own, top, strict=True))
-            found.append((float(sum(own)), greedy))
+            found.append((float(sum(p for p in own if p is not None)), greedy))
             if key is not None:
                 self.cache_hook.add_partial("loglikelihood", key, found[-1])
         return found
@@ -128,12 +128,12 @@ class MorLM(TemplateLM):
         settings in one batch."""
         texts: dict[int, str] = {}
 
-        def settings(i):
+        def settings(i: int) -> str:
             return repr(sorted(requests[i].args[1].items()))
 
         for _, group in itertools.groupby(sorted(range(len(requests)), key=settings), key=settings):
             members = list(group)
-            wanted = dict(requests[members[0]].args[1])
+            wanted: dict[str, Any] = dict(requests[members[0]].args[1])
             until = wanted.get("until") or []
             longest = int(wanted.get("max_gen_toks", wanted.get("max_tokens", self._max_gen_toks)))
             longest = min(longest, self.max_length - 1)

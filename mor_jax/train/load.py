@@ -114,10 +114,13 @@ def load_model(
         ) from e
     mesh = mesh or make_mesh(MeshConfig(data=-1))
     lm = LM.from_config(config)
-    saved = Adapters(lm, config.adapter) if config.adapter.rank else lm
+    adapters = Adapters(lm, config.adapter) if config.adapter.rank else None
+    saved = adapters or lm
     shapes = jax.eval_shape(saved.init, jax.random.key(0))
 
-    def place(s, sharding):
+    def place(
+        s: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding
+    ) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
 
     abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
@@ -132,8 +135,8 @@ def load_model(
             directory, abstract, step, entry="average" if average else "params"
         )
     lineage, template = meta.get("lineage"), chat_template(path, meta)
-    if config.adapter.rank:
-        params = saved.merged(_base(directory, lineage, mesh), params)
+    if adapters is not None:
+        params = adapters.merged(_base(directory, lineage, mesh), params)
     return Loaded(
         lm, params, tokenizer_from_json(tokenizer_json), config, step, data, mesh, lineage, template
     )
@@ -143,7 +146,7 @@ def _base(directory: epath.Path, lineage: dict[str, Any] | None, mesh: Mesh) -> 
     """The weights that the adapters of a checkpoint belong to."""
     parent = (lineage or {}).get("parent", "")
     try:
-        return load_model(parent, lineage["step"], mesh=mesh).params
+        return load_model(parent, (lineage or {})["step"], mesh=mesh).params
     except (CheckpointError, TypeError, KeyError) as e:
         raise CheckpointError(
             f"{directory} holds adapters of the weights in {parent or 'an unknown place'}, which cannot be read: {e}. Put "
@@ -190,10 +193,9 @@ def describe(
         if (run / "metrics.jsonl").exists()
         else None
     )
-    routed = (
-        config.depth.routed and isinstance(shares, list) and len(shares) == config.model.recursions
-    )
-    return config, tuple(shares) if routed else None
+    if not config.depth.routed or not isinstance(shares, list):
+        return config, None
+    return config, tuple(shares) if len(shares) == config.model.recursions else None
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:

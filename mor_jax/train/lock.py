@@ -28,7 +28,7 @@ from mor_jax.paths import filesystem, is_local, reason, write_bytes
 try:
     import fcntl
 except ImportError:  # Windows: the lease alone
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # read as such below
 
 FILE = "run.lock"
 BEAT = 10.0  # seconds between two signs of life
@@ -75,7 +75,7 @@ class RunLock:
         self._workdir, self._path, self._wait, self._say = workdir, workdir / FILE, wait, say
         self._period = float(os.environ.get(ENV) or BEAT)
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        self._mine = {
+        self._mine: dict[str, Any] = {
             "host": socket.gethostname(),
             "namespace": _namespace(),
             "pid": os.getpid(),

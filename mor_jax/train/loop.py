@@ -35,7 +35,7 @@ from mor_jax.train.best import Best
 from mor_jax.train.checkpoint import Checkpointer, load_meta
 from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
-from mor_jax.train.distill import load_teacher
+from mor_jax.train.distill import Teacher, load_teacher
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
@@ -49,8 +49,8 @@ from mor_jax.train.outbox import Outbox
 from mor_jax.train.preference import Reference, evaluate_preference
 from mor_jax.train.progress import Progress
 from mor_jax.train.schedule import learning_rate, optimizer_of
-from mor_jax.train.state import TrainState, abstract_state, create_state
-from mor_jax.train.step import StagedStep
+from mor_jax.train.state import Trained, TrainState, abstract_state, create_state
+from mor_jax.train.step import Program, StagedStep
 from mor_jax.train.stop import Stop, stop_signals
 from mor_jax.train.trackers import IDS as TRACKERS
 from mor_jax.train.trackers import TrackedRun, open_trackers
@@ -136,7 +136,7 @@ def train(
     workdir, hosts, debug = as_path(workdir), join.hosts(), debug or Debug()
     mesh, first = make_mesh(cfg.mesh), hosts.rank == 0
 
-    def tell(line):
+    def tell(line: str) -> None:
         return say(line, shown=progress)
 
     with (
@@ -227,7 +227,7 @@ class _Run:
         self.changed, self.other_data = changed, allows_other_data(allow)
         self.lm = LM.from_config(cfg)
         self.adapters = Adapters(self.lm, cfg.adapter) if cfg.adapter.rank else None
-        self.trained = self.adapters or self.lm  # what the state's parameters are
+        self.trained: Trained = self.adapters or self.lm  # what the state's parameters are
         self.steps = accounting.training_steps(cfg)
         self.tx = optimizer_of(cfg, self.steps)
         self.schedule = learning_rate(cfg.optim, self.steps)
@@ -252,7 +252,7 @@ class _Run:
         self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
         self.last_average: dict[str, Any] | None = None  # of the running mean of the weights
         self.base: Any = None  # of adapters: the weights they belong to
-        self.merge = self.adapters and jax.jit(self.adapters.merged)
+        self.merge = None if self.adapters is None else jax.jit(self.adapters.merged)
         self.ended = 0  # step after which the run ended early
         self.measure: Measure | None = None
 
@@ -323,7 +323,9 @@ class _Run:
     def _start(self) -> tuple[TrainState, int]:
         """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
         self.hosts.report(phase="restoring or initialising")
-        self.teacher = load_teacher(self.cfg, self.data.tokenizer, self.lm, self.mesh)
+        self.teacher: Teacher | Reference | None = load_teacher(
+            self.cfg, self.data.tokenizer, self.lm, self.mesh
+        )
         state, first, meta = self._last_good()
         if self.cfg.data.format == "preference":
             self.teacher = self._reference()
@@ -399,7 +401,7 @@ class _Run:
 
     def _whole(self, params: Any) -> Any:
         """The model's parameters, of those of a state."""
-        return params if self.adapters is None else self.merge(self.base, params)
+        return params if self.merge is None else self.merge(self.base, params)
 
     def _same_origin(self, meta: dict[str, Any]) -> None:
         """Keep the lineage of the run; refuse to go on as if it had started from other weights."""
@@ -485,7 +487,7 @@ class _Run:
                 last = step == self.steps
                 stopping = stop.after_this_step() and not last
 
-                def due(every):
+                def due(every: int) -> bool:
                     return bool(every) and step % every == 0  # noqa: B023
 
                 if not bad and (stopping or last or due(t.eval_every) or due(t.checkpoint_every)):
@@ -521,7 +523,7 @@ class _Run:
         length = self.cfg.train.row_length(step, self.steps, context)
         return 0 if length == context else length
 
-    def _compile(self, step_fn: Callable, arguments: tuple) -> Callable:
+    def _compile(self, step_fn: Program, arguments: tuple[Any, ...]) -> Program:
         """Compiles the step, and prints where the time before the first step went."""
         self.goodput.enter("compile")
         self.hosts.report(phase="compiling")
@@ -560,7 +562,7 @@ class _Run:
         return state, good
 
     def _record(self, step: int, metrics: dict[str, jax.Array], limit: Any) -> str:
-        values = {
+        values: dict[str, Any] = {
             k: float(v) if np.ndim(v) == 0 else [round(float(x), 4) for x in v]
             for k, v in jax.device_get(metrics).items()
         }
@@ -610,8 +612,9 @@ class _Run:
             )
             batches = list(batches)
             record = evaluate(self.lm, self._whole(state.params), batches, self.token_bytes)
+            average = None
             if state.average is not None:
-                self.last_average = evaluate(
+                average = self.last_average = evaluate(
                     self.lm, self._whole(state.average), batches, self.token_bytes
                 )
             if isinstance(self.teacher, Reference):
@@ -640,10 +643,10 @@ class _Run:
                 record |= self.measure(model)
         self.metrics.write("eval", step, record)
         self.bar.evaluation(step, record)
-        if state.average is not None:
-            self.metrics.write("eval_average", step, self.last_average)
+        if average is not None:
+            self.metrics.write("eval_average", step, average)
             self.bar.say(
-                f"step {step} · running mean of the weights: causal NLL {self.last_average['causal/nll']:.3f}"
+                f"step {step} · running mean of the weights: causal NLL {average['causal/nll']:.3f}"
             )
         self.last_eval = record
         loss = record.get("preference/loss", record["causal/nll"])

@@ -18,6 +18,7 @@ from mor_jax.model.lm import LM, ROW, STATES
 from mor_jax.model.loss import next_token_targets
 from mor_jax.model.recursion.loss import divergence, log_prior, log_stopping, step_weights
 from mor_jax.model.recursion.unroll import Unrolled
+from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.parallel.rows import over_rows
 
 
@@ -27,7 +28,7 @@ def loop_loss(
     batch: dict[str, jax.Array],
     scales: tuple[jax.Array, jax.Array],
     token_bytes_V: jax.Array | None = None,
-) -> tuple[jax.Array, dict]:
+) -> tuple[jax.Array, dict[str, Any]]:
     """As `step.loss_fn`: the trained objective, and sums. `lm_loss` and the bits per byte are those
     of the last step.
 
@@ -42,7 +43,16 @@ def loop_loss(
     targets, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
     target_count, _ = scales
 
-    def run(params, tokens, seg, targets, weights, steps, salt, answers):
+    def run(
+        params: Tree,
+        tokens: jax.Array,
+        seg: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        steps: jax.Array | None,
+        salt: jax.Array | None,
+        answers: jax.Array | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         params = lm.with_table(params)
         out, h = lm.unroll(params, tokens, seg, steps_B=steps, salt_B=salt)
         depth_BxT = jnp.where(seg > 0, out.steps_B[:, None], 0)
@@ -57,7 +67,7 @@ def loop_loss(
             )(index_SxB)
         return depth_BxT, _over_steps(lm, params, out, h, targets_SxBxT, weights)
 
-    def given(name, axes):
+    def given(name: str, axes: Axes) -> Axes | None:
         return None if batch.get(name) is None else axes
 
     row_only = ("batch",)
@@ -115,10 +125,10 @@ def _over_steps(
 
     # One after the other along time, so that the head's chunks hold as many logits at once as for
     # one step.
-    def along(x):
+    def along(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(rows, steps * time, *x.shape[3:])
 
-    def apart(x):
+    def apart(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(rows, steps, time), 1, 0)
 
     h, targets = along(h_SxBxTxD), along(targets_SxBxT)
@@ -132,6 +142,7 @@ def _over_steps(
         share_SxB = step_weights(c, out.index_SxB)
         weights = along(share_SxB[..., None] * weights_BxT)
         return sums | {"objective": lm.cross_entropy(params, h, targets, weights)}
+    assert out.states_SxBxTxD is not None, "kept for a loss over steps"
     log_p = log_stopping(lm.loop.gate(params["recursion"], out.states_SxBxTxD))
     p_SxBxT = jnp.exp(log_p)
     counted_BxT = (weights_BxT != 0).astype(jnp.float32)

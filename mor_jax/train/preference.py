@@ -138,7 +138,7 @@ def _token_nll(lm: LM, params: Any, batch: Batch, mode: str) -> jax.Array:
     h = lm.forward(params, tokens, seg, mode=mode, salt_B=salt).h_BxTxD
     targets, _ = next_token_targets(tokens, seg)
 
-    def run(params, h, targets):
+    def run(params: Any, h: jax.Array, targets: jax.Array) -> tuple[jax.Array, tuple[()]]:
         return lm.token_nll(params, h, targets), ()
 
     axes = (lm.logical_axes(), STATES, ROW)

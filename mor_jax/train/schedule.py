@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 import jax
 import optax
+from jax.tree_util import DictKey
 from optax import contrib
 
 from mor_jax import nn
 from mor_jax.analysis import accounting
 from mor_jax.config import Config, OptimConfig
 from mor_jax.model.depth.survey import SURVEY
+from mor_jax.nn.parameters import Tree
 
 CORE = "core"  # the shared blocks among the parameters
 # Of the matrices of a block, (axes that are summed over, axes of the output); the rest are matrices
@@ -50,7 +52,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     )
 
 
-def is_matrix(params: dict) -> dict:
+def is_matrix(params: Tree) -> Tree:
     """True for the leaves weight decay applies to: everything but vectors and what of a router is
     moved by rule."""
     return jax.tree_util.tree_map_with_path(
@@ -58,10 +60,10 @@ def is_matrix(params: dict) -> dict:
     )
 
 
-def matrices(params: dict) -> dict:
+def matrices(params: Tree) -> Tree:
     """What Muon updates: dimension numbers of the blocks' matrices, None elsewhere."""
 
-    def numbers(path: tuple, _: jax.Array) -> contrib.MuonDimensionNumbers | None:
+    def numbers(path: tuple[DictKey, ...], _: jax.Array) -> contrib.MuonDimensionNumbers | None:
         name = path[-1].key
         return contrib.MuonDimensionNumbers(*MATRICES[name]) if name in MATRICES else None
 
@@ -105,13 +107,14 @@ def optimizer(
     if not factors:
         return optax.chain(clip, one(1.0))
 
-    def labels(params: dict) -> dict:
-        def group(path):
-            return next((key.key for key in path if key.key in factors), "model")
+    each = {"model": one(1.0)} | {name: one(factor) for name, factor in factors.items()}
+
+    def labels(params: Tree) -> Tree:
+        def group(path: tuple[DictKey, ...]) -> str:
+            return next((key.key for key in path if key.key in each), "model")
 
         return jax.tree_util.tree_map_with_path(lambda path, _: group(path), params)
 
-    each = {"model": one(1.0)} | {name: one(factor) for name, factor in factors.items()}
     return optax.chain(clip, optax.partition(each, labels))
 
 

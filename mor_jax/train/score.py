@@ -10,23 +10,24 @@ import jax
 from jax.sharding import NamedSharding
 
 from mor_jax.config import DataConfig
-from mor_jax.data.loader import eval_batches
+from mor_jax.data.loader import Batch, eval_batches
+from mor_jax.data.packing import Row
 from mor_jax.data.prepare import cache_root, prepare
 from mor_jax.errors import ConfigError, DataError
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.load import Loaded
 
 
-class _Joined(Sequence):
+class _Joined(Sequence[Row]):
     """Two row sources as one."""
 
-    def __init__(self, first: Sequence, second: Sequence):
+    def __init__(self, first: Sequence[Row], second: Sequence[Row]):
         self._first, self._second = first, second
 
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Row:  # type: ignore[override]  # no slices
         return self._first[i] if i < len(self._first) else self._second[i - len(self._first)]
 
 
@@ -64,7 +65,7 @@ def held_out(
     rows: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
-) -> tuple[list[dict], jax.Array]:
+) -> tuple[list[Batch], jax.Array]:
     """(batches, bytes of each token) to evaluate on; arguments and errors as in `score`."""
     if batch_size < 1 or batch_size % loaded.mesh.size:
         raise ConfigError(

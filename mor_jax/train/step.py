@@ -11,13 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import DictKey
 
 from mor_jax.model.adapter import Adapters
+from mor_jax.model.depth import RouterStats
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, stage_of
 from mor_jax.model.lm import LM, ROW, STATES, TOPK
 from mor_jax.model.loss import next_token_targets
 from mor_jax.model.recursion.sampling import draw
+from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.parallel.rows import over_rows
 from mor_jax.train.distill import Teacher, distilled
 from mor_jax.train.loops import loop_loss
@@ -28,6 +31,8 @@ from mor_jax.train.state import TrainState
 # draws salt: [B] uint32; where the number of recursions is drawn, steps: [B] int32; see also
 # step_targets of `train/loops.py`
 Batch = dict[str, jax.Array]
+# a train step: (state, batch, limit, beside) -> (state, metrics)
+Program = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 # metrics of every run, 0 under a policy that has none
 AUXILIARY_LOSSES = ("router_loss", "router_z_loss")
@@ -64,7 +69,7 @@ def loss_fn(
     token_bytes_V: jax.Array | None = None,
     teacher: Teacher | Reference | None = None,
     **of_forward: Any,
-) -> tuple[jax.Array, dict]:
+) -> tuple[jax.Array, dict[str, Any]]:
     """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted
     auxiliary losses.
 
@@ -78,26 +83,39 @@ def loss_fn(
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
     depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
 
-    def run(params, tokens, seg, targets, weights, depth, entered, salt, taught, tables):
+    def run(
+        params: Tree,
+        tokens: jax.Array,
+        seg: jax.Array,
+        targets: jax.Array,
+        weights: jax.Array,
+        depth: jax.Array | None,
+        entered: jax.Array | None,
+        salt: jax.Array | None,
+        taught: jax.Array | None,
+        tables: Tree | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, dict[str, jax.Array], RouterStats]]:
         params = lm.with_table(params)
         how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
         out = lm.forward(params, tokens, seg, mode=TOPK, **how)
         if teacher is None:
             nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
             return out.depth_BxT, (nll, None, {}, out.stats)
-        if held:
+        assert taught is not None, "of a teacher"
+        if isinstance(teacher, Reference):
             sums = preferred(lm, params, out.h_BxTxD, targets, weights, seg, taught, teacher.beta)
             return out.depth_BxT, (*sums, out.stats)
-        *sums, distillation = distilled(
+        assert tables is not None, "of a teacher"
+        learned, nll, distillation = distilled(
             lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught
         )
-        return out.depth_BxT, (*sums, {"distill_loss": distillation}, out.stats)
+        return out.depth_BxT, (learned, nll, {"distill_loss": distillation}, out.stats)
 
-    def given(x, names):
+    def given(x: jax.Array | None, names: Axes) -> Axes | None:
         return None if x is None else names
 
     salt, taught = batch.get("salt"), batch.get("reference" if held else "taught")
-    tables, table_axes = (None, None) if teacher is None or held else teacher.tables()
+    tables, table_axes = teacher.tables() if isinstance(teacher, Teacher) else (None, None)
     axes = (
         lm.logical_axes(),
         ROW,
@@ -139,7 +157,7 @@ def loss_fn(
 def cut_rows(lm: LM, batch: Batch, length: int) -> Batch:
     """Rows [B, T] as rows [B T / length, length]; the pieces of a row stay on its device."""
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         return lm.rules.constrain(x.reshape(-1, length), "batch", "time")
 
     return {name: cut(x) for name, x in batch.items()}
@@ -149,7 +167,7 @@ def _micro_batches(batch: Batch, accum: int) -> Batch:
     """[B, T] -> [accum, B / accum, T] without moving rows between devices: each keeps its own rows
     throughout."""
 
-    def split(x):
+    def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(x.shape[0] // accum, accum, *x.shape[1:]), 1, 0)
 
     return jax.tree.map(split, batch)
@@ -162,7 +180,7 @@ def _grad(
     teacher: Teacher | Reference | None,
     params: Any,
     batch: Batch,
-) -> tuple[Any, dict]:
+) -> tuple[Any, dict[str, Any]]:
     if lm.recursion.trains:
         return jax.grad(lambda p: loop_loss(lm, p, batch, scales, token_bytes_V), has_aux=True)(
             params
@@ -180,7 +198,7 @@ def _grad_by_profile(
     teacher: Teacher | Reference | None,
     params: Any,
     batch: Batch,
-) -> tuple[Any, dict]:
+) -> tuple[Any, dict[str, Any]]:
     """As `_grad`, for a policy whose row sizes are known only once the prelude has run.
 
     The choice of sizes stands outside of the differentiation of the rest, so that one program's
@@ -192,8 +210,8 @@ def _grad_by_profile(
     x, pull = jax.vjp(lambda p: lm.enter(p, tokens, seg), params)
     profile, depth_BxT = lm.route(params, x, tokens, seg, batch.get("salt"))
 
-    def rest(profile: int) -> Callable:
-        def loss(p, x, depth_BxT):
+    def rest(profile: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        def loss(p: Tree, x: jax.Array, depth_BxT: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
             how = {"profile": profile, "depth_BxT": depth_BxT, "entered_BxTxD": x}
             return loss_fn(lm, p, batch, scales, token_bytes_V, teacher, **how)
 
@@ -213,7 +231,7 @@ def gradients(
     accum: int,
     token_bytes_V: jax.Array | None = None,
     teacher: Teacher | Reference | None = None,
-) -> tuple[Any, dict]:
+) -> tuple[Any, dict[str, Any]]:
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
     scales = loss_scales(lm, batch, isinstance(teacher, Reference))
     many = (
@@ -228,13 +246,13 @@ def gradients(
     first = jax.tree.map(lambda x: x[0], micro)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(grad, params, first))
 
-    def add(total, b):
+    def add(total: Any, b: Batch) -> tuple[Any, None]:
         return (jax.tree.map(jnp.add, total, grad(params, b)), None)
 
     return jax.lax.scan(add, zeros, micro)[0]
 
 
-def _learned(params: dict) -> dict:
+def _learned(params: Tree) -> Tree:
     """Without the survey of the router's scores, which is no weight."""
     if SURVEY not in params.get("router", {}):
         return params
@@ -243,12 +261,12 @@ def _learned(params: dict) -> dict:
     }
 
 
-def averaged(average: dict, params: dict, decay: float, step: jax.Array) -> dict:
+def averaged(average: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
     """The running mean after one more step. It forgets faster at first, (1 + t) / (10 + t), so that
     the random start is soon gone. What is no weight is taken as it is."""
     keep = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
 
-    def mean(path, a, p):
+    def mean(path: tuple[DictKey, ...], a: jax.Array, p: jax.Array) -> jax.Array:
         return p if path[-1].key == SURVEY else a + (1 - keep) * (p - a)
 
     return jax.tree_util.tree_map_with_path(mean, average, params)
@@ -263,7 +281,7 @@ def make_train_step(
     ema: float = 0.0,
     adapters: Adapters | None = None,
     length: int = 0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Program:
     """(state, batch, limit=None, beside=None) -> (state, metrics); pure, to be jitted with the
     state donated.
 
@@ -282,7 +300,7 @@ def make_train_step(
 
     def train_step(
         state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None
-    ):
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         teaches = None if teacher is None else teacher._replace(params=beside["teacher"])
         whole, pull = state.params, None
         # a step forms the gradient of the whole weights once, and takes the adapters' from it
@@ -352,21 +370,18 @@ class StagedStep:
         tx: optax.GradientTransformation,
         accum: int,
         token_bytes_V: jax.Array | None = None,
-        compile: Callable[[Callable, tuple], Callable] | None = None,
+        compile: Callable[[Program, tuple[Any, ...]], Program] | None = None,
         teacher: Teacher | Reference | None = None,
         ema: float = 0.0,
         adapters: Adapters | None = None,
         length_of: Callable[[int], int] | None = None,
     ):
         self._length_of = length_of or (lambda _: 0)
-        self._lm, self._rest, self._made = (
-            lm,
-            (tx, accum, token_bytes_V, teacher, ema, adapters),
-            {},
-        )
+        self._lm, self._rest = lm, (tx, accum, token_bytes_V, teacher, ema, adapters)
+        self._made: dict[tuple[int | None, int], Program] = {}
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 
-    def __call__(self, step: int, *arguments: Any) -> Callable:
+    def __call__(self, step: int, *arguments: Any) -> Program:
         stage, length = stage_of(self._lm.depth, step), self._length_of(step + 1)
         if (stage, length) not in self._made:
             lm = dataclasses.replace(self._lm, stage=stage)

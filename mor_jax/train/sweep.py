@@ -225,7 +225,8 @@ def _in_processes(
     say: Callable[[str], None],
 ) -> None:
     """One process a job, one in each slot at a time; stops them all, saved, when told to stop."""
-    queue, free, running = list(waiting), list(slots), {}
+    queue, free = list(waiting), list(slots)
+    running: dict[subprocess.Popen[bytes], tuple[Job, str, Path]] = {}
     # A process can write to a file of this machine only.
     logs = (
         Path(workdir) / "logs"

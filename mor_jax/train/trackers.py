@@ -164,7 +164,7 @@ def _factory(name: str) -> Callable[[TrackedRun], Tracker]:
 def scalars(values: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among the values of a record."""
 
-    def number(v):
+    def number(v: object) -> bool:
         return isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
 
     return {name: value for name, value in values.items() if number(value)}

@@ -152,7 +152,7 @@ def _write_tensors(
     groups = list(_groups(wanted, limit))
     names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else ["model.safetensors"]
-    files = {}
+    files: dict[str, str] = {}
     for file, group in zip(names, groups, strict=True):
         tensors = {name: _tensor(params, wanted[name]) for name in group}
         tensors |= derived if file == names[-1] else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mor_jax.config import ModelConfig
 from mor_jax.config.check_model import check_model
@@ -192,7 +192,7 @@ class Place(NamedTuple):
 
     shape: tuple[int, ...]
     leaf: tuple[str, ...]
-    index: Index
+    index: Index  # type: ignore[assignment]  # not tuple.index
 
 
 def places(m: ModelConfig, blocks: Sequence[tuple[str, str]]) -> dict[str, Place]:
@@ -248,7 +248,7 @@ def block_places(m: ModelConfig, block: tuple[str, str]) -> dict[str, Place]:
     return {name: place._replace(leaf=(*block, *place.leaf)) for name, place in rows.items()}
 
 
-def _rope(config: Json, where: str, longest: int) -> dict[str, float | int | str]:
+def _rope(config: Json, where: str, longest: int) -> dict[str, Any]:
     """The fields of the rotary embedding."""
     new = config.get("rope_parameters")
     given = new if isinstance(new, Mapping) else config.get("rope_scaling") or {}
@@ -260,7 +260,7 @@ def _rope(config: Json, where: str, longest: int) -> dict[str, float | int | str
     given.pop("type", None)
     if given.pop("partial_rotary_factor", 1) != 1:
         raise CheckpointError(f"{where}: a rotary embedding of part of each head is not supported.")
-    fields: dict[str, float | int | str] = {"rope_theta": _number(theta, "rope_theta", where)}
+    fields: dict[str, Any] = {"rope_theta": _number(theta, "rope_theta", where)}
     if kind == "default":
         return fields
     if kind not in ROPE:

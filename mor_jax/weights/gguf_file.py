@@ -145,10 +145,9 @@ class Gguf:
             )
         tokens = list(map(str, self._get("tokenizer.ggml.tokens") or ()))
         kinds = list(self._get("tokenizer.ggml.token_type") or ())
-        merges = [
-            tuple(str(pair).split(" ", 1)) for pair in self._get("tokenizer.ggml.merges") or ()
-        ]
+        pairs = [str(pair).split(" ", 1) for pair in self._get("tokenizer.ggml.merges") or ()]
         try:
+            merges = [(left, right) for left, right in pairs]
             model = models.BPE(
                 {t: i for i, t in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe"
             )

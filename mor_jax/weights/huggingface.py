@@ -26,7 +26,7 @@ from mor_jax.weights.source import framing_of, library_tokenizer, needed
 INDEX = "model.safetensors.index.json"
 # Buffers that files hold beside the weights; they follow from the configuration and the weights.
 BUFFERS = (".rotary_emb.inv_freq", DERIVED)
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "F64": np.dtype("<f8"),
@@ -163,7 +163,7 @@ class HuggingFace:
             entry = json.loads(f.read(size))[name]
             start, end = entry["data_offsets"]
             f.seek(8 + size + start)
-            halves = np.frombuffer(f.read(end - start), DTYPES["BF16"])
+            halves = np.frombuffer(f.read(end - start), np.dtype("<u2"))
         return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
 
     def _check_tie(self) -> None:

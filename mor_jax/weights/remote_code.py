@@ -117,7 +117,7 @@ def _own(
 ) -> list[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """(name, path, shape) of what each recursion has of its own in a block."""
     names = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
-    found = [
+    found: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = [
         (names.get(name, name), (name, "scale"), leaves["scale"].shape)
         for name, leaves in own.items()
         if name != "lora"

@@ -71,8 +71,8 @@ class BubblewrapEnvironment(HostedEnvironment):
         for path in dict.fromkeys(read):
             if not any(Path(path).is_relative_to(system) for system in SYSTEM):
                 args += ["--ro-bind", path, path]
-        for path in (folder.scratch, folder.said):
-            args += ["--bind", str(path), str(path)]
+        for path in (str(folder.scratch), str(folder.said)):
+            args += ["--bind", path, path]
         return [*args, "--chdir", "/"]
 
     def _outer_layers(self, process: Process) -> dict[str, str]:

@@ -57,7 +57,7 @@ class Cell:
         self.reason = ""
         self._last = 0  # number of the newest request
         self._asked = 0  # calls made: a batch counts its prompts
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._encoding = asyncio.Lock()
         self._waiting = self._held = 0  # requests under way, their bytes
         self._waited, self._since = 0.0, 0.0  # seconds spent waiting; when those not in it began

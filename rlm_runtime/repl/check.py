@@ -12,10 +12,10 @@ from rlm_runtime.repl import make
 from rlm_runtime.repl.base import SandboxReport
 
 
-async def check(kind: str = "local", **options) -> SandboxReport:
+async def check(kind: str = "local") -> SandboxReport:
     """Start a worker, see what it is locked in by, end it. Raises SandboxError for a required layer
     that is missing."""
-    environment = make(kind, **options)
+    environment = make(kind)
     try:
         return await environment.start(Context.of("a trial"))
     finally:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from rlm_runtime.context import Context, Payload
 from rlm_runtime.errors import ContextError, SandboxError, UsageError
@@ -33,6 +33,8 @@ from rlm_runtime.repl.resources import Resources
 from rlm_runtime.repl.sandbox import SandboxPolicy
 from rlm_runtime.repl.workdir import MIRROR, WorkDir, remove, sweep
 from rlm_runtime.replies import pieces
+
+T = TypeVar("T")
 
 WORKER = Path(__file__).parent / "worker"
 HELPERS = frozenset(
@@ -73,7 +75,7 @@ class _NotLoaded(Exception):
 class _Nuisance:
     """Frames that are none, and frames nobody waits for, since the worker was last let go on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.bad = self.stale = 0
 
     def too_much(self) -> str | None:
@@ -110,7 +112,7 @@ class HostedEnvironment:
         self._closing: asyncio.Future[None] | None = None
         self._tools: tuple[ToolInfo, ...] = ()
         self._contexts: dict[str, Context] = {}
-        self._payloads: dict[str, Any] = {}
+        self._payloads: dict[str, Payload] = {}
         self._bound: dict[str, Any] = {}
         self._to_bind: dict[str, Any] = {}
         self._reset_answer = False
@@ -120,11 +122,22 @@ class HostedEnvironment:
         self._used = False  # a cell has run in this worker
         self._threads = 0  # of a worker at rest
         self._cell: Cell | None = None
-        self._writing: asyncio.Future | None = None  # of a context, in a thread
-        self._cleaning: asyncio.Future | None = None  # an old work folder is being removed
+        self._writing: asyncio.Future[Payload] | None = None  # of a context, in a thread
+        self._cleaning: asyncio.Future[None] | None = None  # an old work folder is being removed
         self._nuisance = _Nuisance()
-        self._reply: tuple[str, asyncio.Future] | None = None  # (id, future) of a load under way
-        self._ready: asyncio.Future | None = None
+        # (id, future) of a load under way: an error, or None
+        self._reply: tuple[str, asyncio.Future[str | None]] | None = None
+        self._ready: asyncio.Future[tuple[dict[str, str], str | None]] | None = None
+
+    @property
+    def _worker(self) -> Process:
+        assert self._process is not None, "a worker has been started"
+        return self._process
+
+    @property
+    def _folder(self) -> WorkDir:
+        assert self._resources.folder is not None, "made before the first worker"
+        return self._resources.folder
 
     # -- what an environment of its own kind says
 
@@ -190,6 +203,7 @@ class HostedEnvironment:
                 self._closed = True
                 await self._close_once()
                 raise
+            assert self.report is not None, "made when the worker was ready"
             return self.report
 
     async def _start_worker(self) -> None:
@@ -232,7 +246,7 @@ class HostedEnvironment:
         self._used = False
         for name in self._contexts:
             await self._load(name)
-        self._threads = self._process.threads()
+        self._threads = self._worker.threads()
         self._to_bind, self._reset_answer = dict(self._bound), False
         self._raw = {}
 
@@ -251,7 +265,7 @@ class HostedEnvironment:
                     raise
         raise _around(next(c for c in self._contexts.values() if _contains(c, first)), first)
 
-    async def _connect(self, launch: Launch, payloads: asyncio.Future) -> None:
+    async def _connect(self, launch: Launch, payloads: asyncio.Future[None]) -> None:
         """Start the process, greet it, wait until it has locked itself in, and look whether it
         has."""
         loop, limits = asyncio.get_running_loop(), self.limits
@@ -267,18 +281,24 @@ class HostedEnvironment:
         self._resources.command = self._kill_command()
         self._ready, self._nuisance = loop.create_future(), _Nuisance()
         me = weakref.ref(self)  # a forgotten environment is collected, and its worker with it
-        process.on_frame = lambda message, size: (
-            (env := me()) and env._on_frame(process, message, size)
-        )
-        process.on_end = lambda: (env := me()) and env._on_end(process)
+
+        def on_frame(message: dict[str, Any] | None, size: int) -> None:
+            if (env := me()) is not None:
+                env._on_frame(process, message, size)
+
+        def on_end() -> None:
+            if (env := me()) is not None:
+                env._on_end(process)
+
+        process.on_frame, process.on_end = on_frame, on_end
         process.gate = lambda: (env := me()) is None or env._has_room()
         try:
             await payloads
             process.resume_reading()
-            folder = self._resources.folder
-            process.send(self._hello(folder, launch))
+            process.send(self._hello(self._folder, launch))
+            either: set[asyncio.Future[Any]] = {self._ready, process.ended}
             done, _ = await asyncio.wait(
-                {self._ready, process.ended},
+                either,
                 timeout=limits.start_seconds,
                 return_when=asyncio.FIRST_COMPLETED,
             )
@@ -298,9 +318,7 @@ class HostedEnvironment:
             layers = self._outer_layers(process) | layers
             self.report = sandbox.report(self.kind, layers, self.policy, self.required, self.report)
             if problem is not None:
-                raise SandboxError(
-                    f"The REPL's work folder {self._resources.folder.scratch}: {problem}"
-                )
+                raise SandboxError(f"The REPL's work folder {self._folder.scratch}: {problem}")
         finally:
             self._ready = None
         process.take_raw()
@@ -340,10 +358,10 @@ class HostedEnvironment:
             if name not in self._payloads:
                 self._payloads[name] = await self._payload(name, context, folder)
 
-    async def _payload(self, name: str, context: Context, folder: WorkDir):
+    async def _payload(self, name: str, context: Context, folder: WorkDir) -> Payload:
         place, stop = folder.inbox / f"{name}-{secrets.token_hex(4)}", threading.Event()
 
-        def make():
+        def make() -> Payload:
             place.mkdir(mode=0o700)
             return context.payload(place, unpacked=self.limits.unpacked, stop=stop.is_set)
 
@@ -363,34 +381,36 @@ class HostedEnvironment:
         thread of an earlier cell that answers, or one may have left no descriptor to take. Raises
         _NotLoaded then, whatever was said.
         """
-        payload, process = self._payloads[name], self._process
+        payload, process = self._payloads[name], self._worker
         fd = None
-        if payload.mode != "folder" and process._socket is not None:
+        if payload.path is not None and payload.mode != "folder" and process.takes_descriptors:
             try:
                 fd = os.open(payload.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise ContextError(f"The context cannot be read: {error}") from None
+        load_id = secrets.token_hex(16)
         load = {
             "t": "load",
-            "id": secrets.token_hex(16),
+            "id": load_id,
             "name": name,
             "mode": payload.mode,
             "args": self._arguments(payload),
             "path": None if payload.path is None else self._inside(payload.path),
             "fd": fd is not None,
         }
-        future = asyncio.get_running_loop().create_future()
-        self._reply = load["id"], future
+        future: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
+        self._reply = load_id, future
         # a used one can be replaced
         patience = self.limits.start_seconds / (3 if self._used else 1)
         seconds = patience + payload.bytes / 1e7
         self._nuisance = _Nuisance()
+        either: set[asyncio.Future[Any]] = {future, process.ended}
         try:
             process.go()
             process.send(load, fd)
             process.resume_reading()
             done, _ = await asyncio.wait(
-                {future, process.ended}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
             )
         finally:
             self._reply = None
@@ -410,10 +430,8 @@ class HostedEnvironment:
             raise kind(
                 f"The REPL's worker {how} while it loaded `{name}` ({payload.bytes:,} bytes)."
             )
-        if future.result() is not None:
-            raise ContextError(
-                f"The worker could not load `{name}`: {wire.cut(future.result(), 1000)}"
-            )
+        if (problem := future.result()) is not None:
+            raise ContextError(f"The worker could not load `{name}`: {wire.cut(problem, 1000)}")
 
     def _arguments(self, payload: Payload) -> dict[str, Any]:
         files = payload.args.get("files")
@@ -432,7 +450,7 @@ class HostedEnvironment:
         it unfit."""
         if self._used and await self._left_threads():
             return await self._replace("An earlier cell had left threads running.")
-        self._process.allow_memory(_need(self._payloads[name]))
+        self._worker.allow_memory(_need(self._payloads[name]))
         try:
             await self._load(name)
         except _NotLoaded:
@@ -441,7 +459,7 @@ class HostedEnvironment:
     async def _left_threads(self) -> bool:
         """Whether a thread of an earlier cell is there to take or answer what the host says to the
         worker."""
-        process = self._process
+        process = self._worker
         try:
             process.go()
             for _ in range(THREAD_ENDS):
@@ -460,7 +478,7 @@ class HostedEnvironment:
             self._resources.process = None
             if not self._closed:  # the next worker meets nothing that a cell has made
                 await self._cleaned()
-                old = self._resources.folder.set_aside()
+                old = self._folder.set_aside()
                 self._cleaning = asyncio.ensure_future(asyncio.to_thread(remove, old))
             for killer in self._resources.take_killers():
                 await asyncio.to_thread(killer.wait)
@@ -553,15 +571,17 @@ class HostedEnvironment:
             if cell.outcome.result().broken:
                 # An earlier cell has left the interpreter unable to begin another one; this one has
                 # not run at all.
-                await self._replace("An earlier cell had broken the interpreter, or left it no memory.")
+                await self._replace(
+                    "An earlier cell had broken the interpreter, or left it no memory."
+                )
                 cell = await self._run(code, handler)
             return await self._result(cell)
 
     async def _run(self, code: str, handler: Handler) -> Cell:
-        process, mine = self._process, self._resources
+        process, mine = self._worker, self._resources
         tools = frozenset(tool.name for tool in self._tools if not tool.is_value)
         cell = Cell(
-            process, handler, self.limits, self.policy, mine.folder, tools, mine.kill_outside
+            process, handler, self.limits, self.policy, self._folder, tools, mine.kill_outside
         )
         message = {
             "t": "cell",
@@ -615,7 +635,7 @@ class HostedEnvironment:
                 "error": CellError(type=kind, message=said),
                 "answer": Answer(),
             }
-            for name, words in self._resources.folder.last_words().items():
+            for name, words in self._folder.last_words().items():
                 fields |= {
                     name: wire.cut(words, self.limits.output_chars),
                     f"{name}_chars": len(words),
@@ -659,7 +679,7 @@ class HostedEnvironment:
         _check_name(name, "a context", but=("context",))
         async with self._lock:
             await self._ensure()
-            folder = self._resources.folder
+            folder = self._folder
             if _contains(context, folder.root):
                 raise _around(context, folder.root.parent)
             payload = await self._payload(name, context, folder)
@@ -672,11 +692,8 @@ class HostedEnvironment:
             try:
                 await self._load_later(name)
             except BaseException:
-                for table, old in zip((self._contexts, self._payloads), before, strict=True):
-                    if old is None:
-                        table.pop(name, None)
-                    else:
-                        table[name] = old
+                _put_back(self._contexts, name, before[0])
+                _put_back(self._payloads, name, before[1])
                 raise
 
     async def reset_answer(self) -> None:
@@ -709,10 +726,10 @@ class HostedEnvironment:
             await asyncio.to_thread(folder.remove)
         self._finalizer()
 
-    async def __aenter__(self):
+    async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *_exc) -> None:
+    async def __aexit__(self, *_exc: object) -> None:
         await self.aclose()
 
 
@@ -728,6 +745,13 @@ def _check_name(name: str, what: str, but: tuple[str, ...] = ()) -> None:
         )
     if (name in HELPERS or name == "context") and name not in but:
         raise UsageError(f"{name!r} is a name of the REPL's own; give {what} another one.")
+
+
+def _put_back(table: dict[str, T], name: str, old: T | None) -> None:
+    if old is None:
+        table.pop(name, None)
+    else:
+        table[name] = old
 
 
 def _contains(context: Context, place: Path | str) -> bool:

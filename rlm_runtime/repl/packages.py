@@ -4,7 +4,7 @@ no file more."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,13 +65,13 @@ def _needs(found: metadata.Distribution) -> list[str]:
     names = []
     for line in found.requires or ():
         if "extra" not in line.partition(";")[2]:
-            names.append(re.match(r"[A-Za-z0-9._-]+", line)[0])
+            names += re.findall(r"\A[A-Za-z0-9._-]+", line)
     return names
 
 
-def _files(found: metadata.Distribution):
+def _files(found: metadata.Distribution) -> Iterator[tuple[str, str, str]]:
     """(site folder, top-level name, path to allow) of everything it installed there."""
-    site = Path(found.locate_file(""))
+    site = Path(str(found.locate_file("")))
     for file in found.files or ():
         first = file.parts[0]
         if first in ("..", "/", "__pycache__") or first.endswith(".pth"):

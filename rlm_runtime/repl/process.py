@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlm_runtime.repl import wire
-from rlm_runtime.repl.spawn import SPAWNER
+from rlm_runtime.repl.spawn import SPAWNER, Options
 
 READ = 1 << 16
 ROUND = 8  # reads in one go, so that no worker keeps the event loop to itself
@@ -67,13 +67,13 @@ class Process:
     again.
     """
 
-    def __init__(self, process: subprocess.Popen, frame: int, raw: int, group: bool):
+    def __init__(self, process: subprocess.Popen[bytes], frame: int, raw: int, group: bool):
         self.popen, self.pid, self._group = process, process.pid, group
         self.loop = asyncio.get_running_loop()
         self.lines = wire.Lines(frame)
         self.raw = {"stdout": Raw(raw), "stderr": Raw(raw)}
         self.worker_pid: int | None = None  # of the worker itself, as the host sees it
-        self.ended = self.loop.create_future()
+        self.ended: asyncio.Future[int] = self.loop.create_future()
         self.on_frame: Callable[[dict[str, Any] | None, int], None] = lambda message, size: None
         self.on_end: Callable[[], None] = lambda: None
         self.gate: Callable[[], bool] = lambda: True
@@ -103,27 +103,26 @@ class Process:
                     stack.callback(_close, fd)
                 return ends
 
-            options = dict(env=launch.env, cwd="/", close_fds=True, start_new_session=True)
+            options: Options = {
+                "env": launch.env,
+                "cwd": "/",
+                "close_fds": True,
+                "start_new_session": True,
+            }
             stderr_r, stderr_w = pipe()
             if launch.stdio:
                 in_r, in_w = pipe()
                 out_r, out_w = pipe()
-                popen = await SPAWNER.popen(
-                    launch.argv(None), stdin=in_r, stdout=out_w, stderr=stderr_w, **options
-                )
+                options |= {"stdin": in_r, "stdout": out_w, "stderr": stderr_w}
+                popen = await SPAWNER.popen(launch.argv(None), **options)
             else:
                 ours, theirs = socket.socketpair()
                 stack.callback(ours.close)
                 stack.callback(theirs.close)
                 stdout_r, stdout_w = pipe()
-                popen = await SPAWNER.popen(
-                    launch.argv(theirs.fileno()),
-                    stdin=subprocess.DEVNULL,
-                    stdout=stdout_w,
-                    stderr=stderr_w,
-                    pass_fds=(theirs.fileno(),),
-                    **options,
-                )
+                options |= {"stdin": subprocess.DEVNULL, "stdout": stdout_w, "stderr": stderr_w}
+                options["pass_fds"] = (theirs.fileno(),)
+                popen = await SPAWNER.popen(launch.argv(theirs.fileno()), **options)
             self = cls(popen, frame, raw, launch.group)
             if launch.stdio:
                 self._in, self._out = os.dup(out_r), os.dup(in_w)
@@ -149,6 +148,11 @@ class Process:
         self.resume_reading()
 
     # -- frames
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether a descriptor can travel with a message."""
+        return self._socket is not None
 
     def resume_reading(self) -> None:
         if not self._reading and self._in >= 0 and self.gate():
@@ -239,7 +243,7 @@ class Process:
             self.on_frame(message, len(line))
             self._dispatch_soon()
 
-    def send(self, message: dict, fd: int | None = None) -> None:
+    def send(self, message: dict[str, Any], fd: int | None = None) -> None:
         """Queue a message; `fd` travels with it and is closed here once it is on its way."""
         if self._out < 0:
             if fd is not None:
@@ -425,9 +429,9 @@ class Process:
                 _close(fd)
         for fd in (*self._raw_fds, self._pidfd):
             _close(fd)
-        for _, fd in self._queue:
-            if fd is not None:
-                os.close(fd)
+        for _, travelling in self._queue:
+            if travelling is not None:
+                os.close(travelling)
         self._queue.clear()
         self._socket, self._in, self._out, self._pidfd = None, -1, -1, -1
         self._raw_fds = {}

@@ -14,12 +14,12 @@ from rlm_runtime.repl.workdir import WorkDir
 class Resources:
     """`command`: what ends the worker where killing our own child is not enough (a container)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.folder: WorkDir | None = None
         self.process: Process | None = None
         self.command: list[str] | None = None
         self._spawner = False
-        self._killers: list[subprocess.Popen] = []
+        self._killers: list[subprocess.Popen[bytes]] = []
 
     def hold_spawner(self) -> None:
         if not self._spawner:
@@ -36,7 +36,7 @@ class Resources:
                 )
                 self._killers.append(killer)
 
-    def take_killers(self) -> list[subprocess.Popen]:
+    def take_killers(self) -> list[subprocess.Popen[bytes]]:
         taken, self._killers = self._killers, []
         return taken
 

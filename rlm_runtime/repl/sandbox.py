@@ -48,7 +48,7 @@ class SandboxPolicy(Frozen):
     files: int = 10_000  # in the work folder
     descriptors: int = 256  # open at once
 
-    def model_post_init(self, _context) -> None:
+    def model_post_init(self, _context: object) -> None:
         known = LAYERS | OUTER
         unknown = [name for name in self.allow_missing if name not in known]
         if unknown:

@@ -12,12 +12,39 @@ import subprocess
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
+
+_Worker: TypeAlias = "subprocess.Popen[bytes]"
+
+
+class Options(TypedDict, total=False):
+    """What a worker is started with, as `subprocess.Popen` takes it."""
+
+    env: dict[str, str]
+    cwd: str
+    close_fds: bool
+    start_new_session: bool
+    stdin: int
+    stdout: int
+    stderr: int
+    pass_fds: tuple[int, ...]
+
+
+class _Job(NamedTuple):
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[_Worker]
+    argv: Sequence[str]
+    options: Options
+
+
+_Jobs: TypeAlias = "queue.SimpleQueue[_Job | None]"
 
 
 class _Spawner:
-    def __init__(self):
+    def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users, self._jobs = 0, None
+        self._users = 0
+        self._jobs: _Jobs | None = None
 
     def acquire(self) -> None:
         with self._lock:
@@ -31,29 +58,29 @@ class _Spawner:
     def release(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
+            if self._users == 0 and self._jobs is not None:
                 self._jobs.put(None)
                 self._jobs = None
 
-    async def popen(self, argv: Sequence[str], **options) -> subprocess.Popen:
+    async def popen(self, argv: Sequence[str], **options: Unpack[Options]) -> _Worker:
         """Raises OSError as Popen does. Cancelled, it first ends what it has begun to start."""
+        assert self._jobs is not None, "acquired"
         loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        self._jobs.put((loop, future, argv, options))
+        future: asyncio.Future[_Worker] = loop.create_future()
+        self._jobs.put(_Job(loop, future, argv, options))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            future.add_done_callback(
-                lambda f: f.cancelled() or f.exception() or _discard(f.result())
-            )
+            future.add_done_callback(_discard_result)
             await asyncio.wait([future])
             raise
 
 
-def _serve(jobs: queue.SimpleQueue) -> None:
+def _serve(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
         loop, future, argv, options = job
-        process, error = None, None
+        process: _Worker | None = None
+        error: Exception | None = None
         try:
             process = subprocess.Popen(argv, **options)
         except Exception as problem:
@@ -65,16 +92,23 @@ def _serve(jobs: queue.SimpleQueue) -> None:
         del job, loop, future, process, error
 
 
-def _deliver(future: asyncio.Future, process, error) -> None:
+def _deliver(
+    future: asyncio.Future[_Worker], process: _Worker | None, error: Exception | None
+) -> None:
     if future.done():
         _discard(process)
     elif error is not None:
         future.set_exception(error)
-    else:
+    elif process is not None:
         future.set_result(process)
 
 
-def _discard(process) -> None:
+def _discard_result(future: asyncio.Future[_Worker]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        _discard(future.result())
+
+
+def _discard(process: _Worker | None) -> None:
     if process is not None:
         with suppress(OSError):
             process.kill()

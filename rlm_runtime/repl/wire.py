@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -95,7 +95,7 @@ def decode(line: bytes) -> dict[str, Any]:
     try:
         long = len(line) > pieces.PIECE
         text = line.decode("ascii" if long else "utf-8")  # workers write ASCII
-        message = pieces.loads(text, _decoder.scan_once) if long else _decoder.decode(text)
+        message = pieces.loads(text, _scan) if long else _decoder.decode(text)
     except (ValueError, RecursionError) as error:
         raise Bad(f"not JSON: {str(error)[:100]}") from None
     if not isinstance(message, dict):
@@ -144,7 +144,7 @@ def outside_strings(line: bytes) -> Iterator[bytes]:
         yield b"".join(part.split(b'"')[inside::2])
 
 
-def _constant(name: str):
+def _constant(name: str) -> NoReturn:
     raise Bad(f"{name} is not JSON")
 
 
@@ -156,6 +156,7 @@ def _float(text: str) -> float:
 
 
 _decoder = json.JSONDecoder(parse_constant=_constant, parse_float=_float)
+_scan: pieces.Scan = _decoder.scan_once  # type: ignore[attr-defined]  # not in the stubs
 
 
 def clean(value: Any) -> Any:

@@ -115,7 +115,7 @@ class Piece(NamedTuple):
 
     part: str
     slot: int
-    count: int
+    count: int  # type: ignore[assignment]  # not tuple.count
     arrays: Any
 
 
@@ -266,6 +266,11 @@ class Device:
             self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self._place
         )
 
+    @property
+    def _compiled(self) -> programs.Programs:
+        assert self._programs is not None, "`warm_up` has been called"
+        return self._programs
+
     def use(self, made: programs.Programs) -> None:
         """Run these from now on."""
         self._programs = made
@@ -281,7 +286,7 @@ class Device:
         """Median seconds of (a core pass, a boundary), all lanes busy and with so much in their
         logs. Empties every lane."""
         fill = np.int32(tokens), np.int32(entries)
-        walls = [[], []]
+        walls: list[list[float]] = [[], []]
         for _ in range(repeats + 1):  # in turns, so that what disturbs the machine disturbs both
             for probe, wall in zip(probes, walls, strict=True):
                 jax.block_until_ready(self._state)
@@ -289,7 +294,7 @@ class Device:
                 self._state, *rest = probe(self._weights, self._state, *fill)
                 jax.block_until_ready((self._state, rest))
                 wall.append(time.perf_counter() - begin)
-        self._state = None  # before there is another
+        del self._state  # before there is another
         self._state = self._empty()
         core, boundary = (statistics.median(wall[1:]) for wall in walls)
         return core, boundary
@@ -301,7 +306,7 @@ class Device:
         """Take a free lane, whatever was in it before. `control`: one row, as
         `dial.depth_control(lm, params, 1, ...)` makes it."""
         row = self._neutral if control is None else _row(control)
-        self._state = self._programs.open(self._state, np.int32(lane), row)
+        self._state = self._compiled.open(self._state, np.int32(lane), row)
         self._lengths[lane] = Lengths(0, 0)
         self._queued[lane] = 0
         self._lives[lane] += 1
@@ -319,7 +324,7 @@ class Device:
         size = next(c for c in self.chunks if c >= count)
         padded = np.zeros((size,), np.int32)
         padded[:count] = tokens
-        program = self._programs.prefills[size]
+        program = self._compiled.prefills[size]
         self._state, chunk = program(
             self._weights, self._state, np.int32(lane), padded, np.int32(count)
         )
@@ -329,7 +334,7 @@ class Device:
             lengths = Lengths(int(chunk.tokens), int(chunk.entries))
             if life == self._lives[lane]:
                 self._lengths[lane] = lengths
-            return Prefilled(chunk.depth_C[:count], lengths, bool(chunk.fits))
+            return Prefilled(np.asarray(chunk.depth_C)[:count], lengths, bool(chunk.fits))
 
         return Ticket(chunk, read)
 
@@ -338,7 +343,7 @@ class Device:
         and up to `remaining` tokens are drawn. `row`: of `rows.host_row`. Raises UserError where
         the context does not hold them."""
         self._queue(lane, remaining)  # the last drawn token does not enter
-        self._state = self._programs.start(
+        self._state = self._compiled.start(
             self._state,
             np.int32(lane),
             np.int32(token),
@@ -356,20 +361,20 @@ class Device:
     def stop(self, lane: int) -> None:
         """Free the lane, whatever it is doing. Ticks already dispatched say nothing of it any
         more."""
-        self._state = self._programs.stop(self._state, np.int32(lane))
+        self._state = self._compiled.stop(self._state, np.int32(lane))
         self._lives[lane] += 1
 
     def put_mask(self, lane: int, mask_W: np.ndarray, position: int) -> None:
         """The tokens a grammar allows at `position`; the lane waits at the boundary until it is
         there."""
         mask_W = np.asarray(mask_W, np.uint32)
-        self._state = self._programs.mask(self._state, np.int32(lane), mask_W, np.int32(position))
+        self._state = self._compiled.mask(self._state, np.int32(lane), mask_W, np.int32(position))
 
     def tick(self) -> Ticket:
         """Dispatch one tick (or `ticks_per_dispatch`). `fetch()` of the ticket gives a list of
         `Ticked`; of a tick that speculates, one for each token of the span, NONE in those a lane
         did not come to."""
-        self._state, out = self._programs.tick(self._weights, self._state)
+        self._state, out = self._compiled.tick(self._weights, self._state)
         lives = list(self._lives)
 
         def read(out: Out) -> list[Ticked]:
@@ -388,24 +393,16 @@ class Device:
         for lane in np.flatnonzero(same_N):
             self._lengths[lane] = Lengths(int(out.tokens_N[lane]), int(out.entries_N[lane]))
 
-        def only(leaf):
-            return leaf & same_N
-
-        return Ticked(
-            np.where(same_N, out.token_N, NONE),
-            out.depth_N,
-            only(out.stopped_N),
-            only(out.ended_N),
-            out.logprob_N,
-            out.top_ids_NxK,
-            out.top_logprobs_NxK,
-            only(out.starved_N),
-            out.tokens_N,
-            out.entries_N,
-            int(out.passes),
-            int(out.rows),
-            int(out.exits),
+        fetched = jax.tree.map(np.asarray, out)._replace(
+            token_N=np.where(same_N, out.token_N, NONE),
+            stopped_N=out.stopped_N & same_N,
+            ended_N=out.ended_N & same_N,
+            starved_N=out.starved_N & same_N,
+            passes=int(out.passes),
+            rows=int(out.rows),
+            exits=int(out.exits),
         )
+        return Ticked._make(fetched)
 
     # ------------------------------------------------------------------------------------- rows of
     # a prefix
@@ -418,7 +415,7 @@ class Device:
             ("core", start.entries, stop.entries),
         ):
             for slot in range(first, last, PIECE):
-                arrays = self._programs.save[part](self._state, np.int32(lane), np.int32(slot))
+                arrays = self._compiled.save[part](self._state, np.int32(lane), np.int32(slot))
                 pieces.append(Piece(part, slot, min(PIECE, last - slot), arrays))
         return Rows(start, stop, tuple(pieces))
 
@@ -426,7 +423,7 @@ class Device:
         """Append saved rows to a lane that holds `rows.start` entries: those of the whole path from
         the root of the tree, in order. They must fit (`rows.stop` within `capacity`)."""
         for part, slot, count, arrays in rows.pieces:
-            load = self._programs.load[part]
+            load = self._compiled.load[part]
             self._state = load(self._state, np.int32(lane), np.int32(slot), np.int32(count), arrays)
         self._lengths[lane], self._queued[lane] = rows.stop, rows.stop.tokens
 

@@ -59,12 +59,12 @@ def draw(
     shaped_N = active_N & _shaped(rows, position_N)
 
     def full(raw_NxV: jax.Array) -> jax.Array:
-        def shape(x):
+        def shape(x: jax.Array) -> jax.Array:
             return _shape(x, rows, position_N)
 
         x_NxV = jax.lax.cond(jnp.any(shaped_N), shape, lambda x: x, raw_NxV)
 
-        def sample(x):
+        def sample(x: jax.Array) -> jax.Array:
             return _largest(_scores(x, rows, position_N, samples_N, config))
 
         return jax.lax.cond(jnp.any(samples_N), sample, _largest, x_NxV)
@@ -128,7 +128,7 @@ def _shape(x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array) -> jax.Array
     lane = jnp.arange(x_NxV.shape[0])[:, None]
     x_NxV = x_NxV.at[lane, rows.bias_ids_NxB].add(rows.bias_NxB, mode="drop")
 
-    def penalise(x):
+    def penalise(x: jax.Array) -> jax.Array:
         generated = rows.counts_NxV > 0
         seen = generated | bits(rows.prompt_NxW, vocab)
         repetition = rows.repetition_N[:, None]
@@ -142,7 +142,7 @@ def _shape(x_NxV: jax.Array, rows: DrawRows, position_N: jax.Array) -> jax.Array
     x_NxV = x_NxV.at[lane, too_early].set(-jnp.inf, mode="drop")
     free = (rows.grammar_at_N == NO_GRAMMAR)[:, None]
 
-    def keep(x):
+    def keep(x: jax.Array) -> jax.Array:
         return jnp.where(free | bits(rows.grammar_NxW, vocab), x, -jnp.inf)
 
     return jax.lax.cond(jnp.any(~free), keep, lambda x: x, x_NxV)
@@ -164,7 +164,7 @@ def _scores(
     lowest_N = top_N + jnp.log(rows.min_p_N)  # log 0 = -inf: off
     cuts_N = samples_N & ((rows.top_k_N > 0) | (rows.top_p_N < 1))
 
-    def cut(x):
+    def cut(x: jax.Array) -> jax.Array:
         return _lowest_kept(x, top_N, rows, cuts_N, config.candidates)
 
     lowest_N = jnp.maximum(
@@ -177,7 +177,7 @@ def _scores(
 
 
 def _keys(key_Nx2: jax.Array, position_N: jax.Array) -> jax.Array:
-    def fold(key, t):
+    def fold(key: jax.Array, t: jax.Array) -> jax.Array:
         return jax.random.key_data(
             jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), t)
         )
@@ -190,7 +190,7 @@ def gumbel(key_Nx2: jax.Array, vocab: int) -> jax.Array:
     mixing function with full avalanche (multiply and xor-shift; constants of the public-domain
     "lowbias32")."""
 
-    def mix(h):
+    def mix(h: jax.Array) -> jax.Array:
         h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
         h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
         return h ^ (h >> 16)
@@ -232,7 +232,7 @@ def _lowest_kept(
         limits_k, jnp.take_along_axis(best_NxC, k_N[:, None] - 1, axis=1)[:, 0], -jnp.inf
     )
 
-    def ends_inside(lowest):
+    def ends_inside(lowest: jax.Array) -> jax.Array:
         return sees_all | (lowest > best_NxC[:, -1])
 
     k_found = ~limits_k | ((rows.top_k_N <= enough) & ends_inside(kth_N))
@@ -250,7 +250,7 @@ def _lowest_kept(
 
     missing_N = cuts_N & ~(k_found & p_found)
 
-    def search(x):
+    def search(x: jax.Array) -> jax.Array:
         return jnp.where(missing_N, _search(x, top_N, rows), fast_N)
 
     return jax.lax.cond(jnp.any(missing_N), search, lambda x: fast_N, scaled_NxV)
@@ -278,7 +278,7 @@ def _descend(order_NxV: jax.Array, weight_NxV: jax.Array, need_N: jax.Array) -> 
     """Largest value [N] such that tokens at or above it weigh at least `need_N`; found bit by bit
     from the top."""
 
-    def bit(i, found_N):
+    def bit(i: jax.Array, found_N: jax.Array) -> jax.Array:
         tried_N = found_N | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
         weighs_N = jnp.sum(jnp.where(order_NxV >= tried_N[:, None], weight_NxV, 0), axis=1)
         return jnp.where(weighs_N >= need_N, tried_N, found_N)

@@ -22,7 +22,7 @@ from mor_jax.inference.engine.rows import words
 
 LONGEST = 1 << 18  # characters of a schema or pattern
 KEPT = 64  # compiled grammars kept for the next request that asks for the same
-ONE_LINE = {"whitespace_pattern": " ?"}
+ONE_LINE = " ?"  # the pattern of white space
 
 
 class GrammarBroken(RuntimeError):
@@ -129,7 +129,9 @@ class Grammars:
         try:
             if not isinstance(json.loads(schema), dict):
                 raise UserError(f"the JSON schema must be an object, got {schema[:60]}.")
-            source = self._library.grammar_from_json_schema(schema, overrides=ONE_LINE)
+            source = self._library.grammar_from_json_schema(
+                schema, overrides={"whitespace_pattern": ONE_LINE}
+            )
         except (ValueError, RecursionError) as e:
             raise UserError(f"the JSON schema is not valid JSON: {_first_lines(str(e))}.") from e
         return self._start("the JSON schema", source)

@@ -17,11 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import DictKey
 
 from mor_jax import nn
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
 from mor_jax.model.lm import LM
+from mor_jax.nn.parameters import Tree
 
 # The tree of `LM.init`, prepared. Matrices of the blocks are [out, in], vectors and the router as
 # they were.
@@ -29,11 +31,11 @@ Weights = dict[str, Any]
 CONTRACTED = {"out": 3}  # trailing axes of a matrix that a product sums over, where it is not one
 
 
-def prepare(lm: LM, params: dict) -> Weights:
+def prepare(lm: LM, params: Tree) -> Weights:
     """The parameters cast and flattened, once. A leaf that is right already is shared, not
     copied."""
 
-    def leaf(path: tuple, w: jax.Array) -> jax.Array:
+    def leaf(path: tuple[DictKey, ...], w: jax.Array) -> jax.Array:
         name, group = path[-1].key, path[-2].key
         if name in nn.VECTORS:
             return w
@@ -73,11 +75,11 @@ def blocks(
     repeat: int = 1,
     queries_only: bool = False,
     step: Step = 0,
-) -> tuple[jax.Array, list]:
+) -> tuple[jax.Array, list[Any]]:
     """All blocks of a part, see `model.block.blocks`; `attends` and the extras: one an application.
     `step`: the recursion step of all rows or of each [M]; it says nothing to prelude and coda."""
 
-    def one(w: dict, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
+    def one(w: Tree, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
         return network.block(
             lm.model, w, x, rope, attend, step=step, queries_only=queries_only, product=dense
         )

@@ -94,7 +94,7 @@ def loaded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def empty_log(shape: Layout, kv_heads: int, head_dim: int, dtype: str) -> Log:
     """A log with nothing in it."""
 
-    def zeros(*of):
+    def zeros(*of: int) -> jax.Array:
         return stored(jnp.zeros(of, dtype))
 
     return Log(
@@ -126,7 +126,7 @@ def view(
     seen = []
     for i, s in enumerate(shape):
         here = jnp.arange(s.start, s.start + s.size) < length_N[: s.lanes, None]
-        if tags is not None:
+        if tags is not None and step_N is not None:
             here &= (tags[i] >> step_N[: s.lanes, None]) & 1 == 1
         seen.append(here)
     return View(tuple(seen), tuple(jnp.max(length_N[: s.lanes]) > s.start for s in shape))
@@ -168,7 +168,7 @@ class Softmax(NamedTuple):
         total = self.total * shrink + jnp.sum(weight, axis=-1)
         return Softmax(top, total, self.out * shrink[..., None] + weigh(weight))
 
-    def result(self, dtype: str) -> jax.Array:
+    def result(self, dtype: str | jnp.dtype) -> jax.Array:
         """Weighted means of the values; zeros for a query that saw none."""
         return (self.out / jnp.maximum(self.total, 1e-30)[..., None]).astype(dtype)
 
@@ -178,11 +178,11 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
     nothing is seen."""
     q, dtype, scale = q_NxKxGxH, q_NxKxGxH.dtype, q_NxKxGxH.shape[-1] ** -0.5
 
-    def add(part: Softmax, q, k, v, seen) -> Softmax:
+    def add(part: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> Softmax:
         k, v = loaded(k, dtype), loaded(v, dtype)
         score = jnp.einsum("NKGH,NKHS->NKGS", q, k, preferred_element_type=jnp.float32) * scale
 
-        def weigh(w):
+        def weigh(w: jax.Array) -> jax.Array:
             return jnp.einsum(
                 "NKGS,NKSH->NKGH", w.astype(dtype), v, preferred_element_type=jnp.float32
             )
@@ -200,7 +200,7 @@ def attend_lanes(q_NxKxGxH: jax.Array, log: Log, seen: View) -> jax.Array:
             else jax.lax.cond(seen.reached[i], add, lambda part, *_: part, *args)
         )
 
-        def join(new, old):
+        def join(new: jax.Array, old: jax.Array) -> jax.Array:
             return (
                 jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
             )
@@ -213,7 +213,7 @@ def of_lane(log: Log, lane: jax.Array) -> Log:
     """Copy of one lane's log, segments [K, H, size] and [K, size, H]. A lane beyond a segment has
     no entries in it, so that it does not matter whose are taken there."""
 
-    def take(x):
+    def take(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(x, lane, keepdims=False)
 
     return jax.tree.map(take, log)
@@ -232,10 +232,12 @@ def attend_chunk(
     q, dtype, scale = q_TxKxGxH, q_TxKxGxH.dtype, q_TxKxGxH.shape[-1] ** -0.5
     q_KxGxTxH = jnp.moveaxis(q, 0, 2)
 
-    def add(part: Softmax, q, k_KxHxS, v_KxSxH, mask) -> Softmax:
+    def add(
+        part: Softmax, q: jax.Array, k_KxHxS: jax.Array, v_KxSxH: jax.Array, mask: jax.Array
+    ) -> Softmax:
         score = jnp.einsum("KGTH,KHS->KGTS", q, k_KxHxS, preferred_element_type=jnp.float32) * scale
 
-        def weigh(w):
+        def weigh(w: jax.Array) -> jax.Array:
             return jnp.einsum(
                 "KGTS,KSH->KGTH", w.astype(dtype), v_KxSxH, preferred_element_type=jnp.float32
             )
@@ -251,7 +253,9 @@ def attend_chunk(
         own_TxU[None, None],
     )
 
-    def from_log(part, q, k, v, seen):
+    def from_log(
+        part: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
+    ) -> Softmax:
         return add(part, q, loaded(k, dtype), loaded(v, dtype), seen)
 
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
@@ -339,7 +343,7 @@ def append_chunk(
 ) -> Log:
     """The first `count` of these entries of one lane, appended from `slot` on."""
 
-    def put(arrays, axis, rows):
+    def put(arrays: Sequence[jax.Array], axis: int, rows: jax.Array) -> tuple[jax.Array, ...]:
         return _append(shape, arrays, axis, lane, slot, count, stored(rows))
 
     return Log(put(log.k, _KEYS, k_WxKxH), put(log.v, _VALUES, v_WxKxH))
@@ -407,7 +411,7 @@ def _read(
     slot: jax.Array,
     rows: int,
 ) -> jax.Array:
-    out = 0
+    out: jax.Array | int = 0
     for s, array in zip(shape, arrays, strict=True):
         start, _, size = _window(s, slot, rows)
         found = jnp.moveaxis(
@@ -418,6 +422,7 @@ def _read(
         place = slot + jnp.arange(rows) - s.start - start
         inside = _along(0, found.ndim, (place >= 0) & (place < size) & (lane < s.lanes))
         out = jnp.where(inside, jnp.take(found, jnp.clip(place, 0, size - 1), axis=0), out)
+    assert not isinstance(out, int), "a log has a segment"
     return out
 
 
@@ -428,9 +433,10 @@ def _along(axis: int, ndim: int, x: jax.Array) -> jax.Array:
 
 def _lane_window(
     array: jax.Array, axis: int, lane: jax.Array, start: jax.Array, size: int
-) -> tuple[list, list]:
+) -> tuple[list[jax.Array | int], list[int]]:
     """Where a window of one lane's entries lies, as `dynamic_slice` takes it."""
-    at, sizes = [0] * array.ndim, list(array.shape)
+    at: list[jax.Array | int] = [0] * array.ndim
+    sizes = list(array.shape)
     at[0], sizes[0], at[axis], sizes[axis] = lane, 1, start, size
     return at, sizes
 
@@ -451,13 +457,19 @@ def attend_spans(
     q_NxKxGxTxH, dtype = jnp.moveaxis(q_NxTxKxGxH, 1, 3), q_NxTxKxGxH.dtype
     scale = q_NxTxKxGxH.shape[-1] ** -0.5
 
-    def add(part: Softmax, q, k_NxKxHxS, v_NxKxSxH, mask_NxTxS) -> Softmax:
+    def add(
+        part: Softmax,
+        q: jax.Array,
+        k_NxKxHxS: jax.Array,
+        v_NxKxSxH: jax.Array,
+        mask_NxTxS: jax.Array,
+    ) -> Softmax:
         score = (
             jnp.einsum("NKGTH,NKHS->NKGTS", q, k_NxKxHxS, preferred_element_type=jnp.float32)
             * scale
         )
 
-        def weigh(w):
+        def weigh(w: jax.Array) -> jax.Array:
             return jnp.einsum(
                 "NKGTS,NKSH->NKGTH", w.astype(dtype), v_NxKxSxH, preferred_element_type=jnp.float32
             )
@@ -468,7 +480,9 @@ def attend_spans(
     own_k, own_v = jnp.moveaxis(own_k_NxTxKxH, 1, 3), own_v_NxTxKxH.swapaxes(1, 2)
     so_far = add(so_far, q_NxKxGxTxH, own_k, own_v, own_NxTxT)
 
-    def from_log(part, q, k, v, mask):
+    def from_log(
+        part: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+    ) -> Softmax:
         return add(part, q, loaded(k, dtype), loaded(v, dtype), mask)
 
     for i, (k, v) in enumerate(zip(log.k, log.v, strict=True)):
@@ -477,7 +491,7 @@ def attend_spans(
         args = (part, q_NxKxGxTxH[:lanes], k, v, seen.seen[i][:, None])
         part = jax.lax.cond(seen.reached[i], from_log, lambda part, *_: part, *args)
 
-        def join(new, old):
+        def join(new: jax.Array, old: jax.Array) -> jax.Array:
             return (
                 jnp.concatenate([new, old[new.shape[0] :]]) if new.shape[0] < old.shape[0] else new
             )

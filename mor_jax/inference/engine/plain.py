@@ -126,8 +126,9 @@ class PlainService:
         """Run one request; the prefill of a longer prompt is compiled when it comes."""
         done = threading.Event()
 
-        def take(events):
-            return done.set() if isinstance(events[-1], Finished) else None
+        def take(events: list[Event]) -> None:
+            if isinstance(events[-1], Finished):
+                done.set()
 
         self.submit(Request((0,), min(2, self.context - 1)), take)
         done.wait()
@@ -202,7 +203,9 @@ class PlainService:
             yield [self._finished(ticket, why, queued=queued)]
             return
         lm, params, control = self._model.lm, self._model.params, self._control(request)
-        prompt, drawn, depths = list(request.prompt), [], []
+        prompt = list(request.prompt)
+        drawn: list[int] = []
+        depths: list[int] = []
         if request.prompt_logprobs:
             yield [self._score(prompt, request.logprobs or 0, control)]
         logits, cache, depth = _prefill(
@@ -259,7 +262,7 @@ class PlainService:
 
     def _draw(
         self, logits_V: np.ndarray, request: Request, drawn: list[int]
-    ) -> tuple[int, float | None, tuple]:
+    ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
         x = drawing_logits(logits_V, request, drawn)
         how = request.drawing
         position = len(request.prompt) + len(drawn)
@@ -331,7 +334,8 @@ def _scores(
     logits_V: np.ndarray, token: int, top: int
 ) -> tuple[float, tuple[tuple[int, float], ...]]:
     x = logits_V.astype(np.float64)
-    logprob = x - x.max() - np.log(np.exp(x - x.max()).sum())
+    below = x - np.max(x)
+    logprob = below - np.log(np.exp(below).sum())
     best = np.argsort(-logprob, kind="stable")[:top]
     return float(logprob[token]), tuple((int(t), float(logprob[t])) for t in best)
 

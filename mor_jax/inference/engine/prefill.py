@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.layers import Weights
-from mor_jax.inference.engine.logs import Log, View
+from mor_jax.inference.engine.logs import Layout, Log, View
 from mor_jax.inference.engine.state import Shape, State, ids_before, put_ids
 from mor_jax.inference.engine.tick import first_tag, newest_tag
+from mor_jax.model.block import Attend
 from mor_jax.model.depth import Controlled, DepthControl, TokenInfo
-from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
+from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, KeyValue, looks_back
 from mor_jax.model.lm import LM
 
 SMALLEST = 8  # rows; below it a product takes no less time
@@ -78,7 +79,7 @@ def prefill_states(
     seen = logs.view(shape.ends, state.tokens_N[lane][None])
     own_CxC = (index_C[None] <= index_C[:, None]) & real_C[None]
 
-    def read(log):
+    def read(log: Log) -> Attend:
         return functools.partial(_read, log=logs.of_lane(log, lane), seen=seen, own_CxC=own_CxC)
 
     before_S = ids_before(state.ids_NxT, lane, state.tokens_N[lane], lm.model.smear)
@@ -113,10 +114,12 @@ def prefill_states(
     added, count = jnp.where(fits, added, 0), jnp.where(fits, count, 0)
     order = jnp.argsort(~kept_RxC.reshape(-1), stable=True)  # step by step, and by position within
 
-    def packed(rows_RxC):
+    def packed(rows_RxC: jax.Array) -> jax.Array:
         return jnp.take(rows_RxC.reshape(-1, *rows_RxC.shape[2:]), order, axis=0)
 
-    def put(where, log, slot, n, k, v):
+    def put(
+        where: Layout, log: Log, slot: jax.Array, n: jax.Array, k: jax.Array, v: jax.Array
+    ) -> Log:
         return logs.append_chunk(where, log, lane, slot, n, k, v)
 
     at = state.tokens_N[lane]
@@ -144,8 +147,15 @@ def prefill_states(
 
 
 def _read(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, log: Log, seen: View, own_CxC: jax.Array
-) -> tuple:
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    *,
+    log: Log,
+    seen: View,
+    own_CxC: jax.Array,
+) -> tuple[jax.Array, KeyValue]:
+    assert k is not None and v is not None, "the chunk's own"
     return logs.attend_chunk(q, log, seen, k, v, own_CxC), (k, v)
 
 
@@ -169,7 +179,7 @@ def _recurse(
     x_CxD: jax.Array,
     info_1xC: TokenInfo,
     rope: Any,
-) -> tuple[jax.Array, jax.Array, list]:
+) -> tuple[jax.Array, jax.Array, list[KeyValue]]:
     """(states after the recursion, active_RxC, keys and values of every step: [R, C, K, H] a block
     application; under shared keys those of step 1 alone)."""
     chunk, kv, recursions = x_CxD.shape[0], lm.depth.kv_name, lm.program.recursions
@@ -181,7 +191,7 @@ def _recurse(
         t[jnp.minimum(lane, s.lanes - 1)][None] for t, s in zip(state.tags, shape.core, strict=True)
     ]
 
-    def one(carry: _Step, xs: Any, first: bool = False):
+    def one(carry: _Step, xs: Any, first: bool = False) -> tuple[_Step, tuple[jax.Array, Any]]:
         r, step = xs
         seen = logs.view(
             shape.core, state.entries_N[lane][None], tags if recursions > 1 else None, r[None]
@@ -204,7 +214,7 @@ def _recurse(
 
     xs = (jnp.arange(recursions), route.steps)
 
-    def at(r):
+    def at(r: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[r], xs)
 
     carry, (active_C, made) = one(_Step(x_CxD, real_C, ()), at(0), first=True)
@@ -228,7 +238,7 @@ def _rows(
     carry: _Step,
     runs_C: jax.Array,
     rope: Any,
-) -> tuple[jax.Array, tuple]:
+) -> tuple[jax.Array, tuple[KeyValue, ...]]:
     """The core over the tokens that run a step, gathered into `size` rows: its output and the
     newest keys and values of each block, back in their places in the chunk."""
     h_CxD, chunk, kv = carry.h_CxD, carry.h_CxD.shape[0], lm.depth.kv_name
@@ -241,7 +251,9 @@ def _rows(
     runs_S = runs_C[index_S]
     slot_C = jnp.clip(jnp.cumsum(runs_C) - 1, 0, size - 1)  # where each of them went
 
-    def spread(rows, into):  # by a gather: XLA on CPUs scatters a row at a time
+    def spread(
+        rows: jax.Array | None, into: jax.Array
+    ) -> jax.Array:  # by a gather: XLA on CPUs scatters a row at a time
         if rows is None:
             return into
         back = rows if whole else rows[slot_C]
@@ -251,16 +263,18 @@ def _rows(
     before_SxC = jnp.arange(chunk)[None] <= index_S[:, None]  # padding is after all real tokens
     back = looks_back(kv) and not first
 
-    def attend(q, k, v, block: int):
+    def attend(
+        q: jax.Array, k: jax.Array | None, v: jax.Array | None, block: int
+    ) -> tuple[jax.Array, Any]:
         if not back:
-            own = (k, v, before_SxS)
-            made = tuple(spread(x, jnp.zeros(kv_shape, x.dtype)) for x in (k, v))
+            assert k is not None and v is not None, "the step's own"
+            own, before = (k, v), before_SxS
+            made = tuple(spread(x, jnp.zeros(kv_shape, x.dtype)) for x in own)
         else:
-            made = tuple(
-                spread(new, old) for new, old in zip((k, v), carry.kept[block], strict=True)
-            )
-            own = (*made, before_SxC)
-        return logs.attend_chunk(q, core[block], seen, *own), made
+            old_k, old_v = carry.kept[block]
+            own, before = (spread(k, old_k), spread(v, old_v)), before_SxC
+            made = own
+        return logs.attend_chunk(q, core[block], seen, *own, before), made
 
     h_SxD, table = jax.tree.map(lambda x: x if whole else x[index_S], (h_CxD, rope))
     attends = [functools.partial(attend, block=i) for i in range(len(core))]

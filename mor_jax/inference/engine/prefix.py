@@ -140,9 +140,11 @@ class PrefixTree:
 
     def _detach(self, node: Node) -> None:
         node.gone = True
-        if node.parent.children.get(node.chunk) is node:
-            del node.parent.children[node.chunk]
-        self._maybe_leaf(node.parent)
+        parent = node.parent
+        assert parent is not None, "roots stay"
+        if parent.children.get(node.chunk) is node:
+            del parent.children[node.chunk]
+        self._maybe_leaf(parent)
 
     def _maybe_leaf(self, node: Node) -> None:
         loose = (
@@ -189,7 +191,9 @@ class PrefixTree:
         for n in nodes:
             assert not n.gone and n.holds >= max((c.holds for c in n.children.values()), default=0)
             assert n.rows is not None or n.holds, "a claim without an owner"
-            assert n.rows is None or n.parent.parent is None or n.parent.rows is not None, (
+            parent = n.parent
+            assert parent is not None, "no root"
+            assert n.rows is None or parent.parent is None or parent.rows is not None, (
                 "rows behind a gap"
             )
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mor_jax.inference.engine import logs, rows
+from mor_jax.inference.engine.drawing import Drawn
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log
 from mor_jax.inference.engine.prefill import prefill
@@ -38,7 +39,7 @@ def ticks(
 def open_lane(state: State, lane: jax.Array, control: DepthControl) -> State:
     """The lane empty, under this control (leaves without the lane)."""
 
-    def put(array, value):
+    def put(array: jax.Array, value: jax.Array | int) -> jax.Array:
         return array.at[lane].set(value)
 
     return stop_lane(state, lane)._replace(
@@ -118,7 +119,7 @@ def load_core(
 
 def _read(
     where: Layout, some: Sequence[Log], lane: jax.Array, slot: jax.Array, count: int
-) -> tuple:
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
     return tuple(logs.read_chunk(where, log, lane, slot, count) for log in some)
 
 
@@ -128,9 +129,9 @@ def _write(
     lane: jax.Array,
     slot: jax.Array,
     count: jax.Array,
-    saved: tuple,
+    saved: tuple[tuple[jax.Array, jax.Array], ...],
 ) -> tuple[Log, ...]:
-    def put(log, rows):
+    def put(log: Log, rows: tuple[jax.Array, jax.Array]) -> Log:
         return logs.append_chunk(where, log, lane, slot, count, *rows)
 
     return tuple(put(log, rows) for log, rows in zip(some, saved, strict=True))
@@ -165,7 +166,7 @@ def busy_pass(
     state: State,
     tokens: jax.Array,
     entries: jax.Array,
-) -> tuple:
+) -> tuple[State, jax.Array]:
     """A core pass of all lanes."""
     return core_pass(lm, shape, weights, _busy(shape, state, True, tokens, entries))
 
@@ -178,7 +179,7 @@ def busy_boundary(
     state: State,
     tokens: jax.Array,
     entries: jax.Array,
-) -> tuple:
+) -> tuple[State, Drawn, jax.Array, jax.Array, jax.Array]:
     """A boundary of all lanes."""
     return boundary(lm, shape, config, weights, _busy(shape, state, False, tokens, entries))
 
@@ -202,24 +203,23 @@ class Programs:
         place: NamedSharding | None = None,
     ):
         # Shapes and placement alone, so that weights which are replaced later are not kept alive.
-        def only(x):
+        def only(x: jax.Array) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
-        self._static, self._weights, self._state = (
-            (lm, shape, config),
-            *jax.tree.map(only, (weights, state)),
-        )
+        self._static = lm, shape, config
+        shown: tuple[Weights, State] = jax.tree.map(only, (weights, state))
+        self._weights, self._state = shown
         self._shape, self._piece, self._place = shape, piece, place
 
-    def _compile(self, f: Callable, *args: Any, donate: int | None = 0) -> Any:
-        where = {} if self._place is None else {"out_shardings": self._place}
+    def _compile(self, f: Callable[..., Any], *args: Any, donate: int | None = 0) -> Any:
+        where: dict[str, Any] = {} if self._place is None else {"out_shardings": self._place}
         return (
             jax.jit(f, donate_argnums=() if donate is None else donate, **where)
             .lower(*args)
             .compile()
         )
 
-    def timed(self, f: Callable) -> Any:
+    def timed(self, f: Callable[..., Any]) -> Any:
         """`busy_pass` or `busy_boundary`, called with (weights, state, tokens, entries)."""
         zero = np.int32(0)
         return self._compile(

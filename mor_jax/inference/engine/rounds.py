@@ -185,11 +185,9 @@ class Rounds:
             self._scheduler.outgrew(job)
             return
         if action.node is not None and not action.node.gone:
-            start = (
-                action.node.parent.rows.stop
-                if action.node.parent.rows is not None
-                else Lengths(0, 0)
-            )
+            parent = action.node.parent
+            before = None if parent is None else parent.rows
+            start = Lengths(0, 0) if before is None else before.stop
             self._scheduler.tree.fill(
                 action.node, self._device.save(job.lane, start, got.lengths), got.depth_T
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def seed_words(seed: int) -> np.ndarray:
 def _check(
     d: Drawing, vocab_size: int, stop_tokens: Collection[int], logprobs: int | None, most: int
 ) -> None:
-    def number(x):
+    def number(x: object) -> bool:
         return isinstance(x, (int, float)) and math.isfinite(x)
 
     limits = (
@@ -113,7 +113,7 @@ def _check(
 
 
 def _padded(values: Sequence[float], room: int, fill: float, dtype: type) -> np.ndarray:
-    out = np.full(room, fill, dtype)
+    out: np.ndarray = np.full(room, fill, dtype)
     out[: len(values)] = values
     return out
 
@@ -146,11 +146,11 @@ def host_row(
     _check(drawing, V, stop_tokens, logprobs, config.max_logprobs)
     d, f32, i32 = drawing, np.float32, np.int32
 
-    def known(tokens):
+    def known(tokens: Collection[int]) -> list[int]:
         return [t for t in tokens if 0 <= t < V]
 
     position = len(prompt) + len(generated)
-    return DrawRows(
+    leaves: dict[str, Any] = dict(
         temperature_N=f32(d.temperature if d.temperature >= COLDEST else 0),
         top_k_N=i32(min(d.top_k, V)),
         top_p_N=f32(d.top_p),
@@ -171,6 +171,7 @@ def host_row(
         grammar_at_N=i32(NO_GRAMMAR if grammar is None else position),
         logprobs_N=i32(-1 if logprobs is None else logprobs),
     )
+    return DrawRows(**leaves)
 
 
 def empty_rows(lanes: int, config: DrawConfig) -> DrawRows:

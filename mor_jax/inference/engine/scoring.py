@@ -96,7 +96,7 @@ class Scorer:
             self._weights, self._state = jax.device_put((self._weights, self._state), place)
         self._begun = 0  # prompts
         run = functools.partial(_score_chunk, lm, shape, self._config)
-        where = {} if place is None else {"out_shardings": place}
+        where: dict[str, Any] = {} if place is None else {"out_shardings": place}
         self._run = jax.jit(run, donate_argnums=1, **where)
         self._open = jax.jit(open_lane, donate_argnums=0, **where)
 
@@ -117,6 +117,7 @@ class Scorer:
           UserError: no tokens, more than the context, or one outside the vocabulary.
         """
         *_, scored = self.steps(tokens, control)
+        assert scored is not None, "the last step gives the scores"
         return scored
 
     def steps(
@@ -131,9 +132,9 @@ class Scorer:
             raise UserError(
                 f"a prompt to score must have 1 to {self.context} tokens, got {len(ids)}."
             )
-        if ids.min() < 0 or ids.max() >= self._config.vocab_size:
+        if np.min(ids) < 0 or np.max(ids) >= self._config.vocab_size:
             raise UserError(
-                f"a prompt's tokens must be ids below {self._config.vocab_size}, got {ids.max()}."
+                f"a prompt's tokens must be ids below {self._config.vocab_size}, got {np.max(ids)}."
             )
         return self._steps(ids.astype(np.int32), control)
 
@@ -164,7 +165,8 @@ class Scorer:
                 leaf.copy_to_host_async()
             parts.append((scores, count))
             yield None
-        logprobs, tops = [None], [()]
+        logprobs: list[float | None] = [None]
+        tops: list[tuple[tuple[int, float], ...]] = [()]
         for scores, count in parts:
             own, ids, likely, _ = (np.asarray(leaf)[:count].tolist() for leaf in scores)
             logprobs += own

@@ -266,8 +266,8 @@ class EngineService:
         """Waits for work and runs one round. Returns False when the thread should end."""
         with self._changed:
 
-            def wanted():
-                return self._inbox or self._rounds.busy or self._closing == "close"
+            def wanted() -> bool:
+                return bool(self._inbox or self._rounds.busy or self._closing == "close")
 
             if not self._changed.wait_for(wanted, self.config.idle_s):
                 self._thread = None

@@ -24,6 +24,7 @@ Between two ticks no token is in flight; the next one waits in `State.next_N` (c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,9 +37,12 @@ from mor_jax.inference.engine.logs import Log, append_spans, attend_spans, tag_s
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
 from mor_jax.inference.engine.state import NONE, Shape, State, ids_before, put_ids
 from mor_jax.inference.engine.tick import Out, boundary, core_pass, first_tag, newest_tag
+from mor_jax.model.block import Attend
 from mor_jax.model.depth import Controlled, TokenInfo
-from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
+from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, KeyValue, looks_back
 from mor_jax.model.lm import LM
+
+Fold = Callable[[jax.Array], jax.Array]
 
 
 class Speculation(NamedTuple):
@@ -81,7 +85,7 @@ def _draft(
     """(drafted tokens [N, k], NONE where a lane drafts no more; the state afterwards)."""
     k, depth = speculation
 
-    def few(limit_N):
+    def few(limit_N: jax.Array) -> jax.Array:
         return jnp.minimum(limit_N, depth)
 
     control = state.control._replace(
@@ -125,8 +129,11 @@ def _verify(
     before_NxTxT = jnp.broadcast_to(jnp.tril(jnp.ones((span, span), bool)), (lanes, span, span))
     in_lanes, flat = _folds(lanes, span)
 
-    def reader(log: Log):
-        def attend(q, k, v):
+    def reader(log: Log) -> Attend:
+        def attend(
+            q: jax.Array, k: jax.Array | None, v: jax.Array | None
+        ) -> tuple[jax.Array, KeyValue]:
+            assert k is not None and v is not None, "the span's own"
             k, v = in_lanes(k), in_lanes(v)
             return flat(attend_spans(in_lanes(q), log, seen, k, v, before_NxTxT)), (k, v)
 
@@ -163,10 +170,10 @@ def _verify(
     goes_on_N = jnp.where(jnp.any(ended_TxN, axis=0), NONE, last_N)
     writes_NxU = (kept_NxTxR & stands_NxT[..., None]).reshape(lanes, -1)
 
-    def rows(made_RxNxT):
+    def rows(made_RxNxT: jax.Array) -> jax.Array:
         return jnp.moveaxis(made_RxNxT, 0, 2).reshape(lanes, -1, *made_RxNxT.shape[3:])
 
-    def put(parts, made):
+    def put(parts: tuple[Log, ...], made: list[KeyValue]) -> tuple[Log, ...]:
         return tuple(
             append_spans(shape.ends, log, state.tokens_N, stands_NxT, *new)
             for log, new in zip(parts, made, strict=True)
@@ -205,7 +212,7 @@ def _verify(
     return state, out
 
 
-def _folds(lanes: int, span: int):
+def _folds(lanes: int, span: int) -> tuple[Fold, Fold]:
     """(rows [N * T, ...] -> [N, T, ...], and back)."""
     return lambda x: x.reshape(lanes, span, *x.shape[1:]), lambda x: x.reshape(
         lanes * span, *x.shape[2:]
@@ -227,15 +234,17 @@ def _draw_span(
     ended_TxN)."""
     following = jnp.concatenate([drafts_NxK, jnp.full_like(drafts_NxK[:, :1], NONE)], axis=1)
 
-    def one(carry: Any, xs: Any):
+    def one(carry: Any, xs: Any) -> tuple[Any, tuple[Drawn, jax.Array, jax.Array]]:
         draws, goes_on_N, count_N = carry
         logits_NxV, fits_N, position_N, draft_N = xs
         active_N = goes_on_N & fits_N & ~waiting(draws, position_N)
 
-        def go(logits, draws):
+        def go(logits: jax.Array, draws: DrawRows) -> tuple[Drawn, DrawRows]:
             return draw(logits, draws, position_N, active_N, config)
 
-        def skip(logits, draws):  # every lane has met a draft that did not stand
+        def skip(
+            logits: jax.Array, draws: DrawRows
+        ) -> tuple[Drawn, DrawRows]:  # every lane has met a draft that did not stand
             nothing = jax.tree.map(
                 lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go, logits, draws)[0]
             )
@@ -259,7 +268,7 @@ def _counts(
     """(core passes, lanes that ran in those of the verification, both told of the first token;
     lanes that left, of each)."""
 
-    def first(n):
+    def first(n: jax.Array | int) -> jax.Array:
         return jnp.zeros((active_TxN.shape[0],), jnp.int32).at[0].set(n)
 
     passes = speculation.drafts * speculation.depth + lm.program.recursions
@@ -322,7 +331,7 @@ def _recurse(
     policy = Controlled(lm.policy, state.control)
     route = policy.begin(weights["router"], x_NxTxD, TokenInfo(real_NxT, pos_NxT, tokens_NxT))
 
-    def one(carry: _Step, xs: Any, first: bool = False):
+    def one(carry: _Step, xs: Any, first: bool = False) -> tuple[_Step, tuple[jax.Array, Any]]:
         r, step = xs
         back = looks_back(kv) and not first
         seen = logs.view(shape.core, state.entries_N, state.tags, jnp.broadcast_to(r, (lanes,)))
@@ -330,19 +339,21 @@ def _recurse(
         active_NxT = policy.select(step, z_NxT, carry.candidates_NxT, route.tokens, None)
         runs_NxT = real_NxT if first and looks_back(kv) else active_NxT
 
-        def attend(q, k, v, block: int):
+        def attend(
+            q: jax.Array, k: jax.Array | None, v: jax.Array | None, block: int
+        ) -> tuple[jax.Array, KeyValue]:
             old = carry.kept[block] if back else (none, none)
 
-            def newer(new, old):
+            def newer(new: jax.Array | None, old: jax.Array) -> jax.Array:
                 return (
                     old if new is None else jnp.where(runs_NxT[..., None, None], in_lanes(new), old)
                 )
 
-            made = tuple(newer(*pair) for pair in zip((k, v), old, strict=True))
+            made = newer(k, old[0]), newer(v, old[1])
             own = before_TxT & (real_NxT if back else runs_NxT)[:, None]
             return flat(attend_spans(in_lanes(q), state.core[block], seen, *made, own)), made
 
-        def run(h_NxTxD):
+        def run(h_NxTxD: jax.Array) -> tuple[jax.Array, Any]:
             attends = [lambda q, k, v, i=i: attend(q, k, v, i) for i in range(len(state.core))]
             queries_only = back and kv == SHARED
             y, made = layers.blocks(
@@ -357,7 +368,7 @@ def _recurse(
             )
             return in_lanes(y), tuple(made)
 
-        def skip(h_NxTxD):
+        def skip(h_NxTxD: jax.Array) -> tuple[jax.Array, Any]:
             return h_NxTxD, carry.kept if back else tuple((none, none) for _ in state.core)
 
         y_NxTxD, made = jax.lax.cond(jnp.any(runs_NxT), run, skip, carry.h_NxTxD)
@@ -368,7 +379,7 @@ def _recurse(
 
     xs = (jnp.arange(recursions), route.steps)
 
-    def at(r):
+    def at(r: int) -> Any:
         return jax.tree.map(lambda leaf: leaf[r], xs)
 
     carry, (active_NxT, made) = one(_Step(x_NxTxD, real_NxT, ()), at(0), first=True)

@@ -82,10 +82,10 @@ def empty_state(lm: LM, shape: Shape, draw: DrawConfig, routers: Any) -> State:
     _, kv_heads, head_dim = lm.model.dims
     lanes, width, p = shape.lanes, lm.model.width, lm.program
 
-    def log(where):
+    def log(where: Layout) -> Log:
         return empty_log(where, kv_heads, head_dim, lm.model.dtype)
 
-    def logs(where, count):
+    def logs(where: Layout, count: int) -> tuple[Log, ...]:
         return tuple(log(where) for _ in range(count))
 
     zeros, no = jnp.zeros((lanes,), jnp.int32), jnp.zeros((lanes,), bool)

@@ -101,7 +101,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"  # also told when the comp
 _by_thread: Counter[int] = Counter()
 
 
-def _count(event: str, duration: float, **_: object) -> None:
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
     if event == _EVENT:
         _by_thread[threading.get_ident()] += 1
 

@@ -15,7 +15,8 @@ otherwise.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,15 @@ from mor_jax.inference.engine import layers, logs
 from mor_jax.inference.engine.drawing import Drawn, draw
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log, View
-from mor_jax.inference.engine.rows import DrawConfig, waiting
+from mor_jax.inference.engine.rows import DrawConfig, DrawRows, waiting
 from mor_jax.inference.engine.state import NONE, Flight, Shape, State, ids_before, put_ids
+from mor_jax.model.block import Attend
 from mor_jax.model.depth import Controlled, TokenInfo
 from mor_jax.model.kv import HYBRID, HYBRID_FIRST, SHARED, looks_back
 from mor_jax.model.lm import LM
+
+T = TypeVar("T")
+Leaving = tuple[tuple[Log, ...], DrawRows, Drawn]  # logs of the coda, rows, what was drawn
 
 
 class Out(NamedTuple):
@@ -54,12 +59,12 @@ def tick(
 ) -> tuple[State, Out]:
     """m passes and a boundary. Static: all but the last two."""
 
-    def one(carry: tuple) -> tuple:
+    def one(carry: tuple[State, jax.Array, jax.Array]) -> tuple[State, jax.Array, jax.Array]:
         state, passes, rows = carry
         state, ran = core_pass(lm, shape, weights, state)
         return state, passes + 1, rows + ran
 
-    def goes_on(carry):
+    def goes_on(carry: tuple[State, jax.Array, jax.Array]) -> jax.Array:
         return (carry[1] < m) & jnp.any(runs(lm, shape, carry[0]))
 
     zero = jnp.zeros((), jnp.int32)
@@ -86,7 +91,7 @@ def tick(
 # ------------------------------------------------------------------------------------- routing
 
 
-def _each_step(lm: LM, steps: Any, of_step: Any) -> list:
+def _each_step(lm: LM, steps: Any, of_step: Callable[[Any], jax.Array]) -> list[jax.Array]:
     """`of_step(step)` for r = 1..R. What a policy does at a step is so little that every lane takes
     the part of its own step from the results of all."""
     return [
@@ -95,7 +100,7 @@ def _each_step(lm: LM, steps: Any, of_step: Any) -> list:
     ]
 
 
-def _own(of_steps: list, step_N: jax.Array) -> jax.Array:
+def _own(of_steps: list[jax.Array], step_N: jax.Array) -> jax.Array:
     """of_steps[step_N[i]][i]; the last one for lanes past the last step."""
     out = of_steps[-1]
     for r in range(len(of_steps) - 1):
@@ -173,7 +178,7 @@ def core_pass(lm: LM, shape: Shape, weights: Weights, state: State) -> tuple[Sta
     steps = policy.steps(weights["router"])
     changes_N = runs_N & f.active_N
 
-    def combine(step):
+    def combine(step: Any) -> jax.Array:
         return policy.combine(step, f.h_NxD[:, None], y_NxD[:, None], f.z_N[:, None], f.route)[:, 0]
 
     h_NxD = jnp.where(changes_N[:, None], _own(_each_step(lm, steps, combine), step_N), f.h_NxD)
@@ -198,10 +203,11 @@ def _grow(
     slot_N: jax.Array,
     writes_N: jax.Array,
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
 ) -> tuple[jax.Array, Log]:
     """Attention of one block that appends to the log, then looks at it; and the log afterwards."""
+    assert k is not None and v is not None, "appended"
     log = logs.append_lanes(where, log, slot_N, writes_N, k, v)
     return logs.attend_lanes(q, log, seen), log
 
@@ -236,7 +242,7 @@ def boundary(
     exits_N = f.here_N & ~f.going_N & ~waiting(state.draws, position_N)
     none_N = jnp.zeros_like(f.depth_N)
 
-    def leave(carry: tuple) -> tuple:
+    def leave(carry: Leaving) -> Leaving:
         coda, draws, _ = carry
         attends = _ends(shape, coda, state.tokens_N, exits_N)
         rope = lm.rope(state.tokens_N)
@@ -255,7 +261,7 @@ def boundary(
     enters_N = fresh_N | (exits_N & ~ended_N)
     token_N = jnp.where(exits_N, drawn.token_N, jnp.maximum(state.next_N, 0))
 
-    def enter(carry: tuple) -> tuple:
+    def enter(carry: tuple[tuple[Log, ...], jax.Array]) -> tuple[tuple[Log, ...], jax.Array]:
         prelude, _ = carry
         before_NxS = ids_before(state.ids_NxT, jnp.arange(shape.lanes), tokens_N, lm.model.smear)
         x = layers.embed(lm, weights, token_N[:, None], tokens_N[:, None], before_NxS)
@@ -288,16 +294,18 @@ def boundary(
     return state, drawn, f.depth_N, ended_N, jnp.sum(exits_N, dtype=jnp.int32)
 
 
-def _ends(shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax.Array) -> list:
+def _ends(
+    shape: Shape, parts: tuple[Log, ...], slot_N: jax.Array, writes_N: jax.Array
+) -> list[Attend]:
     """Attention of the blocks of prelude or coda for one new token in every lane that writes."""
     seen = logs.view(shape.ends, slot_N + writes_N)
     return [functools.partial(_grow, shape.ends, log, seen, slot_N, writes_N) for log in parts]
 
 
-def _if_any(flags_N: jax.Array, f: Any, carry: tuple) -> tuple:
+def _if_any(flags_N: jax.Array, f: Callable[[T], T], carry: T) -> T:
     """f(carry) if a flag is set, else `carry`."""
 
-    def once(todo_carry):
+    def once(todo_carry: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
         return (jnp.zeros((), bool), f(todo_carry[1]))
 
     return jax.lax.while_loop(lambda todo_carry: todo_carry[0], once, (jnp.any(flags_N), carry))[1]

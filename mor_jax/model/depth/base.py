@@ -30,6 +30,7 @@ from mor_jax.config import DepthConfig, ModelConfig
 from mor_jax.errors import UserError
 from mor_jax.model.depth.histogram import histogram
 from mor_jax.model.depth.survey import SURVEY
+from mor_jax.nn.parameters import Tree
 from mor_jax.parallel.rows import join_rows, own_part
 
 
@@ -98,15 +99,15 @@ class DepthPolicy:
 
     # ---------------------------------------------------------------- parameters
 
-    def init(self, key: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Tree:
         """Router parameters; {} when there are none."""
         return {}
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         """Logical axis names of `init`'s leaves."""
         return {}
 
-    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+    def rebalance(self, routers: Tree, stats: RouterStats) -> Tree:
         """Router parameters after an optimiser step: what is moved by rule and not by gradient."""
         return routers
 
@@ -119,16 +120,16 @@ class DepthPolicy:
         beforehand."""
         return ((length,) * self.recursions,)
 
-    def steps(self, routers: dict) -> Any:
+    def steps(self, routers: Tree) -> Any:
         """What each step reads, leaves [R, ...]."""
         return jnp.arange(self.recursions)
 
-    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+    def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         """Look at the states before the first step."""
         return Route(self.steps(routers), ())
 
     def depths(
-        self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
+        self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
     ) -> jax.Array | None:
         """Depth of every token from the states before the first step, for policies that decide at
         once; else None.
@@ -136,7 +137,7 @@ class DepthPolicy:
         return None
 
     def recompute_gates(
-        self, routers: dict, tokens: Any, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
+        self, routers: Tree, tokens: Any, dial_BxR: jax.Array, floor_B: jax.Array, cap_B: jax.Array
     ) -> Any:
         """`Route.tokens` with the gates that belong to a `DepthControl`; called for policies that
         decide at once."""
@@ -217,7 +218,7 @@ class DepthPolicy:
         """Share of tokens that run step r = 1..R in training."""
         return (1.0,) * self.recursions
 
-    def expected_shares(self, routers: dict) -> tuple[float, ...]:
+    def expected_shares(self, routers: Tree) -> tuple[float, ...]:
         """Share of tokens expected to run step r = 1..R under the causal rule of this router,
         trained or not."""
         return self.shares()
@@ -256,7 +257,7 @@ def _parameter_counts(policy: DepthPolicy) -> tuple[int, int]:
     """(parameters, values of the survey) of the tree that `init` makes; nothing is computed."""
     tree = jax.eval_shape(lambda: policy.init(jax.random.key(0)))
 
-    def size(tree):
+    def size(tree: Tree) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     learned = size({name: leaf for name, leaf in tree.items() if name != SURVEY})
@@ -273,13 +274,14 @@ class AtOnce(DepthPolicy):
     """A policy that knows each token's depth before the first step: a token of depth i runs steps
     1..i."""
 
-    def steps(self, routers: dict) -> Any:
+    def steps(self, routers: Tree) -> Any:
         return jnp.arange(1, self.recursions + 1)
 
-    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+    def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         depth_BxT = (
             self.depths(routers, h_BxTxD, info) if info.depth_BxT is None else info.depth_BxT
         )
+        assert depth_BxT is not None, "a policy of this kind says it"
         return Route(self.steps(routers), DepthRoute(jnp.where(info.real_BxT, depth_BxT, 0)))
 
     def select(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.model.depth.base import DepthPolicy, Route, RouterStats, TokenInfo
+from mor_jax.nn.parameters import Tree
 
 
 class DepthControl(NamedTuple):
@@ -43,7 +44,7 @@ class Step(NamedTuple):
     the dial."""
 
     own: Any
-    index: jax.Array
+    index: jax.Array  # type: ignore[assignment]  # not tuple.index
     dial_B: jax.Array
 
 
@@ -55,18 +56,18 @@ class Controlled(DepthPolicy):
     control: DepthControl
 
     @property
-    def recursions(self) -> int:
+    def recursions(self) -> int:  # type: ignore[override]  # a field of other policies
         return self.policy.recursions
 
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return self.policy.profiles(length)
 
-    def steps(self, routers: dict) -> Step:
+    def steps(self, routers: Tree) -> Step:
         return Step(
             self.policy.steps(routers), jnp.arange(self.recursions), self.control.dial_BxR.T
         )
 
-    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+    def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         c, depth_BxT = self.control, info.depth_BxT
         if depth_BxT is None:
             depth_BxT = self.policy.depths(routers, h_BxTxD, info, c.dial_BxR)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from mor_jax.config import ModelConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.depth.base import AtOnce, PolicyConfig, TokenInfo
+from mor_jax.nn.parameters import Tree
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class EveryKth(AtOnce):
     tile: int = 1
 
     def depths(
-        self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
+        self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
     ) -> jax.Array:
         deep_BxT = (info.pos_BxT + 1) % self.every == 0
         return jnp.where(deep_BxT, self.recursions, self.shallow).astype(jnp.int32)

@@ -44,6 +44,7 @@ from mor_jax.model.depth.fields import Routed, WithCapacities
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.warmup import is_warm, shares_in
 from mor_jax.model.program import active_counts
+from mor_jax.nn.parameters import Tree
 from mor_jax.parallel.rows import join_rows, own_part
 
 INFERENCE = ("threshold", "auxiliary", "calibrated")
@@ -146,8 +147,8 @@ class ExpertChoice(DepthPolicy):
     def _example(self) -> np.ndarray:
         return np.zeros((1, 1, self.width), np.float32)
 
-    def init(self, key: jax.Array) -> dict:
-        def init(key):
+    def init(self, key: jax.Array) -> Tree:
+        def init(key: jax.Array) -> Tree:
             return jax.vmap(lambda k: nn.init(self._module(), k, self._example()))(
                 jax.random.split(key, self.recursions)
             )
@@ -159,7 +160,7 @@ class ExpertChoice(DepthPolicy):
         # gradient.
         return params | {SURVEY: survey.empty(self.recursions)}
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         names = nn.logical_axes(self._module(), self._example())
         names = jax.tree.map(
             lambda n: ("recursion", *n), names, is_leaf=lambda n: isinstance(n, tuple)
@@ -171,7 +172,7 @@ class ExpertChoice(DepthPolicy):
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
 
-    def steps(self, routers: dict) -> dict:
+    def steps(self, routers: Tree) -> Tree:
         steps = {name: leaf for name, leaf in routers.items() if name != SURVEY}
         if self.inference == "calibrated":
             steps[THRESHOLDS] = survey.thresholds(routers[SURVEY], self.candidates_kept())
@@ -180,7 +181,7 @@ class ExpertChoice(DepthPolicy):
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """[B, T]; with an auxiliary router [B, T, 2], its own score second."""
 
-        def run(weights, h):
+        def run(weights: Tree, h: jax.Array) -> jax.Array:
             return nn.apply(self._module(), weights, h / self.temperature)[..., 0]
 
         z_BxT = run(
@@ -263,7 +264,7 @@ class ExpertChoice(DepthPolicy):
     def shares(self) -> tuple[float, ...]:
         return self.capacities
 
-    def expected_shares(self, routers: dict) -> tuple[float, ...]:
+    def expected_shares(self, routers: Tree) -> tuple[float, ...]:
         try:
             reach = survey.reach(np.asarray(routers.get(SURVEY, ())))
         except UserError:
@@ -295,7 +296,7 @@ class ExpertChoice(DepthPolicy):
     def loss_weights(self) -> dict[str, float]:
         return {"router_loss": self.aux_loss_weight, "router_z_loss": self.z_loss_weight}
 
-    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+    def rebalance(self, routers: Tree, stats: RouterStats) -> Tree:
         return survey.continued(routers, stats.above) if self.surveyed else routers
 
     def dial(self, survey_RxG: np.ndarray, mean_depth: float, floor: int, cap: int) -> np.ndarray:

@@ -34,6 +34,7 @@ from mor_jax.model.depth.base import (
 from mor_jax.model.depth.fields import Gated, WithCapacities
 from mor_jax.model.depth.warmup import shares_in
 from mor_jax.model.program import active_counts
+from mor_jax.nn.parameters import Tree
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class RandomChoice(DepthPolicy):
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return (active_counts(self.capacities, length),)
 
-    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+    def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         if info.ids_BxT is None:
             raise ValueError("random routing needs the ids of its tokens (`TokenInfo.ids_BxT`)")
         draw_BxTxR = uniforms(self.seed, self.recursions, info.ids_BxT, info.pos_BxT, info.salt_B)

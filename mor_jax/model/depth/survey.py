@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mor_jax.errors import UserError
+from mor_jax.nn.parameters import Tree
 
 SURVEY = "survey"  # the leaf's name among the router's parameters
 # Of the running mean, a step: the last twenty batches or so. A hundred lag behind the router of a
@@ -39,9 +40,12 @@ def count_above(score_BxT: jax.Array, counted_BxT: jax.Array) -> jax.Array:
     return jnp.sum(score[..., None] >= PROBES_G, axis=(0, 1), dtype=jnp.float32)
 
 
-def continued(routers: dict, above_RxG: jax.Array) -> dict:
+def continued(routers: Tree, above_RxG: jax.Array | None) -> Tree:
     """Router parameters whose survey, if they carry one, has seen one more batch."""
-    return routers | {SURVEY: updated(routers[SURVEY], above_RxG)} if SURVEY in routers else routers
+    if SURVEY not in routers:
+        return routers
+    assert above_RxG is not None, "what is surveyed is counted"
+    return routers | {SURVEY: updated(routers[SURVEY], above_RxG)}
 
 
 def updated(survey_RxG: jax.Array, above_RxG: jax.Array) -> jax.Array:

@@ -43,6 +43,7 @@ from mor_jax.model.depth.fields import Routed, balanced
 from mor_jax.model.depth.survey import SURVEY
 from mor_jax.model.depth.vary import mean_depth
 from mor_jax.model.depth.warmup import is_warm, stage_count
+from mor_jax.nn.parameters import Tree
 
 SMALLEST = 1e-30  # selection score under a bias, which can take it below zero
 # of the smallest profile over balanced shares: rows of a balanced router scatter around them
@@ -87,7 +88,7 @@ class TokenChoiceConfig(Routed):
         return balanced(model.recursions)
 
     def build(self, model: ModelConfig, stage: int | None = None) -> TokenChoice:
-        varied = stage is not None and is_warm(self, stage)
+        varied = stage - stage_count(self) if stage is not None and is_warm(self, stage) else None
         return TokenChoice(
             recursions=model.recursions,
             width=model.width,
@@ -103,7 +104,7 @@ class TokenChoiceConfig(Routed):
             buckets=self.buckets,
             tile=self.tile,
             all_deep=not is_warm(self, stage),
-            mean_depth=mean_depth(model, self, stage - stage_count(self)) if varied else 0.0,
+            mean_depth=0.0 if varied is None else mean_depth(model, self, varied),
         )
 
 
@@ -136,7 +137,7 @@ class TokenChoice(AtOnce):
     def _example(self) -> np.ndarray:
         return np.zeros((1, 1, self.width), np.float32)
 
-    def init(self, key: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Tree:
         # Weights like any other to checkpoints and shardings, but all of them except `choice` are
         # moved by `rebalance`, never by a gradient.
         params = {
@@ -147,7 +148,7 @@ class TokenChoice(AtOnce):
             {"bias": jnp.zeros((self.recursions,), jnp.float32)} if self.bias_rate else {}
         )
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         axes = {
             "choice": nn.logical_axes(self._module(), self._example()),
             SURVEY: ("recursion", None),
@@ -164,19 +165,16 @@ class TokenChoice(AtOnce):
         found = []
         for j in range(self.buckets):
             t = (j / (self.buckets - 1)) ** 2 if self.buckets > 1 else 1.0
-
-            def share(r, t=t):
-                return (s := min(1.0, (steps - r) / steps * (1 + SLACK))) + (1 - s) * t
-
+            shares = [min(1.0, (steps - r) / steps * (1 + SLACK)) for r in range(steps)]
             sizes = tuple(
-                min(length, -(-math.ceil(share(r) * length) // self.tile) * self.tile)
-                for r in range(steps)
+                min(length, -(-math.ceil((s + (1 - s) * t) * length) // self.tile) * self.tile)
+                for s in shares
             )
             if sizes not in found:
                 found.append(sizes)
         return tuple(found)
 
-    def begin(self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
+    def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         dial_BxR = self._trained_dial(routers, len(h_BxTxD)) if self.mean_depth else None
         real_BxT, depth_BxT = info.real_BxT, info.depth_BxT
@@ -196,7 +194,7 @@ class TokenChoice(AtOnce):
             tokens = self.recompute_gates(routers, tokens, dial_BxR, rows, rows + self.recursions)
         return Route(self.steps(routers), tokens, stats)
 
-    def _trained_dial(self, routers: dict, rows: int) -> jax.Array:
+    def _trained_dial(self, routers: Tree, rows: int) -> jax.Array:
         """[B, R]: `dial` within the step, from the survey so far; nothing is dialled before there
         is one."""
         survey_RxG = jax.lax.stop_gradient(routers[SURVEY])
@@ -206,7 +204,7 @@ class TokenChoice(AtOnce):
         return jnp.broadcast_to(tilt * jnp.arange(self.recursions), (rows, self.recursions))
 
     def depths(
-        self, routers: dict, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
+        self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo, dial_BxR: jax.Array | None = None
     ) -> jax.Array:
         z_BxTxR, score = self._scores(routers, h_BxTxD)
         depth_BxT = self._choice(routers, score)
@@ -220,7 +218,7 @@ class TokenChoice(AtOnce):
 
     def recompute_gates(
         self,
-        routers: dict,
+        routers: Tree,
         tokens: TokenRoute,
         dial_BxR: jax.Array,
         floor_B: jax.Array,
@@ -238,24 +236,24 @@ class TokenChoice(AtOnce):
             gate_BxT=self.alpha * jnp.take_along_axis(score, chosen, axis=-1)[..., 0]
         )
 
-    def _scores(self, routers: dict, h_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _scores(self, routers: Tree, h_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Logits and scores before alpha, [B, T, R]."""
         z_BxTxR = nn.apply(self._module(), routers["choice"], h_BxTxD / self.temperature)
         return z_BxTxR, jax.nn.softmax(z_BxTxR) if self.score_name == "softmax" else jax.nn.sigmoid(
             z_BxTxR
         )
 
-    def _bias(self, routers: dict) -> jax.Array | float:
+    def _bias(self, routers: Tree) -> jax.Array | float:
         return routers["bias"] if self.bias_rate else 0.0
 
-    def _choice(self, routers: dict, score_BxTxR: jax.Array) -> jax.Array:
+    def _choice(self, routers: Tree, score_BxTxR: jax.Array) -> jax.Array:
         return (
             jnp.argmax(self.alpha * score_BxTxR + self._bias(routers), axis=-1).astype(jnp.int32)
             + 1
         )
 
     def _log_selection(
-        self, routers: dict, z_BxTxR: jax.Array, score_BxTxR: jax.Array
+        self, routers: Tree, z_BxTxR: jax.Array, score_BxTxR: jax.Array
     ) -> jax.Array:
         """Logarithm of the selection scores over alpha, in which the dial is turned: the same
         order, but scores of a decided router, all near 0 or 1, stay apart, so that tokens change
@@ -267,11 +265,18 @@ class TokenChoice(AtOnce):
             )
         return jnp.log(jnp.maximum(score_BxTxR + self._bias(routers) / self.alpha, SMALLEST))
 
-    def _stats(self, z_BxTxR, score_BxTxR, log_selection_BxTxR, depth_BxT, real_BxT) -> RouterStats:
+    def _stats(
+        self,
+        z_BxTxR: jax.Array,
+        score_BxTxR: jax.Array,
+        log_selection_BxTxR: jax.Array,
+        depth_BxT: jax.Array,
+        real_BxT: jax.Array,
+    ) -> RouterStats:
         weight = real_BxT[..., None].astype(jnp.float32)
         ran = (depth_BxT[..., None] > jnp.arange(self.recursions)).astype(jnp.float32)
 
-        def total(x):
+        def total(x: jax.Array) -> jax.Array:
             return jnp.sum(x, axis=(0, 1))
 
         tokens_R = jnp.full((self.recursions,), jnp.sum(weight), jnp.float32)
@@ -314,7 +319,7 @@ class TokenChoice(AtOnce):
     def shares(self) -> tuple[float, ...]:
         return balanced(self.recursions)
 
-    def expected_shares(self, routers: dict) -> tuple[float, ...]:
+    def expected_shares(self, routers: Tree) -> tuple[float, ...]:
         try:
             reach = survey.reach(np.asarray(routers.get(SURVEY, ())))
         except UserError:
@@ -346,7 +351,7 @@ class TokenChoice(AtOnce):
             "router_z_loss": self.z_loss_weight,
         }
 
-    def rebalance(self, routers: dict, stats: RouterStats) -> dict:
+    def rebalance(self, routers: Tree, stats: RouterStats) -> Tree:
         if self.mean_depth:
             return routers
         routers = survey.continued(routers, stats.above)

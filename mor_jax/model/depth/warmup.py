@@ -24,7 +24,8 @@ from mor_jax.model.program import tiled
 class Stage(NamedTuple):
     """Optimiser steps first + 1 .. last of a run, at one set of shares."""
 
-    index: int | None  # of the stage; None: warm
+    # of the stage; None: warm
+    index: int | None  # type: ignore[assignment]  # not tuple.index
     first: int
     last: int
     shares: tuple[float, ...]  # of a row that runs recursion r = 1..R

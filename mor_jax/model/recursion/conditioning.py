@@ -6,18 +6,24 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 
 from mor_jax.model.recursion.part import Part, of_rows, spread
+from mor_jax.nn.parameters import Tree
 
 LONGEST = 10_000.0
 
 
-def _none(params, u, t, r, beyond):
+def _none(
+    params: Tree, u: jax.Array, t: jax.Array | int, r: jax.Array | int, beyond: str
+) -> jax.Array:
     return u
 
 
-def _sinusoid(params, u, t, r, beyond):
+def _sinusoid(
+    params: Tree, u: jax.Array, t: jax.Array | int, r: jax.Array | int, beyond: str
+) -> jax.Array:
     """The timing signal of the Universal Transformer (arXiv 1807.03819), defined for any step."""
     half = u.shape[-1] // 2
     rates = LONGEST ** (-jnp.arange(half, dtype=jnp.float32) / max(half - 1, 1))
@@ -27,7 +33,9 @@ def _sinusoid(params, u, t, r, beyond):
     return u + spread(signal, u).astype(u.dtype)
 
 
-def _learned(params, u, t, r, beyond):
+def _learned(
+    params: Tree, u: jax.Array, t: jax.Array | int, r: jax.Array | int, beyond: str
+) -> jax.Array:
     """A learned vector for each trained step, at first 0; past them the last again ("clamp") or
     from the first on."""
     rows = params["bias"].shape[0]
@@ -35,7 +43,9 @@ def _learned(params, u, t, r, beyond):
     return u + spread(params["bias"][index], u).astype(u.dtype)
 
 
-def _time(params, u, t, r, beyond):
+def _time(
+    params: Tree, u: jax.Array, t: jax.Array | int, r: jax.Array | int, beyond: str
+) -> jax.Array:
     """A factor from the share of the way done and the length of a step, at first 1 (after
     LoopFormer's conditioning on (t, dt), arXiv 2602.11451, with one linear factor in place of its
     adaptive norms): defined for any number of steps."""
@@ -45,7 +55,7 @@ def _time(params, u, t, r, beyond):
     ).astype(u.dtype)
 
 
-def _init_time(key, width, _):
+def _init_time(key: jax.Array, width: int, _: int) -> Tree:
     return {"share": {"bias": jnp.zeros((width,))}, "length": {"bias": jnp.zeros((width,))}}
 
 

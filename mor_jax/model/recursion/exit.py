@@ -56,38 +56,54 @@ def _second(seen: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
     return stop & (seen > 0), seen + 1
 
 
-def _latent(seen, before, after, reader, threshold):
+def _latent(
+    seen: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """Relative change of the state (Huginn: 0.03)."""
     return _second(seen, _step_size(before, after) < threshold)
 
 
-def _cosine(seen, before, after, reader, threshold):
+def _cosine(
+    seen: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """1 - cosine of the two states (Huginn: 1e-3)."""
     dot = jnp.sum(before.astype(jnp.float32) * after.astype(jnp.float32), axis=-1)
     return _second(seen, 1 - dot / jnp.maximum(_norm(before) * _norm(after), 1e-12) < threshold)
 
 
-def _acceleration(size, before, after, reader, threshold):
+def _acceleration(
+    size: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """Change of the step size (arXiv 2509.23314)."""
     new = _step_size(before, after)
     return jnp.abs(new - size) < threshold, new
 
 
-def _kl(log_p, before, after, reader, threshold):
+def _kl(
+    log_p: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """Divergence of the head's distribution from that of the step before (Huginn: 1e-3 in the
     code)."""
     new = jax.nn.log_softmax(reader.logits(after))
     return jnp.sum(jnp.exp(new) * (new - log_p), axis=-1) < threshold, new
 
 
-def _entropy(last, before, after, reader, threshold):
+def _entropy(
+    last: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """Change of the entropy of the head's distribution (Huginn: 1e-3)."""
     log_p = jax.nn.log_softmax(reader.logits(after))
     new = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
     return jnp.abs(new - last) < threshold, new
 
 
-def _argmax(memory, before, after, reader, threshold):
+def _argmax(
+    memory: tuple[jax.Array, jax.Array],
+    before: jax.Array,
+    after: jax.Array,
+    reader: Reader,
+    threshold: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The likeliest token has been the same for as many steps as the threshold says, after the one
     it first came at."""
     last, count = memory
@@ -96,14 +112,16 @@ def _argmax(memory, before, after, reader, threshold):
     return (threshold > 0) & (count >= threshold), (new, count)
 
 
-def _cdf(stay, before, after, reader, threshold):
+def _cdf(
+    stay: jax.Array, before: jax.Array, after: jax.Array, reader: Reader, threshold: float
+) -> tuple[jax.Array, jax.Array]:
     """The gate has stopped with a chance of at least the threshold by now (Ouro, arXiv
     2510.25741)."""
     stay = stay * jax.nn.sigmoid(-reader.gate(after))
     return stay <= 1 - threshold, stay
 
 
-CHOICES = {
+CHOICES: dict[str, Rule | None] = {
     "fixed": None,
     "latent": Rule(_latent),
     "cosine": Rule(_cosine),
@@ -125,12 +143,18 @@ class Exiting(Fixed):
     config: RecursionConfig = field(default_factory=RecursionConfig)
     reader: Reader | None = None
 
+    def _chosen(self) -> tuple[Rule, Reader]:
+        rule = CHOICES[self.config.exit]
+        assert rule is not None and self.reader is not None, "made where tokens exit"
+        return rule, self.reader
+
     def remember(self, h_BxTxD: jax.Array) -> Any:
-        return CHOICES[self.config.exit].remember(self.reader, h_BxTxD)
+        rule, reader = self._chosen()
+        return rule.remember(reader, h_BxTxD)
 
     def judge(
         self, step: jax.Array, memory: Any, before: jax.Array, after: jax.Array
     ) -> tuple[jax.Array, Any]:
-        rule, threshold = CHOICES[self.config.exit], self.config.exit_threshold
-        stop, memory = rule.judge(memory, before, after, self.reader, threshold)
+        (rule, reader), threshold = self._chosen(), self.config.exit_threshold
+        stop, memory = rule.judge(memory, before, after, reader, threshold)
         return ~(stop & (step + 1 >= self.config.exit_least)), memory

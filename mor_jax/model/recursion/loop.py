@@ -8,7 +8,6 @@ model's; a knob without any has no entry, and a model without any has no such su
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax.config import ModelConfig, RecursionConfig
+from mor_jax.model.recurse import Core
 from mor_jax.model.recursion import conditioning, injection, state
 from mor_jax.model.recursion.loss import gate_logits, init_gate
 from mor_jax.model.recursion.part import Part
 from mor_jax.nn.norm import rms_norm
+from mor_jax.nn.parameters import Tree
 
 FILES = {"state": state, "injection": injection, "conditioning": conditioning}
 
@@ -34,7 +35,7 @@ class Loop:
     def _part(self, knob: str) -> Part:
         return FILES[knob].CHOICES[getattr(self.config, knob)]
 
-    def init(self, key: jax.Array) -> dict:
+    def init(self, key: jax.Array) -> Tree:
         """Float32 parameters; {} when there are none."""
         m, keys = self.model, jax.random.split(key, len(FILES) + 1)
         found = {
@@ -49,20 +50,18 @@ class Loop:
             lambda x: x.astype(jnp.float32), {name: tree for name, tree in found.items() if tree}
         )
 
-    def logical_axes(self) -> dict:
+    def logical_axes(self) -> Tree:
         """All whole on every device: they are small beside the blocks."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         return jax.tree.map(lambda leaf: (None,) * len(leaf.shape), shapes)
 
     def begin(
-        self, params: dict, e_BxTxD: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None
+        self, params: Tree, e_BxTxD: jax.Array, pos_BxT: jax.Array, salt_B: jax.Array | None = None
     ) -> jax.Array:
         """The state before the first step. `salt_B`: of each row's draws in training."""
         return self._part("state").apply(params.get("state"), e_BxTxD, pos_BxT, salt_B, self.config)
 
-    def around(
-        self, core: Callable, params: dict, e_BxTxD: jax.Array, steps: jax.Array | int
-    ) -> Callable:
+    def around(self, core: Core, params: Tree, e_BxTxD: jax.Array, steps: jax.Array | int) -> Core:
         """A core as the executors call it, `core(s, ..., recursion=t) -> (y, extra)`, that reads
         and leaves states as configured. `steps`: of each row [B], or of all."""
 
@@ -81,6 +80,6 @@ class Loop:
 
         return run
 
-    def gate(self, params: dict, h: jax.Array) -> jax.Array:
+    def gate(self, params: Tree, h: jax.Array) -> jax.Array:
         """Logits [...] of the learned gate on states [..., D]."""
         return gate_logits(params["gate"], h)

@@ -7,28 +7,33 @@ step from 0, negative before its first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from mor_jax.config import RecursionConfig
+from mor_jax.nn.parameters import Tree
+
+Weigh = Callable[[jax.Array, RecursionConfig], jax.Array]
 
 
-def _final(index, config):
+def _final(index: jax.Array, config: RecursionConfig) -> jax.Array:
     """The last step alone."""
     return (index == index[-1:]).astype(jnp.float32)
 
 
-def _uniform(index, config):
+def _uniform(index: jax.Array, config: RecursionConfig) -> jax.Array:
     """All alike."""
     return jnp.ones(index.shape, jnp.float32)
 
 
-def _power(index, config):
+def _power(index: jax.Array, config: RecursionConfig) -> jax.Array:
     """t^power: later steps weigh more (RLTT, arXiv 2602.10520, has it among its weightings)."""
     return (jnp.maximum(index, 0) + 1.0) ** config.loss_power
 
 
-def _decay(index, config):
+def _decay(index: jax.Array, config: RecursionConfig) -> jax.Array:
     """decay^(t - 1): earlier steps weigh more (CGAR's hierarchical supervision, arXiv
     2511.08653)."""
     return config.loss_decay ** jnp.maximum(index, 0).astype(jnp.float32)
@@ -36,25 +41,33 @@ def _decay(index, config):
 
 # (index_SxB, config) -> weights [S, B] before they are normalised; "gate" has a weight for each
 # token, see below
-CHOICES = {"final": _final, "uniform": _uniform, "power": _power, "decay": _decay, "gate": None}
+CHOICES: dict[str, Weigh | None] = {
+    "final": _final,
+    "uniform": _uniform,
+    "power": _power,
+    "decay": _decay,
+    "gate": None,
+}
 
 
 def step_weights(config: RecursionConfig, index_SxB: jax.Array) -> jax.Array:
     """[S, B], of each row summing to 1, 0 at steps that it does not run."""
-    weights = jnp.where(index_SxB >= 0, CHOICES[config.loss](index_SxB, config), 0.0)
+    weigh = CHOICES[config.loss]
+    assert weigh is not None, "the gate has a weight for each token"
+    weights = jnp.where(index_SxB >= 0, weigh(index_SxB, config), 0.0)
     return weights / jnp.sum(weights, axis=0)
 
 
 # ---------------------------------------------------------------- the learned gate
 
 
-def init_gate(key: jax.Array, width: int, std: float) -> dict:
+def init_gate(key: jax.Array, width: int, std: float) -> Tree:
     """Of one logit from the state after a step: the chance to stop there, given that no step before
     did."""
     return {"kernel": std * jax.random.normal(key, (1, width)), "bias": jnp.zeros((1,))}
 
 
-def gate_logits(params: dict, h: jax.Array) -> jax.Array:
+def gate_logits(params: Tree, h: jax.Array) -> jax.Array:
     """[...] float32 of states [..., D]."""
     return h.astype(jnp.float32) @ params["kernel"][0] + params["bias"][0]
 

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mor_jax.nn.parameters import Tree
+
 Init = Callable[[jax.Array, int, int], Any]  # (key, width, recursions) -> parameters
 
 
-def nothing(key: jax.Array, width: int, recursions: int) -> dict:
+def nothing(key: jax.Array, width: int, recursions: int) -> Tree:
     """No parameters."""
     return {}
 

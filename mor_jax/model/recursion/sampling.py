@@ -14,11 +14,11 @@ from mor_jax.config import RecursionConfig
 SEED = 0x5EED
 
 
-def _fixed(key, n, mean, config):
+def _fixed(key: jax.Array, n: int, mean: int, config: RecursionConfig) -> jax.Array:
     return jnp.full((n,), mean, jnp.int32)
 
 
-def _lognormal_poisson(key, n, mean, config):
+def _lognormal_poisson(key: jax.Array, n: int, mean: int, config: RecursionConfig) -> jax.Array:
     """1 + Poisson of a log-normal rate (Huginn, arXiv 2502.05171). The rate's mean is one less than
     the mean wanted."""
     rate_key, key = jax.random.split(key)
@@ -27,19 +27,19 @@ def _lognormal_poisson(key, n, mean, config):
     return 1 + jax.random.poisson(key, jnp.exp(log_rate), (n,), jnp.int32)
 
 
-def _poisson(key, n, mean, config):
+def _poisson(key: jax.Array, n: int, mean: int, config: RecursionConfig) -> jax.Array:
     """1 + Poisson(mean - 1) (Parcae, arXiv 2604.12946, draws it for each sequence)."""
     return 1 + jax.random.poisson(key, mean - 1, (n,), jnp.int32)
 
 
-def _binomial(key, n, mean, config):
+def _binomial(key: jax.Array, n: int, mean: int, config: RecursionConfig) -> jax.Array:
     """Each round after the first is left out with chance `sampling_skip`: stochastic RINS (arXiv
     2502.07503). Here `config.model.recursions` is the most, not the mean."""
     kept = jax.random.bernoulli(key, 1 - config.sampling_skip, (n, mean - 1))
     return 1 + jnp.sum(kept, axis=-1, dtype=jnp.int32)
 
 
-def _uniform(key, n, mean, config):
+def _uniform(key: jax.Array, n: int, mean: int, config: RecursionConfig) -> jax.Array:
     """Every number from 1 to 2 mean - 1 alike."""
     return jax.random.randint(key, (n,), 1, 2 * mean, jnp.int32)
 

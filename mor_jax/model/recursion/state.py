@@ -9,25 +9,50 @@ import jax.numpy as jnp
 
 from mor_jax.config import RecursionConfig
 from mor_jax.model.recursion.part import Part
+from mor_jax.nn.parameters import Tree
 
 HUGINN_STD = math.sqrt(2 / 5)  # of an element of Huginn's first state, once it is scaled by sqrt(D)
 
 
-def _embed(params, e_BxTxD, pos_BxT, salt_B, config: RecursionConfig):
+def _embed(
+    params: Tree,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None,
+    config: RecursionConfig,
+) -> jax.Array:
     """What the prelude returned (Universal Transformer, Ouro, RINS)."""
     return e_BxTxD
 
 
-def _zeros(params, e_BxTxD, pos_BxT, salt_B, config):
+def _zeros(
+    params: Tree,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None,
+    config: RecursionConfig,
+) -> jax.Array:
     return jnp.zeros_like(e_BxTxD)
 
 
-def _const(params, e_BxTxD, pos_BxT, salt_B, config):
+def _const(
+    params: Tree,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None,
+    config: RecursionConfig,
+) -> jax.Array:
     """One learned vector (HRM-Text, arXiv 2605.20613; HRM itself draws it once and keeps it)."""
     return jnp.broadcast_to(params["bias"].astype(e_BxTxD.dtype), e_BxTxD.shape)
 
 
-def _random(params, e_BxTxD, pos_BxT, salt_B, config):
+def _random(
+    params: Tree,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None,
+    config: RecursionConfig,
+) -> jax.Array:
     """Truncated normal within 3 standard deviations (Huginn, arXiv 2502.05171).
 
     A function of the token's place in its document and of the row's salt: training draws anew at

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mor_jax.model.recurse import HIDDEN
+from mor_jax.model.recurse import HIDDEN, Core
 
 
 class Unrolled(NamedTuple):
@@ -27,7 +27,7 @@ class Unrolled(NamedTuple):
 
 
 def run_unrolled(
-    make_core: Callable[[Any, jax.Array], Callable],
+    make_core: Callable[[Any, jax.Array], Core],
     params: Any,
     h_BxTxD: jax.Array,
     e_BxTxD: jax.Array,
@@ -53,7 +53,7 @@ def run_unrolled(
     total = most if steps_B is None else jnp.max(steps_B)
     free = total - window  # before the gradient begins; where steps are drawn, it may be negative
 
-    def step(core: Callable, h: jax.Array, j: jax.Array) -> jax.Array:
+    def step(core: Core, h: jax.Array, j: jax.Array) -> jax.Array:
         index = j if steps_B is None else j - (total - steps_B)  # of all rows, or [B]
         active_BxT = (seg_BxT > 0) & (index >= 0 if steps_B is None else (index >= 0)[:, None])
         y, _ = core(
@@ -76,7 +76,7 @@ def run_unrolled(
     def one(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         j = free + i
 
-        def run(h):
+        def run(h: jax.Array) -> jax.Array:
             return step(core, h, j)
 
         # until a row has begun: nothing
