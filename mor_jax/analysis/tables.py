@@ -286,7 +286,8 @@ def paper_flops(run: RunRecord) -> float | None:
 
 def true_flops(run: RunRecord) -> float | None:
     if _counted(run):
-        return accounting.true_flops_per_token(run.config.model, run.config.depth).total
+        c = run.config
+        return accounting.true_flops_per_token(c.model, c.depth, recursion=c.recursion).total
     return number(run.summarised("true_flops_per_token"))
 
 

@@ -37,6 +37,7 @@ class Rule(NamedTuple):
     remember: Callable[[Reader, jax.Array], Any] = lambda reader, h: jnp.zeros(
         h.shape[:2], jnp.int32
     )
+    reads: str = ""  # the part of the model it runs after each step: head | gate
 
 
 def _norm(h: jax.Array) -> jax.Array:
@@ -108,13 +109,23 @@ CHOICES = {
     "latent": Rule(_latent),
     "cosine": Rule(_cosine),
     "acceleration": Rule(_acceleration, _far),
-    "kl": Rule(_kl, lambda reader, h: jnp.full_like(reader.logits(h), -FAR)),
-    "entropy": Rule(_entropy, _far),
-    "argmax": Rule(
-        _argmax, lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0))
+    "kl": Rule(
+        _kl, lambda reader, h: jnp.full(jax.eval_shape(reader.logits, h).shape, -FAR), "head"
     ),
-    "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2])),
+    "entropy": Rule(_entropy, _far, "head"),
+    "argmax": Rule(
+        _argmax,
+        lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0)),
+        "head",
+    ),
+    "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2]), "gate"),
 }
+
+
+def reads(name: str) -> str:
+    """The part of the model that the rule of this name runs after each step: head, gate or ""."""
+    rule = CHOICES[name]
+    return rule.reads if rule else ""
 
 
 @dataclass(frozen=True, eq=False)
