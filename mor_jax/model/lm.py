@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, unshared_ends
+from mor_jax.config.recursion import check_recursion
 from mor_jax.errors import UserError
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
@@ -157,6 +158,23 @@ class LM:
         return dataclasses.replace(
             self, model=model, recursion=dataclasses.replace(self.recursion, exit_least=least)
         )
+
+    def with_exit(self, rule: str, threshold: float, least: int = 1) -> LM:
+        """This model with another rule for when a token stops at inference, for the same
+        parameters.
+
+        Args:
+          rule: a word of `config.recursion.exit`; "fixed": none.
+          threshold: below which the rule stops a token ("cdf": from which on).
+          least: recursions that every token runs.
+        Raises:
+          ConfigError: the rule cannot act in this model, with the reason.
+        """
+        recursion = dataclasses.replace(
+            self.recursion, exit=rule, exit_threshold=threshold, exit_least=least
+        )
+        check_recursion(recursion, self.model, self.depth)
+        return dataclasses.replace(self, recursion=recursion)
 
     @functools.cached_property
     def loop(self) -> Loop:
