@@ -53,7 +53,9 @@ def prefill(
         "numbered": lm.numbered,
         "ids_BxT": tokens_BxT,
     }
-    result = run_masked(lm.steered(control, params), params["router"], core, x, pos, seg, **how)
+    result = run_masked(
+        lm.steered(control, params, pos), params["router"], core, x, pos, seg, **how
+    )
     x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
@@ -106,7 +108,7 @@ def decode_step(
 
     blocks, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth, streams = everyone, jnp.zeros(pos_B.shape, jnp.int32), []
-    policy = lm.steered(control, params)
+    policy = lm.steered(control, params, pos_B[:, None])
     memory = policy.remember(h)
     route = policy.begin(
         params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None])

@@ -206,9 +206,14 @@ class LM:
     def policy(self) -> DepthPolicy:
         return build_policy(self.model, self.depth, self.stage)
 
-    def steered(self, control: DepthControl | None, params: dict | None = None) -> DepthPolicy:
+    def steered(
+        self,
+        control: DepthControl | None,
+        params: dict | None = None,
+        pos_BxT: jax.Array | None = None,
+    ) -> DepthPolicy:
         """The policy of causal inference: with the exit rule, if the model has one, which reads
-        `params`, and under `control`, if it is given."""
+        `params` and the tokens' positions, and under `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
@@ -219,7 +224,7 @@ class LM:
             def gate(h):
                 return self.loop.gate(params["recursion"], h)
 
-            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
+            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate, pos_BxT))
         return policy if control is None else Controlled(policy, control)
 
     def _leaves(self) -> dict[str, Any]:
@@ -653,7 +658,7 @@ class LM:
                     self.policy, params["router"], core, x, pos, seg, profile=profile, **how
                 )
             else:
-                steered = self.steered(control, params if mode == CAUSAL else None)
+                steered = self.steered(control, params if mode == CAUSAL else None, pos)
                 result = run_masked(
                     steered, params["router"], core, x, pos, seg, causal=mode == CAUSAL, **how
                 )
