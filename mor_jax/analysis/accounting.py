@@ -334,7 +334,7 @@ def true_flops_per_token(
     attention, head = 4 * heads * head_dim * pairs / t, 2.0 * head_weights(model)
     router = build_policy(model, depth).counts(t, counts).flops / t
     c = recursion or RecursionConfig()
-    beside = 2.0 * _injection_matrices(model, depth, c) * sum(ran) / t
+    beside = 2.0 * injection_matrices(model, depth, c) * sum(ran) / t
     forward = blocks / t + attention + head + router + beside
     steps = model.recursions
     # of one block outside of the recursion
@@ -374,7 +374,7 @@ def _training(
     return 3 * (prelude + kept * core + reads * read + gate) + free * core
 
 
-def _injection_matrices(model: ModelConfig, depth: DepthConfig, c: RecursionConfig) -> int:
+def injection_matrices(model: ModelConfig, depth: DepthConfig, c: RecursionConfig) -> int:
     """Matrix parameters that every step multiplies with beside the core."""
     beside = parameter_shapes(model, depth, c).get("recursion", {}) if c.reads else {}
     return _size(beside.get("injection", {}), _is_matrix)

@@ -140,7 +140,9 @@ def inspect_config(
             "by_depth": [p.to_dict() for p in depths],
             "bytes_per_token": kv_token,
             "bytes_per_sequence": kv_token * m.context,
-            "traffic": decode_traffic(m, d, context, mean_active=mean_active).to_dict(),
+            "traffic": decode_traffic(
+                m, d, context, mean_active=mean_active, recursion=cfg.recursion
+            ).to_dict(),
         },
         "memory": training_memory(cfg, devices=devices).to_dict()
         | {

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mor_jax.analysis import accounting
+from mor_jax.analysis.accounting import DTYPE_BYTES
+from mor_jax.analysis.traffic import decode_traffic
 from mor_jax.config import RecursionConfig, from_config_dict
 from mor_jax.model.lm import LM
 from mor_jax.model.recursion.sampling import draw, probabilities
@@ -72,6 +74,10 @@ def test_the_traced_programs_multiply_what_is_counted(name):
     flops = accounting.true_flops_per_token(lm.model, lm.depth, recursion=c)
     forward = jax.make_jaxpr(lambda p: lm.apply(p, tokens, mode="causal"))(params)
     assert products(forward.jaxpr, 0) == T * (flops.total - flops.attention + flops.exit)
+    # a token that is decoded alone reads each weight once for each product, but for the gate
+    gate = flops.exit if c.exit == "cdf" else 0
+    weights = decode_traffic(lm.model, lm.depth, recursion=c).weights / DTYPE_BYTES[lm.model.dtype]
+    assert 2 * weights == flops.total - flops.attention + flops.exit - gate
 
     rows = {"tokens": tokens, "segment_ids": jnp.ones_like(tokens)}
     loss = loop_loss if c.trains else loss_fn
