@@ -6,11 +6,14 @@
     python -m launch.generate --checkpoint runs/mor --prompt "class " --mean_depth 1.5 --max_depth 2
     python -m launch.generate --checkpoint runs/mor --prompts questions.txt --n 4 --stop "\\n\\n" \\
         --min_p 0.05
+    python -m launch.generate --checkpoint runs/huginn --prompt "def " --recursions 12 \\
+        --exit latent --exit_threshold 0.03 --show_depth
     cat notes.txt | python -m launch.generate --checkpoint runs/mor --max_tokens 50
 
 Without --prompt it reads standard input. --show_depth colours each token by the number of
 recursions it ran. --mean_depth turns the dial of a routed model: how many recursions a token runs
-on average.
+on average. A model of fixed depth runs at any number of --recursions, and with an --exit rule stops
+each token by itself.
 
 --prompts reads a prompt from each line of a text file, or from the field "prompt" of each line of a
 .jsonl file; all of them are decoded in one batch. With --prompts, or --n above 1, standard output
@@ -70,6 +73,13 @@ _MEAN_DEPTH = flags.DEFINE_float(
 )
 _MIN_DEPTH = flags.DEFINE_integer("min_depth", None, "Recursions every token runs at least.")
 _MAX_DEPTH = flags.DEFINE_integer("max_depth", None, "Recursions a token runs at most.")
+_RECURSIONS = flags.DEFINE_integer(
+    "recursions", None, "Recursions at most, also past those of training; fixed depth only."
+)
+_EXIT = flags.DEFINE_string(
+    "exit", None, "When a token stops, as config.recursion.exit: latent, kl, ...; fixed depth only."
+)
+_EXIT_THRESHOLD = flags.DEFINE_float("exit_threshold", 0.0, "Of --exit; at 0 nothing stops early.")
 _SHOW_DEPTH = flags.DEFINE_bool("show_depth", False, "Colour each token by its recursion depth.")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt before its continuation.")
 _TOKENIZER = flags.DEFINE_string(
@@ -98,6 +108,10 @@ def main(_: list[str]) -> None:
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value)
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value is not None else [prompt]
     loaded = load_model(_CHECKPOINT.value, _STEP.value)
+    if _RECURSIONS.value is not None:
+        loaded = loaded._replace(lm=loaded.lm.at_depth(_RECURSIONS.value))
+    if _EXIT.value is not None:
+        loaded = loaded._replace(lm=loaded.lm.with_exit(_EXIT.value, _EXIT_THRESHOLD.value))
     if _TOKENIZER.value:
         check_tokenizer(loaded, load_tokenizer(_TOKENIZER.value), _TOKENIZER.value)
     console = Console(

@@ -4,8 +4,9 @@
 
 Argument: r, the steps at most; rate, the prior's chance to stop in per cent. Reproduced: the
 expected loss over the steps and the divergence from a truncated geometric distribution, weight
-0.01. At inference the paper draws the halt from the gate; here --config.recursion.exit=cdf
---config.recursion.exit_threshold=0.5 stops at the median of it. Expect the expected exit
+0.01. Inference runs all steps, unless --config.recursion.exit=draw
+--config.recursion.exit_threshold=1 draws the halt from the gate as in the paper, or exit=cdf with
+exit_threshold=0.5 stops at the median of it. Expect the expected exit
 (recursion/exit_step in the metrics) near 100 / rate steps on easy text.
 """
 

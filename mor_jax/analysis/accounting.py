@@ -46,6 +46,8 @@ from mor_jax.model.depth.warmup import is_warm, shares_in, stage_of, stages
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.program import build_program
+from mor_jax.model.recursion.exit import reads as exit_reads
+from mor_jax.model.recursion.sampling import probabilities
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -89,15 +91,17 @@ class TrueFlops:
     attention: float  # scores and weighted values, causal half
     head: float  # 2 * D * V
     router: float  # 2 * its parameters per candidate
+    # forward and backward of a training step: three forwards, unless `config.recursion` draws the
+    # number of steps, truncates the gradient or reads the head after each step
+    training: float
+    recursion: float = 0.0  # matrix products beside the core: the injection at each step
+    # what an exit rule reads at inference, the head or the gate after each step; not in the total
+    exit: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.blocks + self.attention + self.head + self.router
-
-    @property
-    def training(self) -> float:
-        """Forward and backward: three forwards."""
-        return 3 * self.total
+        """Of a forward pass at the configured recursions, without an exit rule."""
+        return self.blocks + self.attention + self.head + self.router + self.recursion
 
 
 def parameters(
@@ -227,7 +231,9 @@ def true_step_flops(cfg: Config, step: int | None = None, steps: int = 0) -> flo
         counts = program.active_counts(tuple(shares), model.context)
         return (
             tokens_per_step(cfg)
-            * true_flops_per_token(model, cfg.depth, mean_counts=counts).training
+            * true_flops_per_token(
+                model, cfg.depth, mean_counts=counts, recursion=cfg.recursion
+            ).training
         )
 
     return _mean(cfg, None if step is None else stage_of(cfg.depth, step - 1), of)
@@ -280,7 +286,11 @@ def training_steps(cfg: Config) -> int:
 
 
 def true_flops_per_token(
-    model: ModelConfig, depth: DepthConfig, *, mean_counts: Sequence[float] | None = None
+    model: ModelConfig,
+    depth: DepthConfig,
+    *,
+    mean_counts: Sequence[float] | None = None,
+    recursion: RecursionConfig | None = None,
 ) -> TrueFlops:
     """Forward FLOPs a token, counted over the tokens that take part.
 
@@ -293,6 +303,8 @@ def true_flops_per_token(
       mean_counts: tokens of a full row that ran recursion r = 1..R, e.g. measured under the
         threshold rule; default `active_counts`. Attention grows with the square of the count, so
         means over rows slightly undercount it.
+      recursion: its matrix products count; sums and products of elements (a conditioning, a norm)
+        do not, as everywhere here.
     Raises:
       ConfigError: `vocab_size` is still 0, or `mean_counts` is not one number a recursion.
     """
@@ -316,18 +328,56 @@ def true_flops_per_token(
     saved = layers.core * sum(ran[1:]) if depth.kv_name == SHARED else 0
     query, value = _lora_matrices(model)
     additions = layers.core * sum(ran) * (query + value)
-    return TrueFlops(
-        blocks=2
-        * (
-            _block_matrices(model) * layer_tokens
-            + additions
-            - (_kv_matrices(model) + value) * saved
-        )
-        / t,
-        attention=4 * heads * head_dim * pairs / t,
-        head=2.0 * head_weights(model),
-        router=build_policy(model, depth).counts(t, counts).flops / t,
+    blocks = 2 * (
+        _block_matrices(model) * layer_tokens + additions - (_kv_matrices(model) + value) * saved
     )
+    attention, head = 4 * heads * head_dim * pairs / t, 2.0 * head_weights(model)
+    router = build_policy(model, depth).counts(t, counts).flops / t
+    c = recursion or RecursionConfig()
+    beside = 2.0 * injection_matrices(model, depth, c) * sum(ran) / t
+    forward = blocks / t + attention + head + router + beside
+    steps = model.recursions
+    # of one block outside of the recursion
+    end = 2 * _block_matrices(model) + 4 * heads * head_dim * (t + 1) / 2
+    core = (forward - head - ends * end) / steps
+    return TrueFlops(
+        blocks=blocks / t,
+        attention=attention,
+        head=head,
+        router=router,
+        training=_training(c, steps, (layers.prelude * end, core, layers.coda * end + head), model)
+        if c.trains
+        else 3 * forward,
+        recursion=beside,
+        exit=steps * {"head": head, "gate": 2.0 * model.width, "": 0.0}[exit_reads(c.exit)],
+    )
+
+
+def _training(
+    c: RecursionConfig, recursions: int, parts: tuple[float, float, float], model: ModelConfig
+) -> float:
+    """FLOPs a token of a training step, forward and backward, where the recursions are more than a
+    fixed number with the loss at the end. Steps before the last `gradient_steps` run forward alone.
+    A loss over steps runs the coda and the head after each step that has a gradient. Rows that wait
+    for a longer one do no work that counts.
+
+    Args:
+      parts: forward FLOPs of the prelude, of a step over the core, of coda and head.
+    """
+    prelude, core, read = parts
+    window = c.gradient_steps or c.most(recursions)
+    drawn = list(enumerate(probabilities(c, recursions), 1))
+    kept = sum(p * min(steps, window) for steps, p in drawn)
+    free = sum(p * max(steps - window, 0) for steps, p in drawn)
+    reads = 1.0 if c.loss == "final" else kept
+    gate = 2.0 * model.width * kept if c.loss == "gate" else 0.0
+    return 3 * (prelude + kept * core + reads * read + gate) + free * core
+
+
+def injection_matrices(model: ModelConfig, depth: DepthConfig, c: RecursionConfig) -> int:
+    """Matrix parameters that every step multiplies with beside the core."""
+    beside = parameter_shapes(model, depth, c).get("recursion", {}) if c.reads else {}
+    return _size(beside.get("injection", {}), _is_matrix)
 
 
 def kv_bytes_per_token(

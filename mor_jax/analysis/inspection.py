@@ -90,7 +90,8 @@ def inspect_config(
     cfg, note = with_vocabulary(cfg)
     m, d = cfg.model, cfg.depth
     program, count = build_program(m), accounting.parameters(m, d, cfg.recursion)
-    true, steps = accounting.true_flops_per_token(m, d), accounting.training_steps(cfg)
+    true = accounting.true_flops_per_token(m, d, recursion=cfg.recursion)
+    steps = accounting.training_steps(cfg)
     depths = kv_by_depth(m, d, mean_active=mean_active)
     kv_token = sum(p.bytes_per_token for p in depths)
     step_flops = accounting.true_step_flops(cfg)
@@ -120,6 +121,8 @@ def inspect_config(
                 "attention": true.attention,
                 "head": true.head,
                 "router": true.router,
+                "recursion": true.recursion,
+                "exit": true.exit,
                 "total": true.total,
                 "training": true.training,
             },
@@ -137,7 +140,9 @@ def inspect_config(
             "by_depth": [p.to_dict() for p in depths],
             "bytes_per_token": kv_token,
             "bytes_per_sequence": kv_token * m.context,
-            "traffic": decode_traffic(m, d, context, mean_active=mean_active).to_dict(),
+            "traffic": decode_traffic(
+                m, d, context, mean_active=mean_active, recursion=cfg.recursion
+            ).to_dict(),
         },
         "memory": training_memory(cfg, devices=devices).to_dict()
         | {
@@ -192,14 +197,18 @@ def inspection_tables(report: dict[str, Any]) -> list[Table | Text]:
     shape.add_row(
         "FLOPs a token, true",
         units.si(forward, "FLOPs", 4),
-        "forward; training is three times this",
+        f"forward; training is {flops['true']['training'] / forward:.3g} times this",
     )
-    for key in ("blocks", "attention", "head", "router"):
+    for key in ("blocks", "attention", "head", "router", "recursion"):
+        if key == "recursion" and not flops["true"][key]:
+            continue
         shape.add_row(
             f"  {key}",
             units.si(flops["true"][key], "FLOPs"),
             units.percent(flops["true"][key] / forward),
         )
+    if flops["true"]["exit"]:
+        shape.add_row("  exit rule", units.si(flops["true"]["exit"], "FLOPs"), "more, at inference")
     shape.add_section()
     shape.add_row("steps", f"{run['steps']:,}", f"from {run['steps_from']}")
     shape.add_row("tokens", units.count(run["tokens"]), f"{run['tokens_per_step']:,} a step")

@@ -285,7 +285,9 @@ def paper_flops(run: RunRecord) -> float | None:
 
 def true_flops(run: RunRecord) -> float | None:
     if config := _counted(run):
-        return accounting.true_flops_per_token(config.model, config.depth).total
+        return accounting.true_flops_per_token(
+            config.model, config.depth, recursion=config.recursion
+        ).total
     return number(run.summarised("true_flops_per_token"))
 
 

@@ -24,13 +24,15 @@ from mor_jax.analysis.accounting import (
     DTYPE_BYTES,
     block_weights_read,
     head_weights,
+    injection_matrices,
     kv_bytes_per_token,
     kv_values,
 )
-from mor_jax.config import DepthConfig, ModelConfig
+from mor_jax.config import DepthConfig, ModelConfig, RecursionConfig
 from mor_jax.errors import ConfigError
 from mor_jax.model.kv import renews
 from mor_jax.model.program import build_program
+from mor_jax.model.recursion.exit import reads as exit_reads
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def decode_traffic(
     *,
     mean_active: Sequence[float] | None = None,
     bytes_per_value: int | None = None,
+    recursion: RecursionConfig | None = None,
 ) -> DecodeTraffic:
     """Bytes moved for one decoded token when `context` tokens (default: the model's) are in the
     cache.
@@ -132,6 +135,9 @@ def decode_traffic(
     """
     n = model.context if context is None else context
     parts = kv_by_depth(model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value)
+    c, steps = recursion or RecursionConfig(), model.recursions
+    heads = 1 + steps * (exit_reads(c.exit) == "head")  # an exit rule may read it after each step
+    injections = steps * injection_matrices(model, depth, c)
     return DecodeTraffic(
         context=n,
         read_full_depth=n * sum(d.read_full * d.bytes_per_entry for d in parts),
@@ -139,5 +145,6 @@ def decode_traffic(
         written=kv_bytes_per_token(
             model, depth, mean_active=mean_active, bytes_per_value=bytes_per_value
         ),
-        weights=DTYPE_BYTES[model.dtype] * (block_weights_read(model) + head_weights(model)),
+        weights=DTYPE_BYTES[model.dtype]
+        * (block_weights_read(model) + heads * head_weights(model) + injections),
     )

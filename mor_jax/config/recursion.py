@@ -63,7 +63,8 @@ class RecursionConfig:
     gate_weight: float = 0.05  # gate: of the divergence from the prior
     gate_rate: float = 0.2  # gate, geometric: chance of the prior to stop at each step
     # When a token stops at inference
-    exit: str = "fixed"  # fixed | latent | cosine | acceleration | kl | entropy | argmax | cdf
+    # fixed | latent | cosine | acceleration | kl | entropy | argmax | cdf | draw
+    exit: str = "fixed"
     exit_threshold: float = 0.0
     exit_least: int = 1  # steps every token runs
     # keys of tokens that stopped, at later steps: latest (their newest) | skip (none)
@@ -230,16 +231,16 @@ def _check_exit(c: RecursionConfig, m: ModelConfig, depth: DepthConfig) -> None:
             f"{WHERE}.exit = {c.exit!r} needs keys of every step, with {WHERE}.missing for tokens that stopped, but "
             f"config.depth.kv = {depth.kv_name!r}. Use kv = 'full'."
         )
-    if c.exit == "cdf" and c.loss != "gate":
+    if c.exit in ("cdf", "draw") and c.loss != "gate":
         raise ConfigError(
-            f"{WHERE}.exit = 'cdf' reads the learned gate, which only loss = 'gate' trains. Set it."
+            f"{WHERE}.exit = {c.exit!r} reads the learned gate, which only loss = 'gate' trains. Set it."
         )
     coda = unshared_ends(m)[1]
     if c.exit in ("kl", "entropy", "argmax") and coda:
         raise ConfigError(
             f"{WHERE}.exit = {c.exit!r} compares what the head says after each step, but {coda} blocks stand between "
-            "core and head, whose keys of later steps do not exist yet. Use exit = 'latent', 'cosine', 'acceleration' "
-            "or 'cdf', or config.model.coda = 0."
+            "core and head, whose keys of later steps do not exist yet. Use exit = 'latent', 'cosine', 'acceleration', "
+            "'cdf' or 'draw', or config.model.coda = 0."
         )
     if c.exit_least > m.recursions:
         raise ConfigError(

@@ -51,7 +51,7 @@ def prefill(
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT, pos), rope, keep)
     core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
     result = run_masked(
-        lm.steered(control, params),
+        lm.steered(control, params, pos),
         params["router"],
         core,
         x,
@@ -116,7 +116,7 @@ def decode_step(
     looped, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth = everyone, jnp.zeros(pos_B.shape, jnp.int32)
     streams: list[Stream] = []
-    policy = lm.steered(control, params)
+    policy = lm.steered(control, params, pos_B[:, None])
     memory = policy.remember(h)
     route = policy.begin(
         params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None])

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from mor_jax import nn
 from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, unshared_ends
+from mor_jax.config.recursion import check_recursion
 from mor_jax.errors import UserError
 from mor_jax.model import block as network
 from mor_jax.model.block import Attend, Rope, Step
@@ -159,6 +160,23 @@ class LM:
             self, model=model, recursion=dataclasses.replace(self.recursion, exit_least=least)
         )
 
+    def with_exit(self, rule: str, threshold: float, least: int = 1) -> LM:
+        """This model with another rule for when a token stops at inference, for the same
+        parameters.
+
+        Args:
+          rule: a word of `config.recursion.exit`; "fixed": none.
+          threshold: below which the rule stops a token ("cdf": from which on).
+          least: recursions that every token runs.
+        Raises:
+          ConfigError: the rule cannot act in this model, with the reason.
+        """
+        recursion = dataclasses.replace(
+            self.recursion, exit=rule, exit_threshold=threshold, exit_least=least
+        )
+        check_recursion(recursion, self.model, self.depth)
+        return dataclasses.replace(self, recursion=recursion)
+
     @functools.cached_property
     def loop(self) -> Loop:
         """What a recursion step does beside the core."""
@@ -189,9 +207,14 @@ class LM:
     def policy(self) -> DepthPolicy:
         return build_policy(self.model, self.depth, self.stage)
 
-    def steered(self, control: DepthControl | None, params: Tree | None = None) -> DepthPolicy:
+    def steered(
+        self,
+        control: DepthControl | None,
+        params: Tree | None = None,
+        pos_BxT: jax.Array | None = None,
+    ) -> DepthPolicy:
         """The policy of causal inference: with the exit rule, if the model has one, which reads
-        `params`, and under `control`, if it is given."""
+        `params` and the tokens' positions, and under `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
@@ -202,7 +225,7 @@ class LM:
             def gate(h: jax.Array) -> jax.Array:
                 return self.loop.gate(params["recursion"], h)
 
-            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate))
+            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate, pos_BxT))
         return policy if control is None else Controlled(policy, control)
 
     def _leaves(self) -> dict[str, Any]:
@@ -644,7 +667,7 @@ class LM:
             if gathered:
                 execute = functools.partial(run_gathered, self.policy, profile=profile)
             else:
-                steered = self.steered(control, params if mode == CAUSAL else None)
+                steered = self.steered(control, params if mode == CAUSAL else None, pos)
                 execute = functools.partial(run_masked, steered, causal=mode == CAUSAL)
             of_tokens = {"depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
             rows = params["router"], core, x, pos, seg

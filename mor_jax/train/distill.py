@@ -52,7 +52,8 @@ class Teacher(NamedTuple):
 
     def flops_per_token(self) -> float:
         """True FLOPs of its forward pass."""
-        return accounting.true_flops_per_token(self.lm.model, self.lm.depth).total
+        lm = self.lm
+        return accounting.true_flops_per_token(lm.model, lm.depth, recursion=lm.recursion).total
 
 
 def distilled(

@@ -695,7 +695,9 @@ class _Run:
             "tokens": self.steps * accounting.tokens_per_step(cfg),
             "parameters": accounting.parameters(cfg.model, cfg.depth, cfg.recursion).to_dict(),
             "paper_flops_per_token": accounting.paper_flops_per_token(cfg.model, cfg.depth),
-            "true_flops_per_token": accounting.true_flops_per_token(cfg.model, cfg.depth).total,
+            "true_flops_per_token": accounting.true_flops_per_token(
+                cfg.model, cfg.depth, recursion=cfg.recursion
+            ).total,
             "paper_training_flops": accounting.paper_training_flops(cfg, self.steps),
             "true_training_flops": accounting.true_training_flops(cfg, self.steps),
             "kv_bytes_per_token": accounting.kv_bytes_per_token(

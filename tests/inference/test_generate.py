@@ -8,9 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import random_params, small_lm
 
-from mor_jax.errors import UserError
+from mor_jax.config import ModelConfig, RecursionConfig
+from mor_jax.errors import ConfigError, UserError
+from mor_jax.inference.dial import depth_control
 from mor_jax.inference.generate import Generation
 from mor_jax.inference.sampler import Sampling, sample
+from mor_jax.model.lm import LM
 
 
 def draws(logits, sampling, n=2000):
@@ -119,3 +122,45 @@ def test_the_context_is_a_limit():
             Generation(lm, params, [prompt], max_tokens=1)
     with pytest.raises(UserError, match="max_tokens"):
         Generation(lm, params, [[1]], max_tokens=0)
+
+
+def test_tokens_that_stop_by_themselves_are_generated_as_the_full_pass_says():
+    """An exit rule given after training, at more recursions than training had: each generated token
+    is the likeliest of the full causal pass and runs as deep as there, under a cap too."""
+    lm = LM(
+        ModelConfig(
+            layers=3,
+            recursions=3,
+            sharing="cycle",
+            width=16,
+            heads=2,
+            kv_heads=1,
+            mlp_width=24,
+            vocab_size=32,
+            context=24,
+            init_std=0.3,
+            loss_chunk=0,
+        ),
+        recursion=RecursionConfig(injection="add"),
+    )
+    params, prompts = random_params(lm), [[3, 1, 4], [1, 5, 9, 2, 6]]
+    early = lm.at_depth(6).with_exit("latent", 0.3, least=2)
+    capped = depth_control(early, params, 2, max_depth=4)
+    full = jax.jit(lambda p, row, control: early.forward(p, row, mode="causal", control=control))
+    for control, most in ((depth_control(early, params, 2), 6), (capped, 4)):
+        run = Generation(early, params, prompts, max_tokens=10, control=control)
+        steps = list(run)
+        drawn = np.stack([g.token_B for g in steps], axis=1)
+        depths = np.stack([*(g.previous_depth_B for g in steps[1:]), run.last_depths()], axis=1)
+        assert len(np.unique(depths)) > 1 and depths.min() >= 2 and depths.max() <= most
+        for b, prompt in enumerate(prompts):
+            row = jnp.asarray([*prompt, *drawn[b]])[None]
+            one = jax.tree.map(lambda x, b=b: x[b : b + 1], control)
+            want = full(params, row, one)
+            said = np.asarray(jnp.argmax(early.logits(params, want.h_BxTxD)[0], axis=-1))
+            at = len(prompt)
+            np.testing.assert_array_equal(drawn[b], said[at - 1 : -1])
+            np.testing.assert_array_equal(depths[b], want.depth_BxT[0, at:])
+            np.testing.assert_array_equal(run.prompt_depths[b], want.depth_BxT[0, :at])
+    with pytest.raises(ConfigError, match="which only loss = 'gate' trains"):
+        lm.with_exit("cdf", 0.5)

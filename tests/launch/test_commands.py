@@ -199,3 +199,15 @@ def test_help_shows_the_docstring(name):
     for line in ast.get_docstring(ast.parse(source)).splitlines():
         assert line.strip() in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (("--recursions", 5), "only a model of depth policy 'fixed'"),
+        (("--exit", "latent"), "goes with config.depth.policy = 'fixed'"),
+    ],
+)
+def test_depth_by_hand_is_refused_to_a_routed_model(trained, flag, message):
+    done = run("generate", "--checkpoint", trained.mor, "--prompt", "def", *flag)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

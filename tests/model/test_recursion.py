@@ -62,6 +62,7 @@ EXITS = {
     "entropy": {"exit": "entropy", "exit_threshold": 0.3},
     "argmax": {"exit": "argmax", "exit_threshold": 1.0},
     "cdf": {"exit": "cdf", "exit_threshold": 0.9, "loss": "gate", "exit_least": 2},
+    "draw": {"exit": "draw", "exit_threshold": 1.0, "loss": "gate"},
 }
 
 
@@ -130,7 +131,7 @@ DECODED = {
     "channel": (small, READS["channel"], {"norm_placement": "post", "coda": 1, "layers": 5}),
     **{
         name: (small, EXITS[name] | {"injection": "add"}, {"recursions": 5, "layers": 6})
-        for name in ("latent", "kl", "cdf")
+        for name in ("latent", "kl", "cdf", "draw")
     },
 }
 
@@ -168,11 +169,11 @@ def test_a_rule_stops_a_state_that_comes_to_rest(name):
     threshold."""
     rest, away = np.random.default_rng(0).normal(size=(2, 1, 4, 8)).astype(np.float32)
     path = [jnp.asarray(rest + 2.0 ** (1 - t) * away) for t in range(12)]
-    reader = Reader(lambda h: h, lambda h: h[..., 0])
+    reader = Reader(lambda h: h, lambda h: h[..., 0], jnp.arange(4)[None])
     rule, stopped = exit_rules.CHOICES[name], []
     for threshold in (
         (0.02, 0.3)
-        if name not in ("argmax", "cdf")
+        if name not in ("argmax", "cdf", "draw")
         else (4, 1)
         if name == "argmax"
         else (0.99, 0.3)
@@ -183,9 +184,32 @@ def test_a_rule_stops_a_state_that_comes_to_rest(name):
             first = np.where(np.asarray(stop) & (first == 99), t, first)
         stopped.append(first)
     assert (stopped[0] >= stopped[1]).all() and (stopped[0] > stopped[1]).any()
-    assert stopped[1].min() >= (1 if name == "cdf" else 2) and (
-        name == "cdf" or stopped[0].max() < 99
-    )
+    gated = name in ("cdf", "draw")
+    assert stopped[1].min() >= (1 if gated else 2) and (gated or stopped[0].max() < 99)
+
+
+def test_halting_is_drawn_from_the_gate():
+    """The share of tokens that stop at each step is the gate's chance of it; a gate that never
+    halts is the plain recursion."""
+    logits, rule = (-1.0, 0.5, -0.3), exit_rules.CHOICES["draw"]
+    reader = Reader(lambda h: h, lambda h: h[..., 0], jnp.arange(4000)[None])
+    memory, shares = rule.remember(reader, jnp.zeros((1, 4000, 1))), []
+    going = np.ones((1, 4000), bool)
+    for z in logits:
+        h = jnp.full((1, 4000, 1), z)
+        stop, memory = rule.judge(memory, h, h, reader, 1.0)
+        shares.append((going & np.asarray(stop)).mean())
+        going &= ~np.asarray(stop)
+    want = np.exp(log_stopping(jnp.asarray([*logits, 0.0])[:, None, None]))[:3, 0, 0]
+    np.testing.assert_allclose(shares, want, atol=0.03)  # 4 standard deviations
+    lm = small({"injection": "add", "loss": "gate"})
+    params = random_params(lm)
+    never = {"kernel": jnp.zeros((1, 16)), "bias": jnp.full((1,), -200.0)}
+    params |= {"recursion": params["recursion"] | {"gate": never}}
+    got = states(lm.with_exit("draw", 1.0), params, batch()["tokens"])
+    np.testing.assert_array_equal(got.depth_BxT, lm.program.recursions)
+    plain = states(lm, params, batch()["tokens"]).h_BxTxD
+    np.testing.assert_allclose(got.h_BxTxD, plain, atol=TOLERANCE)
 
 
 # ---------------------------------------------------------------- the identity ladder

@@ -17,7 +17,7 @@ from kinds import ALL_FEATURES
 from small import random_params, small_lm
 
 from mor_jax.analysis.collectives import read_collectives
-from mor_jax.config import Config, MeshConfig, OptimConfig, TrainConfig
+from mor_jax.config import Config, MeshConfig, OptimConfig, RecursionConfig, TrainConfig
 from mor_jax.parallel import rows as rows_module
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.parallel.rows import gather_weight
@@ -48,6 +48,21 @@ MORE = {
     "aux": ("mor", RELAXED),
     "random": ("random_shared", ROUTED),
     "features": ("mor", ROUTED | ALL_FEATURES),
+    "drawn": ("recursive", ROUTED),
+    "gate": ("recursive", ROUTED | dict(coda=1, layers=4)),
+}
+# What a step reads and how it is trained: rows of several depths with a truncated gradient, as in
+# Huginn and Parcae; a loss and a gate after each step, as in Ouro and PonderNet.
+KNOBS = {
+    "drawn": RecursionConfig(
+        state="random",
+        injection="concat",
+        conditioning="time",
+        sampling="poisson",
+        sampling_scope="sequence",
+        gradient_steps=2,
+    ),
+    "gate": RecursionConfig(injection="diagonal", loop_norm=True, loss="gate"),
 }
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]  # data, fsdp, tensor, sequence
 ACCUMULATED = {"vanilla": (1, 4, 1, 2), "mor": (2, 2, 2)}  # in two micro-batches, of four rows each
@@ -81,6 +96,7 @@ def packed_batches() -> list[dict]:
 def model(kind: str, **shape):
     name, own = MORE.get(kind) or (kind, KINDS[kind])
     lm = small_lm(name, **{**SHAPE, **own, **shape})
+    lm = dataclasses.replace(lm, recursion=KNOBS.get(kind, lm.recursion))
     if kind == "aux":
         return dataclasses.replace(
             lm, depth=dataclasses.replace(lm.depth, inference="auxiliary", aux_loss_weight=0.1)

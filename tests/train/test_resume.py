@@ -150,3 +150,28 @@ def test_changed_tokenizer_is_refused(place, killed):
         refused(killed, place[1], "tokenizer", "does not fit the checkpoint", "another --workdir")
     finally:
         path.write_text(text)
+
+
+def test_a_run_that_draws_its_steps_resumes_bit_for_bit(place):
+    """How many steps over the core a batch or a row runs, and its random first state, are functions
+    of the number of the step: a run that goes on from an older checkpoint has the same ones."""
+    directory, args = place
+    knobs = dict(state="random", injection="concat", sampling="poisson", gradient_steps=1)
+    path = directory / "drawn.py"
+    routed = 'depth=dict(policy="expert_choice" if mor else "fixed")'
+    text = (directory / "tiny.py").read_text()
+    assert routed in text
+    path.write_text(text.replace(routed, f'depth=dict(policy="fixed"), recursion={knobs}'))
+    args = ["--config", path, *args[2:], "--config.train.steps=16", "--config.train.eval_every=16"]
+    args.append("--config.train.checkpoint_every=8")
+    whole, again = directory / "drawn", directory / "drawn again"
+    assert run("train", *args, "--workdir", whole).returncode == 0
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "16")
+    (again / "summary.json").unlink()
+    done = run("train", *args, "--workdir", again)
+    assert done.returncode == 0 and "after step 8" in done.stderr, done.stderr
+    mine, theirs = numbers(again, "train"), numbers(whole, "train")
+    assert mine == theirs and sorted(mine) == list(range(1, 17))
+    assert len({record["mean_depth"] for record in mine.values()}) > 2
+    assert numbers(again, "eval") == numbers(whole, "eval")

@@ -19,6 +19,7 @@ from mor_jax.config import RecursionConfig
 from mor_jax.model.depth import Fixed
 
 FAR = 1e30  # from anything: the memory before the first step
+HALTING = 0x4A17  # seed of what "draw" draws
 
 
 class Reader(NamedTuple):
@@ -26,6 +27,7 @@ class Reader(NamedTuple):
 
     logits: Callable[[jax.Array], jax.Array]  # of the head, [B, T, V]
     gate: Callable[[jax.Array], jax.Array]  # logits of the learned gate, [B, T]
+    pos_BxT: jax.Array | None = None  # of the tokens in their documents
 
 
 class Rule(NamedTuple):
@@ -37,6 +39,7 @@ class Rule(NamedTuple):
     remember: Callable[[Reader, jax.Array], Any] = lambda reader, h: jnp.zeros(
         h.shape[:2], jnp.int32
     )
+    reads: str = ""  # the part of the model it runs after each step: head | gate
 
 
 def _norm(h: jax.Array) -> jax.Array:
@@ -121,18 +124,52 @@ def _cdf(
     return stay <= 1 - threshold, stay
 
 
+def _draw(
+    memory: tuple[jax.Array, jax.Array],
+    before: jax.Array,
+    after: jax.Array,
+    reader: Reader,
+    threshold: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Halting drawn from the gate (PonderNet, arXiv 2107.05407), by a number for each token: the
+    first step by which the chance to have stopped reaches it has the gate's distribution. At a
+    threshold of 1; below, what is drawn is scaled by it, so that nothing stops later than "cdf"."""
+    stay, number = memory
+    stay = stay * jax.nn.sigmoid(-reader.gate(after))
+    return stay <= 1 - threshold * number, (stay, number)
+
+
+def _numbers(reader: Reader, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """In (0, 1], a function of the token's place in its document: a token stops at the same step
+    whether its row is computed whole or from a cache."""
+    key = jax.random.key(HALTING)
+    number = jax.vmap(jax.vmap(lambda pos: jax.random.uniform(jax.random.fold_in(key, pos))))
+    return jnp.ones(h.shape[:2]), 1 - number(reader.pos_BxT)
+
+
 CHOICES: dict[str, Rule | None] = {
     "fixed": None,
     "latent": Rule(_latent),
     "cosine": Rule(_cosine),
     "acceleration": Rule(_acceleration, _far),
-    "kl": Rule(_kl, lambda reader, h: jnp.full_like(reader.logits(h), -FAR)),
-    "entropy": Rule(_entropy, _far),
-    "argmax": Rule(
-        _argmax, lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0))
+    "kl": Rule(
+        _kl, lambda reader, h: jnp.full(jax.eval_shape(reader.logits, h).shape, -FAR), "head"
     ),
-    "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2])),
+    "entropy": Rule(_entropy, _far, "head"),
+    "argmax": Rule(
+        _argmax,
+        lambda reader, h: tuple(jnp.full(h.shape[:2], n, jnp.int32) for n in (-1, 0)),
+        "head",
+    ),
+    "cdf": Rule(_cdf, lambda reader, h: jnp.ones(h.shape[:2]), "gate"),
+    "draw": Rule(_draw, _numbers, "gate"),
 }
+
+
+def reads(name: str) -> str:
+    """The part of the model that the rule of this name runs after each step: head, gate or ""."""
+    rule = CHOICES[name]
+    return rule.reads if rule else ""
 
 
 @dataclass(frozen=True, eq=False)

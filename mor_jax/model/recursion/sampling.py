@@ -1,6 +1,7 @@
 """How many steps a training step runs, drawn from a key: int32 [n], at least 1, before the cap.
 
-`mean` is `config.model.recursions`, at which the model is evaluated."""
+`mean` is `config.model.recursions`, at which the model is evaluated. `probabilities` says how often
+each number is drawn, for those who count what training costs."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mor_jax.config import RecursionConfig
 
@@ -64,3 +66,38 @@ def draw(config: RecursionConfig, recursions: int, step: jax.Array, rows: int) -
         CHOICES[config.sampling](key, n, recursions, config), config.most(recursions)
     )
     return jnp.broadcast_to(found, (rows,))
+
+
+# ---------------------------------------------------------------- how often
+
+
+def _poisson_chances(rates: np.ndarray, weights: np.ndarray, most: int) -> list[float]:
+    """P(1 + Poisson(rate) = 1, ..., most), the mean over rates with these weights."""
+    n = np.arange(most)
+    log_factorial = np.array([math.lgamma(i + 1) for i in n])
+    chances = np.exp(np.outer(np.log(rates), n) - rates[:, None] - log_factorial)
+    return list(weights @ chances)
+
+
+def probabilities(config: RecursionConfig, recursions: int) -> tuple[float, ...]:
+    """Chance of 1..most steps of a row in training; what would be more is `most`."""
+    most, mean = config.most(recursions), recursions
+    chances = [0.0] * most
+    if config.sampling == "fixed":
+        chances[mean - 1] = 1.0
+    elif config.sampling == "uniform":
+        chances = [1 / (2 * mean - 1) if n < 2 * mean - 1 else 0.0 for n in range(most)]
+    elif config.sampling == "binomial":
+        keep, skip = 1 - config.sampling_skip, config.sampling_skip
+        chances = [
+            math.comb(mean - 1, n) * keep**n * skip ** (mean - 1 - n)
+            for n in range(min(mean, most))
+        ] + [0.0] * (most - mean)
+    elif config.sampling == "poisson":
+        chances = _poisson_chances(np.array([mean - 1.0]), np.ones(1), most)
+    else:  # lognormal_poisson: Gauss-Hermite quadrature over the logarithm of the rate
+        x, weights = np.polynomial.hermite_e.hermegauss(32)
+        sigma = config.sampling_sigma
+        rates = np.exp(math.log(mean - 1) - sigma**2 / 2 + sigma * x)
+        chances = _poisson_chances(rates, weights / weights.sum(), most)
+    return (*map(float, chances[:-1]), 1.0 - float(sum(chances[:-1])))
