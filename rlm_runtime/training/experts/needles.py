@@ -60,6 +60,12 @@ ONE = (
     "What {kind} belongs to {key} here?",
     "Which is the {kind} for {key} that was named?",
     "Read out the {kind} that {key} has.",
+    "Which {kind} is named for {key} somewhere in the text?",
+    "What is the {kind} for {key} that was written down?",
+    "Give the {kind} of {key}.",
+    "What does the text say is the {kind} for {key}?",
+    "Say the {kind} that is mentioned with {key}.",
+    "The {kind} for {key}, what is it?",
 )
 MANY = (
     "What are all the {kind}s for {key}?",
@@ -69,21 +75,53 @@ MANY = (
     "Find each {kind} of {key}.",
     "{key}: name all the {kind}s.",
 )
+# Words around the question that a key is told apart from: a model that has seen few takes any other
+# for a part of the key.
 HEADS = (
     "",
     "",
     "Please tell me. ",
+    "",
     "A question about the text. ",
     "Read carefully. ",
     "Quickly now. ",
+    "Somewhere in there is the answer. ",
+    "Look for one thing. ",
+    "Here is what I want to know. ",
+    "It is hidden in a long text. ",
+    "Search before you answer. ",
+    "This should be easy. ",
+    "One more thing. ",
+    "Use the context. ",
 )
 TAILS = (
     "",
     "",
     " Reply in one line.",
+    "",
     " Give the {kind} and no more.",
-    " Nothing else, please.",
     " Only the {kind}.",
+    " Nothing else, please.",
+    " Say nothing except the {kind}.",
+    " Respond with the {kind}.",
+    " Just the {kind}, without a sentence.",
+    " No explanation is needed.",
+    " Your answer should be the {kind} itself.",
+    " Write down only what was asked.",
+    " Spell it as the text does.",
+    " Do not explain.",
+    " It was mentioned somewhere in there.",
+    " State the {kind} and stop.",
+    " Keep it short.",
+    " Do not add any other words.",
+    " Return it with nothing around it.",
+    " Answer briefly.",
+    " I need to note it down.",
+    " Not a word more.",
+    " Say the {kind} alone.",
+    " Answer in a single word, but exactly.",
+    " Be precise.",
+    " Thank you.",
 )
 KINDS = ("number", "code", "token", "permit", "ticket", "label", "serial", "badge", "receipt")
 # share of the questions for one value that ask about a key that does not stand in the text
