@@ -64,6 +64,7 @@ setup(
     packages=find_packages(include=["mor_jax*", "rlm_runtime*", "configs*", "launch*"]),
     package_data={
         "mor_jax.analysis": ["*.html.j2"],
+        "rlm_runtime": ["native/*"],  # the model that comes with the package
         "rlm_runtime.viewer": ["*.html", "*.css", "*.js"],
         "launch": ["*.sh", "*.sbatch", "*.yaml", "*.json"],
     },

@@ -102,12 +102,12 @@ def _provider(name: str, table: dict[str, Any] | None = None) -> str:
 
 
 def _make(name: str, table: dict[str, Any], options: dict[str, Any]) -> Any:
-    from rlm_runtime.lms import resolve
+    from rlm_runtime.lms import NATIVE, resolve
     from rlm_runtime.lms.named import make
 
     if name in table:
         return make(name, table[name], **options)
-    if table and ":" not in name:
+    if table and ":" not in name and name != NATIVE:
         raise UsageError(f"unknown model {name!r}: the models file has {', '.join(table)}.")
     return resolve(name, **options)
 

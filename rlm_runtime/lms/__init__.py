@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rlm_runtime.errors import UsageError
@@ -26,6 +27,11 @@ PROVIDERS: dict[str, str | Factory] = {  # "module:name" is imported when first 
     "anthropic": "rlm_runtime.lms.anthropic:AnthropicLM",
     "checkpoint": "rlm_runtime.lms.checkpoint:CheckpointLM",
 }
+
+
+# The model that comes with the package (docs/native.md): a bundle, as `checkpoint:` reads it.
+NATIVE = "native"
+_SHIPPED = f"checkpoint:{Path(__file__).resolve().parent.parent / NATIVE}"
 
 
 def register(provider: str) -> Callable[[F], F]:
@@ -58,8 +64,8 @@ def register(provider: str) -> Callable[[F], F]:
 
 def resolve(spec: str | LM, **options: Any) -> LM:
     """The model `spec` names: "openai:MODEL" (any compatible endpoint, with base_url=),
-    "anthropic:MODEL", "checkpoint:PATH", or a registered provider's; a model itself is returned as
-    it is.
+    "anthropic:MODEL", "checkpoint:PATH", "native" (the one that comes with the package), or a
+    registered provider's; a model itself is returned as it is.
 
     Args:
       options: of the provider's class (`lms.chat.ChatLM` has those of all endpoints); those that
@@ -79,6 +85,7 @@ def resolve(spec: str | LM, **options: Any) -> LM:
                 f"{spec.name} is a model already: give it {', '.join(options)} where it is made."
             )
         return spec
+    spec = _SHIPPED if spec == NATIVE else spec
     made, model = factory_of(spec), spec.partition(":")[2]
     allowed = options_of(made)
     for option in options:
@@ -93,7 +100,7 @@ def resolve(spec: str | LM, **options: Any) -> LM:
 
 def factory_of(spec: str) -> Factory:
     """The class (or function) that makes the model of this name. Raises UsageError."""
-    provider, colon, model = spec.partition(":")
+    provider, colon, model = (_SHIPPED if spec == NATIVE else spec).partition(":")
     if provider not in PROVIDERS and colon:
         for entry in metadata.entry_points(group=ENTRY_POINTS):
             PROVIDERS.setdefault(entry.name, entry.value)
@@ -102,7 +109,7 @@ def factory_of(spec: str) -> Factory:
         near = difflib.get_close_matches(provider, PROVIDERS, 1)
         said = f" Did you mean {near[0]}:{model or 'MODEL'}?" if near and colon else ""
         raise UsageError(
-            f"unknown model {spec!r}.{said} Known: {names}. Another server's model: openai:MODEL with base_url."
+            f"unknown model {spec!r}.{said} Known: {names}, {NATIVE}. Another server's model: openai:MODEL with base_url."
         )
     held = PROVIDERS[provider]
     if isinstance(held, str):

@@ -67,6 +67,7 @@ def test_it_has_what_the_commands_read(wheel):
         "configs/ablations/sharing.py",
         "launch/gke_jobset.yaml",
         "launch/tpu_vm.sh",
+        "rlm_runtime/native/weights.npz",
     ):
         assert (wheel / name).is_file()
     [points] = wheel.glob("mor_jax-*.dist-info/entry_points.txt")
