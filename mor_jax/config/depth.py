@@ -70,6 +70,7 @@ class DepthConfig:
     has_capacities: ClassVar[bool] = False
     staged: ClassVar[bool] = False  # `warmup` and `vary` mean something
     kv_strategies: ClassVar[tuple[str, ...]] = ROUTED_KV  # the first is the default
+    exported: ClassVar[bool] = False  # the PyTorch code of `weights/remote` computes it
     does: ClassVar[str] = ""  # for messages: "lets each token choose its depth"
 
     def __new__(cls, policy: str = "fixed", *_: Any, **__: Any) -> DepthConfig:

@@ -16,18 +16,23 @@ import jax
 import numpy as np
 from etils import epath
 
-from mor_jax.config import Config, DepthConfig, ModelConfig, from_dict, unshared_ends
+from mor_jax.config import (
+    Config,
+    DepthConfig,
+    ModelConfig,
+    depth_policies,
+    from_dict,
+    unshared_ends,
+)
 from mor_jax.config.check_model import check_model
 from mor_jax.errors import CheckpointError, ConfigError
-from mor_jax.model.depth.expert_choice import THRESHOLDS, ExpertChoice
 from mor_jax.model.lm import LM
 from mor_jax.paths import write_text
 from mor_jax.weights.families import Place, block_places, table_places
 
 ARCHITECTURE = "MorForCausalLM"
 FILES = ("configuration_mor.py", "modeling_mor.py")
-POLICIES = ("fixed", "every_kth", "expert_choice", "token_choice")
-DERIVED = f".router.{THRESHOLDS}"  # follows from the survey
+DERIVED = ".router.thresholds"  # follows from the survey
 # Fields of a policy's configuration by which its arithmetic goes, with their defaults filled in.
 RESOLVED = {"kv": "kv_name", "score": "score_name", "gate": "gate_name", "alpha": "gate_scale"}
 
@@ -37,10 +42,10 @@ def config_with_code(config: Config) -> dict[str, object]:
 
     Raises CheckpointError: the code beside the weights does not compute it."""
     m, depth = config.model, config.depth
-    if depth.policy not in POLICIES:
+    if not depth.exported:
+        able = (name for name, policy in depth_policies().items() if policy.exported)
         raise CheckpointError(
-            f"depth.policy = {depth.policy!r} cannot be written for other tools; those that can: "
-            f"{', '.join(POLICIES)}."
+            f"depth.policy = {depth.policy!r} cannot be written for other tools; those that can: {', '.join(able)}."
         )
     if config.recursion.reads or config.recursion.exits:
         raise CheckpointError(
@@ -136,11 +141,8 @@ def _whole(leaf: tuple[str, ...], shape: tuple[int, ...]) -> Place:
 
 def derived_tensors(config: Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Tensors beside the weights that the code reads: thresholds of calibrated routers."""
-    policy = LM.from_config(config).policy
-    if not isinstance(policy, ExpertChoice) or policy.inference != "calibrated":
-        return {}
-    thresholds = policy.steps(params["router"])[THRESHOLDS]
-    return {f"model{DERIVED}": np.asarray(thresholds, np.float32)}
+    derived = LM.from_config(config).policy.derived(params["router"])
+    return {f"model.router.{name}": np.asarray(leaf, np.float32) for name, leaf in derived.items()}
 
 
 def write_code(directory: epath.Path) -> None:

@@ -124,6 +124,10 @@ class DepthPolicy:
         """What each step reads, leaves [R, ...]."""
         return jnp.arange(self.recursions)
 
+    def derived(self, routers: Tree) -> Tree:
+        """What follows from the parameters and an export holds beside them."""
+        return {}
+
     def begin(self, routers: Tree, h_BxTxD: jax.Array, info: TokenInfo) -> Route:
         """Look at the states before the first step."""
         return Route(self.steps(routers), ())

@@ -31,6 +31,7 @@ class EveryKthConfig(PolicyConfig):
     shallow: int = 1  # recursions of the other tokens, 1..R
 
     at_once: ClassVar[bool] = True
+    exported: ClassVar[bool] = True
     does: ClassVar[str] = "sets the depth of a token by its position"
 
     def check(self, model: ModelConfig) -> None:

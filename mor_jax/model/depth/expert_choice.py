@@ -72,6 +72,7 @@ class ExpertChoiceConfig(Routed, WithCapacities):
 
     scores: ClassVar[tuple[str, ...]] = ("sigmoid", "tanh", "none")
     gates: ClassVar[tuple[str, ...]] = ("multiplicative", "additive")
+    exported: ClassVar[bool] = True
     does: ClassVar[str] = "picks the tokens of a step row by row"
 
     @classmethod
@@ -177,6 +178,10 @@ class ExpertChoice(DepthPolicy):
         if self.inference == "calibrated":
             steps[THRESHOLDS] = survey.thresholds(routers[SURVEY], self.candidates_kept())
         return steps
+
+    def derived(self, routers: Tree) -> Tree:
+        calibrated = self.inference == "calibrated"
+        return {THRESHOLDS: self.steps(routers)[THRESHOLDS]} if calibrated else {}
 
     def score(self, step: Any, h_BxTxD: jax.Array) -> jax.Array:
         """[B, T]; with an auxiliary router [B, T, 2], its own score second."""

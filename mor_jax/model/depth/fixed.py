@@ -24,6 +24,7 @@ class FixedConfig(PolicyConfig):
     routed: ClassVar[bool] = False
     # Nothing is ever missing, so "recursion_wise" and "hybrid" would be "full".
     kv_strategies: ClassVar[tuple[str, ...]] = ("full", "shared")
+    exported: ClassVar[bool] = True
     does: ClassVar[str] = "sends every token through every recursion"
 
     def build(self, model: ModelConfig, stage: int | None = None) -> Fixed:

@@ -74,6 +74,7 @@ class TokenChoiceConfig(Routed):
     staged: ClassVar[bool] = True
     scores: ClassVar[tuple[str, ...]] = ("softmax", "sigmoid")
     gates: ClassVar[tuple[str, ...]] = ("exit", "every")
+    exported: ClassVar[bool] = True
     does: ClassVar[str] = "lets each token choose, and decides in training as at inference"
 
     def check(self, model: ModelConfig) -> None:

@@ -14,7 +14,8 @@ from .state import Interpreter
 
 ONLY_AST, TOP_LEVEL_AWAIT, COROUTINE = 0x400, 0x2000, 0x80
 SOURCES, VARIABLES, NOTE_NAMES = 200, 200, 6
-ROOM, RESERVE = 4 << 20, 1 << 20  # bytes: of a cell to begin with, of what is said about it
+RESERVE = 1 << 20  # bytes, of what is said about a cell when there is no memory left
+PROBE = "print([str(i) for i in range(9)])\n" * 8  # a cell that must be able to begin
 KEPT_IN_ALL = 10  # times `kept_chars`: what `outputs` holds together
 
 
@@ -96,8 +97,8 @@ class Repl:
         self.answer = self.names["answer"]
         self.names.update(self._fixed)
         self.names.update(__name__="__main__", __builtins__=self.interpreter._modules["builtins"])
-        bytes(ROOM)
         self._reserve = bytes(RESERVE)  # to be given back when there is no memory left
+        compile(PROBE, "<probe>", "exec")
         self._calls.begin(message["id"])
 
     def run(self, message: dict) -> dict:
