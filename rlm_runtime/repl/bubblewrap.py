@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rlm_runtime.errors import SandboxError
 from rlm_runtime.repl import sandbox
-from rlm_runtime.repl.host import WORKER, HostedEnvironment
+from rlm_runtime.repl.host import HostedEnvironment
+from rlm_runtime.repl.hosted import WORKER
 from rlm_runtime.repl.local import python_argv
 from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.workdir import WorkDir

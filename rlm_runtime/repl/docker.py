@@ -13,7 +13,8 @@ from pathlib import Path
 from rlm_runtime.errors import SandboxError, UsageError
 from rlm_runtime.repl import sandbox
 from rlm_runtime.repl.base import Limits
-from rlm_runtime.repl.host import WORKER, HostedEnvironment
+from rlm_runtime.repl.host import HostedEnvironment
+from rlm_runtime.repl.hosted import WORKER
 from rlm_runtime.repl.packages import Allowed
 from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.sandbox import SandboxPolicy

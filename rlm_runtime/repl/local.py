@@ -7,7 +7,8 @@ import os
 import sys
 
 from rlm_runtime.repl import sandbox
-from rlm_runtime.repl.host import WORKER, HostedEnvironment
+from rlm_runtime.repl.host import HostedEnvironment
+from rlm_runtime.repl.hosted import WORKER
 from rlm_runtime.repl.process import Launch
 from rlm_runtime.repl.workdir import WorkDir
 
