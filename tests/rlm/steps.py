@@ -16,6 +16,8 @@ import sys
 from re import _constants as sre
 from re import _parser
 
+from rlm_runtime.errors import UsageError
+
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 50_000))
 INSIDE = {
     "category_digit": str.isdecimal,
@@ -514,3 +516,21 @@ def counting(*modules):
                     and getattr(value, "__module__", "") == module.__name__
                 ):
                     value.cache_clear()
+
+
+def calls_made(work, *args):
+    """Functions called, in Python and C."""
+    made = 0
+
+    def count(frame, event, arg):
+        nonlocal made
+        made += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        result = work(*args)
+    except UsageError as e:
+        result = e
+    finally:
+        sys.setprofile(None)
+    return made, result
