@@ -39,9 +39,8 @@ from mor_jax.config.fields import (
     TrainConfig,
 )
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
-from mor_jax.config.parse import from_dict
+from mor_jax.config.parse import from_dict, saved_config
 from mor_jax.config.recursion import RecursionConfig, check_recursion
-from mor_jax.config.saved import saved_config
 
 __all__ = [
     "ATTENTION",

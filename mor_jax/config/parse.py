@@ -4,6 +4,7 @@ valid field."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from mor_jax.config.config import Config
 from mor_jax.config.depth import DepthConfig, depth_hints, own_fields, policy_class
 from mor_jax.config.refusals import nearest
 from mor_jax.errors import ConfigError
+from mor_jax.paths import as_path, reason
 
 
 def from_dict(raw: Mapping[str, Any]) -> Config:
@@ -86,3 +88,15 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         raise ConfigError(f"{where} must be {hint.__name__}, got {type(value).__name__} {value!r}.")
     raise ConfigError(f"{where}: cannot check {value!r} against {hint}.")
+
+
+def saved_config(run: str) -> Config:
+    """config.json of a run directory, of this machine or an object store. Raises ConfigError: there
+    is none."""
+    path = as_path(run) / "config.json"
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as e:
+        raise ConfigError(
+            f"{path} cannot be read: {reason(e) if isinstance(e, OSError) else e}. Give a run directory."
+        ) from e

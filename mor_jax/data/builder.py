@@ -86,7 +86,7 @@ def write_rows(
     return Path(str(builder.data_path))
 
 
-class Rows(Sequence[Row]):
+class StoredRows(Sequence[Row]):
     """Random access to one split: `rows[i]` is {"tokens": int32[context], "segment_ids":
     int32[context]}, of conversations also "weights": float32[context].
 

@@ -16,9 +16,15 @@ from typing import Any, ParamSpec
 
 from mor_jax.config import DataConfig
 from mor_jax.data.chat import PAIR, conversation_text, pair_text
-from mor_jax.data.compression import READ_ERRORS, SUFFIXES, open_bytes
-from mor_jax.data.documents import Digest, Document
-from mor_jax.data.hashing import digest_of, hash_file
+from mor_jax.data.documents import (
+    READ_ERRORS,
+    SUFFIXES,
+    Digest,
+    Document,
+    digest_of,
+    hash_file,
+    open_bytes,
+)
 from mor_jax.errors import DataError, UserError
 from mor_jax.paths import SERVED, as_path, filesystem, is_local, reason, scheme_of
 

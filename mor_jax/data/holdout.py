@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mor_jax.data.documents import Document, Source, valid_text
+from mor_jax.data.documents import Document, TextSource, valid_text
 from mor_jax.errors import DataError
 
 SALT = b"mor_jax holdout 1"
@@ -39,7 +39,7 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def nonempty(source: Source) -> Iterator[Document]:
+def nonempty(source: TextSource) -> Iterator[Document]:
     """The documents of a source that have any text, made valid UTF-8."""
     for document in source.documents():
         if document.text:
@@ -47,7 +47,7 @@ def nonempty(source: Source) -> Iterator[Document]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class HoldoutPlan:
     """The split of one corpus.
 
     Attributes:
@@ -132,11 +132,11 @@ def _key(content: int) -> str:
     return f"{content:016x}"
 
 
-class Survey:
+class HoldoutSurvey:
     """Makes a Plan in one pass; call with each document. Keeps 16 bytes a document."""
 
     def __init__(self, share: float, dedup: str = "holdout"):
-        self._plan = Plan(share, dedup)
+        self._plan = HoldoutPlan(share, dedup)
         self._longest = 0
         self._contents, self._places = array.array("Q"), array.array("d")
 
@@ -152,7 +152,7 @@ class Survey:
         self._contents.append(content_hash(document.text))
         self._places.append(at)
 
-    def plan(self, label: str) -> Plan:
+    def plan(self, label: str) -> HoldoutPlan:
         """Raises DataError when there is nothing to split; `label` names the source."""
         p = self._plan
         if not p.documents:

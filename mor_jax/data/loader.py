@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mor_jax.data.order import Order
+from mor_jax.data.mixture import Order
 from mor_jax.data.packing import Row
 from mor_jax.errors import DataError
 

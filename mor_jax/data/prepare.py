@@ -12,13 +12,14 @@ name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import heapq
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +28,34 @@ import numpy as np
 from etils import epath
 
 from mor_jax.config import DataConfig
-from mor_jax.data.builder import Rows, write_rows
+from mor_jax.data.builder import StoredRows, write_rows
 from mor_jax.data.chat import FILE as TEMPLATE_FILE
 from mor_jax.data.chat import ChatTemplate, Sample, build_template, find_template
-from mor_jax.data.documents import Document, Source
-from mor_jax.data.hashing import HashMemo, digest_of
-from mor_jax.data.holdout import Plan, Survey, nonempty, place
-from mor_jax.data.lock import exclusive
+from mor_jax.data.documents import Document, HashMemo, TextSource, digest_of
+from mor_jax.data.holdout import HoldoutPlan, HoldoutSurvey, nonempty, place
 from mor_jax.data.mixture import Mixture, Picked
-from mor_jax.data.packing import Row, pack, pack_whole
-from mor_jax.data.parts import Encode, Encoded, read_documents, read_part, write_parts
+from mor_jax.data.packing import (
+    Encode,
+    Encoded,
+    Row,
+    pack,
+    pack_whole,
+    read_documents,
+    read_part,
+    write_parts,
+)
 from mor_jax.data.progress import progress, say
 from mor_jax.data.sources import open_source
 from mor_jax.data.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from mor_jax.data.vocabulary import ByteTokenizer
 from mor_jax.errors import ConfigError, DataError
 from mor_jax.paths import as_path, is_local
+
+try:
+    import fcntl
+except ImportError:  # Windows: the atomic renames still keep a cache whole, work may be done twice
+    fcntl = None  # type: ignore[assignment]  # read as such below
+
 
 FORMAT = 2  # of the cache; raise it when any step here changes what is written
 BPE_SAMPLE_BYTES = 256 << 20  # of text the BPE is trained on; more changes few merges
@@ -57,20 +70,20 @@ class PreparedData:
     stats: {"train": {...}, "validation": {...}, "note": str, "source": str, "skipped_files": int,
     "skipped_records": int, "duplicates": int, "crossing": int, "dropped": int} with, for each
     split, documents, tokens (bos and eos included), bytes (UTF-8 text) and rows; the last three as
-    in `holdout.Plan`. Of conversations also, for each split, trained (tokens with a loss) and
+    in `HoldoutPlan`. Of conversations also, for each split, trained (tokens with a loss) and
     skipped (conversations of which no weighted message fits a row). `note` says what is unusual
     about the split; else it is empty.
     """
 
-    train: Rows | Mixture
-    validation: Rows | Picked
+    train: StoredRows | Mixture
+    validation: StoredRows | Picked
     tokenizer: Tokenizer
     template: ChatTemplate | None  # of conversations
     fingerprint: str
     stats: dict[str, Any]
     directory: Path
     sources: tuple[
-        tuple[str, Rows | Picked], ...
+        tuple[str, StoredRows | Picked], ...
     ] = ()  # of a mixture: name and held-out rows of each
 
 
@@ -242,8 +255,8 @@ def load_prepared(directory: Path) -> PreparedData:
                 f"{directory / name}: damaged data cache (the file {is_now}, was {size} bytes). {todo}"
             )
     return PreparedData(
-        train=Rows(directory / "rows", "train"),
-        validation=Rows(directory / "rows", "validation"),
+        train=StoredRows(directory / "rows", "train"),
+        validation=StoredRows(directory / "rows", "validation"),
         tokenizer=load_tokenizer(directory),
         template=find_template(directory) if (directory / TEMPLATE_FILE).exists() else None,
         fingerprint=fingerprint,
@@ -254,7 +267,7 @@ def load_prepared(directory: Path) -> PreparedData:
 
 def _write(
     final: Path,
-    source: Source,
+    source: TextSource,
     corpus: str,
     tokenizer: Tokenizer | None,
     cfg: DataConfig,
@@ -313,7 +326,7 @@ def _write(
     os.replace(written, out / "rows")
     shutil.rmtree(out / "tfds")
     for split in SPLITS:
-        stats[split]["rows"] = len(Rows(out / "rows", split))
+        stats[split]["rows"] = len(StoredRows(out / "rows", split))
     tokenizer.save(out)
     if template is not None:
         template.save(out)
@@ -346,15 +359,15 @@ def _write(
 
 
 def _plan(
-    work: Path, source: Source, tokenizer: Tokenizer | None, cfg: DataConfig, shown: bool
-) -> tuple[Plan, Tokenizer]:
+    work: Path, source: TextSource, tokenizer: Tokenizer | None, cfg: DataConfig, shown: bool
+) -> tuple[HoldoutPlan, Tokenizer]:
     """The split and the tokenizer, from `work` where an earlier attempt left them."""
     path = work / "plan.json"
     try:
-        return Plan(**json.loads(path.read_text())), load_tokenizer(work)
+        return HoldoutPlan(**json.loads(path.read_text())), load_tokenizer(work)
     except (OSError, ValueError, TypeError, DataError):
         shutil.rmtree(work, ignore_errors=True)
-    survey = Survey(cfg.holdout, cfg.dedup)
+    survey = HoldoutSurvey(cfg.holdout, cfg.dedup)
     sample = _Sample(BPE_SAMPLE_BYTES) if tokenizer is None else None
     with progress(f"reading {source.label}", None, shown=shown) as advance:
         for document in nonempty(source):
@@ -461,3 +474,22 @@ def _count(parts: list[Path], chat: bool) -> dict[str, dict[str, int]]:
                 skipped = int((part.lengths[mine] == 0).sum())
                 stats[split]["skipped"] = stats[split].get("skipped", 0) + skipped
     return stats
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`; calls `on_wait` once if another process has it.
+
+    The kernel releases the lock when its process ends, however it ends; the file itself stays,
+    since removing it would let two processes lock two different files of the same name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as f:
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                on_wait()
+                fcntl.flock(f, fcntl.LOCK_EX)
+            except OSError:
+                pass  # a file system without locks, as above
+        yield

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from mor_jax.data.documents import valid_text
-from mor_jax.data.hashing import digest_of
+from mor_jax.data.documents import digest_of, valid_text
 from mor_jax.paths import as_path, write_text
 
 FILE = "tokenizer.json"

@@ -19,8 +19,7 @@ from mor_jax.data.chat import (
     ChatTemplate,
     build_template,
 )
-from mor_jax.data.packing import OPEN_ROWS, pack_whole
-from mor_jax.data.parts import Encoded
+from mor_jax.data.packing import OPEN_ROWS, Encoded, pack_whole
 from mor_jax.data.prepare import prepare
 from mor_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mor_jax.errors import DataError

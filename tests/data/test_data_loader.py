@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.data import loader as loader_module
-from mor_jax.data import order
+from mor_jax.data import mixture
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.errors import DataError
 
@@ -49,14 +49,14 @@ def one_device() -> NamedSharding:
 @pytest.mark.parametrize("n", [1, 2, 7, 50])
 @pytest.mark.parametrize("small", [0, 1 << 15], ids=["grain", "explicit"])
 def test_each_epoch_is_a_permutation_of_its_own(n, small, monkeypatch):
-    monkeypatch.setattr(order, "SMALL", small)
-    stream = order.Order(n, seed=3)
+    monkeypatch.setattr(mixture, "SMALL", small)
+    stream = mixture.Order(n, seed=3)
     epochs = [[stream[e * n + i] for i in range(n)] for e in range(3)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
     if n == 50:
         assert len({tuple(e) for e in epochs}) == 3
-        assert [order.Order(n, seed=3)[i] for i in range(n)] == epochs[0]
-        assert [order.Order(n, seed=4)[i] for i in range(n)] != epochs[0]
+        assert [mixture.Order(n, seed=3)[i] for i in range(n)] == epochs[0]
+        assert [mixture.Order(n, seed=4)[i] for i in range(n)] != epochs[0]
 
 
 def test_batches_run_through_the_stream_without_gaps():
@@ -67,7 +67,7 @@ def test_batches_run_through_the_stream_without_gaps():
 
 def test_order_is_fixed_forever():
     """A change here would silently change what a resumed run sees."""
-    assert [order.Order(8, seed=0)[i] for i in range(16)] == [
+    assert [mixture.Order(8, seed=0)[i] for i in range(16)] == [
         0,
         2,
         1,

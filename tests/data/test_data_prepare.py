@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mor_jax.config import DataConfig
-from mor_jax.data import parts
+from mor_jax.data import packing
 from mor_jax.data import prepare as prepare_module
+from mor_jax.data.documents import HashMemo
 from mor_jax.data.files import Files
-from mor_jax.data.hashing import HashMemo
-from mor_jax.data.holdout import Plan
+from mor_jax.data.holdout import HoldoutPlan
 from mor_jax.data.prepare import cache_root, load_prepared, prepare
 from mor_jax.data.tokenizer import ByteTokenizer, train_bpe
 from mor_jax.errors import ConfigError, DataError
@@ -266,7 +266,7 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
     os.utime(path, (1e9, 1e9))
     memo = HashMemo(tmp_path / "cache" / "hashes.json")
     first = memo(str(path))
-    monkeypatch.setattr("mor_jax.data.hashing.hash_file", lambda p: "hashed again")
+    monkeypatch.setattr("mor_jax.data.documents.hash_file", lambda p: "hashed again")
     assert HashMemo(tmp_path / "cache" / "hashes.json")(str(path)) == first
     os.utime(path, (2e9, 2e9))
     assert memo(str(path)) == "hashed again"
@@ -314,7 +314,7 @@ def test_a_killed_preparation_goes_on_from_its_parts(cfg, corpus, tmp_path, monk
 
     kind = {"bytes": ByteTokenizer, "bpe": BpeTokenizer}[tokenizer]
     cfg = dataclasses.replace(cfg, tokenizer=tokenizer, bpe_vocab=300)
-    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    monkeypatch.setattr(packing, "PART_BYTES", 1000)
     whole = go(cfg, cache_dir=str(tmp_path / "uninterrupted"))
 
     with monkeypatch.context() as patch:
@@ -336,7 +336,7 @@ def test_a_killed_preparation_goes_on_from_its_parts(cfg, corpus, tmp_path, monk
 
 
 def test_a_kill_while_rows_are_written_or_a_damaged_part_costs_only_that(cfg, corpus, monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 1000)
+    monkeypatch.setattr(packing, "PART_BYTES", 1000)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "pack", lambda *a, **kw: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
@@ -351,14 +351,14 @@ def test_a_kill_while_rows_are_written_or_a_damaged_part_costs_only_that(cfg, co
 
 
 def test_a_corpus_that_changes_meanwhile_is_refused(cfg, corpus, monkeypatch):
-    split = Plan.split
+    split = HoldoutPlan.split
 
     def meddle(self, documents):
         yield from split(self, documents)
         corpus.write_text(corpus.read_text() + '{"text": "late"}\n')
 
     with monkeypatch.context() as patch:
-        patch.setattr(Plan, "split", meddle)
+        patch.setattr(HoldoutPlan, "split", meddle)
         with pytest.raises(DataError, match="changed while it was being prepared"):
             go(cfg)
     assert entries(cfg) == []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mor_jax.config import DataConfig
-from mor_jax.data import bpe, words
+from mor_jax.data import bpe
 from mor_jax.data.documents import Document
 from mor_jax.data.tokenizer import (
     BpeTokenizer,
@@ -184,7 +184,7 @@ def test_long_texts_cut_in_pieces_give_the_same_tokens(text):
 
 
 def test_remembered_words_are_bounded(monkeypatch):
-    monkeypatch.setattr(words, "LIMIT", 50)
+    monkeypatch.setattr(bpe, "LIMIT", 50)
     fresh = BpeTokenizer(tokenizers.Tokenizer.from_str(BPE.to_json()))
     for n in range(200):
         assert fresh.encode(f"number {n} of x{n}") == library(f"number {n} of x{n}")
