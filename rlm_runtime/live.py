@@ -31,7 +31,7 @@ from rlm_runtime.trajectory import (
 CODE_LINES, OUTPUT_LINES, WIDTH = 12, 6, 400
 
 
-class State:
+class LiveState:
     """What is known of a run from its events. Fed by the run's thread, read by the screen's."""
 
     def __init__(self) -> None:
@@ -119,14 +119,14 @@ class State:
         return " · ".join(parts)
 
 
-class Lines:
+class LiveLines:
     """Progress as plain lines: for pipes, logs and small terminals."""
 
     def __init__(self, stream: TextIO | None = None):
-        self.state = State()
+        self.state = LiveState()
         self._stream = stream or sys.stderr
 
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> LiveLines:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -181,7 +181,7 @@ class Screen:
         from rich.console import Console
         from rich.live import Live
 
-        self.state = State()
+        self.state = LiveState()
         self._lock = threading.Lock()
         self._console = console or Console(stderr=True, highlight=False)
         self._cell: CellStart | None = None
@@ -329,7 +329,7 @@ def viewer(*, plain: bool, quiet: bool) -> Any:
     if quiet:
         return None
     if plain or not sys.stderr.isatty():
-        return Lines()
+        return LiveLines()
     return Screen()
 
 

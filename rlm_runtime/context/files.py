@@ -122,7 +122,7 @@ GUESSABLE = [
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePiece:
     """Bytes of a file from offset `at`; `last`: they end where the file does."""
 
     at: int
@@ -148,7 +148,7 @@ def check_text(path: Path, size: int, encoding: str, compression: str | None) ->
                 head = file.read(SAMPLE)
                 if not head:
                     raise ContextError(f"context: {path} unpacks to an empty text.")
-                _complain(path, head, not_text([Piece(0, head, False)], encoding), encoding)
+                _complain(path, head, not_text([FilePiece(0, head, False)], encoding), encoding)
                 return None
             if size <= LAZY_BYTES:
                 return _measure(path, file, encoding)
@@ -189,19 +189,19 @@ def _starts_with_mark(head: bytes, encoding: str) -> bool:
     return decoded(head[:4], encoding).startswith("\ufeff")
 
 
-def samples(path: Path, size: int, whole: int) -> list[Piece]:
+def samples(path: Path, size: int, whole: int) -> list[FilePiece]:
     """All of a file of at most `whole` bytes, else ten samples. Raises OSError."""
     with open(path, "rb") as file:
         if size <= max(whole, SAMPLE):
-            return [Piece(0, file.read(size + 1), True)]
+            return [FilePiece(0, file.read(size + 1), True)]
         pieces = []
         for at in [(size - SAMPLE) * i // 9 for i in range(10)]:
             file.seek(at)
-            pieces.append(Piece(at, file.read(SAMPLE), at + SAMPLE >= size))
+            pieces.append(FilePiece(at, file.read(SAMPLE), at + SAMPLE >= size))
         return pieces
 
 
-def not_text(pieces: list[Piece], encoding: str) -> str | None:
+def not_text(pieces: list[FilePiece], encoding: str) -> str | None:
     """Where the pieces of a file are no text in this encoding: what was found, else None."""
     for piece in pieces:
         # in the middle, nothing says which byte of a character comes first
@@ -223,7 +223,7 @@ def _wide(encoding: str) -> bool:
     return encoding.replace("-", "_").startswith(("utf_16", "utf_32"))
 
 
-def _undecodable(piece: Piece, encoding: str) -> int | None:
+def _undecodable(piece: FilePiece, encoding: str) -> int | None:
     """Offset of the first byte that is no text, a character cut by the borders of a sample
     aside."""
     data, skip = piece.data, 0

@@ -60,7 +60,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """One text of a folder. `text` is set where it was extracted from a document; `bytes` is then
     the text's."""
 
@@ -84,7 +84,7 @@ class Skipped:
 
 @dataclass
 class Survey:
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[FolderEntry] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     # ".gitignore" | "--exclude" | "--include" -> files, folders
     ignored: Counter[str] = field(default_factory=Counter)
@@ -147,14 +147,14 @@ def survey(
             continue
         if encoding != "utf-8":
             found.converted[encoding] += 1
-        found.entries.append(Entry(name, path, size, encoding))
+        found.entries.append(FolderEntry(name, path, size, encoding))
     _extract(documents, found)
     found.entries.sort(key=lambda e: e.name)
     return found
 
 
 def _look(
-    name: str, path: Path, pieces: list[files.Piece], reading: Reading, guess: bool
+    name: str, path: Path, pieces: list[files.FilePiece], reading: Reading, guess: bool
 ) -> tuple[str, Skipped | None]:
     head = pieces[0].data
     trouble = files.not_text(pieces, "utf-8")
@@ -203,7 +203,7 @@ def _extract(documents: list[tuple[str, Path, str]], found: Survey) -> None:
                 size = len(got.encode("utf-8", "replace"))
                 room -= size
                 if room >= 0:
-                    found.entries.append(Entry(name, path, size, text=got))
+                    found.entries.append(FolderEntry(name, path, size, text=got))
                     found.extracted += 1
                     continue
                 why = f"the texts of the documents take more than {DOCUMENT_BYTES >> 20} MiB"

@@ -30,8 +30,9 @@ class ScriptedLM:
       usd_per_token: price of every token; None: no known price.
       tokens: how many tokens a text has; default: one for four characters, rounded up.
 
-    Afterwards `calls` holds one `Call` for each call in the order they came, `max_concurrency` how
-    many were in flight at once at most, `cancelled` how many were cancelled while they waited.
+    Afterwards `calls` holds one `ScriptedCall` for each call in the order they came,
+    `max_concurrency` how many were in flight at once at most, `cancelled` how many were cancelled
+    while they waited.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ScriptedLM:
         tokens: Callable[[str], int] | None = None,
     ):
         self.name, self.window = name, window
-        self.calls: list[Call] = []
+        self.calls: list[ScriptedCall] = []
         self.active = self.max_concurrency = self.cancelled = 0
         self.closed = False
         self._script = script if callable(script) else list(script)
@@ -81,7 +82,7 @@ class ScriptedLM:
     ) -> Reply:
         """The script's next reply. Raises what the script holds in its place; LMError when it has
         run out."""
-        call = Call(tuple(messages), sampling, tuple(tools), schema)
+        call = ScriptedCall(tuple(messages), sampling, tuple(tools), schema)
         with self._lock:
             index = len(self.calls)
             self.calls.append(call)
@@ -125,7 +126,7 @@ class ScriptedLM:
     def __repr__(self) -> str:
         return f"ScriptedLM({self.name!r}, calls={self.count})"
 
-    def _line(self, index: int, call: Call) -> Any:
+    def _line(self, index: int, call: ScriptedCall) -> Any:
         if callable(self._script):
             given = {"sampling": call.sampling, "tools": call.tools, "schema": call.schema}
             return self._script(
@@ -148,7 +149,7 @@ class ScriptedLM:
         )
 
 
-class Call:
+class ScriptedCall:
     """What one call was asked with."""
 
     __slots__ = ("messages", "sampling", "schema", "tools")

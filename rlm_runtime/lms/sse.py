@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 
-class Event(NamedTuple):
+class ServerEvent(NamedTuple):
     event: str  # "" where the server names none
     data: str
 
@@ -15,7 +15,7 @@ class TooLong(ValueError):
     """An event that is longer than its reader allows."""
 
 
-async def events(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[Event]:
+async def events(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[ServerEvent]:
     r"""Events as they complete. Comments and other fields are skipped; lines end in \n, \r\n or \r.
 
     Raises TooLong for one of more than `longest` bytes. The stream may end without the empty line
@@ -31,14 +31,14 @@ async def events(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[Ev
         text = value.removeprefix(b" ").decode("utf-8", "replace")
         if not line:
             if data:
-                yield Event(name, "\n".join(data))
+                yield ServerEvent(name, "\n".join(data))
             name, data, size = "", [], 0
         elif field == b"data":
             data.append(text)
         elif field == b"event":
             name = text
     if data:
-        yield Event(name, "\n".join(data))
+        yield ServerEvent(name, "\n".join(data))
 
 
 async def _lines(chunks: AsyncIterator[bytes], longest: int) -> AsyncIterator[bytes]:

@@ -50,7 +50,7 @@ ARGUMENT_KEYS = (
 
 
 @dataclass(frozen=True)
-class Made:
+class CallReading:
     """What a call came to: a cell, or a nudge. `sound` is False where its JSON was broken (perhaps
     cut off)."""
 
@@ -59,7 +59,7 @@ class Made:
     sound: bool = True
 
 
-def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ()) -> Made:
+def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ()) -> CallReading:
     """The cell a call of `name` stands for. `arguments` is an object, or text where no JSON could
     be read from it."""
     short = re.split(r"[.:/]|__", name.strip())[-1] or name.strip()
@@ -74,7 +74,7 @@ def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ())
         arguments = {**arguments, "code": "\n".join(arguments["code"])}
     helper = next((n for n in (name, short) if n in tools or n in HELPERS), None)
     if helper is not None and helper.isidentifier():
-        return Made(_called(helper, arguments), sound=sound)
+        return CallReading(_called(helper, arguments), sound=sound)
     low = short.lower()
     if low in FINISHERS and arguments:
         value = next(
@@ -87,14 +87,14 @@ def cell(name: str, arguments: Any, effort: Effort, tools: Collection[str] = ())
             if low == "final_var" and isinstance(value, str)
             else f"FINAL({value!r})"
         )
-        return Made(made, sound=sound)
+        return CallReading(made, sound=sound)
     keys = CODE_KEYS if low in RUNNERS else CODE_KEYS[:5]
     code = next((arguments[k] for k in keys if isinstance(arguments.get(k), str)), None)
     if code is None and low in RUNNERS and len(arguments) == 1:
         code = next((v for v in arguments.values() if isinstance(v, str)), None)
     if code is not None and code.strip():
-        return Made(repaired(unfenced(code), effort), sound=sound)
-    return Made(
+        return CallReading(repaired(unfenced(code), effort), sound=sound)
+    return CallReading(
         nudge=nudges.bad_call(name)
         if low in RUNNERS or code is not None
         else nudges.unknown_tool(name)

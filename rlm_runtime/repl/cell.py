@@ -26,7 +26,7 @@ ONE_FOR_ALL = 1000  # a batch of more calls is refused with one outcome
 
 
 @dataclass
-class End:
+class CellEnd:
     """How a cell ended: with a message of the worker, or with the worker."""
 
     fields: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Cell:
         self.process, self._handler, self._limits, self._policy = process, handler, limits, policy
         self._tools, self._kill_outside = tools, kill_outside
         self.started, self._cpu = time.monotonic(), process.cpu()
-        self.outcome: asyncio.Future[End] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[CellEnd] = asyncio.get_running_loop().create_future()
         # when the first interrupt was sent; when the next one is
         self.interrupted = self._again = 0.0
         self.reason = ""
@@ -84,7 +84,9 @@ class Cell:
             return False
         kind = message["t"]
         if kind == "done":
-            self.outcome.set_result(End(fields=wire.done_of(message, self._limits.output_chars)))
+            self.outcome.set_result(
+                CellEnd(fields=wire.done_of(message, self._limits.output_chars))
+            )
         elif kind == "waits":
             if not self._asked_main:
                 return False
@@ -95,7 +97,7 @@ class Cell:
             if self._last:
                 raise wire.Bad("a cell that had begun")
             # its reasons are a worker's, not to be told in our words
-            self.outcome.set_result(End(broken=True))
+            self.outcome.set_result(CellEnd(broken=True))
         else:
             return self._on_request(message, size)
         return True
@@ -303,7 +305,7 @@ class Cell:
         """End it with its worker."""
         self.reason = reason
         if not self.outcome.done():
-            self.outcome.set_result(End(died="killed"))
+            self.outcome.set_result(CellEnd(died="killed"))
         self._kill_outside()
         self.process.kill()
 

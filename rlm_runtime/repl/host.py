@@ -4,12 +4,16 @@ another (`hosted`)."""
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import keyword
+import os
 import secrets
+import shutil
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from rlm_runtime.context import Context
-from rlm_runtime.errors import UsageError
+from rlm_runtime.context import Context, Payload
+from rlm_runtime.errors import ContextError, UsageError
 from rlm_runtime.repl import wire
 from rlm_runtime.repl.base import (
     Answer,
@@ -19,9 +23,8 @@ from rlm_runtime.repl.base import (
     SandboxReport,
     ToolInfo,
 )
-from rlm_runtime.repl.cell import Cell, End
+from rlm_runtime.repl.cell import Cell, CellEnd
 from rlm_runtime.repl.hosted import HostedWorker, Nuisance, around, contains
-from rlm_runtime.repl.linking import linked_into
 from rlm_runtime.replies import pieces
 
 T = TypeVar("T")
@@ -262,7 +265,7 @@ def _interrupted(fields: dict[str, Any], reason: str) -> dict[str, Any]:
     }
 
 
-def _ended(end: End, reason: str) -> tuple[str, str, str]:
+def _ended(end: CellEnd, reason: str) -> tuple[str, str, str]:
     """Error, status and a sentence for a cell that took its worker with it."""
     if end.broken:
         return "WorkerBroken", "crashed", "The interpreter could not begin the cell."
@@ -277,3 +280,29 @@ def _own_lines(crash: str) -> str:
         line for line in crash.split("\n") if not line.startswith('  File "') or '"<cell ' in line
     ]
     return "\n".join(lines)
+
+
+FOLDER_COPY = 256 << 20  # bytes that may be copied where files cannot be linked
+
+
+def linked_into(payload: Payload, place: Path) -> Payload:
+    """A folder payload with its files linked, or copied, to where a running worker may read. Raises
+    ContextError."""
+    place.mkdir(mode=0o700)
+    copied, files = 0, []
+    for i, (name, path) in enumerate(payload.args["files"]):
+        target = place / str(i)
+        try:
+            os.link(path, target, follow_symlinks=False)
+        except OSError:
+            copied += os.stat(path).st_size
+            if copied > FOLDER_COPY:
+                raise ContextError(
+                    f"A folder of more than {FOLDER_COPY >> 20} MiB on another file system cannot be given to a REPL that "
+                    "is running; start a new session with it."
+                ) from None
+            shutil.copyfile(path, target)
+        files.append([name, str(target)])
+    return dataclasses.replace(
+        payload, path=None, paths=(place,), args={**payload.args, "files": files}
+    )

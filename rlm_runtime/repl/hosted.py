@@ -23,7 +23,7 @@ from rlm_runtime.repl.base import (
     SandboxReport,
     ToolInfo,
 )
-from rlm_runtime.repl.cell import Cell, End
+from rlm_runtime.repl.cell import Cell, CellEnd
 from rlm_runtime.repl.process import Launch, Process
 from rlm_runtime.repl.resources import Resources
 from rlm_runtime.repl.sandbox import SandboxPolicy
@@ -524,7 +524,7 @@ class HostedWorker:
     def _on_end(self, process: Process) -> None:
         cell = self._cell
         if cell is not None and cell.process is process and not cell.outcome.done():
-            cell.outcome.set_result(End(died=process.how_it_ended()))
+            cell.outcome.set_result(CellEnd(died=process.how_it_ended()))
 
 
 def contains(context: Context, place: Path | str) -> bool:

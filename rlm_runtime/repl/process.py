@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlm_runtime.repl import wire
-from rlm_runtime.repl.spawn import SPAWNER, Options
+from rlm_runtime.repl.spawn import SPAWNER, SpawnOptions
 
 READ = 1 << 16
 ROUND = 8  # reads in one go, so that no worker keeps the event loop to itself
@@ -103,7 +103,7 @@ class Process:
                     stack.callback(_close, fd)
                 return ends
 
-            options: Options = {
+            options: SpawnOptions = {
                 "env": launch.env,
                 "cwd": "/",
                 "close_fds": True,

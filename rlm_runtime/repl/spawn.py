@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 _Worker: TypeAlias = "subprocess.Popen[bytes]"
 
 
-class Options(TypedDict, total=False):
+class SpawnOptions(TypedDict, total=False):
     """What a worker is started with, as `subprocess.Popen` takes it."""
 
     env: dict[str, str]
@@ -30,14 +30,14 @@ class Options(TypedDict, total=False):
     pass_fds: tuple[int, ...]
 
 
-class _Job(NamedTuple):
+class _SpawnJob(NamedTuple):
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[_Worker]
     argv: Sequence[str]
-    options: Options
+    options: SpawnOptions
 
 
-_Jobs: TypeAlias = "queue.SimpleQueue[_Job | None]"
+_Jobs: TypeAlias = "queue.SimpleQueue[_SpawnJob | None]"
 
 
 class _Spawner:
@@ -62,12 +62,12 @@ class _Spawner:
                 self._jobs.put(None)
                 self._jobs = None
 
-    async def popen(self, argv: Sequence[str], **options: Unpack[Options]) -> _Worker:
+    async def popen(self, argv: Sequence[str], **options: Unpack[SpawnOptions]) -> _Worker:
         """Raises OSError as Popen does. Cancelled, it first ends what it has begun to start."""
         assert self._jobs is not None, "acquired"
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Worker] = loop.create_future()
-        self._jobs.put(_Job(loop, future, argv, options))
+        self._jobs.put(_SpawnJob(loop, future, argv, options))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:

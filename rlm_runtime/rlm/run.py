@@ -304,9 +304,9 @@ class Run:
             folder, on_event, append=session is not None and session.folder is not None
         )
         if options.verbose:
-            from rlm_runtime.live import Lines
+            from rlm_runtime.live import LiveLines
 
-            writer.listen(Lines())
+            writer.listen(LiveLines())
         if session is not None:
             session.folder = folder
         return writer

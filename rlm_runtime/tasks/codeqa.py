@@ -39,7 +39,7 @@ Made = tuple[str, str, Any]  # kind, question, answer
 
 
 @dataclass
-class Source:
+class SourceFile:
     path: str
     text: str
     tree: ast.Module
@@ -71,7 +71,7 @@ class CodeQA(Task):
         self.root = Path(root or sysconfig.get_paths()["stdlib"])
         self.tests = bool(tests)
         # the questions about one tree come one after the other
-        self._last: tuple[Any, list[Source]] = (None, [])
+        self._last: tuple[Any, list[SourceFile]] = (None, [])
         if not self.root.is_dir():
             raise UsageError(f"{self.name}: root={str(root)!r} is not a folder.")
 
@@ -98,7 +98,7 @@ class CodeQA(Task):
             f"{self.name}-{length}-{seed}-{index}", path, f"{question} {FORM}", answer, INTRO, meta
         )
 
-    def _chosen(self, length: int, seed: int, number: int, ruler: Ruler) -> list[Source]:
+    def _chosen(self, length: int, seed: int, number: int, ruler: Ruler) -> list[SourceFile]:
         """Files at random until the length is full, sorted by path."""
         key = (length, seed, number, ruler.tokens)
         if self._last[0] == key:
@@ -166,15 +166,17 @@ class CodeQA(Task):
             return ""
         return "" if MARK in text else text.strip() and text
 
-    def _read(self, path: Path, text: str) -> Source | None:
+    def _read(self, path: Path, text: str) -> SourceFile | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the sources' own escapes
-                return Source(path.relative_to(self.root).as_posix(), text, ast.parse(text))
+                return SourceFile(path.relative_to(self.root).as_posix(), text, ast.parse(text))
         except (SyntaxError, ValueError, RecursionError):
             return None
 
-    def _questions(self, sources: list[Source], length: int, seed: int, number: int) -> list[Made]:
+    def _questions(
+        self, sources: list[SourceFile], length: int, seed: int, number: int
+    ) -> list[Made]:
         rng = self.rng(length, seed, number, "questions")
         out: list[Made] = []
         for attempt in range(400 * self.per_context):
@@ -211,16 +213,16 @@ def _single(names: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [pair for pair in names if counts[pair[0]] == 1]
 
 
-Maker = Callable[[random.Random, list[Source]], Made | None]
+Maker = Callable[[random.Random, list[SourceFile]], Made | None]
 
 
-def _functions_in(rng: random.Random, sources: list[Source]) -> Made:
+def _functions_in(rng: random.Random, sources: list[SourceFile]) -> Made:
     source = rng.choice(sources)
     question = f"How many functions are defined in the file {source.path} with def or async def, methods and nested functions included?"
     return "functions", question, len(source.functions)
 
 
-def _methods_of(rng: random.Random, sources: list[Source]) -> Made | None:
+def _methods_of(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     classes = _single([(c.name, c) for s in sources for c in s.classes])
     if not classes:
         return None
@@ -233,7 +235,7 @@ def _methods_of(rng: random.Random, sources: list[Source]) -> Made | None:
     )
 
 
-def _file_of_class(rng: random.Random, sources: list[Source]) -> Made | None:
+def _file_of_class(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     classes = _single([(c.name, s.path) for s in sources for c in s.classes])
     if not classes:
         return None
@@ -241,7 +243,7 @@ def _file_of_class(rng: random.Random, sources: list[Source]) -> Made | None:
     return "file_of_class", f"In which file is the class {name} defined? Give its path.", path
 
 
-def _file_of_function(rng: random.Random, sources: list[Source]) -> Made | None:
+def _file_of_function(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     functions = _single([(f.name, s.path) for s in sources for f in s.functions])
     if not functions:
         return None
@@ -253,7 +255,7 @@ def _file_of_function(rng: random.Random, sources: list[Source]) -> Made | None:
     )
 
 
-def _base_of(rng: random.Random, sources: list[Source]) -> Made | None:
+def _base_of(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     classes = _single([(c.name, c) for s in sources for c in s.classes])
     classes = [(n, c) for n, c in classes if len(c.bases) == 1 and isinstance(c.bases[0], ast.Name)]
     if not classes:
@@ -262,7 +264,7 @@ def _base_of(rng: random.Random, sources: list[Source]) -> Made | None:
     return "base", f"Which class is the one base class of {name}?", node.bases[0].id
 
 
-def _default_of(rng: random.Random, sources: list[Source]) -> Made | None:
+def _default_of(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     functions = _single([(f.name, f) for s in sources for f in s.functions])
     found = []
     for name, node in functions:
@@ -293,7 +295,7 @@ def _default_of(rng: random.Random, sources: list[Source]) -> Made | None:
     return "default", question, repr(value)
 
 
-def _parameters_of(rng: random.Random, sources: list[Source]) -> Made | None:
+def _parameters_of(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     functions = _single([(f.name, f) for s in sources for f in s.functions])
     if not functions:
         return None
@@ -313,7 +315,7 @@ def _parameters_of(rng: random.Random, sources: list[Source]) -> Made | None:
     return "parameters", question, count
 
 
-def _importers_of(rng: random.Random, sources: list[Source]) -> Made | None:
+def _importers_of(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     importers: dict[str, set[str]] = {}
     for source in sources:
         for node in ast.walk(source.tree):
@@ -333,7 +335,7 @@ def _importers_of(rng: random.Random, sources: list[Source]) -> Made | None:
     return "importers", question, len(importers[name])
 
 
-def _longest_in(rng: random.Random, sources: list[Source]) -> Made | None:
+def _longest_in(rng: random.Random, sources: list[SourceFile]) -> Made | None:
     source = rng.choice(sources)
     lengths = sorted(
         (((f.end_lineno or f.lineno) - f.lineno + 1, f.name) for f in source.functions),

@@ -32,7 +32,7 @@ from rlm_runtime.tasks import get, parse_length
 from rlm_runtime.tasks.base import Example, Task, Tokens, text_of
 from rlm_runtime.tasks.results import (
     Row,
-    Summary,
+    TaskSummary,
     append_row,
     read_rows,
     summarize,
@@ -51,7 +51,7 @@ HOPELESS = ("auth", "not_found")  # errors every further call would have as well
 @dataclass(frozen=True)
 class Evaluation:
     rows: list[Row]
-    summaries: list[Summary]
+    summaries: list[TaskSummary]
     files: list[Path] = field(default_factory=list)
 
     def table(self) -> Any:

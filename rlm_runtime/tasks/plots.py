@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlm_runtime.tasks.results import Summary, size_name
+from rlm_runtime.tasks.results import TaskSummary, size_name
 
 COLORS = ("#3b6ea5", "#d1495b", "#2a9d6f", "#8a5fbf", "#b07d2b", "#5c677d")
 MARKS = "os^Dv*"
 
 
-def draw(out: Path, summaries: Sequence[Summary]) -> list[Path]:
+def draw(out: Path, summaries: Sequence[TaskSummary]) -> list[Path]:
     """Writes `<task>.png` for each task; returns the files."""
     tasks = list(dict.fromkeys(s.task for s in summaries))
     return [
@@ -21,7 +21,7 @@ def draw(out: Path, summaries: Sequence[Summary]) -> list[Path]:
     ]
 
 
-def _figure(path: Path, task: str, summaries: list[Summary]) -> Path:
+def _figure(path: Path, task: str, summaries: list[TaskSummary]) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

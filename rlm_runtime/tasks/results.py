@@ -85,7 +85,7 @@ def append_row(path: Path, row: Row) -> None:
         os.close(descriptor)
 
 
-class Summary(Frozen):
+class TaskSummary(Frozen):
     """The runs of one task, mode and length. `score`: mean, with a 95 % interval; None where
     nothing could be asked."""
 
@@ -105,19 +105,19 @@ class Summary(Frozen):
     seconds: float = 0.0
 
 
-def summarize(rows: Iterable[Row]) -> list[Summary]:
+def summarize(rows: Iterable[Row]) -> list[TaskSummary]:
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.task, row.mode, row.length), []).append(row)
     return [_summary(*key, group) for key, group in groups.items()]
 
 
-def _summary(task: str, mode: str, length: int, rows: Sequence[Row]) -> Summary:
+def _summary(task: str, mode: str, length: int, rows: Sequence[Row]) -> TaskSummary:
     scored = [r for r in rows if r.score is not None]
     scores = [r.score for r in rows if r.score is not None]
     low, high = interval(scores)
     costs = [r.cost_usd for r in scored]
-    return Summary(
+    return TaskSummary(
         task=task,
         mode=mode,
         length=length,
@@ -156,12 +156,12 @@ def _mean(values: Sequence[Any]) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def write_summaries(out: Path, summaries: Sequence[Summary]) -> None:
+def write_summaries(out: Path, summaries: Sequence[TaskSummary]) -> None:
     """summary.json and summary.csv."""
     dumped = [s.model_dump() for s in summaries]
     (out / "summary.json").write_text(json.dumps(dumped, indent=1) + "\n", encoding="utf-8")
     with open(out / "summary.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(Summary.model_fields))
+        writer = csv.DictWriter(file, list(TaskSummary.model_fields))
         writer.writeheader()
         writer.writerows(dumped)
 
@@ -174,7 +174,7 @@ def size_name(length: int) -> str:
     return str(length)
 
 
-def table(summaries: Sequence[Summary]) -> Any:
+def table(summaries: Sequence[TaskSummary]) -> Any:
     """A rich table for each task, narrow enough for a terminal of 80 columns."""
     from rich.console import Group
 
@@ -182,7 +182,7 @@ def table(summaries: Sequence[Summary]) -> Any:
     return Group(*(_table(task, [s for s in summaries if s.task == task]) for task in tasks))
 
 
-def _table(task: str, summaries: Sequence[Summary]) -> Any:
+def _table(task: str, summaries: Sequence[TaskSummary]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -223,7 +223,7 @@ def _table(task: str, summaries: Sequence[Summary]) -> Any:
     return shown
 
 
-def _score(s: Summary) -> tuple[str, str]:
+def _score(s: TaskSummary) -> tuple[str, str]:
     if s.score is None:
         return "-", "over window" if s.over_window else "-"
     return f"{s.score:.3f}", f"{s.low:.2f}-{s.high:.2f}"

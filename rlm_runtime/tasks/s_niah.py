@@ -9,7 +9,6 @@ and the wording of the question.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,8 +212,3 @@ class SNiah(Task):
             for needle in at.get(len(picks), ()):
                 file.write(needle + " ")
         return len(picks), sorted(at)
-
-
-def needles_in(text: str) -> list[tuple[str, str]]:
-    """(key, value) of every needle of a text."""
-    return re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)

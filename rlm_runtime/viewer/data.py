@@ -35,7 +35,7 @@ class Library:
             events_file(self.path)  # raises UsageError with the reason
         if (self.path / EVENTS).is_file():  # the folder of one run
             self.path = self.path / EVENTS
-        self._open: dict[str, Run] = {}
+        self._open: dict[str, EventsFile] = {}
         self._lock = threading.Lock()
 
     def files(self) -> Iterator[tuple[str, Path]]:
@@ -53,14 +53,14 @@ class Library:
             if EVENTS in names and not (here / EVENTS).is_symlink():
                 yield here.relative_to(self.path).as_posix() if depth else here.name, here / EVENTS
 
-    def run(self, name: str) -> Run:
+    def run(self, name: str) -> EventsFile:
         """Raises UsageError for an id that is no run of this library."""
         with self._lock:
             if name in self._open and self._open[name].path.is_file():
                 return self._open[name]
             for found, file in self.files():
                 if found == name:
-                    self._open[name] = Run(file)
+                    self._open[name] = EventsFile(file)
                     return self._open[name]
         raise UsageError(f"No run {name!r} under {self.path}.")
 
@@ -115,7 +115,7 @@ def _last_lines(file: BinaryIO, size: int) -> list[bytes]:
         tail *= 8
 
 
-class Run:
+class EventsFile:
     """One events file: where each line lies, and each event with its long texts cut. Grows as the
     file does."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlm_runtime.errors import UsageError
 from rlm_runtime.trajectory import events_file
 from rlm_runtime.viewer import assets
-from rlm_runtime.viewer.data import Run, dumps
+from rlm_runtime.viewer.data import EventsFile, dumps
 
 # Inside a script element only `</script`, `<!--` matter to the parser; these leave it nothing to
 # look at.
@@ -27,7 +27,7 @@ def export(path: Path | str, out: Path | str) -> Path:
     """Write the run at `path` (folder or events file) as the page `out`. Raises UsageError where
     either is no good."""
     out = Path(out)
-    run = Run(events_file(path))
+    run = EventsFile(events_file(path))
     page = render(run)
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
@@ -39,7 +39,7 @@ def export(path: Path | str, out: Path | str) -> Path:
     return out
 
 
-def render(run: Run) -> str:
+def render(run: EventsFile) -> str:
     events = run.everything()
     name = run.path.parent.name or run.path.stem
     data = dumps({"run": name, "events": events, "complete": run.complete}).translate(ESCAPES)

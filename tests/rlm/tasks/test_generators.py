@@ -141,7 +141,7 @@ def needles(name, length, folder, **knobs):
 @pytest.mark.parametrize("name", [n for n in OFFLINE if "niah" in n])
 def test_each_value_that_is_asked_for_stands_in_the_text_once(name, tmp_path):
     task, example, text = needles(name, 20_000, tmp_path)
-    found = s_niah.needles_in(text)
+    found = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
     asked = [(k, v) for k, v in found if k in example.meta["queries"]]
     assert sorted(v for _, v in asked) == sorted(example.answer)
     assert len(example.answer) == task.values * task.queries

@@ -14,7 +14,7 @@ from rlm.viewer import attack
 from rlm_runtime.errors import UsageError
 from rlm_runtime.trajectory import EVENTS, NodeEnd, RunEnd, encode, read
 from rlm_runtime.viewer import assets, export, make_app, running, serve
-from rlm_runtime.viewer.data import Library, Run, dumps
+from rlm_runtime.viewer.data import EventsFile, Library, dumps
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
@@ -260,7 +260,7 @@ def test_no_such_event(server):
 def test_a_growing_file_and_a_damaged_one(tmp_path):
     events = build(4, 6)
     folder = write(tmp_path / "run", events[:5])
-    run = Run(folder / EVENTS)
+    run = EventsFile(folder / EVENTS)
     assert json.loads(run.since(0))["next"] == 5 and not run.complete
     with open(folder / EVENTS, "ab") as file:
         file.write(b"not json\n" + encode(events[5])[:10])
