@@ -54,7 +54,7 @@ class Model(Protocol):
     def mesh(self) -> Mesh: ...
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Text of one token (empty while a multi-byte character is incomplete) and the recursions that
     token ran."""
 
@@ -74,7 +74,7 @@ def stream_text(
     min_depth: int | None = None,
     max_depth: int | None = None,
     service: Service | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """Yield the prompt's pieces, then the continuation's, up to the end of the document or
     `max_tokens`.
 
@@ -235,7 +235,7 @@ def _request(
 
 def _pieces(
     tokenizer: Tokenizer, ids: list[int], most: int, events: queue.SimpleQueue[list[Event]]
-) -> Iterator[Piece]:
+) -> Iterator[TextPiece]:
     """Pieces of the prompt and of `most` tokens at most, from the engine's events."""
     decoder, count, depth = tokenizer.stream(), 0, 0
     waiting: int | None = ids[-1]
@@ -247,11 +247,11 @@ def _pieces(
     for event in all_events():
         if isinstance(event, PromptRead):
             for token, depth in zip(ids[:-1], event.depths, strict=True):
-                yield Piece(decoder.push(token), depth, True)
+                yield TextPiece(decoder.push(token), depth, True)
         elif isinstance(event, Token):  # its depth is that of the token before it
             depth = event.depth
             assert waiting is not None, "it was drawn from one"
-            yield Piece(decoder.push(waiting), depth, count == 0)
+            yield TextPiece(decoder.push(waiting), depth, count == 0)
             waiting = None
             if count == most or event.stopped:
                 break
@@ -261,7 +261,7 @@ def _pieces(
             if event.error is not None:
                 raise RuntimeError(f"generation failed: {event.error}")
             if waiting is not None:  # the context is full, and nobody reads the last token
-                yield Piece(decoder.push(waiting), depth, False)
+                yield TextPiece(decoder.push(waiting), depth, False)
             break
     if tail := decoder.flush():
-        yield Piece(tail, 0, False)
+        yield TextPiece(tail, 0, False)

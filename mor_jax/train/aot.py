@@ -33,6 +33,7 @@ from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
 from mor_jax.train.distill import COMPUTED_ALIKE, Teacher
+from mor_jax.train.objective import NEXT_TOKEN
 from mor_jax.train.preference import Reference
 from mor_jax.train.schedule import optimizer_of
 from mor_jax.train.state import abstract_params, abstract_state
@@ -76,22 +77,23 @@ def lower_step(cfg: Config, devices: Sequence[Any]) -> tuple[jax.stages.Lowered,
     # cannot.
     adapters = Adapters(lm, cfg.adapter) if cfg.adapter.rank else None
     state = abstract_state(adapters or lm, tx, mesh, bool(cfg.optim.ema))
-    teacher, beside = None, {}
+    objective, beside = NEXT_TOKEN, {}
     if adapters:
         beside["base"] = abstract_params(lm, mesh)
     if cfg.data.format == "preference":
-        teacher = Reference(lm, None, cfg.preference.beta)
+        objective = Reference(lm, None, cfg.preference.beta)
+        beside["teacher"] = abstract_params(lm, mesh)
     elif cfg.distill.weight:
         source = saved_config(cfg.distill.teacher)
         # How it is computed is the run's choice, as in `load_teacher`.
         of_run = {name: getattr(cfg.model, name) for name in COMPUTED_ALIKE}
         model = dataclasses.replace(source.model, remat="none", **of_run)
         d = cfg.distill
-        teacher = Teacher(LM(model, source.depth, lm.rules), None, d.weight, d.temperature)
-    if teacher:
-        beside["teacher"] = abstract_params(teacher.lm, mesh)
+        teacher = LM(model, source.depth, lm.rules)
+        objective = Teacher(teacher, None, d.weight, d.temperature)
+        beside["teacher"] = abstract_params(teacher, mesh)
     step = make_train_step(
-        lm, tx, cfg.train.accum, None, teacher, ema=cfg.optim.ema, adapters=adapters
+        lm, tx, cfg.train.accum, None, objective, ema=cfg.optim.ema, adapters=adapters
     )
     with jax.set_mesh(mesh):
         batch = {"tokens": one, "segment_ids": one}

@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import functools
 import hashlib
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -30,21 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from mor_jax.errors import CheckpointError
-from mor_jax.paths import as_path, is_local, move, scheme_of
+from mor_jax.paths import as_path, is_local, move
+from mor_jax.train import digests, orbax
 
 _LOG = logging.getLogger(__name__)
 _FORMAT = 1
 # Leaves, by the last part of their name, that an older checkpoint may lack; they begin at zero.
 _FROM_ZERO = ("survey",)
-_TMP = ".orbax-checkpoint-tmp"
-_PHRASES = tuple(
-    os.strerror(e)
-    for e in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
-)
-_FULL = _PHRASES[:2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +52,6 @@ class Restored:
 
 class _Damaged(Exception):
     """A step directory is damaged; the message says why."""
-
-
-# Bytes that are on their way to the disk at once, at least the largest array: without a bound the
-# writers hold a copy of the whole state.
-IN_FLIGHT = 128 << 20
 
 
 class Checkpointer:
@@ -94,7 +81,7 @@ class Checkpointer:
             if is_local(self._directory) and not os.access(self._directory, os.W_OK | os.X_OK):
                 raise PermissionError("the file system is read-only or the permissions forbid it")
         except OSError as e:
-            reason = "it is not a directory" if isinstance(e, FileExistsError) else _reason(e)
+            reason = "it is not a directory" if isinstance(e, FileExistsError) else orbax.reason(e)
             raise CheckpointError(f"cannot write checkpoints to {directory}: {reason}.") from e
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -108,14 +95,16 @@ class Checkpointer:
           CheckpointError: this save could not start, or the previous one failed.
         """
         self.wait()
-        body = {"meta": json.loads(json.dumps(meta)), "leaves": _table(state)}
-        ocp = _orbax()
+        body = {"meta": json.loads(json.dumps(meta)), "leaves": digests.table(state)}
+        ocp = orbax.library()
         if is_local(self._directory) and not self._directory.exists():
             _LOG.warning(
                 "%s has vanished, and the checkpoints in it; it is made anew.", self._directory
             )
         try:
-            manager = self._manager = self._manager or self._open(state)
+            manager = self._manager = self._manager or orbax.manager(
+                self._directory, self._keep, state
+            )
             newest = manager.latest_step()
             if newest is not None and newest >= step:
                 if newest == step:
@@ -212,25 +201,6 @@ class Checkpointer:
                 raise
             _LOG.error("%s", e)  # the exception already on its way out is the one to see
 
-    def _open(self, state: Any) -> Any:
-        ocp = _orbax()
-        largest = max((x.nbytes for x in jax.tree.leaves(state)), default=0)
-        limit = max(IN_FLIGHT, largest + 1)  # Orbax wants room for more than any one array
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(save_concurrent_gb=limit / 10**9),
-            "meta": ocp.JsonCheckpointHandler(),
-        }
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
-            cleanup_tmp_directories=True,
-            # a damaged metadata file must not stop the run before it starts
-            lightweight_initialize=True,
-            # In the background, a failed mkdir would leave the writers waiting for it for 20
-            # minutes.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
-        return ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
-
     def _close_manager(self) -> None:
         manager, self._manager = self._manager, None
         if manager is not None:
@@ -244,7 +214,7 @@ class Checkpointer:
             quiet = 0  # looks in a row that found nothing
             # writers of other arrays may still be at it, for seconds on a busy machine
             for _ in range(50):
-                found = list(self._directory.glob(f"{step}{_TMP}*"))
+                found = list(self._directory.glob(f"{step}{orbax.TMP}*"))
                 for path in found:
                     _remove(path)
                 quiet = 0 if found else quiet + 1
@@ -257,8 +227,8 @@ class Checkpointer:
             if steps
             else "There is no earlier checkpoint."
         )
-        reason = _reason(error)
-        todo = "Free space" if reason in _FULL else "Repair the cause"
+        reason = orbax.reason(error)
+        todo = "Free space" if reason in orbax.FULL else "Repair the cause"
         raise CheckpointError(
             f"could not save step {step} to {self._directory}: {reason}. {intact} {todo} and start again to resume."
         ) from error
@@ -274,7 +244,7 @@ class Checkpointer:
                 move(source, target)
             except OSError as e:
                 raise CheckpointError(
-                    f"cannot move the damaged {source} aside: {_reason(e)}. Do it and start again."
+                    f"cannot move the damaged {source} aside: {orbax.reason(e)}. Do it and start again."
                 ) from e
             _LOG.warning(
                 "the checkpoint of step %d in %s is damaged (%s); it is now called %s. Going on from step %d.",
@@ -354,75 +324,6 @@ def restore_params(
     return state[entry], step
 
 
-def digest(x: jax.Array) -> jax.Array:
-    """uint32[2] that depends on every bit of `x` and its place, but not on sharding, order or host
-    count.
-
-    Each element's bits are mixed with its flat index by the murmur3 finalizer (a bijection: damage
-    to a single element is always seen) and summed modulo 2^32; the second sum is of the first one's
-    terms, mixed again. One variadic reduction, because XLA on CPU would otherwise keep a temporary
-    as large as `x`.
-    """
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if jnp.iscomplexobj(x):
-        x = jnp.stack([x.real, x.imag])
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # 8 bytes: a last axis of 2
-    bits = jax.lax.bitcast_convert_type(x, words[x.dtype.itemsize]).astype(jnp.uint32)
-    index = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    first = _mix(bits ^ _mix(index + jnp.uint32(0x9E3779B9)))
-    second = _mix(first ^ jnp.uint32(0x5BD1E995))
-    zero = jnp.zeros((), jnp.uint32)
-    sums = jax.lax.reduce(
-        (first, second),
-        (zero, zero),
-        lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        tuple(range(bits.ndim)),
-    )
-    return jnp.stack(sums)
-
-
-def _mix(h: jax.Array) -> jax.Array:
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return h ^ (h >> 16)
-
-
-@functools.cache
-def _digest_on(sharding: NamedSharding | None) -> Any:
-    return jax.jit(digest, out_shardings=sharding)
-
-
-def _table(tree: Any) -> dict[str, list[Any]]:
-    """{leaf name: [shape, dtype, digest]} of a pytree of arrays. One small compilation a distinct
-    leaf shape."""
-    names, leaves = _named(tree)
-    # Replicated over the leaf's own mesh, so that every process can read it.
-    mesh = [getattr(getattr(x, "sharding", None), "mesh", None) for x in leaves]
-    sums = [
-        _digest_on(m and NamedSharding(m, PartitionSpec()))(x)
-        for m, x in zip(mesh, leaves, strict=True)
-    ]
-    rows = zip(names, leaves, jax.device_get(sums), strict=True)
-    return {name: [list(np.shape(x)), _dtype(x), f"{s[0]:08x}{s[1]:08x}"] for name, x, s in rows}
-
-
-def _named(tree: Any) -> tuple[list[str], list[Any]]:
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
-    if len(set(names)) != len(names):
-        raise ValueError("two leaves of the state have the same path; do not use '/' in keys.")
-    return names, [leaf for _, leaf in flat]
-
-
-def _dtype(x: Any) -> str:
-    return str(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype)
-
-
 def _restore(
     directory: epath.Path, step: int, abstract: Any, *, partial: bool
 ) -> tuple[Any, dict[str, Any]]:
@@ -438,8 +339,10 @@ def _restore(
     _check_fit(directory, step, abstract, saved, partial)
 
     whole = abstract
-    abstract = _without(abstract, {name for name in _named(abstract)[0] if name not in saved})
-    names, leaves = _named(abstract)
+    abstract = _without(
+        abstract, {name for name in digests.named(abstract)[0] if name not in saved}
+    )
+    names, leaves = digests.named(abstract)
     wanted = jax.tree.unflatten(
         jax.tree.structure(abstract),
         [
@@ -453,7 +356,7 @@ def _restore(
             for name, x in zip(names, leaves, strict=True)
         ],
     )
-    ocp = _orbax()
+    ocp = orbax.library()
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -462,20 +365,20 @@ def _restore(
             )
             state = reader.restore(directory / str(step) / "state", args=arguments)
     except Exception as e:  # Orbax and TensorStore raise whatever they stumble over
-        problem = _Damaged(f"its arrays cannot be read: {_reason(e)}")
+        problem = _Damaged(f"its arrays cannot be read: {orbax.reason(e)}")
     _agree(problem)
-    found = _table(state)
+    found = digests.table(state)
     for name in names:
         if found.get(name) != saved[name]:
             raise _Damaged(f"the values of {name} are not those that were saved")
-    read = dict(zip(*_named(state), strict=True))
+    read = dict(zip(*digests.named(state), strict=True))
 
     def leaf(name: str, to: Any) -> jax.Array:
         if name not in read:
             return jnp.zeros(to.shape, to.dtype, device=_sharding(to))
         return read[name] if read[name].dtype == to.dtype else read[name].astype(to.dtype)
 
-    state = [leaf(name, to) for name, to in zip(*_named(whole), strict=True)]
+    state = [leaf(name, to) for name, to in zip(*digests.named(whole), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(whole), state), body["meta"]
 
 
@@ -501,19 +404,19 @@ def _without(tree: Any, missing: set[str]) -> Any:
 def _check_fit(
     directory: epath.Path, step: int, abstract: Any, saved: Mapping[str, list[Any]], partial: bool
 ) -> None:
-    expected = dict(zip(*_named(abstract), strict=True))
+    expected = dict(zip(*digests.named(abstract), strict=True))
     entries = {name.partition("/")[0] for name in expected}
     wrong = []
     for name, x in expected.items():
-        want = f"{_dtype(x)}{list(x.shape)}"
+        want = f"{digests.dtype(x)}{list(x.shape)}"
         if name not in saved:
             if name.rpartition("/")[2] in _FROM_ZERO:
                 continue
             wrong.append(f"{name} is not in the checkpoint, {want} is expected")
             continue
         shape, dtype, _ = saved[name]
-        castable = _is_float(dtype) and _is_float(_dtype(x))
-        if shape != list(x.shape) or (dtype != _dtype(x) and not castable):
+        castable = _is_float(dtype) and _is_float(digests.dtype(x))
+        if shape != list(x.shape) or (dtype != digests.dtype(x) and not castable):
             wrong.append(f"{name} is {dtype}{shape} in the checkpoint, {want} is expected")
     wrong += [
         f"{name} is in the checkpoint but not expected"
@@ -546,7 +449,7 @@ def _document(directory: epath.Path, step: int) -> dict[str, Any]:
             "meta/metadata is missing; the save was not completed or files were deleted"
         ) from None
     except OSError as e:
-        raise _Damaged(f"meta/metadata cannot be read: {_reason(e)}") from e
+        raise _Damaged(f"meta/metadata cannot be read: {orbax.reason(e)}") from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise _Damaged("meta/metadata is not a document of mor_jax") from e
     if not good:
@@ -635,102 +538,3 @@ def _absolute(path: os.PathLike[str] | str) -> epath.Path:
 
 def _join(steps: list[int]) -> str:
     return ", ".join(map(str, steps))
-
-
-def _reason(error: BaseException) -> str:
-    """What the operating system said, without the page of status text TensorStore and Orbax wrap it
-    in."""
-    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
-    for phrase in _PHRASES:
-        if phrase in text:
-            return phrase
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:120]}".rstrip(": ").rstrip(".")
-
-
-@functools.cache
-def _orbax() -> Any:
-    """Import Orbax (0.4 s) when it is first needed, and keep its log lines out of the user's
-    terminal.
-
-    It logs through absl's logger, with tracebacks of what is reported here as one sentence; the
-    filters drop what comes from its files and nothing else.
-    """
-    import orbax.checkpoint as ocp
-
-    home = os.path.dirname(ocp.__file__)
-    logging.getLogger("absl").addFilter(lambda record: not record.pathname.startswith(home))
-
-    # When one of several reads or writes fails Orbax drops the others and closes its event loop.
-    # Asyncio then logs their exceptions, and Python prints those of their coroutines and of
-    # TensorStore's callbacks (object None).
-    # A future of TensorStore has no traceback; its message names the store's specification.
-    marks = (home, "tensorstore_spec")
-    logging.getLogger("asyncio").addFilter(
-        lambda record: not any(mark in logging.Formatter().format(record) for mark in marks)
-    )
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        theirs = code is not None and code.co_filename.startswith(home)
-        if not theirs and (
-            unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed"
-        ):
-            previous(unraisable)
-
-    sys.unraisablehook = hook
-    _serve_s3()
-    if host := os.environ.get("STORAGE_EMULATOR_HOST"):  # what the other clients go by
-        os.environ.setdefault(
-            "TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}"
-        )
-    return ocp
-
-
-def _serve_s3() -> None:
-    """Teach Orbax that s3:// is an object store like gs://, which it knows: files under their final
-    names and a commit file at the end, arrays through TensorStore's own driver.
-
-    Orbax 0.12 has no public way. Where its private names are others, saving to s3:// fails and says
-    so; all else works.
-    """
-    try:
-        from orbax.checkpoint._src.path import gcs_utils
-        from orbax.checkpoint._src.serialization import tensorstore_utils
-
-        plain, normal = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
-        prefixes, _ = gcs_utils._GCS_PATH_PREFIX, tensorstore_utils._use_gcs_driver
-    except (ImportError, AttributeError) as e:
-        _LOG.warning(
-            "this version of Orbax cannot be taught s3:// (%s); use gs:// or the tested set of packages.",
-            e,
-        )
-        return
-    ours = "s3://"
-    gcs_utils._GCS_PATH_PREFIX = (*prefixes, ours)
-    gcs_utils.get_kvstore_for_gcs = lambda path: (
-        _s3_store(path) if path.startswith(ours) else plain(path)
-    )
-    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", ours))
-    tensorstore_utils._normalize_path = lambda path: (
-        normal(path).replace("s3:/", ours) if scheme_of(path) else normal(path)
-    )
-
-
-def _s3_store(path: str) -> dict[str, Any]:
-    """TensorStore's specification of an s3:// directory, with what the environment says of region,
-    endpoint and keys."""
-    bucket, _, key = path.removeprefix("s3://").partition("/")
-    store: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": key}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    if endpoint:
-        store |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
-    elif region:
-        store["aws_region"] = region
-    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else TensorStore looks for profiles and machine roles
-        store["aws_credentials"] = {"type": "environment"}
-    return store

@@ -19,28 +19,36 @@ from mor_jax.config import Config, ModelConfig, check
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError, ConfigError
 from mor_jax.model import block as network
-from mor_jax.model.lm import CAUSAL, LM
+from mor_jax.model.lm import CAUSAL, LM, STATES
 from mor_jax.model.loss import Finish, Mix, distilled_sum
-from mor_jax.nn.parameters import Tree
+from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.train.load import load_model
+from mor_jax.train.objective import Batch, Divisors, LossInputs, Sums, target_counts
 
 COMPUTED_ALIKE = ("context", "dtype", "attention", "loss_chunk")  # fields of the run's model
 
 
 class Teacher(NamedTuple):
-    """A model to learn from."""
+    """A model to learn from; see `train.objective.Objective`."""
 
     lm: LM
     params: Any
     weight: float = 0.5  # of the distillation loss; the next-token loss has the rest
     temperature: float = 1.0
 
-    def teach(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    @property
+    def taught_axes(self) -> Axes:
+        return STATES
+
+    def with_params(self, params: Any) -> Teacher:
+        return self._replace(params=params)
+
+    def teach(self, batch: Batch) -> Batch:
         """The batch with the teacher's final states as "taught", [B, T, E]."""
         out = self.lm.forward(self.params, batch["tokens"], batch["segment_ids"], mode=CAUSAL)
         return batch | {"taught": jax.lax.stop_gradient(out.h_BxTxD)}
 
-    def tables(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def tables(self) -> tuple[Tree, Tree]:
         """(parameters of embedding and head, their logical axes): what its logits need beside the
         states."""
         axes = self.lm.logical_axes()
@@ -50,38 +58,35 @@ class Teacher(NamedTuple):
 
         return pick(self.params), pick(axes)
 
+    def counted(self, weights_BxT: jax.Array) -> jax.Array:
+        return weights_BxT != 0
+
+    def counts(self, weights_BxT: jax.Array, segment_ids_BxT: jax.Array) -> Divisors:
+        return target_counts(weights_BxT)
+
+    def sums(self, lm: LM, params: Any, rows: LossInputs) -> Sums:
+        """The mixed loss, the nll, and the distillation loss; see `model.loss.distilled_sum`."""
+        assert rows.taught is not None and rows.tables is not None, "of `teach` and `tables`"
+
+        def finish(model: ModelConfig) -> Finish:
+            return functools.partial(network.finish, model)
+
+        table = network.head_table(lm.with_table(params))
+        own_table = network.head_table(self.lm.with_table(rows.tables))
+        models = finish(lm.model), finish(self.lm.model)
+        mix = Mix(self.weight, self.temperature, lm.model.loss_chunk, *models)
+        learned, nll, distillation = distilled_sum(
+            rows.h_BxTxD, table, rows.targets_BxT, rows.weights_BxT, rows.taught, own_table, mix
+        )
+        return Sums(learned, nll, {"distill_loss": distillation})
+
     def flops_per_token(self) -> float:
         """True FLOPs of its forward pass."""
         lm = self.lm
         return accounting.true_flops_per_token(lm.model, lm.depth, recursion=lm.recursion).total
 
-
-def distilled(
-    lm: LM,
-    params: Any,
-    h_BxTxD: jax.Array,
-    targets_BxT: jax.Array,
-    weights_BxT: jax.Array,
-    teacher: Teacher,
-    tables: dict[str, Any],
-    taught_BxTxE: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(loss, nll, distillation loss), sums over the targets, of final states; see
-    `model.loss.distilled_sum`."""
-
-    def finish(model: ModelConfig) -> Finish:
-        return functools.partial(network.finish, model)
-
-    table = network.head_table(lm.with_table(params))
-    teacher_table = network.head_table(teacher.lm.with_table(tables))
-    mix = Mix(
-        teacher.weight,
-        teacher.temperature,
-        lm.model.loss_chunk,
-        finish(lm.model),
-        finish(teacher.lm.model),
-    )
-    return distilled_sum(h_BxTxD, table, targets_BxT, weights_BxT, taught_BxTxE, teacher_table, mix)
+    def evaluate(self, lm: LM, params: Any, batches: list[Batch]) -> dict[str, float]:
+        return {}
 
 
 def load_teacher(

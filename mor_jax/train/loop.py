@@ -16,16 +16,12 @@ from etils import epath
 from jax.sharding import NamedSharding
 
 from mor_jax.analysis import accounting
-from mor_jax.analysis.ngram import TrigramByteModel, rows_to_bytes
 from mor_jax.config import Config, check
-from mor_jax.data.chat import find_template
 from mor_jax.data.loader import Loader, eval_batches
 from mor_jax.data.prepare import PreparedData, prepare
 from mor_jax.data.progress import say, still
 from mor_jax.data.vocabulary import FILE as TOKENIZER
 from mor_jax.errors import CheckpointError, ConfigError
-from mor_jax.model.adapter import Adapters
-from mor_jax.model.lm import LM
 from mor_jax.nn.attention import chosen_for
 from mor_jax.parallel import join
 from mor_jax.parallel.mesh import make_mesh
@@ -33,34 +29,31 @@ from mor_jax.parallel.multihost import Hosts
 from mor_jax.paths import as_path, reason, write_text
 from mor_jax.train.best import Best
 from mor_jax.train.checkpoint import Checkpointer, load_meta
-from mor_jax.train.clock import Clock
 from mor_jax.train.debug import Debug, Tracer, compile_step
-from mor_jax.train.distill import Teacher, load_teacher
+from mor_jax.train.distill import load_teacher
 from mor_jax.train.evaluate import evaluate, padded_token_bytes
 from mor_jax.train.faults import OK, REWIND, Faults
 from mor_jax.train.goodput import FILE as GOODPUT
-from mor_jax.train.goodput import Goodput, stragglers
-from mor_jax.train.initial import initial_params
-from mor_jax.train.load import Loaded, chat_template, checkpoint_directory, describe
+from mor_jax.train.goodput import Clock, Goodput, stragglers
+from mor_jax.train.initial import Origin
+from mor_jax.train.load import Loaded, describe
 from mor_jax.train.lock import RunLock, hold
 from mor_jax.train.metrics import FILE as METRICS
 from mor_jax.train.metrics import MetricWriter
+from mor_jax.train.objective import NEXT_TOKEN, Objective
 from mor_jax.train.outbox import Outbox
-from mor_jax.train.preference import Reference, evaluate_preference
-from mor_jax.train.progress import Progress
+from mor_jax.train.progress import TrainingBar
 from mor_jax.train.schedule import learning_rate, optimizer_of
-from mor_jax.train.state import Trained, TrainState, abstract_state, create_state
+from mor_jax.train.state import TrainState
 from mor_jax.train.step import Program, StagedStep
 from mor_jax.train.stop import Stop, stop_signals
+from mor_jax.train.summary import counted, sample_text, trigram_bits_per_byte
 from mor_jax.train.trackers import IDS as TRACKERS
 from mor_jax.train.trackers import TrackedRun, open_trackers
 from mor_jax.train.workdir import allows_other_data, claim, mesh_device, versions, write_json
 
-# held-out rows, and characters of them, that a run leaves for reports
-SAMPLE_ROWS, SAMPLE_TEXT = 16, 40_000
 # A measure of a model that is more than its loss, by name: {"rlm/s_niah/8000/success": 0.9}
 Measure = Callable[[Loaded], Mapping[str, float]]
-TRIGRAM_BYTES = 32 << 20  # training text the reference trigram model reads at most
 
 
 def resolve(cfg: Config, data: PreparedData) -> Config:
@@ -172,26 +165,26 @@ def train(
         hosts.assert_equal(
             "what is in the run directory", seen, f"{workdir} must be one that all hosts see."
         )
-        run = _Run(
-            cfg,
-            workdir,
-            data,
-            mesh,
-            progress,
-            hosts,
-            goodput,
-            debug,
-            lock,
-            outbox,
-            changed,
-            allow,
-            init_from,
-        )
-        run.measure = measure if hosts.count == 1 else None
+        steps = accounting.training_steps(cfg)
+        bar = TrainingBar(steps, shown=progress and first)
         try:
-            done = run.finished() or run.go(stop)
+            other_data = allows_other_data(allow)
+            origin = Origin(cfg, workdir, data, mesh, init_from, other_data, bar.say)
+            context = RunContext(
+                cfg, steps, workdir, data, mesh, hosts, goodput, debug, lock, outbox, bar, origin
+            )
+            done = _finished(context)
+            if done is None:
+                with (
+                    Checkpointer(
+                        workdir / "checkpoints", keep=cfg.train.keep_checkpoints
+                    ) as checkpoints,
+                    contextlib.closing(Best(workdir / "best", cfg.train.keep_best)) as best,
+                ):
+                    measure = measure if hosts.count == 1 else None
+                    done = _Run(context, checkpoints, best, measure).go(stop, changed)
         finally:
-            run.bar.close()  # else a terminal that saw an error would stay without its cursor
+            bar.close()  # else a terminal that saw an error would stay without its cursor
             # what a checkpoint knows of has been uploaded before it
             with contextlib.suppress(OSError):
                 outbox.close()
@@ -199,118 +192,124 @@ def train(
         return done
 
 
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What a run works with, made by `train`."""
+
+    cfg: Config
+    steps: int
+    workdir: epath.Path
+    data: PreparedData
+    mesh: jax.sharding.Mesh
+    hosts: Hosts
+    goodput: Goodput
+    debug: Debug
+    lock: RunLock | None
+    outbox: Outbox
+    bar: TrainingBar
+    origin: Origin
+
+
+def _finished(c: RunContext) -> dict[str, Any] | None:
+    """The summary if the run is finished, else None."""
+    path = c.workdir / "summary.json"
+    if not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    meta = None
+    # without any checkpoint there is nothing to compare with
+    with contextlib.suppress(CheckpointError):
+        meta = load_meta(c.workdir / "checkpoints")[1]
+    if meta:
+        c.origin.check_data(meta)
+    if c.steps > int(summary.get("steps") or c.steps):
+        return None  # it was allowed more steps, else `claim` had refused them
+    c.bar.say(
+        f"{c.workdir} is finished: all {c.steps} steps are done. Give another --workdir to train anew."
+    )
+    return summary
+
+
 class _Run:
+    """Steps, evaluations and checkpoints, from the last good checkpoint or the beginning on."""
+
     def __init__(
         self,
-        cfg: Config,
-        workdir: epath.Path,
-        data: PreparedData,
-        mesh: jax.sharding.Mesh,
-        progress: bool,
-        hosts: Hosts,
-        goodput: Goodput,
-        debug: Debug,
-        lock: RunLock | None,
-        outbox: Outbox,
-        changed: Sequence[str],
-        allow: Sequence[str],
-        init_from: str | os.PathLike[str],
+        context: RunContext,
+        checkpoints: Checkpointer,
+        best: Best,
+        measure: Measure | None,
     ):
-        self.cfg, self.workdir, self.data, self.mesh = cfg, workdir, data, mesh
-        self.hosts, self.goodput, self.debug, self.lock, self.outbox = (
-            hosts,
-            goodput,
-            debug,
-            lock,
-            outbox,
+        c = context
+        cfg, self.cfg, self.steps, self.workdir, self.data = (
+            c.cfg,
+            c.cfg,
+            c.steps,
+            c.workdir,
+            c.data,
         )
-        self.changed, self.other_data = changed, allows_other_data(allow)
-        self.lm = LM.from_config(cfg)
-        self.adapters = Adapters(self.lm, cfg.adapter) if cfg.adapter.rank else None
-        self.trained: Trained = self.adapters or self.lm  # what the state's parameters are
-        self.steps = accounting.training_steps(cfg)
+        self.mesh, self.hosts, self.goodput, self.debug = c.mesh, c.hosts, c.goodput, c.debug
+        self.lock, self.outbox, self.bar, self.origin = c.lock, c.outbox, c.bar, c.origin
+        self.checkpoints, self.best, self.measure = checkpoints, best, measure
+        self.lm, self.meta = c.origin.lm, c.origin.meta
         self.tx = optimizer_of(cfg, self.steps)
         self.schedule = learning_rate(cfg.optim, self.steps)
-        self.batch_sharding = NamedSharding(mesh, self.lm.rules.spec(("batch", "time")))
-        self.token_bytes = padded_token_bytes(data.tokenizer.token_bytes, cfg.model.vocab_size)
-        self.init_from = os.fspath(init_from)
-        self.meta: dict[str, Any] = {
-            "config": cfg.to_dict(),
-            "tokenizer": data.tokenizer.to_json(),
-            "data": data.fingerprint,
-        }
-        # of the corpus, or of the weights that the run began with
-        chat = data.template or find_template(workdir)
-        if not chat.plain:
-            self.meta["chat_template"] = chat.source
+        self.batch_sharding = NamedSharding(self.mesh, self.lm.rules.spec(("batch", "time")))
+        self.token_bytes = padded_token_bytes(c.data.tokenizer.token_bytes, cfg.model.vocab_size)
         peak = accounting.peak_flops(jax.devices()[0].device_kind, cfg.model.dtype)
-        self.peak = peak and peak * mesh.size
-        self.show = progress and hosts.rank == 0
+        self.peak = peak and peak * self.mesh.size
         self.seconds = 0.0  # training proper, this process
         self.compiled = 0  # programs so far
-        self.bar = Progress(self.steps, shown=self.show)
         self.last_eval: dict[str, Any] | None = None  # record of the newest evaluation
         self.last_average: dict[str, Any] | None = None  # of the running mean of the weights
-        self.base: Any = None  # of adapters: the weights they belong to
-        self.merge = None if self.adapters is None else jax.jit(self.adapters.merged)
         self.ended = 0  # step after which the run ended early
-        self.measure: Measure | None = None
+        self.bad_step = 0  # the newest one
+        self.clock = Clock()
+        self.hosts.report(phase="restoring or initialising")
+        teacher = load_teacher(cfg, c.data.tokenizer, self.lm, self.mesh)
+        self.first_state, self.first, meta = self._last_good()
+        self.objective: Objective = teacher or NEXT_TOKEN
+        if cfg.data.format == "preference":
+            self.objective = self.origin.reference()
+        self.faults = Faults(cfg.train, meta.get("faults"))
+        self.owes_evaluation = meta.get("owes_evaluation", False)
+        best.go_on_from(self.first, meta.get("best"))
+        if meta:  # a converted model's is of step 0
+            self.bar.say(f"Resuming {self.workdir} after step {self.first}.")
+            self._advise(self.first)
+        self.metrics = self._writer(self.first)
 
-    def finished(self) -> dict[str, Any] | None:
-        """Returns the summary if the run is finished, else None."""
-        path = self.workdir / "summary.json"
-        if not path.exists():
-            return None
-        summary = json.loads(path.read_text())
-        meta = None
-        # without any checkpoint there is nothing to compare with
-        with contextlib.suppress(CheckpointError):
-            meta = load_meta(self.workdir / "checkpoints")[1]
-        if meta:
-            self._same_data(meta)
-        if self.steps > int(summary.get("steps") or self.steps):
-            return None  # it was allowed more steps, else `claim` had refused them
-        self.bar.say(
-            f"{self.workdir} is finished: all {self.steps} steps are done. Give another --workdir to train anew."
-        )
-        return summary
+    def go(self, stop: Stop, changed: Sequence[str]) -> dict[str, Any]:
+        """Trains to the end, or until `stop`; the summary, or where it stopped.
 
-    def go(self, stop: Stop) -> dict[str, Any]:
-        cfg = self.cfg
-        with (
-            Checkpointer(
-                self.workdir / "checkpoints", keep=cfg.train.keep_checkpoints
-            ) as self.checkpoints,
-            contextlib.closing(Best(self.workdir / "best", cfg.train.keep_best)) as self.best,
-        ):
-            state, first = self._start()
-            self.metrics = self._writer(first)
-            if self.changed:
-                self.metrics.write(
-                    "event", first, {"event": "changed", "fields": list(self.changed)}
+        `changed`: fields that differ from those the run was started with."""
+        cfg, first = self.cfg, self.first
+        state = self.first_state
+        del self.first_state  # the steps give its buffers away
+        if changed:
+            self.metrics.write("event", first, {"event": "changed", "fields": list(changed)})
+        try:
+            if self.owes_evaluation:
+                self._evaluate(first, state)
+            patience = cfg.train.patience
+            # it was stopped between its end and the summary
+            if patience and self.best.since >= patience:
+                self.ended = last = first
+            else:
+                state, last = self._steps(state, first, stop)
+            if last < self.steps and not self.ended:
+                every = cfg.train.eval_every
+                # the end is in a hurry
+                self._save(last, state, owes_evaluation=bool(every) and last % every == 0)
+                self.checkpoints.wait()
+                self.bar.say(
+                    f"Stopped by {stop.name} after step {last}; saved. The same command goes on from hosts."
                 )
-            try:
-                if self.owes_evaluation:
-                    self._evaluate(first, state)
-                patience = cfg.train.patience
-                # it was stopped between its end and the summary
-                if patience and self.best.since >= patience:
-                    self.ended = last = first
-                else:
-                    state, last = self._steps(state, first, stop)
-                if last < self.steps and not self.ended:
-                    every = cfg.train.eval_every
-                    # the end is in a hurry
-                    self._save(last, state, owes_evaluation=bool(every) and last % every == 0)
-                    self.checkpoints.wait()
-                    self.bar.say(
-                        f"Stopped by {stop.name} after step {last}; saved. The same command goes on from hosts."
-                    )
-                    return {"finished": False, "step": last}
-                return self._finish(state)
-            finally:
-                self.metrics.close()
-                self.goodput.write()
+                return {"finished": False, "step": last}
+            return self._finish(state)
+        finally:
+            self.metrics.close()
+            self.goodput.write()
 
     def _writer(self, step: int) -> MetricWriter:
         active, directory = self.hosts.rank == 0, self.outbox.directory
@@ -320,120 +319,21 @@ class _Run:
             directory, resume_step=step, active=active, trackers=trackers, say=self.bar.say
         )
 
-    def _start(self) -> tuple[TrainState, int]:
-        """Restores the last good checkpoint, or initialises a new state. Returns (state, step)."""
-        self.hosts.report(phase="restoring or initialising")
-        self.teacher: Teacher | Reference | None = load_teacher(
-            self.cfg, self.data.tokenizer, self.lm, self.mesh
-        )
-        state, first, meta = self._last_good()
-        if self.cfg.data.format == "preference":
-            self.teacher = self._reference()
-        self.faults = Faults(self.cfg.train, meta.get("faults"))
-        self.owes_evaluation = meta.get("owes_evaluation", False)
-        self.best.go_on_from(first, meta.get("best"))
-        if meta:  # a converted model's is of step 0
-            self.bar.say(f"Resuming {self.workdir} after step {first}.")
-            self._advise(first)
-        return state, first
-
     def _last_good(self) -> tuple[TrainState, int, dict[str, Any]]:
         """(state, step, meta) of the newest checkpoint that verifies, or of the beginning."""
-        restored = self.checkpoints.restore_latest(
-            abstract_state(self.trained, self.tx, self.mesh, bool(self.cfg.optim.ema))
-        )
+        restored = self.checkpoints.restore_latest(self.origin.abstract(self.tx))
         if restored is None:
-            return self._fresh(), 0, {}
-        self._same_data(restored.meta)
-        if "chat_template" in restored.meta:
-            self.meta.setdefault("chat_template", restored.meta["chat_template"])
-        self._same_origin(restored.meta)
-        self._keep_base()
+            return self.origin.fresh(self.tx), 0, {}
+        self.origin.accept(restored.meta)
         for step, why in restored.skipped.items():
             self.bar.say(f"Checkpoint of step {step} is damaged ({why}); it was set aside.")
         return restored.state, restored.step, restored.meta
-
-    def _fresh(self) -> TrainState:
-        state = create_state(
-            self.trained, self.tx, self.mesh, self.cfg.train.seed, bool(self.cfg.optim.ema)
-        )
-        if not self.init_from:
-            if self.adapters:
-                raise ConfigError(
-                    f"config.adapter.rank = {self.cfg.adapter.rank} trains adapters of the weights of another run: give "
-                    "--init_from, or set it to 0 to train all weights."
-                )
-            return state
-        params, lineage = initial_params(
-            self.init_from, self.cfg, self.data.tokenizer, self.lm, self.mesh
-        )
-        self.meta["lineage"] = lineage
-        if template := chat_template(
-            self.init_from, load_meta(checkpoint_directory(self.init_from))[1]
-        ):
-            self.meta.setdefault("chat_template", template)
-        self.bar.say(f"Starting from the weights of {self.init_from}, step {lineage['step']}.")
-        if self.adapters:
-            self.base = params
-            return state
-        return state.starting_from(params)
-
-    def _keep_base(self) -> None:
-        """Of a run of adapters that goes on: the weights they belong to."""
-        if self.adapters and self.base is None:
-            came = self.meta["lineage"]
-            self.base, _ = initial_params(
-                came["parent"], self.cfg, self.data.tokenizer, self.lm, self.mesh, came["step"]
-            )
-
-    def _reference(self) -> Reference:
-        """The weights that the run began with. Raises ConfigError: it began with none."""
-        params, came = self.base, self.meta.get("lineage")
-        if not came:
-            raise ConfigError(
-                "config.data.format = 'preference' holds the model to the weights that it starts from: give --init_from."
-            )
-        if params is None:
-            params, _ = initial_params(
-                came["parent"], self.cfg, self.data.tokenizer, self.lm, self.mesh, came["step"]
-            )
-        return Reference(self.lm, params, self.cfg.preference.beta)
-
-    def _whole(self, params: Any) -> Any:
-        """The model's parameters, of those of a state."""
-        return params if self.merge is None else self.merge(self.base, params)
-
-    def _same_origin(self, meta: dict[str, Any]) -> None:
-        """Keep the lineage of the run; refuse to go on as if it had started from other weights."""
-        if lineage := meta.get("lineage"):
-            self.meta["lineage"] = lineage
-        parent = (lineage or {}).get("parent", "")
-        if self.init_from and self.init_from != parent:
-            was = f"the weights of {parent}" if parent else "fresh weights"
-            raise CheckpointError(
-                f"{self.workdir} holds a run that started from {was}, not from {self.init_from}. Give another --workdir, "
-                "or leave out --init_from to go on."
-            )
 
     def _advise(self, step: int) -> None:
         self.hosts.advice = (
             f"The checkpoint of step {step} is whole: the same command goes on from there, on any number of processes "
             "that divides the batch."
         )
-
-    def _same_data(self, meta: dict[str, Any]) -> None:
-        """Raises CheckpointError if the checkpoint was trained with another tokenizer or other
-        data."""
-        if meta["tokenizer"] != self.meta["tokenizer"]:
-            raise CheckpointError(
-                f"the tokenizer {self.cfg.data.tokenizer!r} does not fit the checkpoint in {self.workdir}: it was trained "
-                "with another one. Put the old one back, or give another --workdir."
-            )
-        if meta["data"] != self.meta["data"] and not self.other_data:
-            raise CheckpointError(
-                f"the corpus has changed since {self.workdir} was started, so the run cannot go on with the same rows. "
-                "Restore the corpus, give another --workdir, or --allow=data.paths to go on with the new rows."
-            )
 
     def _steps(self, state: TrainState, first: int, stop: Stop) -> tuple[TrainState, int]:
         """Steps first + 1 .. ; returns at the end or when asked to stop."""
@@ -444,13 +344,13 @@ class _Run:
             t.accum,
             self.token_bytes,
             self._compile,
-            self.teacher,
+            self.objective,
             self.cfg.optim.ema,
-            self.adapters,
+            self.origin.adapters,
             self._cut_length if t.lengths else None,
         )
-        beside = {} if self.teacher is None else {"teacher": self.teacher.params}
-        beside |= {} if self.adapters is None else {"base": self.base}
+        frozen = {"teacher": self.objective.params, "base": self.origin.base}
+        beside = {name: params for name, params in frozen.items() if params is not None}
         beside = (beside,) if beside else ()
         loader = Loader(
             self.data.train, t.batch_size, seed=self.cfg.data.seed, sharding=self.batch_sharding
@@ -458,7 +358,7 @@ class _Run:
         # The batch is a function of the step, and of the batches that rewinds left out.
         batches = loader.iter_from_step(faults.position(first + 1))
         tracer = Tracer(self.debug.profile_steps, self.outbox.directory / "profile")
-        self.clock = clock = Clock()
+        clock = self.clock = Clock()
         pending, step = None, first
         try:
             while step < self.steps:
@@ -580,7 +480,7 @@ class _Run:
             accounting.tokens_per_step(self.cfg),
             accounting.true_step_flops(self.cfg, step),
         )
-        flops += 0 if self.teacher is None else tokens * self.teacher.flops_per_token()
+        flops += tokens * self.objective.flops_per_token()
         values |= {
             "lr": float(self.schedule(step - 1 - self.faults.skipped(step))),
             "time_s": self.clock.total(),
@@ -611,19 +511,18 @@ class _Run:
                 self.data.validation, rows, limit=t.eval_rows, sharding=self.batch_sharding
             )
             batches = list(batches)
-            record = evaluate(self.lm, self._whole(state.params), batches, self.token_bytes)
+            whole = self.origin.whole(state.params)
+            record = evaluate(self.lm, whole, batches, self.token_bytes)
             average = None
             if state.average is not None:
                 average = self.last_average = evaluate(
-                    self.lm, self._whole(state.average), batches, self.token_bytes
+                    self.lm, self.origin.whole(state.average), batches, self.token_bytes
                 )
-            if isinstance(self.teacher, Reference):
-                whole = self._whole(state.params)
-                record |= evaluate_preference(self.teacher, self.lm, whole, batches)
+            record |= self.objective.evaluate(self.lm, whole, batches)
             for name, held_out in self.data.sources:
                 limit = -(-t.eval_rows // len(self.data.sources))
                 own = eval_batches(held_out, rows, limit=limit, sharding=self.batch_sharding)
-                found = evaluate(self.lm, self._whole(state.params), list(own), self.token_bytes)
+                found = evaluate(self.lm, whole, list(own), self.token_bytes)
                 record |= {
                     f"source/{name}/{key}": found[key]
                     for key in ("causal/nll", "causal/bits_per_byte")
@@ -632,7 +531,7 @@ class _Run:
                 source = self.meta.get("chat_template")
                 model = Loaded(
                     self.lm,
-                    self._whole(state.params),
+                    whole,
                     self.data.tokenizer,
                     self.cfg,
                     step,
@@ -686,28 +585,14 @@ class _Run:
         # resumed after the last step
         record = self.last_eval or self._evaluate(self.ended or self.steps, state)
         self._push()
-        cfg = self.cfg
+        cfg, first = self.cfg, self.hosts.rank == 0
         summary = {
             "finished": True,
             "name": cfg.name,
             "steps": self.steps,
             "seconds": self.seconds,
-            "tokens": self.steps * accounting.tokens_per_step(cfg),
-            "parameters": accounting.parameters(cfg.model, cfg.depth, cfg.recursion).to_dict(),
-            "paper_flops_per_token": accounting.paper_flops_per_token(cfg.model, cfg.depth),
-            "true_flops_per_token": accounting.true_flops_per_token(
-                cfg.model, cfg.depth, recursion=cfg.recursion
-            ).total,
-            "paper_training_flops": accounting.paper_training_flops(cfg, self.steps),
-            "true_training_flops": accounting.true_training_flops(cfg, self.steps),
-            "kv_bytes_per_token": accounting.kv_bytes_per_token(
-                # With a fixed depth there is nothing to measure, and a block repeated in place has
-                # no steps to share.
-                cfg.model,
-                cfg.depth,
-                mean_active=record["causal/active_share"] if cfg.depth.routed else None,
-            ),
-            "trigram_bits_per_byte": self._trigram(),
+            **counted(cfg, self.steps, record),
+            "trigram_bits_per_byte": trigram_bits_per_byte(cfg, self.data) if first else None,
             "eval": record,
             **({"eval_average": self.last_average} if self.last_average else {}),
             "best": self.best.state(),
@@ -718,14 +603,8 @@ class _Run:
             "device": f"{mesh_device(self.mesh)}",
             "versions": versions(),
         }
-        if self.hosts.rank == 0:
-            # Held-out passages for reports, which then need no corpus.
-            rows = min(SAMPLE_ROWS, len(self.data.validation))
-            text = "".join(
-                self.data.tokenizer.decode(self.data.validation[i]["tokens"]) for i in range(rows)
-            )
-            text = text[:SAMPLE_TEXT]
-            write_text(self.workdir / "sample.txt", text)
+        if first:
+            write_text(self.workdir / "sample.txt", sample_text(self.data))
             write_json(self.workdir / "summary.json", summary)
         return summary
 
@@ -740,19 +619,3 @@ class _Run:
                 f"the records of {self.workdir} could not be written: {reason(e)}. They are in {self.outbox.directory}; "
                 "the same command goes on from the last checkpoint."
             ) from e
-
-    def _trigram(self) -> float | None:
-        """Bits per byte of a trigram model on the rows the evaluation read: the floor a trained
-        model must beat."""
-        tokenizer, cfg = self.data.tokenizer, self.cfg
-        if not tokenizer.token_bytes.any() or self.hosts.rank != 0:
-            return None
-        bytes_per_row = self.data.stats["train"]["bytes"] / max(len(self.data.train), 1)
-        rows = min(len(self.data.train), int(TRIGRAM_BYTES / max(bytes_per_row, 1.0)) + 1)
-        held_out = min(cfg.train.eval_rows or len(self.data.validation), len(self.data.validation))
-        model = TrigramByteModel.fit(
-            rows_to_bytes((self.data.train[i] for i in range(rows)), tokenizer)
-        )
-        return model.bits_per_byte(
-            rows_to_bytes((self.data.validation[i] for i in range(held_out)), tokenizer)
-        )

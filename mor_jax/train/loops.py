@@ -20,13 +20,14 @@ from mor_jax.model.recursion.loss import divergence, log_prior, log_stopping, st
 from mor_jax.model.recursion.unroll import Unrolled
 from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.parallel.rows import over_rows
+from mor_jax.train.objective import Scales
 
 
 def loop_loss(
     lm: LM,
     params: Any,
     batch: dict[str, jax.Array],
-    scales: tuple[jax.Array, jax.Array],
+    scales: Scales,
     token_bytes_V: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """As `step.loss_fn`: the trained objective, and sums. `lm_loss` and the bits per byte are those
@@ -41,7 +42,7 @@ def loop_loss(
     prior."""
     seg = batch["segment_ids"]
     targets, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
-    target_count, _ = scales
+    target_count = scales.targets.loss
 
     def run(
         params: Tree,

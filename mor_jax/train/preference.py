@@ -23,33 +23,78 @@ import jax.numpy as jnp
 from mor_jax.analysis import accounting
 from mor_jax.model.lm import CAUSAL, LM, ROW, STATES, TOPK
 from mor_jax.model.loss import next_token_targets
+from mor_jax.nn.parameters import Axes
 from mor_jax.parallel.rows import over_rows
-
-Batch = dict[str, jax.Array]
+from mor_jax.train.objective import Batch, Divisors, LossInputs, Sums
 
 
 class Reference(NamedTuple):
-    """The weights that a run is held to."""
+    """The weights that a run is held to; see `train.objective.Objective`."""
 
     lm: LM
     params: Any
     beta: float
 
+    @property
+    def taught_axes(self) -> Axes:
+        return ROW
+
+    def with_params(self, params: Any) -> Reference:
+        return self._replace(params=params)
+
     def teach(self, batch: Batch, mode: str = TOPK) -> Batch:
-        """The batch with the reference's nll of each target as "reference", [B, T] float32."""
+        """The batch with the reference's nll of each target as "taught", [B, T] float32."""
         nll = _token_nll(self.lm, self.params, batch, mode)
-        return batch | {"reference": jax.lax.stop_gradient(nll)}
+        return batch | {"taught": jax.lax.stop_gradient(nll)}
+
+    def tables(self) -> tuple[None, None]:
+        return None, None
+
+    def counted(self, weights_BxT: jax.Array) -> jax.Array:
+        """Those of the chosen conversations."""
+        return weights_BxT > 0
+
+    def counts(self, weights_BxT: jax.Array, segment_ids_BxT: jax.Array) -> Divisors:
+        """(pairs, targets of the chosen conversations)."""
+        paired = (weights_BxT != 0).astype(jnp.float32)
+        pairs = jnp.sum(_of_pairs(paired, segment_ids_BxT) > 0).astype(jnp.float32)
+        chosen = jnp.sum(self.counted(weights_BxT), dtype=jnp.float32)
+        return Divisors(jnp.maximum(pairs, 1.0), jnp.maximum(chosen, 1.0))
+
+    def sums(self, lm: LM, params: Any, rows: LossInputs) -> Sums:
+        """(loss, nll of the chosen conversations, figures) of the pairs.
+
+        The loss of a pair is of sums over tokens, whose logits must not exist all at once. So the
+        margins are taken as numbers first, and the gradient is that of a cross-entropy whose
+        weights are the derivative of the loss with respect to each token's nll: beta sigmoid(-r)
+        w."""
+        assert rows.taught is not None, "of `teach`"
+        still, beta = jax.lax.stop_gradient, self.beta
+        seg_BxT, weights_BxT = rows.segment_ids_BxT, rows.weights_BxT
+        nll_BxT = still(lm.token_nll(still(params), still(rows.h_BxTxD), rows.targets_BxT))
+        chosen, rejected, counted = margins(nll_BxT, rows.taught, weights_BxT, seg_BxT)
+        reward = beta * (chosen - rejected)
+        slope_BxP = beta * jax.nn.sigmoid(-reward) * counted
+        slope_BxT = jnp.take_along_axis(slope_BxP, _pair(seg_BxT), axis=-1) * weights_BxT
+        surrogate = lm.cross_entropy(params, rows.h_BxTxD, rows.targets_BxT, still(slope_BxT))
+        figures = _figures(beta * chosen, beta * rejected, counted)
+        loss = surrogate - still(surrogate) + figures["loss"]
+        nll = jnp.sum(nll_BxT * self.counted(weights_BxT))
+        return Sums(loss, nll, {f"preference/{name}": x for name, x in figures.items()})
 
     def flops_per_token(self) -> float:
         """True FLOPs of its forward pass."""
         return accounting.true_flops_per_token(self.lm.model, self.lm.depth).total
 
-
-def pair_counts(weights_BxT: jax.Array, seg_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(pairs of a batch, targets of its chosen conversations), float32 scalars, from the weights of
-    targets."""
-    pairs = jnp.sum(_of_pairs((weights_BxT != 0).astype(jnp.float32), seg_BxT) > 0)
-    return pairs.astype(jnp.float32), jnp.sum(weights_BxT > 0, dtype=jnp.float32)
+    def evaluate(self, lm: LM, params: Any, batches: list[Batch]) -> dict[str, float]:
+        """preference/loss, accuracy, margin, chosen and rejected of held-out pairs, means over
+        them. Both models read as they generate (causal depths)."""
+        total: dict[str, float] = {}
+        for batch in batches:
+            sums = jax.device_get(_eval_step(lm, params, *self, batch))
+            total = {name: total.get(name, 0.0) + float(x) for name, x in sums.items()}
+        pairs = max(total.pop("pairs"), 1.0)
+        return {f"preference/{name}": x / pairs for name, x in total.items()}
 
 
 def margins(
@@ -66,47 +111,6 @@ def margins(
     return chosen, rejected, counted.astype(jnp.float32)
 
 
-def preferred(
-    lm: LM,
-    params: Any,
-    h_BxTxD: jax.Array,
-    targets_BxT: jax.Array,
-    weights_BxT: jax.Array,
-    seg_BxT: jax.Array,
-    reference_BxT: jax.Array,
-    beta: float,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """(loss, nll of the chosen conversations, figures), sums over the pairs of rows that lie on one
-    device.
-
-    The loss of a pair is of sums over tokens, whose logits must not exist all at once. So the
-    margins are taken as numbers first, and the gradient is that of a cross-entropy whose weights
-    are the derivative of the loss with respect to each token's nll: beta sigmoid(-r) w."""
-    still = jax.lax.stop_gradient
-    nll_BxT = still(lm.token_nll(still(params), still(h_BxTxD), targets_BxT))
-    chosen, rejected, counted = margins(nll_BxT, reference_BxT, weights_BxT, seg_BxT)
-    reward = beta * (chosen - rejected)
-    slope_BxP = beta * jax.nn.sigmoid(-reward) * counted
-    slope_BxT = jnp.take_along_axis(slope_BxP, _pair(seg_BxT), axis=-1) * weights_BxT
-    surrogate = lm.cross_entropy(params, h_BxTxD, targets_BxT, still(slope_BxT))
-    figures = _figures(beta * chosen, beta * rejected, counted)
-    loss = surrogate - still(surrogate) + figures["loss"]
-    return loss, jnp.sum(nll_BxT * (weights_BxT > 0)), figures
-
-
-def evaluate_preference(
-    reference: Reference, lm: LM, params: Any, batches: list[Batch]
-) -> dict[str, float]:
-    """preference/loss, accuracy, margin, chosen and rejected of held-out pairs, means over them.
-    Both models read as they generate (causal depths)."""
-    total: dict[str, float] = {}
-    for batch in batches:
-        sums = jax.device_get(_eval_step(lm, params, *reference, batch))
-        total = {name: total.get(name, 0.0) + float(x) for name, x in sums.items()}
-    pairs = max(total.pop("pairs"), 1.0)
-    return {f"preference/{name}": x / pairs for name, x in total.items()}
-
-
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _eval_step(
     lm: LM, params: Any, held_lm: LM, held_params: Any, beta: float, batch: Batch
@@ -114,7 +118,7 @@ def _eval_step(
     held = Reference(held_lm, held_params, beta)
     seg = batch["segment_ids"]
     _, weights = next_token_targets(batch["tokens"], seg, batch["weights"])
-    nll, taught = _token_nll(lm, params, batch, CAUSAL), held.teach(batch, CAUSAL)["reference"]
+    nll, taught = _token_nll(lm, params, batch, CAUSAL), held.teach(batch, CAUSAL)["taught"]
     chosen, rejected, counted = margins(nll, taught, weights, seg)
     figures = _figures(held.beta * chosen, held.beta * rejected, counted)
     return figures | {"pairs": jnp.sum(counted)}

@@ -33,7 +33,7 @@ STRETCHES = 16  # contexts of the sample text that are read for the depths by to
 CURVE = "depth_curve.json"
 
 
-class Reading(NamedTuple):
+class DepthReading(NamedTuple):
     """Text as a model read it, causally."""
 
     tokens: list[str]
@@ -42,7 +42,7 @@ class Reading(NamedTuple):
     nlls: list[float | None]
 
 
-def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
+def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> DepthReading:
     """Tokens of `text`, their causal depths, and the loss of the prediction made at each.
 
     Longer text than the context is cut into stretches that begin anew, at most so many; all are one
@@ -50,7 +50,7 @@ def read(loaded: Loaded, text: str, *, stretches: int = STRETCHES) -> Reading:
     """
     context, tokenizer = loaded.lm.model.context, loaded.tokenizer
     ids, step = tokenizer.encode(text), context - 1
-    found = Reading([], [], [])
+    found = DepthReading([], [], [])
     with jax.set_mesh(loaded.mesh):
         for start in range(0, min(len(ids), stretches * step), step):
             cut = ids[start : start + step]

@@ -15,7 +15,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 
-class Progress:
+class TrainingBar:
     """Progress over `steps` optimiser steps; silent unless `shown`."""
 
     def __init__(self, steps: int, *, shown: bool):

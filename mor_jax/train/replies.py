@@ -15,7 +15,7 @@ from mor_jax.inference.text import complete
 from mor_jax.train.load import Loaded
 
 
-class Reply(NamedTuple):
+class GradedReply(NamedTuple):
     """What a model answered. `finish` as of `inference.text.Completion`."""
 
     id: str  # of the conversation
@@ -33,7 +33,7 @@ class Replies(NamedTuple):
     """All answers, and the ids of conversations that leave no room for one in the model's
     context."""
 
-    answers: tuple[Reply, ...]
+    answers: tuple[GradedReply, ...]
     too_long: tuple[str, ...]
 
     def record(self) -> dict[str, float]:
@@ -106,10 +106,10 @@ def answer(
         stop=template.stops,
         stop_tokens=template.stop_tokens(tokenizer),
     )
-    answers = (Reply(*known, c.text, c.finish) for known, c in zip(asked, done, strict=True))
+    answers = (GradedReply(*known, c.text, c.finish) for known, c in zip(asked, done, strict=True))
     return Replies(tuple(answers), tuple(too_long))
 
 
-def to_json(reply: Reply) -> dict[str, Any]:
+def to_json(reply: GradedReply) -> dict[str, Any]:
     """Its fields, and "exact"."""
     return reply._asdict() | {"exact": reply.exact}

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,10 @@ from mor_jax.model.loss import next_token_targets
 from mor_jax.model.recursion.sampling import draw
 from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.parallel.rows import over_rows
-from mor_jax.train.distill import Teacher, distilled
 from mor_jax.train.loops import loop_loss
-from mor_jax.train.preference import Reference, pair_counts, preferred
+from mor_jax.train.objective import NEXT_TOKEN, Batch, LossInputs, Objective, Scales, Sums
 from mor_jax.train.state import TrainState
 
-# tokens, segment_ids: [B, T] int32; of conversations weights: [B, T] float32; under a model that
-# draws salt: [B] uint32; where the number of recursions is drawn, steps: [B] int32; see also
-# step_targets of `train/loops.py`
-Batch = dict[str, jax.Array]
 # a train step: (state, batch, limit, beside) -> (state, metrics)
 Program = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
@@ -38,12 +33,17 @@ Program = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 AUXILIARY_LOSSES = ("router_loss", "router_z_loss")
 
 
-Scales = tuple[jax.Array, ...]
+class Entered(NamedTuple):
+    """What has run before the differentiated part of a step; see `LM.enter` and `LM.route`."""
+
+    x_BxTxD: jax.Array
+    depth_BxT: jax.Array
+    profile: int
 
 
-def loss_scales(lm: LM, batch: Batch, pairs: bool = False) -> Scales:
-    """What the sums of a whole batch are divided by: target tokens, and router candidates of each
-    step [R]; under preferences (`pairs`) pairs, candidates, and target tokens of the chosen.
+def loss_scales(lm: LM, batch: Batch, objective: Objective = NEXT_TOKEN) -> Scales:
+    """What the sums of a whole batch are divided by: what the objective counts, and router
+    candidates of each step [R].
 
     Both follow from the segment ids and loss weights alone, so every micro-batch can divide by the
     whole batch's counts: each loss term is then the same number under any gradient accumulation
@@ -53,12 +53,7 @@ def loss_scales(lm: LM, batch: Batch, pairs: bool = False) -> Scales:
     _, weights = next_token_targets(batch["tokens"], seg, batch.get("weights"))
     real_B = jnp.sum(seg > 0, axis=-1)
     candidates = lm.policy.candidate_counts(real_B, seg.shape[-1])
-    if pairs:
-        count, chosen = pair_counts(weights, seg)
-        return jnp.maximum(count, 1.0), jnp.maximum(candidates, 1.0), jnp.maximum(chosen, 1.0)
-    # A count, not the sum of the weights, which may cancel (advantages of a policy gradient).
-    targets = jnp.sum(weights != 0, dtype=jnp.float32)
-    return jnp.maximum(targets, 1.0), jnp.maximum(candidates, 1.0)
+    return Scales(objective.counts(weights, seg), jnp.maximum(candidates, 1.0))
 
 
 def loss_fn(
@@ -67,21 +62,24 @@ def loss_fn(
     batch: Batch,
     scales: Scales,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | Reference | None = None,
-    **of_forward: Any,
+    objective: Objective = NEXT_TOKEN,
+    *,
+    entered: Entered | None = None,
+    executor: str | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Loss of one micro-batch against the whole batch's `scales`: LM loss + the policy's weighted
-    auxiliary losses.
+    """Loss of one micro-batch against the whole batch's `scales`: that of the objective + the
+    policy's weighted auxiliary losses.
 
-    The second result is sums, to be added over micro-batches. Keyword arguments go to `LM.forward`.
-    With a `teacher` the batch holds its states (`Teacher.teach`), and the LM loss is mixed with the
-    distillation loss; with a `Reference` the loss is that of preferences, and `lm_loss` that of the
-    chosen conversations."""
+    The second result is sums, to be added over micro-batches.
+
+    Args:
+      objective: with a frozen model, the batch holds what `Objective.teach` adds.
+      entered: what has run already for these rows.
+      executor: as in `LM.forward`.
+    """
     tokens, seg = batch["tokens"], batch["segment_ids"]
-    held = isinstance(teacher, Reference)
-    target_count, candidates_R, *chosen_count = scales
     targets, weights = next_token_targets(tokens, seg, batch.get("weights"))
-    depth, entered = of_forward.pop("depth_BxT", None), of_forward.pop("entered_BxTxD", None)
+    x_BxTxD, depth_BxT, profile = entered or (None, None, None)
 
     def run(
         params: Tree,
@@ -90,64 +88,61 @@ def loss_fn(
         targets: jax.Array,
         weights: jax.Array,
         depth: jax.Array | None,
-        entered: jax.Array | None,
+        x: jax.Array | None,
         salt: jax.Array | None,
         taught: jax.Array | None,
         tables: Tree | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None, dict[str, jax.Array], RouterStats]]:
+    ) -> tuple[jax.Array, tuple[Sums, RouterStats]]:
         params = lm.with_table(params)
-        how = of_forward | {"depth_BxT": depth, "entered_BxTxD": entered, "salt_B": salt}
-        out = lm.forward(params, tokens, seg, mode=TOPK, **how)
-        if teacher is None:
-            nll = lm.cross_entropy(params, out.h_BxTxD, targets, weights)
-            return out.depth_BxT, (nll, None, {}, out.stats)
-        assert taught is not None, "of a teacher"
-        if isinstance(teacher, Reference):
-            sums = preferred(lm, params, out.h_BxTxD, targets, weights, seg, taught, teacher.beta)
-            return out.depth_BxT, (*sums, out.stats)
-        assert tables is not None, "of a teacher"
-        learned, nll, distillation = distilled(
-            lm, params, out.h_BxTxD, targets, weights, teacher, tables, taught
+        out = lm.forward(
+            params,
+            tokens,
+            seg,
+            mode=TOPK,
+            executor=executor,
+            profile=profile,
+            depth_BxT=depth,
+            entered_BxTxD=x,
+            salt_B=salt,
         )
-        return out.depth_BxT, (learned, nll, {"distill_loss": distillation}, out.stats)
+        rows = LossInputs(out.h_BxTxD, targets, weights, seg, taught, tables)
+        return out.depth_BxT, (objective.sums(lm, params, rows), out.stats)
 
-    def given(x: jax.Array | None, names: Axes) -> Axes | None:
+    def given(x: jax.Array | None, names: Axes | None) -> Axes | None:
         return None if x is None else names
 
-    salt, taught = batch.get("salt"), batch.get("reference" if held else "taught")
-    tables, table_axes = teacher.tables() if isinstance(teacher, Teacher) else (None, None)
+    salt, taught = batch.get("salt"), batch.get("taught")
+    tables, table_axes = objective.tables()
     axes = (
         lm.logical_axes(),
         ROW,
         ROW,
         ROW,
         ROW,
-        given(depth, ROW),
-        given(entered, STATES),
+        given(depth_BxT, ROW),
+        given(x_BxTxD, STATES),
         given(salt, ("batch",)),
-        given(taught, ROW if held else STATES),
+        given(taught, objective.taught_axes),
         table_axes,
     )
-    depth_BxT, (learned, nll, more, stats) = over_rows(lm.rules, run, axes, ROW)(
-        params, tokens, seg, targets, weights, depth, entered, salt, taught, tables
+    depth_BxT, (sums, stats) = over_rows(lm.rules, run, axes, ROW)(
+        params, tokens, seg, targets, weights, depth_BxT, x_BxTxD, salt, taught, tables
     )
-    nll = learned if nll is None else nll
-    lm_loss = nll / (chosen_count[0] if held else target_count)
-    prefix = "preference/" if held else ""
+    nll, count = sums.loss if sums.nll is None else sums.nll, scales.targets
     zero = {name: jnp.zeros(()) for name in AUXILIARY_LOSSES}
-    auxiliary, weight = zero | lm.policy.losses(stats, candidates_R), lm.policy.loss_weights()
-    loss = learned / target_count + sum(w * auxiliary[name] for name, w in weight.items())
+    auxiliary = zero | lm.policy.losses(stats, scales.candidates_R)
+    loss = sums.loss / count.loss
+    loss += sum(w * auxiliary[name] for name, w in lm.policy.loss_weights().items())
     aux = {
         "loss": loss,
-        "lm_loss": lm_loss,
-        **{f"{prefix}{name}": x / target_count for name, x in more.items()},
+        "lm_loss": nll / count.nll,
+        **{name: x / count.loss for name, x in sums.figures.items()},
         **auxiliary,
         "depth_sum": jnp.sum(depth_BxT).astype(jnp.float32),
         "tokens": jnp.sum(seg > 0).astype(jnp.float32),
         "nll": jax.lax.stop_gradient(nll),
         "bytes": jnp.sum(
-            (weights > 0 if held else weights != 0)
-            * (1.0 if token_bytes_V is None else token_bytes_V[targets])
+            objective.counted(weights) * (1.0 if token_bytes_V is None else token_bytes_V[targets])
         ),
         "router": jax.lax.stop_gradient(stats),
     }
@@ -175,9 +170,9 @@ def _micro_batches(batch: Batch, accum: int) -> Batch:
 
 def _grad(
     lm: LM,
-    scales: Any,
+    scales: Scales,
     token_bytes_V: jax.Array | None,
-    teacher: Teacher | Reference | None,
+    objective: Objective,
     params: Any,
     batch: Batch,
 ) -> tuple[Any, dict[str, Any]]:
@@ -185,17 +180,17 @@ def _grad(
         return jax.grad(lambda p: loop_loss(lm, p, batch, scales, token_bytes_V), has_aux=True)(
             params
         )
-    batch = batch if teacher is None else teacher.teach(batch)
-    return jax.grad(lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, teacher), has_aux=True)(
-        params
-    )
+    batch = objective.teach(batch)
+    return jax.grad(
+        lambda p: loss_fn(lm, p, batch, scales, token_bytes_V, objective), has_aux=True
+    )(params)
 
 
 def _grad_by_profile(
     lm: LM,
-    scales: Any,
+    scales: Scales,
     token_bytes_V: jax.Array | None,
-    teacher: Teacher | Reference | None,
+    objective: Objective,
     params: Any,
     batch: Batch,
 ) -> tuple[Any, dict[str, Any]]:
@@ -205,15 +200,15 @@ def _grad_by_profile(
     intermediate results exist at a time (JAX keeps room for those of every branch of a
     differentiated `switch`).
     """
-    batch = batch if teacher is None else teacher.teach(batch)
+    batch = objective.teach(batch)
     tokens, seg = batch["tokens"], batch["segment_ids"]
     x, pull = jax.vjp(lambda p: lm.enter(p, tokens, seg), params)
     profile, depth_BxT = lm.route(params, x, tokens, seg, batch.get("salt"))
 
     def rest(profile: int) -> Callable[..., tuple[Any, dict[str, Any]]]:
         def loss(p: Tree, x: jax.Array, depth_BxT: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-            how = {"profile": profile, "depth_BxT": depth_BxT, "entered_BxTxD": x}
-            return loss_fn(lm, p, batch, scales, token_bytes_V, teacher, **how)
+            entered = Entered(x, depth_BxT, profile)
+            return loss_fn(lm, p, batch, scales, token_bytes_V, objective, entered=entered)
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)
 
@@ -230,15 +225,15 @@ def gradients(
     batch: Batch,
     accum: int,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | Reference | None = None,
+    objective: Objective = NEXT_TOKEN,
 ) -> tuple[Any, dict[str, Any]]:
     """Gradient of the batch loss and the summed metrics, over `accum` micro-batches in sequence."""
-    scales = loss_scales(lm, batch, isinstance(teacher, Reference))
+    scales = loss_scales(lm, batch, objective)
     many = (
         len(lm.policy.profiles(batch["tokens"].shape[-1])) > 1 and lm.depth.executor == "gathered"
     )
     grad = functools.partial(
-        _grad_by_profile if many else _grad, lm, scales, token_bytes_V, teacher
+        _grad_by_profile if many else _grad, lm, scales, token_bytes_V, objective
     )
     if accum == 1:
         return grad(params, batch)
@@ -277,7 +272,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     accum: int = 1,
     token_bytes_V: jax.Array | None = None,
-    teacher: Teacher | Reference | None = None,
+    objective: Objective = NEXT_TOKEN,
     ema: float = 0.0,
     adapters: Adapters | None = None,
     length: int = 0,
@@ -287,7 +282,7 @@ def make_train_step(
 
     Args:
       token_bytes_V: bytes of each token, for bits per byte; without it, bits per token.
-      teacher: whose predictions are learned, too, or that the model is held to. Its weights are
+      objective: what is minimised. The weights of its frozen model, if it has one, are
         `beside["teacher"]`: closed over, they would be constants of the program.
       ema: decay of the running mean of the parameters, of a state that has one.
       adapters: what the state's parameters are, in place of the model's, which are `beside["base"]`
@@ -301,7 +296,8 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, limit: jax.Array | None = None, beside: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        teaches = None if teacher is None else teacher._replace(params=beside["teacher"])
+        frozen = (beside or {}).get("teacher")
+        of_step = objective if frozen is None else objective.with_params(frozen)
         whole, pull = state.params, None
         # a step forms the gradient of the whole weights once, and takes the adapters' from it
         if adapters is not None:
@@ -317,7 +313,7 @@ def make_train_step(
         if lm.recursion.sampling != "fixed":
             steps_B = draw(lm.recursion, lm.program.recursions, state.step, rows)
             batch = batch | {"steps": lm.rules.constrain(steps_B, "batch")}
-        grads, aux = gradients(lm, whole, batch, accum, token_bytes_V, teaches)
+        grads, aux = gradients(lm, whole, batch, accum, token_bytes_V, of_step)
         grads = grads if pull is None else pull(grads)[0]
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
@@ -371,13 +367,13 @@ class StagedStep:
         accum: int,
         token_bytes_V: jax.Array | None = None,
         compile: Callable[[Program, tuple[Any, ...]], Program] | None = None,
-        teacher: Teacher | Reference | None = None,
+        objective: Objective = NEXT_TOKEN,
         ema: float = 0.0,
         adapters: Adapters | None = None,
         length_of: Callable[[int], int] | None = None,
     ):
         self._length_of = length_of or (lambda _: 0)
-        self._lm, self._rest = lm, (tx, accum, token_bytes_V, teacher, ema, adapters)
+        self._lm, self._rest = lm, (tx, accum, token_bytes_V, objective, ema, adapters)
         self._made: dict[tuple[int | None, int], Program] = {}
         self._compile = compile or (lambda step, _: jax.jit(step, donate_argnums=0))
 

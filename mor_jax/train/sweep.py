@@ -43,7 +43,7 @@ ONE_DEVICE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SweepJob:
     """One run of a sweep."""
 
     point: Point
@@ -55,7 +55,9 @@ class Job:
         return f"{self.point.name}/seed{self.seed}"
 
 
-def jobs(sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int = 1) -> list[Job]:
+def jobs(
+    sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int = 1
+) -> list[SweepJob]:
     """All runs of a sweep, seeds outermost, so that a sweep that is cut short has every point once.
 
     The seed is that of the initialisation and of the order of the rows.
@@ -80,7 +82,7 @@ def jobs(sweep: Sweep, *, fields: Mapping[str, Any] | None = None, devices: int 
                     raw["depth"] = switched(
                         raw["depth"], [key.removeprefix("depth.") for key in given]
                     )
-                found.append(Job(point, seed, from_config_dict(raw, devices=devices)))
+                found.append(SweepJob(point, seed, from_config_dict(raw, devices=devices)))
             except ConfigError as e:
                 raise ConfigError(f"point {point.name!r} of the sweep: {e}") from e
     return found
@@ -130,7 +132,7 @@ def run_sweep(
     return outcomes
 
 
-def run_job(job: Job, workdir: str | os.PathLike[str], *, progress: bool = True) -> bool:
+def run_job(job: SweepJob, workdir: str | os.PathLike[str], *, progress: bool = True) -> bool:
     """Train one run to its end; False if it was stopped before. Divergence is an end."""
     directory = as_path(workdir) / job.name
     try:
@@ -163,7 +165,7 @@ def finished(directory: epath.Path, cfg: Config) -> bool:
     return True
 
 
-def collect(todo: Sequence[Job], workdir: str | os.PathLike[str]) -> list[Outcome]:
+def collect(todo: Sequence[SweepJob], workdir: str | os.PathLike[str]) -> list[Outcome]:
     """The outcome of every job that has ended."""
     found = []
     for job in todo:
@@ -218,7 +220,7 @@ def write_results(sweep: Sweep, outcomes: Sequence[Outcome], workdir: epath.Path
 
 
 def _in_processes(
-    waiting: Sequence[Job],
+    waiting: Sequence[SweepJob],
     workdir: epath.Path,
     command: Callable[[str], Sequence[str]],
     slots: Sequence[str],
@@ -226,7 +228,7 @@ def _in_processes(
 ) -> None:
     """One process a job, one in each slot at a time; stops them all, saved, when told to stop."""
     queue, free = list(waiting), list(slots)
-    running: dict[subprocess.Popen[bytes], tuple[Job, str, Path]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[SweepJob, str, Path]] = {}
     # A process can write to a file of this machine only.
     logs = (
         Path(workdir) / "logs"

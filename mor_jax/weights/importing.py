@@ -22,7 +22,7 @@ from mor_jax.train.workdir import write_json
 from mor_jax.weights.families import Place
 from mor_jax.weights.gguf_file import Gguf
 from mor_jax.weights.huggingface import HuggingFace
-from mor_jax.weights.source import Source, check_tensors
+from mor_jax.weights.source import WeightSource, check_tensors
 
 
 class Imported(NamedTuple):
@@ -34,7 +34,7 @@ class Imported(NamedTuple):
     parameters: int
 
 
-def open_source(source: str | os.PathLike[str], *, context: int = 0) -> Source:
+def open_source(source: str | os.PathLike[str], *, context: int = 0) -> WeightSource:
     """The reader of `hf:DIR`, of a directory with a config.json, or of FILE.gguf.
 
     Args:
@@ -107,7 +107,7 @@ def import_weights(
     return Imported(config, words, chat, sum(x.size for x in jax.tree.leaves(params)))
 
 
-def _read(source: Source, wanted: Mapping[str, Place], config: Config) -> dict[str, Any]:
+def _read(source: WeightSource, wanted: Mapping[str, Place], config: Config) -> dict[str, Any]:
     """The parameter tree, made leaf by leaf; beside it no more than one leaf exists twice."""
     parts: dict[tuple[str, ...], list[str]] = {}
     for name, place in wanted.items():

@@ -20,7 +20,7 @@ from mor_jax.paths import as_path
 from mor_jax.weights.families import Place
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Weights on disk, in Hugging Face's names.
 
     Attributes:

@@ -86,7 +86,7 @@ def batch():
 def test_a_model_learns_nothing_from_itself(batch):
     lm = small_lm("vanilla", **TINY, layers=1)
     params = random_params(lm)
-    grads, aux = jax.jit(lambda p, b: gradients(lm, p, b, 1, teacher=Teacher(lm, params, 1.0)))(
+    grads, aux = jax.jit(lambda p, b: gradients(lm, p, b, 1, objective=Teacher(lm, params, 1.0)))(
         params, batch
     )
     assert float(aux["distill_loss"]) == pytest.approx(0.0, abs=1e-6)
@@ -114,7 +114,7 @@ def test_accumulation_counts_the_teacher_the_same(batch):
 
         return jax.grad(run, has_aux=True)(p)
 
-    two = jax.jit(lambda p, t, b: gradients(lm, p, b, 2, teacher=Teacher(other, t, 0.5, 2.0)))
+    two = jax.jit(lambda p, t, b: gradients(lm, p, b, 2, objective=Teacher(other, t, 0.5, 2.0)))
     (found, aux), (wanted, more) = (run(params, theirs, batch) for run in (two, jax.jit(plain)))
     assert float(aux["loss"]) == pytest.approx(
         0.5 * float(aux["lm_loss"] + aux["distill_loss"]), rel=1e-5

@@ -261,7 +261,7 @@ def taught() -> dict[str, float]:
                 for p, a in zip(params, axes, strict=True)
             ]
             step = jax.jit(
-                lambda p, t, b: gradients(lm, p, b, 2, teacher=teacher._replace(params=t))
+                lambda p, t, b: gradients(lm, p, b, 2, objective=teacher._replace(params=t))
             )
             grads, aux = step(*placed, {k: jax.device_put(v, rows) for k, v in batch.items()})
         return jax.tree.map(

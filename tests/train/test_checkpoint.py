@@ -25,7 +25,7 @@ import optax
 import pytest
 
 from mor_jax.errors import CheckpointError
-from mor_jax.train import checkpoint
+from mor_jax.train import digests, orbax
 from mor_jax.train.checkpoint import Checkpointer, load_meta, restore_params
 
 REPO = Path(__file__).resolve().parents[2]
@@ -122,7 +122,7 @@ def test_a_save_has_few_bytes_on_their_way_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(limits.LimitInFlightBytes, "wait_for_bytes", waited)
     monkeypatch.setattr(limits.LimitInFlightBytes, "release_bytes", released)
-    monkeypatch.setattr(checkpoint, "IN_FLIGHT", 300_000)
+    monkeypatch.setattr(orbax, "IN_FLIGHT", 300_000)
     state = {str(i): jnp.full((100, 250), i, jnp.float32) for i in range(12)}  # 100,000 bytes each
     state["large"] = jnp.arange(200_000, dtype=jnp.float32)  # more than the bound alone
     for name, of, bound in (("small", state.copy(), 300_000), ("large", state, 800_001)):
@@ -243,7 +243,7 @@ def test_another_mesh_restores_the_same_bits_and_the_same_digests(saved):
     code = """
     import json, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from mor_jax.train import checkpoint
+    from mor_jax.train import digests
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     def on_mesh(x):
         spec = P("fsdp", "tensor") if x.ndim == 2 else P(("data", "tensor")) if x.ndim == 1 else P()
@@ -253,12 +253,12 @@ def test_another_mesh_restores_the_same_bits_and_the_same_digests(saved):
     assert found.state["params"]["core"]["w"].sharding.spec == P("fsdp", "tensor")
     with Checkpointer(sys.argv[2]) as ckpt:
         ckpt.save(2, found.state, found.meta)
-    print(json.dumps(checkpoint._table(found.state)))
+    print(json.dumps(digests.table(found.state)))
     """
     back = saved.parent / "from_mesh"
     status, out, err = run(code, saved, back, devices=8)
     assert status == 0, err
-    assert json.loads(out) == checkpoint._table(make_state(2))
+    assert json.loads(out) == digests.table(make_state(2))
     assert bits(Checkpointer(back).restore_latest(abstract(make_state(0))).state) == bits(
         make_state(2)
     )
@@ -270,7 +270,7 @@ def test_another_mesh_restores_the_same_bits_and_the_same_digests(saved):
 )
 def test_digest_sees_every_bit_and_every_place(dtype):
     x = np.asarray(jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 7)), dtype))
-    digest = jax.jit(checkpoint.digest)
+    digest = jax.jit(digests.digest)
     base = digest(x).tolist()
     for bit in range(0, x.nbytes * 8, 1 if dtype != "bool" else 8):
         damaged = bytearray(x.tobytes())
@@ -283,7 +283,7 @@ def test_digest_sees_every_bit_and_every_place(dtype):
 
 def test_digest_makes_no_copy():
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
-    assert jax.jit(checkpoint.digest).lower(x).compile().memory_analysis().temp_size_in_bytes < 4096
+    assert jax.jit(digests.digest).lower(x).compile().memory_analysis().temp_size_in_bytes < 4096
 
 
 def files_of(step):
@@ -322,14 +322,14 @@ def test_damage_to_any_file_is_found_or_harmless(saved, tmp_path, how):
 
 
 def test_the_damaged_leaf_is_named(saved, monkeypatch):
-    table = checkpoint._table
+    table = digests.table
 
     def lie(tree):
         return {
             k: [*v[:2], "0" * 16] if k == "params/core/w" else v for k, v in table(tree).items()
         }
 
-    monkeypatch.setattr(checkpoint, "_table", lie)
+    monkeypatch.setattr(digests, "table", lie)
     with pytest.raises(
         CheckpointError, match=r"step 2 .* damaged: the values of params/core/w .* --step=1"
     ):
