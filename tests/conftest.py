@@ -34,17 +34,27 @@ settings.load_profile("default")
 
 
 # Files that take a minute and more: begun last, they would leave the other workers idle.
-LONG = {"notebooks", "parallel", "train", "engine", "launch"}
+LONG = {
+    "notebooks",
+    "parallel",
+    "train",
+    "engine",
+    "launch",
+    "test_executors.py",
+    "test_policies.py",
+}
+
+
+def _turn(item):
+    if "rlm" in item.path.parts:
+        return 0
+    return 1 if LONG & {item.path.parent.name, item.path.name} else 2
 
 
 def pytest_collection_modifyitems(items):
     """Those of the RLM runtime first, in processes that have no JAX and no gigabytes yet: they
     fork, and collect garbage."""
-    items.sort(
-        key=lambda item: (
-            0 if "rlm" in item.path.parts else 1 if item.path.parent.name in LONG else 2
-        )
-    )
+    items.sort(key=_turn)
 
 
 def pytest_collection_finish():
