@@ -8,7 +8,7 @@ SAY = $(BIN)/python -c 'import sys, jax; print("testing with Python %s, jax %s" 
 
 # What depends on the versions of Python, JAX and their compiler; the rest of the suite is run on the newest Python.
 SUBSET = tests/test_config.py tests/test_rooms.py tests/data tests/model/test_policies.py::test_every_policy \
-	tests/model/test_causality.py tests/model/test_kv.py tests/model/test_leaves.py \
+	tests/model/test_causality.py tests/model/test_executors.py tests/model/test_kv.py tests/model/test_leaves.py \
 	tests/inference/test_generate.py tests/inference/test_decode.py tests/inference/test_text.py \
 	tests/train/test_checkpoint.py tests/train/test_step.py tests/train/test_resume.py tests/parallel/test_mesh.py \
 	tests/launch/test_wheel.py tests/rlm/test_rlm_loop.py tests/rlm/repl
