@@ -189,14 +189,14 @@ def main(_: list[str]) -> None:
     for seed in map(int, _SEEDS.value):
         for kind in _KINDS.value:
             lm, params = trained(config(kind, _STEPS.value), seed)
-            runs.append({"kind": kind, "seed": seed, **measured(lm, params, tests)})
+            of_run = {"kind": kind, "seed": seed, "commit": record.commit()}
+            runs.append(of_run | measured(lm, params, tests))
             print(f"\n{kind}, seed {seed}\n{table(runs[-1], guesses)}\n", flush=True)
             record.write(
                 out,
                 {
                     "processor": record.processor(),
                     "cores": record.cores(),
-                    "commit": record.commit(),
                     "jax": jax.__version__,
                     "steps": _STEPS.value,
                     "guess": guesses,
