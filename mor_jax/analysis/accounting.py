@@ -358,18 +358,27 @@ def _training(
 ) -> float:
     """FLOPs a token of a training step, forward and backward, where the recursions are more than a
     fixed number with the loss at the end. Steps before the last `gradient_steps` run forward alone.
-    A loss over steps runs the coda and the head after each step that has a gradient. Rows that wait
+    A loss over steps runs the coda and the head after each step that has a gradient, or each
+    segment. Rows that wait
     for a longer one do no work that counts.
 
     Args:
       parts: forward FLOPs of the prelude, of a step over the core, of coda and head.
     """
     prelude, core, read = parts
-    window = c.gradient_steps or c.most(recursions)
+    # All steps to a fixed point are counted; fewer run where it comes sooner. Then one more, and in
+    # the backward pass one product with its derivative for each step of the adjoint.
+    if c.solver != "none":
+        return 3 * (prelude + core + read) + (recursions + 2 * c.adjoint_steps) * core
+    calls = c.most(recursions) // c.segments
+    window = c.gradient_steps or calls
     drawn = list(enumerate(probabilities(c, recursions), 1))
+    if c.segments > 1:
+        drawn = [(calls, float(c.segments))]  # of a fixed number of steps, each part on its own
     kept = sum(p * min(steps, window) for steps, p in drawn)
     free = sum(p * max(steps - window, 0) for steps, p in drawn)
     reads = 1.0 if c.loss == "final" else kept
+    reads = float(c.segments) if c.segments > 1 else reads
     gate = 2.0 * model.width * kept if c.loss == "gate" else 0.0
     return 3 * (prelude + kept * core + reads * read + gate) + free * core
 

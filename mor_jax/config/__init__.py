@@ -41,6 +41,7 @@ from mor_jax.config.fields import (
 from mor_jax.config.mesh import MeshShape, check_mesh, mesh_shape
 from mor_jax.config.parse import from_dict, saved_config
 from mor_jax.config.recursion import RecursionConfig, check_recursion
+from mor_jax.errors import ConfigError
 
 __all__ = [
     "ATTENTION",
@@ -90,6 +91,11 @@ def from_config_dict(config: Mapping[str, Any], *, devices: int = 1) -> Config:
 def check(cfg: Config, *, devices: int = 1) -> None:
     """Raise ConfigError for the first value or combination of values that cannot be run."""
     check_model(cfg.model)
+    if cfg.model.bidirectional:
+        raise ConfigError(
+            "config.model.bidirectional = True lets a token see the one that it is to predict, so rows of text cannot train "
+            "it. Remove it, or train on puzzles with mor_jax.train.segments."
+        )
     cfg.depth.check(cfg.model)
     check_recursion(cfg.recursion, cfg.model, cfg.depth)
     check_data(cfg.data)

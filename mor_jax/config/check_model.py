@@ -99,6 +99,25 @@ def check_model(m: ModelConfig) -> None:
             f"{where}.sharing = 'none' has nothing to recurse over, but recursions = {m.recursions}. "
             "Use sharing = 'middle_cycle' (or 'cycle'), or recursions = 1."
         )
+    if m.networks < 1 or (m.networks > 1 and m.sharing not in ("cycle", "middle_cycle")):
+        raise ConfigError(
+            f"{where}.networks = {m.networks} counts the cores that recursions apply in turn: at least 1, and more than "
+            f"1 with sharing = 'cycle' or 'middle_cycle' only, not {m.sharing!r}."
+        )
+    if m.networks > m.recursions:
+        raise ConfigError(
+            f"{where}.networks = {m.networks} is more than recursions = {m.recursions}: the last would never run."
+        )
+    if m.networks > 1 and m.relaxed:
+        raise ConfigError(
+            f"{where}.networks = {m.networks} gives recursions weights of their own, and lora_rank, norms = 'own' and "
+            "recursion_encoding give them something of their own over shared weights. Use one of the two."
+        )
+    if m.bidirectional and m.attention != "xla":
+        raise ConfigError(
+            f"{where}.bidirectional = True needs {where}.attention = 'xla': {m.attention!r} computes only the part of the "
+            "scores that looks back."
+        )
     _check_rope(m)
     _check_relaxation(m)
     ends = sum(unshared_ends(m))

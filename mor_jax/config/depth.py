@@ -69,6 +69,8 @@ class DepthConfig:
     # training fills static capacities, `capacities`, row by row
     has_capacities: ClassVar[bool] = False
     staged: ClassVar[bool] = False  # `warmup` and `vary` mean something
+    # tokens stop by what their states say after a step: there is no gathered executor
+    halts: ClassVar[bool] = False
     kv_strategies: ClassVar[tuple[str, ...]] = ROUTED_KV  # the first is the default
     exported: ClassVar[bool] = False  # the PyTorch code of `weights/remote` computes it
     does: ClassVar[str] = ""  # for messages: "lets each token choose its depth"

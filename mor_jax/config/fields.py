@@ -33,6 +33,9 @@ class ModelConfig:
     # blocks of their own before the recursion; -1: the scheme's (1 in the middle schemes, else 0)
     prelude: int = -1
     coda: int = -1  # and after it
+    # cores with weights of their own. recursion.inner > 0: 2 gives the two states one each (HRM);
+    # else recursion r applies the r-th of them, and those after the last the first again
+    networks: int = 1
     width: int = 256  # D
     heads: int = 4  # N, query heads
     kv_heads: int = 4  # K, divides heads
@@ -75,6 +78,8 @@ class ModelConfig:
     lora_rank: int = 0  # of an addition to the query and value projections; 0: none
     # a learned factor, at first 1, on each dimension of the state it reads
     recursion_encoding: bool = False
+    # every token sees all of its document, also later ones: puzzles, not text (xla attention)
+    bidirectional: bool = False
     remat: str = "none"  # none | block | dots | dots_no_batch
     # blocked | xla (the oracle) | cudnn (NVIDIA GPUs, bfloat16) | splash (TPUs) | auto (what suits
     # the backend)

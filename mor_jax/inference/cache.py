@@ -49,6 +49,7 @@ class Cache(NamedTuple):
     coda: Stream
     length_B: jax.Array  # tokens seen
     recent_BxS: jax.Array | None = None  # the last tokens, with `model.smear`
+    hash_B: jax.Array | None = None  # of all tokens, if the exit rule draws (`LM.seen`)
 
     def entries_RxB(self) -> jax.Array:
         """Entries in use in each stream of the core."""

@@ -50,8 +50,9 @@ def prefill(
 
     x, prelude = lm.blocks(params["prelude"], lm.embed(params, tokens_BxT, pos), rope, keep)
     core, x = lm.looped(lm.core(params, pos, keep=True), params, x, pos)
+    seen = lm.seen(tokens_BxT, pos)
     result = run_masked(
-        lm.steered(control, params, pos),
+        lm.steered(control, params, seen),
         params["router"],
         core,
         x,
@@ -63,7 +64,7 @@ def prefill(
         numbered=lm.numbered,
         ids_BxT=tokens_BxT,
     )
-    x, coda = lm.blocks(params["coda"], result.h_BxTxD, rope, keep)
+    x, coda = lm.blocks(params["coda"], lm.loop.read(result.h_BxTxD), rope, keep)
 
     last = jnp.take_along_axis(x, (lengths_B - 1)[:, None, None], axis=1)
     logits = lm.logits(params, lm.final_norm(params, last))[:, 0]
@@ -81,6 +82,9 @@ def prefill(
         cache = cache._replace(
             recent_BxS=jnp.take_along_axis(tokens_BxT, jnp.maximum(at_BxS, 0), axis=1)
         )
+    if seen is not None:
+        last = jnp.take_along_axis(seen, (lengths_B - 1)[:, None], axis=1)
+        cache = cache._replace(hash_B=last[:, 0])
     return logits, cache, result.depth_BxT
 
 
@@ -116,7 +120,8 @@ def decode_step(
     looped, h = lm.looped(blocks, params, h, pos_B[:, None])
     active, depth = everyone, jnp.zeros(pos_B.shape, jnp.int32)
     streams: list[Stream] = []
-    policy = lm.steered(control, params, pos_B[:, None])
+    seen = lm.seen(token_B[:, None], pos_B[:, None], cache.hash_B)
+    policy = lm.steered(control, params, seen)
     memory = policy.remember(h)
     route = policy.begin(
         params["router"], h, TokenInfo(everyone[:, None], pos_B[:, None], token_B[:, None])
@@ -127,7 +132,8 @@ def decode_step(
             functools.partial(looped, recursion=r),
         )
         z = policy.score(step, h)
-        active = policy.select(step, z, active[:, None], route.tokens, None)[:, 0]
+        candidates = everyone if policy.reenters else active
+        active = policy.select(step, z, candidates[:, None], route.tokens, None)[:, 0]
         depth += active
         before = h
 
@@ -146,23 +152,25 @@ def decode_step(
                 return update(h, core(h, readers(streams[0], pos_B), queries_only=True)[0])
 
             h = jax.lax.cond(jnp.any(active), read, lambda h: h, h)
-            continue  # no exit rule here: `check_recursion` wants the keys of every step for one
-        if not looks_back(kv):
-            new, needed = New(active), jnp.any(active)
-        elif r == 0:
-            new, needed = New(everyone), jnp.any(everyone)
-        # who does not run the step takes its entry of the step before along, or that of step 1
         else:
-            source = streams[0] if kv == HYBRID_FIRST else streams[-1]
-            new, needed = New(everyone, active, last_entries(source)), jnp.any(active)
-        h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
-        streams.append(stream)
+            if not looks_back(kv):
+                new, needed = New(active), jnp.any(active)
+            elif r == 0:
+                new, needed = New(everyone), jnp.any(everyone)
+            # who does not run the step takes its entry of the step before along, or that of step 1
+            else:
+                source = streams[0] if kv == HYBRID_FIRST else streams[-1]
+                new, needed = New(everyone, active, last_entries(source)), jnp.any(active)
+            h, stream = _grow(core, h, cache.core[r], pos_B, new, needed, update)
+            streams.append(stream)
         goes_on, memory = policy.judge(step, memory, before, h)
         active = active if goes_on is None else active & goes_on[:, 0]
 
+    h = lm.loop.read(policy.finish(memory, h))
     x, coda = _append(lm, params["coda"], h, rope, cache.coda, pos_B)
     logits = lm.logits(params, lm.final_norm(params, x))[:, 0]
-    return logits, Cache(prelude, tuple(streams), coda, pos_B + 1, recent), depth
+    hash_B = None if seen is None else seen[:, 0]
+    return logits, Cache(prelude, tuple(streams), coda, pos_B + 1, recent, hash_B), depth
 
 
 def _append(

@@ -49,9 +49,9 @@ from mor_jax.model.recurse import (
     run_gathered,
     run_masked,
 )
-from mor_jax.model.recursion.exit import Exiting, Reader
+from mor_jax.model.recursion.exit import Exiting, Reader, hashed
 from mor_jax.model.recursion.loop import Loop
-from mor_jax.model.recursion.unroll import Unrolled, run_unrolled
+from mor_jax.model.recursion.unroll import Unrolled, run_to_rest, run_unrolled
 from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.nn.rope import rope_table
 from mor_jax.parallel.rows import (
@@ -147,6 +147,11 @@ class LM:
                 f"recursion {trained + 1}. Ask for at most {trained} (learned conditioning: or set "
                 "config.recursion.beyond)."
             )
+        if recursions % (self.recursion.inner + 1):
+            raise UserError(
+                f"this model updates its answer every {self.recursion.inner + 1} recursions (config.recursion.inner); "
+                f"{recursions} would end within a round."
+            )
         prelude, coda = unshared_ends(m)
         model = dataclasses.replace(
             m,
@@ -185,7 +190,7 @@ class LM:
     @property
     def numbered(self) -> bool:
         """Whether the core must be told which step it is applied for."""
-        return self.model.relaxed or self.recursion.reads
+        return self.model.relaxed or self.recursion.reads or self.program.networks > 1
 
     @property
     def draws(self) -> bool:
@@ -211,10 +216,10 @@ class LM:
         self,
         control: DepthControl | None,
         params: Tree | None = None,
-        pos_BxT: jax.Array | None = None,
+        hash_BxT: jax.Array | None = None,
     ) -> DepthPolicy:
         """The policy of causal inference: with the exit rule, if the model has one, which reads
-        `params` and the tokens' positions, and under `control`, if it is given."""
+        `params` and the hashes of `seen`, and under `control`, if it is given."""
         policy = self.policy
         if self.recursion.exits and params is not None:
             whole = self.with_table(params)
@@ -225,8 +230,16 @@ class LM:
             def gate(h: jax.Array) -> jax.Array:
                 return self.loop.gate(params["recursion"], h)
 
-            policy = Exiting(self.program.recursions, self.recursion, Reader(logits, gate, pos_BxT))
+            reader = Reader(logits, gate, hash_BxT)
+            policy = Exiting(self.program.recursions, self.recursion, reader)
         return policy if control is None else Controlled(policy, control)
+
+    def seen(
+        self, ids_BxT: jax.Array, pos_BxT: jax.Array, before_B: jax.Array | None = None
+    ) -> jax.Array | None:
+        """What an exit rule that draws is told of each token, `recursion.exit.hashed`; None: no
+        such rule."""
+        return hashed(ids_BxT, pos_BxT, before_B) if self.recursion.exit == "draw" else None
 
     def _leaves(self) -> dict[str, Any]:
         """The modules that own the parameters, by the name of their subtree; those of a block as
@@ -243,7 +256,7 @@ class LM:
     def _parts(self) -> dict[str, int]:
         return {
             "prelude": self.program.prelude,
-            "core": self.program.core,
+            "core": self.program.core * self.program.networks,
             "coda": self.program.coda,
         }
 
@@ -400,7 +413,22 @@ class LM:
                 p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather
             )
 
+        if self.program.networks > 1 and recursion is not None:
+            params = self._network(params, recursion)
         return network.blocks(one, params, x_BxTxD, attend, repeat)
+
+    def _network(self, core: Tree, step: jax.Array | int) -> Tree:
+        """Of several cores, the blocks of the one that this step applies."""
+        c, count = self.program.core, self.program.networks
+        which = self.loop.updates_y(step) if self.recursion.inner else step % count
+        each = [[core[str(n * c + i)] for n in range(count)] for i in range(c)]
+        if isinstance(step, int):
+            return {str(i): networks[int(which)] for i, networks in enumerate(each)}
+
+        def chosen(*leaves: jax.Array) -> jax.Array:
+            return jnp.stack(leaves)[jnp.asarray(which, jnp.int32)]
+
+        return {str(i): jax.tree.map(chosen, *networks) for i, networks in enumerate(each)}
 
     def embed(
         self,
@@ -487,6 +515,8 @@ class LM:
     ) -> Attend:
         """Attention among the tokens of one row; `keep`: beside its output, the keys and values."""
         impl = self.model.attention
+        # what is visible goes by positions; where all is, they are all the same
+        pos_BxT = jnp.zeros_like(pos_BxT) if self.model.bidirectional else pos_BxT
 
         def attend(
             q: jax.Array, k: jax.Array | None, v: jax.Array | None
@@ -633,7 +663,7 @@ class LM:
             computes).
           executor: "gathered" or "masked"; default: the configuration's. Causal mode is always
             masked, its counts depend on the data, and so are steps with knobs of
-            `config.recursion`, which run all tokens alike.
+            `config.recursion` and policies that stop tokens by their states.
           profile, depth_BxT: what `route` said of these very rows, for the gathered executor under
             token-choice.
           entered_BxTxD: what `enter` returned for them, if it has run already.
@@ -648,7 +678,7 @@ class LM:
         gathered = (
             mode == TOPK
             and (executor or self.depth.executor) == "gathered"
-            and not self.recursion.reads
+            and not (self.recursion.reads or self.policy.halts)
         )
 
         def run(
@@ -667,13 +697,16 @@ class LM:
             if gathered:
                 execute = functools.partial(run_gathered, self.policy, profile=profile)
             else:
-                steered = self.steered(control, params if mode == CAUSAL else None, pos)
+                seen = self.seen(join_rows(tokens), join_rows(pos))
+                seen = None if seen is None else own_part(seen)
+                steered = self.steered(control, params if mode == CAUSAL else None, seen)
                 execute = functools.partial(run_masked, steered, causal=mode == CAUSAL)
             of_tokens = {"depth_BxT": depth, "ids_BxT": tokens, "salt_B": salt}
             rows = params["router"], core, x, pos, seg
             result = execute(*rows, kv=kv, numbered=self.numbered, **of_tokens)
             attend = self.attend_row(pos, seg, seg)
-            x, _ = self.blocks(params["coda"], result.h_BxTxD, self.rope(pos), attend, gather=True)
+            x = self.loop.read(result.h_BxTxD)
+            x, _ = self.blocks(params["coda"], x, self.rope(pos), attend, gather=True)
             h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
             return (h, result.depth_BxT, result.active_RxBxT), result.stats
 
@@ -704,51 +737,84 @@ class LM:
         """Rows as training with `recursion.trains` runs them: (the recursion, final normalised
         states).
 
-        Final states are [S, B, T, D], after each step that has a gradient, if the loss asks for
-        more than the last, else [B, T, D]. To be called on the rows of one device
+        Final states are [S, B, T, D], after each step that has a gradient (or each segment), if the
+        loss asks for more than the last, else [B, T, D]. To be called on the rows of one device
         (`parallel.rows.over_rows`).
 
         Args:
           steps_B: steps of each row, int32; None: the configured recursions.
         """
         c, seg = self.recursion, segment_ids_BxT
-        pos, most = _positions(seg), c.most(self.program.recursions)
+        pos = _positions(seg)
         e = self.enter(params, tokens_BxT, seg)
-        steps = self.program.recursions if steps_B is None else steps_B
-
-        def make_core(params: Tree, e: jax.Array) -> Core:
-            return self.looped(self.core(params, pos, keep=False), params, e, pos, salt_B, steps)[0]
-
         s = e
         if self.recursion.reads:
             s = self.loop.begin(params.get("recursion", {}), e, pos, salt_B)
-        out = run_unrolled(
+        out = self.run_steps(
+            params, s, e, seg, steps_B=steps_B, salt_B=salt_B, keep=c.loss != "final"
+        )
+        h = out.h_BxTxD if out.states_SxBxTxD is None else out.states_SxBxTxD
+        return out, self.leave(params, self.loop.read(h), seg)
+
+    def run_steps(
+        self,
+        params: Tree,
+        s: jax.Array,
+        e_BxTxD: jax.Array,
+        segment_ids_BxT: jax.Array,
+        *,
+        steps_B: jax.Array | None = None,
+        salt_B: jax.Array | None = None,
+        keep: bool = False,
+    ) -> Unrolled:
+        """The steps of a training step, from the state s before the first and what `enter`
+        returned; see `unroll`. `keep`: also the states after each step that has a gradient, or
+        after each segment."""
+        c, pos = self.recursion, _positions(segment_ids_BxT)
+        steps = self.program.recursions if steps_B is None else steps_B
+
+        def make_core(params: Tree, e: jax.Array) -> Core:
+            core = self.core(params, pos, keep=False)
+            return self.looped(core, params, e, pos, salt_B, steps)[0]
+
+        if c.solver != "none":
+            return run_to_rest(
+                make_core,
+                params,
+                s,
+                e_BxTxD,
+                pos,
+                segment_ids_BxT,
+                most=self.program.recursions,
+                config=c,
+            )
+        return run_unrolled(
             make_core,
             params,
             s,
-            e,
+            e_BxTxD,
             pos,
-            seg,
-            most=self.program.recursions if steps_B is None else most,
+            segment_ids_BxT,
+            most=self.program.recursions if steps_B is None else c.most(self.program.recursions),
             window=c.gradient_steps,
             steps_B=steps_B,
-            keep=c.loss != "final",
+            keep=keep,
+            segments=c.segments,
         )
-        h = (
-            out.h_BxTxD
-            if out.states_SxBxTxD is None
-            else out.states_SxBxTxD.reshape(-1, *e.shape[1:])
-        )
+
+    def leave(self, params: Tree, h: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
+        """Final normalised states of rows [..., B, T, D] that leave the recursion."""
+        seg, rows = segment_ids_BxT, h.reshape(-1, *h.shape[-2:])
 
         def tile(x: jax.Array) -> jax.Array:
-            return jnp.tile(x, (h.shape[0] // x.shape[0], 1))
+            return jnp.tile(x, (rows.shape[0] // x.shape[0], 1))
 
-        pos, seg = tile(pos), tile(seg)
-        h, _ = self.blocks(
-            params["coda"], h, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
+        pos, seg = tile(_positions(seg)), tile(seg)
+        x, _ = self.blocks(
+            params["coda"], rows, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
         )
-        h = self.rules.constrain(self.final_norm(params, h), "batch", "time", None)
-        return out, h if out.states_SxBxTxD is None else h.reshape(out.states_SxBxTxD.shape)
+        x = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
+        return x.reshape(h.shape)
 
     def apply(
         self,

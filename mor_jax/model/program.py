@@ -21,15 +21,16 @@ class Program:
     """Block counts of each part, and how the core is repeated."""
 
     prelude: int
-    core: int
+    core: int  # of one application
     coda: int
     recursions: int  # times the whole core is applied: the steps a depth policy decides about
     repeat: int = 1  # times each of its blocks runs in place within one application
+    networks: int = 1  # cores with weights of their own, of which each step applies one
 
     @property
     def unique_layers(self) -> int:
         """Blocks with weights of their own."""
-        return self.prelude + self.core + self.coda
+        return self.prelude + self.core * self.networks + self.coda
 
     @property
     def unrolled_layers(self) -> int:
@@ -48,6 +49,7 @@ def build_program(model: ModelConfig) -> Program:
         coda=coda,
         recursions=1 if in_place else model.recursions,
         repeat=model.recursions if in_place else 1,
+        networks=model.networks,
     )
 
 

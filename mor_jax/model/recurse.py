@@ -94,23 +94,25 @@ def run_masked(
             None if route.stats else policy.step_stats(step, z, candidates, active, route.tokens)
         )
         goes_on, memory = policy.judge(step, memory, before, h)
-        left = active if goes_on is None else active & goes_on
+        left = candidates if policy.reenters else active
+        left = left if goes_on is None else left & goes_on
         return (h, left, kept, memory), ((stats, active), made if keep_extra else None)
 
     carry: Carry = (h_BxTxD, seg_BxT > 0, None, policy.remember(h_BxTxD))
     xs = (route.steps, counts, jnp.arange(counts.shape[0]))
     if not looks_back(kv):
-        (h, _, _, _), ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
+        carry, ((stats, active_RxBxT), extra) = jax.lax.scan(one, carry, xs)
     else:
         # Step 1 makes what the others look back on, so it stands before the scan.
         carry, (first, extra) = one(carry, jax.tree.map(lambda x: x[0], xs))
-        (h, _, _, _), (rest, later) = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], xs))
+        carry, (rest, later) = jax.lax.scan(one, carry, jax.tree.map(lambda x: x[1:], xs))
         join = functools.partial(jax.tree.map, lambda a, b: jnp.concatenate([a[None], b]))
         stats, active_RxBxT = join(first, rest)
         extra = jax.tree.map(lambda a: a[None], extra) if kv == SHARED else join(extra, later)
-    return Recursed(
-        h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), route.stats or stats, active_RxBxT, extra
-    )
+    h, _, _, memory = carry
+    stats = policy.finish_stats(memory, seg_BxT > 0, route.stats or stats)
+    depth_BxT = jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32)
+    return Recursed(policy.finish(memory, h), depth_BxT, stats, active_RxBxT, extra)
 
 
 def run_gathered(
@@ -207,8 +209,10 @@ def run_gathered(
             kept = made if kv == HYBRID else kept
         h = jnp.where(active[..., None], policy.combine(step, h, y, z, tokens), h)
         valid = active
-    for chosen, before in reversed(outer):
-        h = put(chosen, before, h)
+        if policy.reenters:  # the whole row again
+            h, outer = _put_back(outer, h), []
+            pos, seg, valid, tokens = pos_BxT, seg_BxT, info.real_BxT, route.tokens
+    h = _put_back(outer, h)
     active_RxBxT = jnp.stack(all_active)
     stats = route.stats or jax.tree.map(lambda *leaves: jnp.stack(leaves), *all_stats)
     return Recursed(h, jnp.sum(active_RxBxT, axis=0, dtype=jnp.int32), stats, active_RxBxT, None)
@@ -228,6 +232,13 @@ def fitting_profile(profiles: tuple[tuple[int, ...], ...], depth_BxT: jax.Array)
     ran_RxBxT = depth_BxT[None] > jnp.arange(sizes_PxR.shape[1])[:, None, None]
     need_R = jnp.max(jnp.sum(ran_RxBxT, axis=-1), axis=-1)
     return jnp.argmax(jnp.all(sizes_PxR >= need_R, axis=-1))
+
+
+def _put_back(outer: list[tuple[Subset, jax.Array]], h: jax.Array) -> jax.Array:
+    """States of the whole row, from those left after these narrowings."""
+    for chosen, before in reversed(outer):
+        h = put(chosen, before, h)
+    return h
 
 
 def _in_row(outer: list[tuple[Subset, jax.Array]], mask_BxK: jax.Array) -> jax.Array:

@@ -137,8 +137,10 @@ def _over_steps(
     nll_SxBxT = apart(still(lm.token_nll(still(params), still(h), targets)))
     sums = {"nll": jnp.sum(nll_SxBxT[-1] * weights_BxT)}
     if c.sampling == "fixed":
-        first = lm.program.recursions - steps + 1
-        sums |= {f"{first + t}/nll": jnp.sum(nll_SxBxT[t] * weights_BxT) for t in range(steps)}
+        # of the last steps, or of the end of each segment
+        stride = lm.program.recursions // c.segments if c.segments > 1 else 1
+        numbers = [lm.program.recursions - stride * t for t in reversed(range(steps))]
+        sums |= {f"{n}/nll": jnp.sum(nll_SxBxT[t] * weights_BxT) for t, n in enumerate(numbers)}
     if c.loss != "gate":
         share_SxB = step_weights(c, out.index_SxB)
         weights = along(share_SxB[..., None] * weights_BxT)

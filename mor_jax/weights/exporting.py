@@ -123,6 +123,11 @@ def unrolled(config: Config) -> list[tuple[str, str]]:
         raise CheckpointError(
             f"depth.kv = {depth.kv!r} shares keys between recursions; only 'full' can be unrolled."
         )
+    if m.networks > 1 or m.bidirectional:
+        raise CheckpointError(
+            "this model applies several cores in turn (model.networks), or sees later tokens (model.bidirectional), which "
+            "cannot be written for other tools yet."
+        )
     if m.relaxed:
         raise CheckpointError(
             "recursions of this model have something of their own (norms, lora_rank or recursion_encoding), which no "

@@ -47,10 +47,10 @@ def config_with_code(config: Config) -> dict[str, object]:
         raise CheckpointError(
             f"depth.policy = {depth.policy!r} cannot be written for other tools; those that can: {', '.join(able)}."
         )
-    if config.recursion.reads or config.recursion.exits:
+    if config.recursion.reads or config.recursion.exits or m.networks > 1 or m.bidirectional:
         raise CheckpointError(
-            "a model whose steps have knobs of config.recursion (state, injection, conditioning, loop_norm, exit) cannot "
-            "be written for other tools yet."
+            "a model whose steps have knobs of config.recursion (state, injection, conditioning, loop_norm, inner, exit), or "
+            "with model.networks or model.bidirectional, cannot be written for other tools yet."
         )
     prelude, coda = unshared_ends(m)
     model = dataclasses.replace(m, prelude=prelude, coda=coda, head_dim=m.dims[2])

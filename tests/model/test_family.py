@@ -27,6 +27,12 @@ ARGUMENTS = {
     "parcae": "r=2,k=1",
     "etd": "k=2",
     "rins:stochastic": "stochastic",
+    "trm": "n=1,t=1,m=1",
+    "hrm": "n=1,t=1,m=1",
+    "cgar": "n=1,t=1,m=2",
+    "urm": "r=1,k=1,m=2",
+    "deq": "r=3",
+    "mod": "pairs=2",
 }
 T = 12
 

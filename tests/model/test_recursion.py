@@ -50,6 +50,7 @@ TOLERANCE = 1e-4  # float32 of order 10: other shapes, other summation order
 # Every value of every knob of a step appears in one of these.
 READS = {
     "random": {"state": "random", "injection": "concat"},
+    "drawn": {"state": "drawn", "injection": "add", "inner": 1},
     "const": {"state": "const", "injection": "diagonal", "conditioning": "learned"},
     "zeros": {"state": "zeros", "injection": "add", "conditioning": "sinusoid", "loop_norm": True},
     "channel": {"injection": "channel", "conditioning": "time"},
@@ -125,6 +126,7 @@ def assert_equal(a: tuple, b: tuple, atol: float = TOLERANCE) -> None:
 
 DECODED = {
     "random": (small, READS["random"], {}),
+    "drawn": (small, READS["drawn"], {"recursions": 4, "layers": 5, "networks": 2}),
     "const": (small, READS["const"], {"norm_placement": "sandwich_in", "layer_scale": 0.5}),
     # past the recursions of training
     "zeros": (lambda *a, **k: small(*a, **k).at_depth(5), READS["zeros"], {}),
@@ -388,6 +390,9 @@ def test_drawn_depths():
 
 # ---------------------------------------------------------------- refusals
 
+REST = {"solver": "picard", "injection": "add"}
+POST = {"norm_placement": "post"}
+OF_DEPTH = ("kv", "policy", "ponder_weight", "epsilon", "inference")
 CONFLICTS = {
     "would ever see the input": ({"state": "random"}, {}),
     "embedding and prelude would get no gradient": ({"gradient_steps": 2}, {}),
@@ -409,7 +414,50 @@ CONFLICTS = {
     "needs keys of every step": ({"exit": "latent"}, {"kv": "shared"}),
     "which only loss = 'gate' trains": ({"exit": "cdf"}, {}),
     "stand between core and head": ({"exit": "kl"}, {"coda": 1, "layers": 5}),
-    "goes with config.depth.policy = 'fixed'": ({"injection": "add"}, {"policy": "expert_choice"}),
+    "goes with config.depth.policy = 'fixed'": ({"loss": "uniform"}, {"policy": "expert_choice"}),
+    "hands it states alone": ({"injection": "add"}, {"policy": "expert_choice"}),
+    "are no whole number of rounds": ({"inner": 1, "injection": "add"}, {}),
+    "is more than one network for each": (
+        {"inner": 2, "injection": "add"},
+        {"networks": 3, "recursions": 3},
+    ),
+    "carries two states": ({"inner": 2, "injection": "add"}, {"policy": "act"}),
+    "make keys of their own": ({"inner": 2, "injection": "add"}, {"kv": "shared"}),
+    "compare an update of z": ({"inner": 2, "injection": "add", "exit": "latent"}, {}),
+    "would end within a round": ({"inner": 2, "injection": "add", "sampling": "poisson"}, {}),
+    "there is no new answer": ({"inner": 2, "injection": "add", "loss": "uniform"}, {}),
+    "into equal parts of whole rounds": (
+        {"segments": 2, "injection": "add", "loss": "uniform"},
+        {},
+    ),
+    "each needs a loss of its own": ({"segments": 3, "injection": "add"}, {}),
+    "equal parts of a fixed number": (
+        {"segments": 3, "injection": "add", "loss": "uniform", "sampling": "poisson"},
+        {},
+    ),
+    "after the first segment": ({"segments": 3, "loss": "uniform"}, {}),
+    "no gradient crosses its start": (
+        {"segments": 3, "injection": "add", "loss": "uniform", "gradient_steps": 2},
+        {},
+    ),
+    "is of the gradient at a fixed point": ({"adjoint_steps": 1}, {}),
+    "another map each time": (REST | {"conditioning": "sinusoid"}, POST),
+    "would be different maps": (REST | {"inner": 2}, POST),
+    "would not depend on the input": ({"solver": "picard"}, POST),
+    "nothing is kept": (REST | {"loss": "uniform"}, POST),
+    "sampling means nothing": (REST | {"sampling": "poisson"}, POST),
+    "gradient_steps means nothing": (REST | {"gradient_steps": 1}, POST),
+    "never comes to rest": (REST, {}),
+    "solves nothing": (REST | {"adjoint": "anderson"}, POST),
+    "is a relative residual": (REST | {"tolerance": 1.0}, POST),
+    "counts the cores": ({}, {"networks": 2, "sharing": "sequence", "prelude": -1, "layers": 3}),
+    "the last would never run": ({}, {"networks": 4}),
+    "over shared weights": ({}, {"networks": 3, "lora_rank": 2}),
+    "rows of text cannot train": ({}, {"bidirectional": True, "attention": "xla"}),
+    "that looks back": ({}, {"bidirectional": True}),
+    "must be a number and not negative": ({}, {"policy": "act", "ponder_weight": -1.0}),
+    "need not be used up": ({}, {"policy": "act", "epsilon": 1.0}),
+    "is not made for policy 'mod'": ({}, {"policy": "mod", "inference": "auxiliary"}),
     "has no such core": ({"injection": "add"}, {"sharing": "none", "recursions": 1, "prelude": -1}),
     "varies around": ({"sampling": "poisson"}, {"recursions": 1, "layers": 2}),
     "Did you mean 'concat'": ({"injection": "concatt"}, {}),
@@ -419,7 +467,7 @@ CONFLICTS = {
 @pytest.mark.parametrize("message", CONFLICTS)
 def test_conflicts_are_refused_with_a_reason(message):
     recursion, rest = CONFLICTS[message]
-    depth = {name: rest[name] for name in ("kv", "policy") if name in rest}
+    depth = {name: rest[name] for name in OF_DEPTH if name in rest}
     with pytest.raises(ConfigError) as e:
         small(
             recursion, depth, **{name: value for name, value in rest.items() if name not in depth}

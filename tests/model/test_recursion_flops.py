@@ -61,6 +61,8 @@ COUNTED = {
     "parcae": ("parcae", "r=3,k=1", {"sampling": "fixed", "gradient_steps": 2}),
     "uniform": ("looped", "r=3", {"injection": "add", "loss": "uniform", "exit": "kl"}),
     "cdf": ("pondernet", "r=3", {"exit": "cdf"}),
+    "trm": ("trm", "n=1,t=2,m=2", {}),
+    "hrm": ("hrm", "n=2,t=1,m=3", {}),
 }
 
 
@@ -86,18 +88,18 @@ def test_the_traced_programs_multiply_what_is_counted(name):
     def objective(p):
         return loss(lm, p, rows | salt, loss_scales(lm, rows))
 
-    steps, window = lm.program.recursions, c.gradient_steps or lm.program.recursions
-    traced = products(
-        jax.make_jaxpr(jax.grad(objective, has_aux=True))(params).jaxpr, steps - window
-    )
+    steps = lm.program.recursions
+    of_segment = c.gradient_steps or steps // c.segments
+    free, window = steps // c.segments - of_segment, of_segment * c.segments
+    traced = products(jax.make_jaxpr(jax.grad(objective, has_aux=True))(params).jaxpr, free)
     # scores of attention, which the trace leaves out: 3 times those of a step with a gradient
     program = lm.program
     applied = program.prelude + program.core * steps + program.coda
-    reads = 1 if c.loss == "final" else window
+    reads = 1 if c.loss == "final" else c.segments if c.segments > 1 else window
     pairs = 3 * (program.prelude + program.core * window + program.coda * reads)
     pairs += program.core * (steps - window)
     # losses after each step are also read as figures, forward alone
-    figures = flops.head * (0 if c.loss == "final" else window)
+    figures = flops.head * (0 if c.loss == "final" else reads)
     want = flops.training - flops.attention * pairs / applied + figures
     if c.injection == "diagonal":  # B e is one number for all steps: JAX makes it before its scan
         want -= flops.recursion / steps * (window - 1)

@@ -487,7 +487,8 @@ def _row_of(rows: DrawRows, row: DrawRows) -> DrawRows:
 
 def can_serve(lm: LM) -> bool:
     """Whether the engine computes this model."""
-    return not (lm.recursion.reads or lm.recursion.exits)
+    own = lm.recursion.reads or lm.recursion.exits or lm.policy.halts or lm.policy.reenters
+    return not (own or lm.program.networks > 1 or lm.model.bidirectional)
 
 
 def _check(lm: LM, c: EngineConfig) -> None:
@@ -495,7 +496,8 @@ def _check(lm: LM, c: EngineConfig) -> None:
     if not can_serve(lm):
         raise UserError(
             "the batching engine applies the core to states alone, but this model's config.recursion sets what else a step "
-            "reads (state, injection, conditioning, loop_norm) or an exit rule. Decode it with "
+            "reads (state, injection, conditioning, loop_norm) or an exit rule, or its depth policy halts tokens by "
+            "their states. Decode it with "
             "mor_jax.inference.engine.plain.PlainService, or launch.generate, which does."
         )
     if c.lanes < 1 or c.full_lanes < 1:

@@ -96,6 +96,8 @@ class DepthPolicy:
 
     dials: ClassVar[bool] = False  # its mean depth can be dialled
     draws: ClassVar[bool] = False  # it draws numbers: a training step gives each row a salt
+    reenters: ClassVar[bool] = False  # a token that one step left out may run the next
+    halts: ClassVar[bool] = False  # it stops tokens by `judge`: it has the masked executor alone
 
     # ---------------------------------------------------------------- parameters
 
@@ -183,6 +185,14 @@ class DepthPolicy:
         """(which tokens may go on after a step, from their states before and after it; memory).
         None: all of them."""
         return None, memory
+
+    def finish(self, memory: Any, h_BxTxD: jax.Array) -> jax.Array:
+        """What leaves the recursion, from what is remembered and the states after the last step."""
+        return h_BxTxD
+
+    def finish_stats(self, memory: Any, real_BxT: jax.Array, stats: RouterStats) -> RouterStats:
+        """The sums of all steps, with what is known only after the last."""
+        return stats
 
     # ---------------------------------------------------------------- what training reads
 

@@ -59,6 +59,10 @@ class Controlled(DepthPolicy):
     def recursions(self) -> int:  # type: ignore[override]  # a field of other policies
         return self.policy.recursions
 
+    @property
+    def reenters(self) -> bool:  # type: ignore[override]  # a class's word of other policies
+        return self.policy.reenters
+
     def profiles(self, length: int) -> tuple[tuple[int, ...], ...]:
         return self.policy.profiles(length)
 
@@ -116,6 +120,12 @@ class Controlled(DepthPolicy):
         goes_on, memory = self.policy.judge(step.own, memory, before, after)
         must = step.index + 1 < self.control.floor_B[:, None]
         return None if goes_on is None else goes_on | must, memory
+
+    def finish(self, memory: Any, h_BxTxD: jax.Array) -> jax.Array:
+        return self.policy.finish(memory, h_BxTxD)
+
+    def finish_stats(self, memory: Any, real_BxT: jax.Array, stats: RouterStats) -> RouterStats:
+        return self.policy.finish_stats(memory, real_BxT, stats)
 
     def step_stats(
         self, step: Step, z: jax.Array, candidates: jax.Array, active: jax.Array, tokens: Any

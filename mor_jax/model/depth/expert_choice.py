@@ -99,23 +99,26 @@ class ExpertChoiceConfig(Routed, WithCapacities):
     def learning_rates(self) -> dict[str, float]:
         return {AUXILIARY: self.aux_lr} if self.inference == "auxiliary" else {}
 
+    def _fields(self, model: ModelConfig, stage: int | None) -> dict[str, Any]:
+        return {
+            "recursions": model.recursions,
+            "width": model.width,
+            "capacities": shares_in(model, self, stage),
+            "alpha": self.gate_scale,
+            "threshold": self.threshold,
+            "init_std": model.init_std,
+            "score_name": self.score_name,
+            "gate": self.gate_name,
+            "router": self.router,
+            "temperature": self.temperature,
+            "aux_loss_weight": self.aux_loss_weight,
+            "z_loss_weight": self.z_loss_weight,
+            "inference": self.inference,
+            "surveyed": stage is None or not is_warm(self, stage),
+        }
+
     def build(self, model: ModelConfig, stage: int | None = None) -> ExpertChoice:
-        return ExpertChoice(
-            recursions=model.recursions,
-            width=model.width,
-            capacities=shares_in(model, self, stage),
-            alpha=self.gate_scale,
-            threshold=self.threshold,
-            init_std=model.init_std,
-            score_name=self.score_name,
-            gate=self.gate_name,
-            router=self.router,
-            temperature=self.temperature,
-            aux_loss_weight=self.aux_loss_weight,
-            z_loss_weight=self.z_loss_weight,
-            inference=self.inference,
-            surveyed=stage is None or not is_warm(self, stage),
-        )
+        return ExpertChoice(**self._fields(model, stage))
 
 
 @dataclass(frozen=True)
@@ -281,12 +284,12 @@ class ExpertChoice(DepthPolicy):
     def router_flops(self, length: int, ran_R: Sequence[float]) -> float:
         """The router of recursion r reads only the survivors of r - 1, and an auxiliary one what
         the first reads."""
-        of_a_token = (
-            2
-            * nn.router_size(self.router, self.width, 1)
-            * (2 if self.inference == "auxiliary" else 1)
-        )
-        return of_a_token * (length + sum(ran_R[:-1]))
+        return self._router_flops_per_token() * (length + sum(ran_R[:-1]))
+
+    def _router_flops_per_token(self) -> float:
+        """Of one step."""
+        routers = 2 if self.inference == "auxiliary" else 1
+        return 2.0 * nn.router_size(self.router, self.width, 1) * routers
 
     def candidates_kept(self) -> np.ndarray:
         return kept_of(np.asarray(self.capacities, np.float64))

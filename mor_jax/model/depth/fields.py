@@ -100,8 +100,12 @@ class WithCapacities(PolicyConfig):
                 )
             if not all(0 < c <= 1 for c in given):
                 raise ConfigError(f"{where} must lie in (0, 1], got {given}.")
-            if any(b > a for a, b in itertools.pairwise(given)):
-                raise ConfigError(
-                    f"{where} must not increase (a dropped token never re-enters), got {given}."
-                )
+            self._check_order()
         super().check(model)
+
+    def _check_order(self) -> None:
+        if any(b > a for a, b in itertools.pairwise(self.capacities)):
+            raise ConfigError(
+                "config.depth.capacities must not increase (a dropped token never re-enters), got "
+                f"{self.capacities}."
+            )

@@ -20,6 +20,7 @@ from mor_jax.model.depth import Fixed
 
 FAR = 1e30  # from anything: the memory before the first step
 HALTING = 0x4A17  # seed of what "draw" draws
+MULTIPLIER = 0x9E3779B1  # of the hash of a document so far; odd, near 2^32 over the golden ratio
 
 
 class Reader(NamedTuple):
@@ -27,7 +28,7 @@ class Reader(NamedTuple):
 
     logits: Callable[[jax.Array], jax.Array]  # of the head, [B, T, V]
     gate: Callable[[jax.Array], jax.Array]  # logits of the learned gate, [B, T]
-    pos_BxT: jax.Array | None = None  # of the tokens in their documents
+    hash_BxT: jax.Array | None = None  # uint32, of each token's document up to it (`hashed`)
 
 
 class Rule(NamedTuple):
@@ -140,11 +141,27 @@ def _draw(
 
 
 def _numbers(reader: Reader, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In (0, 1], a function of the token's place in its document: a token stops at the same step
-    whether its row is computed whole or from a cache."""
+    """In (0, 1], a function of the document up to the token: rows draw on their own, and a token
+    stops at the same step whether its row is computed whole or from a cache."""
     key = jax.random.key(HALTING)
-    number = jax.vmap(jax.vmap(lambda pos: jax.random.uniform(jax.random.fold_in(key, pos))))
-    return jnp.ones(h.shape[:2]), 1 - number(reader.pos_BxT)
+    number = jax.vmap(jax.vmap(lambda seen: jax.random.uniform(jax.random.fold_in(key, seen))))
+    return jnp.ones(h.shape[:2]), 1 - number(reader.hash_BxT)
+
+
+def hashed(ids_BxT: jax.Array, pos_BxT: jax.Array, before_B: jax.Array | None = None) -> jax.Array:
+    """uint32 [B, T], of each token's document up to it: hash = MULTIPLIER * hash + id + 1, from 0
+    at its start. `before_B`: the hash before the first token of the row; default 0."""
+    grows = jnp.where(pos_BxT > 0, jnp.uint32(MULTIPLIER), jnp.uint32(0))
+    adds = ids_BxT.astype(jnp.uint32) + jnp.uint32(1)
+    if before_B is not None:
+        adds = adds.at[:, 0].add(grows[:, 0] * before_B)
+
+    def join(
+        a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return a[0] * b[0], a[1] * b[0] + b[1]
+
+    return jax.lax.associative_scan(join, (grows, adds), axis=1)[1]
 
 
 CHOICES: dict[str, Rule | None] = {

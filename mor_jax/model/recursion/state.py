@@ -11,6 +11,7 @@ from mor_jax.config import RecursionConfig
 from mor_jax.model.recursion.part import Part
 from mor_jax.nn.parameters import Tree
 
+DRAWN = 0xD2A  # seed of the vector of "drawn"
 HUGINN_STD = math.sqrt(2 / 5)  # of an element of Huginn's first state, once it is scaled by sqrt(D)
 
 
@@ -46,6 +47,19 @@ def _const(
     return jnp.broadcast_to(params["bias"].astype(e_BxTxD.dtype), e_BxTxD.shape)
 
 
+def _drawn(
+    params: Tree,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    salt_B: jax.Array | None,
+    config: RecursionConfig,
+) -> jax.Array:
+    """One vector that is drawn once, truncated normal of standard deviation 1, and never learned
+    (HRM, arXiv 2506.21734; TRM, arXiv 2510.04871)."""
+    one_D = jax.random.truncated_normal(jax.random.key(DRAWN), -2.0, 2.0, e_BxTxD.shape[-1:])
+    return jnp.broadcast_to(one_D.astype(e_BxTxD.dtype), e_BxTxD.shape)
+
+
 def _random(
     params: Tree,
     e_BxTxD: jax.Array,
@@ -79,5 +93,6 @@ CHOICES = {
         _const,
         lambda key, width, _: {"bias": jax.random.truncated_normal(key, -2.0, 2.0, (width,))},
     ),
+    "drawn": Part(_drawn),
     "random": Part(_random),
 }

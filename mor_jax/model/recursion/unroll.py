@@ -8,13 +8,17 @@ short draw costs less. Each step knows a row's own number for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mor_jax.config import RecursionConfig
 from mor_jax.model.recurse import HIDDEN, Core
+from mor_jax.model.recursion import solver
+from mor_jax.model.recursion.adjoint import attached
 
 
 class Unrolled(NamedTuple):
@@ -38,6 +42,8 @@ def run_unrolled(
     window: int,
     steps_B: jax.Array | None,
     keep: bool,
+    segments: int = 1,
+    first: jax.Array | int = 0,
 ) -> Unrolled:
     """All tokens through the steps of their row; padding stays as it is and is nobody's key.
 
@@ -47,14 +53,29 @@ def run_unrolled(
       window: steps at the end that have a gradient; 0: all.
       steps_B: int32 in 1..most.
       keep: return the state after each step that has a gradient.
+      first: number of the first step.
+      segments: equal parts of the steps. No gradient crosses from one to the next, `window` is of
+        each, and what is kept is the state after each, its number from 0 the index.
     """
+    if segments > 1:
+        return _run_segments(
+            make_core,
+            params,
+            h_BxTxD,
+            e_BxTxD,
+            pos_BxT,
+            seg_BxT,
+            most=most,
+            window=window,
+            segments=segments,
+        )
     window = min(window or most, most)
     rows = h_BxTxD.shape[0]
     total = most if steps_B is None else jnp.max(steps_B)
     free = total - window  # before the gradient begins; where steps are drawn, it may be negative
 
     def step(core: Core, h: jax.Array, j: jax.Array) -> jax.Array:
-        index = j if steps_B is None else j - (total - steps_B)  # of all rows, or [B]
+        index = first + j if steps_B is None else j - (total - steps_B)  # of all rows, or [B]
         active_BxT = (seg_BxT > 0) & (index >= 0 if steps_B is None else (index >= 0)[:, None])
         y, _ = core(
             h,
@@ -87,3 +108,70 @@ def run_unrolled(
     ran_B = jnp.full((rows,), most, jnp.int32) if steps_B is None else steps_B
     index_SxB = free + jnp.arange(window)[:, None] - (total - ran_B)
     return Unrolled(h, states, index_SxB, ran_B)
+
+
+def _run_segments(
+    make_core: Callable[[Any, jax.Array], Core],
+    params: Any,
+    h_BxTxD: jax.Array,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    seg_BxT: jax.Array,
+    *,
+    most: int,
+    window: int,
+    segments: int,
+) -> Unrolled:
+    """Deep supervision (HRM, arXiv 2506.21734; TRM, arXiv 2510.04871)."""
+    calls = most // segments
+
+    def one(h: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = run_unrolled(
+            make_core,
+            params,
+            jax.lax.stop_gradient(h),
+            e_BxTxD,
+            pos_BxT,
+            seg_BxT,
+            most=calls,
+            window=window,
+            steps_B=None,
+            keep=False,
+            first=i * calls,
+        )
+        return out.h_BxTxD, out.h_BxTxD
+
+    h, states = jax.lax.scan(one, h_BxTxD, jnp.arange(segments))
+    rows = h.shape[0]
+    index_SxB = jnp.broadcast_to(jnp.arange(segments)[:, None], (segments, rows))
+    return Unrolled(h, states, index_SxB, jnp.full((rows,), most, jnp.int32))
+
+
+def run_to_rest(
+    make_core: Callable[[Any, jax.Array], Core],
+    params: Any,
+    h_BxTxD: jax.Array,
+    e_BxTxD: jax.Array,
+    pos_BxT: jax.Array,
+    seg_BxT: jax.Array,
+    *,
+    most: int,
+    config: RecursionConfig,
+) -> Unrolled:
+    """To a fixed point of the step, in at most `most` steps without a gradient; then once more,
+    with that of the fixed point (`adjoint.attached`). Arguments as in `run_unrolled`."""
+
+    def f(learned: Any, rest: Any, z: jax.Array) -> jax.Array:
+        pos, seg = rest
+        y, _ = make_core(*learned)(z, pos, seg, jnp.where(seg > 0, seg, HIDDEN), recursion=0)
+        return jnp.where((seg > 0)[..., None], y, z)
+
+    still, rest = jax.lax.stop_gradient, (pos_BxT, seg_BxT)
+    learned = params, e_BxTxD
+    frozen = functools.partial(f, still(learned), rest)
+    solve = solver.CHOICES[config.solver]
+    assert solve is not None, "called where one is configured"
+    found = solve(frozen, still(h_BxTxD), most, config.tolerance)
+    h = attached(f, config, learned, rest, still(found.z))
+    steps_B = jnp.broadcast_to(found.steps, h.shape[:1])
+    return Unrolled(h, None, steps_B[None] - 1, steps_B)
