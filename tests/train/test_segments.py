@@ -116,7 +116,7 @@ def test_it_learns_the_puzzles_it_is_shown(params):
     right."""
     tx, same = optax.adam(1e-2), rows(1)
     step, (state, carry) = step_of(tx, segments=2, explore=1.0), start(params, tx)
-    for _ in range(60):
+    for _ in range(150):
         state, carry, metrics = step(state, carry, same)
     assert float(metrics["loss"]) < 0.7
     right, z = jax.jit(functools.partial(segments.solve, LM_, segments=2))(state.params, same)
