@@ -106,6 +106,7 @@ setup(
             "hypothesis>=6.100",
             "jax[tpu]>=0.10.2",  # libtpu: training steps are compiled for TPUs by the tests
             "ipykernel>=6.29",  # the notebooks are executed by the tests
+            "kubernetes-validate>=1.31",  # the schemas of Kubernetes, for `launch.gke --serve`
             "llguidance>=1.9",  # constrained output, held to jsonschema
             "lm-eval>=0.4.9",  # its tasks, run in this process
             "mcp>=2.0",

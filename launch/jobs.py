@@ -132,6 +132,38 @@ def launcher_command(
     raise UserError(f"there is no launcher {launcher!r}; choose {', '.join(LAUNCHERS)}.")
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a name that Kubernetes does not take."""
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"--name {name!r}: lower-case letters, digits and dashes, 40 characters at most."
+        )
+
+
+def node_selector(topology: Topology, spot: bool) -> tuple[str, dict[str, str]]:
+    """(resource that a container asks for, labels of its nodes). Raises ConfigError for a topology
+    that has no GKE name."""
+    if not topology.chip.gke:
+        raise ConfigError(
+            f"{topology.name} is nothing that GKE has; take a TPU or GPU topology, or launch.local."
+        )
+    tpu = topology.is_tpu
+    selector = {f"cloud.google.com/gke-{'tpu-' if tpu else ''}accelerator": topology.chip.gke}
+    if tpu:
+        selector["cloud.google.com/gke-tpu-topology"] = topology.grid
+    if spot:
+        selector["cloud.google.com/gke-spot"] = "true"
+    return "google.com/tpu" if tpu else "nvidia.com/gpu", selector
+
+
+def mount_bucket(pod: dict[str, Any], bucket: str) -> None:
+    """Mount a Cloud Storage bucket at /data in a pod's template."""
+    pod["metadata"]["annotations"]["gke-gcsfuse/volumes"] = "true"
+    csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": bucket}}
+    pod["spec"]["volumes"].append({"name": "data", "csi": csi})
+    pod["spec"]["containers"][0]["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+
+
 def render_jobset(
     topology: Topology,
     arguments: Sequence[str],
@@ -156,22 +188,11 @@ def render_jobset(
       UserError, ConfigError: a name Kubernetes does not take, a topology that has no GKE name, or a
         document that does not fit the published schema.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"--name {name!r}: lower-case letters, digits and dashes, 40 characters at most."
-        )
-    if not topology.chip.gke:
-        raise ConfigError(
-            f"{topology.name} is nothing that GKE has; take a TPU or GPU topology, or launch.local."
-        )
+    check_name(name)
+    resource, selector = node_selector(topology, spot)
     gpu = not topology.is_tpu
     # A TPU slice is a job of its own; GPU nodes are alike, so one job holds them all.
     jobs, pods = (1, topology.slices) if gpu else (topology.slices, topology.hosts_per_slice)
-    selector = {f"cloud.google.com/gke-{'' if gpu else 'tpu-'}accelerator": topology.chip.gke}
-    if not gpu:
-        selector["cloud.google.com/gke-tpu-topology"] = topology.grid
-    if spot:
-        selector["cloud.google.com/gke-spot"] = "true"
     text = string.Template((HERE / "gke_jobset.yaml").read_text(encoding="utf-8")).substitute(
         name=name,
         namespace=namespace,
@@ -181,7 +202,7 @@ def render_jobset(
         pods=pods,
         processes=jobs * pods,
         restarts=restarts,
-        resource="nvidia.com/gpu" if gpu else "google.com/tpu",
+        resource=resource,
         chips=topology.devices // (jobs * pods),
         selector=json.dumps(selector),
         command=json.dumps(python_command(arguments)),
@@ -191,11 +212,7 @@ def render_jobset(
     if gpu:
         del document["metadata"]["annotations"]
     if bucket:
-        pod = document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
-        pod["metadata"]["annotations"]["gke-gcsfuse/volumes"] = "true"
-        csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": bucket}}
-        pod["spec"]["volumes"].append({"name": "data", "csi": csi})
-        pod["spec"]["containers"][0]["volumeMounts"].append({"name": "data", "mountPath": "/data"})
+        mount_bucket(document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"], bucket)
     check_jobset(document)
     return document
 
