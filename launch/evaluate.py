@@ -3,10 +3,14 @@
     python -m launch.evaluate --checkpoint runs/mor
     python -m launch.evaluate --checkpoint runs/mor --step 400 --rows 0 --out mor.json
     python -m launch.evaluate --checkpoint runs/mor --paths "corpus/*.txt,more.jsonl.gz"
+    python -m launch.evaluate --checkpoint runs/mor --weights int8
     python -m launch.evaluate --checkpoint runs/chat --chat "chats/test.jsonl" --out replies.json
 
 With --chat: the last reply of each conversation is generated anew, greedily, and compared with the
 one in the file.
+
+With --weights int8: also with the matrices rounded as launch.serve --weights int8 keeps them, and
+what that costs in loss.
 
 Without --paths: the held-out documents of the run's own corpus. With it: all text of these files.
 The causal loss is what generation gets; top-k routing sees the row's future and is printed for
@@ -20,6 +24,7 @@ From a notebook:
 """
 
 import json
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -28,6 +33,7 @@ from launch import cli
 from mor_jax.analysis.tables import evaluation_table
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.errors import UserError
+from mor_jax.inference.engine import layers
 from mor_jax.train.load import Loaded, check_tokenizer, load_model
 from mor_jax.train.replies import answer, to_json
 from mor_jax.train.score import score
@@ -57,6 +63,9 @@ _ROWS = flags.DEFINE_integer(
 _BATCH = flags.DEFINE_integer(
     "batch_size", 8, "Rows at a time; divisible by the number of devices."
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "compute", ["compute", "int8"], "int8: also measure what 8-bit weights cost."
+)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A tokenizer.json to use instead; it must be the model's own."
 )
@@ -70,17 +79,29 @@ def main(_: list[str]) -> None:
     if _CHAT.value:
         if _PATHS.value:
             raise UserError("--paths means nothing with --chat.")
+        if _WEIGHTS.value != "compute":
+            raise UserError("--weights means nothing with --chat.")
         return _compare_replies(loaded)
-    record = score(
+    title = f"{loaded.config.name}, step {loaded.step}"
+    record = _score(loaded)
+    Console().print(evaluation_table(title, record))
+    if _WEIGHTS.value == "int8":
+        record["int8"] = rounded = _score(loaded._replace(params=layers.rounded(loaded.params)))
+        Console().print(evaluation_table(f"{title}, int8 weights", rounded))
+        cost, old = rounded["causal/nll"] - record["causal/nll"], record["causal/nll"]
+        print(f"int8 weights cost {cost:+.5f} nats / token ({cost / old:+.3%}).")
+    if _OUT.value:
+        cli.write_out(_OUT.value, json.dumps({"step": loaded.step, **record}, indent=1) + "\n")
+
+
+def _score(loaded: Loaded) -> dict[str, Any]:
+    return score(
         loaded,
         tuple(_PATHS.value),
         text_key=_TEXT_KEY.value,
         rows=_ROWS.value,
         batch_size=_BATCH.value,
     )
-    Console().print(evaluation_table(f"{loaded.config.name}, step {loaded.step}", record))
-    if _OUT.value:
-        cli.write_out(_OUT.value, json.dumps({"step": loaded.step, **record}, indent=1) + "\n")
 
 
 def _compare_replies(loaded: Loaded) -> None:

@@ -30,14 +30,17 @@ import json
 import sys
 
 from absl import flags
+from jax.sharding import Mesh
 from rich.console import Console
 
 from launch import cli
 from mor_jax.analysis.depth_map import depth_ansi, depth_legend_ansi
+from mor_jax.config import Config
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.errors import UserError
 from mor_jax.inference.sampler import Sampling
 from mor_jax.inference.text import complete, stream_text
+from mor_jax.parallel.serving import serving_mesh
 from mor_jax.paths import as_path
 from mor_jax.train.curve import surveyed
 from mor_jax.train.load import check_tokenizer, load_model
@@ -82,6 +85,9 @@ _EXIT = flags.DEFINE_string(
 _EXIT_THRESHOLD = flags.DEFINE_float("exit_threshold", 0.0, "Of --exit; at 0 nothing stops early.")
 _SHOW_DEPTH = flags.DEFINE_bool("show_depth", False, "Colour each token by its recursion depth.")
 _ECHO = flags.DEFINE_bool("echo", True, "Print the prompt before its continuation.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "tensor=N: cut the weights over N devices. Without it each device has a copy."
+)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "A tokenizer.json to use instead; it must be the model's own."
 )
@@ -107,7 +113,7 @@ def main(_: list[str]) -> None:
             ) from e
     sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _MIN_P.value)
     prompts = read_prompts(_PROMPTS.value) if _PROMPTS.value is not None else [prompt]
-    loaded = load_model(_CHECKPOINT.value, _STEP.value)
+    loaded = load_model(_CHECKPOINT.value, _STEP.value, mesh=mesh_of if _MESH.value else None)
     if _RECURSIONS.value is not None:
         loaded = loaded._replace(lm=loaded.lm.at_depth(_RECURSIONS.value))
     if _EXIT.value is not None:
@@ -160,6 +166,11 @@ def main(_: list[str]) -> None:
     print()
     if _SHOW_DEPTH.value:
         console.print(depth_legend_ansi(recursions))
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh of --mesh. Raises ConfigError where it does not cut the model in equal parts."""
+    return serving_mesh(_MESH.value, config.model)
 
 
 def read_prompts(path: str) -> list[str]:

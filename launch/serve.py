@@ -3,6 +3,7 @@
     python -m launch.serve runs/mor
     python -m launch.serve small=runs/mor plain=runs/vanilla --port 8100 --lanes 16
     python -m launch.serve runs/mor --host 0.0.0.0 --api_key_file keys.txt
+    python -m launch.serve runs/llama8b --mesh tensor=8 --weights int8
 
 The name of a model is what stands before `=`, else the last part of its path. The server listens at
 once, answers 503 while it loads and warms up, and says when it is ready. See docs/serving.md.
@@ -12,18 +13,25 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from launch import cli
+from mor_jax.config import Config, MeshConfig
 from mor_jax.data.chat import ChatTemplate
 from mor_jax.data.progress import still
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import request as engine_types
 from mor_jax.inference.engine.build import build_service
-from mor_jax.inference.engine.device import EngineConfig
+from mor_jax.inference.engine.device import EngineConfig, can_serve
+from mor_jax.inference.engine.fit import device_room, require_fit
 from mor_jax.inference.engine.grammar import Grammars
 from mor_jax.inference.engine.plain import PlainService
 from mor_jax.inference.engine.service import EngineService, ServiceConfig
+from mor_jax.model.lm import LM
+from mor_jax.parallel.mesh import make_mesh
+from mor_jax.parallel.serving import serving_mesh
 from mor_jax.paths import as_path
 from mor_jax.train.load import Loaded, load_model
 from rlm_runtime.errors import UsageError
@@ -48,6 +56,17 @@ _ORIGINS = flags.DEFINE_list(
 )
 _LANES = flags.DEFINE_integer("lanes", 8, "Sequences decoded at once, of each model.")
 _CONTEXT = flags.DEFINE_integer("context", 0, "Longest sequence, tokens; 0: the model's own.")
+_MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "tensor=N: cut weights and keys over the first N devices. Without it each device has a copy.",
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "compute",
+    ["compute", "int8"],
+    "Matrices in the model's dtype, or rounded to 8 bits; launch.evaluate says what that costs.",
+)
 _SPECULATE = flags.DEFINE_integer(
     "speculate",
     0,
@@ -112,9 +131,15 @@ def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     path = as_path(path)
     name = name or path.resolve().name
     began = time.monotonic()
-    loaded = load_model(path)
+    # Rounding to 8 bits begins with the weights as they were trained; plain decode casts itself.
+    compute = _ENGINE.value == "batched" and _WEIGHTS.value == "compute"
+    loaded = load_model(path, mesh=mesh_of, compute=compute)
     read = time.monotonic()
     service = make_service(loaded)
+    # The engine has its own.
+    loaded = loaded._replace(params={"router": loaded.params["router"]})
+    with still("compiling the programs of the engine", say):
+        service.warm_up()
     say(f"{name}: loaded in {read - began:.1f} s, warmed up in {time.monotonic() - read:.1f} s")
     grammars, why = make_grammars(loaded)
     return ModelBackend(
@@ -130,18 +155,38 @@ def backend(text: str, template: ChatTemplate | None = None) -> "ModelBackend":
     )
 
 
+def engine_config() -> EngineConfig:
+    return EngineConfig(
+        lanes=_LANES.value,
+        context=_CONTEXT.value,
+        speculate=_SPECULATE.value,
+        weights=_WEIGHTS.value,
+    )
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The mesh to serve a model on. Raises UserError: it does not cut the model in equal parts, or
+    the model does not fit it with its lanes."""
+    if _WEIGHTS.value == "int8" and _ENGINE.value == "plain":
+        raise UserError("--weights int8 is for the batching engine; leave --engine plain out.")
+    mesh = (
+        serving_mesh(_MESH.value, config.model) if _MESH.value else make_mesh(MeshConfig(data=-1))
+    )
+    room, lm = device_room(), LM.from_config(config)
+    if room and _ENGINE.value == "batched" and can_serve(lm):
+        require_fit(lm, engine_config(), mesh.shape["tensor"], room, devices=jax.device_count())
+    return mesh
+
+
 def make_service(loaded: Loaded) -> PlainService | EngineService:
-    """The engine of a model, every program compiled."""
+    """The engine of a model, not yet compiled."""
     service: PlainService | EngineService
     if _ENGINE.value == "plain":
         service = PlainService(loaded, queue=_QUEUE.value, context=_CONTEXT.value or None)
     else:
-        engine = EngineConfig(
-            lanes=_LANES.value, context=_CONTEXT.value, speculate=_SPECULATE.value
+        service = build_service(
+            loaded, engine_config(), ServiceConfig(queue=_QUEUE.value), scoring=True
         )
-        service = build_service(loaded, engine, ServiceConfig(queue=_QUEUE.value), scoring=True)
-    with still("compiling the programs of the engine", say):
-        service.warm_up()
     if _SPECULATE.value and _ENGINE.value == "batched" and loaded.lm.model.dtype != "float32":
         say(
             f"speculating in {loaded.lm.model.dtype}: tokens within its rounding of each other may change places"

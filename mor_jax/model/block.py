@@ -39,12 +39,18 @@ Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of 
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
 
 
+def lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [..., D] of a table."""
+    return jnp.take(table_VxD, ids, axis=0)
+
+
 def embed(
     m: ModelConfig,
     params: Params,
     tokens: jax.Array,
     before: jax.Array | None = None,
     pos: jax.Array | None = None,
+    lookup: Callable[[Any, jax.Array], jax.Array] = lookup,
 ) -> jax.Array:
     """States [..., D] of tokens [...], in the compute dtype.
 
@@ -52,17 +58,18 @@ def embed(
     causal depth-wise convolution of the embeddings, so that one match of attention compares several
     tokens.
 
-    Args, which only that reads:
-      tokens: [..., T], one after the other.
-      before: the S tokens before them, [..., S]; any ids where there are none.
-      pos: positions of the tokens in their documents, [..., T].
+    Args:
+      tokens: with smear [..., T], one after the other.
+      before: read by smear: the S tokens before them, [..., S]; any ids where there are none.
+      pos: read by smear: positions of the tokens in their documents, [..., T].
+      lookup: reads a table that was prepared, as `product` does in a block.
     """
     if not m.smear:
-        return jnp.take(params["embed"]["table"], tokens, axis=0).astype(m.dtype)
+        return lookup(params["embed"]["table"], tokens).astype(m.dtype)
     assert before is not None and pos is not None, "smearing reads them"
     count, mix_SxD = tokens.shape[-1], params["embed"]["smear"].astype(m.dtype)
     near = jnp.concatenate([before, tokens], axis=-1)
-    e = jnp.take(params["embed"]["table"], near, axis=0).astype(m.dtype)
+    e = lookup(params["embed"]["table"], near).astype(m.dtype)
     x = e[..., m.smear :, :]
     for i in range(1, m.smear + 1):
         first = m.smear - i
@@ -165,7 +172,9 @@ def attention(
     groups, rows = heads // kv_heads, x.shape[:-1]
     qkv = params["qkv"]
     if queries_only:  # the G query heads of each kv head lie before its key and its value
-        qkv = qkv.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups]
+        qkv = jax.tree.map(
+            lambda w: w.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups], qkv
+        )
     h = product(x, qkv).reshape(*rows, kv_heads, -1, head_dim)  # [..., K, E, H]
     if "bias" in params:
         h += params["bias"][:, : h.shape[-2]].astype(h.dtype)

@@ -29,6 +29,8 @@ from mor_jax.analysis.topologies import Topology, topology
 from mor_jax.analysis.tpu_compiler import ENVIRONMENT, described_tpus, require_libtpu
 from mor_jax.config import Config, from_dict, saved_config
 from mor_jax.errors import ConfigError, UserError
+from mor_jax.inference.engine.aot import serving_report
+from mor_jax.inference.engine.device import EngineConfig
 from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
@@ -151,6 +153,24 @@ def compiled_report(cfg: Config, place: Topology, limit_s: float = 3600.0) -> di
     return report
 
 
+def compiled_serving(
+    cfg: Config, place: Topology, engine: EngineConfig, tensor: int, limit_s: float = 3600.0
+) -> dict[str, Any]:
+    """`serving_report` on the first `tensor` devices of a topology. Args and errors as in
+    `compiled_report`."""
+    if not place.is_tpu:
+        return serving_report(cfg, engine, tensor, described_devices(place))
+    require_libtpu()
+    serve = {"engine": dataclasses.asdict(engine), "tensor": tensor}
+    case = {"config": cfg.to_dict(), "topology": place.name, "serve": serve}
+    (report,) = _compiled_until_one_fails([case], limit_s)
+    if "error" in report:
+        raise UserError(
+            f"the engine of {cfg.name} was not compiled for {place.name}: {report['error']}"
+        )
+    return report
+
+
 def compiled_reports(
     cases: Sequence[tuple[Config, Topology]], limit_s: float
 ) -> Iterator[dict[str, Any]]:
@@ -225,7 +245,12 @@ def main() -> None:
             faulthandler.dump_traceback_later(DESCRIBED_WITHIN, exit=True)
             devices = described_devices(topology(case["topology"]))
             faulthandler.cancel_dump_traceback_later()
-            report = step_report(from_dict(case["config"]), devices)
+            cfg = from_dict(case["config"])
+            if serve := case.get("serve"):
+                engine = EngineConfig(**serve["engine"])
+                report = serving_report(cfg, engine, serve["tensor"], devices)
+            else:
+                report = step_report(cfg, devices)
         except (UserError, jax.errors.JaxRuntimeError) as error:
             report = {"error": str(error)}
         print(json.dumps(report), file=out, flush=True)

@@ -79,7 +79,7 @@ def read_bundle(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
 
 
 def restore(arrays: Mapping[str, np.ndarray], abstract: Any, path: epath.PathLike) -> Any:
-    """Float32 parameters of these shapes and places. Raises CheckpointError: one is missing or of
+    """Parameters of these shapes, dtypes and places. Raises CheckpointError: one is missing or of
     another shape."""
 
     def leaf(where: tuple[DictKey, ...], like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -89,7 +89,7 @@ def restore(arrays: Mapping[str, np.ndarray], abstract: Any, path: epath.PathLik
             raise CheckpointError(
                 f"{path}: {name} should have the shape {like.shape}; the bundle does not fit its config."
             )
-        return jax.device_put(found.view(jnp.bfloat16).astype(np.float32), like.sharding)
+        return jax.device_put(found.view(jnp.bfloat16).astype(like.dtype), like.sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 

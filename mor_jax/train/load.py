@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from mor_jax.data.chat import ChatTemplate, find_template
 from mor_jax.data.tokenizer import load_tokenizer
 from mor_jax.data.vocabulary import Tokenizer
 from mor_jax.errors import CheckpointError
+from mor_jax.inference.engine.layers import is_matrix
 from mor_jax.model.adapter import Adapters
 from mor_jax.model.lm import LM
 from mor_jax.parallel.mesh import make_mesh
@@ -84,8 +85,9 @@ def load_model(
     path: str | os.PathLike[str],
     step: int | None = None,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Callable[[Config], Mesh] | None = None,
     average: bool = False,
+    compute: bool = False,
 ) -> Loaded:
     """Model, weights and tokenizer of a checkpoint.
 
@@ -93,8 +95,10 @@ def load_model(
       path: a run directory, its checkpoints/, or a bundle (`train.bundle`); on this machine, gs://
         or s3://.
       step: the newest by default.
-      mesh: where the weights go; default: all devices, weights whole on each.
+      mesh: where the weights go, each device reading its own part; default: all devices, weights
+        whole on each. A function is asked before any weight is read, and may raise.
       average: the running mean of the weights in place of the weights (`config.optim.ema`).
+      compute: matrices in the compute dtype, as an engine reads them, instead of float32.
     Raises:
       CheckpointError: nothing there, damaged, or written by a newer version.
     """
@@ -112,18 +116,21 @@ def load_model(
         raise CheckpointError(
             f"the checkpoint of step {step} in {directory} lacks its {e}; is it one of mor_jax?"
         ) from e
-    mesh = mesh or make_mesh(MeshConfig(data=-1))
+    if not isinstance(mesh, Mesh):
+        mesh = mesh(config) if mesh else make_mesh(MeshConfig(data=-1))
     lm = LM.from_config(config)
     adapters = Adapters(lm, config.adapter) if config.adapter.rank else None
     saved = adapters or lm
     shapes = jax.eval_shape(saved.init, jax.random.key(0))
 
     def place(
-        s: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding
+        path: Any, s: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding
     ) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+        cast = compute and not adapters and is_matrix(path)
+        return jax.ShapeDtypeStruct(s.shape, lm.model.dtype if cast else s.dtype, sharding=sharding)
 
-    abstract = jax.tree.map(place, shapes, lm.rules.shardings(mesh, saved.logical_axes()))
+    where = lm.rules.shardings(mesh, saved.logical_axes())
+    abstract = jax.tree_util.tree_map_with_path(place, shapes, where)
     if average and (shipped or not config.optim.ema):
         raise CheckpointError(
             f"{directory} holds no running mean of the weights, which config.optim.ema keeps."

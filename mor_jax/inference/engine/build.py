@@ -40,6 +40,7 @@ def build_service(
       scoring: whether log-probabilities of prompts may be asked for; a program more to compile.
     """
     device = device or build_device(model, engine)
+    router = {"router": model.params["router"]}  # alone, so that the weights can be freed
 
     @functools.lru_cache(maxsize=KEPT_WISHES)
     def control_of(wish: DepthWish) -> Any:
@@ -47,7 +48,7 @@ def build_service(
             return None
         return depth_control(
             model.lm,
-            model.params,
+            router,
             1,
             mean_depth=wish.mean,
             min_depth=wish.least,

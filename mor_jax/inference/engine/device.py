@@ -12,7 +12,6 @@ and the position.
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,14 +21,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import choose, layers, programs
+from mor_jax.inference.engine.layers import WeightFormat
+from mor_jax.inference.engine.placement import Placement
 from mor_jax.inference.engine.prefill import Chunk
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
 from mor_jax.inference.engine.speculate import Speculation
-from mor_jax.inference.engine.state import NONE, Shape, State, empty_state
+from mor_jax.inference.engine.state import NONE, Shape, State
 from mor_jax.inference.engine.tick import Out
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.kv import SHARED
@@ -63,6 +64,7 @@ class EngineConfig:
     # tokens that a tick drafts with few recursions and verifies with all; 0: none (`speculate.py`)
     speculate: int = 0
     draft_depth: int = 1  # recursions a draft may run, fewer than the model's
+    weights: WeightFormat = "compute"  # how matrices are kept, see `layers.prepare`
 
 
 # -------------------------------------------------------------------- what dispatched work returns
@@ -156,9 +158,10 @@ class Device:
     """The programs of one model and the state of its lanes.
 
     Args:
-      params: as `LM.init` returns them; cast and flattened once, here.
+      params: as `LM.init` returns them; placed, cast and flattened once, here.
       vocab_size: ids from here on are padding of the model's table and are never drawn.
-      mesh: weights and state are whole on each of its devices; default: the default device.
+      mesh: weights and logs are cut over its axis `tensor`, see `placement.py`; where it is 1
+        they are whole on each of its devices. Default: the default device.
     Raises:
       UserError: sizes that cannot be.
     """
@@ -174,16 +177,16 @@ class Device:
     ):
         config = config or EngineConfig()
         self.lm, self.config, self.recursions = lm, config, lm.program.recursions
-        _check(lm, config)
+        check_sizes(lm, config)
         self.lanes, self.context = config.lanes, config.context or lm.model.context
         self.chunks = tuple(sorted({min(c, self.context) for c in config.chunks}))
         self.draw_config = DrawConfig(
             vocab_size or lm.model.vocab_size, config.candidates, config.max_logprobs
         )
         self.shares = choose.shares(lm, params)
-        self._place = NamedSharding(mesh, PartitionSpec()) if mesh is not None else None
+        self.placement = Placement(mesh, lm.rules)
         self.set_params(params)
-        self.shape = Shape(self.context, self._rooms())
+        self.shape = shape_of(lm, config, self.shares)
         self.m = config.boundary_every or self.recursions
         # (seconds a core pass, a boundary), measured at warm-up
         self.times: tuple[float, float] | None = None
@@ -196,28 +199,14 @@ class Device:
         self.drafted = self.accepted = 0  # tokens, by speculation, as of the tick fetched last
 
     def _empty(self) -> State:
-        make = functools.partial(empty_state, self.lm, self.shape, self.draw_config)
-        # Compiled, so that no two leaves share a buffer: each is donated.
-        return self._put(jax.jit(make)(self._weights["router"]))
-
-    def _put(self, tree: Any) -> Any:
-        return tree if self._place is None else jax.device_put(tree, self._place)
-
-    def _rooms(self) -> tuple[int, ...]:
-        most = self._most_entries(self.context)
-        spare = min(
-            most, self.config.entries or int(self.expected_entries(self.context) * SLACK) + SPARE
+        return self.placement.empty_state(
+            self.lm, self.shape, self.draw_config, self._weights["router"]
         )
-        full = min(self.config.full_lanes, self.lanes)
-        return (most,) * full + (spare,) * (self.lanes - full)
-
-    def _most_entries(self, tokens: int) -> int:
-        return tokens * (1 if self.lm.depth.kv_name == SHARED else self.recursions)
 
     def set_params(self, params: Any) -> None:
         """Other weights of the same shape, from the next call on. What is in the logs, and saved
         rows, are of the old ones."""
-        self._weights = self._put(jax.jit(functools.partial(layers.prepare, self.lm))(params))
+        self._weights = self.placement.prepare(self.lm, params, self.config.weights)
 
     @property
     def weights(self) -> layers.Weights:
@@ -263,7 +252,7 @@ class Device:
     def uncompiled(self) -> programs.Programs:
         """The programs, none of them compiled yet: `warm_up` in pieces, for measurements."""
         return programs.Programs(
-            self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self._place
+            self.lm, self.shape, self.draw_config, self._weights, self._state, PIECE, self.placement
         )
 
     @property
@@ -450,10 +439,7 @@ class Device:
 
     def expected_entries(self, tokens: int, mean_depth: float | None = None) -> int:
         """Entries of the core log that so many tokens take, at the expected depth or this one."""
-        if self.lm.depth.kv_name == SHARED:
-            return tokens
-        depth = choose.mean_depth(self.shares) if mean_depth is None else mean_depth
-        return int(np.ceil(tokens * min(depth, self.recursions)))
+        return expected_entries(self.lm, self.shares, tokens, mean_depth)
 
     def bytes_per_sequence(self, tokens: int, entries: int | None = None) -> int:
         """Bytes of keys and values of a sequence; `entries` of the core log: the expected number by
@@ -474,6 +460,26 @@ class Device:
         return sum(self.lane_bytes(lane) for lane in range(self.lanes))
 
 
+def expected_entries(
+    lm: LM, shares: Sequence[float], tokens: int, mean_depth: float | None = None
+) -> int:
+    """Entries of the core log that so many tokens take, at the expected depth or this one."""
+    if lm.depth.kv_name == SHARED:
+        return tokens
+    depth = choose.mean_depth(shares) if mean_depth is None else mean_depth
+    return int(np.ceil(tokens * min(depth, lm.program.recursions)))
+
+
+def shape_of(lm: LM, config: EngineConfig, shares: Sequence[float]) -> Shape:
+    """The room of each lane, for tokens of which these shares run each step."""
+    context = config.context or lm.model.context
+    most = context * (1 if lm.depth.kv_name == SHARED else lm.program.recursions)
+    expected = int(expected_entries(lm, shares, context) * SLACK) + SPARE
+    full = min(config.full_lanes, config.lanes)
+    spare = min(most, config.entries or expected)
+    return Shape(context, (most,) * full + (spare,) * (config.lanes - full))
+
+
 def _row(control: DepthControl) -> DepthControl:
     """The one row of a control, on the host."""
     dial, floor, cap = (np.asarray(leaf)[0] for leaf in control)
@@ -491,7 +497,8 @@ def can_serve(lm: LM) -> bool:
     return not (own or lm.program.networks > 1 or lm.model.bidirectional)
 
 
-def _check(lm: LM, c: EngineConfig) -> None:
+def check_sizes(lm: LM, c: EngineConfig) -> None:
+    """Raise UserError: sizes that cannot be, or a model that the engine does not compute."""
     most = lm.model.context
     if not can_serve(lm):
         raise UserError(

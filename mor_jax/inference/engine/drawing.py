@@ -221,8 +221,9 @@ def _lowest_kept(
     # the one more shows whether the last candidate ties with what follows
     enough = min(candidates + 1, vocab)
     # The barrier keeps slices of the result apart from it: merged with them XLA:CPU sorts
-    # everything, 100 times slower.
-    best_NxC = jax.lax.optimization_barrier(jax.lax.top_k(scaled_NxV, enough))[0]
+    # everything, 100 times slower. Around the pair of top_k's results it would end XLA:CPU, when it
+    # compiles for several devices.
+    best_NxC = jax.lax.optimization_barrier(jax.lax.top_k(scaled_NxV, enough)[0])
     mass_NxC = jnp.exp(best_NxC - top_N[:, None])
     sees_all = enough == vocab
     limits_k, limits_p = rows.top_k_N > 0, rows.top_p_N < 1

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from mor_jax.inference.engine import logs, rows
 from mor_jax.inference.engine.drawing import Drawn
 from mor_jax.inference.engine.layers import Weights
 from mor_jax.inference.engine.logs import Layout, Log
+from mor_jax.inference.engine.placement import Placement
 from mor_jax.inference.engine.prefill import prefill
 from mor_jax.inference.engine.rows import DrawConfig, DrawRows
 from mor_jax.inference.engine.speculate import Speculation, speculative_tick
@@ -200,7 +200,7 @@ class Programs:
         weights: Weights,
         state: State,
         piece: int,
-        place: NamedSharding | None = None,
+        place: Placement,
     ):
         # Shapes and placement alone, so that weights which are replaced later are not kept alive.
         def only(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -211,13 +211,18 @@ class Programs:
         self._weights, self._state = shown
         self._shape, self._piece, self._place = shape, piece, place
 
-    def _compile(self, f: Callable[..., Any], *args: Any, donate: int | None = 0) -> Any:
-        where: dict[str, Any] = {} if self._place is None else {"out_shardings": self._place}
-        return (
-            jax.jit(f, donate_argnums=() if donate is None else donate, **where)
-            .lower(*args)
-            .compile()
-        )
+    def _compile(self, f: Callable[..., Any], *args: Any, donate: int = 0) -> Any:
+        with self._place.scope():
+            where = self._place.outputs(jax.eval_shape(f, *args))
+            return jax.jit(f, donate_argnums=donate, out_shardings=where).lower(*args).compile()
+
+    def _compile_save(self, f: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """A program that copies rows out of the state, and what it returns."""
+        with self._place.scope():
+            saved = jax.eval_shape(f, *args)
+            where = self._place.rows(saved)
+            run = jax.jit(f, out_shardings=where).lower(*args).compile()
+        return run, self._place.shown(saved, where)
 
     def timed(self, f: Callable[..., Any]) -> Any:
         """`busy_pass` or `busy_boundary`, called with (weights, state, tokens, entries)."""
@@ -261,8 +266,7 @@ class Programs:
         self.save, self.load = {}, {}
         for part, save, load in (("ends", save_ends, load_ends), ("core", save_core, load_core)):
             save = functools.partial(save, shape, piece)
-            saved = jax.eval_shape(save, state, zero, zero)
-            self.save[part] = self._compile(save, state, zero, zero, donate=None)
+            self.save[part], saved = self._compile_save(save, state, zero, zero)
             self.load[part] = self._compile(
                 functools.partial(load, shape), state, zero, zero, zero, saved
             )

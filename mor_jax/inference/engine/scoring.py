@@ -15,16 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mor_jax.errors import UserError
 from mor_jax.inference.engine import layers
 from mor_jax.inference.engine.drawing import top_logprobs
+from mor_jax.inference.engine.placement import Placement
 from mor_jax.inference.engine.prefill import prefill_states
 from mor_jax.inference.engine.programs import open_lane
 from mor_jax.inference.engine.request import PromptScored
 from mor_jax.inference.engine.rows import DrawConfig
-from mor_jax.inference.engine.state import Shape, State, empty_state
+from mor_jax.inference.engine.state import Shape, State
 from mor_jax.model.depth import DepthControl
 from mor_jax.model.kv import SHARED
 from mor_jax.model.lm import LM
@@ -62,7 +63,7 @@ class Scorer:
       max_logprobs: K, most likely tokens beside each.
       chunk: tokens that go through the model at once.
       context: longest prompt; default: the model's.
-      mesh: weights are whole on each of its devices; default: the default device.
+      mesh: as of `device.Device`.
     """
 
     def __init__(
@@ -83,22 +84,18 @@ class Scorer:
         self._config = DrawConfig(vocab_size or lm.model.vocab_size, max_logprobs=max_logprobs)
         most = self.context * (1 if lm.depth.kv_name == SHARED else lm.program.recursions)
         shape = Shape(self.context, (most,))
-        place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._weights = (
-            jax.jit(functools.partial(layers.prepare, lm))(params) if weights is None else weights
-        )
+        self._place = place = Placement(mesh, lm.rules)
+        self._weights = place.prepare(lm, params) if weights is None else weights
         # The rows of a sampler belong to a state; this one draws nothing, so they are the smallest
-        # there are. Compiled, so that no two leaves share a buffer: each is donated.
-        self._state = jax.jit(functools.partial(empty_state, lm, shape, DrawConfig(1)))(
-            self._weights["router"]
-        )
-        if place is not None:
-            self._weights, self._state = jax.device_put((self._weights, self._state), place)
+        # there are.
+        self._state = place.empty_state(lm, shape, DrawConfig(1), self._weights["router"])
         self._begun = 0  # prompts
-        run = functools.partial(_score_chunk, lm, shape, self._config)
-        where: dict[str, Any] = {} if place is None else {"out_shardings": place}
-        self._run = jax.jit(run, donate_argnums=1, **where)
-        self._open = jax.jit(open_lane, donate_argnums=0, **where)
+        run, state = functools.partial(_score_chunk, lm, shape, self._config), self._state
+        tokens_C = np.zeros((self.chunk,), np.int32)
+        with place.scope():
+            made = jax.eval_shape(run, self._weights, state, tokens_C, tokens_C, np.int32(0))
+        self._run = jax.jit(run, donate_argnums=1, out_shardings=place.outputs(made))
+        self._open = jax.jit(open_lane, donate_argnums=0, out_shardings=place.outputs(state))
 
     def warm_up(self) -> None:
         """Compile; nothing compiles afterwards."""
@@ -144,9 +141,10 @@ class Scorer:
         control = (
             DepthControl.neutral(1, self._lm.program.recursions) if control is None else control
         )
-        self._state = self._open(
-            self._state, np.int32(0), jax.tree.map(lambda leaf: np.asarray(leaf)[0], control)
-        )
+        with self._place.scope():
+            self._state = self._open(
+                self._state, np.int32(0), jax.tree.map(lambda leaf: np.asarray(leaf)[0], control)
+            )
         self._begun += 1
         mine, last, parts = self._begun, len(ids_T) - 1, []
         for start in range(0, last, self.chunk):
@@ -158,9 +156,10 @@ class Scorer:
                 ids_T[start : start + count],
                 ids_T[start + 1 : start + 1 + count],
             )
-            self._state, scores = self._run(
-                self._weights, self._state, here, after, np.int32(count)
-            )
+            with self._place.scope():
+                self._state, scores = self._run(
+                    self._weights, self._state, here, after, np.int32(count)
+                )
             for leaf in scores:
                 leaf.copy_to_host_async()
             parts.append((scores, count))
