@@ -299,13 +299,14 @@ def _bytes(tree: Any, shardings: Any) -> int:
 
 
 def _working(lm: LM, config: EngineConfig, shape: Shape, tensor: int) -> int:
-    """The larger of: a tick's logits, whole on every device, three times in float32 (as the model
-    says them, shaped, with noise); a prefill's widest block, its keys and values of all steps and a
-    copy of the longest lane's log of a part."""
+    """The larger of: a tick's logits, whole on every device, and what a draw makes of them, eight
+    arrays of float32 in all (XLA for TPUs needs 7.2 of them for 32 lanes and 128,256 tokens); a
+    prefill's widest block, its keys and values of all steps and a copy of the longest lane's log of
+    a part."""
     m, c = lm.model, max(config.chunks)
     size = 2 if m.dtype == "bfloat16" else FLOAT32
     heads, kv_heads, head_dim = m.dims
-    tick = 3 * FLOAT32 * shape.lanes * m.vocab_size
+    tick = 8 * FLOAT32 * shape.lanes * m.vocab_size
     steps = 1 if lm.depth.kv_name == SHARED else lm.program.recursions
     kv = 2 * kv_heads * head_dim * size // tensor
     own = (
