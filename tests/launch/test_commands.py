@@ -57,11 +57,16 @@ def test_evaluate_on_other_text_and_an_earlier_step(trained, tmp_path):
         80,
         "--paths",
         text,
+        "--weights",
+        "int8",
         "--out",
         out,
     )
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())
+    cost = record["int8"]["causal/nll"] - record["causal/nll"]
+    assert f"int8 weights cost {cost:+.5f} nats / token" in done.stdout
+    assert 0 < abs(cost) < 0.05 * record["causal/nll"]
     assert record["step"] == 80 and record["bytes"] <= len(text.read_bytes())
     # all of it but the first byte of each row
     assert record["bytes"] > 0.9 * len(text.read_bytes())
