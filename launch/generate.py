@@ -170,7 +170,7 @@ def main(_: list[str]) -> None:
 
 def mesh_of(config: Config) -> Mesh:
     """The mesh of --mesh. Raises ConfigError where it does not cut the model in equal parts."""
-    return serving_mesh(_MESH.value, config.model)
+    return serving_mesh(_MESH.value or "", config.model)
 
 
 def read_prompts(path: str) -> list[str]:

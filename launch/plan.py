@@ -100,7 +100,11 @@ def main(_: list[str]) -> None:
 
 def serve(cfg: Config, place: Topology) -> None:
     """The plan of a server."""
-    engine = EngineConfig(lanes=_LANES.value, context=_CONTEXT.value, weights=_WEIGHTS.value)
+    engine = EngineConfig(
+        lanes=_LANES.value,
+        context=_CONTEXT.value,
+        weights="int8" if _WEIGHTS.value == "int8" else "compute",
+    )
     found = plan_serving(cfg, place, engine, _MESH.value)
     report = found.to_dict()
     if _COMPILE.value:

@@ -160,7 +160,7 @@ def engine_config() -> EngineConfig:
         lanes=_LANES.value,
         context=_CONTEXT.value,
         speculate=_SPECULATE.value,
-        weights=_WEIGHTS.value,
+        weights="int8" if _WEIGHTS.value == "int8" else "compute",
     )
 
 

@@ -172,9 +172,7 @@ def attention(
     groups, rows = heads // kv_heads, x.shape[:-1]
     qkv = params["qkv"]
     if queries_only:  # the G query heads of each kv head lie before its key and its value
-        qkv = jax.tree.map(
-            lambda w: w.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups], qkv
-        )
+        qkv = jax.tree.map(lambda w: w.reshape(kv_heads, groups + 2, head_dim, -1)[:, :groups], qkv)
     h = product(x, qkv).reshape(*rows, kv_heads, -1, head_dim)  # [..., K, E, H]
     if "bias" in params:
         h += params["bias"][:, : h.shape[-2]].astype(h.dtype)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mor_jax.errors import ConfigError
 from mor_jax.parallel.mesh import AXES
@@ -80,7 +80,7 @@ class Rules:
             x, self.spec(names, drop=(*drop, *mesh.manual_axes))
         )
 
-    def shardings(self, mesh: Mesh, logical_axes: Any) -> Any:
+    def shardings(self, mesh: Mesh | AbstractMesh, logical_axes: Any) -> Any:
         """NamedShardings for a tree whose leaves are tuples of logical names."""
 
         def is_names(leaf: object) -> bool:

@@ -48,7 +48,9 @@ class Placement:
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """To trace and call programs in: what is cut is computed in its parts."""
-        return jax.set_mesh(self.mesh) if self.mesh and self.cut else contextlib.nullcontext()
+        if self.cut and isinstance(self.mesh, Mesh):
+            return jax.set_mesh(self.mesh)
+        return contextlib.nullcontext()
 
     def parameters(self, lm: LM) -> Any:
         """Of the parameters, as `LM.init` returns them."""
@@ -66,7 +68,8 @@ class Placement:
             if not isinstance(w, Int8):
                 return self._named(*names)
             out = len(names) - contracted(path)
-            return Int8(self._named(*names), self._named(*names[:out]))
+            parts: list[Any] = [self._named(*names), self._named(*names[:out])]
+            return Int8(*parts)
 
         return jax.tree_util.tree_map_with_path(
             leaf, prepared, lm.logical_axes(), is_leaf=lambda x: isinstance(x, Int8)
