@@ -25,7 +25,8 @@ SIZES = {"tiny": (96, 4, 4, 256), "small": (256, 4, 2, 704)}
 # The longest conversation of the needle tasks has about 600 tokens, a drill 130.
 STAGES = {
     "drill": {"steps": 500, "context": 144, "batch_size": 14, "peak_lr": 4e-3, "warmup": 0.1},
-    "runs": {"steps": 1200, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "runs": {"steps": 1600, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "improve": {"steps": 60, "context": 768, "batch_size": 4, "peak_lr": 1e-3, "warmup": 0.1},
 }
 
 

@@ -15,7 +15,7 @@ import random
 import string
 from collections.abc import Iterator
 
-from rlm_runtime.training.experts.needles import KINDS, ONE, SENTENCES
+from rlm_runtime.training.experts.needles import KINDS, ONE, SENTENCES, phrased
 from rlm_runtime.training.samples import Conversation, spoken
 from rlm_runtime.training.splits import STRINGS, drawn, of_split, seed_of, word
 
@@ -27,7 +27,7 @@ CHARACTERS = string.ascii_letters + string.digits + "-"
 
 
 def _drawn(rng: random.Random, split: str) -> str:
-    return STRINGS[rng.choice(("words", "words", "numbers", "codes", "codes", "uuids"))](rng, split)
+    return STRINGS[rng.choice(("words", "pairs", "numbers", "codes", "codes", "uuids"))](rng, split)
 
 
 def _listed(rng: random.Random, split: str) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def _said(rng: random.Random, split: str) -> tuple[str, str]:
     """Sentences with a key and a value; then the keys and what stands around the values."""
     lines, copies = [], []
     for _ in range(2):
-        sentence = rng.choice(of_split((*SENTENCES, *ONE), split))
+        sentence = phrased(rng, (*SENTENCES, *ONE), split)
         words = [
             _drawn(rng, split),
             _drawn(rng, split),

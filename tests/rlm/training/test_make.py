@@ -16,7 +16,7 @@ from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.scripted import ScriptedLM
 from rlm_runtime.tasks import TASKS
 from rlm_runtime.tasks.s_niah import NOISE
-from rlm_runtime.training import expert, items, readings, splits
+from rlm_runtime.training import english, expert, items, readings, splits
 from rlm_runtime.training.dressing import ANY
 from rlm_runtime.training.experts import multi_round, needles, oolong, verbatim
 from rlm_runtime.training.make import Job, _problem, estimate, run
@@ -42,7 +42,7 @@ def replies(conversations, role):
 
 
 def test_there_is_an_expert_for_every_task():
-    assert set(expert.experts()) == set(TASKS) | {"outside"}
+    assert set(expert.experts()) == set(TASKS) | {"outside", "absent", "injected"}
 
 
 @pytest.mark.parametrize(("task", "strategy"), EVERY)
@@ -146,6 +146,10 @@ def test_problems_of_the_splits_share_no_made_up_word_and_none_with_the_tasks(ta
         assert {w for w in ANY.findall(text)} <= own
         found[split] = problem.template
     assert found["train"] != found["heldout"]
+
+
+def test_common_words_are_none_that_the_tasks_draw_from():
+    assert not ANY.findall(" ".join(english.common()))
 
 
 def test_code_of_the_splits_comes_from_other_files(tmp_path):
