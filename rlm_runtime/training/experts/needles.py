@@ -2,8 +2,8 @@
 sub-model read it.
 
 The context is made by the task itself, then each needle is said anew: keys and values are random
-strings, sentences and questions are phrased in ways of the split. The words before and behind the
-value are copied from the printout, so the code that cuts it out depends on what was seen.
+strings, sentences and questions are phrased in ways of the split. The keys are copied from the
+question, one value is copied from the printout, and code finds the others by what stands around it.
 """
 
 from __future__ import annotations
@@ -297,48 +297,45 @@ def _keys(problem: Problem) -> list[str]:
 
 
 def _look(problem: Problem) -> str:
-    """The keys as the question lists them, and the surroundings of the first two places."""
+    """The keys as the question lists them, and the surroundings of the first place."""
     return (
         f"import re\nasked = {quoted(problem.facts['listed'])}\n"  # type: ignore[arg-type]
         'keys = re.split(r"[,;]? (?:and |also |as well as )*\\b", asked)\n'
         "spots = [(k, m.start()) for k in keys for m in re.finditer(re.escape(k), context)]\n"
-        "for k, i in spots[:2]:\n    print(context[max(0, i - 90):i + len(k) + 110])"
+        "for k, i in spots[:1]:\n    print(context[max(0, i - 90):i + len(k) + 110])"
     )
 
 
 def _seen(problem: Problem, report: str) -> list[str]:
-    """Values of the keys that the printout shows."""
+    """Values of the key in the printout that it shows."""
     values: Any = problem.facts["values"]
-    return [v for key in _keys(problem) for v in values[key] if v in report]
+    return [v for key in _keys(problem) if key in report for v in values[key] if v in report]
 
 
-def _shape(problem: Problem, report: str) -> tuple[bool, str, str]:
-    """(whether the value stands behind its key, the text before it, the text behind it), as the
-    printout shows them."""
-    key, value = _keys(problem)[0], min(_seen(problem, report), key=report.index)
-    at, of_key = report.index(value), report.index(key)
-    behind = at > of_key
-    before, after = report[:at], report[at + len(value) :]
-    begin = re.search(r"\S*\s$", before) or re.search(r"\S+$", before)
-    before = begin[0] if begin else before[-3:]
-    if behind and key in before:  # the key itself is cut off first
-        before = before[before.index(key) + len(key) :]
-    after = re.match(r"[^\w]\s?\w{0,8}", after)[0].split("\n")[0] if after else ""  # type: ignore[index]
-    return behind, before, after if not behind else after[:1]
+# What stands between key and value, and around the value, is the same in every needle of a text; so
+# one value that was seen shows where the others are.
+CUT = """k, i = spots[0]
+a, b = context[max(0, i - 150):i], context[i + len(k):i + len(k) + 150]
+values = []
+for k, i in spots:
+    if value in b:
+        between, end = b[:b.index(value)], b[b.index(value) + len(value):][:1] or "\\n"
+        part = context[i + len(k):i + len(k) + 300]
+        if part.startswith(between):
+            values.append(part[len(between):].split(end)[0])
+    else:
+        between, begin = a[a.rindex(value) + len(value):], a[:a.rindex(value)][-1:] or "\\n"
+        part = context[max(0, i - 300):i]
+        if part.endswith(between):
+            values.append(part[:-len(between)].split(begin)[-1])"""
 
 
 def _cut(problem: Problem, report: str) -> str:
-    """Code that reads the value of each place into `values`."""
-    behind, before, after = _shape(problem, report)
-    if behind:
-        piece = "context[i + len(k):i + len(k) + 150]"
-        find = f're.search(re.escape({quoted(before)}) + r"(\\S+?)" + re.escape({quoted(after)}) + r"(?!\\S)", part)[1]'
-        if not after.strip():
-            find = f're.search(re.escape({quoted(before)}) + r"(\\S+)", part)[1]'
-    else:
-        piece = "context[max(0, i - 150):i]"
-        find = f're.findall(re.escape({quoted(before)}) + r"(\\S+)" + re.escape({quoted(after)}), part)[-1]'
-    return f"values = []\nfor k, i in spots:\n    part = {piece}\n    values.append({find})"
+    """Code that reads the value of each place into `values`, given the first one that the printout
+    shows beside its key."""
+    spot = report.index(next(key for key in _keys(problem) if key in report))
+    value = min(_seen(problem, report), key=lambda v: abs(report.index(v) - spot))
+    return f"value = {quoted(value)}\n{CUT}"
 
 
 ANSWER = '", ".join(dict.fromkeys(values))'  # one value stands alone

@@ -79,17 +79,18 @@ def _marks(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 def _look(problem: Problem) -> str:
-    """The first mark of each kind, with its number: how this text marks its blocks."""
+    """The marks of the first block: how this text marks its blocks."""
     return (
-        f'n = {quoted(str(problem.facts["n"]))}\nlines = context.split("\\n")\nprint(lines[0])\n'
-        'print([l for l in lines if "1" in l.split() or " 1]" in l or " 1>" in l][:4])'
+        f'import re\nn = {quoted(str(problem.facts["n"]))}\nlines = context.split("\\n")\n'
+        'marks = [l for l in lines if "1" in re.findall(r"\\d+", l) and len(l.split()) < 7]\n'
+        'print("\\n".join(marks[:4]))'
     )
 
 
 def _cut(problem: Problem) -> str:
-    begin, end = (str(problem.facts[k]).split("{n}") for k in ("begin", "end"))
+    begin, end = (quoted(str(problem.facts[k]).format(n=1)) for k in ("begin", "end"))
     return (
-        f"a = {quoted(begin[0])} + n + {quoted(begin[1])}\nb = {quoted(end[0])} + n + {quoted(end[1])}\n"
+        f'a = {begin}.replace("1", n)\nb = {end}.replace("1", n)\n'
         'i, j = lines.index(a), lines.index(b)\ntext = "\\n".join(lines[i + 1:j])'
     )
 
