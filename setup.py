@@ -65,6 +65,7 @@ setup(
     package_data={
         "mor_jax.analysis": ["*.html.j2"],
         "rlm_runtime": ["native/*"],  # the model that comes with the package
+        "rlm_runtime.training": ["*.txt"],
         "rlm_runtime.viewer": ["*.html", "*.css", "*.js"],
         "launch": ["*.sh", "*.sbatch", "*.yaml", "*.json"],
     },

@@ -1,18 +1,20 @@
 r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs
 (docs/native.md).
 
-    rlm training make --tasks NEEDLES --strategies extract,recover,decline --readings 0 --copies 1 \
-        --samples 3000 \
-        --seed 1 --out native/train.jsonl --tokenizer native/tokenizer.json
+    rlm training make --tasks NEEDLES --strategies extract,recover,decline,slice --readings 0 \
+        --copies 1 --samples 330 --seed 2 --out native/few.jsonl --tokenizer native/tokenizer.json
+    rlm training make --tasks NEEDLES --strategies extract,recover,decline,slice --readings 0 \
+        --copies 1 --samples 4400 --seed 1 --out native/train.jsonl
     rlm training drill --samples 12000 --seed 1 --out native/drill.jsonl
     python -m launch.train --config configs/native_rlm.py:stage=drill --workdir runs/drill
     python -m launch.train --config configs/native_rlm.py --workdir runs/native \
         --init_from runs/drill
 
-NEEDLES:
-s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,niah_multiquery,outside.
+NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,
+niah_multiquery,outside,verbatim,injected (in one word).
 Argument: tiny (default, 0.4M parameters) | small (2.4M); stage=drill: begin with exercises in
-copying; vanilla=1: the plain Transformer of the same unrolled depth.
+copying; stage=improve: a round of launch.improve; vanilla=1: the plain Transformer of the same
+unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -25,7 +27,8 @@ SIZES = {"tiny": (96, 4, 4, 256), "small": (256, 4, 2, 704)}
 # The longest conversation of the needle tasks has about 600 tokens, a drill 130.
 STAGES = {
     "drill": {"steps": 500, "context": 144, "batch_size": 14, "peak_lr": 4e-3, "warmup": 0.1},
-    "runs": {"steps": 1200, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "runs": {"steps": 1800, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "improve": {"steps": 60, "context": 768, "batch_size": 4, "peak_lr": 1e-3, "warmup": 0.1},
 }
 
 

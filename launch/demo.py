@@ -6,14 +6,17 @@ compare, generate.
 
 Both read the same text (this computer's Python library) and spend the same training FLOPs, after
 the paper's accounting. Leaves two checkpoints, report.html, and a picture of how deep each token
-thought. What is already there is not done again.
+thought. Then the model that comes with the package (docs/native.md) leads the runtime: it finds one
+value in ten million tokens. What is already there is not done again.
 """
 
 import dataclasses
+from pathlib import Path
 
 from absl import flags
 from rich.console import Console
 from rich.rule import Rule
+from rich.syntax import Syntax
 
 from configs import quickstart
 from launch import cli
@@ -25,6 +28,10 @@ from mor_jax.paths import as_path
 from mor_jax.train.load import load_model
 from mor_jax.train.loop import train
 from mor_jax.train.present import present, read
+from rlm_runtime import RLM, tasks
+from rlm_runtime.lms import resolve
+from rlm_runtime.trajectory import CellEnd, CellStart
+from rlm_runtime.trajectory import read as read_trajectory
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the two runs and the report go.")
 _FLOPS = flags.DEFINE_float(
@@ -33,6 +40,7 @@ _FLOPS = flags.DEFINE_float(
 _PROMPT = flags.DEFINE_string("prompt", "def __init__(self, ", "Text that both models continue.")
 
 KINDS = ("mor", "vanilla")
+HAYSTACK = 10_000_000  # tokens of the text that the package's model looks through
 PASSAGE = 1200  # characters of held-out text shown with their depths
 
 
@@ -66,10 +74,34 @@ def main(_: list[str]) -> None:
     found = read(mor, (runs[0] / "sample.txt").read_text(encoding="utf-8")[:PASSAGE], stretches=1)
     picture = root / "depth.png"
     save_depth_png(found.tokens, found.depths, mor.lm.program.recursions, picture)
+    console.print(Rule(f"a value in {HAYSTACK:,} tokens"))
+    find(console, Path(_WORKDIR.value) / "haystack")
     console.print(
         f"\nReport: {page}\nHow deep each token thought: {picture}\nTry: python -m launch.generate "
         f"--checkpoint {runs[0]} --prompt 'import ' --show_depth"
     )
+
+
+def find(console: Console, folder: Path, tokens: int = HAYSTACK) -> bool:
+    """Let the package's model answer a question over a text of that length; was it right?"""
+    task = tasks.get("s_niah")
+    example = task.example(tokens, folder=folder)
+    size = example.context.stat().st_size
+    console.print(f"{example.context}, {size:,} bytes\n{example.question}", markup=False)
+    with RLM(resolve("native"), budget={"turns": 6}, log_dir=folder / "runs") as rlm:
+        result = rlm.completion(example.context, example.question)
+    for event in read_trajectory(result.trajectory) if result.trajectory else ():
+        if isinstance(event, CellStart):
+            console.print(Syntax(event.code, "python", word_wrap=True))
+        elif isinstance(event, CellEnd):
+            console.print(event.result.stdout.strip(), style="dim", markup=False)
+    right = task.score(example, result.answer) == 1
+    console.print(
+        f"{result.answer} ({'right' if right else f'wrong: {example.answer[0]}'}), {result.turns} turns, "
+        f"{result.seconds:.1f} s with loading and compiling. Look at it with: rlm view {folder / 'runs'}",
+        markup=False,
+    )
+    return right
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def _described(example: Example, context: str) -> dict[str, Any]:
 def eval(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from rlm_runtime.tasks import get, parse_length
+    from rlm_runtime.tasks import parse_length
     from rlm_runtime.tasks.evaluate import evaluate
+    from rlm_runtime.training.reworded import get
 
     chosen = [get(name) for name in args.task]  # a wrong name shows before a wrong model
     lengths = [parse_length(part) for part in args.lengths.split(",") if part.strip()]

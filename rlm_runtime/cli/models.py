@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -11,14 +12,28 @@ from typing import Any
 from rlm_runtime.cli import codes, values
 from rlm_runtime.errors import UsageError
 
+# of an endpoint: whoever has set one means that endpoint, and has to name its model
+ENDPOINT = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL")
+
 
 def pair(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Root and sub-model. Raises UsageError."""
+    """Root and sub-model; without name, key and URL the model that comes with the package. Raises
+    UsageError."""
+    from rlm_runtime.lms import NATIVE
+
     root = args.root or os.environ.get("RLM_ROOT")
     if not root:
-        raise UsageError(
-            "No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT."
+        given = args.base_url or args.sub or any(os.environ.get(name) for name in ENDPOINT)
+        if given or importlib.util.find_spec("jax") is None:
+            raise UsageError(
+                "No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT. "
+                'Without any, --root native is a small one that runs here (pip install "mor_jax[jax]").'
+            )
+        codes.tell(
+            "No model is named, so the small one of this package answers (--root native): it finds "
+            "values in a text and little else."
         )
+        root = NATIVE
     return named(args, root, args.sub or os.environ.get("RLM_SUB"))
 
 

@@ -376,6 +376,7 @@ def _chat(model: Any) -> Any:
 
 def _load(path: str, step: int | None) -> Any:
     try:
+        from mor_jax.analysis.tpu_compiler import quiet_without_tpu
         from mor_jax.errors import UserError
         from mor_jax.paths import use_compilation_cache
         from mor_jax.train.load import load_model
@@ -385,6 +386,7 @@ def _load(path: str, step: int | None) -> Any:
             'In a checkout of this project, pip install ".[jax]"; or use an endpoint (openai:MODEL with base_url).'
         ) from e
     try:
+        quiet_without_tpu()
         use_compilation_cache()
         return load_model(path, step)
     except UserError as e:

@@ -8,11 +8,12 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from rlm_runtime.lms.base import Frozen
 
@@ -71,10 +72,12 @@ def read_rows(path: Path) -> dict[Key, Row]:
 
 
 def append_row(path: Path, row: Row) -> None:
+    append_line(path, json.dumps(row.model_dump(), ensure_ascii=False))
+
+
+def append_line(path: Path, line: str) -> None:
     """One write for one line; a line that a crash cut off before is closed first."""
-    data = (json.dumps(row.model_dump(), ensure_ascii=False) + "\n").encode(
-        "utf-8", "replace"
-    )  # a reply may hold surrogates
+    data = (line + "\n").encode("utf-8", "replace")  # a reply may hold surrogates
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -98,6 +101,7 @@ class TaskSummary(Frozen):
     high: float | None
     over_window: int = 0
     errors: int = 0
+    failures: dict[str, int] = Field(default_factory=dict)  # runs without full score, by `failure`
     cost_usd: float | None = None  # means of a run
     calls: float = 0.0
     input_tokens: float = 0.0
@@ -127,12 +131,25 @@ def _summary(task: str, mode: str, length: int, rows: Sequence[Row]) -> TaskSumm
         high=high,
         over_window=sum(r.status == "over_window" for r in rows),
         errors=sum(r.status == "error" for r in rows),
+        failures=dict(Counter(sorted(filter(None, map(failure, rows))))),
         cost_usd=None if not costs or None in costs else _mean(costs),
         calls=_mean([r.calls for r in scored]) or 0.0,
         input_tokens=_mean([r.input_tokens for r in scored]) or 0.0,
         output_tokens=_mean([r.output_tokens for r in scored]) or 0.0,
         seconds=_mean([r.seconds for r in scored]) or 0.0,
     )
+
+
+def failure(row: Row) -> str:
+    """The class of a run that did not score 1, or "": what stopped it, or how its answer was."""
+    if row.score is None or row.score >= 1:
+        return ""
+    if row.stop_reason not in ("answered", "stop", ""):
+        return f"stopped by {row.stop_reason}"
+    declined = row.reply.strip().lower()
+    if declined in ("not found", "not in my competence"):
+        return declined
+    return "partly right" if row.score > 0 else "wrong"
 
 
 def interval(scores: Sequence[float]) -> tuple[float | None, float | None]:
@@ -160,10 +177,11 @@ def write_summaries(out: Path, summaries: Sequence[TaskSummary]) -> None:
     """summary.json and summary.csv."""
     dumped = [s.model_dump() for s in summaries]
     (out / "summary.json").write_text(json.dumps(dumped, indent=1) + "\n", encoding="utf-8")
+    flat = [d | {"failures": json.dumps(d["failures"])} for d in dumped]
     with open(out / "summary.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(TaskSummary.model_fields))
         writer.writeheader()
-        writer.writerows(dumped)
+        writer.writerows(flat)
 
 
 def size_name(length: int) -> str:
@@ -217,6 +235,12 @@ def _table(task: str, summaries: Sequence[TaskSummary]) -> Any:
         f"{s.mode} at {size_name(s.length)}: {s.over_window} over the window"
         for s in summaries
         if s.over_window and s.runs
+    ]
+    notes += [
+        f"{s.mode} at {size_name(s.length)}: "
+        + ", ".join(f"{n} {what}" for what, n in s.failures.items())
+        for s in summaries
+        if s.failures
     ]
     if notes:
         shown.caption, shown.caption_justify = Text("; ".join(notes)), "left"

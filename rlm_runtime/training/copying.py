@@ -15,7 +15,8 @@ import random
 import string
 from collections.abc import Iterator
 
-from rlm_runtime.training.experts.needles import KINDS, ONE, SENTENCES
+from rlm_runtime.training.english import any_word, saying
+from rlm_runtime.training.experts.needles import KINDS, LAST, MANY, ONE, SENTENCES, phrased
 from rlm_runtime.training.samples import Conversation, spoken
 from rlm_runtime.training.splits import STRINGS, drawn, of_split, seed_of, word
 
@@ -27,7 +28,7 @@ CHARACTERS = string.ascii_letters + string.digits + "-"
 
 
 def _drawn(rng: random.Random, split: str) -> str:
-    return STRINGS[rng.choice(("words", "words", "numbers", "codes", "codes", "uuids"))](rng, split)
+    return STRINGS[rng.choice(("words", "pairs", "numbers", "codes", "codes", "uuids"))](rng, split)
 
 
 def _listed(rng: random.Random, split: str) -> tuple[str, str]:
@@ -40,11 +41,20 @@ def _listed(rng: random.Random, split: str) -> tuple[str, str]:
     return f"Copy: {asked}", "\n".join(f'"{s}"' for s in strings)
 
 
+def _whole(rng: random.Random, split: str) -> tuple[str, str]:
+    """A list among other words, said as it stands: as the keys of a question are."""
+    kind = rng.choice(("words", "pairs", "numbers", "codes", "codes"))
+    strings = [STRINGS[kind](rng, split) for _ in range(rng.randint(2, 4))]
+    listed = ", ".join(strings[:-1]) + rng.choice(LAST) + strings[-1]
+    question = phrased(rng, MANY, split).format(kind=any_word(rng), key=listed)
+    return f"Copy: {saying(rng)} {question} {saying(rng)}", f'"{listed}"'
+
+
 def _said(rng: random.Random, split: str) -> tuple[str, str]:
     """Sentences with a key and a value; then the keys and what stands around the values."""
     lines, copies = [], []
     for _ in range(2):
-        sentence = rng.choice(of_split((*SENTENCES, *ONE), split))
+        sentence = phrased(rng, (*SENTENCES, *ONE), split)
         words = [
             _drawn(rng, split),
             _drawn(rng, split),
@@ -60,7 +70,7 @@ def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
     """`count` exercises; strings and sentences are those of the split."""
     for i in range(count):
         rng = random.Random(f"copying {seed_of(seed, split)} {i}")
-        prompt, reply = (_listed, _said)[i % 2](rng, split)
+        prompt, reply = (_listed, _said, _whole)[i % 3](rng, split)
         provenance = {
             "source": "copying",
             "split": split,

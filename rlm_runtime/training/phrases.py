@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlm_runtime.errors import UsageError
+from rlm_runtime.training.english import common
 
 # ends of documents, and ChatML's of turns
 SPECIALS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
@@ -51,7 +52,7 @@ def learn(path: str | Path, out: str | Path) -> int:
     )
     hf.add_special_tokens(list(SPECIALS))
     kept = sorted(p for p, n in phrases.items() if n >= least and len(p) >= SHORTEST)
-    single = sorted(w for w, n in words.items() if n >= least)
+    single = sorted({*common(), *(w for w, n in words.items() if n >= least)})
     hf.add_tokens([AddedToken(p, normalized=False) for p in kept])
     hf.add_tokens(
         [AddedToken(w, normalized=False, single_word=True) for w in single if w not in kept]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from rlm_runtime.errors import UsageError
+from rlm_runtime.training.english import any_word
 
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
@@ -103,6 +104,11 @@ def phrase(rng: random.Random, split: str) -> str:
     return f"{word(rng, split)}-{word(rng, split)}"
 
 
+def pair(rng: random.Random, split: str) -> str:
+    """Two ordinary words with a hyphen between them."""
+    return drawn(rng, split, lambda r: f"{any_word(r)}-{any_word(r)}")
+
+
 def code(rng: random.Random, split: str) -> str:
     """Letters and digits, 6 to 16 of them."""
     return drawn(rng, split, lambda r: "".join(r.choice(LETTERS) for _ in range(r.randint(6, 16))))
@@ -124,4 +130,5 @@ STRINGS: dict[str, Callable[[random.Random, str], str]] = {
     "numbers": number,
     "uuids": identifier,
     "codes": code,
+    "pairs": pair,
 }

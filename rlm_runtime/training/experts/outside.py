@@ -9,7 +9,7 @@ from pathlib import Path
 from rlm_runtime import tasks
 from rlm_runtime.training.dressing import Dressing
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
-from rlm_runtime.training.splits import code, number, of_split, phrase, word
+from rlm_runtime.training.splits import number, of_split, word
 
 SORRY = "not in my competence"
 ASK = (
@@ -49,8 +49,6 @@ ASK = (
     "Who said that {a} is {b}?",
     "In which year did {A} meet {B}?",
     "Rewrite part {d} in verse.",
-    "Copy part {d} of the text.",
-    "Return block {d} word for word.",
     "Extract every date.",
     "What is the mood of the text?",
     "What should I cook with {a}?",
@@ -80,7 +78,7 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     ask = rng.choice(of_split(ASK, split))
 
     def name() -> str:
-        return rng.choice((word, word, phrase, code))(rng, split)
+        return word(rng, split)
 
     question = ask.format(
         a=name(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlm_runtime import tasks
 from rlm_runtime.training.dressing import Dressing
+from rlm_runtime.training.english import any_word, blurred
 from rlm_runtime.training.expert import Expert, Problem, Say, Strategy, Turns, done, quoted
 from rlm_runtime.training.splits import of_split
 
@@ -28,7 +29,19 @@ ASK = (
     "I need the text of {name} number {n}, character for character.",
     "Return {name} {n} verbatim.",
     "Between the two lines that mark {name} {n} there is a text. Repeat it.",
+    "Repeat {name} {n} word for word.",
+    "Give me {name} {n} as it is.",
+    "Hand over all of {name} {n}, changing nothing.",
+    "{name} {n}, please, exactly.",
+    "Show me what {name} {n} says.",
+    "Reproduce {name} {n}.",
+    "Quote {name} {n} in full.",
+    "Read me {name} {n}.",
+    "Print the lines of {name} {n}.",
 )
+FENCES = (("=== ", " ==="), ("[", "]"), ("-- ", " --"), ("<", ">"), ("## ", ""), ("*** ", " ***"))
+STOPS = ("end of ", "/", "end ", "close ", "after ", "no more ")
+BLURRED = 0.5  # share of the marks, and of the questions, with other words in them
 MARKED = re.compile(r"(?m)^===== (end of )?block (\d+) =====$")
 
 
@@ -37,11 +50,13 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     example = task.example(length, seed=seed, index=index, folder=folder)
     rng = random.Random(f"{spec} {seed} {index} {length} blocks")
     dress = Dressing(rng, split)
-    begin, end = rng.choice(of_split(MARKS, split))
+    begin, end = _marks(rng, split)
     text = dress(example.context.read_text(encoding="utf-8"))
     text = MARKED.sub(lambda m: (end if m[1] else begin).format(n=m[2]), text)
     example.context.write_text(text, encoding="utf-8")
     ask, name = rng.choice(of_split(ASK, split)), re.search(r"\w+", begin)[0]  # type: ignore[index]
+    if rng.random() < BLURRED:
+        ask = blurred(rng, ask)
     n = example.meta["block"]
     answer = text.split(begin.format(n=n) + "\n", 1)[1].split("\n" + end.format(n=n), 1)[0]
     example = dataclasses.replace(example, question=ask.format(n=n, name=name), answer=answer)
@@ -51,18 +66,31 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
     )
 
 
+def _marks(rng: random.Random, split: str) -> tuple[str, str]:
+    """The lines before and behind a block, with {n} for its number."""
+    if rng.random() > BLURRED:
+        return rng.choice(of_split(MARKS, split))
+    (left, right), stop, name = (
+        rng.choice(of_split(FENCES, split)),
+        rng.choice(of_split(STOPS, split)),
+        any_word(rng),
+    )
+    return f"{left}{name} {{n}}{right}", f"{left}{stop}{name} {{n}}{right}"
+
+
 def _look(problem: Problem) -> str:
-    """The first mark of each kind, with its number: how this text marks its blocks."""
+    """The marks of the first block: how this text marks its blocks."""
     return (
-        f'n = {quoted(str(problem.facts["n"]))}\nlines = context.split("\\n")\nprint(lines[0])\n'
-        'print([l for l in lines if "1" in l.split() or " 1]" in l or " 1>" in l][:4])'
+        f'import re\nn = {quoted(str(problem.facts["n"]))}\nlines = context.split("\\n")\n'
+        'marks = [l for l in lines if "1" in re.findall(r"\\d+", l) and len(l.split()) < 7]\n'
+        'print("\\n".join(marks[:4]))'
     )
 
 
 def _cut(problem: Problem) -> str:
-    begin, end = (str(problem.facts[k]).split("{n}") for k in ("begin", "end"))
+    begin, end = (quoted(str(problem.facts[k]).format(n=1)) for k in ("begin", "end"))
     return (
-        f"a = {quoted(begin[0])} + n + {quoted(begin[1])}\nb = {quoted(end[0])} + n + {quoted(end[1])}\n"
+        f'a = {begin}.replace("1", n)\nb = {end}.replace("1", n)\n'
         'i, j = lines.index(a), lines.index(b)\ntext = "\\n".join(lines[i + 1:j])'
     )
 

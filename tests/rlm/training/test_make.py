@@ -16,7 +16,7 @@ from rlm_runtime.errors import UsageError
 from rlm_runtime.lms.scripted import ScriptedLM
 from rlm_runtime.tasks import TASKS
 from rlm_runtime.tasks.s_niah import NOISE
-from rlm_runtime.training import expert, items, readings, splits
+from rlm_runtime.training import english, expert, items, readings, splits
 from rlm_runtime.training.dressing import ANY
 from rlm_runtime.training.experts import multi_round, needles, oolong, verbatim
 from rlm_runtime.training.make import Job, _problem, estimate, run
@@ -42,7 +42,7 @@ def replies(conversations, role):
 
 
 def test_there_is_an_expert_for_every_task():
-    assert set(expert.experts()) == set(TASKS) | {"outside"}
+    assert set(expert.experts()) == set(TASKS) | {"outside", "absent", "injected"}
 
 
 @pytest.mark.parametrize(("task", "strategy"), EVERY)
@@ -68,10 +68,12 @@ def test_samples_replay_to_score_1_and_say_only_what_they_have_seen(task, strate
             and problem.task.score(problem.example, answer.answer) == 1
         )
         assert next(root, None) is None and next(child, None) is None
+        held = set()  # replies that were held to what they had seen
         for conversation in result.conversations:
             assert estimate("".join(m["content"] for m in conversation.messages[:-1])) <= 1024
             if conversation.provenance["role"] != "sub":
-                assert_copied(conversation)
+                assert_copied(conversation, held)
+                held |= {m["content"] for m in conversation.messages}
 
 
 KNOWN = set(
@@ -79,12 +81,13 @@ KNOWN = set(
 )
 
 
-def assert_copied(conversation):
-    """Whatever a reply says that is not the program's own stands in the messages before it."""
+def assert_copied(conversation, held):
+    """Whatever a reply says that is not the program's own stands in the messages before it; where
+    the history slid, in those of the conversation that the reply is repeated from."""
     seen = set()
     for message in conversation.messages:
         words = set(WORD.findall(re.sub(r"\\n", " ", message["content"])))
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message["content"] not in held:
             assert words - seen <= KNOWN, words - seen - KNOWN
         seen |= words
 
@@ -146,6 +149,10 @@ def test_problems_of_the_splits_share_no_made_up_word_and_none_with_the_tasks(ta
         assert {w for w in ANY.findall(text)} <= own
         found[split] = problem.template
     assert found["train"] != found["heldout"]
+
+
+def test_common_words_are_none_that_the_tasks_draw_from():
+    assert not ANY.findall(" ".join(english.common()))
 
 
 def test_code_of_the_splits_comes_from_other_files(tmp_path):
@@ -251,7 +258,7 @@ def test_the_protocol_takes_few_tokens_of_a_tokenizer_trained_on_such_data(corpu
 @pytest.mark.parametrize(
     ("tasks", "says"),
     [
-        (["s_nih"], "task 's_nih' is unknown. There are experts for: codeqa, "),
+        (["s_nih"], "task 's_nih' is unknown. There are experts for: absent, codeqa, "),
         ([""], "at least one task"),
     ],
 )
