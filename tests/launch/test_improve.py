@@ -1,4 +1,4 @@
-"""`launch.improve`: rounds of measuring, leading and training that go on where they were stopped."""
+"""`launch.improve`: rounds of measuring, leading and training that go on where they stopped."""
 
 import json
 import os
