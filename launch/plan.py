@@ -33,6 +33,7 @@ from launch import cli
 from mor_jax.analysis.compiled import against_the_plan, compiled_tables
 from mor_jax.analysis.inspection import with_vocabulary
 from mor_jax.analysis.plan import overrides, plan, plan_tables, require_fit, suggest
+from mor_jax.analysis.roofline import report as roofline_report
 from mor_jax.analysis.topologies import Topology, topology
 from mor_jax.config import Config, from_dict
 from mor_jax.errors import ConfigError, UserError
@@ -88,12 +89,14 @@ def main(_: list[str]) -> None:
 
         report["compiled"] = compiled_report(found.config, place, _LIMIT.value)
         report["compiled"]["against the plan"] = against_the_plan(found, report["compiled"])
+        moved = found.costs(report["compiled"]["hbm"])
+        report["roofline"] = roofline_report(moved, found.config.model.dtype)
     if _JSON.value:
         print(json.dumps(report, indent=1))
         return
-    for part in plan_tables(found) + (
-        compiled_tables(found, report["compiled"]) if _COMPILE.value else []
-    ):
+    compiled = report.get("compiled")
+    tables = plan_tables(found, compiled["hbm"] if compiled else None)
+    for part in tables + (compiled_tables(found, compiled) if compiled else []):
         Console(highlight=False).print(part)
     print(report["flags"])
 

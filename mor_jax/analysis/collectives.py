@@ -78,7 +78,7 @@ def read_collectives(hlo: str, mesh_shape: Mapping[str, int] | None = None) -> l
       mesh_shape: sizes of the mesh axes in device order, to name the axes that each collective
         spans.
     """
-    bodies, entry = _computations(hlo)
+    bodies, entry = computations(hlo)
     found: list[Collective] = []
     _walk(bodies, entry, 1, False, found)
     found = [c for c in _joined(found) if c.group_size > 1]
@@ -116,7 +116,8 @@ def array_bytes(text: str) -> list[int]:
     return sizes
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation of a program by its name, and the name of the first."""
     bodies: dict[str, list[str]] = {}
     entry, lines = "", None
     for line in hlo.splitlines():
@@ -148,12 +149,12 @@ def _walk(
             _heaviest(bodies, _CALLED.findall(line), times, in_loop, found)
             continue
         loop = " while(" in line
-        runs = times * _trips(bodies, line) if loop else times
+        runs = times * trips(bodies, line) if loop else times
         for called in _CALLED.findall(line):
             _walk(bodies, called, runs, in_loop or loop, found)
 
 
-def _trips(bodies: dict[str, list[str]], loop: str) -> int:
+def trips(bodies: dict[str, list[str]], loop: str) -> int:
     """How often a loop runs: as the compiler says, or else what its counter, from 0 by 1, is
     compared with; 1 where that is not known."""
     if known := _TRIPS.search(loop):

@@ -30,6 +30,7 @@ def against_the_plan(found: Plan, report: dict[str, Any]) -> dict[str, Any]:
     sent = {kind: _sum(report["collectives"], kind, "bytes") for kind in kinds}
     return {
         "bytes": _pair(found.memory.total, report["bytes"]["total"]),
+        "hbm": _pair(found.costs()[0].bytes, report["hbm"]),
         "sent": _pair(sum(planned.values()), sum(sent.values())),
         "sent by kind": {
             k: _pair(planned[k], sent[k]) for k in kinds if max(planned[k], sent[k]) >= SMALL
@@ -69,7 +70,8 @@ def compiled_tables(found: Plan, report: dict[str, Any]) -> list[Table | Text]:
         traffic.add_row(name, str(row["count"]), str(inside), units.size(row["bytes"]))
     against = against_the_plan(found, report)
     table = Table("against the plan", "planned", "compiled", "plan is off by", box=box.SIMPLE)
-    rows = {"needed a device": against["bytes"], "sent a step": against["sent"]}
+    rows = {"needed a device": against["bytes"], "moved to and from memory": against["hbm"]}
+    rows["sent a step"] = against["sent"]
     rows |= {f"  {kind}": pair for kind, pair in against["sent by kind"].items()}
     for name, pair in rows.items():
         off = units.NONE if pair["off"] is None else f"{pair['off']:+.1%}"

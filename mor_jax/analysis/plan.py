@@ -23,6 +23,7 @@ from mor_jax.analysis.accounting import true_training_flops
 from mor_jax.analysis.collective_plan import Planned, planned_collectives
 from mor_jax.analysis.memory import TrainingMemory, parameter_bytes, training_memory
 from mor_jax.analysis.peaks import peak_flops
+from mor_jax.analysis.roofline import Cost, costs, report, roofline_table
 from mor_jax.analysis.topologies import Topology
 from mor_jax.config import Config, MeshConfig, MeshShape, check, mesh_shape
 from mor_jax.errors import ConfigError
@@ -73,6 +74,11 @@ class Plan:
     def collective_s(self) -> float:
         return self.ici_s + self.dcn_s
 
+    def costs(self, compiled_bytes: float | None = None) -> tuple[Cost, ...]:
+        """What the step, a prefill and a decode tick cost a device (`roofline.costs`)."""
+        devices = self.topology.devices
+        return costs(self.config, devices=devices, compiled_bytes=compiled_bytes)
+
     def bytes_by_kind(self) -> dict[str, float]:
         """What a device holds at the fullest moment of a step."""
         m = self.memory
@@ -92,6 +98,7 @@ class Plan:
             "fits": self.fits,
             "collectives": [dataclasses.asdict(p) for p in self.collectives],
             "seconds": {"compute": self.compute_s, "ici": self.ici_s, "dcn": self.dcn_s},
+            "roofline": report(self.costs(), self.config.model.dtype),
         }
 
 
@@ -209,8 +216,9 @@ def overrides(found: Plan) -> str:
     return " ".join([*flags, f"--config.model.remat={found.config.model.remat}"])
 
 
-def plan_tables(found: Plan) -> list[Table | Text]:
-    """What a person wants to see of a plan, in order."""
+def plan_tables(found: Plan, compiled_bytes: float | None = None) -> list[Table | Text]:
+    """What a person wants to see of a plan, in order. `compiled_bytes`: HBM traffic of the compiled
+    step, if it was compiled."""
     t, chip = found.topology, found.topology.chip
     mesh = " x ".join(f"{axis} {n}" for axis, n in found.mesh._asdict().items())
     head = Text.assemble(
@@ -237,4 +245,5 @@ def plan_tables(found: Plan) -> list[Table | Text]:
     time.append(
         f"{found.ici_s:.3g} of collectives within slices, {found.dcn_s:.3g} between them if nothing overlaps"
     )
-    return [head, needs, traffic, time]
+    bounds = roofline_table(found.costs(compiled_bytes), found.config.model.dtype)
+    return [head, needs, traffic, time, bounds]

@@ -26,6 +26,7 @@ class Chip:
 
     kind: str
     memory: float  # bytes a program may use
+    hbm: float  # between the device and its memory
     ici: float  # to the other devices of its slice or node
     dcn: float  # to other slices or nodes
     slice_limit: int  # devices that `ici` joins at most
@@ -33,15 +34,15 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 31.75 * GIB, 150e9, 6e9, 4096, "tpu-v4-podslice"),
-    "v5e": Chip("TPU v5e", 15.75 * GIB, 100e9, 6e9, 256, "tpu-v5-lite-podslice"),
-    "v5p": Chip("TPU v5p", 95.0 * GIB, 300e9, 6e9, 8960, "tpu-v5p-slice"),
-    "v6e": Chip("TPU v6e", 31.25 * GIB, 224e9, 12e9, 256, "tpu-v6e-slice"),
-    "a100": Chip("A100", 77.0 * GIB, 300e9, 25e9, 8, "nvidia-a100-80gb"),
-    "h100": Chip("H100", 77.0 * GIB, 450e9, 50e9, 8, "nvidia-h100-80gb"),
-    "h200": Chip("H200", 138.0 * GIB, 450e9, 50e9, 8, "nvidia-h200-141gb"),
-    "b200": Chip("B200", 177.0 * GIB, 900e9, 50e9, 8, "nvidia-b200"),
-    "cpu": Chip("CPU", 2.0 * GIB, 10e9, 1e9, 1 << 20),
+    "v4": Chip("TPU v4", 31.75 * GIB, 1228e9, 150e9, 6e9, 4096, "tpu-v4-podslice"),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 819e9, 100e9, 6e9, 256, "tpu-v5-lite-podslice"),
+    "v5p": Chip("TPU v5p", 95.0 * GIB, 2765e9, 300e9, 6e9, 8960, "tpu-v5p-slice"),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 1640e9, 224e9, 12e9, 256, "tpu-v6e-slice"),
+    "a100": Chip("A100", 77.0 * GIB, 2039e9, 300e9, 25e9, 8, "nvidia-a100-80gb"),
+    "h100": Chip("H100", 77.0 * GIB, 3350e9, 450e9, 50e9, 8, "nvidia-h100-80gb"),
+    "h200": Chip("H200", 138.0 * GIB, 4800e9, 450e9, 50e9, 8, "nvidia-h200-141gb"),
+    "b200": Chip("B200", 177.0 * GIB, 8000e9, 900e9, 50e9, 8, "nvidia-b200"),
+    "cpu": Chip("CPU", 2.0 * GIB, 40e9, 10e9, 1e9, 1 << 20),
 }
 _CORES = ("v4", "v5p")  # TPUs that are named after their cores
 # Two-dimensional slices of v5e and v6e, by chips.

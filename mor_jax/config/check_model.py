@@ -12,6 +12,7 @@ from mor_jax.config.fields import (
     NORMS,
     REMAT,
     ROPE_SCALINGS,
+    SCAN_LAYERS,
     SHARING,
     ModelConfig,
 )
@@ -38,6 +39,13 @@ def check_model(m: ModelConfig) -> None:
     one_of(f"{where}.dtype", m.dtype, DTYPES)
     one_of(f"{where}.remat", m.remat, REMAT)
     one_of(f"{where}.attention", m.attention, ATTENTION)
+    one_of(f"{where}.scan_layers", m.scan_layers, SCAN_LAYERS)
+    if m.scan_layers == "on" and m.recursion_encoding:
+        raise ConfigError(
+            f"{where}.scan_layers = 'on' makes a loop of the core's blocks, but under "
+            f"{where}.recursion_encoding the first has a factor that the others have not. Use "
+            "'auto' or 'off', which leave them unrolled."
+        )
     positive(
         where,
         layers=m.layers,

@@ -9,6 +9,7 @@ SHARING = ("none", "cycle", "sequence", "middle_cycle", "middle_sequence")
 DTYPES = ("float32", "bfloat16")
 NORM_PLACEMENTS = ("pre", "sandwich_in", "sandwich_out", "post")
 REMAT = ("none", "block", "dots", "dots_no_batch")
+SCAN_LAYERS = ("auto", "on", "off")
 ATTENTION = ("blocked", "xla", "cudnn", "splash", "auto")
 SCHEDULES = ("wsd", "cosine", "constant")
 ALGORITHMS = ("adamw", "muon")
@@ -85,6 +86,9 @@ class ModelConfig:
     # the backend)
     attention: str = "blocked"
     loss_chunk: int = 128  # positions whose logits exist at once; 0: all
+    # Blocks of a part as one loop in training, so that large models compile in minutes: auto (on
+    # TPUs, parts of 4 blocks or more; measured in docs/pods.md) | on | off (unrolled)
+    scan_layers: str = "auto"
 
     @property
     def relaxed(self) -> bool:

@@ -18,6 +18,7 @@ dim, F mlp width, V vocabulary, R recursions, A rank of an addition.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -35,8 +36,18 @@ from mor_jax.nn.rope import apply_rope
 # three such functions. Where a block projects queries only, k and v are None.
 Attend = Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]]
 Params = Tree
+# `block` with all but these three arguments given
+ApplyBlock = Callable[[Params, jax.Array, Attend], tuple[jax.Array, Any]]
 Rope = tuple[jax.Array, jax.Array]  # cos, sin: [B, T, H / 2], or [M, H / 2] of single tokens
 Step = jax.Array | int | None  # recursion step from 0: of all rows, or [B] (or [M]) of each
+
+
+@dataclass(frozen=True)
+class EachBlock:
+    """Attention of blocks that each look at something of their own."""
+
+    make: Callable[[Any], Attend]
+    kept: Sequence[Any]  # what each application of a block looks at, in order
 
 
 def lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
@@ -202,22 +213,23 @@ def mlp(params: Params, x: jax.Array, product: Product = dense) -> jax.Array:
 
 
 def blocks(
-    one: Callable[[Params, jax.Array, Attend], tuple[jax.Array, Any]],
+    one: ApplyBlock,
     params: Mapping[str, Params],
     x: jax.Array,
-    attend: Attend | Sequence[Attend],
+    attend: Attend | EachBlock | Sequence[Attend],
     repeat: int = 1,
 ) -> tuple[jax.Array, list[Any]]:
     """All blocks of one part in order, each `repeat` times in place; the `extra` of every
     application as a list.
 
     Args:
-      one: `block` with all but these three arguments given.
       params: of the blocks "0", "1", ...
       attend: one for all applications, or one for each.
 
-    Unrolled: stacked weights would be copied per slice.
+    Unrolled, and the oracle of `model.stack.run_stack`.
     """
+    if isinstance(attend, EachBlock):
+        attend = [attend.make(kept) for kept in attend.kept]
     extras = []
     for n, attend_n in enumerate([attend] * (len(params) * repeat) if callable(attend) else attend):
         x, extra = one(params[str(n // repeat)], x, attend_n)

@@ -52,6 +52,7 @@ FREE = (
     "remat",
     "attention",
     "loss_chunk",
+    "scan_layers",
 )
 
 

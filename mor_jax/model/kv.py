@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from mor_jax import nn
-from mor_jax.model.block import Attend
+from mor_jax.model.block import Attend, EachBlock
 from mor_jax.model.subset import Subset, put
 
 SHARED, HYBRID, HYBRID_FIRST = "shared", "hybrid", "hybrid_first"
@@ -45,9 +45,9 @@ def renews(kv: str) -> bool:
 class Past(NamedTuple):
     """What steps r > 1 look back on. T is the whole row, however few tokens run the step."""
 
-    kept: Sequence[
-        KeyValue
-    ]  # of each block, of every token: the newest version, or under "hybrid_first" that of step 1
+    # of each block (of blocks in a loop: stacked), of every token: the newest version, or under
+    # "hybrid_first" that of step 1
+    kept: Sequence[KeyValue]
     pos_BxT: jax.Array
     # Hybrids: (kept [B, K, T, H], fresh [B, K, tokens of the step, H]) -> [B, K, T, H]. None:
     # nothing is made anew.
@@ -74,7 +74,7 @@ def past(
 
 def attend_past(
     past: Past, pos_BxT: jax.Array, q_seg_BxT: jax.Array, kv_seg_BxS: jax.Array, impl: str
-) -> list[Attend]:
+) -> EachBlock:
     """Attention of each block of a step r > 1; beside its output, the keys and values it looked
     at."""
 
@@ -89,4 +89,4 @@ def attend_past(
 
         return attend
 
-    return [of_block(kept) for kept in past.kept]
+    return EachBlock(of_block, past.kept)

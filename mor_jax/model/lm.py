@@ -29,7 +29,7 @@ from mor_jax.config import Config, DepthConfig, ModelConfig, RecursionConfig, un
 from mor_jax.config.recursion import check_recursion
 from mor_jax.errors import UserError
 from mor_jax.model import block as network
-from mor_jax.model.block import Attend, Rope, Step
+from mor_jax.model.block import Attend, EachBlock, Rope, Step
 from mor_jax.model.depth import (
     Controlled,
     DepthControl,
@@ -52,8 +52,10 @@ from mor_jax.model.recurse import (
 from mor_jax.model.recursion.exit import Exiting, Reader, hashed
 from mor_jax.model.recursion.loop import Loop
 from mor_jax.model.recursion.unroll import Unrolled, run_to_rest, run_unrolled
+from mor_jax.model.stack import Stack, in_loop, run_stack, stacked
 from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.nn.rope import rope_table
+from mor_jax.parallel.mesh import backend
 from mor_jax.parallel.rows import (
     forget_gathered,
     gather_weight,
@@ -355,9 +357,11 @@ class LM:
         queries_only: bool = False,
         step: Step = None,
         gather: bool = False,
+        looped: bool = False,
     ) -> tuple[jax.Array, Any]:
         """One block (`model.block.block`), rematerialised as configured. `gather`: its weights may
-        be cut over the devices of the rows."""
+        be cut over the devices of the rows. `looped`: it is the body of a loop, which keeps forward
+        and backward pass apart by itself."""
         gather = gather and self._cut()
 
         # the step stays outside: it may be a number, which chooses a part at no cost
@@ -370,9 +374,8 @@ class LM:
             return run(params, x_BxTxD, rope)
         # A gathered weight that is used once is not kept for the backward pass: all of them are the
         # whole model.
-        return jax.checkpoint(run, policy=REMAT_POLICIES.get(remat, forget_gathered))(
-            params, x_BxTxD, rope
-        )
+        policy = REMAT_POLICIES.get(remat, forget_gathered)
+        return jax.checkpoint(run, policy=policy, prevent_cse=not looped)(params, x_BxTxD, rope)
 
     def _cut(self) -> bool:
         """Whether matrices of a block lie cut over the devices of the rows here. Where they do not
@@ -394,25 +397,29 @@ class LM:
 
     def blocks(
         self,
-        params: Tree,
+        params: Tree | Stack,
         x_BxTxD: jax.Array,
         rope: Rope,
-        attend: Attend | Sequence[Attend],
+        attend: Attend | EachBlock | Sequence[Attend],
         repeat: int = 1,
         queries_only: bool = False,
         recursion: Step = None,
         gather: bool = False,
     ) -> tuple[jax.Array, list[Any]]:
-        """All blocks of one part in order, see `model.block.blocks`.
+        """All blocks of one part in order, see `model.block.blocks` and, of stacked ones,
+        `model.stack.run_stack`.
 
         `recursion`: index from 0 of the step the core is applied for, of the batch or [B] of each
         row; a relaxed core must be told."""
+        looped = isinstance(params, Stack)
 
         def one(p: Tree, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-            return self.block(
-                p, x, rope, attend, queries_only=queries_only, step=recursion, gather=gather
-            )
+            how = {"queries_only": queries_only, "step": recursion, "gather": gather}
+            return self.block(p, x, rope, attend, looped=looped, **how)
 
+        if isinstance(params, Stack):
+            assert not isinstance(attend, Sequence), "one of each block is for unrolled ones"
+            return run_stack(one, params, x_BxTxD, attend, repeat)
         if self.program.networks > 1 and recursion is not None:
             params = self._network(params, recursion)
         return network.blocks(one, params, x_BxTxD, attend, repeat)
@@ -429,6 +436,23 @@ class LM:
             return jnp.stack(leaves)[jnp.asarray(which, jnp.int32)]
 
         return {str(i): jax.tree.map(chosen, *networks) for i, networks in enumerate(each)}
+
+    def in_loop(self, part: str) -> bool:
+        """Whether the blocks of a part are a loop in passes over whole rows
+        (`model.scan_layers`)."""
+        alike = part != "core" or (not self.model.recursion_encoding and self.program.networks == 1)
+        return in_loop(self.model.scan_layers, self._parts()[part], backend(), alike)
+
+    def _used_once(self, params: Tree, part: str) -> Tree | Stack:
+        """The blocks of a part, each of which is used once. Where they are a loop and lie whole on
+        every device, matrices are stacked in the dtype that products read."""
+        blocks = params[part]
+        if not self.in_loop(part):
+            return blocks
+        if self._cut():
+            return stacked(blocks)
+        dtype = self.model.dtype
+        return stacked(jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, blocks))
 
     def embed(
         self,
@@ -527,9 +551,11 @@ class LM:
 
         return attend
 
-    def core(self, params: Tree, pos_BxT: jax.Array, *, keep: bool) -> Core:
-        """The core over rows with tokens at these positions, as the executors run it. `keep`:
-        beside its output, the keys and values of each block."""
+    def core(self, params: Tree, pos_BxT: jax.Array, *, keep: bool, looped: bool = False) -> Core:
+        """The core over rows with tokens at these positions, as the executors run it.
+
+        `keep`: beside its output, the keys and values of each block. `looped`: its blocks are a
+        loop where `in_loop` says so; keys and values are then stacked."""
         # A core that is used once has nothing to share: its blocks are gathered one by one, like
         # any others.
         once = (
@@ -537,10 +563,14 @@ class LM:
             and not self.model.relaxed
             and self._cut()
         )
-        core_params, rope = (
-            params["core"] if once else self.gathered_core(params),
-            self.rope(pos_BxT),
-        )
+        core_params: Tree | Stack
+        if once:
+            core_params = self._used_once(params, "core") if looped else params["core"]
+        else:
+            core_params = self.gathered_core(params)
+            if looped and self.in_loop("core"):
+                core_params = stacked(core_params)
+        rope = self.rope(pos_BxT)
 
         def run(
             h: jax.Array,
@@ -550,7 +580,7 @@ class LM:
             past: Past | None = None,
             recursion: jax.Array | int | None = None,
         ) -> tuple[jax.Array, list[Any]]:
-            attend: Attend | list[Attend]
+            attend: Attend | EachBlock
             table = rope if h.shape[1] == pos_BxT.shape[1] else self.rope(pos_BxK)
             if past is None:
                 attend, queries_only = self.attend_row(pos_BxK, q_seg, kv_seg, keep=keep), False
@@ -599,9 +629,9 @@ class LM:
         def run(params: Tree, tokens: jax.Array, seg: jax.Array) -> tuple[jax.Array, tuple[()]]:
             pos = _positions(seg)
             x = self.rules.constrain(self.embed(params, tokens, pos), "batch", "time", None)
-            x, _ = self.blocks(
-                params["prelude"], x, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
-            )
+            prelude = self._used_once(params, "prelude")
+            attend = self.attend_row(pos, seg, seg)
+            x, _ = self.blocks(prelude, x, self.rope(pos), attend, gather=True)
             return x, ()
 
         in_axes = (self.logical_axes(), ROW, ROW)
@@ -692,7 +722,8 @@ class LM:
         ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], RouterStats]:
             pos, kv = _positions(seg), self.kv(mode)
             x = self.enter(params, tokens, seg) if entered is None else entered
-            core, x = self.looped(self.core(params, pos, keep=looks_back(kv)), params, x, pos, salt)
+            core = self.core(params, pos, keep=looks_back(kv), looped=True)
+            core, x = self.looped(core, params, x, pos, salt)
             execute: Callable[..., Recursed]
             if gathered:
                 execute = functools.partial(run_gathered, self.policy, profile=profile)
@@ -705,8 +736,8 @@ class LM:
             rows = params["router"], core, x, pos, seg
             result = execute(*rows, kv=kv, numbered=self.numbered, **of_tokens)
             attend = self.attend_row(pos, seg, seg)
-            x = self.loop.read(result.h_BxTxD)
-            x, _ = self.blocks(params["coda"], x, self.rope(pos), attend, gather=True)
+            x, coda = self.loop.read(result.h_BxTxD), self._used_once(params, "coda")
+            x, _ = self.blocks(coda, x, self.rope(pos), attend, gather=True)
             h = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
             return (h, result.depth_BxT, result.active_RxBxT), result.stats
 
@@ -774,7 +805,7 @@ class LM:
         steps = self.program.recursions if steps_B is None else steps_B
 
         def make_core(params: Tree, e: jax.Array) -> Core:
-            core = self.core(params, pos, keep=False)
+            core = self.core(params, pos, keep=False, looped=True)
             return self.looped(core, params, e, pos, salt_B, steps)[0]
 
         if c.solver != "none":
@@ -810,9 +841,8 @@ class LM:
             return jnp.tile(x, (rows.shape[0] // x.shape[0], 1))
 
         pos, seg = tile(_positions(seg)), tile(seg)
-        x, _ = self.blocks(
-            params["coda"], rows, self.rope(pos), self.attend_row(pos, seg, seg), gather=True
-        )
+        coda, attend = self._used_once(params, "coda"), self.attend_row(pos, seg, seg)
+        x, _ = self.blocks(coda, rows, self.rope(pos), attend, gather=True)
         x = self.rules.constrain(self.final_norm(params, x), "batch", "time", None)
         return x.reshape(h.shape)
 

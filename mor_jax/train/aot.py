@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from mor_jax.analysis.collectives import read_collectives, summary
+from mor_jax.analysis.hbm import traffic
 from mor_jax.analysis.topologies import Topology, topology
 from mor_jax.analysis.tpu_compiler import ENVIRONMENT, described_tpus, require_libtpu
 from mor_jax.config import Config, from_dict, saved_config
@@ -115,8 +116,8 @@ def compile_step(
 
 def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
     """What the compiler says of a step; JSON-ready. Bytes of a device, collectives of an optimiser
-    step in and out of loops, seconds to trace and to compile (of the clock and of all processors),
-    lines of the program."""
+    step in and out of loops, bytes between a device and its memory, seconds to trace and to compile
+    (of the clock and of all processors), lines of the program."""
     begun = time.perf_counter()
     lowered, mesh = lower_step(cfg, devices)
     traced, cpu = time.perf_counter(), time.process_time()
@@ -134,6 +135,7 @@ def step_report(cfg: Config, devices: Sequence[Any]) -> dict[str, Any]:
             "temporary": memory.temp_size_in_bytes,
             "total": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         },
+        "hbm": traffic(text),
         "collectives": summary(found),
         "in loops": summary(c for c in found if c.in_loop),
     }

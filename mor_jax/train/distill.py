@@ -25,7 +25,13 @@ from mor_jax.nn.parameters import Axes, Tree
 from mor_jax.train.load import load_model
 from mor_jax.train.objective import Batch, Divisors, LossInputs, Sums, target_counts
 
-COMPUTED_ALIKE = ("context", "dtype", "attention", "loss_chunk")  # fields of the run's model
+COMPUTED_ALIKE = (
+    "context",
+    "dtype",
+    "attention",
+    "loss_chunk",
+    "scan_layers",
+)  # fields of the run's model
 
 
 class Teacher(NamedTuple):

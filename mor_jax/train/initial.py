@@ -25,7 +25,9 @@ from mor_jax.train.state import Trained, TrainState, abstract_state, create_stat
 
 # Fields of `model` that may differ between the checkpoint and the run: how it is executed, how long
 # its rows are, and how positions are scaled for longer ones.
-FREE = frozenset({"context", "init_std", "dtype", "remat", "attention", "loss_chunk"})
+FREE = frozenset(
+    {"context", "init_std", "dtype", "remat", "attention", "loss_chunk", "scan_layers"}
+)
 
 
 def initial_params(

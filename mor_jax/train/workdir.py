@@ -30,6 +30,7 @@ FREE = frozenset(
         "model.remat",
         "model.attention",
         "model.loss_chunk",
+        "model.scan_layers",
         "depth.executor",
         "data.cache_dir",
         "data.paths",
