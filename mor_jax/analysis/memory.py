@@ -81,6 +81,7 @@ from mor_jax.model.depth import build_policy
 from mor_jax.model.kv import SHARED, looks_back
 from mor_jax.model.lm import LM
 from mor_jax.model.program import build_program
+from mor_jax.model.stack import in_loop
 from mor_jax.parallel.rules import Rules
 
 # Whether XLA for CPUs, as it comes with this jax, merges the gather of the backward pass with that
@@ -189,6 +190,7 @@ def training_memory(
     remat: str | None = None,
     merged: bool = False,
     state: float | None = None,
+    backend: str = "cpu",
 ) -> TrainingMemory:
     """The estimate of the module's docstring.
 
@@ -198,6 +200,8 @@ def training_memory(
       remat: another policy than the configuration's.
       merged: as XLA for CPUs compiles it.
       state: bytes of a device's share of the model's weights, if known (`parameter_bytes`).
+
+      backend: that is compiled for, which decides where blocks are a loop (`model.scan_layers`).
 
     Attention "auto" is taken for "blocked"; `analysis.plan` knows the devices, and asks for what it
     would be there.
@@ -262,6 +266,20 @@ def training_memory(
     core = program.core * block if tied else 0.0
     gathered = core if size < FLOAT32 or fsdp > 1 else 0.0
     table = FLOAT32 * count.embedding / tensor if fsdp > 1 else 0.0
+    # Blocks of a loop: those used once are copied into a stack; of the core, two recursions'
+    # gradients are whole arrays when they are added.
+    alike = not m.recursion_encoding and program.networks == 1
+    looped = {
+        part: in_loop(m.scan_layers, blocks, backend, alike or part != "core")
+        for part, blocks in (
+            ("prelude", program.prelude),
+            ("core", program.core),
+            ("coda", program.coda),
+        )
+    }
+    stack = block * (looped["prelude"] * program.prelude + looped["coda"] * program.coda)
+    stack += 0 if tied else block * looped["core"] * program.core
+    gathered += stack / fsdp if fsdp > 1 else 2 * stack  # and its gradient, before it is cast
     # Blocks used once lie around the recursions; where XLA for CPUs keeps them apart, it gathers a
     # block's weights no sooner than they are needed.
     gone = 0.0
@@ -274,7 +292,7 @@ def training_memory(
     unscattered = 1 if fsdp > 1 else FLOAT32 / size
     after = [
         (unscattered * core, rows * sum(runs[-1:])),
-        (unscattered * (core + block), rows * sum(runs[-2:])),
+        (unscattered * (core + (core if looped["core"] else block)), rows * sum(runs[-2:])),
     ]
     core_gradient, last = max(after[: len(runs)], key=lambda a: a[0] - a[1], default=(0.0, 0.0))
     # Keys and values of whole rows, and their gradients, of the block at work.

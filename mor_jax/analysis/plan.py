@@ -33,6 +33,7 @@ from mor_jax.nn.attention import choose
 FILL = 0.92
 # rematerialisation, each needs less memory than the one before
 LEANER = ("none", "dots", "dots_no_batch", "block")
+LANES = 128  # values in a row of a TPU's vector register
 # of the time of computation; a plan's share of time in collectives is no better than this
 MFU = 0.4
 
@@ -79,6 +80,12 @@ class Plan:
         devices = self.topology.devices
         return costs(self.config, devices=devices, compiled_bytes=compiled_bytes)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether a TPU's shard of a matrix is narrower than a vector register. Gathers of such
+        shards turn every matrix around, in memory and in programs of many times the size."""
+        return self.topology.is_tpu and self.config.model.width < LANES * self.mesh.fsdp
+
     def bytes_by_kind(self) -> dict[str, float]:
         """What a device holds at the fullest moment of a step."""
         m = self.memory
@@ -113,7 +120,8 @@ def plan(cfg: Config, topology: Topology) -> Plan:
     check(cfg, devices=topology.devices)
     cfg = with_attention(cfg, topology)
     mesh = mesh_shape(cfg.mesh, topology.devices)
-    memory = training_memory(cfg, devices=topology.devices, state=parameter_bytes(cfg, mesh))
+    state = parameter_bytes(cfg, mesh)
+    memory = training_memory(cfg, devices=topology.devices, state=state, backend=topology.backend)
     peak = (
         peak_flops(topology.chip.kind, cfg.model.dtype)
         or peak_flops(topology.chip.kind, "bfloat16")
@@ -134,16 +142,18 @@ def with_attention(cfg: Config, topology: Topology) -> Config:
 
 def suggest(cfg: Config, topology: Topology) -> Plan | None:
     """The plan of the mesh (and, where the batch forces it, number of micro-batches or
-    rematerialisation) that spends least time in collectives among those that fit; None when none
-    does. Raises ConfigError: its attention cannot run there."""
+    rematerialisation) that spends least time in collectives among those that fit; on TPUs among
+    those whose shards fill a register, if there is one (`Plan.narrow`). None when none fits. Raises
+    ConfigError: its attention cannot run there."""
     cfg = with_attention(cfg, topology)
     for remat in LEANER[LEANER.index(cfg.model.remat) :]:
         model = dataclasses.replace(cfg.model, remat=remat)
         found = [p for p in _candidates(dataclasses.replace(cfg, model=model), topology) if p.fits]
         if found:
             # Fewer micro-batches and fewer axes at equal cost.
-            def key(p: Plan) -> tuple[float, int, int]:
+            def key(p: Plan) -> tuple[bool, float, int, int]:
                 return (
+                    p.narrow,
                     round(p.collective_s, 4),
                     p.config.train.accum,
                     sum(n > 1 for n in p.mesh),

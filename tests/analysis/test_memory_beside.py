@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 
+from mor_jax.analysis.accounting import parameters
 from mor_jax.analysis.inspection import inspect_config, inspection_tables
 from mor_jax.analysis.memory import training_memory
 from mor_jax.analysis.plan import plan
 from mor_jax.analysis.topologies import topology
-from mor_jax.config import Config, from_dict
+from mor_jax.config import Config, ModelConfig, TrainConfig, from_dict
 from mor_jax.errors import ConfigError
+from mor_jax.model.program import build_program
 from mor_jax.train.aot import lower_step
 
 MODEL = {
@@ -103,3 +105,26 @@ def test_a_teacher_that_cannot_be_read_is_named(tmp_path, teacher):
         training_memory(cfg)
     off = dataclasses.replace(cfg, distill=dataclasses.replace(cfg.distill, weight=0.0))
     assert training_memory(off).frozen == 0.0
+
+
+def test_a_loop_of_blocks_costs_its_stack_and_the_gradients_of_two_recursions():
+    """On TPUs, where "auto" makes loops; of a model whose blocks are unrolled nothing changes."""
+    shape = dict(width=64, heads=4, kv_heads=4, mlp_width=96, vocab_size=128, context=16)
+
+    def added(layers, **model):
+        m = ModelConfig(layers=layers, remat="block", dtype="bfloat16", **shape, **model)
+        cfg = Config("x", m, train=TrainConfig(steps=1, batch_size=8))
+        on_tpu, unrolled = (training_memory(cfg, backend=b) for b in ("tpu", "cpu"))
+        block = 2 * parameters(m, cfg.depth).blocks / build_program(m).unique_layers
+        return (
+            (on_tpu.gathered - unrolled.gathered) / block,
+            on_tpu.core_gradient / block,
+            unrolled.core_gradient / block,
+        )
+
+    assert added(3) == (0, 0, 0)
+    # one device: the copies that products read, and their gradients
+    assert added(6) == (2 * 6, 0, 0)
+    # float32 on one device, two values of bfloat16: all blocks of two recursions, or of one and a
+    # block of the other
+    assert added(15, recursions=3, sharing="cycle") == (0, 2 * (5 + 5), 2 * (5 + 1))

@@ -50,6 +50,7 @@ def test_big_models_are_planned_without_allocating(name, arg, place):
     assert found.fits and found.memory.total <= FILL * 15.75 * GIB
     assert sum(found.bytes_by_kind().values()) == pytest.approx(found.memory.total)
     data, fsdp, sequence, tensor = found.mesh
+    assert cfg.model.width // fsdp >= 128 and not found.narrow  # shards fill a TPU's register
     assert data * fsdp * sequence * tensor == where.devices == found.topology.devices
     assert data % where.slices == 0 and found.config.mesh.slices == where.slices
     # State is sharded: no device holds more than its part of it, the small whole arrays aside.
