@@ -5,6 +5,7 @@ collectives, and the plan.
     python -m benchmarks.tpu_compile --only token --json
     python -m benchmarks.tpu_compile --paper --only 360m  # the paper's sizes (many minutes each)
     python -m benchmarks.tpu_compile --paper --topology v5e-256 v6e-8 --limit 7200
+    python -m benchmarks.tpu_compile --paper --only "mor 360m" --attention blocked --scan_layers off
 
 Needs libtpu of this jax (`pip install ".[tpu-compile]"`). Nothing is allocated, and the compilation
 cache is off. The paper's sizes are compiled on the mesh that the planner suggests, or are said not
@@ -16,6 +17,7 @@ are not held to bytes).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -26,6 +28,7 @@ from mor_jax.analysis.compiled import against_the_plan
 from mor_jax.analysis.inspection import with_vocabulary
 from mor_jax.analysis.plan import plan, suggest
 from mor_jax.analysis.topologies import topology
+from mor_jax.analysis.tpu_compiler import quiet_without_tpu
 from mor_jax.config import Config, DepthConfig, MeshConfig, ModelConfig, TrainConfig, from_dict
 from mor_jax.parallel.rows import scatter_parts
 from mor_jax.train.aot import compiled_reports
@@ -48,6 +51,7 @@ PLAIN = SHAPE | dict(layers=2, recursions=1)
 TIED = SHAPE | dict(layers=3, recursions=2, sharing="cycle", prelude=1)
 EXPERT, TOKEN = dict(policy="expert_choice"), dict(policy="token_choice", buckets=2)
 KERNEL = dict(attention="splash")
+LOOP = dict(layers=4)  # as many as "auto" makes a loop of
 FSDP, DATA, ALL, LONG, SLICES = (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 4, 1, 2), (2, 8, 1, 1, 2)
 # Every kind of model and of keys, every mesh with and without accumulation: name -> model, depth,
 # mesh, micro-batches.
@@ -64,7 +68,7 @@ CASES: dict[str, tuple[dict, dict, tuple[int, ...], int]] = {
     "token, all axes, accum 4": (TIED, TOKEN, ALL, 4),
     "token, shared keys, data": (TIED, TOKEN | dict(kv="shared"), DATA, 1),
     "token, hybrid keys, two slices": (TIED, TOKEN | dict(kv="hybrid"), SLICES, 1),
-    "vanilla, splash, all axes, accum 4": (PLAIN | KERNEL, {}, ALL, 4),
+    "vanilla, a loop, splash, all axes, accum 4": (PLAIN | LOOP | KERNEL, {}, ALL, 4),
     "expert, hybrid keys, splash, sequence": (TIED | KERNEL, EXPERT | dict(kv="hybrid"), LONG, 1),
 }
 PAPER = ("135m", "360m", "730m", "1.7b")
@@ -103,6 +107,8 @@ def measure(cases: list[tuple[str, Config, str]], limit_s: float) -> Any:
         row = {
             "program": name,
             "topology": place,
+            "attention": found.config.model.attention,
+            "scan_layers": cfg.model.scan_layers,
             "mesh": found.mesh._asdict(),
             "accum": cfg.train.accum,
         } | report
@@ -150,8 +156,11 @@ def main() -> None:
         default=0.10,
         help="how far over its plan a program of --paper may be",
     )
+    parser.add_argument("--attention", default="auto", help="model.attention of the paper's sizes")
+    parser.add_argument("--scan_layers", default="auto", help="model.scan_layers of them")
     parser.add_argument("--json", action="store_true", help="one JSON object a program")
     args = parser.parse_args()
+    quiet_without_tpu()
 
     def wanted(name):
         return any(part in name for part in args.only)
@@ -159,7 +168,7 @@ def main() -> None:
     cases, unfit = [], []
     if args.paper:
         for name, cfg, place in (
-            (f"{k} {s}", published(s, k), p)
+            (f"{k} {s}", _chosen(published(s, k), args.attention, args.scan_layers), p)
             for p in args.topology
             for s in PAPER
             for k in ("mor", "vanilla")
@@ -200,6 +209,11 @@ def main() -> None:
     for line in unfit:
         print(line, file=sys.stderr)
     sys.exit(bad)
+
+
+def _chosen(cfg: Config, attention: str, scan_layers: str) -> Config:
+    model = dataclasses.replace(cfg.model, attention=attention, scan_layers=scan_layers)
+    return dataclasses.replace(cfg, model=model)
 
 
 def _row(row: dict[str, Any]) -> str:
