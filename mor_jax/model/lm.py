@@ -414,8 +414,16 @@ class LM:
         looped = isinstance(params, Stack)
 
         def one(p: Tree, x: jax.Array, attend: Attend) -> tuple[jax.Array, Any]:
-            how = {"queries_only": queries_only, "step": recursion, "gather": gather}
-            return self.block(p, x, rope, attend, looped=looped, **how)
+            return self.block(
+                p,
+                x,
+                rope,
+                attend,
+                queries_only=queries_only,
+                step=recursion,
+                gather=gather,
+                looped=looped,
+            )
 
         if isinstance(params, Stack):
             assert not isinstance(attend, Sequence), "one of each block is for unrolled ones"

@@ -56,7 +56,7 @@ def run_stack(
 ) -> tuple[jax.Array, list[Any]]:
     """As `model.block.blocks`. What attention returned beside its output is a list of `repeat`
     items, each with an axis of blocks before its own; `EachBlock.kept` is such a list."""
-    kept = [()] * repeat if callable(attend) else attend.kept
+    kept: list[Any] = [()] * repeat if callable(attend) else list(attend.kept)
 
     def block(x: jax.Array, of_block: tuple[Tree, list[Any]]) -> tuple[jax.Array, list[Any]]:
         params, kept = of_block
