@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-NOT_COMMANDS = {"__init__", "__main__", "cli", "jobs"}
+NOT_COMMANDS = {"__init__", "__main__", "cli", "jobs", "servers"}
 
 
 def commands() -> dict[str, str]:

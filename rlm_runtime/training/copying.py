@@ -42,12 +42,15 @@ def _listed(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 def _whole(rng: random.Random, split: str) -> tuple[str, str]:
-    """A list among other words, said as it stands: as the keys of a question are."""
-    kind = rng.choice(("words", "pairs", "numbers", "codes", "codes"))
-    strings = [STRINGS[kind](rng, split) for _ in range(rng.randint(2, 4))]
-    listed = ", ".join(strings[:-1]) + rng.choice(LAST) + strings[-1]
-    question = phrased(rng, MANY, split).format(kind=any_word(rng), key=listed)
-    return f"Copy: {saying(rng)} {question} {saying(rng)}", f'"{listed}"'
+    """Two lists among other words, each said as it stands: as the keys of a question are."""
+    questions, lists = [], []
+    for _ in range(2):
+        kind = rng.choice(("words", "pairs", "numbers", "codes", "codes"))
+        strings = [STRINGS[kind](rng, split) for _ in range(rng.randint(2, 3))]
+        lists.append(", ".join(strings[:-1]) + rng.choice(LAST) + strings[-1])
+        questions.append(phrased(rng, MANY, split).format(kind=any_word(rng), key=lists[-1]))
+    rng.shuffle(lists)
+    return f"Copy: {saying(rng)} {' '.join(questions)}", "\n".join(f'"{s}"' for s in lists)
 
 
 def _said(rng: random.Random, split: str) -> tuple[str, str]:

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from train.tiny_run import ROOT, command, environment, records, run
 
+from launch.__main__ import commands
 from mor_jax.model.lm import CAUSAL
 from mor_jax.train.load import load_model
 
-COMMANDS = sorted(
-    p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs")
-)
+COMMANDS = list(commands())
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 

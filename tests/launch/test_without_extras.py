@@ -9,9 +9,9 @@ import sys
 import pytest
 from train.tiny_run import ROOT, environment, run_forked
 
-COMMANDS = sorted(
-    p.stem for p in (ROOT / "launch").glob("*.py") if p.stem not in ("__init__", "cli", "jobs")
-)
+from launch.__main__ import commands
+
+COMMANDS = list(commands())
 RLM = ["", "ask", "serve", "view", "replay", "eval", "tasks", "sandbox"]
 # A finder in front of all others, in a module that Python imports before anything else.
 SITE = """

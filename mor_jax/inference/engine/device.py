@@ -504,7 +504,7 @@ def check_sizes(lm: LM, c: EngineConfig) -> None:
         raise UserError(
             "the batching engine applies the core to states alone, but this model's config.recursion sets what else a step "
             "reads (state, injection, conditioning, loop_norm) or an exit rule, or its depth policy halts tokens by "
-            "their states. Decode it with "
+            "their states or lets them come back. Decode it with "
             "mor_jax.inference.engine.plain.PlainService, or launch.generate, which does."
         )
     if c.lanes < 1 or c.full_lanes < 1:

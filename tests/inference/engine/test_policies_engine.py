@@ -1,11 +1,12 @@
 """Every depth policy runs in the engine: its greedy tokens and depths are those of the full causal
-forward pass."""
+forward pass. Policies whose tokens halt or come back are refused in one message."""
 
 import pytest
 from driving import Job, expected, play, prompts
 from policies import MODEL, T, small
 
 from mor_jax.config import DepthConfig, depth_policies
+from mor_jax.errors import UserError
 from mor_jax.inference.engine.device import Device, EngineConfig
 
 
@@ -27,6 +28,15 @@ def in_the_engine(depth, m):
         assert done.depths == depths
 
 
-@pytest.mark.parametrize("policy", tuple(depth_policies()))
+REFUSED = ("act", "mod")
+
+
+@pytest.mark.parametrize("policy", sorted(set(depth_policies()) - set(REFUSED)))
 def test_greedy_tokens_and_depths_are_those_of_the_full_forward_pass(policy):
     in_the_engine(DepthConfig(policy), MODEL.recursions - 1)
+
+
+@pytest.mark.parametrize("policy", REFUSED)
+def test_tokens_that_halt_or_come_back_are_refused(policy):
+    with pytest.raises(UserError, match="PlainService"):
+        in_the_engine(DepthConfig(policy), MODEL.recursions - 1)

@@ -59,7 +59,8 @@ def test_left_behind(what):
             result = arena.run("print(6 * 7, llm_query('ping'))")
             assert result.status == "ok" and "42 ping" in result.stdout, result
         else:
-            arena.alive()
+            # its timer may fire in the next cell, which it ends
+            arena.alive(message_stolen=what.name == "interrupt of the main thread")
         assert time.monotonic() - started < 10
         # a thread goes on with the next cell, and its calls are that cell's
         if not what.name.startswith("thread"):

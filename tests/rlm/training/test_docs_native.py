@@ -71,7 +71,7 @@ def test_commands(place, command):
     [
         (
             ["make", "--tasks", "s_nih", "--out", "x"],
-            "task 's_nih' is unknown. There are experts for: codeqa",
+            "task 's_nih' is unknown. There are experts for: absent, codeqa",
         ),
         (
             ["make", "--tasks", "s_niah", "--window", "100", "--out", "x"],
