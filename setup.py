@@ -95,6 +95,7 @@ setup(
         "documents": DOCUMENTS,
         "weights": [*JAX, *WEIGHTS],
         "lm-eval": [*JAX, "lm-eval>=0.4.9"],  # its tasks, in this process
+        "ray": [*JAX, "ray[serve]>=2.40"],  # the model server as a Ray Serve application
         "wandb": [*JAX, "wandb>=0.20"],  # trackers of runs
         "mlflow": [*JAX, "mlflow-skinny>=2.16"],
         "dev": [
@@ -123,6 +124,7 @@ setup(
             "pytest>=8.2",
             "pytest-xdist>=3.6",
             "python-multipart>=0.0.12",
+            "ray[serve]>=2.40",
             "ruff>=0.6",
             "s3fs>=2024.6",
             "scipy>=1.13",  # chi-square and Kolmogorov-Smirnov, for what is drawn
