@@ -6,7 +6,9 @@ never do.
 
 import gc
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 # Tests never touch the user's cache of prepared data, but share one among themselves.
 os.environ.setdefault("MOR_JAX_CACHE", tempfile.mkdtemp(prefix="mor_jax_test_cache_"))
@@ -45,6 +47,9 @@ LONG = {
 }
 
 
+MAPS = 15_000  # of a worker
+
+
 def _turn(item):
     if "rlm" in item.path.parts:
         return 0
@@ -62,6 +67,21 @@ def pytest_collection_finish():
     few percent."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Each compiled program takes some twenty memory maps, and Linux gives a process 65,530: beyond
+    them XLA aborts. So between two files the programs of those before are let go."""
+    ends = nextitem is not None and nextitem.path != item.path
+    if ends and "jax" in sys.modules and _maps() > MAPS:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+def _maps():
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
 
 
 @pytest.fixture(params=list(KINDS))
