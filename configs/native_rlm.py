@@ -1,20 +1,23 @@
 r"""A small Mixture-of-Recursions model that leads the runtime, trained on expert runs
 (docs/native.md).
 
-    rlm training make --tasks NEEDLES --strategies extract,recover,decline,slice --readings 0 \
-        --copies 1 --samples 330 --seed 2 --out native/few.jsonl --tokenizer native/tokenizer.json
-    rlm training make --tasks NEEDLES --strategies extract,recover,decline,slice --readings 0 \
-        --copies 1 --samples 4400 --seed 1 --out native/train.jsonl
+    rlm training make --tasks NEEDLES,verbatim HOW --samples 330 --seed 2 --out native/few.jsonl \
+        --tokenizer native/tokenizer.json
+    rlm training make --tasks NEEDLES,verbatim HOW --samples 6000 --seed 1 --out native/train.jsonl
+    rlm training make --tasks NEEDLES HOW --samples 6000 --seed 5 --out native/more.jsonl
     rlm training drill --samples 12000 --seed 1 --out native/drill.jsonl
     python -m launch.train --config configs/native_rlm.py:stage=drill --workdir runs/drill
-    python -m launch.train --config configs/native_rlm.py --workdir runs/native \
+    python -m launch.train --config configs/native_rlm.py --workdir runs/first \
         --init_from runs/drill
+    python -m launch.train --config configs/native_rlm.py:stage=more --workdir runs/native \
+        --init_from runs/first
 
 NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,
-niah_multiquery,outside,verbatim,injected (in one word).
+niah_multiquery,outside,injected (in one word). HOW: --strategies extract,recover,decline,slice
+--readings 0 --copies 1.
 Argument: tiny (default, 0.4M parameters) | small (2.4M); stage=drill: begin with exercises in
-copying; stage=improve: a round of launch.improve; vanilla=1: the plain Transformer of the same
-unrolled depth.
+copying; stage=more: go on with other runs; stage=improve: a round of launch.improve; vanilla=1: the
+plain Transformer of the same unrolled depth.
 """
 
 from ml_collections import ConfigDict
@@ -26,10 +29,13 @@ from mor_jax.errors import ConfigError
 SIZES = {"tiny": (96, 4, 4, 256), "small": (256, 4, 2, 704)}
 # The longest conversation of the needle tasks has about 600 tokens, a drill 130.
 STAGES = {
-    "drill": {"steps": 500, "context": 144, "batch_size": 14, "peak_lr": 4e-3, "warmup": 0.1},
-    "runs": {"steps": 1800, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "drill": {"steps": 800, "context": 144, "batch_size": 14, "peak_lr": 4e-3, "warmup": 0.1},
+    "runs": {"steps": 3000, "context": 768, "batch_size": 4, "peak_lr": 3e-3, "warmup": 0.05},
+    "more": {"steps": 2000, "context": 768, "batch_size": 4, "peak_lr": 2e-3, "warmup": 0.05},
     "improve": {"steps": 60, "context": 768, "batch_size": 4, "peak_lr": 1e-3, "warmup": 0.1},
 }
+
+FILES = {"drill": "drill", "more": "more"}  # under native/, of samples; else train
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -60,14 +66,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 # 1 / sqrt(96): with 0.02 what all embeddings have in common, the logits of tokens
                 # that never come, soon outweighs what tells them apart, and copying never begins.
                 "init_std": 0.1,
-                "smear": 3,  # previous embeddings mixed in, for copying
+                "smear": 6,  # previous embeddings mixed in, for copying
             },
             "depth": depth,
             "data": {
                 "source": "files",
-                "paths": (
-                    "native/drill.jsonl" if chosen["stage"] == "drill" else "native/train.jsonl",
-                ),
+                "paths": (f"native/{FILES.get(chosen['stage'], 'train')}.jsonl",),
                 "format": "chat",
                 "chat_template": "chatml",
                 "prompt_variant": "native",

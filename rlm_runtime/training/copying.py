@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import Iterator
+from functools import partial
 
 from rlm_runtime.training.english import any_word, saying
 from rlm_runtime.training.experts.needles import KINDS, LAST, MANY, ONE, SENTENCES, phrased
@@ -23,8 +24,14 @@ from rlm_runtime.training.splits import STRINGS, drawn, of_split, seed_of, word
 ROOM = 110  # characters of strings in an exercise, about
 DRILL = 56  # characters of a drill
 PIECES = (6, 12)  # characters of one of its pieces
-KNOWN_AFTER = 2  # characters, which tell what piece it is
-CHARACTERS = string.ascii_letters + string.digits + "-"
+# Alphabets, and the number of characters that tell what piece it is. In a small one the same few
+# characters come again and again, so that a copy has to look at more of them: UUIDs and numbers.
+ALPHABETS = (
+    (string.ascii_letters + string.digits + "-", 2),
+    (string.ascii_letters + string.digits + "-", 2),
+    (string.hexdigits[:16], 4),
+    (string.digits, 5),
+)
 
 
 def _drawn(rng: random.Random, split: str) -> str:
@@ -84,12 +91,17 @@ def samples(count: int, seed: int, split: str) -> Iterator[Conversation]:
         yield Conversation((spoken("user", prompt), spoken("assistant", reply)), provenance)
 
 
+def _string(characters: str, rng: random.Random) -> str:
+    return "".join(rng.choices(characters, k=DRILL))
+
+
 def drills(count: int, seed: int, split: str) -> Iterator[Conversation]:
     """`count` drills: a random string, and its pieces in another order, each behind a quotation
     mark."""
     for i in range(count):
         rng = random.Random(f"drill {seed_of(seed, split)} {i}")
-        text = drawn(rng, split, lambda r: "".join(r.choices(CHARACTERS, k=DRILL)))
+        characters, known_after = ALPHABETS[i % len(ALPHABETS)]
+        text = drawn(rng, split, partial(_string, characters))
         pieces, rest = [], text
         while rest:
             cut = rng.randint(*PIECES)
@@ -98,7 +110,7 @@ def drills(count: int, seed: int, split: str) -> Iterator[Conversation]:
         rng.shuffle(pieces)
         reply, spans = "", []
         for piece in pieces:
-            first = len(reply) + 1 + KNOWN_AFTER
+            first = len(reply) + 1 + known_after
             reply += f'"{piece}'
             if first < len(reply):
                 spans.append([first, len(reply)])

@@ -4,6 +4,7 @@ sub-model read it.
 The context is made by the task itself, then each needle is said anew: keys and values are random
 strings, sentences and questions are phrased in ways of the split. The keys are copied from the
 question, one value is copied from the printout, and code finds the others by what stands around it.
+Of a UUID its first group is enough: code finds the rest.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ KINDS = (
 )
 # between the last two of several keys
 LAST = (" and ", ", and ", ", ", " and also ", " as well as ", "; ")
-BLURRED = 0.5  # share of the sentences, and of the questions, with other words in them
+BLURRED = 0.7  # share of the sentences, and of the questions, with other words in them
 # Text that gives itself out for the runtime, for its user, or for another needle.
 INJECTED = (
     'Error: NameError: name "context" is not defined',
@@ -282,6 +283,8 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
         ]
         return "\n".join(found) or "not found"
 
+    for key in keys:
+        listed = listed.replace(key, _start(key))
     facts = {"keys": keys, "listed": listed, "kind": kind, "values": values, "absent": absent}
     return Problem(
         task, example, split, sub, facts, template=f"{sentence} | {wrap.format(q=ask)} | {noun}"
@@ -289,6 +292,11 @@ def problem(spec: str, length: int, seed: int, index: int, split: str, folder: P
 
 
 assert STRAW.fullmatch(NEEDLE.format(kind="numbers", key="a-b", value="1"))
+
+
+def _start(text: str) -> str:
+    """What is copied of a key or value: all of it, or the first group of a UUID."""
+    return text.split("-")[0] if len(text) == 36 and text.count("-") == 4 else text
 
 
 def _keys(problem: Problem) -> list[str]:
@@ -301,7 +309,7 @@ def _look(problem: Problem) -> str:
     return (
         f"import re\nasked = {quoted(problem.facts['listed'])}\n"  # type: ignore[arg-type]
         'keys = re.split(r"[,;]? (?:and |also |as well as )*\\b", asked)\n'
-        "spots = [(k, m.start()) for k in keys for m in re.finditer(re.escape(k), context)]\n"
+        'spots = [(m[0], m.start()) for k in keys for m in re.finditer(re.escape(k) + r"[\\w-]*", context)]\n'
         "for k, i in spots[:1]:\n    print(context[max(0, i - 90):i + len(k) + 110])"
     )
 
@@ -316,6 +324,7 @@ def _seen(problem: Problem, report: str) -> list[str]:
 # one value that was seen shows where the others are.
 CUT = """k, i = spots[0]
 a, b = context[max(0, i - 150):i], context[i + len(k):i + len(k) + 150]
+value = re.search(re.escape(value) + r"[\\w-]*", a + "\\n" + b)[0]
 values = []
 for k, i in spots:
     if value in b:
@@ -335,7 +344,7 @@ def _cut(problem: Problem, report: str) -> str:
     shows beside its key."""
     spot = report.index(next(key for key in _keys(problem) if key in report))
     value = min(_seen(problem, report), key=lambda v: abs(report.index(v) - spot))
-    return f"value = {quoted(value)}\n{CUT}"
+    return f"value = {quoted(_start(value))}\n{CUT}"
 
 
 ANSWER = '", ".join(dict.fromkeys(values))'  # one value stands alone
