@@ -15,7 +15,7 @@ r"""A small Mixture-of-Recursions model that leads the runtime, trained on exper
 NEEDLES: s_niah,s_niah_essay,s_niah_uuid,niah_multikey,niah_needles,niah_uuids,niah_multivalue,
 niah_multiquery,outside,injected (in one word). HOW: --strategies extract,recover,decline,slice
 --readings 0 --copies 1.
-Argument: tiny (default, 0.4M parameters) | small (2.4M); stage=drill: begin with exercises in
+Argument: tiny (default, 0.5M parameters) | small (2.4M); stage=drill: begin with exercises in
 copying; stage=more: go on with other runs; stage=improve: a round of launch.improve; vanilla=1: the
 plain Transformer of the same unrolled depth.
 """
