@@ -27,7 +27,8 @@ def pair(args: argparse.Namespace) -> tuple[Any, Any]:
         if given or importlib.util.find_spec("jax") is None:
             raise UsageError(
                 "No model: name one with --root openai:MODEL (or anthropic:MODEL), or set RLM_ROOT. "
-                'Without any, --root native is a small one that runs here (pip install "mor_jax[jax]").'
+                "Without any, --root native is a small one that runs here "
+                '(pip install ".[jax]" in a checkout).'
             )
         codes.tell(
             "No model is named, so the small one of this package answers (--root native): it finds "

@@ -3,7 +3,8 @@ runtime itself.
 
 The signal handler looks at the frames under it. Inside `guarded` (a cell, or what belongs to it) it
 raises; inside a shielded function (half a frame written) it waits until that is done; anywhere else
-it does nothing.
+it does nothing. A signal that the host did not ask for, such as one from a thread of an earlier
+cell, does nothing either.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from faulthandler import cancel_dump_traceback_later
 TIMERS = (ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF)
 _main = get_ident()
 _shielded: list = []
-_state = {"pending": False, "why": ""}
+_state = {"pending": False, "why": ""}  # why: set by the host's interrupt alone
 
 
 class CellTimeout(KeyboardInterrupt):
@@ -51,6 +52,8 @@ def shield(function) -> None:
 
 
 def _on_signal(_number, frame) -> None:
+    if not _state["why"]:
+        return
     while frame is not None:
         code = frame.f_code
         for shielded in _shielded:

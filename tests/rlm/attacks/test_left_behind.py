@@ -59,13 +59,20 @@ def test_left_behind(what):
             result = arena.run("print(6 * 7, llm_query('ping'))")
             assert result.status == "ok" and "42 ping" in result.stdout, result
         else:
-            # its timer may fire in the next cell, which it ends
-            arena.alive(message_stolen=what.name == "interrupt of the main thread")
+            arena.alive()
         assert time.monotonic() - started < 10
         # a thread goes on with the next cell, and its calls are that cell's
         if not what.name.startswith("thread"):
             assert [c for c in arena.calls if c.prompts == ("late",)] == late
         arena.host.unharmed()
+
+
+def test_an_interrupt_that_the_host_did_not_send_ends_no_cell():
+    with Arena(cell_seconds=5.0, grace_seconds=0.4) as arena:
+        for i in range(60):  # before, at and after the beginning of the next cell
+            timer = f"threading.Timer({i * 2e-4}, _thread.interrupt_main).start()"
+            arena.run("import _thread, threading\n" + timer)
+            arena.alive()
 
 
 def pause(arena, seconds: float) -> None:

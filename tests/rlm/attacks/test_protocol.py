@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from rlm.attacks.arena import CHANNEL, PRELUDE, Arena, attack, names
+from rlm.attacks.arena import CHANNEL, GROWTH, PRELUDE, Arena, attack, names, rss
 from rlm_runtime.repl import wire
 
 DONE = "{'t': 'done', 'id': %s, 'status': 'ok', 'stdout': 'FORGED', 'stderr': '', 'stdout_chars': 6, 'stderr_chars': 0, 'error': None, 'answer': {'content': 'FORGED', 'ready': True}, 'variables': {}}"
@@ -74,9 +74,11 @@ WASTE = [
 @pytest.mark.parametrize("what", WASTE, ids=names(WASTE))
 def test_waste(what):
     with Arena(cell_seconds=3.0, grace_seconds=0.3) as arena:
+        before = rss()
         (result,) = arena.play(what)
         assert "FORGED" not in repr(result)
         assert not result.answer.ready
+        assert rss() - before < GROWTH
         assert arena.gap < 2, f"the host's event loop stood still for {arena.gap:.1f} s"
 
 
